@@ -1,0 +1,226 @@
+"""Log-probabilities of given tokens without ever holding the logits of a whole batch.
+
+`token_logprobs` is the only path from hidden states to log-probs: the policy, the reference,
+evaluation and rewards all use it. It applies the head to the scored tokens only, in as many chunks
+as memory asks for, and in float32 from the logits on. `token_logprobs_plain` is its twin for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Head(NamedTuple):
+    """A language-model head: logits = softcap(scale * (hidden @ weight.T) + bias).
+
+    weight: [vocabulary, width]; bias: [vocabulary] or None; scale and softcap: numbers or None
+    (softcap c maps a logit z to c * tanh(z / c)).
+    """
+
+    weight: Array
+    bias: Array | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+class TokenStatistics(NamedTuple):
+    """Of the next-token distribution at each scored token; every array has the targets' shape."""
+
+    logprob: Array  # of the target, nats
+    entropy: Array  # nats
+    mean_logit: Array  # over the vocabulary
+    correct: Array  # 1.0 where the target is the most probable token
+
+
+def logits_of(hidden: Array, head: Head) -> Array:
+    """Float32 logits [..., vocabulary] of hidden states [..., width]."""
+    weight = head.weight.astype(hidden.dtype)
+    z = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    bias = None if head.bias is None else head.bias[(None,) * (z.ndim - 1)]
+    return _shape_logits(z, head, bias)
+
+
+def token_logprobs_plain(hidden: Array, head: Head, targets: Array) -> Array:
+    """What `token_logprobs` computes, through the full logits: for tests and small inputs."""
+    logprobs = jax.nn.log_softmax(logits_of(hidden, head), axis=-1)
+    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+
+
+def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25) -> Array:
+    """log p(target | hidden) in nats, float32.
+
+    Forward, it is the target's logit (a dot product, not a gather from all logits) minus the
+    logsumexp. If all logits fit into `max_logits` they are kept for the backward pass; otherwise
+    the tokens are walked in chunks that fit, and each chunk's logits are computed again backward.
+
+    Args:
+      hidden: [..., tokens, width], any float dtype; products run in it, sums in float32.
+      head: the language-model head; a float32 master weight is cast to hidden's dtype here.
+      targets: [..., tokens], int.
+      max_logits: how many float32 logits may exist at once.
+
+    Returns:
+      [..., tokens].
+    """
+    chunks = _chunks(targets, head, max_logits)
+    hidden, wanted = _split(hidden, chunks, axis=targets.ndim - 1), _split(targets, chunks)
+    static = (head.scale, head.softcap)
+    return _join(_logprobs(static, hidden, head.weight, head.bias, wanted), targets.shape[-1])
+
+
+def token_statistics(
+    hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25
+) -> TokenStatistics:
+    """Log-prob, entropy, mean logit and top-1 hit of each target; shapes as `token_logprobs`.
+
+    For evaluation: meant to be called without differentiation.
+    """
+
+    def one(part):
+        logits = logits_of(part[0], head)
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        target = jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0]
+        return TokenStatistics(
+            target,
+            -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1),
+            jnp.mean(logits, axis=-1),
+            (jnp.argmax(logits, axis=-1) == part[1]).astype(jnp.float32),
+        )
+
+    return _by_chunks(one, (hidden, targets), targets, head, max_logits)
+
+
+def token_kl(
+    hidden: Array,
+    head: Head,
+    reference_hidden: Array,
+    reference_head: Head,
+    *,
+    max_logits: int = 2**25,
+) -> Array:
+    """KL(policy || reference) of the two next-token distributions at each position, nats.
+
+    Exact: summed over the vocabulary. hidden, reference_hidden: [..., tokens, width]; returns
+    [..., tokens].
+    """
+
+    def one(part):
+        log_p = jax.nn.log_softmax(logits_of(part[0], head), axis=-1)
+        log_q = jax.nn.log_softmax(logits_of(part[1], reference_head), axis=-1)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+    return _by_chunks(one, (hidden, reference_hidden), hidden[..., 0], head, 0.5 * max_logits)
+
+
+def sum_by_response(values: Array, response: Array, slots: int) -> Array:
+    """Sums of per-token values by the response that each token belongs to.
+
+    Args:
+      values: [rows, scored].
+      response: [rows, scored], int, the slot of each token; -1 (padding) belongs to none.
+      slots: how many responses a row can hold.
+
+    Returns:
+      [rows, slots], zero for slots without tokens.
+    """
+    member = response[..., None] == jnp.arange(slots)[(None,) * response.ndim]
+    return jnp.sum(jnp.where(member, values[..., None], 0), axis=-2)
+
+
+def _chunks(targets: Array, head: Head, max_logits: float) -> int:
+    wanted = math.ceil(math.prod(targets.shape) * head.weight.shape[0] / max_logits)
+    return max(1, min(wanted, targets.shape[-1]))
+
+
+def _split(x: Array, chunks: int, axis: int = -1) -> Array:
+    """[..., tokens, ...] as [chunks, ..., tokens / chunks, ...], zero-padded at the end."""
+    axis = axis % x.ndim
+    size = -(-x.shape[axis] // chunks)
+    pad = [(0, chunks * size - n if i == axis else 0) for i, n in enumerate(x.shape)]
+    shape = (*x.shape[:axis], chunks, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
+
+
+def _join(parts: Array, tokens: int) -> Array:
+    """The inverse of `_split` along the last axis."""
+    parts = jnp.moveaxis(parts, 0, -2)
+    return parts.reshape(*parts.shape[:-2], -1)[..., :tokens]
+
+
+def _by_chunks(one, arrays, targets, head, max_logits):
+    chunks = _chunks(targets, head, max_logits)
+    parts = _walk(one, tuple(_split(x, chunks, axis=targets.ndim - 1) for x in arrays))
+    return jax.tree.map(lambda x: _join(x, targets.shape[-1]), parts)
+
+
+def _shape_logits(z: Array, head: Head, bias: Array | None) -> Array:
+    z = z if head.scale is None else z * head.scale
+    z = z if bias is None else z + bias.astype(jnp.float32)
+    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(static, hidden, weight, bias, targets):
+    return _forward(static, hidden, weight, bias, targets)[0]
+
+
+def _forward(static, hidden, weight, bias, targets):
+    """hidden [chunks, ..., tokens, width], targets [chunks, ..., tokens] -> log-probs, residuals."""
+    head = Head(weight.astype(hidden.dtype), bias, *static)
+
+    def one(part):
+        h, target = part
+        logits = logits_of(h, head)
+        z = jnp.einsum("...d,...d->...", h, head.weight[target], preferred_element_type=jnp.float32)
+        z = _shape_logits(z, head, None if bias is None else bias[target])
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
+        return z - logsumexp, logsumexp, logits if len(targets) == 1 else None
+
+    logprobs, logsumexp, logits = _walk(one, (hidden, targets))
+    return logprobs, (hidden, weight, bias, targets, logsumexp, logits)
+
+
+def _backward(static, saved, cotangent):
+    """d logits = cotangent (one-hot target - softmax), one chunk at a time."""
+    hidden, weight, bias, targets, logsumexp, kept = saved
+    head = Head(weight.astype(hidden.dtype), bias, *static)
+
+    def one(sums, part):
+        h, target, lse, g, logits = part
+        logits = logits_of(h, head) if logits is None else logits
+        hit = target[..., None] == jnp.arange(logits.shape[-1])[(None,) * target.ndim]
+        dz = g[..., None] * (hit - jnp.exp(logits - lse[..., None]))
+        if head.softcap is not None:
+            dz = dz * (1 - (logits / head.softcap) ** 2)
+        d_bias = None if bias is None else jnp.sum(dz, axis=range(dz.ndim - 1))
+        dz = (dz if head.scale is None else dz * head.scale).astype(h.dtype)
+        to_float32 = {"preferred_element_type": jnp.float32}
+        d_hidden = jnp.einsum("...v,vd->...d", dz, head.weight, **to_float32).astype(h.dtype)
+        d_weight = jnp.einsum("...v,...d->vd", dz, h, **to_float32)
+        return jax.tree.map(jnp.add, sums, (d_weight, d_bias)), d_hidden
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (weight, bias))
+    parts = (hidden, targets, logsumexp, cotangent, kept)
+    if len(targets) == 1:
+        sums, d_hidden = one(zeros, jax.tree.map(lambda x: x[0], parts))
+        d_hidden = d_hidden[None]
+    else:
+        sums, d_hidden = jax.lax.scan(one, zeros, parts)
+    d_weight, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), sums, (weight, bias))
+    return d_hidden, d_weight, d_bias, None
+
+
+def _walk(one, parts):
+    """lax.map, but without a loop around a single chunk."""
+    if len(parts[0]) > 1:
+        return jax.lax.map(one, parts)
+    return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], parts)))
+
+
+_logprobs.defvjp(_forward, _backward)

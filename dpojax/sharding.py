@@ -1,0 +1,79 @@
+"""The one place that knows devices: the mesh, path rules for parameters, shardings of rows."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the mesh axes that rows of tokens are spread over
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `tensor`; one size may be -1 and takes what is left.
+
+    Raises:
+      ValueError: more than one -1, or the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or known < 1:
+        raise ValueError(f"mesh: at most one axis may be -1, and all others positive; got {sizes}")
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices) or 0 in sizes.values():
+        shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"mesh: {shape} wants {max(known, math.prod(sizes.values()))} devices, but there are "
+            f"{len(devices)}; change config.mesh so that the product is {len(devices)}"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def constrain(x: jax.Array, *spec) -> jax.Array:
+    """x with its dimensions laid over the named axes of the ambient mesh; x itself without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, fit(PartitionSpec(*spec), x.shape, mesh))
+
+
+def fit(spec: PartitionSpec, shape: Sequence[int], mesh) -> PartitionSpec:
+    """`spec` without the axes that do not divide their dimension (a 50,257-word vocabulary)."""
+    kept = []
+    for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec))):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        kept.append(axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return PartitionSpec(*kept)
+
+
+def path_of(keys) -> str:
+    """`blocks/attention/query/kernel` for a jax key path."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def tree_shardings(tree, mesh: Mesh, rules: Rules):
+    """A NamedSharding for every array of `tree`: the first rule whose pattern is found in its path.
+
+    Raises:
+      ValueError: no rule matches a path (end a rule table with `(".*", PartitionSpec())`).
+    """
+
+    def one(keys, leaf):
+        path = path_of(keys)
+        for pattern, spec in rules:
+            if re.search(pattern, path):
+                return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+        raise ValueError(f"no sharding rule matches parameter {path!r}")
+
+    return jax.tree_util.tree_map_with_path(one, tree)

@@ -1,0 +1,31 @@
+"""Strict tests: eight CPU devices, full-precision products, no silent broadcasting."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("dpojax", deadline=None, derandomize=True)
+settings.load_profile("dpojax")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of real data and golden values that stands beside a developer's checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (real data and golden values), which is not here")
+    return SHARED

@@ -1,0 +1,101 @@
+"""The chunked path against its plain twin, and the twin against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.logprobs import (
+    Head,
+    sum_by_response,
+    token_kl,
+    token_logprobs,
+    token_logprobs_plain,
+    token_statistics,
+)
+
+ROWS, TOKENS, WIDTH, VOCABULARY = 2, 7, 8, 23
+
+
+def problem(seed=0, *, bias=True, scale=0.5, softcap=3.0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    head = Head(normal(VOCABULARY, WIDTH), normal(VOCABULARY) if bias else None, scale, softcap)
+    targets = jnp.asarray(rng.integers(0, VOCABULARY, (ROWS, TOKENS)))
+    return normal(ROWS, TOKENS, WIDTH), head, targets
+
+
+def value_and_gradients(function, hidden, head, targets):
+    weights = jnp.linspace(-1, 1, targets.size).reshape(targets.shape)
+
+    def total(hidden, weight, bias):
+        return jnp.sum(weights * function(hidden, head._replace(weight=weight, bias=bias), targets))
+
+    arguments = (hidden, head.weight, head.bias)
+    wanted = (0, 1) if head.bias is None else (0, 1, 2)
+    return function(hidden, head, targets), jax.grad(total, wanted)(*arguments)
+
+
+@pytest.mark.parametrize("max_logits", [10**9, 100, 1], ids=["one chunk", "several", "one token"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"bias": False, "scale": None, "softcap": None}], ids=["full head", "plain head"]
+)
+def test_chunked_log_probs_and_gradients_equal_the_plain_twin(max_logits, kind):
+    hidden, head, targets = problem(**kind)
+    chunked = lambda *a: token_logprobs(*a, max_logits=max_logits)
+    want = value_and_gradients(token_logprobs_plain, hidden, head, targets)
+    got = value_and_gradients(chunked, hidden, head, targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), got, want)
+
+
+def test_log_probs_equal_torch():
+    torch = pytest.importorskip("torch", reason="compares with torch")
+    hidden, head, targets = problem(1, scale=None, softcap=None)
+    as_torch = lambda x: torch.tensor(np.asarray(x))
+    logits = as_torch(hidden) @ as_torch(head.weight).T + as_torch(head.bias)
+    want = -torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), as_torch(targets).long().flatten(), reduction="none"
+    )
+    got = token_logprobs(hidden, head, targets)
+    np.testing.assert_allclose(got.ravel(), want.numpy(), atol=2e-6)
+
+
+def test_no_array_of_all_logits_exists_in_the_chunked_gradient():
+    hidden, head, targets = problem(bias=False)
+    loss = lambda h, w: token_logprobs(h, Head(w), targets, max_logits=2 * VOCABULARY).sum()
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head.weight).as_text()
+    assert f"x{TOKENS}x{VOCABULARY}x" not in text
+    full = lambda h, w: token_logprobs_plain(h, Head(w), targets).sum()
+    assert f"x{TOKENS}x{VOCABULARY}x" in jax.jit(full).lower(hidden, head.weight).as_text()
+
+
+def test_bfloat16_hidden_states_give_float32_log_probs_and_float32_head_gradients():
+    hidden, head, targets = problem(bias=False, softcap=None)
+    half = hidden.astype(jnp.bfloat16)
+    got, (d_hidden, d_weight) = value_and_gradients(token_logprobs, half, head, targets)
+    assert (got.dtype, d_hidden.dtype, d_weight.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    want = token_logprobs_plain(hidden, head, targets)
+    np.testing.assert_allclose(got, want, atol=0.1)
+
+
+@pytest.mark.parametrize("max_logits", [10**9, 60])
+def test_statistics_and_kl_are_those_of_the_full_distribution(max_logits):
+    hidden, head, targets = problem(2)
+    other, reference_head, _ = problem(3)
+    logits = lambda h, head: 3 * np.tanh((0.5 * (h @ head.weight.T) + head.bias) / 3)
+    p_logits = logits(*map(np.asarray, (hidden,)), jax.tree.map(np.asarray, head))
+    q_logits = logits(*map(np.asarray, (other,)), jax.tree.map(np.asarray, reference_head))
+    p = np.exp(p_logits) / np.exp(p_logits).sum(-1, keepdims=True)
+    q = np.exp(q_logits) / np.exp(q_logits).sum(-1, keepdims=True)
+    got = token_statistics(hidden, head, targets, max_logits=max_logits)
+    np.testing.assert_allclose(got.entropy, -(p * np.log(p)).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(got.mean_logit, p_logits.mean(-1), atol=1e-5)
+    np.testing.assert_array_equal(got.correct, p.argmax(-1) == np.asarray(targets))
+    kl = token_kl(hidden, head, other, reference_head, max_logits=max_logits)
+    np.testing.assert_allclose(kl, (p * np.log(p / q)).sum(-1), atol=1e-5)
+
+
+def test_sums_by_response_leave_padding_out_even_when_it_is_nan():
+    values = jnp.array([[1.0, 2.0, 4.0, jnp.nan]])
+    response = jnp.array([[0, 2, 2, -1]])
+    np.testing.assert_array_equal(sum_by_response(values, response, 4), [[1.0, 0.0, 6.0, 0.0]])
