@@ -171,7 +171,7 @@ def _logprobs(static, hidden, weight, bias, targets):
 
 
 def _forward(static, hidden, weight, bias, targets):
-    """hidden [chunks, ..., tokens, width], targets [chunks, ..., tokens] -> log-probs, residuals."""
+    """hidden [chunks, ..., tokens, width], targets [chunks, ..., tokens]; one log-prob a target."""
     head = Head(weight.astype(hidden.dtype), bias, *static)
 
     def one(part):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -55,6 +56,34 @@ def fit(spec: PartitionSpec, shape: Sequence[int], mesh) -> PartitionSpec:
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
         kept.append(axes if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
     return PartitionSpec(*kept)
+
+
+def put_rows(rows, mesh: Mesh):
+    """A batch of NumPy rows [micro-batches, rows, ...] on the mesh, its rows over data and fsdp.
+
+    Every process holds the whole batch and copies only its devices' part.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), rows
+    )
+
+
+def to_host(tree):
+    """Arrays of the mesh as NumPy arrays, whole on every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are cut into; a micro-batch holds a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def path_of(keys) -> str:

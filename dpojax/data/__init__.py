@@ -1,0 +1,1 @@
+"""From files to token ids: records, report, sources, tokenise (imports flow in this order)."""

@@ -1,0 +1,349 @@
+"""One record of preference data, and a parser for every common form that it comes in.
+
+| form | fields | responses |
+| --- | --- | --- |
+| `pair` | prompt, chosen, rejected; or chosen, rejected as whole message lists | 2 |
+| `hh` | chosen, rejected: whole dialogues as text, "\\n\\nHuman: ...\\n\\nAssistant: ..." | 2 |
+| `instruction` | instruction, input (may be absent), chosen, rejected; or output alone | 2 or 1 |
+| `ranked` | prompt, responses (best first, or with ranks or scores) | K |
+| `unpaired` | prompt, completion, label (true: desirable) | 1 |
+| `comparison` | info, summaries, choice (Stiennon et al. 2020) | 2 |
+| `text` | text; or prompt, completion; or messages | 1 |
+
+Wherever a prompt and a response are text they may also be lists of messages
+`{"role": ..., "content": ...}`. Nothing here tokenises, strips or repairs a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+Messages = tuple[dict, ...]
+Content = str | Messages
+
+HH_SEPARATOR = "\n\nAssistant:"
+INSTRUCTION_TEMPLATE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+INSTRUCTION_INPUT_TEMPLATE = "### Input:\n{input}\n\n"
+TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+ARTICLE_TEMPLATE = "Article: {article}\n\nTL;DR:"
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message names file, record and field, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A prompt and its K responses, best first.
+
+    `id` is "FILE:NUMBER" (1-based line or row). K is 1 for plain text and unpaired data, 2 for a
+    pair, more for a ranking. `label` says whether an unpaired response is desirable, else None.
+    """
+
+    id: str
+    prompt: Content
+    responses: tuple[Content, ...]
+    label: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """A well-formed row that states no usable preference: counted under `cause`, not raised.
+
+    Causes: `prompts_differ` (chosen and rejected answer different prompts) and `all_tied` (every
+    response has the same rank or score).
+    """
+
+    id: str
+    cause: str
+
+
+def detect(row: Mapping[str, Any], id: str = "row") -> str:
+    """The name of the form that `row`'s keys make. Raises DataError with keys and forms."""
+    keys = row.keys()
+    if {"info", "summaries", "choice"} <= keys:
+        return "comparison"
+    if "instruction" in keys and (keys & {"chosen", "output"}):
+        return "instruction"
+    if {"prompt", "responses"} <= keys:
+        return "ranked"
+    if {"prompt", "completion", "label"} <= keys:
+        return "unpaired"
+    if {"chosen", "rejected"} <= keys:
+        explicit = "prompt" in keys or not isinstance(row["chosen"], str)
+        return "pair" if explicit else "hh"
+    if keys & {"text", "messages"} or {"prompt", "completion"} <= keys:
+        return "text"
+    forms = "\n".join(f"  {name}: {fields}" for name, fields in FORMS.items())
+    raise DataError(
+        f"{id}: no known form has the fields {_listed(keys)}. Rename them (columns=...) or give "
+        f"one of these forms:\n{forms}"
+    )
+
+
+def parse(row: Mapping[str, Any], id: str, form: str = "auto") -> Record | Reject:
+    """The record that `row` holds, read as `form` (`auto`: `detect` from its keys).
+
+    Raises DataError naming `id` and the field for a missing or mistyped field, a record without
+    responses, and an unknown form.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{id}: expected an object with named fields, got {_kind(row)}")
+    name = detect(row, id) if form == "auto" else form
+    if name not in _PARSERS:
+        raise DataError(f"form {form!r} is not known; choose auto or one of {_listed(_PARSERS)}")
+    return _PARSERS[name](_Fields(row, id))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """Checked access to one row: every failure names the record and the field."""
+
+    row: Mapping[str, Any]
+    id: str
+    path: str = ""
+
+    def error(self, name: str, expected: str) -> DataError:
+        """The error that says what field `name` should have been."""
+        field = f"{self.path}{name}"
+        if name not in self.row:
+            return DataError(
+                f"{self.id}: field {field!r} is missing (expected {expected}); "
+                f"the record has {_listed(self.row)}"
+            )
+        return DataError(
+            f"{self.id}: field {field!r} should be {expected}, got {_kind(self[name])}"
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        return self.row.get(name)
+
+    def text(self, name: str) -> str:
+        """A field that must be text (it may be the empty string)."""
+        if not isinstance(self[name], str):
+            raise self.error(name, "text")
+        return self[name]
+
+    def content(self, name: str) -> Content:
+        """A field that must be text or a list of messages."""
+        if isinstance(self[name], str):
+            return self[name]
+        return self.messages(name)
+
+    def messages(self, name: str) -> Messages:
+        """A field that must be a list of messages with text in `role` and `content`."""
+        expected = "text or a non-empty list of messages {'role': text, 'content': text}"
+        value = self[name]
+        if not isinstance(value, list | tuple) or not value:
+            raise self.error(name, expected)
+        for number, message in enumerate(value):
+            good = isinstance(message, Mapping) and all(
+                isinstance(message.get(key), str) for key in ("role", "content")
+            )
+            if not good:
+                raise DataError(
+                    f"{self.id}: message {number} of field {self.path}{name!r} should be "
+                    f"{{'role': text, 'content': text}}, got {_kind(message)}"
+                )
+        # Arrow gives every message of a column the same keys and fills the absent ones with None.
+        return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+
+    def items(self, name: str, least: int) -> list:
+        """A field that must be a list of at least `least` things."""
+        value = self[name]
+        if not isinstance(value, list | tuple) or len(value) < least:
+            raise self.error(name, f"a list of {least} or more")
+        return list(value)
+
+    def inside(self, name: str) -> _Fields:
+        """The fields of the object in field `name`."""
+        if not isinstance(self[name], Mapping):
+            raise self.error(name, "an object with named fields")
+        return _Fields(self[name], self.id, f"{self.path}{name}.")
+
+
+def _record(
+    id: str, prompt: Content, responses: Iterable[Content], label: bool | None = None
+) -> Record:
+    """A record of text alone or of messages alone: if mixed, text becomes a message."""
+    responses = tuple(responses)
+    if all(isinstance(content, str) for content in (prompt, *responses)):
+        return Record(id, prompt, responses, label)
+    turns = tuple(_as_messages(response, "assistant") for response in responses)
+    return Record(id, _as_messages(prompt, "user"), turns, label)
+
+
+def _as_messages(content: Content, role: str) -> Messages:
+    return ({"role": role, "content": content},) if isinstance(content, str) else content
+
+
+def _pair(fields: _Fields) -> Record | Reject:
+    chosen, rejected = fields.content("chosen"), fields.content("rejected")
+    stated = fields.content("prompt") if "prompt" in fields.row else None
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        kind = "text" if isinstance(chosen, str) else "a list of messages"
+        raise fields.error("rejected", f"{kind}, as in 'chosen'")
+    if isinstance(chosen, str):
+        return _record(fields.id, fields.content("prompt"), (chosen, rejected))
+    answers_alone = all(message["role"] == "assistant" for message in chosen + rejected)
+    if stated is not None and answers_alone:
+        return _record(fields.id, stated, (chosen, rejected))
+    split = _split_dialogues(chosen, rejected)
+    if split is None or (stated is not None and not _is_prompt(stated, split[0])):
+        return Reject(fields.id, "prompts_differ")
+    return Record(fields.id, split[0], split[1:])
+
+
+def _split_dialogues(first: Messages, second: Messages) -> tuple[Messages, ...] | None:
+    """(prompt, first answer, second answer) of two whole dialogues, split between messages.
+
+    The prompt is their longest common start that leaves each a message. None if there is none, or
+    if an answer would then hold a turn that the model does not write.
+    """
+    limit = min(len(first), len(second)) - 1
+    shared = next((i for i in range(limit) if first[i] != second[i]), limit)
+    answers = first[shared:] + second[shared:]
+    if shared == 0 or any(message["role"] in ("user", "system") for message in answers):
+        return None
+    return first[:shared], first[shared:], second[shared:]
+
+
+def _is_prompt(stated: Content, found: Messages) -> bool:
+    """Whether the prompt field agrees with the prompt found in the dialogues."""
+    if isinstance(stated, str):
+        return any(stated.strip() == message["content"].strip() for message in found)
+    return stated == found
+
+
+def _hh(fields: _Fields) -> Record | Reject:
+    halves = []
+    for name in ("chosen", "rejected"):
+        head, separator, answer = fields.text(name).rpartition(HH_SEPARATOR)
+        if not separator:
+            raise DataError(
+                f"{fields.id}: field {name!r} should be a dialogue with {HH_SEPARATOR!r} in it "
+                "(form hh); if it is an answer alone, give its prompt in a field 'prompt'"
+            )
+        halves.append((head + separator, answer))
+    (prompt, chosen), (other_prompt, rejected) = halves
+    if prompt != other_prompt:
+        return Reject(fields.id, "prompts_differ")
+    return Record(fields.id, prompt, (chosen, rejected))
+
+
+def _instruction(fields: _Fields) -> Record:
+    extra = fields.text("input") if fields["input"] is not None else ""
+    prompt = INSTRUCTION_TEMPLATE.format(
+        instruction=fields.text("instruction"),
+        input=INSTRUCTION_INPUT_TEMPLATE.format(input=extra) if extra else "",
+    )
+    paired = "chosen" in fields.row or "rejected" in fields.row
+    names = ("chosen", "rejected") if paired else ("output",)
+    return Record(fields.id, prompt, tuple(fields.text(name) for name in names))
+
+
+def _ranked(fields: _Fields) -> Record | Reject:
+    """Order by `ranks` (1 is best) or `scores` (high is best); ties keep the listed order."""
+    prompt = fields.content("prompt")
+    listed = fields.items("responses", 1)
+    parts = _Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
+    responses = [parts.content(str(i)) for i in range(len(listed))]
+    name = next((name for name in ("ranks", "scores") if fields[name] is not None), None)
+    if name is None:
+        return _record(fields.id, prompt, responses)
+    order = fields.items(name, 1)
+    numbers = all(isinstance(key, int | float) and key == key for key in order)
+    if len(order) != len(responses) or not numbers:
+        raise DataError(
+            f"{fields.id}: field {name!r} should be {len(responses)} numbers, one per response, "
+            f"got {order!r}"
+        )
+    if len(order) > 1 and len(set(order)) == 1:
+        return Reject(fields.id, "all_tied")
+    sign = 1 if name == "ranks" else -1
+    best_first = sorted(range(len(order)), key=lambda i: sign * order[i])
+    return _record(fields.id, prompt, (responses[i] for i in best_first))
+
+
+def _unpaired(fields: _Fields) -> Record:
+    if not isinstance(fields["label"], bool):
+        raise fields.error("label", "true (desirable) or false (undesirable)")
+    return _completion(fields, label=fields["label"])
+
+
+def _completion(fields: _Fields, label: bool | None = None) -> Record:
+    responses = (fields.content("completion"),)
+    return _record(fields.id, fields.content("prompt"), responses, label)
+
+
+def _comparison(fields: _Fields) -> Record:
+    info = fields.inside("info")
+    if "article" in info.row:
+        prompt = ARTICLE_TEMPLATE.format(article=info.text("article"))
+    else:
+        names = ("subreddit", "title", "post")
+        prompt = TLDR_TEMPLATE.format(**{name: info.text(name) for name in names})
+    summaries = fields.items("summaries", 2)
+    choice = fields["choice"]
+    if len(summaries) != 2:
+        raise fields.error("summaries", "two summaries")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise fields.error("choice", "0 or 1, the index of the better summary")
+    both = _Fields(dict(zip(("0", "1"), summaries)), fields.id, "summaries.")
+    texts = [both.inside(name).text("text") for name in ("0", "1")]
+    return Record(fields.id, prompt, (texts[choice], texts[1 - choice]))
+
+
+def _text(fields: _Fields) -> Record:
+    if "messages" in fields.row:
+        messages = fields.messages("messages")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise fields.error("messages", "a dialogue that ends with an assistant message")
+        return Record(fields.id, messages[:-1], (messages[-1:],))
+    if "completion" in fields.row:
+        return _completion(fields)
+    return Record(fields.id, "", (fields.text("text"),))
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a word or two, for an error."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"an object with {_listed(value)}"
+    text = repr(value)
+    shown = text if len(text) <= 40 else text[:40] + "..."
+    return f"{type(value).__name__} {shown}"
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(str(name) for name in names)) or "no fields"
+
+
+FORMS: dict[str, str] = {
+    "pair": "prompt, chosen, rejected; or chosen, rejected (whole message lists)",
+    "hh": "chosen, rejected (whole dialogues as text)",
+    "instruction": "instruction, input, chosen, rejected; or instruction, input, output",
+    "ranked": "prompt, responses (best first), optionally ranks or scores",
+    "unpaired": "prompt, completion, label",
+    "comparison": "info, summaries, choice",
+    "text": "text; or prompt, completion; or messages",
+}
+
+_PARSERS: dict[str, Callable[[_Fields], Record | Reject]] = {
+    "pair": _pair,
+    "hh": _hh,
+    "instruction": _instruction,
+    "ranked": _ranked,
+    "unpaired": _unpaired,
+    "comparison": _comparison,
+    "text": _text,
+}

@@ -1,0 +1,334 @@
+"""Token ids from records: one prompt, K responses, and a stated policy for everything odd.
+
+Guaranteed of every `Example`: the prompt's ids are the same for all its responses; BOS stands once
+where the tokenizer itself puts one, and nowhere else; a response that was not cut ends with EOS,
+once. What is scored follows from lengths; no token id ever decides a mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import jinja2
+import numpy as np
+
+from dpojax.data.records import DataError, Record
+from dpojax.data.report import Report
+
+Ids = list[int]
+
+CHUNK = 2048  # records per call of the tokenizer: bounds memory, and is long enough for its threads
+
+
+class Example(NamedTuple):
+    """Token ids of one record.
+
+    Attributes:
+      id: the record's id.
+      prompt: int32 [P], P >= 1.
+      responses: K arrays int32 [T_k], T_k >= 1, best first.
+      cut: for each response, whether truncation took its end (and so its EOS).
+      label: for unpaired data, whether the response is desirable.
+    """
+
+    id: str
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    cut: tuple[bool, ...]
+    label: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What the user decides about length and about odd records.
+
+    Attributes:
+      max_length: most tokens of a prompt and any one of its responses, BOS and EOS included.
+      max_prompt_length: most tokens of a prompt, or None. Under both cutting policies a longer
+        prompt loses its start; under `drop` and `error` it is treated as they say.
+      truncation: what to do with a record over `max_length`: drop it, cut the prompt's start (BOS
+        stays; at least one more token must), cut the end of the responses that are too long
+        (they lose EOS and are marked in `Example.cut`), or raise.
+      append_eos: end every response with the tokenizer's EOS.
+      identical: records with two equal responses (their margin is always 0).
+      empty: records with a response without text (white space is no text).
+      prompts_differ: pairs whose dialogues have different prompts.
+
+    Raises:
+      ValueError: for a choice that does not exist or a length that leaves no room.
+    """
+
+    max_length: int = 512
+    max_prompt_length: int | None = None
+    truncation: Literal["drop", "cut_prompt_start", "cut_response_end", "error"] = "drop"
+    append_eos: bool = True
+    identical: Literal["drop", "keep", "error"] = "drop"
+    empty: Literal["drop", "keep", "error"] = "drop"
+    prompts_differ: Literal["drop", "error"] = "drop"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Policy).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise ValueError(f"{name} should be one of {', '.join(choices)}, got {value!r}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length should be 2 or more, got {self.max_length}")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise ValueError(
+                f"max_prompt_length should be between 1 and max_length - 1 = "
+                f"{self.max_length - 1}, got {self.max_prompt_length}"
+            )
+
+
+class _Drop(Exception):
+    """Ends the work on one record, which is dropped for the cause it carries."""
+
+
+def tokenise(
+    records: Sequence[Record], tokenizer: Any, policy: Policy, report: Report | None = None
+) -> tuple[list[Example], Report]:
+    """Examples of all usable records, in order, and the report on all of them.
+
+    The prompt is encoded once. A response's ids are those that follow the prompt's ids when both
+    are encoded as one text, so that no space is invented between them; where a token would span
+    the boundary, the response is encoded alone and the record counted (`boundary_merge`).
+
+    Args:
+      records: from `sources.load_records`; a record of messages needs a chat template.
+      tokenizer: a `transformers` tokenizer; it is not changed.
+      policy: what to do with odd and long records.
+      report: the one that `load_records` began; None begins a new one.
+
+    Raises:
+      DataError: a missing EOS or chat template, a template that fails, an odd record where the
+        policy says `error`, or every record dropped (with the table of causes).
+    """
+    if report is None:
+        report = Report()
+        report.read = len(records)
+    if policy.prompts_differ == "error" and report.number("dropped", "prompts_differ"):
+        first = report.tallies["dropped"]["prompts_differ"].examples[0]
+        raise DataError(f"{first}: chosen and rejected have different prompts (prompts_differ)")
+    encoder = _Encoder(tokenizer, policy, report)
+    examples = []
+    for start in range(0, len(records), CHUNK):
+        examples += encoder.examples(records[start : start + CHUNK])
+    report.kept += len(examples)
+    report.require_some()
+    return examples, report
+
+
+class _Encoder:
+    """One tokenizer, policy and report at work."""
+
+    def __init__(self, tokenizer: Any, policy: Policy, report: Report) -> None:
+        self.tokenizer, self.policy, self.report = tokenizer, policy, report
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if policy.append_eos and self.eos is None:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or "
+                "append_eos=False in the policy"
+            )
+        self.start = _start_tokens(tokenizer)
+        self.invents_space = self._encode(["a"])[0] != self._encode(["\na"])[0][-1:]
+        specials = [re.escape(token) for token in _special_tokens(tokenizer)]
+        self.special = re.compile("|".join(specials)) if specials else None
+
+    def examples(self, records: Sequence[Record]) -> list[Example]:
+        """The examples of one chunk of records; encodes all its texts in two calls."""
+        rendered = []
+        for record in records:
+            try:
+                rendered.append((record, *self._texts(record)))
+            except _Drop as drop:
+                self.report.count("dropped", str(drop), record.id)
+        prompts = self._encode([prompt for _, prompt, _ in rendered])
+        wholes = iter(self._encode([p + text for _, p, texts in rendered for text in texts]))
+        examples = []
+        for (record, _, texts), prompt in zip(rendered, prompts):
+            responses = self._responses(record, prompt, texts, [next(wholes) for _ in texts])
+            try:
+                examples.append(self._example(record, self._prompt(prompt), responses))
+            except _Drop as drop:
+                self.report.count("dropped", str(drop), record.id)
+        return examples
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        if not texts:
+            return []
+        # verbose=False: no warning about the model's length, which the policy looks after.
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def _texts(self, record: Record) -> tuple[str, tuple[str, ...]]:
+        """The prompt and its responses as text, chat template applied; raises _Drop."""
+        written = [record.prompt, *record.responses]
+        if not isinstance(record.prompt, str):
+            written = [message["content"] for part in written for message in part]
+        if self.special and any(self.special.search(text) for text in written):
+            self.report.count("noted", "special_in_text", record.id)
+        if any(not _words(response) for response in record.responses):
+            self._apply(self.policy.empty, "empty", record)
+        if isinstance(record.prompt, str):
+            return record.prompt, record.responses
+        prompt = self._render(record, record.prompt, generate=True)
+        texts = []
+        for response in record.responses:
+            whole = self._render(record, record.prompt + response, generate=False)
+            if not whole.startswith(prompt):
+                raise _Drop("template_changes_prompt")
+            text = whole[len(prompt) :]
+            # Templates often put a newline after EOS, for the turn that would come next.
+            ends = self.tokenizer.eos_token and text.rstrip().endswith(self.tokenizer.eos_token)
+            texts.append(text.rstrip() if ends else text)
+        return prompt, tuple(texts)
+
+    def _render(self, record: Record, messages: Sequence[dict], generate: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{record.id}: the record holds messages, but the tokenizer has no chat template: "
+                "set tokenizer.chat_template to the model's Jinja template"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generate
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(f"{record.id}: the chat template refuses this: {error}") from error
+
+    def _prompt(self, ids: Ids) -> Ids:
+        """The prompt with its start tokens, which a text or a template may have brought along."""
+        if ids[: len(self.start)] != self.start:
+            ids = self.start + ids
+        if not ids:
+            first = self.eos if self.bos is None else self.bos
+            if first is None:
+                raise _Drop("empty_prompt")
+            ids = [first]
+        return ids
+
+    def _responses(
+        self, record: Record, prompt: Ids, texts: Sequence[str], wholes: list[Ids]
+    ) -> list[Ids]:
+        """Ids of each response, EOS included."""
+        merged = [whole[: len(prompt)] != prompt for whole in wholes]
+        if any(merged):
+            self.report.count("noted", "boundary_merge", record.id)
+        responses = [
+            self._alone(text) if apart else whole[len(prompt) :]
+            for text, whole, apart in zip(texts, wholes, merged)
+        ]
+        if self.policy.append_eos:
+            responses = [ids if ids[-1:] == [self.eos] else [*ids, self.eos] for ids in responses]
+        if any(self.eos in ids[:-1] for ids in responses):
+            self.report.count("noted", "eos_inside", record.id)
+        return responses
+
+    def _alone(self, text: str) -> Ids:
+        """Ids of a text that does not begin a document: without an invented leading space."""
+        if self.invents_space:
+            newline, behind = self._encode(["\n", "\n" + text])
+            if behind[: len(newline)] == newline:
+                return behind[len(newline) :]
+        return self._encode([text])[0]
+
+    def _example(self, record: Record, prompt: Ids, responses: list[Ids]) -> Example:
+        """One example within the policy's limits; raises _Drop."""
+        self._measure(prompt, responses)
+        if _has_equal(responses):
+            self._apply(self.policy.identical, "identical", record)
+        shorter = self._cut_prompt(record, prompt, responses)
+        kept = self._cut_responses(shorter, responses)
+        cut = tuple(len(a) < len(b) for a, b in zip(kept, responses))
+        if not all(kept):
+            raise _Drop("nothing_left")
+        if any(cut) and _has_equal(kept) and not _has_equal(responses):
+            self._apply(self.policy.identical, "identical_after_cut", record)
+        if len(shorter) < len(prompt):
+            self.report.count("cut", "prompt_start", record.id)
+        if any(cut):
+            self.report.count("cut", "response_end", record.id)
+        self._count_ends(shorter, kept)
+        arrays = tuple(np.asarray(ids, np.int32) for ids in kept)
+        return Example(record.id, np.asarray(shorter, np.int32), arrays, cut, record.label)
+
+    def _apply(self, choice: str, cause: str, record: Record) -> None:
+        """Drops, notes or refuses a record, as the policy chose for this cause."""
+        if choice == "error":
+            raise DataError(f"{record.id}: {cause} (the policy says error; see Policy)")
+        if choice == "drop":
+            raise _Drop(cause)
+        self.report.count("noted", cause, record.id)
+
+    def _measure(self, prompt: Ids, responses: list[Ids]) -> None:
+        lengths = [len(ids) for ids in responses]
+        measured = self.report.lengths
+        measured["prompt"].append(len(prompt))
+        measured["response"] += lengths
+        if len(lengths) == 2:
+            measured["chosen"].append(lengths[0])
+            measured["rejected"].append(lengths[1])
+        measured["longest"].append(len(prompt) + max(lengths))
+
+    def _cut_prompt(self, record: Record, prompt: Ids, responses: list[Ids]) -> Ids:
+        """The prompt, without its start where the policy says so; raises _Drop."""
+        policy, longest = self.policy, max(map(len, responses))
+        limit = len(prompt) if policy.max_prompt_length is None else policy.max_prompt_length
+        if len(prompt) <= limit and len(prompt) + longest <= policy.max_length:
+            return prompt
+        if policy.truncation == "error":
+            raise DataError(
+                f"{record.id}: a prompt of {len(prompt)} tokens and a longest response of {longest}"
+                f" exceed max_length={policy.max_length} or "
+                f"max_prompt_length={policy.max_prompt_length} (truncation says error)"
+            )
+        if policy.truncation == "drop":
+            raise _Drop("prompt_too_long" if len(prompt) > limit else "too_long")
+        if policy.truncation == "cut_prompt_start":
+            limit = min(limit, policy.max_length - longest)
+        if len(prompt) <= limit:
+            return prompt
+        first = len(self.start)
+        if limit <= first:
+            raise _Drop("too_long")
+        return prompt[:first] + prompt[len(prompt) - limit + first :]
+
+    def _cut_responses(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
+        if self.policy.truncation != "cut_response_end":
+            return responses
+        room = max(self.policy.max_length - len(prompt), 0)
+        return [ids[:room] for ids in responses]
+
+    def _count_ends(self, prompt: Ids, responses: list[Ids]) -> None:
+        self.report.starts[prompt.count(self.bos)] += 1
+        for ids in responses:
+            self.report.ends["with EOS" if ids[-1] == self.eos else "without EOS"] += 1
+
+
+def _words(response: str | Sequence[dict]) -> bool:
+    """Whether a response says anything: white space alone is nothing."""
+    texts = [response] if isinstance(response, str) else [turn["content"] for turn in response]
+    return any(text.strip() for text in texts)
+
+
+def _has_equal(responses: Sequence[Ids]) -> bool:
+    return len(set(map(tuple, responses))) < len(responses)
+
+
+def _start_tokens(tokenizer: Any) -> Ids:
+    """What the tokenizer itself puts before a text: mostly [BOS] or nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    places = range(len(full) - len(plain) + 1)
+    first = next((i for i in places if full[i : i + len(plain)] == plain), 0)
+    return full[:first]
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """Every token text that the tokenizer reads as a control token."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}

@@ -1,0 +1,130 @@
+"""Every key that a config can have, with what it means; the files in configs/ change a few."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """The locked config: an unknown key or a value of another type is an error."""
+    config = ConfigDict()
+    config.seed = 0  # data order, and the initial weights of a model without a path
+    config.stages = ("sft", "dpo")  # what to run, in this order; each starts from the one before
+    config.distributed = False  # several processes: call jax.distributed.initialize() first
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 takes the devices that are left
+    config.model = _model()
+    config.tokenizer = ""  # folder or hub name; "" is the model's, or the embedded task's
+    config.tokens = _tokens()
+    config.row_length = 0  # tokens of a row; 0 chooses from the data
+    config.micro_rows = 0  # rows of a micro-batch on all devices together; 0 is the whole batch
+    config.max_logits = 2**25  # float32 logits on all devices at once (2**25 are 128 MiB)
+    config.sft = _sft()
+    config.dpo = _dpo()
+    config.log_every = 10  # steps
+    config.evaluate_every = 100
+    config.checkpoint_every = 100
+    config.keep = 2  # checkpoints of a stage
+    config.tensorboard = True
+    return config.lock()
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            path="",  # Hugging Face folder or hub name; "" makes a new model of the shape below
+            family="llama",  # llama or gpt2
+            width=128,
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            mlp_width=384,
+            max_positions=256,
+            compute_dtype="float32",  # or bfloat16: matrix products; masters stay float32
+            remat="none",  # what a layer recomputes backward: none, dots, full
+        )
+    )
+
+
+def _tokens() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            max_length=512,  # prompt and one response together
+            max_prompt_length=0,  # 0: only max_length counts
+            truncation="drop",  # drop, cut_prompt_start, cut_response_end, error
+            append_eos=True,
+            identical="drop",  # records whose responses are equal: drop, keep, error
+            empty="drop",  # records with a response without text: drop, keep, error
+            prompts_differ="drop",  # pairs whose dialogues have different prompts: drop, error
+        )
+    )
+
+
+def _data(source: str, train: int, evaluation: int) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            source=source,  # "reviews" (embedded), a file, a folder, or a datasets name
+            split="",  # of a datasets name or folder, or of a JSON object of lists
+            form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text
+            limit=train,  # use so many records; 0 is all (the embedded task makes this many)
+            eval_source="",  # "" holds out a share of `source`, whole prompts at a time
+            eval_split="",
+            eval_share=0.1,
+            eval_limit=evaluation,
+        )
+    )
+
+
+def _optimizer(learning_rate: float) -> dict:
+    return dict(
+        learning_rate=learning_rate,
+        warmup_steps=20,
+        schedule="constant",  # constant, linear, cosine
+        optimizer=ConfigDict(
+            dict(
+                name="adamw",  # or rmsprop
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                rms_decay=0.99,
+                weight_decay=0.0,
+                clip_norm=1.0,  # 0 is off
+            )
+        ),
+    )
+
+
+def _sft() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            data=_data("reviews", 12_000, 500),
+            score_prompt=False,  # whether the prompt's tokens are trained on as well
+            batch_size=64,  # examples of an optimiser step
+            epochs=1,
+            steps=0,  # 0: from epochs
+            **_optimizer(3e-3),
+        )
+    )
+
+
+def _dpo() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            data=_data("reviews", 6_000, 500),
+            loss="dpo",  # or ipo
+            beta=0.1,
+            label_smoothing=0.0,
+            length_norm="",  # ipo: sum or mean; there is no default
+            reference=ConfigDict(
+                dict(
+                    kind="cached",  # or live: computed in every step
+                    dtype="float32",  # of a live reference's weights; bfloat16 halves them
+                    path="",  # "" is the policy that the stage starts from
+                    cache="",  # folder of cached log-probs; "" is inside the workdir
+                )
+            ),
+            batch_size=64,
+            epochs=1,
+            steps=0,
+            **_optimizer(3e-4),
+        )
+    )

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning, and preferred-FT: maximum likelihood of the best response."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from dpojax import losses
+from dpojax.logprobs import sum_by_response
+from dpojax.training.metrics import Metric
+from dpojax.training.objective import Objective, Terms
+
+
+def objective() -> Objective:
+    """The token mean of -log policy over all scored tokens of the optimiser batch, nats.
+
+    Ouyang et al. 2022; with the preferred responses as data it is the "Preferred-FT" baseline of
+    Rafailov et al. 2023, section 6. Whether the prompt's tokens count is decided by the rows.
+    """
+
+    def terms(policy, rows, hyper) -> Terms:
+        del hyper
+        scored = rows.response >= 0
+        slots = rows.present.shape[-2] * rows.present.shape[-1]
+        per_example = lambda values: (
+            sum_by_response(values, rows.response, slots).reshape(rows.present.shape).sum(-1)
+        )
+        loss, tokens = losses.sft(per_example(policy)), per_example(scored.astype(jnp.float32))
+        logps = Metric(-loss, jnp.any(rows.present, axis=-1))
+        return Terms(loss, tokens, {"logps/chosen": logps})
+
+    return Objective(terms, needs_reference=False)

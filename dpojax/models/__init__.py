@@ -1,0 +1,5 @@
+"""Decoder-only transformers over rows that share prompts, and their Hugging Face checkpoints.
+
+`decoder.build(config)` gives pure functions over a plain dict of arrays; `huggingface.load` and
+`huggingface.save` exchange such dicts with `transformers`.
+"""

@@ -1,0 +1,133 @@
+"""What a decoder-only language model is, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+NORMS = ("layernorm", "rmsnorm")
+POSITIONS = ("learned", "rope")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+def _positive(field: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{field}: must be positive, got {value}")
+
+
+def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{field}: {value!r} is not one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings: angles of pair i are position * frequency_i.
+
+    kind: `default` (frequency_i = theta^(-2i / head_dim)), `linear` (all divided by `factor`),
+      `llama3` (long wavelengths divided, short ones kept, a ramp between), or `yarn`
+      (the same idea with a ramp over pairs; cosine and sine are multiplied by `attention_factor`).
+    original_max_positions: the context length before scaling (llama3, yarn).
+    """
+
+    kind: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self):
+        _one_of("rope.kind", self.kind, ROPE_KINDS)
+        if self.kind in ("llama3", "yarn") and not self.original_max_positions:
+            raise ValueError(f"rope.original_max_positions: {self.kind} scaling needs it")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer with norms before its attention and its MLP (GPT-2, Llama, ...).
+
+    Start from a family: `DecoderConfig(**LLAMA, vocab_size=512, width=64, layers=5, heads=8,
+    mlp_width=172, max_positions=512)`.
+
+    kv_heads: heads of keys and values, each shared by heads / kv_heads queries; None: heads.
+    head_dim: None: width / heads.
+    rope: for positions = 'rope'; `max_positions` is then a statement, not a limit.
+    activation: a name of `layers.ACTIVATIONS`. gated_mlp: down(activation(gate(x)) * up(x)).
+    tied_head: the head is the token embedding.
+    attention_scale: what queries . keys are multiplied by; None: 1 / sqrt(head_dim).
+    attention_scale_by_layer: in layer l = 0, 1, .. the scale is divided by l + 1.
+    windows: () or one entry per layer: None, or how many positions back (itself included) a token
+      sees.
+    initializer_range: the standard deviation of initial weights; with `scaled_residual_init` that
+      of the two projections into the residual stream is divided by sqrt(2 * layers).
+
+    Raises:
+      ValueError: a size that is not positive, an unknown name, or sizes that do not fit together.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    max_positions: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    positions: str = "learned"
+    rope: Rope | None = None
+    activation: str = "gelu_new"
+    gated_mlp: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    tied_head: bool = True
+    attention_scale: float | None = None
+    attention_scale_by_layer: bool = False
+    windows: tuple[int | None, ...] = ()
+    initializer_range: float = 0.02
+    scaled_residual_init: bool = False
+
+    def __post_init__(self):
+        for field in ("vocab_size", "width", "layers", "heads", "mlp_width", "max_positions"):
+            _positive(field, getattr(self, field))
+        if self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if self.head_dim is None:
+            if self.width % self.heads:
+                raise ValueError(f"heads: {self.heads} does not divide width {self.width}")
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        _positive("kv_heads", self.kv_heads)
+        _positive("head_dim", self.head_dim)
+        _one_of("norm", self.norm, NORMS)
+        _one_of("positions", self.positions, POSITIONS)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
+        if (self.positions == "rope") != (self.rope is not None):
+            raise ValueError("rope: give Rope(...) with positions='rope', and only then")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim: rope rotates pairs, but head_dim is {self.head_dim}")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"windows: {len(self.windows)} entries for {self.layers} layers")
+        for window in self.windows:
+            if window is not None:
+                _positive("windows", window)
+
+
+GPT2 = {"scaled_residual_init": True}
+LLAMA = {
+    "norm": "rmsnorm",
+    "positions": "rope",
+    "rope": Rope(),
+    "activation": "silu",
+    "gated_mlp": True,
+    "qkv_bias": False,
+    "out_bias": False,
+    "mlp_bias": False,
+    "tied_head": False,
+}

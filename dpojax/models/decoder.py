@@ -1,0 +1,168 @@
+"""The decoder: NNX describes the architecture, everyone else sees a plain dict of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from dpojax.logprobs import Head
+from dpojax.models.attention import Attention, Context, Layer, context, layer_constants
+from dpojax.models.config import DecoderConfig
+from dpojax.models.layers import ACTIVATIONS, Mlp, Norm, product
+from dpojax.sharding import ROWS, constrain
+
+Params = dict
+
+# Stacked layers lead with an axis that is never sharded: the scan walks over it.
+SHARDING_RULES = (
+    (r"(embed/tokens|embed/positions|head/kernel)$", P("tensor", "fsdp")),
+    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"attention/(query|key|value)/bias$", P(None, "tensor", None)),
+    (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"mlp/(gate|up)/bias$", P(None, "tensor")),
+    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r".*", P()),
+)
+
+# What the backward pass of a layer finds stored; all else is computed again.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Model(NamedTuple):
+    """Pure functions over `params`, a nested dict of arrays (float32 as `init` makes them).
+
+    init(key) -> params: float32; run it under jit with out_shardings for large models.
+    apply(params, rows) -> hidden [R, T, width] in the compute dtype, after the final norm. `rows`
+      is any object with int32 arrays [R, T] `tokens, positions, segment, branch`. An id or learned
+      position outside its table makes its row NaN; it never reads another entry of the table.
+    head(params) -> Head, its weight [vocab_size, width] the embedding table where tied.
+    """
+
+    config: DecoderConfig
+    init: Callable[[Array], Params]
+    apply: Callable[..., Array]
+    head: Callable[[Params], Head]
+
+
+def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "none") -> Model:
+    """The decoder that `config` describes.
+
+    Args:
+      compute_dtype: of activations and products; norms and softmax stay in float32.
+      remat: a name of REMAT: `none` stores all that the backward pass wants, `dots` the products
+        with weights, `full` only every layer's input.
+
+    Raises:
+      ValueError: an unknown remat policy or activation.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat: {remat!r} is not one of {', '.join(REMAT)}")
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: {config.activation!r} is not one of {known}")
+
+    def make(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(config, jnp.dtype(compute_dtype), remat, rngs)
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
+
+    def apply(params: Params, rows) -> Array:
+        return nnx.merge(graphdef, params)(rows)
+
+    def head(params: Params) -> Head:
+        return Head(params["embed"]["tokens"] if config.tied_head else params["head"]["kernel"])
+
+    return Model(config, init, apply, head)
+
+
+def logits(model: Model, params: Params, rows) -> Array:
+    """All logits, float32 [R, T, vocab_size]: for tests and small inputs only.
+
+    Training reads log-probs through `dpojax.logprobs`, which never builds this array.
+    """
+    hidden, head = model.apply(params, rows), model.head(params)
+    z = product("rtd,vd->rtv", hidden, head.weight.astype(hidden.dtype), dtype=jnp.float32)
+    if head.scale is not None:
+        z = z * head.scale
+    if head.bias is not None:
+        z = z + head.bias.astype(jnp.float32)[None, None]
+    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+
+
+class Embed(nnx.Module):
+    """Token embeddings, plus learned position embeddings where the family has them: [R, T, D]."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.tokens = _table(config.vocab_size, config, rngs)
+        learned = config.positions == "learned"
+        self.positions = _table(config.max_positions, config, rngs) if learned else None
+
+    def __call__(self, rows, dtype) -> Array:
+        x = jnp.take(self.tokens[...], rows.tokens, axis=0, mode="fill").astype(dtype)
+        if self.positions is not None:
+            places = jnp.take(self.positions[...], rows.positions, axis=0, mode="fill")
+            x = x + places.astype(dtype)
+        return x
+
+
+class Output(nnx.Module):
+    """The weights of an untied head; `Model.head` hands them out, nothing here applies them."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.kernel = _table(config.vocab_size, config, rngs)
+
+
+def _table(size: int, config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
+    values = jax.random.normal(rngs.params(), (size, config.width), jnp.float32)
+    return nnx.Param(config.initializer_range * values)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
+        self.attention = Attention(config, rngs)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x: Array, context: Context, layer: Layer) -> Array:
+        x = constrain(x + self.attention(self.attention_norm(x), context, layer), ROWS, None, None)
+        return constrain(x + self.mlp(self.mlp_norm(x)), ROWS, None, None)
+
+
+class Decoder(nnx.Module):
+    """Embedding, one stacked block scanned over the layers, final norm."""
+
+    def __init__(self, config: DecoderConfig, dtype, remat: str, rngs: nnx.Rngs):
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.embed = Embed(config, rngs)
+        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs))(rngs.split(config.layers))
+        self.final_norm = Norm(config)
+        self.head = None if config.tied_head else Output(config, rngs)
+
+    def __call__(self, rows) -> Array:
+        shared = context(self.config, rows)
+
+        def body(x, block_and_layer):
+            block, layer = block_and_layer
+            return block(x, shared, layer), None
+
+        # The scan is itself the barrier that prevent_cse would add.
+        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
+        x, _ = jax.lax.scan(body, x, (self.blocks, layer_constants(self.config)))
+        return self.final_norm(x)

@@ -1,0 +1,102 @@
+"""Products, norms, activations and the MLP: the parts that know nothing of tokens."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dpojax.models.config import DecoderConfig
+from dpojax.sharding import ROWS, constrain
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def product(subscripts: str, x: Array, y: Array, dtype=None) -> Array:
+    """Every matrix product of the model: einsum of two arrays of one dtype.
+
+    The result has `dtype`, by default x's. Accelerators sum bfloat16 products in float32 whatever
+    the result's dtype; asking for float32 only saves the last rounding (attention logits), and
+    makes the backward pass multiply float32 cotangents, which is slower.
+    """
+    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype or x.dtype)
+
+
+class Dense(nnx.Module):
+    """An affine map x -> product(subscripts, x, kernel) + bias; weights are cast to x's dtype."""
+
+    def __init__(self, subscripts, shape, *, bias: bool, std: float, rngs: nnx.Rngs):
+        self.subscripts = subscripts
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+        _, axes, result = re.split(",|->", subscripts)
+        outputs = tuple(size for axis, size in zip(axes, shape) if axis in result)
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = product(self.subscripts, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last axis of [R, T, D], in float32; x's dtype comes out."""
+
+    def __init__(self, config: DecoderConfig):
+        self.eps, self.center = config.norm_eps, config.norm == "layernorm"
+        self.scale = nnx.Param(jnp.ones(config.width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(config.width, jnp.float32)) if self.center else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        if self.center:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32)[None, None]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)[None, None]
+        return y.astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.activation = ACTIVATIONS[config.activation]
+        inward, std = (config.width, config.mlp_width), config.initializer_range
+        dense = functools.partial(Dense, bias=config.mlp_bias, rngs=rngs)
+        self.gate = dense("rtd,df->rtf", inward, std=std) if config.gated_mlp else None
+        self.up = dense("rtd,df->rtf", inward, std=std)
+        self.down = dense("rtf,fd->rtd", inward[::-1], std=residual_std(config))
+
+    def __call__(self, x: Array) -> Array:
+        if self.gate is None:
+            hidden = self.activation(self.up(x))
+        else:
+            hidden = self.activation(self.gate(x)) * self.up(x)
+        return self.down(constrain(hidden, ROWS, None, "tensor"))
+
+
+def residual_std(config: DecoderConfig) -> float:
+    """Initial standard deviation of a projection into the residual stream (GPT-2, section 2.3)."""
+    scale = (2 * config.layers) ** -0.5 if config.scaled_residual_init else 1.0
+    return scale * config.initializer_range

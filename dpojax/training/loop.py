@@ -1,0 +1,197 @@
+"""The loop around the step: logs, evaluates, saves, stops cleanly, and never trains on NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from dpojax import sharding
+from dpojax.data.rows import Rows, utilisation
+from dpojax.data.tokenise import Example
+from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progress
+from dpojax.training.objective import Hyper
+from dpojax.training.state import State
+from dpojax.training.step import Report
+from dpojax.training.throughput import memory_bytes
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient is NaN or infinite; the state before the step is kept."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved its state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Steps between two logs, evaluations and checkpoints; 0 is never before the end."""
+
+    log: int
+    evaluate: int
+    checkpoint: int
+
+    def due(self, step: int, steps: int) -> tuple[bool, ...]:
+        """Whether to log, evaluate and save after `step` of `steps`; always after the last."""
+        return tuple(
+            step == steps or (interval > 0 and step % interval == 0)
+            for interval in dataclasses.astuple(self)
+        )
+
+
+class StopSignal:
+    """Remembers a SIGTERM while it is entered; all processes agree on it at the same step."""
+
+    def __enter__(self) -> StopSignal:
+        self.asked = False
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        if jax.process_count() == 1:
+            return self.asked
+        return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
+
+
+@dataclasses.dataclass
+class Fit:
+    """What a stage needs in order to run; call it with a state.
+
+    step: the jitted step, (state, rows on the mesh, hyper) -> (state, report).
+    batches: NumPy rows in training order, positioned at the state's step; its state is saveable.
+    to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are wanted.
+    evaluate: params -> values by metric name, on the held-out data.
+    flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together.
+    """
+
+    stage: str
+    step: Callable[[State, Rows, Hyper], tuple[State, Report]]
+    batches: Iterator[Rows]
+    to_device: Callable[[Rows], Rows]
+    evaluate: Callable[[dict], dict[str, float]]
+    flops: Callable[[Rows], float]
+    ceiling: float
+    hyper: Hyper
+    steps: int
+    every: Every
+    examples: Sequence[Example]
+    checkpoints: Checkpoints
+    writer: MetricWriter
+
+    def __call__(self, state: State) -> State:
+        """Train to the last step and return the final state, which is also on disk.
+
+        Raises:
+          NonFiniteLoss: naming the examples; the last good checkpoint is untouched.
+          Preempted: after a SIGTERM, once the state is saved.
+        """
+        done = int(state.step)
+        pace = _Pace(self.flops, self.ceiling)
+        if done == 0:
+            self._evaluate(state, 0)
+        with StopSignal() as stop, progress(self.steps, done, self.stage) as bar:
+            pending = None
+            while done < self.steps:
+                rows = next(self.batches)
+                state, report = self.step(state, self.to_device(rows), self.hyper)
+                done += 1
+                if pending is not None:  # one step behind, so that the device never waits for us
+                    self._check(*pending, done - 1)
+                pending = rows, report
+                pace.add(rows, report)
+                bar.update()
+                log, evaluate, save = self.every.due(done, self.steps)
+                stopping = (log or jax.process_count() == 1) and stop.agreed()
+                if log or evaluate or save or stopping:
+                    self._check(*pending, done)
+                if log:
+                    values = pace.flush()
+                    self.writer.write(done, values, split="train")
+                    bar.set_postfix_str(_postfix(values))
+                if evaluate:
+                    self._evaluate(state, done)
+                    pace.restart()
+                if save or stopping:
+                    self._save(state, done)
+                if stopping and done < self.steps:
+                    self.checkpoints.wait()
+                    raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
+        self.checkpoints.wait()
+        return state
+
+    def _check(self, rows: Rows, report: Report, step: int) -> None:
+        if bool(report.finite):
+            return
+        bad = np.asarray(sharding.to_host(report.bad))
+        names = [self.examples[i].id for i in rows.example[bad] if i >= 0]
+        if not names:
+            all_of_them = [self.examples[i].id for i in rows.example.ravel() if i >= 0]
+            names = ["the gradient, not any one loss; the batch was", *all_of_them]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise NonFiniteLoss(
+            f"{self.stage}: loss or gradient is not finite at step {step}: {shown}. The last good "
+            f"checkpoint ({self.checkpoints.latest}) is kept; look at these records with "
+            "scripts/inspect_data.py, or lower the learning rate"
+        )
+
+    def _evaluate(self, state: State, step: int) -> None:
+        values = self.evaluate(state.params)
+        self.writer.write(step, values, split="eval")
+        if jax.process_index() == 0:
+            tqdm.write(f"{self.stage}  {evaluation_line(step, self.steps, values)}")
+
+    def _save(self, state: State, step: int) -> None:
+        self.checkpoints.save(step, state, self.batches, metadata={"stage": self.stage})
+
+
+class _Pace:
+    """Metrics and speed since the last log."""
+
+    def __init__(self, flops, ceiling):
+        self.window, self.flops_of, self.ceiling = Window(), flops, ceiling
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.tokens, self.flops, self.fill = time.perf_counter(), 0, 0.0, []
+
+    def add(self, rows: Rows, report: Report) -> None:
+        self.window.add(report.metrics)
+        self.tokens += int((rows.segment > 0).sum())
+        self.flops += self.flops_of(rows)
+        self.fill.append(utilisation(rows))
+
+    def flush(self) -> dict[str, float]:
+        values = self.window.flush()  # waits for the device
+        seconds = time.perf_counter() - self.began
+        if self.fill:
+            values |= {
+                "num_tokens": self.tokens,
+                "perf/tokens_per_second": self.tokens / seconds,
+                "perf/steps_per_second": len(self.fill) / seconds,
+                "perf/model_flops_utilisation": self.flops / seconds / self.ceiling,
+                "perf/row_utilisation": float(np.mean(self.fill)),
+            }
+        values |= {f"memory/{name}": float(n) for name, n in memory_bytes().items()}
+        self.restart()
+        return values
+
+
+def _postfix(values: dict[str, float]) -> str:
+    shown = {"loss": "loss", "rewards/accuracies": "accuracy"}
+    return ", ".join(
+        f"{short} {values[name]:.3f}" for name, short in shown.items() if name in values
+    )

@@ -1,0 +1,114 @@
+"""The train state, its optimiser, and how both lie on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from dpojax import sharding
+
+DECAYED = ("kernel", "tokens")  # weight decay spares norms, biases and position embeddings
+
+
+class State(NamedTuple):
+    """Everything that a resumed run needs besides the data's position."""
+
+    step: Array  # int32, optimiser steps done
+    params: dict  # float32 master weights, a plain nested dict
+    opt_state: optax.OptState
+    rng: Array  # key data of the run's random key, uint32; fold in `step` to draw from it
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW or RMSprop, without the learning rate.
+
+    The update is a descent direction of unit scale: the step subtracts learning_rate times it, so
+    that the learning rate stays a traced number which a sweep can vary.
+
+    Args:
+      config: name ("adamw" or "rmsprop"), clip_norm (0 is off), weight_decay, b1, b2, eps,
+        rms_decay. RMSprop is torch's: no momentum, not centred, g / (sqrt(v) + eps), v from 0.
+
+    Raises:
+      ValueError: another name.
+    """
+    if config.name == "adamw":
+        scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    elif config.name == "rmsprop":
+        scale = optax.scale_by_rms(decay=config.rms_decay, eps=config.eps, eps_in_sqrt=False)
+    else:
+        raise ValueError(f"optimizer.name must be 'adamw' or 'rmsprop', got {config.name!r}")
+    parts = [scale]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decayed))
+    return optax.chain(*parts)
+
+
+def make_schedule(config, steps: int) -> Callable[[Array], Array]:
+    """The learning rate's factor in [0, 1] at a step (counted from 0).
+
+    Linear warm-up as the DPO authors' code has it, min(1, (step + 1) / (warmup_steps + 1)), then
+    constant, or decaying to zero at `steps` along a line or a cosine.
+
+    Raises:
+      ValueError: `config.schedule` is not constant, linear or cosine.
+    """
+    warmup = config.warmup_steps
+    if config.schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule must be constant, linear or cosine, got {config.schedule!r}")
+
+    def factor(step: Array) -> Array:
+        rise = jnp.minimum(1.0, (step + 1) / (warmup + 1))
+        left = 1 - jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+        if config.schedule == "constant":
+            return rise
+        return rise * (left if config.schedule == "linear" else 0.5 * (1 - jnp.cos(jnp.pi * left)))
+
+    return factor
+
+
+def abstract_state(
+    abstract_params, optimizer: optax.GradientTransformation, mesh: Mesh, rules
+) -> State:
+    """Shapes, dtypes and shardings of the state for parameters of the given shapes.
+
+    The optimiser's moments lie as their parameters do, everything else is replicated.
+    """
+    params = sharding.tree_shardings(abstract_params, mesh, rules)
+    shapes = jax.eval_shape(lambda p: _state(p, optimizer, 0), abstract_params)
+    repl = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: repl
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        State(repl, params, opt_state, repl),
+    )
+
+
+def new_state(params, optimizer: optax.GradientTransformation, abstract: State, seed: int) -> State:
+    """A state at step 0 that starts from (and takes over the buffers of) `params`."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    build = jax.jit(lambda p: _state(p, optimizer, seed), out_shardings=shardings, donate_argnums=0)
+    return build(params)
+
+
+def _state(params, optimizer, seed) -> State:
+    key = jax.random.key_data(jax.random.key(seed))
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+
+
+def _decayed(params):
+    def decayed(keys, _):
+        return sharding.path_of(keys).rsplit("/", 1)[-1] in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

@@ -1,0 +1,92 @@
+"""How fast and how large: model FLOPs, the matmul ceiling that they are held against, memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from dpojax.sharding import make_mesh
+
+
+def model_flops(
+    matmul_params: int, head_params: int, tokens: int, scored: int, *, backward: bool = True
+) -> float:
+    """FLOPs that a batch needs: 2 per parameter and token forward, and twice that backward.
+
+    Kaplan et al. 2020, table 1, without the attention scores, whose share is small for rows much
+    shorter than six times the width. Recomputation is not counted, so that utilisation is
+    comparable between rematerialisation policies.
+
+    Args:
+      matmul_params: parameters that multiply every token; no embedding table, no LM head.
+      head_params: width x vocabulary; only scored tokens go through it.
+      tokens: tokens of the batch that are no padding.
+      scored: tokens whose log-prob is computed.
+      backward: also count the gradient.
+    """
+    forward = 2.0 * (matmul_params * tokens + head_params * scored)
+    return 3.0 * forward if backward else forward
+
+
+def matmul_flops_per_second(
+    dtype: DTypeLike, *, size: int | None = None, seconds: float = 0.3
+) -> float:
+    """The matmul speed of this process's first device, measured: the ceiling of utilisation.
+
+    A CPU device stands for the whole host, whose cores all CPU devices share. The best of several
+    runs of square products [size, size], after a warm-up; measured once per dtype and size.
+
+    Args:
+      dtype: of the factors, e.g. `"bfloat16"`.
+      size: 1024 on a CPU and 8192 elsewhere by default.
+      seconds: for how long to repeat; at least three runs are made.
+    """
+    return _measured(jnp.dtype(dtype).name, size, seconds)
+
+
+@functools.cache
+def _measured(dtype: str, size: int | None, seconds: float) -> float:
+    device = jax.local_devices()[0]
+    on_cpu = device.platform == "cpu"
+    size = size or (1024 if on_cpu else 8192)
+    products = 1 if on_cpu else 16  # in one call, so that dispatch does not count
+
+    @jax.jit
+    def multiply(x, w):
+        return jax.lax.fori_loop(0, products, lambda _, x: x @ w, x)
+
+    with jax.set_mesh(make_mesh(devices=[device])):  # not the run's mesh, of all devices
+        # Random factors, since constant ones draw less power and run faster than a model can; the
+        # scale keeps products at variance 1.
+        keys = jax.random.split(jax.random.key(0))
+        x, w = (jax.random.normal(key, (size, size), dtype) for key in keys)
+        w = (w / math.sqrt(size)).astype(dtype)
+        multiply(x, w).block_until_ready()
+        times, stop = [], time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < stop:
+            began = time.perf_counter()
+            multiply(x, w).block_until_ready()
+            times.append(time.perf_counter() - began)
+    return products * 2.0 * size**3 / min(times)
+
+
+def memory_bytes() -> dict[str, int]:
+    """Peak memory in bytes, under a name that says whose.
+
+    Returns:
+      `peak_device_bytes`, of the fullest local device, where the backend counts it; otherwise
+      `peak_host_rss_bytes`, of this process.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    if peaks:
+        return {"peak_device_bytes": max(peaks)}
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return {"peak_host_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

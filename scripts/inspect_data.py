@@ -1,0 +1,132 @@
+"""What a data set becomes: a report on every record, and the tokens of a few, in colour.
+
+    python scripts/inspect_data.py --data FILE --tokenizer FOLDER --max-length 512 --show 3
+
+Prompt dim, chosen green, rejected red, special tokens inverted, "|" between tokens, newlines as ⏎.
+Without a terminal, or with NO_COLOR set, special tokens stand in ⟦brackets⟧ instead.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+import transformers
+
+from dpojax.data import records, sources, tokenise
+
+DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report and the rows; returns 0, 1 (--strict and dropped records) or 2 (error)."""
+    args = _arguments(argv)
+    try:
+        report = _inspect(args)
+    except (records.DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if args.strict and report.dropped else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    default = tokenise.Policy()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", required=True, nargs="+", help="file, glob, folder or hub name; several files")
+    add("--tokenizer", required=True, help="Hugging Face folder or hub name")
+    add("--split", help="split of a folder or hub data set")
+    add("--form", default="auto", help=f"auto or one of {', '.join(records.FORMS)}")
+    add("--chat-template", type=pathlib.Path, help="file with a Jinja chat template")
+    add("--max-length", type=int, default=default.max_length, help="prompt + response, tokens")
+    add("--max-prompt-length", type=int, default=default.max_prompt_length)
+    add("--truncation", default=default.truncation, help="drop, cut_prompt_start, ... (Policy)")
+    add("--show", type=int, default=3, help="how many examples to print")
+    add("--from", dest="first", metavar="ID", help="id of the first example to print (FILE:NUMBER)")
+    add("--json", type=pathlib.Path, help="also write the report here")
+    add("--strict", action="store_true", help="exit with 1 if any record was dropped")
+    return parser.parse_args(argv)
+
+
+def _inspect(args: argparse.Namespace):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+    policy = tokenise.Policy(
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        truncation=args.truncation,
+    )
+    path = args.data[0] if len(args.data) == 1 else args.data
+    found, report = sources.load_records(path, split=args.split, form=args.form)
+    examples, report = tokenise.tokenise(found, tokenizer, policy, report)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    ids = [example.id for example in examples]
+    if args.first and args.first not in ids:
+        raise records.DataError(f"no example has the id {args.first!r}; ids are like {ids[0]!r}")
+    first = ids.index(args.first) if args.first else 0
+    for example in examples[first : first + args.show]:
+        print(render(example, tokenizer, colour) + "\n")
+    print(report)
+    if args.json:
+        half = args.json.with_name(args.json.name + ".part")
+        half.write_text(report.to_json() + "\n", encoding="utf-8")
+        half.replace(args.json)
+    return report
+
+
+def render(example: tokenise.Example, tokenizer, colour: bool) -> str:
+    """One example as text for a terminal: a headed block of tokens for the prompt and responses."""
+    blocks = [("prompt", DIM, example.prompt, False)]
+    names = _names(len(example.responses), example.label)
+    for (name, style), ids, cut in zip(names, example.responses, example.cut):
+        blocks.append((name, style, ids, cut))
+    lines = [_paint(example.id, "1", colour)]
+    for name, style, ids, cut in blocks:
+        note = ", end cut off" if cut else ""
+        lines.append(_paint(f"{name} ({len(ids):,} tokens{note})", CYAN, colour))
+        lines.append("  " + tokens(ids, tokenizer, style, colour))
+    return "\n".join(lines)
+
+
+def _names(count: int, label: bool | None) -> list[tuple[str, str]]:
+    """(name, style) of each response."""
+    if label is not None:
+        return [("desirable", GREEN) if label else ("undesirable", RED)]
+    if count == 1:
+        return [("response", GREEN)]
+    if count == 2:
+        return [("chosen", GREEN), ("rejected", RED)]
+    return [(f"rank {k}", RED if k == count else GREEN) for k in range(1, count + 1)]
+
+
+def tokens(ids, tokenizer, style: str, colour: bool) -> str:
+    """Token texts with "|" between them. Bytes of one character that several tokens share stand
+    as that character and *N."""
+    pieces, pending = [], []
+    # Decoded behind a letter, as the first token of a text loses its space in some tokenizers.
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = len(tokenizer.decode(anchor))
+    special = set(tokenizer.all_special_ids)
+    for place, token in enumerate(ids.tolist()):
+        if token in special and not pending:
+            name = tokenizer.convert_ids_to_tokens(token)
+            pieces.append(_paint(name, INVERSE, True) if colour else f"⟦{name}⟧")
+            continue
+        pending.append(token)
+        text = tokenizer.decode(anchor + pending)[before:]
+        if text.endswith("\ufffd") and len(pending) < 4 and place + 1 < len(ids):
+            continue
+        shown = text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥").replace("\x1b", "␛")
+        shown += f"*{len(pending)}" if len(pending) > 1 else ""
+        pieces.append(_paint(shown, style, colour))
+        pending = []
+    return _paint("|", DIM, colour).join(pieces)
+
+
+def _paint(text: str, style: str, colour: bool) -> str:
+    return f"\x1b[{style}m{text}{OFF}" if colour else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Train: python scripts/train.py --config=configs/reviews.py --workdir=runs/reviews
+
+Any key of the config can be set on the command line (--config.dpo.beta=0.3). The same command in
+the same workdir resumes. SIGTERM saves and exits with 0.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything.")
+
+
+def main(_) -> int:
+    from dpojax.launch.run import run
+    from dpojax.training.loop import Preempted
+
+    try:
+        run(CONFIG.value, WORKDIR.value)
+    except Preempted as stopped:
+        print(f"{stopped}; the same command resumes", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

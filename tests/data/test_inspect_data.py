@@ -1,0 +1,161 @@
+"""The inspect script: what it prints, what it writes, and how it exits."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from dpojax.data.tokenise import Example
+
+PATH = pathlib.Path(__file__).resolve().parents[2] / "scripts/inspect_data.py"
+SPEC = importlib.util.spec_from_file_location("inspect_data", PATH)
+inspect_data = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(inspect_data)
+
+ROWS = [
+    {"prompt": "Hi é\n", "chosen": "yes", "rejected": "no"},
+    {"prompt": "Hi", "chosen": "same", "rejected": "same"},
+    {"prompt": "Ho", "chosen": "a", "rejected": "b"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A folder with a byte-level tokenizer, one token a byte."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return path
+
+
+def run(data, tokenizer, *options):
+    return inspect_data.main(["--data", str(data), "--tokenizer", str(tokenizer), *options])
+
+
+def test_it_prints_tokens_with_their_boundaries_and_then_the_report(data, tokenizer, capsys):
+    assert run(data, tokenizer) == 0
+    out = capsys.readouterr().out
+    assert "a.jsonl:1\nprompt (6 tokens)\n  H|i| |é*2|⏎\n" in out
+    assert "chosen (4 tokens)\n  y|e|s|⟦</s>⟧\nrejected (3 tokens)\n  n|o|⟦</s>⟧\n" in out
+    assert "a.jsonl:3\n" in out
+    assert "3 records read, 2 kept, 1 dropped" in out
+    assert "identical: responses are equal" in out
+    assert "\x1b" not in out
+
+
+def test_show_and_from_choose_the_examples(data, tokenizer, capsys):
+    run(data, tokenizer, "--show", "1", "--from", "a.jsonl:3")
+    out = capsys.readouterr().out
+    assert out.startswith("a.jsonl:3\n")
+    assert run(data, tokenizer, "--from", "a.jsonl:2") == 2
+    assert "no example has the id 'a.jsonl:2'" in capsys.readouterr().err
+
+
+def test_strict_fails_when_a_record_was_dropped(data, tokenizer, capsys):
+    assert run(data, tokenizer, "--strict") == 1
+    data.write_text(json.dumps(ROWS[0]), encoding="utf-8")
+    assert run(data, tokenizer, "--strict") == 0
+
+
+def test_the_report_is_written_whole(data, tokenizer, tmp_path, capsys):
+    run(data, tokenizer, "--json", str(tmp_path / "out.json"))
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert (content["read"], content["kept"]) == (3, 2)
+    assert content["dropped"]["identical"] == {"count": 1, "examples": ["a.jsonl:2"]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--form", "pairs"], "form 'pairs' is not known"),
+        (["--truncation", "cut"], "truncation should be one of"),
+        (["--max-length", "3"], "all 3 records were dropped"),
+        (["--split", "train"], "has no splits"),
+    ],
+)
+def test_an_error_is_one_message_without_a_traceback(data, tokenizer, capsys, options, said):
+    assert run(data, tokenizer, *options) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_a_chat_template_can_come_from_a_file(tmp_path, tokenizer, capsys):
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps(row), encoding="utf-8")
+    assert run(data, tokenizer) == 2
+    assert "no chat template" in capsys.readouterr().err
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}", encoding="utf-8")
+    assert run(data, tokenizer, "--chat-template", str(template)) == 0
+    assert "prompt (2 tokens)\n  q|.\nresponse (3 tokens)\n  a|.|⟦</s>⟧" in capsys.readouterr().out
+
+
+def test_colours_add_nothing_but_colours(tokenizer):
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+
+    def encode(text):
+        return np.asarray(loaded(text)["input_ids"], np.int32)
+
+    example = Example("f:1", encode("q"), (encode("a</s>"), encode("b")), (False, True), None)
+    coloured = inspect_data.render(example, loaded, colour=True)
+    plain = inspect_data.render(example, loaded, colour=False)
+    bare = re.sub(r"\x1b\[\d+m", "", coloured)
+    assert bare == plain.replace("⟦", "").replace("⟧", "")
+    assert "\x1b[2mq\x1b[0m" in coloured
+    assert "\x1b[32ma\x1b[0m" in coloured
+    assert "\x1b[31mb\x1b[0m" in coloured
+    assert "\x1b[7m</s>\x1b[0m" in coloured
+    assert "end cut off" in plain
+
+
+def test_no_color_is_respected_on_a_terminal(data, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    run(data, tokenizer)
+    assert "\x1b[" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    run(data, tokenizer)
+    assert "\x1b[" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("label", "count", "names"),
+    [
+        (True, 1, ["desirable"]),
+        (False, 1, ["undesirable"]),
+        (None, 1, ["response"]),
+        (None, 3, ["rank 1", "rank 2", "rank 3"]),
+    ],
+)
+def test_responses_are_called_what_they_are(tokenizer, label, count, names):
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    one = np.asarray(loaded("x")["input_ids"], np.int32)
+    example = Example("f:1", one, (one,) * count, (False,) * count, label)
+    text = inspect_data.render(example, loaded, colour=False)
+    assert re.findall(r"^(.*) \(1 tokens\)", text, re.MULTILINE) == ["prompt", *names]

@@ -1,0 +1,271 @@
+"""Every form of preference data parses to the same Record, and every fault is named."""
+
+import gzip
+import json
+
+import pytest
+
+from dpojax.data.records import DataError, Record, Reject, detect, parse
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def json_lines(path):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_a_pair_keeps_its_texts_as_they_are():
+    row = {"prompt": "Q: ", "chosen": " good ", "rejected": "bad\n"}
+    assert parse(row, "f:1") == Record("f:1", "Q: ", (" good ", "bad\n"))
+
+
+def test_a_conversational_pair_keeps_its_messages():
+    row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert parse(row, "f:1") == Record("f:1", (user("q"),), ((assistant("a"),), (assistant("b"),)))
+
+
+def test_text_beside_messages_becomes_a_message():
+    expected = Record("f:1", (user("q"),), ((assistant("a"),), (assistant("b"),)))
+    text_answers = {"prompt": [user("q")], "chosen": "a", "rejected": "b"}
+    text_prompt = {"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert parse(text_answers, "f:1") == parse(text_prompt, "f:1") == expected
+
+
+def test_whole_dialogues_are_split_between_messages_and_never_inside_a_text():
+    shared = [user("q"), assistant("The"), user("more")]
+    row = {"chosen": [*shared, assistant("They go")], "rejected": [*shared, assistant("They stay")]}
+    record = parse(row, "f:1")
+    assert record.prompt == tuple(shared)
+    assert record.responses == ((assistant("They go"),), (assistant("They stay"),))
+
+
+def test_equal_dialogues_keep_their_last_message_as_the_response():
+    row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}
+    assert parse(row, "f:1") == Record("f:1", (user("q"),), ((assistant("a"),), (assistant("a"),)))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]},
+        # The dialogues part before a user's turn: that turn would be scored as the model's.
+        {
+            "chosen": [user("q"), assistant("a"), user("x"), assistant("c")],
+            "rejected": [user("q"), assistant("b"), user("y"), assistant("d")],
+        },
+        {
+            "prompt": "another",
+            "chosen": [user("q"), assistant("a")],
+            "rejected": [user("q"), assistant("b")],
+        },
+    ],
+)
+def test_dialogues_with_different_prompts_are_rejected_and_not_repaired(row):
+    assert parse(row, "f:1") == Reject("f:1", "prompts_differ")
+
+
+def test_a_stated_prompt_that_agrees_with_the_dialogues_is_no_fault():
+    dialogues = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    expected = parse(dialogues, "f:1")
+    assert parse({"prompt": "q", **dialogues}, "f:1") == expected
+    assert parse({"prompt": [user("q")], **dialogues}, "f:1") == expected
+
+
+def test_absent_message_keys_that_arrow_fills_with_none_are_taken_out():
+    row = {
+        "prompt": [{**user("q"), "name": None}],
+        "chosen": [{**assistant("a"), "tool_calls": None}],
+        "rejected": [assistant("b")],
+    }
+    assert parse(row, "f:1").responses[0] == (assistant("a"),)
+    assert parse(row, "f:1").prompt == (user("q"),)
+
+
+def test_hh_splits_at_the_last_assistant_turn():
+    head = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": head + " The cat", "rejected": head + " The dog"}
+    assert parse(row, "f:1") == Record("f:1", head, (" The cat", " The dog"))
+
+
+def test_hh_with_different_prompts_is_rejected():
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}
+    assert parse(row, "f:1") == Reject("f:1", "prompts_differ")
+
+
+def test_key_order_never_matters():
+    row = {"instruction": "Add.", "input": "1 1", "output": "2", "chosen": "2", "rejected": "3"}
+    turned = dict(reversed(row.items()))
+    assert parse(row, "f:1") == parse(turned, "f:1")
+    assert parse(row, "f:1").responses == ("2", "3")
+
+
+def test_an_instruction_without_input_leaves_the_input_section_out():
+    with_input = parse({"instruction": "Add {this}.", "input": "1 1", "output": "2"}, "f:1")
+    without = parse({"instruction": "Add {this}.", "input": "", "output": "2"}, "f:1")
+    assert (
+        "### Instruction:\nAdd {this}.\n\n### Input:\n1 1\n\n### Response:\n" in with_input.prompt
+    )
+    assert "Add {this}.\n\n### Response:\n" in without.prompt
+    assert with_input.responses == without.responses == ("2",)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ({}, ("a", "b", "c")),
+        ({"ranks": [3, 1, 2]}, ("b", "c", "a")),
+        ({"scores": [0.5, -1, 2]}, ("c", "a", "b")),
+        ({"ranks": [2, 1, 1]}, ("b", "c", "a")),  # a tie keeps the listed order
+        ({"scores": [1, 1, 2]}, ("c", "a", "b")),
+    ],
+)
+def test_ranked_responses_come_out_best_first(order, expected):
+    row = {"prompt": "q", "responses": ["a", "b", "c"], **order}
+    assert parse(row, "f:1").responses == expected
+
+
+def test_responses_that_are_all_tied_state_no_preference():
+    row = {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 1]}
+    assert parse(row, "f:1") == Reject("f:1", "all_tied")
+
+
+def test_unpaired_data_carries_its_label():
+    row = {"prompt": "q", "completion": "a", "label": False}
+    assert parse(row, "f:1") == Record("f:1", "q", ("a",), False)
+
+
+@pytest.mark.parametrize("choice", [0, 1])
+def test_a_comparison_puts_the_chosen_summary_first(choice):
+    row = {
+        "info": {"subreddit": "tea", "title": "Green", "post": "Or black?"},
+        "summaries": [{"text": " zero"}, {"text": " one"}],
+        "choice": choice,
+    }
+    record = parse(row, "f:1")
+    assert record.prompt == "SUBREDDIT: r/tea\n\nTITLE: Green\n\nPOST: Or black?\n\nTL;DR:"
+    assert record.responses == ((" zero", " one") if choice == 0 else (" one", " zero"))
+
+
+def test_a_comparison_of_news_takes_the_article():
+    row = {"info": {"article": "News."}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
+    assert parse(row, "f:1").prompt == "Article: News.\n\nTL;DR:"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "hello", "label": 1}, Record("f:1", "", ("hello",))),
+        ({"prompt": "p", "completion": "c"}, Record("f:1", "p", ("c",))),
+        (
+            {"messages": [user("q"), assistant("a")]},
+            Record("f:1", (user("q"),), ((assistant("a"),),)),
+        ),
+    ],
+)
+def test_text_for_fine_tuning_has_one_response(row, expected):
+    assert parse(row, "f:1") == expected
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+STIENNON = {
+    "info": {"subreddit": "s", "title": "t", "post": "p"},
+    "summaries": [{"text": "a"}, {"text": "b"}],
+    "choice": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "said"),
+    [
+        ({"question": "q", "answer": "a"}, "auto", ["answer, question", "pair: prompt", "hh:"]),
+        ({**PAIR, "rejected": None}, "auto", ["'rejected'", "text", "null"]),
+        ({**PAIR, "chosen": 3, "rejected": "b"}, "auto", ["'chosen'", "int 3"]),
+        ({**PAIR, "prompt": 1.5}, "auto", ["'prompt'", "float 1.5"]),
+        ({"prompt": "p", "chosen": "a"}, "pair", ["'rejected' is missing", "chosen, prompt"]),
+        ({**PAIR, "rejected": [assistant("b")]}, "auto", ["'rejected'", "as in 'chosen'"]),
+        ({**PAIR, "chosen": [], "rejected": []}, "auto", ["'chosen'", "list of 0"]),
+        ({**PAIR, "chosen": [{"role": "user"}]}, "auto", ["message 0", "'chosen'", "'content'"]),
+        ({"chosen": "a", "rejected": "b"}, "auto", ["'chosen'", "Assistant:", "'prompt'"]),
+        ({"instruction": "i", "input": "", "chosen": "a"}, "auto", ["'rejected' is missing"]),
+        ({"instruction": 1, "output": "o"}, "auto", ["'instruction'", "int 1"]),
+        ({"prompt": "p", "responses": []}, "auto", ["'responses'", "1 or more", "list of 0"]),
+        ({"prompt": "p", "responses": ["a", 2]}, "auto", ["'responses.1'", "int 2"]),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "auto", ["'ranks'", "2 numbers"]),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]},
+            "auto",
+            ["'scores'", "nan"],
+        ),
+        ({"prompt": "p", "completion": "c", "label": 1}, "auto", ["'label'", "true", "int 1"]),
+        ({**STIENNON, "choice": 2}, "auto", ["'choice'", "0 or 1", "int 2"]),
+        ({**STIENNON, "choice": True}, "auto", ["'choice'", "bool True"]),
+        ({**STIENNON, "summaries": [{"text": "a"}]}, "auto", ["'summaries'", "list of 1"]),
+        ({**STIENNON, "summaries": [{}, {"text": "b"}]}, "auto", ["'summaries.0.text'", "missing"]),
+        ({**STIENNON, "info": {"title": "t"}}, "auto", ["'info.subreddit'", "missing"]),
+        ({"text": ["a"]}, "auto", ["'text'", "list of 1"]),
+        ({"messages": [user("q")]}, "auto", ["'messages'", "assistant"]),
+        (["a"], "auto", ["object", "list of 1"]),
+        (PAIR, "pairs", ["'pairs'", "hh", "ranked"]),
+    ],
+)
+def test_a_fault_names_the_record_the_field_and_what_was_expected(row, form, said):
+    with pytest.raises(DataError) as caught:
+        parse(row, "file.jsonl:7", form)
+    message = str(caught.value)
+    for part in said + ([] if form == "pairs" else ["file.jsonl:7"]):
+        assert part in message
+
+
+def test_the_instruction_file_has_both_key_orders_and_six_equal_pairs(shared):
+    path = shared / "data/instruction-preference/instruction-data-with-preference.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    records = [parse(row, f"{path.name}:{i}") for i, row in enumerate(rows, 1)]
+    chosen_first = sum(list(row).index("chosen") < list(row).index("rejected") for row in rows)
+    assert {detect(row) for row in rows} == {"instruction"}
+    assert sorted((chosen_first, len(rows) - chosen_first)) == [544, 556]
+    assert sum(record.responses[0] == record.responses[1] for record in records) == 6
+    assert sum("### Input:" not in record.prompt for record in records) == 775
+    for row, record in zip(rows, records):
+        assert record.responses == (row["chosen"], row["rejected"])
+
+
+# prompts that differ, equal answers, white-space answers: counts of data/README.md
+HH = {
+    "harmless-base/test": (2312, 5, 0, 4),
+    "helpful-single-turn/train_gt": (4000, 10, 1, 2),
+    "helpful-single-turn/train_w2s": (4000, 9, 0, 6),
+    "helpful-single-turn/test": (4000, 6, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", HH)
+def test_hh_pairs_are_split_where_they_should_be(shared, name):
+    rows = json_lines(shared / f"data/hh-rlhf/{name}.jsonl.gz")
+    parsed = [parse(row, str(i)) for i, row in enumerate(rows)]
+    records = [record for record in parsed if isinstance(record, Record)]
+    equal = sum(record.responses[0] == record.responses[1] for record in records)
+    empty = sum(not all(text.strip() for text in record.responses) for record in records)
+    assert (len(rows), len(rows) - len(records), equal, empty) == HH[name]
+    for row, record in zip(rows, parsed):
+        if isinstance(record, Record):
+            assert record.prompt.endswith("\n\nAssistant:")
+            assert record.prompt + record.responses[0] == row["chosen"]
+            assert record.prompt + record.responses[1] == row["rejected"]
+
+
+@pytest.mark.parametrize(("batch", "count", "zero"), [("13", 1097, 624), ("18", 674, 350)])
+def test_comparisons_follow_the_choice_and_start_with_a_space(shared, batch, count, zero):
+    rows = json_lines(shared / f"data/summarize-from-feedback/comparisons/batch{batch}.json.gz")
+    records = [parse(row, str(i)) for i, row in enumerate(rows)]
+    assert (len(records), sum(row["choice"] == 0 for row in rows)) == (count, zero)
+    for row, record in zip(rows, records):
+        texts = tuple(summary["text"] for summary in row["summaries"])
+        assert record.responses == (texts if row["choice"] == 0 else texts[::-1])
+    assert all(text.startswith(" ") for record in records for text in record.responses)

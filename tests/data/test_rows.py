@@ -1,0 +1,136 @@
+"""Rows hold every example once, in the layout that the docstring of `rows` promises."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpojax.data.records import DataError
+from dpojax.data.rows import Size, collate, first_fit, plan, size_of, utilisation
+from dpojax.data.tokenise import Example
+
+tokens = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(np.int32)
+responses = st.lists(tokens, min_size=1, max_size=4).map(tuple)
+examples = st.builds(
+    lambda prompt, answers: Example("id", prompt, answers, (False,) * len(answers), None),
+    tokens,
+    responses,
+)
+
+
+def read_back(rows, score_prompt=False):
+    """{index of the example: (prompt, responses)}, from tokens, branch and segment alone."""
+    found = {}
+    slots = rows.present.shape[-1]
+    for place in np.ndindex(rows.tokens.shape[:2]):
+        for e, index in enumerate(rows.example[place]):
+            if index < 0:
+                continue
+            here = rows.segment[place] == e + 1
+            branch = lambda k, here=here, place=place: rows.tokens[place][
+                here & (rows.branch[place] == k)
+            ].tolist()
+            count = int(rows.present[place][e].sum())
+            found.setdefault(int(index), []).append(
+                (branch(0), [branch(k + 1) for k in range(count)])
+            )
+            scored = [
+                rows.target[place][rows.response[place] == e * slots + k].tolist()
+                for k in range(count)
+            ]
+            prompt = branch(0)[1:] if score_prompt else []
+            assert scored[0] == prompt + branch(1)
+            assert scored[1:] == [branch(k + 1) for k in range(1, count)]
+    return found
+
+
+@given(st.lists(examples, min_size=1, max_size=12), st.booleans(), st.integers(1, 3))
+def test_every_example_stands_once_in_the_rows(data, score_prompt, multiple):
+    batch = list(range(len(data)))
+    shape = plan(data, [batch], multiple=multiple, score_prompt=score_prompt)
+    rows = collate(data, batch, shape, score_prompt=score_prompt)
+    want = {i: [(e.prompt.tolist(), [y.tolist() for y in e.responses])] for i, e in enumerate(data)}
+    assert read_back(rows, score_prompt) == want
+    assert shape.rows % multiple == 0
+    assert ((rows.segment == 0) | (rows.tokens > 0)).all()
+
+
+@given(st.lists(examples, min_size=1, max_size=8))
+def test_a_token_is_predicted_from_the_column_before_it_on_its_own_path(data):
+    batch = list(range(len(data)))
+    rows = collate(data, batch, plan(data, [batch]))
+    for place in zip(*np.nonzero(rows.response >= 0)):
+        row, source = place[:2], rows.source[place]
+        rank = rows.response[place] % rows.present.shape[-1]
+        branch, segment = rows.branch[row], rows.segment[row]
+        columns = np.flatnonzero(
+            (segment == segment[source])
+            & (branch == rank + 1)
+            & (rows.positions[row] == rows.positions[row][source] + 1)
+        )
+        assert len(columns) == 1, "positions go on from the prompt's end on every branch"
+        assert rows.tokens[row][columns[0]] == rows.target[place]
+        assert branch[source] in (0, rank + 1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=30))
+def test_first_fit_fills_no_row_over_its_capacity_and_is_deterministic(sizes):
+    sizes = [Size(tokens, min(scored, tokens)) for tokens, scored in sizes]
+    rows = first_fit(sizes, 20, 20)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    assert all(sum(sizes[i].tokens for i in row) <= 20 for row in rows)
+    assert all(sum(sizes[i].scored for i in row) <= 20 for row in rows)
+    assert rows == first_fit(list(sizes), 20, 20)
+
+
+def test_first_fit_decreasing_packs_a_known_case_without_waste():
+    sizes = [Size(n, 1) for n in (3, 7, 5, 5, 6, 4)]
+    assert first_fit(sizes, 10, 10) == [[1, 0], [4, 5], [2, 3]]
+
+
+def pair(prompt, chosen, rejected, id="file:1"):
+    return Example(
+        id,
+        np.arange(1, prompt + 1, dtype=np.int32),
+        tuple(np.arange(1, n + 1, dtype=np.int32) for n in (chosen, rejected)),
+        (False, False),
+        None,
+    )
+
+
+def test_one_pair_lies_in_its_row_as_the_docstring_says():
+    data = [pair(2, 3, 1)]
+    rows = collate(data, [0], plan(data, [[0]], length=8))
+    at = lambda name: getattr(rows, name)[0, 0].tolist()
+    assert at("tokens") == [1, 2, 1, 2, 3, 1, 0, 0]
+    assert at("positions") == [0, 1, 2, 3, 4, 2, 0, 0]
+    assert at("segment") == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert at("branch") == [0, 0, 1, 1, 1, 2, 0, 0]
+    scored = rows.response[0, 0] >= 0
+    assert rows.source[0, 0][scored].tolist() == [1, 2, 3, 1]
+    assert rows.target[0, 0][scored].tolist() == [1, 2, 3, 1]
+    assert rows.response[0, 0][scored].tolist() == [0, 0, 0, 1]
+    assert utilisation(rows) == 6 / 8
+
+
+def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
+    data = [pair(10, 10, 10) for _ in range(5)]
+    shape = plan(data, [range(5), range(1)], length=32, micro_rows=2)
+    assert (shape.micro_batches, shape.rows) == (3, 2)
+    filled = collate(data, range(1), shape).present.any(axis=(1, 2, 3))
+    assert filled.tolist() == [True, False, False]
+
+
+def test_an_example_longer_than_the_row_is_named():
+    with pytest.raises(DataError, match=r"hh.jsonl:7.*40 tokens.*row_length = 32"):
+        plan([pair(1, 1, 1), pair(20, 10, 10, id="hh.jsonl:7")], [[0, 1]], length=32)
+
+
+def test_micro_rows_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"micro_rows = 3.*multiple of 2"):
+        plan([pair(1, 1, 1)], [[0]], micro_rows=3, multiple=2)
+
+
+def test_size_counts_prompt_tokens_as_scored_only_when_asked():
+    assert size_of(pair(5, 2, 3)) == (10, 5)
+    assert size_of(pair(5, 2, 3), score_prompt=True) == (10, 9)

@@ -1,0 +1,235 @@
+"""The step's laws: packing, sharding and micro-batches change nothing; the gradient is eq. 7."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpojax import losses, sharding
+from dpojax.data.rows import collate, plan
+from dpojax.losses import Pair
+from dpojax.methods import sft
+from dpojax.models import decoder
+from dpojax.models.attention import plain_rows
+from dpojax.models.decoder import SHARDING_RULES
+from dpojax.training.state import abstract_state, new_state
+from dpojax.training.step import build_divergence, build_evaluate, build_step
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
+
+
+def one(schedule_step):
+    return 1.0
+
+
+def sgd():
+    return optax.identity()  # the step itself subtracts learning_rate times the gradient
+
+
+@pytest.fixture(scope="module")
+def step(model, objective):
+    return jax.jit(build_step(model, objective, sgd(), one))
+
+
+@pytest.fixture(scope="module")
+def start(model, params):
+    abstract = abstract_state(params, sgd(), sharding.make_mesh(devices=jax.devices()[:1]), RULES)
+    return lambda: new_state(jax.tree.map(jnp.copy, params), sgd(), abstract, seed=0)
+
+
+RULES = SHARDING_RULES
+
+
+@pytest.fixture(scope="module")
+def stepped(step, start, rows, hyper):
+    return step(start(), rows, hyper)
+
+
+def gradient_of(stepped, params, hyper):
+    state, _ = stepped
+    return jax.tree.map(lambda p, q: (p - q) / hyper["learning_rate"], params, state.params)
+
+
+def assert_close(got, want, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
+
+
+def separate_logprobs(model, params, examples, score_from=None):
+    """Per-token log-probs of each (prompt + response) alone in a row of its own, full logits.
+
+    Returns [examples, K, T - 1] log-probs and the mask of those after the prompt (or after the
+    first `score_from` tokens). Right padding cannot be seen by a causal model.
+    """
+    width = max(len(e.prompt) + len(y) for e in examples for y in e.responses)
+    tokens = np.zeros((len(examples), len(examples[0].responses), width), np.int32)
+    mask = np.zeros((*tokens.shape[:2], width - 1), bool)
+    for i, e in enumerate(examples):
+        for k, y in enumerate(e.responses):
+            whole = np.concatenate([e.prompt, y])
+            tokens[i, k, : len(whole)] = whole
+            mask[i, k, (score_from or len(e.prompt)) - 1 : len(whole) - 1] = True
+    flat = jnp.asarray(tokens).reshape(-1, width)
+    logprobs = jax.nn.log_softmax(decoder.logits(model, params, plain_rows(flat)))[:, :-1]
+    got = jnp.take_along_axis(logprobs, flat[:, 1:, None], axis=-1)[..., 0]
+    return got.reshape(mask.shape), mask
+
+
+def separate_sums(model, params, examples):
+    logprobs, mask = separate_logprobs(model, params, examples)
+    return jnp.where(mask, logprobs, 0).sum(-1)
+
+
+def test_packed_shared_prompt_rows_equal_separate_sequences_in_value_and_gradient(
+    model, params, reference_params, pairs, hyper, stepped
+):
+    reference = Pair(*separate_sums(model, reference_params, pairs).T)
+
+    def loss(params):
+        policy = Pair(*separate_sums(model, params, pairs).T)
+        return losses.dpo(policy, reference, beta=0.5, label_smoothing=0.1).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    metric = stepped[1].metrics["loss"]
+    np.testing.assert_allclose(metric.total / metric.weight, value, atol=1e-5)
+    assert_close(gradient_of(stepped, params, hyper), gradient)
+
+
+def test_the_gradient_is_equation_seven(model, params, reference_params, pairs, hyper, stepped):
+    """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), averaged over the pairs;
+    with label smoothing e the weight is beta (sigmoid(r_l - r_w) - e)."""
+    ratio = separate_sums(model, params, pairs) - separate_sums(model, reference_params, pairs)
+    wrong = 1 / (1 + np.exp(0.5 * (ratio[:, 0] - ratio[:, 1])))
+    weight = 0.5 * (wrong - 0.1)
+
+    def weighted(params):
+        sums = separate_sums(model, params, pairs)
+        return -jnp.mean(weight * (sums[:, 0] - sums[:, 1]))
+
+    assert_close(gradient_of(stepped, params, hyper), jax.jit(jax.grad(weighted))(params))
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2])
+def test_micro_batches_equal_one_batch(micro_rows, step, start, pairs, rows, hyper, stepped):
+    from dpojax.training.reference import Store
+
+    store = Store(pairs)
+    store.write(rows, rows.reference)
+    shape = plan(pairs, [range(10)], length=32, micro_rows=micro_rows)
+    parts = store.attach(collate(pairs, range(10), shape._replace(micro_batches=shape[0] + 1)))
+    state, report = step(start(), parts, hyper)
+    assert len(parts.tokens) > 2
+    assert_close(state.params, stepped[0].params, atol=1e-6)
+    assert_close(report.metrics, stepped[1].metrics, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_eight_devices_equal_one(shape, model, objective, params, rows, hyper, stepped):
+    mesh = sharding.make_mesh(*shape)
+    abstract = abstract_state(params, sgd(), mesh, RULES)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(jax.tree.map(np.array, params), shardings.params)
+        state = new_state(placed, sgd(), abstract, seed=0)
+        step = jax.jit(
+            build_step(model, objective, sgd(), one),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        new, report = step(state, sharding.put_rows(rows, mesh), hyper)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params)), "not donated"
+    assert_close(new.params, stepped[0].params, atol=2e-6)
+    assert_close(report.metrics, stepped[1].metrics, atol=1e-4)
+    assert jax.tree.map(lambda x: x.sharding, new) == shardings
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_and_names_the_example(
+    step, start, rows, hyper, params
+):
+    poisoned = np.array(rows.reference)
+    place = tuple(np.argwhere(rows.response >= 0)[0])
+    poisoned[place] = np.nan
+    state, report = step(start(), rows._replace(reference=poisoned), hyper)
+    slot = rows.response[place] // 2
+    assert not report.finite
+    assert np.argwhere(report.bad).tolist() == [[*place[:2], slot]]
+    assert state.step == 0
+    assert_close(state.params, params, atol=0)
+
+
+def test_the_step_counts_and_changes_the_parameters_otherwise(stepped, params):
+    state, report = stepped
+    assert report.finite
+    assert state.step == 1
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, params)
+    assert all(change > 0 for change in jax.tree.leaves(moved))
+
+
+def test_evaluation_is_exact_for_any_batch_size_and_a_ragged_last_batch(
+    model, objective, params, pairs, rows, hyper
+):
+    from dpojax.training.reference import Store
+
+    evaluate = jax.jit(build_evaluate(model, objective))
+    want = evaluate(params, rows, hyper)
+    store = Store(pairs)
+    store.write(rows, rows.reference)
+    batches = [range(0, 4), range(4, 8), range(8, 10)]
+    shape = plan(pairs, batches, length=32)
+    parts = [evaluate(params, store.attach(collate(pairs, b, shape)), hyper) for b in batches]
+    total = jax.tree.map(lambda *xs: sum(xs), *parts)
+    assert total["loss"].weight == 10
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), total, want)
+
+
+def test_evaluation_reports_the_numbers_of_a_plain_loop(
+    model, objective, params, reference_params, pairs, rows, hyper
+):
+    metrics = jax.jit(build_evaluate(model, objective))(params, rows, hyper)
+    policy = np.asarray(separate_sums(model, params, pairs))
+    ratio = policy - np.asarray(separate_sums(model, reference_params, pairs))
+    mean = lambda name: float(metrics[name].total / metrics[name].weight)
+    np.testing.assert_allclose(mean("rewards/chosen"), 0.5 * ratio[:, 0].mean(), atol=1e-5)
+    np.testing.assert_allclose(mean("rewards/rejected"), 0.5 * ratio[:, 1].mean(), atol=1e-5)
+    assert mean("rewards/accuracies") == pytest.approx((ratio[:, 0] > ratio[:, 1]).mean())
+    assert mean("displacement") == pytest.approx((ratio[:, 0] < 0).mean())
+    np.testing.assert_allclose(mean("logps/chosen"), policy[:, 0].mean(), atol=1e-5)
+    assert metrics["entropy"].weight == (rows.response >= 0).sum()
+
+
+def test_sft_is_the_token_mean_over_the_whole_batch(model, params, pairs):
+    single = [e._replace(responses=e.responses[:1]) for e in pairs]
+    rows = collate(single, range(10), plan(single, [range(10)], length=32))
+    metrics = jax.jit(build_evaluate(model, sft.objective()))(params, rows, {})
+    nll = -float(separate_sums(model, params, single).sum())
+    tokens = sum(len(e.responses[0]) for e in single)
+    assert metrics["loss"].weight == tokens
+    np.testing.assert_allclose(metrics["loss"].total / tokens, nll / tokens, atol=1e-5)
+
+
+def test_sft_on_prompts_too_scores_every_token_but_the_first(model, params, pairs):
+    single = [e._replace(responses=e.responses[:1]) for e in pairs]
+    shape = plan(single, [range(10)], length=32, score_prompt=True)
+    rows = collate(single, range(10), shape, score_prompt=True)
+    metrics = jax.jit(build_evaluate(model, sft.objective()))(params, rows, {})
+    logprobs, mask = separate_logprobs(model, params, single, score_from=1)
+    assert metrics["loss"].weight == mask.sum()
+    np.testing.assert_allclose(metrics["loss"].total, -logprobs[mask].sum(), rtol=1e-5)
+
+
+def test_divergence_is_zero_from_itself_and_the_exact_kl_otherwise(
+    model, params, reference_params, rows
+):
+    divergence = jax.jit(build_divergence(model))
+    assert float(divergence(params, params, rows).total) == pytest.approx(0, abs=1e-5)
+    got = divergence(params, reference_params, rows)
+    row = jax.tree.map(lambda x: x[0], rows)
+    log_p, log_q = (
+        np.take_along_axis(
+            np.asarray(jax.nn.log_softmax(decoder.logits(model, p, row))), row.source[..., None], 1
+        )
+        for p in (params, reference_params)
+    )
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[row.response >= 0]
+    assert got.weight == kl.size
+    np.testing.assert_allclose(got.total, kl.sum(), rtol=1e-4)
