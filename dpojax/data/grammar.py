@@ -29,8 +29,9 @@ STATEMENTS = {
 }
 VERDICT_AGREES, MARK_AGREES = 0.80, 0.86
 
-# Share of every distribution, over words and over next states, that is spread evenly. It gives
-# every string of words a probability above zero, and every place in it a chance to be the end.
+# Share of every distribution that is given away, so that no string of words is impossible and any
+# place may be the end: over words evenly, over next states half evenly and half to "anew", which
+# lets a sentence out of its place still say what it says.
 LEAK = 3e-4
 
 ASPECTS = """acting:3 plot:3 script:2 dialogue:2 music:2 soundtrack photography
@@ -103,14 +104,14 @@ class Grammar:
     states: S names, for reading.
     transition: [2, S, S] P(next state | state, sentiment), with sentiment 0 negative, 1 positive.
     emission: [S, V + 1] P(word | state); the boundary's row is zero, as it has no word.
-    leak: the part of every row of `transition` that is spread evenly; the rest is sparse.
+    leak: [2, S] what every row of `transition` has in common; all but it is sparse.
     """
 
     words: tuple[str, ...]
     states: tuple[str, ...]
     transition: np.ndarray
     emission: np.ndarray
-    leak: float
+    leak: np.ndarray
 
 
 @functools.cache
@@ -122,8 +123,8 @@ def grammar() -> Grammar:
 def build(negative: Rules, positive: Rules, *, leak: float = LEAK) -> Grammar:
     """Matrices of two rule tables (one per sentiment) with the same states and words.
 
-    Both need the choice "begin"; the target "end" ends the text. Raises ValueError where the two
-    tables differ in their states or words, KeyError for a next state that no rule defines.
+    Both need the choices "begin" and "anew"; the target "end" ends the text. Raises ValueError
+    where the two tables differ in their states or words, KeyError for a next state without a rule.
     """
     emissions = {name: _weights(words) for name, (words, _) in negative.items() if words}
     if emissions != {name: _weights(words) for name, (words, _) in positive.items() if words}:
@@ -139,15 +140,16 @@ def build(negative: Rules, positive: Rules, *, leak: float = LEAK) -> Grammar:
     emission[1:] /= emission[1:].sum(axis=1, keepdims=True)
     emission[1:] = (1 - leak) * emission[1:] + leak / emission.shape[1]
 
-    transition = np.stack([_transition(rules, states) for rules in (negative, positive)])
-    transition = (1 - leak) * transition + leak / len(states)
-    emission.setflags(write=False)
-    transition.setflags(write=False)
-    return Grammar(words, states, transition, emission, leak)
+    ruled = np.stack([_transition(rules, states) for rules in (negative, positive)])
+    shared = leak * (0.5 / len(states) + 0.5 * ruled[:, -1])
+    transition = (1 - leak) * ruled[:, :-1] + shared[:, None]
+    for array in (transition, emission, shared):
+        array.setflags(write=False)
+    return Grammar(words, states, transition, emission, shared)
 
 
 def _transition(rules: Rules, states: tuple[str, ...]) -> np.ndarray:
-    """[S, S] next-state probabilities, with the choices resolved and without the leak."""
+    """[S + 1, S] next states' probabilities without the leak; the last row is of "anew"."""
     index = {"end": 0} | {name: i for i, name in enumerate(states) if i}
 
     @functools.cache
@@ -161,7 +163,7 @@ def _transition(rules: Rules, states: tuple[str, ...]) -> np.ndarray:
         total = sum(weights.values())
         return sum(weight / total * reach(target) for target, weight in weights.items())
 
-    return np.stack([follow("begin"), *(follow(name) for name in states[1:])])
+    return np.stack([follow(name) for name in ("begin", *states[1:], "anew")])
 
 
 def _weights(listed: str | Weights) -> Weights:
@@ -206,12 +208,15 @@ def opening_rules() -> Rules:
     """What says nothing of the sentiment: how the film was seen, what it is about, punctuation."""
     return {
         "begin": ("", "i_saw:42 this_is:30 actor_stars:22 statement:6"),
+        "anew": ("", "begin:2 statement:5 verdict:3"),
         "i_saw": ("i", "saw"),
         "saw": ("saw:3 watched:4 rented caught", "this"),
         "this": ("this:4 the another", "origin genre"),
         "this_is": ("this", "is"),
         "is": ("is", "is_a"),
-        "is_a": ("a", "origin genre"),
+        "is_a": ("a", "its_origin its_genre"),
+        "its_origin": (ORIGINS, "its_genre"),
+        "its_genre": (GENRES, "about:3 stop:2"),
         "actor_stars": (ACTORS, "stars"),
         "stars": ("stars:3 appears", "stars_in"),
         "stars_in": ("in", "this"),
@@ -232,7 +237,7 @@ def opening_rules() -> Rules:
         "on": ("on", "medium"),
         "medium": ("dvd:3 television:2 video cable sunday", "stop"),
         "stop": (".", "statement"),
-        "pause": (".", "statement:40 verdict:60"),
+        "pause": (".", "statement:38 verdict:62"),
         "final_stop": (".", "mark end:3"),
         "mark_of": ("/", "mark_ten"),
         "mark_ten": ("10", "end"),
@@ -246,15 +251,10 @@ def aspect_rules(p: str) -> Rules:
     verbs = {q: _graded(q, VERBS, MILD_VERBS) for q in "+-"}
     idioms = {"+": ("came", "alive:3 together:2"), "-": ("fell", "flat:3 apart:2 short")}
     first, last = idioms[p]
-    linger = {
-        "linger+": ("stayed:2 lingered", "linger_with+"),
-        "linger_with+": ("with", "linger_me+"),
-        "linger_me+": ("me", "linger_for+"),
-        "linger-": ("went:2 dragged", "linger_on-"),
-        "linger_on-": ("on", "linger_for-"),
-    }
-    return {name: rule for name, rule in linger.items() if name.endswith(p)} | {
-        f"after{p}": ("", f"pause:70 join{p}:30"),
+    going_on = {"+": ("lingered:2 lived", "days:3 weeks"), "-": ("went:2 dragged", "hours:3 ages")}
+    went, hours = going_on[p]
+    return {
+        f"after{p}": ("", f"pause:71 join{p}:29"),
         f"comma_and{p}": (",", f"and{p}"),
         f"comma_but{p}": (",", f"but{p}"),
         f"and{p}": ("and:6 while", f"statement{p}"),
@@ -278,8 +278,10 @@ def aspect_rules(p: str) -> Rules:
         f"denied_verb{p}": (verbs[n], f"after{p}"),
         f"idiom{p}": (first, f"idiom_end{p}"),
         f"idiom_end{p}": (last, f"after{p}"),
+        f"linger{p}": (went, f"linger_on{p}"),
+        f"linger_on{p}": ("on", f"linger_for{p}"),
         f"linger_for{p}": ("for", f"linger_end{p}"),
-        f"linger_end{p}": ({"+": "days:3 weeks hours", "-": "hours:3 ages"}[p], f"after{p}"),
+        f"linger_end{p}": (hours, f"after{p}"),
     }
 
 

@@ -98,9 +98,12 @@ def _forward(
 
     Returns log P(words | sentiment) [n, 2] and P(last state | words, sentiment) [n, 2, S].
     """
-    even = model.leak / len(model.states)
     # Exactly zero wherever no rule leads: two per cent of the entries remain.
-    sparse = [scipy.sparse.csr_array((matrix - even).T) for matrix in model.transition]
+    sparse = [
+        scipy.sparse.csr_array((matrix - leak).T)
+        for matrix, leak in zip(model.transition, model.leak[:, None])
+    ]
+    shared = model.leak[:, :, None]
     belief = np.zeros((2, len(model.states), len(tokens)))
     belief[:, 0] = 1.0
     log_p = np.zeros((len(tokens), 2))
@@ -108,7 +111,7 @@ def _forward(
         n = np.count_nonzero(lengths > t)
         emission = np.take(model.emission, tokens[:n, t], axis=1)
         for s in (NEGATIVE, POSITIVE):
-            joint = (sparse[s] @ belief[s, :, :n] + even) * emission
+            joint = (sparse[s] @ belief[s, :, :n] + shared[s]) * emission
             total = joint.sum(axis=0)
             belief[s, :, :n] = joint / total
             log_p[:n, s] += np.log(total)
@@ -153,7 +156,8 @@ def _posterior_draw(
     order = np.argsort(-lengths, kind="stable")
     log_p, belief = _forward(model, tokens[order], lengths[order])
     weight = np.exp(log_p - log_p.max(axis=1, keepdims=True))
-    cumulative = np.cumsum((belief * weight[:, :, None]).reshape(len(prompts), -1), axis=1)
+    joint = (belief * weight[:, :, None]).reshape(len(prompts), 2 * len(model.states))
+    cumulative = np.cumsum(joint, axis=1)
     threshold = rng.random(len(prompts))[order] * cumulative[:, -1]
     drawn = np.empty(len(prompts), dtype=np.int64)
     drawn[order] = np.count_nonzero(cumulative <= threshold[:, None], axis=1)
@@ -267,7 +271,8 @@ def _pairs(
                     "chosen_reward": chosen[1],
                     "rejected_reward": rejected[1],
                 }
-    groups = itertools.batched(records, pairs_per_prompt)
+    starts = range(0, len(records), pairs_per_prompt)
+    groups = [records[start : start + pairs_per_prompt] for start in starts]
     return [record for group in groups if None not in group for record in group]
 
 

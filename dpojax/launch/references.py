@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,7 +51,9 @@ def open_reference(stage: Stage, start: dict | None) -> Reference:
     config = stage.config.reference
     if config.kind == "live":
         kept = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(config.dtype), p))(params)
-        return Reference(on_mesh=lambda rows: rows._replace(reference=stage.score(kept, rows)))
+        return Reference(
+            on_mesh=lambda rows: rows._replace(reference=stage.score(kept, rows).logprob)
+        )
     store = _store(stage, params)
     return Reference(attach=store.attach)
 
@@ -66,7 +69,7 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
       ReferenceMismatch: either differs by more than the compute dtype explains.
     """
     rows = used.to_device(next(stage.held_out(used.attach)), stage.setup.mesh)
-    scored = stage.score(params, rows)
+    scored = stage.score(params, rows).logprob
     drift = float(jnp.max(jnp.where(rows.response >= 0, jnp.abs(scored - rows.reference), 0)))
     loss = stage.evaluate(params, iter([rows]))["loss"]
     expected = float(stage.objective.at_reference(stage.hyper))
@@ -97,10 +100,11 @@ def _store(stage: Stage, params: dict) -> Store:
     examples = stage.data.examples
 
     def score(rows: Rows):
-        return stage.score(params, sharding.put_rows(rows, setup.mesh))
+        return stage.score(params, sharding.put_rows(rows, setup.mesh)).logprob
 
-    def make() -> Store:
-        return reference.compute(score, examples, stage.rows(range(len(examples))))
+    def make() -> Store:  # held-out batches as evaluation has them: at step 0 it finds exact zeros
+        batches = itertools.chain(stage.rows(stage.data.training), stage.held_out())
+        return reference.compute(score, examples, batches)
 
     key = reference.key_of(params, examples, dtype=dtype, tokenizer=setup.tokenizer_hash)
     folder = config.cache or stage.folder / "reference_logprobs"

@@ -8,13 +8,20 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
+from dpojax.data.records import DataError
 from dpojax.evaluation import plots
 from dpojax.launch import setup as run_setup
 from dpojax.launch import stages
-from dpojax.launch.config import check, record
+from dpojax.launch.config import ConfigError, check, record
 from dpojax.launch.summary import summarise
 from dpojax.launch.train import train_stage
+from dpojax.training.checkpoints import CheckpointError
+from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
+from dpojax.training.reference import ReferenceMismatch
+
+# What a user can mend; anything else is a bug of ours, and shows its traceback.
+FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss)
 
 
 def run(config: ConfigDict, workdir: str) -> None:

@@ -34,8 +34,8 @@ class Stage(NamedTuple):
     steps: int
     objective: Objective
     hyper: Hyper
-    score: Callable  # jitted: params, rows on the mesh -> log-probs
-    evaluate_step: Callable  # jitted: params, rows on the mesh, hyper -> metrics
+    score: Callable  # jitted: params, rows on the mesh -> token statistics
+    metrics: Callable  # jitted: token statistics, rows on the mesh, hyper -> sums and weights
 
     @property
     def config(self):
@@ -76,7 +76,7 @@ class Stage(NamedTuple):
         """Metrics on batches that lie on the mesh: sums over all of them, divided once."""
         total = None
         for rows in batches:
-            sums = self.evaluate_step(params, rows, self.hyper)
+            sums = self.metrics(self.score(params, rows), rows, self.hyper)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         total = sharding.to_host(total)
         return {name: float(m.total / m.weight) for name, m in total.items() if m.weight > 0}
@@ -107,9 +107,7 @@ def prepare(name: str, setup: Setup) -> Stage:
         objective=objective,
         hyper={key: jnp.float32(config[key]) for key in HYPER if key in config},
         score=jax.jit(build_score(setup.model, max_logits=setup.config.max_logits)),
-        evaluate_step=jax.jit(
-            build_evaluate(setup.model, objective, max_logits=setup.config.max_logits)
-        ),
+        metrics=jax.jit(build_evaluate(objective)),
     )
     return stage._replace(shape=_plan(stage))
 
@@ -119,7 +117,7 @@ def save_reports(stage: Stage) -> str:
     reports = stage.data.reports
     text = "\n\n".join(f"{stage.name} data: {name}\n{report}" for name, report in reports.items())
     stage.folder.mkdir(parents=True, exist_ok=True)
-    as_json = {name: report.to_json() for name, report in reports.items()}
+    as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
     (stage.folder / "data_report.json").write_text(json.dumps(as_json, indent=2) + "\n")
     (stage.folder / "data_report.txt").write_text(text + "\n")
     return text

@@ -154,7 +154,8 @@ def read_metrics(folder: str | os.PathLike, split: str | None = None) -> list[di
 
 
 def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
-    """A bar on stderr with steps per second and time left; silent where stderr is no terminal.
+    """A bar on stderr with steps per second and time left; silent where stderr is no
+    terminal and on all processes but the first.
 
     Numbers go beside it with `bar.set_postfix(loss=..., accuracy=..., refresh=False)`.
     """
@@ -164,7 +165,7 @@ def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
         desc=desc,
         unit="step",
         file=sys.stderr,
-        disable=not sys.stderr.isatty(),
+        disable=jax.process_index() != 0 or not sys.stderr.isatty(),
         dynamic_ncols=True,
         bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n}/{total} "
         "[{rate_fmt}, {remaining} left]{postfix}",
@@ -174,7 +175,8 @@ def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
 def evaluation_line(step: int, total: int, values: Mapping[str, float]) -> str:
     """One line about an evaluation for a person: `step  200/1000  eval loss 0.5312  accuracy ...`.
 
-    Shows of `values` the metrics that it knows by TRL's names, and passes over the others.
+    Shows of `values` the metrics that it knows by TRL's names, and passes over the others; no
+    accuracy while the policy is the reference, where all margins are 0.
     """
     known = {
         "loss": lambda x: f"eval loss {x:.4f}",
@@ -183,6 +185,8 @@ def evaluation_line(step: int, total: int, values: Mapping[str, float]) -> str:
         "displacement": lambda x: f"displaced {100 * x:.0f} %",
         "kl/per_token": lambda x: f"kl {x:.3f} nats/token",
     }
+    if values.get("rewards/margins") == 0:
+        values = {name: value for name, value in values.items() if name != "rewards/accuracies"}
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     parts += [show(values[name]) for name, show in known.items() if name in values]
     return "  ".join(parts)

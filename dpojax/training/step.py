@@ -76,39 +76,36 @@ def build_step(
     return step
 
 
-def build_score(model, *, max_logits: int = MAX_LOGITS) -> Callable[[dict, Rows], Array]:
-    """(params, rows [M, R, ...]) -> log-probs [M, R, S] of all scored tokens, nats, 0 at padding.
+def build_score(model, *, max_logits: int = MAX_LOGITS) -> Callable[[dict, Rows], TokenStatistics]:
+    """(params, rows [M, R, ...]) -> statistics [M, R, S] of all scored tokens, 0 at padding.
 
-    The reference cache, the identity check at step 0 and a live reference all use it.
+    The one forward program besides the step: the reference's log-probs, the identity check at
+    step 0, a live reference and evaluation all come from it, so equal weights give equal numbers.
     """
 
-    def score(params, rows: Rows) -> Array:
-        one = lambda part: row_logprobs(model, params, part, max_logits=max_logits)
-        return jnp.where(rows.response >= 0, _map(one, rows), 0.0)
+    def score(params, rows: Rows) -> TokenStatistics:
+        def one(part: Rows) -> TokenStatistics:
+            hidden = _scored_hidden(model, params, part)
+            return token_statistics(hidden, model.head(params), part.target, max_logits=max_logits)
+
+        return jax.tree.map(lambda x: jnp.where(rows.response >= 0, x, 0.0), _map(one, rows))
 
     return score
 
 
 def build_evaluate(
-    model, objective: Objective, *, max_logits: int = MAX_LOGITS
-) -> Callable[[dict, Rows, Hyper], dict[str, Metric]]:
-    """(params, rows [M, R, ...], hyper) -> sums and weights of the objective and of the tokens.
+    objective: Objective,
+) -> Callable[[TokenStatistics, Rows, Hyper], dict[str, Metric]]:
+    """(scores of `rows`, rows [M, R, ...], hyper) -> sums and weights, of objective and tokens.
 
     Add them up over batches and divide once: exact for any batch size and a ragged last batch.
     """
 
-    def one(params, rows: Rows, hyper: Hyper) -> dict[str, Metric]:
-        hidden = _scored_hidden(model, params, rows)
-        tokens = token_statistics(hidden, model.head(params), rows.target, max_logits=max_logits)
-        terms = objective.terms(tokens.logprob, rows, hyper)
+    def evaluate(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> dict[str, Metric]:
+        terms = jax.vmap(objective.terms, in_axes=(0, 0, None))(tokens.logprob, rows, hyper)
         metrics = terms.metrics | {"loss": Metric(terms.loss, terms.weight)}
-        return jax.tree.map(
-            lambda x: jnp.sum(x, dtype=jnp.float32), metrics | _token_metrics(tokens, rows)
-        )
-
-    def evaluate(params, rows: Rows, hyper: Hyper) -> dict[str, Metric]:
-        parts = _map(lambda part: one(params, part, hyper), rows)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        metrics |= _token_metrics(tokens, rows)
+        return jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), metrics)
 
     return evaluate
 

@@ -138,9 +138,11 @@ def test_what_was_not_logged_is_left_out(tmp_path, figures, metrics, panels):
 
 
 def test_the_users_matplotlib_settings_are_left_alone(tmp_path):
-    before = matplotlib.rcParams.copy()
+    settings = lambda: {name: matplotlib.rcParams[name] for name in plots.STYLE}
+    before = settings()
     training_curves({"dpo": DPO}, tmp_path / "curves.pdf")
-    assert matplotlib.rcParams == before
+    assert settings() == before
+    assert before != plots.STYLE
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF")
 
 

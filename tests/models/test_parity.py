@@ -21,6 +21,9 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 
+# With these the ramp covers several of the eight pairs, and truncation moves both of its ends.
+YARN_SIZES = {"head_dim": 16, "max_position_embeddings": 256}
+
 
 def rope(kind, **settings):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **settings}}
@@ -80,17 +83,20 @@ CASES = {
     "llama with yarn scaling": (
         "llama",
         LLAMA
-        | {"head_dim": 16}
-        | rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0),
+        | YARN_SIZES
+        | rope(
+            "yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=64, beta_fast=4.0
+        ),
     ),
     "llama with yarn, mscale and no truncation": (
         "llama",
         LLAMA
-        | {"head_dim": 16}
+        | YARN_SIZES
         | rope(
             "yarn",
+            rope_theta=100.0,
             factor=4.0,
-            original_max_position_embeddings=16,
+            original_max_position_embeddings=64,
             beta_fast=4.0,
             mscale=1.0,
             mscale_all_dim=0.5,

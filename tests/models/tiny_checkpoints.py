@@ -49,7 +49,7 @@ def random_tokens(vocab_size: int, shape: tuple[int, int], seed: int = 0) -> np.
 
 
 def random_params(config, seed: int = 0):
-    """Params with noise everywhere: no norm is one, no bias is zero. NumPy has nothing to compile."""
+    """Params with noise everywhere (no norm is one, no bias zero), made by NumPy for speed."""
     shapes = jax.eval_shape(decoder.build(config).init, jax.random.key(0))
     rng = np.random.default_rng(seed)
 

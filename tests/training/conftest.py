@@ -69,7 +69,7 @@ def rows(pairs, score, reference_params):
     """All ten pairs in one batch [1, 8, ...] with the reference's log-probs."""
     shape = plan(pairs, [range(10)], length=32, multiple=8)
     rows = collate(pairs, range(10), shape)
-    return rows._replace(reference=np.asarray(score(reference_params, rows)))
+    return rows._replace(reference=np.asarray(score(reference_params, rows).logprob))
 
 
 @pytest.fixture(scope="session")

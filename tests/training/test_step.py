@@ -165,12 +165,17 @@ def test_the_step_counts_and_changes_the_parameters_otherwise(stepped, params):
     assert all(change > 0 for change in jax.tree.leaves(moved))
 
 
+def evaluation(score, objective):
+    metrics = jax.jit(build_evaluate(objective))
+    return lambda params, rows, hyper: metrics(score(params, rows), rows, hyper)
+
+
 def test_evaluation_is_exact_for_any_batch_size_and_a_ragged_last_batch(
-    model, objective, params, pairs, rows, hyper
+    score, objective, params, pairs, rows, hyper
 ):
     from dpojax.training.reference import Store
 
-    evaluate = jax.jit(build_evaluate(model, objective))
+    evaluate = evaluation(score, objective)
     want = evaluate(params, rows, hyper)
     store = Store(pairs)
     store.write(rows, rows.reference)
@@ -183,9 +188,9 @@ def test_evaluation_is_exact_for_any_batch_size_and_a_ragged_last_batch(
 
 
 def test_evaluation_reports_the_numbers_of_a_plain_loop(
-    model, objective, params, reference_params, pairs, rows, hyper
+    model, score, objective, params, reference_params, pairs, rows, hyper
 ):
-    metrics = jax.jit(build_evaluate(model, objective))(params, rows, hyper)
+    metrics = evaluation(score, objective)(params, rows, hyper)
     policy = np.asarray(separate_sums(model, params, pairs))
     ratio = policy - np.asarray(separate_sums(model, reference_params, pairs))
     mean = lambda name: float(metrics[name].total / metrics[name].weight)
@@ -197,21 +202,21 @@ def test_evaluation_reports_the_numbers_of_a_plain_loop(
     assert metrics["entropy"].weight == (rows.response >= 0).sum()
 
 
-def test_sft_is_the_token_mean_over_the_whole_batch(model, params, pairs):
+def test_sft_is_the_token_mean_over_the_whole_batch(model, score, params, pairs):
     single = [e._replace(responses=e.responses[:1]) for e in pairs]
     rows = collate(single, range(10), plan(single, [range(10)], length=32))
-    metrics = jax.jit(build_evaluate(model, sft.objective()))(params, rows, {})
+    metrics = evaluation(score, sft.objective())(params, rows, {})
     nll = -float(separate_sums(model, params, single).sum())
     tokens = sum(len(e.responses[0]) for e in single)
     assert metrics["loss"].weight == tokens
     np.testing.assert_allclose(metrics["loss"].total / tokens, nll / tokens, atol=1e-5)
 
 
-def test_sft_on_prompts_too_scores_every_token_but_the_first(model, params, pairs):
+def test_sft_on_prompts_too_scores_every_token_but_the_first(model, score, params, pairs):
     single = [e._replace(responses=e.responses[:1]) for e in pairs]
     shape = plan(single, [range(10)], length=32, score_prompt=True)
     rows = collate(single, range(10), shape, score_prompt=True)
-    metrics = jax.jit(build_evaluate(model, sft.objective()))(params, rows, {})
+    metrics = evaluation(score, sft.objective())(params, rows, {})
     logprobs, mask = separate_logprobs(model, params, single, score_from=1)
     assert metrics["loss"].weight == mask.sum()
     np.testing.assert_allclose(metrics["loss"].total, -logprobs[mask].sum(), rtol=1e-5)

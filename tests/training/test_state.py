@@ -1,0 +1,103 @@
+"""Optimisers and schedules against torch and the authors' formula; shardings of the moments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from dpojax import sharding
+from dpojax.models.decoder import SHARDING_RULES
+from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
+
+BASE = dict(b1=0.9, b2=0.999, eps=1e-8, rms_decay=0.99, weight_decay=0.0, clip_norm=0.0)
+
+
+def config(**changes):
+    return ConfigDict(BASE | changes)
+
+
+def run_ours(optimizer, params, gradients, rate):
+    opt_state = optimizer.init(params)
+    for gradient in gradients:
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (config(name="rmsprop"), lambda torch, p: torch.optim.RMSprop([p], lr=1e-2)),
+        (
+            config(name="adamw", weight_decay=0.1),
+            lambda torch, p: torch.optim.AdamW([p], lr=1e-2, weight_decay=0.1),
+        ),
+        (
+            config(name="adamw", clip_norm=0.5),
+            lambda torch, p: torch.optim.AdamW([p], lr=1e-2, weight_decay=0.0),
+        ),
+    ],
+    ids=["rmsprop", "adamw with decay", "adamw with clipping"],
+)
+def test_updates_equal_torch(ours, theirs):
+    torch = pytest.importorskip("torch", reason="compares with torch")
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=(3, 4)), rng.normal(size=(5, 3, 4))
+    p = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    optimizer = theirs(torch, p)
+    for gradient in gradients:
+        p.grad = torch.tensor(gradient, dtype=torch.float32)
+        if ours.clip_norm:
+            torch.nn.utils.clip_grad_norm_([p], ours.clip_norm)
+        optimizer.step()
+    as_tree = lambda x: {"kernel": jnp.asarray(x, jnp.float32)}
+    got = run_ours(make_optimizer(ours), as_tree(start), map(as_tree, gradients), 1e-2)
+    np.testing.assert_allclose(got["kernel"], p.detach().numpy(), atol=1e-6)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    params = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    optimizer = make_optimizer(config(name="adamw", weight_decay=0.5))
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    assert updates["a"]["kernel"].tolist() == [0.5, 0.5]
+    assert not np.any([updates["a"]["bias"], updates["norm"]["scale"]])
+
+
+def test_an_unknown_optimiser_or_schedule_is_named():
+    with pytest.raises(ValueError, match=r"adamw.*got 'sgd'"):
+        make_optimizer(config(name="sgd"))
+    with pytest.raises(ValueError, match="got 'sqrt'"):
+        make_schedule(ConfigDict(dict(warmup_steps=1, schedule="sqrt")), 10)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_have_the_authors_warm_up_and_the_closed_form_afterwards(schedule):
+    factor = make_schedule(ConfigDict(dict(warmup_steps=150, schedule=schedule)), 1150)
+    step = np.arange(1150)
+    warm = np.minimum((step + 1) / 151, 1.0)  # emdpo trainers.py, LambdaLR
+    after = np.clip((step - 150) / 1000, 0, 1)
+    want = {
+        "constant": warm,
+        "linear": warm * (1 - after),
+        "cosine": warm * 0.5 * (1 + np.cos(np.pi * after)),
+    }[schedule]
+    np.testing.assert_allclose(jax.vmap(factor)(jnp.arange(1150)), want, atol=1e-6)
+
+
+def test_the_moments_are_sharded_as_their_parameters(model, params):
+    mesh = sharding.make_mesh(1, 4, 2)
+    optimizer = make_optimizer(config(name="adamw"))
+    abstract = abstract_state(params, optimizer, mesh, SHARDING_RULES)
+    placed = jax.device_put(
+        jax.tree.map(np.array, params), jax.tree.map(lambda x: x.sharding, abstract.params)
+    )
+    state = new_state(placed, optimizer, abstract, seed=3)
+    mu = optax.tree.get(state.opt_state, "mu")
+    kernel = mu["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding == state.params["blocks"]["mlp"]["up"]["kernel"].sharding
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    assert jax.random.wrap_key_data(state.rng) == jax.random.key(3)
