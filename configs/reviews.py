@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/reviews.py --workdir=runs/reviews
 
-A Llama-shaped model of the default size.
+A Llama-shaped model of 0.9M parameters, made here; 2 minutes on 2 cores.
 """
 
 from dpojax.launch.defaults import default_config
@@ -11,6 +11,13 @@ from dpojax.launch.defaults import default_config
 def get_config():
     config = default_config()
     config.tokens.max_length = 96
+    config.sft.data.limit = 16_000
+    config.sft.schedule = "cosine"
+    config.dpo.data.limit = 8_000
+    config.dpo.epochs = 2
+    config.dpo.learning_rate = 5e-4
+    config.dpo.schedule = "cosine"
+    config.evaluate_every = 25
     return config
 
 

@@ -225,8 +225,8 @@ def preferences(
     label: "deterministic" prefers the higher log-odds; "bradley_terry" prefers the first with
     probability sigmoid(difference of log-odds / temperature). Pairs with an empty response, equal
     responses, or, under "deterministic", equal log-odds are drawn again.
-    Each record holds prompt, chosen, rejected, chosen_reward, rejected_reward; the rewards are
-    P(positive | prompt and response). The pairs of one prompt stand together. Raises ValueError for
+    Each record holds prompt, chosen, rejected, chosen_reward, rejected_reward; a response begins
+    with the space that parts it from its prompt, the rewards are P(positive | prompt, response). The pairs of one prompt stand together. Raises ValueError for
     an unknown label, and for `pairs_per_prompt` or `temperature` that is not positive.
     """
     if label not in ("deterministic", "bradley_terry"):
@@ -266,8 +266,8 @@ def _pairs(
                 chosen, rejected = pair if first_wins[j] else pair[::-1]
                 records[i] = {
                     "prompt": asked[i],
-                    "chosen": chosen[0],
-                    "rejected": rejected[0],
+                    "chosen": f" {chosen[0]}",
+                    "rejected": f" {rejected[0]}",
                     "chosen_reward": chosen[1],
                     "rejected_reward": rejected[1],
                 }

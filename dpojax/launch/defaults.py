@@ -40,7 +40,7 @@ def _model() -> ConfigDict:
             mlp_width=384,
             max_positions=256,
             compute_dtype="float32",  # or bfloat16: matrix products; masters stay float32
-            remat="none",  # what a layer recomputes backward: none, dots, full
+            remat="dots",  # what a layer recomputes backward: nothing (none), all but dots, full
         )
     )
 

@@ -92,13 +92,13 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         width, dim, std = config.width, config.head_dim, config.initializer_range
         self.groups = config.kv_heads
-        dense = functools.partial(Dense, "rtd,dnh->rtnh", bias=config.qkv_bias, std=std, rngs=rngs)
-        self.query = dense((width, config.heads, dim))
-        self.key = dense((width, config.kv_heads, dim))
-        self.value = dense((width, config.kv_heads, dim))
+        dense = functools.partial(Dense, bias=config.qkv_bias, std=std, rngs=rngs)
+        self.query = dense((width,), (config.heads, dim))
+        self.key = dense((width,), (config.kv_heads, dim))
+        self.value = dense((width,), (config.kv_heads, dim))
         self.out = Dense(
-            "rtnh,nhd->rtd",
-            (config.heads, dim, width),
+            (config.heads, dim),
+            (width,),
             bias=config.out_bias,
             std=residual_std(config),
             rngs=rngs,

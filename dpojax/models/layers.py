@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +44,23 @@ def product(subscripts: str, x: Array, y: Array, dtype=None) -> Array:
 
 
 class Dense(nnx.Module):
-    """An affine map x -> product(subscripts, x, kernel) + bias; weights are cast to x's dtype."""
+    """An affine map [R, T, *inward] -> [R, T, *outward]; weights are cast to x's dtype.
 
-    def __init__(self, subscripts, shape, *, bias: bool, std: float, rngs: nnx.Rngs):
-        self.subscripts = subscripts
+    The product is one of two matrices, [R T, inward] and [inward, outward]: on a CPU the gradient
+    of an MLP took 2.3 times as long when the weight's gradient summed over two axes, R and T.
+    """
+
+    def __init__(self, inward: tuple, outward: tuple, *, bias: bool, std: float, rngs: nnx.Rngs):
+        self.inward, self.outward = inward, outward
+        shape = (*inward, *outward)
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
-        _, axes, result = re.split(",|->", subscripts)
-        outputs = tuple(size for axis, size in zip(axes, shape) if axis in result)
-        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
+        self.bias = nnx.Param(jnp.zeros(outward, jnp.float32)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = product(self.subscripts, x, self.kernel[...].astype(x.dtype))
+        size = math.prod(self.inward)
+        kernel = self.kernel[...].astype(x.dtype).reshape(size, -1)
+        y = product("nd,df->nf", x.reshape(-1, size), kernel)
+        y = y.reshape(*x.shape[:2], *self.outward)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
 
 
@@ -82,11 +88,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[config.activation]
-        inward, std = (config.width, config.mlp_width), config.initializer_range
+        width, inner, std = (config.width,), (config.mlp_width,), config.initializer_range
         dense = functools.partial(Dense, bias=config.mlp_bias, rngs=rngs)
-        self.gate = dense("rtd,df->rtf", inward, std=std) if config.gated_mlp else None
-        self.up = dense("rtd,df->rtf", inward, std=std)
-        self.down = dense("rtf,fd->rtd", inward[::-1], std=residual_std(config))
+        self.gate = dense(width, inner, std=std) if config.gated_mlp else None
+        self.up = dense(width, inner, std=std)
+        self.down = dense(inner, width, std=residual_std(config))
 
     def __call__(self, x: Array) -> Array:
         if self.gate is None:

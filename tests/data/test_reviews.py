@@ -182,7 +182,7 @@ def test_no_review_is_in_both_splits_whatever_the_seeds():
     assert train.isdisjoint(reviews.texts("eval", 10_000, seed=0))
     assert train.isdisjoint(reviews.texts("eval", 10_000, seed=1))
     pairs = reviews.preferences("eval", 1000, seed=0)
-    whole = {f"{pair['prompt']} {pair[key]}" for pair in pairs for key in ("chosen", "rejected")}
+    whole = {f"{pair['prompt']}{pair[key]}" for pair in pairs for key in ("chosen", "rejected")}
     assert train.isdisjoint(whole)
 
 

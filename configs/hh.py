@@ -1,0 +1,43 @@
+"""Anthropic HH with the DPO authors' settings (eric-mitchell/direct-preference-optimization).
+
+    python scripts/train.py --config=configs/hh.py --workdir=runs/hh \\
+        --config.model.path=FOLDER_OR_HUB_NAME \\
+        --config.sft.data.source=train.jsonl.gz --config.sft.data.eval_source=test.jsonl.gz \\
+        --config.dpo.data.source=train.jsonl.gz --config.dpo.data.eval_source=test.jsonl.gz
+
+Their model is Pythia 2.8B; any Llama or GPT-2 folder runs now. RMSprop, one epoch of SFT on the
+chosen responses and one of DPO, batch 64, 150 warm-up steps, gradients clipped at norm 10. One
+epoch of all 160,800 pairs is 2,513 steps a stage.
+"""
+
+from dpojax.launch.defaults import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.path = "openai-community/gpt2-large"
+    config.tokens.max_length = 512
+    config.tokens.max_prompt_length = 256
+    config.tokens.truncation = "cut_prompt_start"
+    for stage in (config.sft, config.dpo):
+        stage.data.source = "Anthropic/hh-rlhf"
+        stage.data.split = "train"
+        stage.data.form = "hh"
+        stage.data.limit = 0
+        stage.data.eval_source = "Anthropic/hh-rlhf"
+        stage.data.eval_split = "test"
+        stage.data.eval_limit = 256
+        stage.batch_size = 64
+        stage.learning_rate = 5e-7
+        stage.warmup_steps = 150
+        stage.optimizer.name = "rmsprop"
+        stage.optimizer.clip_norm = 10.0
+    config.dpo.beta = 0.1
+    config.evaluate_every = 312  # their 20,000 examples
+    config.checkpoint_every = 312
+    return config
+
+
+def sweep():
+    """beta as in the paper's frontier."""
+    return [{"dpo.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]

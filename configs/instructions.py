@@ -1,0 +1,34 @@
+"""SFT, then DPO, on the 1,100 instruction preferences of Raschka 2024 (polite against rude).
+
+    python scripts/train.py --config=configs/instructions.py --workdir=runs/instructions \\
+        --config.sft.data.source=instruction-data-with-preference.json \\
+        --config.dpo.data.source=instruction-data-with-preference.json
+
+The model is GPT-2 medium from the hub (355M parameters, about 6 GB with AdamW in float32);
+`--config.model.path=FOLDER` takes any other GPT-2 or Llama. SFT is on the chosen responses.
+"""
+
+from dpojax.launch.defaults import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.path = "openai-community/gpt2-medium"
+    config.tokens.max_length = 512
+    for stage in (config.sft, config.dpo):
+        stage.data.source = ""  # the file: say where it is
+        stage.data.limit = 0
+        stage.data.eval_limit = 0
+        stage.data.form = "instruction"
+        stage.batch_size = 8
+        stage.schedule = "cosine"
+    config.sft.epochs = 2
+    config.sft.learning_rate = 5e-5
+    config.dpo.learning_rate = 5e-6
+    config.evaluate_every = 25
+    return config
+
+
+def sweep():
+    """The values of beta that the data set's author discusses."""
+    return [{"dpo.beta": beta} for beta in (0.1, 0.3, 0.7, 1.0)]

@@ -1,0 +1,70 @@
+"""A run small enough to make many of: a one-layer model on a few reviews."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dpojax.launch.defaults import default_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TINY = {
+    "model.width": 16,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.mlp_width": 16,
+    "model.max_positions": 128,
+    "tokens.max_length": 96,
+    "sft.data.limit": 60,
+    "sft.data.eval_limit": 10,
+    "sft.batch_size": 8,
+    "sft.steps": 4,
+    "dpo.data.limit": 60,
+    "dpo.data.eval_limit": 10,
+    "dpo.batch_size": 8,
+    "dpo.steps": 6,
+    "log_every": 1,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+    "tensorboard": False,
+}
+
+
+def tiny_config(**changes):
+    config = default_config()
+    config.update_from_flattened_dict(TINY | changes)
+    return config
+
+
+@pytest.fixture
+def tiny():
+    return tiny_config
+
+
+def command(workdir, **changes) -> list[str]:
+    """The command line of scripts/train.py for the tiny run."""
+    given = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    script, config = ROOT / "scripts" / "train.py", ROOT / "configs" / "reviews.py"
+    return [sys.executable, str(script), f"--config={config}", f"--workdir={workdir}", *given]
+
+
+def environment(devices: int = 1) -> dict:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+def train(workdir, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workdir, **changes), env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def lines(workdir, stage: str) -> list[dict]:
+    text = (pathlib.Path(workdir) / stage / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

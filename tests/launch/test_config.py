@@ -1,0 +1,98 @@
+"""Configs are locked, checked before anything is loaded, and every key is read."""
+
+import pathlib
+import re
+
+import pytest
+
+from dpojax.launch.config import ConfigError, check, record
+from dpojax.launch.defaults import default_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def keys(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_an_unknown_key_is_an_error_that_names_it():
+    with pytest.raises(AttributeError, match="betta"):
+        default_config().dpo.betta = 0.1
+
+
+def test_a_value_of_another_type_is_an_error():
+    with pytest.raises(TypeError, match="beta"):
+        default_config().dpo.beta = "0.1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dpo.beta", 0.0, r"config\.dpo\.beta = 0\.0.*greater than 0"),
+        ("dpo.beta", -0.1, r"config\.dpo\.beta"),
+        ("dpo.beta", float("nan"), r"config\.dpo\.beta"),
+        ("dpo.label_smoothing", 0.5, r"config\.dpo\.label_smoothing"),
+        ("dpo.length_norm", "mean", r"config\.dpo\.length_norm"),
+        ("dpo.reference.kind", "frozen", r"cached or live"),
+        ("dpo.batch_size", 0, r"config\.dpo\.batch_size = 0"),
+        ("sft.learning_rate", -1.0, r"config\.sft\.learning_rate"),
+        ("sft.data.eval_share", 1.0, r"config\.sft\.data\.eval_share"),
+        ("dpo.data.source", "", r"config\.dpo\.data\.source is empty"),
+        ("stages", ("ppo",), r"config\.stages"),
+        ("model.compute_dtype", "float16", r"compute_dtype"),
+        ("log_every", -1, r"config\.log_every"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_refused_with_its_key(key, value, message):
+    config = default_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+def test_every_key_is_read_by_something():
+    source = "\n".join(
+        path.read_text() for path in (ROOT / "dpojax").rglob("*.py") if path.name != "defaults.py"
+    )
+    policy_fields = re.search(r"class Policy:.*?def ", source, re.S).group()
+    for key in keys(default_config()):
+        name = key.rsplit(".", 1)[-1]
+        read = re.search(rf"\.{name}\b", source) or f'"{name}"' in source
+        assert read or (key.startswith("tokens.") and f"    {name}: " in policy_fields), key
+
+
+def test_the_shipped_configs_pass_their_own_check_and_their_sweeps_change_known_keys():
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    paths = sorted((ROOT / "configs").glob("*.py"))
+    assert {path.stem for path in paths} >= {"reviews", "instructions", "hh"}
+    for path in paths:
+        spec = spec_from_file_location(path.stem, path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+        config.dpo.data.source = config.dpo.data.source or "given on the command line"
+        config.sft.data.source = config.sft.data.source or "given on the command line"
+        check(config)
+        for changes in module.sweep():
+            swept = config.copy_and_resolve_references()
+            swept.update_from_flattened_dict(changes)
+            check(swept)
+        assert "python scripts/train.py --config=configs/" in module.__doc__
+
+
+def test_the_workdir_of_another_config_is_refused_and_left_as_it_was(tmp_path):
+    config = default_config()
+    record(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    config.dpo.beta = 0.3
+    with pytest.raises(ConfigError, match=r"dpo\.beta: 0\.1 -> 0\.3"):
+        record(config, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    config.dpo.beta = 0.1
+    config.log_every = 7
+    record(config, tmp_path)
