@@ -27,14 +27,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or known < 1:
-        raise ValueError(f"mesh: at most one axis may be -1, and all others positive; got {sizes}")
+        raise ValueError(f"at most one axis may be -1, and all others positive; got {sizes}")
     if free:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices) or 0 in sizes.values():
         shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh: {shape} wants {max(known, math.prod(sizes.values()))} devices, but there are "
-            f"{len(devices)}; change config.mesh so that the product is {len(devices)}"
+            f"{shape} wants {max(known, math.prod(sizes.values()))} devices, but there are "
+            f"{len(devices)}; the product of the sizes has to be {len(devices)}"
         )
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices

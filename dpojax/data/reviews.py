@@ -226,8 +226,9 @@ def preferences(
     probability sigmoid(difference of log-odds / temperature). Pairs with an empty response, equal
     responses, or, under "deterministic", equal log-odds are drawn again.
     Each record holds prompt, chosen, rejected, chosen_reward, rejected_reward; a response begins
-    with the space that parts it from its prompt, the rewards are P(positive | prompt, response). The pairs of one prompt stand together. Raises ValueError for
-    an unknown label, and for `pairs_per_prompt` or `temperature` that is not positive.
+    with the space that parts it from its prompt, the rewards are P(positive | prompt, response).
+    The pairs of one prompt stand together. Raises ValueError for an unknown label, and for
+    `pairs_per_prompt` or `temperature` that is not positive.
     """
     if label not in ("deterministic", "bradley_terry"):
         raise ValueError(f'label is {label!r}: expected "deterministic" or "bradley_terry"')

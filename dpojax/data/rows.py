@@ -113,12 +113,12 @@ def plan(
     if length is not None and sizes[longest].tokens > length:
         raise DataError(
             f"{examples[longest].id}: prompt and responses have {sizes[longest].tokens} tokens, "
-            f"but a row has config.row_length = {length}; raise it, or lower tokens.max_length"
+            f"but a row has {length}; raise row_length, or lower tokens.max_length"
         )
     if micro_rows and micro_rows % multiple:
         raise ValueError(
-            f"config.micro_rows = {micro_rows} rows cannot be spread over {multiple} row shards "
-            f"(mesh data x fsdp); make it a multiple of {multiple}"
+            f"micro-batches of {micro_rows} rows cannot be spread over {multiple} row shards (mesh "
+            f"data x fsdp); make micro_rows a multiple of {multiple}"
         )
     batches = [list(batch) for batch in batches]
     shortest = _round_up(sizes[longest].tokens, 32)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 
 from ml_collections import ConfigDict
+
+from dpojax.data.tokenise import Policy
+from dpojax.methods import dpo as dpo_method
+from dpojax.training.state import make_optimizer, make_schedule
 
 MAY_CHANGE = (
     "log_every",
@@ -22,6 +27,21 @@ class ConfigError(ValueError):
     """A config that cannot run; the message names the key."""
 
 
+@contextlib.contextmanager
+def naming(key: str):
+    """Raises a ValueError from inside as a ConfigError that begins with the key."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"config.{key}: {error}") from error
+
+
+def tokens_policy(tokens: ConfigDict) -> Policy:
+    """`config.tokens` as the tokeniser wants it."""
+    with naming("tokens"):
+        return Policy(**dict(tokens) | {"max_prompt_length": tokens.max_prompt_length or None})
+
+
 def check(config: ConfigDict) -> None:
     """Raise ConfigError for a value that no run could use."""
     stages = tuple(config.stages)
@@ -31,6 +51,7 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.model.compute_dtype = {config.model.compute_dtype!r}: float32 or bfloat16"
         )
+    tokens_policy(config.tokens)
     for stage in stages:
         _check_stage(stage, config[stage])
     if "dpo" in stages:
@@ -78,6 +99,9 @@ def _check_stage(name: str, stage: ConfigDict) -> None:
         raise ConfigError(
             f"config.{name}.data.eval_share = {stage.data.eval_share}: between 0 and 1"
         )
+    with naming(name):
+        make_optimizer(stage.optimizer)
+        make_schedule(stage, 1)
     if not stage.data.source:
         raise ConfigError(f"config.{name}.data.source is empty: name a file, folder or data set")
 
@@ -87,6 +111,8 @@ def _check_dpo(dpo: ConfigDict) -> None:
         raise ConfigError(f"config.dpo.beta = {dpo.beta}: beta must be greater than 0")
     if not 0 <= dpo.label_smoothing < 0.5:
         raise ConfigError(f"config.dpo.label_smoothing = {dpo.label_smoothing}: in [0, 0.5)")
+    with naming("dpo"):
+        dpo_method.objective(dpo.loss, length_norm=dpo.length_norm or None)
     if dpo.loss == "ipo" and dpo.label_smoothing:
         raise ConfigError("config.dpo.label_smoothing: ipo has none; leave it at 0")
     if dpo.loss != "ipo" and dpo.length_norm:

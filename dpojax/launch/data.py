@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from dpojax.data import records, reviews, sources
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.data.tokenise import Example, Policy, tokenise
+from dpojax.data.tokenise import Example, tokenise
+from dpojax.launch.config import tokens_policy
 
 EMBEDDED = "reviews"
 
@@ -45,7 +46,7 @@ def load(
     Raises:
       DataError: see `sources.read` and `tokenise`; also when nothing is left to train or test on.
     """
-    policy = Policy(**dict(tokens) | {"max_prompt_length": tokens.max_prompt_length or None})
+    policy = tokens_policy(tokens)
 
     def examples(source, split, limit) -> tuple[list[Example], Report]:
         found, report = _records(source, split, data.form, limit, best_only=best_only, seed=seed)

@@ -16,7 +16,7 @@ from dpojax.launch.config import ConfigError, check, record
 from dpojax.launch.summary import summarise
 from dpojax.launch.train import train_stage
 from dpojax.training.checkpoints import CheckpointError
-from dpojax.training.loop import NonFiniteLoss
+from dpojax.training.loop import NonFiniteLoss, StopSignal
 from dpojax.training.metrics import read_metrics
 from dpojax.training.reference import ReferenceMismatch
 
@@ -44,10 +44,10 @@ def run(config: ConfigDict, workdir: str) -> None:
         record(config, folder)
         for stage in prepared:
             print(f"\n{stages.save_reports(stage)}\n{_describe(stage)}", flush=True)
-    with jax.set_mesh(setup.mesh):
+    with jax.set_mesh(setup.mesh), StopSignal() as stop:
         start = partial(run_setup.initial_params, setup)
         for stage in prepared:
-            params = train_stage(stage, start)
+            params = train_stage(stage, start, stop)
             start = partial(lambda finished: finished, params)
         if jax.process_index() == 0:
             _draw(folder, config.stages)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dpojax import sharding
 from dpojax.data import reviews
-from dpojax.launch.config import ConfigError
+from dpojax.launch.config import ConfigError, naming
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, Model
@@ -55,18 +55,21 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     Raises:
       ConfigError: tokenizer and model do not fit each other, or the lengths do not fit the model.
     """
-    mesh = sharding.make_mesh(**config.mesh)
+    with naming("mesh"):
+        mesh = sharding.make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config)
     if config.model.path:
-        model_config, raw = huggingface.read_config(config.model.path)
+        with naming("model.path"):
+            model_config, raw = huggingface.read_config(config.model.path)
     else:
         model_config, raw = _fresh_config(config.model, tokenizer), None
     _check_fit(config, model_config, tokenizer)
-    model = decoder.build(
-        model_config,
-        compute_dtype=jnp.dtype(config.model.compute_dtype),
-        remat=config.model.remat,
-    )
+    with naming("model"):
+        model = decoder.build(
+            model_config,
+            compute_dtype=jnp.dtype(config.model.compute_dtype),
+            remat=config.model.remat,
+        )
     return Setup(config, workdir, mesh, tokenizer, model, raw)
 
 

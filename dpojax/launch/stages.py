@@ -15,6 +15,7 @@ from dpojax import sharding
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
 from dpojax.data.rows import Rows, Shape, plan
 from dpojax.launch import data as stage_data
+from dpojax.launch.config import naming
 from dpojax.launch.data import StageData
 from dpojax.launch.setup import Setup
 from dpojax.methods import dpo, sft
@@ -132,11 +133,12 @@ def _objective(name: str, config: ConfigDict) -> Objective:
 def _plan(stage: Stage) -> Shape:
     config, examples = stage.setup.config, stage.data.examples
     training = [[int(i) for i in batch] for batch in stage.order]
-    return plan(
-        examples,
-        training + in_order(range(len(examples)), stage.config.batch_size),
-        length=config.row_length or None,
-        micro_rows=config.micro_rows or None,
-        multiple=sharding.row_shards(stage.setup.mesh),
-        score_prompt=stage.score_prompt,
-    )
+    with naming("micro_rows"):
+        return plan(
+            examples,
+            training + in_order(range(len(examples)), stage.config.batch_size),
+            length=config.row_length or None,
+            micro_rows=config.micro_rows or None,
+            multiple=sharding.row_shards(stage.setup.mesh),
+            score_prompt=stage.score_prompt,
+        )

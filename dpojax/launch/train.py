@@ -14,13 +14,13 @@ from dpojax.launch.stages import Stage
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training import checkpoints, throughput
 from dpojax.training.checkpoints import Checkpoints
-from dpojax.training.loop import Every, Fit
+from dpojax.training.loop import Every, Fit, StopSignal
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
 
 
-def train_stage(stage: Stage, start: Callable[[], dict]) -> dict:
+def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> dict:
     """The stage's final parameters. `start` gives those it begins with; a resumed stage skips it.
 
     Raises:
@@ -53,11 +53,13 @@ def train_stage(stage: Stage, start: Callable[[], dict]) -> dict:
                 if used != Reference() and not stage.config.reference.path:
                     writer.write(0, check_identity(stage, params, used), split="identity")
                 state = new_state(params, optimizer, abstract, config.seed)
-            fit = _fit(stage, used, optimizer, abstract, batches, saved, writer)
+            fit = _fit(stage, used, optimizer, abstract, batches, saved, writer, stop)
             return fit(state).params
 
 
-def _fit(stage: Stage, used: Reference, optimizer, abstract: State, batches, saved, writer) -> Fit:
+def _fit(
+    stage: Stage, used: Reference, optimizer, abstract: State, batches, saved, writer, stop
+) -> Fit:
     setup, config = stage.setup, stage.setup.config
     schedule = make_schedule(stage.config, stage.steps)
     step = build_step(
@@ -84,6 +86,7 @@ def _fit(stage: Stage, used: Reference, optimizer, abstract: State, batches, sav
         examples=stage.data.examples,
         checkpoints=saved,
         writer=writer,
+        stop=stop,
     )
 
 

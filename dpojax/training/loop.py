@@ -91,6 +91,7 @@ class Fit:
     examples: Sequence[Example]
     checkpoints: Checkpoints
     writer: MetricWriter
+    stop: StopSignal
 
     def __call__(self, state: State) -> State:
         """Train to the last step and return the final state, which is also on disk.
@@ -103,7 +104,7 @@ class Fit:
         pace = _Pace(self.flops, self.ceiling)
         if done == 0:
             self._evaluate(state, 0)
-        with StopSignal() as stop, progress(self.steps, done, self.stage) as bar:
+        with progress(self.steps, done, self.stage) as bar:
             pending = None
             while done < self.steps:
                 rows = next(self.batches)
@@ -115,7 +116,7 @@ class Fit:
                 pace.add(rows, report)
                 bar.update()
                 log, evaluate, save = self.every.due(done, self.steps)
-                stopping = (log or jax.process_count() == 1) and stop.agreed()
+                stopping = (log or jax.process_count() == 1) and self.stop.agreed()
                 if log or evaluate or save or stopping:
                     self._check(*pending, done)
                 if log:

@@ -122,12 +122,12 @@ def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
 
 
 def test_an_example_longer_than_the_row_is_named():
-    with pytest.raises(DataError, match=r"hh.jsonl:7.*40 tokens.*row_length = 32"):
+    with pytest.raises(DataError, match=r"hh.jsonl:7.*40 tokens.*raise row_length"):
         plan([pair(1, 1, 1), pair(20, 10, 10, id="hh.jsonl:7")], [[0, 1]], length=32)
 
 
 def test_micro_rows_that_the_mesh_does_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"micro_rows = 3.*multiple of 2"):
+    with pytest.raises(ValueError, match=r"micro-batches of 3 rows.*multiple of 2"):
         plan([pair(1, 1, 1)], [[0]], micro_rows=3, multiple=2)
 
 

@@ -55,7 +55,7 @@ def test_three_ranked_responses_are_three_pairs_and_ragged_ones_fewer():
 
 @pytest.mark.parametrize(("loss", "norm"), [("dpo", None), ("ipo", "sum"), ("ipo", "mean")])
 def test_at_the_reference_the_loss_has_its_closed_form(loss, norm):
-    policy, rows = with_reference(micro_batch([example(3, 4), example(2, 2)]))
+    _, rows = with_reference(micro_batch([example(3, 4), example(2, 2)]))
     objective = dpo.objective(loss, length_norm=norm)
     terms = objective.terms(rows.reference, rows, HYPER)
     want = {"dpo": np.log(2), "ipo": (1 / 0.4) ** 2}[loss]
