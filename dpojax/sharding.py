@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -39,6 +41,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def start_distributed() -> None:
+    """Join the processes of a run: of a TPU pod, Slurm, Open MPI or Kubernetes by themselves.
+
+    Anywhere else set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID for every process. Does nothing where they are joined already.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
+    jax.distributed.initialize(**given)
+
+
+def agreed(value: bool) -> bool:
+    """What process 0 holds to be true, so that all processes take the same way."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:

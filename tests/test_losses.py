@@ -39,9 +39,6 @@ def golden_case(golden, name):
 @pytest.mark.parametrize("name", ["sigmoid", "ipo"])
 def test_values_and_gradients_are_those_of_trl(golden, x64, case, beta, name):
     policy, reference, lengths, expected = golden_case(golden, case)
-    if f"{name} beta={beta}" not in expected:
-        assert case != "A", f"the golden file lost {name} beta={beta}"
-        pytest.skip("not among the golden values of this case")
     want = expected[f"{name} beta={beta}"]
 
     def loss(policy):

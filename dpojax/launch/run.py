@@ -8,6 +8,7 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
+from dpojax import sharding
 from dpojax.data.records import DataError
 from dpojax.evaluation import plots
 from dpojax.launch import setup as run_setup
@@ -35,8 +36,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     check(config)
     folder = pathlib.Path(workdir).resolve()
-    if config.distributed and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    if config.distributed:
+        sharding.start_distributed()
     setup = run_setup.prepare(config, folder)
     prepared = [stages.prepare(name, setup) for name in config.stages]
     if jax.process_index() == 0:

@@ -85,7 +85,7 @@ def cached(
 ) -> tuple[Store, bool]:
     """The store under `folder/key.npy` and True, or a new one made, saved whole, and False."""
     path = pathlib.Path(folder) / f"{key}.npy"
-    if path.exists():
+    if sharding.agreed(path.exists()):
         try:
             return Store(examples, np.load(path, mmap_mode="r")), True
         except ValueError as error:
