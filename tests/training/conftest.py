@@ -14,7 +14,7 @@ from dpojax.models import decoder
 from dpojax.models.config import LLAMA, DecoderConfig
 from dpojax.training.step import build_score
 
-VOCABULARY = 29
+VOCABULARY = 32  # so that every axis of the model is really sharded
 
 
 def make_pairs(count: int, seed: int = 0, responses: int = 2) -> list[Example]:
