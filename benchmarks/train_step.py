@@ -94,8 +94,7 @@ compile s    of the step, lowering included"""
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
-    changes = {key: getattr(args, key) for key in ("row_length", "remat", "max_logits")}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    changes = {key: value for key, value in vars(args).items() if key in Case._fields}
     results = []
     for name in [args.case] if args.case else CASES:
         # A process that was not forked, and so has nobody else's peak memory.
@@ -119,9 +118,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--case", choices=list(CASES), help="only this one; default: all, one after another")
     add("--steps", type=int, default=7, help="quiet samples wanted; twice as many are tried")
     add("--json", type=pathlib.Path, metavar="OUT", help="also write the results here")
-    add("--row-length", type=int, help="tokens of a row, 0: as rows.plan chooses")
-    add("--remat", choices=list(decoder.REMAT), help="what a layer computes again backward")
-    add("--max-logits", type=int, help="float32 logits at once; more means fewer, larger chunks")
+    unset = {"default": argparse.SUPPRESS}  # the case's own value
+    add("--row-length", type=int, help="tokens of a row, 0: as rows.plan chooses", **unset)
+    add("--remat", choices=list(decoder.REMAT), help="what is computed again backward", **unset)
+    add("--max-logits", type=int, help="float32 logits that may exist at once", **unset)
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: at least one step has to be timed")
@@ -131,9 +131,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def measure(case: Case, steps: int) -> dict[str, Any]:
     """Time at least `steps` steps of `case` in this process, on its first device.
 
-    Returns:
-      The case's fields, what COLUMNS names, and all samples: seconds of the step, matmul FLOP/s,
-      and the share of the machine that others took.
+    Returns the case's fields, what COLUMNS names, and every sample: seconds of the step, matmul
+    FLOP/s, and the share of the machine's CPU time that others took.
     """
     device = jax.local_devices()[0]
     mesh = sharding.make_mesh(devices=[device])
@@ -209,14 +208,9 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
 
 
 def _model(case: Case) -> decoder.Model:
+    sizes = {"width": case.width, "mlp_width": 4 * case.width, "max_positions": 1024}
     config = DecoderConfig(
-        **GPT2,
-        vocab_size=case.vocabulary,
-        width=case.width,
-        layers=case.layers,
-        heads=case.heads,
-        mlp_width=4 * case.width,
-        max_positions=1024,
+        **GPT2, **sizes, vocab_size=case.vocabulary, layers=case.layers, heads=case.heads
     )
     return decoder.build(config, compute_dtype=jnp.dtype(case.dtype), remat=case.remat)
 
@@ -274,8 +268,8 @@ def _others_cpu_seconds() -> float:
     stat = pathlib.Path("/proc/stat")
     if not stat.exists():
         return 0.0
-    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
-    ticks = user + nice + system + irq + softirq + steal
+    user, nice, system, _, _, *interrupts_and_steal = map(int, stat.read_text().split()[1:9])
+    ticks = user + nice + system + sum(interrupts_and_steal)
     return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
 
 

@@ -31,6 +31,14 @@ def main(_) -> int:
     return 0
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parser, where a key that the config does not have is a usage error."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sys.exit(f"{arguments[0]}: {error.args[0] if error.args else error}")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

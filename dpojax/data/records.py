@@ -128,12 +128,14 @@ class _Fields:
         """A field that must be text (it may be the empty string)."""
         if not isinstance(self[name], str):
             raise self.error(name, "text")
+        if not _is_unicode(self[name]):
+            raise self.error(name, "text without lone surrogates (half of a UTF-16 pair)")
         return self[name]
 
     def content(self, name: str) -> Content:
         """A field that must be text or a list of messages."""
         if isinstance(self[name], str):
-            return self[name]
+            return self.text(name)
         return self.messages(name)
 
     def messages(self, name: str) -> Messages:
@@ -249,7 +251,7 @@ def _instruction(fields: _Fields) -> Record:
 
 
 def _ranked(fields: _Fields) -> Record | Reject:
-    """Order by `ranks` (1 is best) or `scores` (high is best); ties keep the listed order."""
+    """Order by `ranks` (1 is best) or `scores` (high is best); ties state no preference."""
     prompt = fields.content("prompt")
     listed = fields.items("responses", 1)
     parts = _Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
@@ -264,8 +266,8 @@ def _ranked(fields: _Fields) -> Record | Reject:
             f"{fields.id}: field {name!r} should be {len(responses)} numbers, one per response, "
             f"got {order!r}"
         )
-    if len(order) > 1 and len(set(order)) == 1:
-        return Reject(fields.id, "all_tied")
+    if len(set(order)) < len(order):
+        return Reject(fields.id, "all_tied" if len(set(order)) == 1 else "some_tied")
     sign = 1 if name == "ranks" else -1
     best_first = sorted(range(len(order)), key=lambda i: sign * order[i])
     return _record(fields.id, prompt, (responses[i] for i in best_first))
@@ -347,3 +349,11 @@ _PARSERS: dict[str, Callable[[_Fields], Record | Reject]] = {
     "comparison": _comparison,
     "text": _text,
 }
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -18,6 +18,11 @@ from dpojax.data.records import DataError
 CAUSES = {
     "prompts_differ": "chosen and rejected answer different prompts",
     "all_tied": "all responses have the same rank or score",
+    "some_tied": "two responses have the same rank or score",
+    "one_response": "one response alone states no preference",
+    "undesirable": "labelled undesirable, and nothing to imitate",
+    "beyond_limit": "beyond `limit` records",
+    "beyond_eval_limit": "held out, but beyond `eval_limit` examples",
     "empty": "a response has no text",
     "identical": "responses are equal",
     "identical_after_cut": "responses are equal once cut",

@@ -46,11 +46,6 @@ class Shape(NamedTuple):
     examples: int
     responses: int
 
-    @property
-    def slots(self) -> int:
-        """Response slots of a row."""
-        return self.examples * self.responses
-
 
 class Size(NamedTuple):
     """What one example takes of a row."""
@@ -100,7 +95,8 @@ def plan(
       examples: the whole data set.
       batches: indices of the examples of each optimiser batch.
       length: tokens of a row; None tries a few and takes the one that computes least.
-      micro_rows: rows of a micro-batch; None puts the whole batch into one.
+      micro_rows: rows of a micro-batch; None takes the number that computes least: batches need
+        different numbers of rows, and a micro-batch without any is not computed.
       multiple: rows of a micro-batch are rounded up to a multiple of this (row shards of the mesh).
       score_prompt: whether prompt tokens are scored as well.
 
@@ -128,10 +124,10 @@ def plan(
     rows = {n: _packings(sizes, batches[:32], n) for n in lengths}
     best = min(lengths, key=lambda n: _cost(rows[n][0], n))
     packed, scored = _packings(sizes, batches, best)
-    most = _round_up(max(map(len, packed)), multiple)
-    per_micro = micro_rows or most
+    counts = np.array([len(rows_) for rows_ in packed])
+    per_micro = micro_rows or _least_rows(counts, multiple)
     return Shape(
-        micro_batches=-(-most // per_micro),
+        micro_batches=-(-int(counts.max()) // per_micro),
         rows=per_micro,
         length=best,
         scored=scored,
@@ -185,9 +181,10 @@ def empty(shape: Shape) -> Rows:
 
 
 def utilisation(rows: Rows) -> float:
-    """Share of the columns that hold a token, among rows that hold any."""
+    """Share of the computed columns, those of all micro-batches with any example, with a token."""
     used = np.asarray(rows.segment) > 0
-    return float(used.sum() / max(1, used.any(axis=-1).sum() * used.shape[-1]))
+    computed = used.any(axis=(1, 2)).sum() * used[0].size
+    return float(used.sum() / max(1, computed))
 
 
 def _write(row: Rows, example: Example, e: int, column: int, score: int, score_prompt: bool):
@@ -225,6 +222,16 @@ def _packings(sizes, batches, length):
 def _cost(packed, length):
     """Relative time of these rows: all columns, plus attention's share, which grows with length."""
     return sum(map(len, packed)) * length * (1 + length / 4096)
+
+
+def _least_rows(counts: np.ndarray, multiple: int) -> int:
+    """Rows of a micro-batch for the least computed rows over batches that need `counts` rows.
+
+    Every micro-batch is charged 2 % of the largest batch for adding up gradients.
+    """
+    most = _round_up(int(counts.max()), multiple)
+    choices = range(multiple, most + 1, multiple)
+    return min(choices, key=lambda m: (np.ceil(counts / m).sum() * (m + 0.02 * most), -m))
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import socket
+from collections.abc import Callable
 
+import jax
 from ml_collections import ConfigDict
 
+from dpojax.data.records import DataError
 from dpojax.data.tokenise import Policy
 from dpojax.methods import dpo as dpo_method
 from dpojax.training.state import make_optimizer, make_schedule
 
-MAY_CHANGE = (
-    "log_every",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep",
-    "tensorboard",
-    "distributed",
+STAGES = (("sft",), ("dpo",), ("sft", "dpo"))
+# A resumed run may change these. With those of the second line sums come out in another order: the
+# result is the same to rounding, no longer to the bit.
+MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
+MAY_CHANGE += ("distributed", "mesh", "micro_rows", "row_length", "max_logits", "model.remat")
+
+Rule = tuple[str, Callable[[object], bool], str]
+RULES: tuple[Rule, ...] = (
+    ("stages", lambda x: tuple(x) in STAGES, "('sft',), ('dpo',) or ('sft', 'dpo')"),
+    ("seed", lambda x: x >= 0, "0 or more"),
+    ("model.compute_dtype", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+    ("row_length", lambda x: x >= 0, "0 (chosen from the data) or more"),
+    ("micro_rows", lambda x: x >= 0, "0 (chosen from the data) or more"),
+    ("max_logits", lambda x: x >= 1, "1 or more"),
+    ("log_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
+    ("evaluate_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
+    ("checkpoint_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
+    ("keep", lambda x: x >= 1, "1 or more checkpoints"),
+)
+STAGE_RULES: tuple[Rule, ...] = (
+    ("batch_size", lambda x: x >= 1, "1 or more"),
+    ("epochs", lambda x: x >= 1, "1 or more"),
+    ("steps", lambda x: x >= 0, "0 (from epochs) or more"),
+    ("warmup_steps", lambda x: x >= 0, "0 or more"),
+    ("learning_rate", lambda x: x >= 0, "0 or more"),
+    ("data.source", bool, "a file, folder or data set; it is empty"),
+    ("data.limit", lambda x: x >= 0, "0 (all) or more records"),
+    ("data.eval_limit", lambda x: x >= 0, "0 (all) or more examples"),
+    ("data.eval_share", lambda x: 0 < x < 1, "between 0 and 1"),
+)
+DPO_RULES: tuple[Rule, ...] = (
+    ("beta", lambda x: x > 0, "beta must be greater than 0"),
+    ("label_smoothing", lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
+    ("reference.kind", lambda x: x in ("cached", "live"), "cached or live"),
+    ("reference.dtype", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
 )
 
 
@@ -29,10 +62,12 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def naming(key: str):
-    """Raises a ValueError from inside as a ConfigError that begins with the key."""
+    """Raises a ValueError or OSError from inside as a ConfigError that begins with the key."""
     try:
         yield
-    except ValueError as error:
+    except (ConfigError, DataError):
+        raise
+    except (ValueError, OSError) as error:
         raise ConfigError(f"config.{key}: {error}") from error
 
 
@@ -44,25 +79,27 @@ def tokens_policy(tokens: ConfigDict) -> Policy:
 
 def check(config: ConfigDict) -> None:
     """Raise ConfigError for a value that no run could use."""
-    stages = tuple(config.stages)
-    if not stages or any(stage not in ("sft", "dpo") for stage in stages):
-        raise ConfigError(f"config.stages = {stages}: name sft, dpo, or both")
-    if config.model.compute_dtype not in ("float32", "bfloat16"):
-        raise ConfigError(
-            f"config.model.compute_dtype = {config.model.compute_dtype!r}: float32 or bfloat16"
-        )
+    _apply(RULES, config, "")
     tokens_policy(config.tokens)
-    for stage in stages:
-        _check_stage(stage, config[stage])
-    if "dpo" in stages:
-        _check_dpo(config.dpo)
-    for key in ("log_every", "evaluate_every", "checkpoint_every"):
-        if config[key] < 0:
-            raise ConfigError(f"config.{key} = {config[key]}: 0 (only at the end) or more steps")
+    for name in config.stages:
+        stage = config[name]
+        _apply(STAGE_RULES, stage, f"{name}.")
+        with naming(name):
+            make_optimizer(stage.optimizer)
+            make_schedule(stage, 1)
+    if "dpo" in config.stages:
+        dpo = config.dpo
+        _apply(DPO_RULES, dpo, "dpo.")
+        with naming("dpo"):
+            dpo_method.objective(dpo.loss, length_norm=dpo.length_norm or None)
+        if dpo.loss == "ipo" and dpo.label_smoothing:
+            raise ConfigError("config.dpo.label_smoothing: ipo has none; leave it at 0")
+        if dpo.loss != "ipo" and dpo.length_norm:
+            raise ConfigError(f"config.dpo.length_norm: {dpo.loss} has none; leave it empty")
 
 
 def record(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Write config.json, or compare with the one there.
+    """Write config.json, or compare with the one there; all processes do, the first one writes.
 
     Raises:
       ConfigError: the workdir belongs to a run with another config; it names the keys.
@@ -74,58 +111,66 @@ def record(config: ConfigDict, workdir: pathlib.Path) -> None:
             then = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: not JSON ({error}); use another --workdir") from error
-        old, new = _flat(then), _flat(now)
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        changed = [key for key in changed if key not in MAY_CHANGE]
-        if changed:
-            lines = "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
+        if changed := _changes(_flat(then), _flat(now)):
             raise ConfigError(
                 f"{workdir} holds a run of another config; give this one its own --workdir, or "
-                f"take back these changes:\n{lines}"
+                "take back these changes:\n" + "\n".join(changed)
             )
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(now, indent=2) + "\n")
-    os.replace(unfinished, path)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(now, indent=2) + "\n")
+        os.replace(unfinished, path)
 
 
-def _check_stage(name: str, stage: ConfigDict) -> None:
-    for key in ("batch_size", "epochs"):
-        if stage[key] < 1:
-            raise ConfigError(f"config.{name}.{key} = {stage[key]}: at least 1")
-    for key in ("steps", "warmup_steps", "learning_rate"):
-        if stage[key] < 0:
-            raise ConfigError(f"config.{name}.{key} = {stage[key]}: 0 or more")
-    if not 0 < stage.data.eval_share < 1:
-        raise ConfigError(
-            f"config.{name}.data.eval_share = {stage.data.eval_share}: between 0 and 1"
-        )
-    with naming(name):
-        make_optimizer(stage.optimizer)
-        make_schedule(stage, 1)
-    if not stage.data.source:
-        raise ConfigError(f"config.{name}.data.source is empty: name a file, folder or data set")
+@contextlib.contextmanager
+def only_run(workdir: pathlib.Path):
+    """Keeps a second run out of the workdir as long as this one lives, on this host's processes.
+
+    Raises:
+      ConfigError: another run is at work there; it names its host and process.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ConfigError(
+                f"{workdir}: {owner} is running in this workdir; wait for it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
-def _check_dpo(dpo: ConfigDict) -> None:
-    if not dpo.beta > 0:
-        raise ConfigError(f"config.dpo.beta = {dpo.beta}: beta must be greater than 0")
-    if not 0 <= dpo.label_smoothing < 0.5:
-        raise ConfigError(f"config.dpo.label_smoothing = {dpo.label_smoothing}: in [0, 0.5)")
-    with naming("dpo"):
-        dpo_method.objective(dpo.loss, length_norm=dpo.length_norm or None)
-    if dpo.loss == "ipo" and dpo.label_smoothing:
-        raise ConfigError("config.dpo.label_smoothing: ipo has none; leave it at 0")
-    if dpo.loss != "ipo" and dpo.length_norm:
-        raise ConfigError(f"config.dpo.length_norm: {dpo.loss} has none; leave it empty")
-    if dpo.reference.kind not in ("cached", "live"):
-        raise ConfigError(f"config.dpo.reference.kind = {dpo.reference.kind!r}: cached or live")
+def _apply(rules: tuple[Rule, ...], config: ConfigDict, prefix: str) -> None:
+    for key, allowed, expected in rules:
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        if not allowed(value):
+            raise ConfigError(f"config.{prefix}{key} = {value!r}: {expected}")
+
+
+def _changes(old: dict, new: dict) -> list[str]:
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    free = tuple(f"{key}." for key in MAY_CHANGE)
+    return [
+        f"  {key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in changed
+        if not f"{key}.".startswith(free)
+    ]
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        inner = (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-        flat |= inner
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat

@@ -14,10 +14,11 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 takes the devices that are left
     config.model = _model()
     config.tokenizer = ""  # folder or hub name; "" is the model's, or the embedded task's
+    config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
     config.tokens = _tokens()
     config.row_length = 0  # tokens of a row; 0 chooses from the data
-    config.micro_rows = 0  # rows of a micro-batch on all devices together; 0 is the whole batch
-    config.max_logits = 2**25  # float32 logits on all devices at once (2**25 are 128 MiB)
+    config.micro_rows = 0  # rows of a micro-batch on all devices together; 0 chooses the fastest
+    config.max_logits = 2**25  # float32 logits of a device at once (2**25 are 128 MiB)
     config.sft = _sft()
     config.dpo = _dpo()
     config.log_every = 10  # steps
@@ -64,12 +65,13 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
         dict(
             source=source,  # "reviews" (embedded), a file, a folder, or a datasets name
             split="",  # of a datasets name or folder, or of a JSON object of lists
+            columns="",  # renames, "prompt=question,chosen=answer": our name = the file's
             form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text
             limit=train,  # use so many records; 0 is all (the embedded task makes this many)
             eval_source="",  # "" holds out a share of `source`, whole prompts at a time
             eval_split="",
             eval_share=0.1,
-            eval_limit=evaluation,
+            eval_limit=evaluation,  # evaluate on so many of the held-out examples; 0 is all
         )
     )
 

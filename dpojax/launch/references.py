@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,11 @@ from dpojax.data.rows import Rows
 from dpojax.launch.setup import load_weights
 from dpojax.launch.stages import Stage
 from dpojax.training import checkpoints, reference
+from dpojax.training.loop import Preempted, StopSignal
+from dpojax.training.metrics import progress
 from dpojax.training.reference import TOLERANCE, ReferenceMismatch, Store
+
+EXACT = 1e-5  # nats: one program on one batch twice
 
 
 class Reference(NamedTuple):
@@ -22,10 +26,12 @@ class Reference(NamedTuple):
 
     attach: on NumPy rows, from the cache; None for a live reference.
     on_mesh: on rows that lie on the mesh, by computing them; None for a cached one.
+    tolerance: by how many nats a token's log-prob may differ from what the same weights give now.
     """
 
     attach: Callable[[Rows], Rows] | None = None
     on_mesh: Callable[[Rows], Rows] | None = None
+    tolerance: float = 0.0
 
     def to_device(self, rows: Rows, mesh) -> Rows:
         """NumPy rows (attached already) on the mesh, with reference log-probs."""
@@ -38,24 +44,28 @@ def folder_of(stage: Stage) -> str:
     return str(stage.folder / "reference")
 
 
-def open_reference(stage: Stage, start: dict | None) -> Reference:
+def open_reference(stage: Stage, start: dict | None, stop: StopSignal) -> Reference:
     """The reference of a stage that starts from `start`, or resumes (`start` is None).
 
     A new run saves the reference's weights once. Cached log-probs are looked up under their hash
-    or computed, and in either case checked against a recomputation of one batch.
+    or computed; those that were found are checked against a recomputation of two batches.
 
     Raises:
       ReferenceMismatch: the check fails.
+      CheckpointError: the workdir holds the weights of another reference.
+      Preempted: `stop` was asked for while log-probs were computed.
     """
     params = _weights(stage, start)
     config = stage.config.reference
     if config.kind == "live":
-        kept = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(config.dtype), p))(params)
+        kept = jax.tree.map(lambda x: jnp.array(x, config.dtype, copy=True), params)
         return Reference(
-            on_mesh=lambda rows: rows._replace(reference=stage.score(kept, rows).logprob)
+            on_mesh=lambda rows: rows._replace(reference=stage.score(kept, rows).logprob),
+            tolerance=EXACT if config.dtype == "float32" else TOLERANCE[config.dtype],
         )
-    store = _store(stage, params)
-    return Reference(attach=store.attach)
+    store, found = _store(stage, params, stop)
+    dtype = stage.setup.config.model.compute_dtype
+    return Reference(attach=store.attach, tolerance=TOLERANCE[dtype] if found else EXACT)
 
 
 def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, float]:
@@ -63,22 +73,25 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
 
     Returns:
       drift/reference_identity: the largest difference of a token's log-prob, nats;
-      loss and loss/at_reference: of the first held-out batch, and in closed form.
+      loss: of the first held-out batch, and loss/at_reference, its closed form.
 
     Raises:
-      ReferenceMismatch: either differs by more than the compute dtype explains.
+      ReferenceMismatch: a log-prob differs by more than `used.tolerance`, or the objective of the
+        reference's own log-probs is not its closed form.
     """
     rows = used.to_device(next(stage.held_out(used.attach)), stage.setup.mesh)
-    scored = stage.score(params, rows).logprob
-    drift = float(jnp.max(jnp.where(rows.response >= 0, jnp.abs(scored - rows.reference), 0)))
-    loss = stage.evaluate(params, iter([rows]))["loss"]
+    tokens = stage.score(params, rows)
+    scored = rows.response >= 0
+    drift = float(jnp.max(jnp.where(scored, jnp.abs(tokens.logprob - rows.reference), 0)))
+    loss = stage.metrics(tokens, rows, stage.hyper)["loss"].value
+    same = stage.metrics(tokens._replace(logprob=rows.reference), rows, stage.hyper)["loss"].value
     expected = float(stage.objective.at_reference(stage.hyper))
-    tolerance = _tolerance(stage)
-    if not (drift <= tolerance and abs(loss - expected) <= 10 * tolerance * max(1.0, expected)):
+    if not (drift <= used.tolerance and abs(same - expected) <= EXACT * max(1.0, expected)):
         raise ReferenceMismatch(
             f"{stage.name}: at step 0 the policy is not the reference: a token's log-prob differs "
-            f"by {drift:.3g} nats (allowed {tolerance}), the loss is {loss:.6f} and not "
-            f"{expected:.6f}. Dropout, another dtype or other weights on one side do this"
+            f"by {drift:.3g} nats (allowed {used.tolerance}), the loss is {loss:.6f}, that of the "
+            f"reference itself {same:.6f} (expected {expected:.6f}). Another dtype, other weights "
+            "or randomness on one side do this"
         )
     return {"drift/reference_identity": drift, "loss": loss, "loss/at_reference": expected}
 
@@ -90,11 +103,12 @@ def _weights(stage: Stage, start: dict | None) -> dict:
         return checkpoints.load_tree(folder, stage.setup.abstract_params)
     path = stage.config.reference.path
     params = load_weights(stage.setup, path) if path else start
-    checkpoints.save_tree(folder, params, {"path": path or "the policy at step 0"})
+    checkpoints.save_tree(folder, params, {"fingerprint": reference.fingerprint(params)})
     return params
 
 
-def _store(stage: Stage, params: dict) -> Store:
+def _store(stage: Stage, params: dict, stop: StopSignal) -> tuple[Store, bool]:
+    """The cached log-probs, and whether an earlier run had computed them."""
     config, setup = stage.config.reference, stage.setup
     dtype = setup.config.model.compute_dtype
     examples = stage.data.examples
@@ -102,20 +116,28 @@ def _store(stage: Stage, params: dict) -> Store:
     def score(rows: Rows):
         return stage.score(params, sharding.put_rows(rows, setup.mesh)).logprob
 
-    def make() -> Store:  # held-out batches as evaluation has them: at step 0 it finds exact zeros
-        batches = itertools.chain(stage.rows(stage.data.training), stage.held_out())
-        return reference.compute(score, examples, batches)
+    def batches() -> Iterator[Rows]:
+        """Held-out ones as evaluation has them: at step 0 it then finds exact zeros."""
+        count = len(stage.in_order(stage.data.training)) + len(stage.in_order(stage.data.held_out))
+        with progress(count, desc="reference log-probs") as bar:
+            for rows in itertools.chain(stage.rows(stage.data.training), stage.held_out()):
+                if stop.agreed():
+                    raise Preempted(f"{stage.name}: stopped while the reference was computed")
+                yield rows
+                bar.update()
 
-    key = reference.key_of(params, examples, dtype=dtype, tokenizer=setup.tokenizer_hash)
+    key = reference.key_of(
+        reference.fingerprint(params),
+        examples,
+        model=repr(setup.model.config),
+        dtype=dtype,
+        tokenizer=setup.tokenizer_hash,
+    )
     folder = config.cache or stage.folder / "reference_logprobs"
-    store, found = reference.cached(folder, key, examples, make)
+    store, found = reference.cached(
+        folder, key, examples, lambda: reference.compute(score, examples, batches())
+    )
     if found:
-        reference.verify(store, score, next(stage.held_out()), examples, dtype)
-    return store
-
-
-def _tolerance(stage: Stage) -> float:
-    dtypes = {stage.setup.config.model.compute_dtype}
-    if stage.config.reference.kind == "live":
-        dtypes.add(stage.config.reference.dtype)
-    return max(TOLERANCE[dtype] for dtype in dtypes)
+        for rows in (next(stage.rows(stage.data.training)), next(stage.held_out())):
+            reference.verify(store, score, rows, examples, dtype)
+    return store, found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
 from functools import partial
 
@@ -13,7 +15,8 @@ from dpojax.data.records import DataError
 from dpojax.evaluation import plots
 from dpojax.launch import setup as run_setup
 from dpojax.launch import stages
-from dpojax.launch.config import ConfigError, check, record
+from dpojax.launch.config import ConfigError, check, only_run, record
+from dpojax.launch.setup import Setup
 from dpojax.launch.summary import summarise
 from dpojax.launch.train import train_stage
 from dpojax.training.checkpoints import CheckpointError
@@ -22,7 +25,8 @@ from dpojax.training.metrics import read_metrics
 from dpojax.training.reference import ReferenceMismatch
 
 # What a user can mend; anything else is a bug of ours, and shows its traceback.
-FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss)
+FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss, OSError)
+FINISHED = "finished.json"
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -35,42 +39,43 @@ def run(config: ConfigDict, workdir: str) -> None:
       Preempted: after a SIGTERM, once the state is saved.
     """
     check(config)
+    if "://" in workdir:
+        raise ConfigError(f"--workdir={workdir}: has to be a folder of a (shared) file system")
     folder = pathlib.Path(workdir).resolve()
     if config.distributed:
         sharding.start_distributed()
+    if sharding.agreed((folder / FINISHED).exists()):
+        record(config, folder)
+        _show(folder)
+        return
     setup = run_setup.prepare(config, folder)
     prepared = [stages.prepare(name, setup) for name in config.stages]
+    record(config, folder)
+    with only_run(folder), jax.set_mesh(setup.mesh), StopSignal() as stop:
+        _train(setup, prepared, stop)
+
+
+def _train(setup: Setup, prepared: list[stages.Stage], stop: StopSignal) -> None:
+    first = jax.process_index() == 0
+    for stage in prepared if first else ():
+        print(f"\n{stages.save_reports(stage)}\n{stages.describe(stage)}", flush=True)
+    start = partial(run_setup.initial_params, setup)
+    for stage in prepared:
+        params = train_stage(stage, start, stop)
+        start = partial(lambda finished: finished, params)
+    summaries = {s.name: summarise(s, params) for s in prepared if s.objective.needs_reference}
+    if first:
+        curves = {stage.name: read_metrics(stage.folder) for stage in prepared}
+        plots.training_curves(curves, setup.workdir / "training_curves.png")
+        unfinished = setup.workdir / f"{FINISHED}.unfinished"
+        unfinished.write_text(json.dumps(summaries, indent=2) + "\n")
+        os.replace(unfinished, setup.workdir / FINISHED)
+        _show(setup.workdir)
+
+
+def _show(folder: pathlib.Path) -> None:
+    """Print what a finished run found and where its figure is."""
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        record(config, folder)
-        for stage in prepared:
-            print(f"\n{stages.save_reports(stage)}\n{_describe(stage)}", flush=True)
-    with jax.set_mesh(setup.mesh), StopSignal() as stop:
-        start = partial(run_setup.initial_params, setup)
-        for stage in prepared:
-            params = train_stage(stage, start, stop)
-            start = partial(lambda finished: finished, params)
-        if jax.process_index() == 0:
-            _draw(folder, config.stages)
-        for stage in prepared:
-            if stage.objective.needs_reference:
-                summarise(stage, params)
-
-
-def _describe(stage: stages.Stage) -> str:
-    mesh = " x ".join(f"{name} {size}" for name, size in stage.setup.mesh.shape.items())
-    shape = stage.shape
-    shapes = jax.tree.leaves(stage.setup.abstract_params)
-    return (
-        f"{stage.name}: {sum(x.size for x in shapes):,} parameters on a mesh of {mesh}; "
-        f"{stage.data.train:,} examples to train on and {len(stage.data.held_out):,} held out; "
-        f"{stage.steps:,} steps of {stage.config.batch_size} examples in {shape.micro_batches} "
-        f"micro-batch(es) of {shape.rows} rows x {shape.length} tokens, "
-        f"{shape.scored} of them scored at most"
-    )
-
-
-def _draw(folder: pathlib.Path, names) -> None:
-    curves = {name: read_metrics(folder / name) for name in names}
-    plots.training_curves(curves, folder / "training_curves.png")
-    print(f"figure: {folder / 'training_curves.png'}")
+        for summary in sorted(folder.glob("*/summary.txt")):
+            print(f"\n{summary.read_text()}")
+        print(f"curves: {folder / 'training_curves.png'}")

@@ -43,6 +43,11 @@ class Setup(NamedTuple):
         )
 
     @property
+    def max_logits(self) -> int:
+        """Float32 logits that may exist at once on all devices together."""
+        return self.config.max_logits * self.mesh.size
+
+    @property
     def tokenizer_hash(self) -> str:
         """Of the vocabulary with its ids."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
@@ -62,7 +67,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
         with naming("model.path"):
             model_config, raw = huggingface.read_config(config.model.path)
     else:
-        model_config, raw = _fresh_config(config.model, tokenizer), None
+        with naming("model"):
+            model_config, raw = _fresh_config(config.model, tokenizer), None
     _check_fit(config, model_config, tokenizer)
     with naming("model"):
         model = decoder.build(
@@ -79,11 +85,15 @@ def load_tokenizer(config: ConfigDict):
     if not path:
         return reviews.tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer in {path!r} ({error}); set config.tokenizer to a folder or hub name"
         ) from error
+    if config.chat_template:
+        with naming("chat_template"):
+            tokenizer.chat_template = pathlib.Path(config.chat_template).read_text()
+    return tokenizer
 
 
 def initial_params(setup: Setup) -> dict:
@@ -99,9 +109,10 @@ def load_weights(setup: Setup, path: str) -> dict:
     """Float32 parameters of a Hugging Face folder of the same shape, on the mesh.
 
     Raises:
-      ConfigError: the folder holds a model of another shape.
+      ConfigError: the folder holds a model of another shape, or no complete one.
     """
-    found, params, _ = huggingface.load(path, mesh=setup.mesh)
+    with naming(f"model.path ({path})"):
+        found, params, _ = huggingface.load(path, mesh=setup.mesh)
     if found != setup.model.config:
         raise ConfigError(f"{path}: its config differs from the policy's: {found}")
     return params

@@ -19,6 +19,7 @@ from dpojax.launch.config import naming
 from dpojax.launch.data import StageData
 from dpojax.launch.setup import Setup
 from dpojax.methods import dpo, sft
+from dpojax.training.metrics import Window
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.step import build_evaluate, build_score
 
@@ -63,11 +64,15 @@ class Stage(NamedTuple):
         """The held-out examples in order, as NumPy rows, with `attach` applied."""
         return self.rows(self.data.held_out, attach)
 
+    def in_order(self, indices: range) -> list[range]:
+        """`indices` as batches, without shuffling."""
+        return in_order(indices, self.config.batch_size)
+
     def rows(self, indices: range, attach=None) -> Iterator[Rows]:
         """The examples at `indices` in order, as NumPy rows, with `attach` applied."""
         return fixed_batches(
             self.data.examples,
-            in_order(indices, self.config.batch_size),
+            self.in_order(indices),
             self.shape,
             score_prompt=self.score_prompt,
             attach=attach,
@@ -75,12 +80,10 @@ class Stage(NamedTuple):
 
     def evaluate(self, params, batches: Iterator[Rows]) -> dict[str, float]:
         """Metrics on batches that lie on the mesh: sums over all of them, divided once."""
-        total = None
+        window = Window()
         for rows in batches:
-            sums = self.metrics(self.score(params, rows), rows, self.hyper)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        total = sharding.to_host(total)
-        return {name: float(m.total / m.weight) for name, m in total.items() if m.weight > 0}
+            window.add(self.metrics(self.score(params, rows), rows, self.hyper))
+        return window.flush()
 
 
 def prepare(name: str, setup: Setup) -> Stage:
@@ -107,7 +110,7 @@ def prepare(name: str, setup: Setup) -> Stage:
         or steps_in(data.train, batch_size=config.batch_size, epochs=config.epochs),
         objective=objective,
         hyper={key: jnp.float32(config[key]) for key in HYPER if key in config},
-        score=jax.jit(build_score(setup.model, max_logits=setup.config.max_logits)),
+        score=jax.jit(build_score(setup.model, max_logits=setup.max_logits)),
         metrics=jax.jit(build_evaluate(objective)),
     )
     return stage._replace(shape=_plan(stage))
@@ -124,6 +127,19 @@ def save_reports(stage: Stage) -> str:
     return text
 
 
+def describe(stage: Stage) -> str:
+    """One line: the model, the mesh, the data and the shape of a batch."""
+    mesh = " x ".join(f"{name} {size}" for name, size in stage.setup.mesh.shape.items())
+    parameters = sum(x.size for x in jax.tree.leaves(stage.setup.abstract_params))
+    shape = stage.shape
+    return (
+        f"{stage.name}: {parameters:,} parameters on a mesh of {mesh}; {stage.data.train:,} "
+        f"examples to train on and {len(stage.data.held_out):,} held out; {stage.steps:,} steps of "
+        f"{stage.config.batch_size} examples in at most {shape.micro_batches} micro-batches of "
+        f"{shape.rows} rows x {shape.length} tokens, {shape.scored} of them scored at most"
+    )
+
+
 def _objective(name: str, config: ConfigDict) -> Objective:
     if name == "sft":
         return sft.objective()
@@ -136,7 +152,7 @@ def _plan(stage: Stage) -> Shape:
     with naming("micro_rows"):
         return plan(
             examples,
-            training + in_order(range(len(examples)), stage.config.batch_size),
+            [*training, *stage.in_order(stage.data.training), *stage.in_order(stage.data.held_out)],
             length=config.row_length or None,
             micro_rows=config.micro_rows or None,
             multiple=sharding.row_shards(stage.setup.mesh),

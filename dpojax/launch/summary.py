@@ -8,37 +8,41 @@ import jax
 from scipy.stats import binomtest
 
 from dpojax import sharding
-from dpojax.launch.references import folder_of, open_reference
+from dpojax.launch.references import folder_of
 from dpojax.launch.stages import Stage
 from dpojax.training import checkpoints
+from dpojax.training.metrics import Window
 from dpojax.training.step import build_divergence
 
 
 def summarise(stage: Stage, params: dict) -> dict:
-    """Compare `params` with the run's reference on the held-out pairs; print and save the table.
+    """Compare `params` with the run's reference on the held-out pairs; save the table.
 
     Writes summary.json and summary.txt into the stage's folder. KL is exact over the vocabulary,
     averaged over the contexts of the held-out responses' tokens.
     """
-    used = open_reference(stage, None)
-    mesh = stage.setup.mesh
     reference = checkpoints.load_tree(folder_of(stage), stage.setup.abstract_params)
-    divergence = jax.jit(
-        build_divergence(stage.setup.model, max_logits=stage.setup.config.max_logits)
-    )
+    divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
+
+    def rows():
+        """Held-out rows; the reference's log-probs are those that its weights give now."""
+        for batch in stage.held_out():
+            placed = sharding.put_rows(batch, stage.setup.mesh)
+            yield placed._replace(reference=stage.score(reference, placed).logprob)
+
     values, kl = {}, {}
     for name, weights in (("before", reference), ("after", params)):
-        rows = [used.to_device(batch, mesh) for batch in stage.held_out(used.attach)]
-        values[name] = stage.evaluate(weights, iter(rows))
-        parts = [sharding.to_host(divergence(weights, reference, batch)) for batch in rows]
-        kl[name] = float(sum(part.total for part in parts) / sum(part.weight for part in parts))
+        values[name] = stage.evaluate(weights, rows())
+        window = Window()
+        for batch in rows():
+            window.add({"kl": divergence(weights, reference, batch)})
+        kl[name] = window.flush()["kl"]
     pairs = _pairs(stage)
     result = {"pairs": pairs, "values": values, "kl_per_token_exact": kl}
     if jax.process_index() == 0:
         text = _table(stage, pairs, values, kl)
         (stage.folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
         (stage.folder / "summary.txt").write_text(text + "\n")
-        print(f"\n{text}")
     return result
 
 
@@ -64,7 +68,7 @@ def _table(stage: Stage, pairs: int, values: dict, kl: dict) -> str:
         return f"{before[name]:+.3f}", f"{after[name]:+.3f}"
 
     rows = [
-        ("", "before", "after"),
+        ("", "the reference" if stage.config.reference.path else "before", "after"),
         (
             "implicit reward ranks the pair rightly",
             "all rewards are 0",

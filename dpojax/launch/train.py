@@ -33,7 +33,9 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
         if done == stage.steps:
             return checkpoints.load_params(folder, setup.abstract_params)
         params = start() if done is None else None
-        used = open_reference(stage, params) if stage.objective.needs_reference else Reference()
+        used = (
+            open_reference(stage, params, stop) if stage.objective.needs_reference else Reference()
+        )
         optimizer = make_optimizer(stage.config.optimizer)
         abstract = abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
         batches = train_batches(
@@ -63,7 +65,7 @@ def _fit(
     setup, config = stage.setup, stage.setup.config
     schedule = make_schedule(stage.config, stage.steps)
     step = build_step(
-        setup.model, stage.objective, optimizer, schedule, max_logits=config.max_logits
+        setup.model, stage.objective, optimizer, schedule, max_logits=setup.max_logits
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     held_out = list(stage.held_out(used.attach))

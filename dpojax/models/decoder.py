@@ -112,9 +112,13 @@ class Embed(nnx.Module):
         self.positions = _table(config.max_positions, config, rngs) if learned else None
 
     def __call__(self, rows, dtype) -> Array:
-        x = jnp.take(self.tokens[...], rows.tokens, axis=0, mode="fill").astype(dtype)
+        # With its width whole, a table is looked up where it lies; sharded by width as well, XLA
+        # would gather the activations of all rows on every device.
+        tokens = constrain(self.tokens[...], "tensor", None)
+        x = jnp.take(tokens, rows.tokens, axis=0, mode="fill").astype(dtype)
         if self.positions is not None:
-            places = jnp.take(self.positions[...], rows.positions, axis=0, mode="fill")
+            table = constrain(self.positions[...], None, None)
+            places = jnp.take(table, rows.positions, axis=0, mode="fill")
             x = x + places.astype(dtype)
         return x
 

@@ -61,9 +61,12 @@ class StopSignal:
     def _ask(self, *_) -> None:
         self.asked = True
 
-    def agreed(self) -> bool:
+    def agreed(self, step: int = 0) -> bool:
+        """Whether any process was asked; several processes exchange it at every fifth step."""
         if jax.process_count() == 1:
             return self.asked
+        if step % 5:
+            return False
         return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
 
 
@@ -101,6 +104,7 @@ class Fit:
           Preempted: after a SIGTERM, once the state is saved.
         """
         done = int(state.step)
+        first = done + 1
         pace = _Pace(self.flops, self.ceiling)
         if done == 0:
             self._evaluate(state, 0)
@@ -115,8 +119,10 @@ class Fit:
                 pending = rows, report
                 pace.add(rows, report)
                 bar.update()
+                if done == first:
+                    pace.restart()  # without the compilation
                 log, evaluate, save = self.every.due(done, self.steps)
-                stopping = (log or jax.process_count() == 1) and self.stop.agreed()
+                stopping = self.stop.agreed(done)
                 if log or evaluate or save or stopping:
                     self._check(*pending, done)
                 if log:
@@ -146,7 +152,8 @@ class Fit:
         raise NonFiniteLoss(
             f"{self.stage}: loss or gradient is not finite at step {step}: {shown}. The last good "
             f"checkpoint ({self.checkpoints.latest}) is kept; look at these records with "
-            "scripts/inspect_data.py, or lower the learning rate"
+            "scripts/inspect_data.py, or lower the learning rate in a new workdir (an exported SFT "
+            "policy as config.model.path saves that stage)"
         )
 
     def _evaluate(self, state: State, step: int) -> None:
@@ -164,6 +171,7 @@ class _Pace:
 
     def __init__(self, flops, ceiling):
         self.window, self.flops_of, self.ceiling = Window(), flops, ceiling
+        self.seen = 0  # tokens since the last log; the other counts are since the last restart
         self.restart()
 
     def restart(self) -> None:
@@ -171,16 +179,18 @@ class _Pace:
 
     def add(self, rows: Rows, report: Report) -> None:
         self.window.add(report.metrics)
-        self.tokens += int((rows.segment > 0).sum())
+        tokens = int((rows.segment > 0).sum())
+        self.seen += tokens
+        self.tokens += tokens
         self.flops += self.flops_of(rows)
         self.fill.append(utilisation(rows))
 
     def flush(self) -> dict[str, float]:
         values = self.window.flush()  # waits for the device
         seconds = time.perf_counter() - self.began
+        values["num_tokens"], self.seen = float(self.seen), 0
         if self.fill:
             values |= {
-                "num_tokens": self.tokens,
                 "perf/tokens_per_second": self.tokens / seconds,
                 "perf/steps_per_second": len(self.fill) / seconds,
                 "perf/model_flops_utilisation": self.flops / seconds / self.ceiling,

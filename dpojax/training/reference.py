@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -93,10 +94,14 @@ def cached(
     store = make()
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-        with open(unfinished, "wb") as file:
-            np.save(file, store.values)
-        os.replace(unfinished, path)
+        unfinished, name = tempfile.mkstemp(suffix=".unfinished", dir=path.parent)
+        try:
+            with os.fdopen(unfinished, "wb") as file:
+                np.save(file, store.values)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
     return store, False
 
 
@@ -126,9 +131,14 @@ def verify(
     return float(difference[worst])
 
 
-def key_of(params, examples: Sequence[Example], *, dtype: str, tokenizer: str) -> str:
-    """The name under which a reference's log-probs are kept: a hash of all that they depend on."""
-    digest = hashlib.sha256(f"{FORMAT} {dtype} {tokenizer} {fingerprint(params)}".encode())
+def key_of(
+    weights: str, examples: Sequence[Example], *, model: str, dtype: str, tokenizer: str
+) -> str:
+    """The name under which a reference's log-probs are kept: a hash of all that they depend on.
+
+    weights: their `fingerprint`; model and tokenizer: text that differs wherever they do.
+    """
+    digest = hashlib.sha256(f"{FORMAT} {dtype} {model} {tokenizer} {weights}".encode())
     for example in examples:
         for piece in (example.prompt, *example.responses):
             digest.update(np.int64(len(piece)).tobytes() + np.asarray(piece, np.int32).tobytes())

@@ -88,7 +88,12 @@ def build_score(model, *, max_logits: int = MAX_LOGITS) -> Callable[[dict, Rows]
             hidden = _scored_hidden(model, params, part)
             return token_statistics(hidden, model.head(params), part.target, max_logits=max_logits)
 
-        return jax.tree.map(lambda x: jnp.where(rows.response >= 0, x, 0.0), _map(one, rows))
+        def one_or_nothing(part: Rows) -> TokenStatistics:
+            zeros = TokenStatistics(*(jnp.zeros(part.target.shape, jnp.float32),) * 4)
+            return jax.lax.cond(jnp.any(part.present), one, lambda _: zeros, part)
+
+        tokens = _map(one_or_nothing if len(rows.tokens) > 1 else one, rows)
+        return jax.tree.map(lambda x: jnp.where(rows.response >= 0, x, 0.0), tokens)
 
     return score
 

@@ -122,13 +122,23 @@ def test_an_instruction_without_input_leaves_the_input_section_out():
         ({}, ("a", "b", "c")),
         ({"ranks": [3, 1, 2]}, ("b", "c", "a")),
         ({"scores": [0.5, -1, 2]}, ("c", "a", "b")),
-        ({"ranks": [2, 1, 1]}, ("b", "c", "a")),  # a tie keeps the listed order
-        ({"scores": [1, 1, 2]}, ("c", "a", "b")),
     ],
 )
 def test_ranked_responses_come_out_best_first(order, expected):
     row = {"prompt": "q", "responses": ["a", "b", "c"], **order}
     assert parse(row, "f:1").responses == expected
+
+
+@pytest.mark.parametrize("order", [{"ranks": [2, 1, 1]}, {"scores": [1, 1, 2]}])
+def test_responses_of_which_some_are_tied_are_rejected(order):
+    row = {"prompt": "q", "responses": ["a", "b", "c"], **order}
+    assert parse(row, "f:1") == Reject("f:1", "some_tied")
+
+
+def test_half_of_a_surrogate_pair_is_an_error_that_names_the_field():
+    row = {"prompt": "q", "chosen": "\ud83d", "rejected": "b"}
+    with pytest.raises(DataError, match=r"f:1.*'chosen'.*surrogates"):
+        parse(row, "f:1")
 
 
 def test_responses_that_are_all_tied_state_no_preference():

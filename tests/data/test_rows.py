@@ -113,6 +113,23 @@ def test_one_pair_lies_in_its_row_as_the_docstring_says():
     assert utilisation(rows) == 6 / 8
 
 
+def test_utilisation_counts_every_row_that_is_computed_and_no_empty_micro_batch():
+    data = [pair(10, 10, 10) for _ in range(3)]
+    rows = collate(data, [0, 1, 2], plan(data, [range(3)], length=32, micro_rows=2))
+    assert rows.tokens.shape == (2, 2, 32)
+    assert utilisation(rows) == 90 / 128
+    assert (
+        utilisation(collate(data, [0], plan(data, [range(3)], length=32, micro_rows=2))) == 30 / 64
+    )
+
+
+def test_micro_batches_are_cut_where_batches_need_different_numbers_of_rows():
+    data = [pair(10, 10, 10) for _ in range(100)]
+    batches = [range(10)] * 9 + [range(20)]
+    shape = plan(data, batches, length=32)
+    assert (shape.rows, shape.micro_batches) == (10, 2)
+
+
 def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
     data = [pair(10, 10, 10) for _ in range(5)]
     shape = plan(data, [range(5), range(1)], length=32, micro_rows=2)

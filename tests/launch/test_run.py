@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, and that nothing that kills it changes the result."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -204,12 +205,13 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
         return build(examples, *args, attach=attach_nan, **kwargs)
 
     monkeypatch.setattr(launch_train, "train_batches", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"dpo: .*step \d.*reviews/train:8\b"):
+    with pytest.raises(NonFiniteLoss, match="loss or gradient is not finite") as error:
         started(**{"dpo.epochs": 1, "dpo.steps": 0, "checkpoint_every": 1})
+    assert "reviews/train:8" in str(error.value)
     steps = [int(p.name) for p in (tmp_path / "run" / "dpo" / "checkpoints").iterdir()]
-    assert steps == [] or all(
-        np.isfinite(x).all() for x in saved_arrays(tmp_path / "run", step=max(steps))
-    )
+    stopped = int(re.search(r"at step (\d+)", str(error.value))[1])
+    assert max(steps) == stopped - 1
+    assert all(np.isfinite(x).all() for x in saved_arrays(tmp_path / "run", step=max(steps)))
 
 
 def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
@@ -239,6 +241,9 @@ def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finish
         ({"dpo.beta": 0.0}, ConfigError, "beta must be greater than 0"),
         ({"dpo.data.source": "no/such/file.jsonl"}, DataError, "file.jsonl"),
         ({"model.path": "no/such/folder", "tokenizer": ""}, ConfigError, "no/such/folder"),
+        ({"model.width": 15}, ConfigError, r"config\.model: .*width 15"),
+        ({"row_length": 8}, DataError, "raise row_length"),
+        ({"chat_template": "no/such.jinja"}, ConfigError, r"config\.chat_template"),
     ],
 )
 def test_a_run_that_cannot_work_leaves_no_workdir(tmp_path, changes, error, message):
@@ -257,3 +262,33 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     changes = {"model.path": str(tmp_path / "model"), "tokenizer": str(tmp_path / "words")}
     with pytest.raises(ConfigError, match="371 ids and the model 50000 rows"):
         run.run(tiny_config(**changes), str(tmp_path / "run"))
+
+
+def test_the_command_line_tells_a_user_error_in_words(tmp_path):
+    """An unknown key, and a value that cannot run: no traceback, nothing left behind."""
+    for changes, message in (
+        ({"dpo.betta": 1}, "betta"),
+        ({"dpo.beta": -1}, "ConfigError: config.dpo.beta"),
+    ):
+        done = train(tmp_path / "run", **changes)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
+    started, tmp_path, monkeypatch
+):
+    original = checkpoints._require_space
+
+    def full(folder, tree):
+        if folder.endswith("dpo/checkpoints") and int(tree.step) == 4:
+            raise checkpoints.CheckpointError(f"{folder}: no space left")
+        original(folder, tree)
+
+    monkeypatch.setattr(checkpoints, "_require_space", full)
+    with pytest.raises(checkpoints.CheckpointError, match="no space left"):
+        started()
+    steps = [int(p.name) for p in (tmp_path / "run" / "dpo" / "checkpoints").iterdir()]
+    assert steps == [2]

@@ -19,7 +19,7 @@ from dpojax.training.reference import (
     verify,
 )
 
-KEY = dict(dtype="float32", tokenizer="words")
+KEY = dict(dtype="float32", tokenizer="words", model="llama")
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,9 @@ def test_a_reference_that_gives_nan_is_refused_and_the_example_is_named(score_ro
 
 
 def test_the_key_changes_with_weights_tokens_and_precision(reference_params, pairs):
-    key = key_of(reference_params, pairs, **KEY)
-    assert key == key_of(jax.tree.map(jnp.array, reference_params), pairs, **KEY)
+    weights = fingerprint(reference_params)
+    key = key_of(weights, pairs, **KEY)
+    assert key == key_of(fingerprint(jax.tree.map(jnp.array, reference_params)), pairs, **KEY)
     nudged = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), reference_params)
     swapped = pairs[0]._replace(responses=pairs[0].responses[::-1])
     moved = pairs[0]._replace(
@@ -92,14 +93,15 @@ def test_the_key_changes_with_weights_tokens_and_precision(reference_params, pai
         responses=(np.append(pairs[0].prompt[-1:], pairs[0].responses[0]), pairs[0].responses[1]),
     )
     others = [
-        key_of(nudged, pairs, **KEY),
-        key_of(reference_params, [swapped, *pairs[1:]], **KEY),
-        key_of(reference_params, [moved, *pairs[1:]], **KEY),
-        key_of(reference_params, pairs[1:], **KEY),
-        key_of(reference_params, pairs, **KEY | {"dtype": "bfloat16"}),
-        key_of(reference_params, pairs, **KEY | {"tokenizer": "letters"}),
+        key_of(fingerprint(nudged), pairs, **KEY),
+        key_of(weights, [swapped, *pairs[1:]], **KEY),
+        key_of(weights, [moved, *pairs[1:]], **KEY),
+        key_of(weights, pairs[1:], **KEY),
+        key_of(weights, pairs, **KEY | {"dtype": "bfloat16"}),
+        key_of(weights, pairs, **KEY | {"tokenizer": "letters"}),
+        key_of(weights, pairs, **KEY | {"model": "llama with another rope"}),
     ]
-    assert len({key, *others}) == 7
+    assert len({key, *others}) == 8
 
 
 def test_the_fingerprint_does_not_depend_on_the_mesh(reference_params):

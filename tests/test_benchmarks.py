@@ -1,0 +1,60 @@
+"""The benchmark of the train step measures what it says; its times are nobody's test."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.train_step import COLUMNS, Case, measure
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def flops(layers, width, vocabulary, tokens, scored, *, passes):
+    """2 per weight and token: 4 width^2 in attention and 8 width^2 in the MLP of every layer."""
+    return passes * 2 * (12 * layers * width**2 * tokens + vocabulary * width * scored)
+
+
+def test_the_tiny_case_prints_its_row_and_writes_its_fields(tmp_path):
+    out = tmp_path / "result.json"
+    script = str(ROOT / "benchmarks" / "train_step.py")
+    command = [sys.executable, script, "--case", "tiny", "--steps", "1", "--json", str(out)]
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, timeout=600
+    ).stdout
+    (result,) = json.loads(out.read_text())
+    assert list(tmp_path.iterdir()) == [out]
+    assert {key for _, key, _, _ in COLUMNS} <= set(result)
+    assert all(heading in printed for heading, _, _, _ in COLUMNS)
+    assert (result["case"], result["dtype"], result["reference"]) == ("tiny", "float32", "cached")
+
+    seconds = result["seconds_per_step"]
+    assert result["rows"] == "16 x 192"
+    assert result["tokens_per_second"] * seconds == pytest.approx(16 * 3 * 64)
+    assert result["pairs_per_second"] * seconds == pytest.approx(16)
+    wanted = flops(4, 256, 8192, 16 * 3 * 64, 16 * 2 * 64, passes=3)
+    assert result["model_gflops_per_second"] * seconds * 1e9 == pytest.approx(wanted)
+
+    # Weights, gradient and two moments, in float32, are there at once.
+    parameters = 4 * 12 * 256**2 + 8192 * 256
+    assert result["peak_gib"] * 2**30 > 4 * 4 * parameters
+    assert result["compile_seconds"] > 0
+    assert result["matmul_gflops_per_second"] > 0
+    quiet, taken = map(int, result["quiet"].split("/"))
+    assert 1 <= len(result["samples"]) == taken <= 2
+    assert quiet <= 1
+    assert 0 < result["utilisation"] < 10
+
+
+def test_a_live_reference_costs_one_more_pass_forward():
+    case = Case(2, 32, 2, 50, pairs=3, prompt=4, response=5, reference="live", row_length=14)
+    result = measure(case, steps=1)
+    assert result["rows"] == "3 x 14"
+    wanted = flops(2, 32, 50, 3 * 14, 3 * 10, passes=4)
+    measured = result["model_gflops_per_second"] * result["seconds_per_step"] * 1e9
+    assert math.isclose(measured, wanted, rel_tol=1e-9)
