@@ -1,13 +1,19 @@
 """Anthropic HH with the DPO authors' settings (eric-mitchell/direct-preference-optimization).
 
     python scripts/train.py --config=configs/hh.py --workdir=runs/hh \\
-        --config.model.path=FOLDER_OR_HUB_NAME \\
-        --config.sft.data.source=train.jsonl.gz --config.sft.data.eval_source=test.jsonl.gz \\
-        --config.dpo.data.source=train.jsonl.gz --config.dpo.data.eval_source=test.jsonl.gz
+        --config.model.path=FOLDER_OR_HUB_NAME
 
-Their model is Pythia 2.8B; any Llama or GPT-2 folder runs now. RMSprop, one epoch of SFT on the
-chosen responses and one of DPO, batch 64, 150 warm-up steps, gradients clipped at norm 10. One
-epoch of all 160,800 pairs is 2,513 steps a stage.
+The data come from the hub. For files, name them and empty the splits, for both stages:
+
+        --config.dpo.data.source=train.jsonl.gz --config.dpo.data.split= \\
+        --config.dpo.data.eval_source=test.jsonl.gz --config.dpo.data.eval_split=
+
+Their model is Pythia 2.8B; any Llama or GPT-2 folder runs now (GPT-2 large by default: 774M
+parameters, 6.2 GB of float32 weights and RMSprop moments, besides gradients and activations of two
+rows of 1,300 tokens at a time). RMSprop, one epoch of SFT on the chosen responses and one of DPO,
+batch 64, 150 warm-up steps, gradients clipped at norm 10. One epoch of all 160,800 pairs is 2,513
+steps a stage. Departures: SFT is a mean over tokens (theirs is a sum per sequence), and a pair that
+is still too long once its prompt is cut is dropped (theirs loses the end of its responses).
 """
 
 from dpojax.launch.defaults import default_config
@@ -19,6 +25,8 @@ def get_config():
     config.tokens.max_length = 512
     config.tokens.max_prompt_length = 256
     config.tokens.truncation = "cut_prompt_start"
+    config.model.remat = "full"
+    config.micro_rows = 2
     for stage in (config.sft, config.dpo):
         stage.data.source = "Anthropic/hh-rlhf"
         stage.data.split = "train"

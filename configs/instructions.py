@@ -4,8 +4,9 @@
         --config.sft.data.source=instruction-data-with-preference.json \\
         --config.dpo.data.source=instruction-data-with-preference.json
 
-The model is GPT-2 medium from the hub (355M parameters, about 6 GB with AdamW in float32);
-`--config.model.path=FOLDER` takes any other GPT-2 or Llama. SFT is on the chosen responses.
+The model is GPT-2 medium from the hub (355M parameters: 4.3 GB of float32 weights and AdamW
+moments, besides gradients and activations); `--config.model.path=FOLDER` takes any other GPT-2 or
+Llama. SFT is on the chosen responses.
 """
 
 from dpojax.launch.defaults import default_config
@@ -15,6 +16,7 @@ def get_config():
     config = default_config()
     config.model.path = "openai-community/gpt2-medium"
     config.tokens.max_length = 512
+    config.micro_rows = 2
     for stage in (config.sft, config.dpo):
         stage.data.source = ""  # the file: say where it is
         stage.data.limit = 0

@@ -123,7 +123,10 @@ def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
             ),
             Panel(stage, "Implicit rewards", "nats", rewards),
             Panel(
-                stage, "Divergence from reference", "KL, nats per token", (Curve("kl/per_token"),)
+                stage,
+                "Divergence from reference",
+                "KL estimate, nats per token",
+                (Curve("kl/per_token"),),
             ),
             Panel(
                 stage,

@@ -82,10 +82,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
 def load_tokenizer(config: ConfigDict):
     """config.tokenizer, else the model's own, else the embedded task's."""
     path = config.tokenizer or config.model.path
-    if not path:
-        return reviews.tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path) if path else reviews.tokenizer()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer in {path!r} ({error}); set config.tokenizer to a folder or hub name"

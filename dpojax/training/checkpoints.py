@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dpojax.sharding import path_of
 
+POSITION = "data position"
 SPACE_MARGIN = 1.05  # of the arrays' bytes, for indices and metadata
 SHOWN_DIFFERENCES = 8
 
@@ -79,7 +80,8 @@ class Checkpoints:
         Args:
           step: number of optimiser steps that made `state`; not below the newest on disk.
           state: any pytree of jax arrays, typed PRNG keys included.
-          data: a Grain iterator, whose position is saved, or None.
+          data: a Grain iterator, whose position is saved, or None. It has to be the same in every
+            process.
           metadata: small JSON dict, returned by `restore`.
 
         Raises:
@@ -98,7 +100,7 @@ class Checkpoints:
         path = f"{self.folder}/{step}"
         with _explained(f"cannot write the checkpoint {path}", self._reopen):
             response = self._orbax.save_checkpointables_async(
-                step, _items(state, data), force=True, custom_metadata=metadata
+                step, {"state": state}, force=True, custom_metadata=_described_by(metadata, data)
             )
         self._in_flight = (path, response)
         return True
@@ -134,13 +136,21 @@ class Checkpoints:
         found = _described(path)
         _require_same_tree(path, found.metadata, abstract_state)
         with _explained(f"cannot read the checkpoint {path}"):
-            items = ocp.load_checkpointables(path, _items(_placed(abstract_state), data))
-        return items["state"], found.custom_metadata
+            items = ocp.load_checkpointables(path, {"state": _placed(abstract_state)})
+        metadata = dict(found.custom_metadata)
+        position = metadata.pop(POSITION, None)
+        if data is not None:
+            if position is None:
+                raise CheckpointError(f"{path}: holds no position in the data")
+            data.set_state(position)
+        return items["state"], metadata
 
     def metadata(self, step: int | None = None) -> dict:
         """The metadata that was saved with `step` (the newest by default), without the arrays."""
         self.wait()
-        return _described(_path_of_step(self.folder, step)).custom_metadata
+        found = dict(_described(_path_of_step(self.folder, step)).custom_metadata)
+        found.pop(POSITION, None)
+        return found
 
     def close(self) -> None:
         """Waits for the save in flight and ends Orbax's threads. Raises as `wait` does."""
@@ -228,8 +238,12 @@ def _placed(abstract: Any) -> Any:
     return jax.tree.map(one, abstract)
 
 
-def _items(state: Any, data: Any) -> dict:
-    return {"state": state} if data is None else {"state": state, "data": data}
+def _described_by(metadata: dict, data: Any) -> dict:
+    """The metadata to write, with the iterator's position.
+
+    All processes read the whole order of batches, so there is one position, whatever their number.
+    """
+    return dict(metadata) if data is None else metadata | {POSITION: data.get_state()}
 
 
 def _complete_steps(folder: str) -> list[int]:

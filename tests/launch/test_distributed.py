@@ -1,5 +1,6 @@
 """Two processes on this machine make the run that one process makes."""
 
+import shutil
 import socket
 import subprocess
 
@@ -8,7 +9,7 @@ import numpy as np
 from .conftest import command, environment, lines, train
 
 
-def test_two_processes_equal_one_and_resume_each_others_checkpoints(tmp_path):
+def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path):
     alone = train(tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     with socket.socket() as free:
@@ -39,4 +40,12 @@ def test_two_processes_equal_one_and_resume_each_others_checkpoints(tmp_path):
         if line["step"] <= 1
     ]
     np.testing.assert_allclose(values("two"), values("one"), rtol=1e-4)
-    assert len(lines(tmp_path / "two", "dpo")) == len(lines(tmp_path / "one", "dpo"))
+    shutil.rmtree(tmp_path / "two" / "dpo" / "checkpoints" / "6")
+    (tmp_path / "two" / "finished.json").unlink()
+    resumed = train(tmp_path / "two")
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = (
+        [(line["step"], line["split"]) for line in lines(tmp_path / folder, "dpo")]
+        for folder in ("two", "one")
+    )
+    assert ours == theirs

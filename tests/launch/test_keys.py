@@ -1,0 +1,98 @@
+"""A config key that nothing reads is a bug: reads are recorded while tiny runs are made."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from dpojax.data import reviews
+from dpojax.launch import run
+from dpojax.models import huggingface
+from dpojax.models.config import LLAMA, DecoderConfig
+
+from .conftest import tiny_config
+
+# Read only in a run of several processes (tests/launch/test_distributed.py).
+ELSEWHERE = {"distributed"}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """{(id of a ConfigDict, key)} of every value that is read."""
+    found = set()
+
+    def recording(original):
+        def read(self, key):
+            found.add((id(self), key))
+            return original(self, key)
+
+        return read
+
+    for method in ("__getattr__", "__getitem__"):
+        monkeypatch.setattr(ConfigDict, method, recording(getattr(ConfigDict, method)))
+    monkeypatch.setattr(run, "check", lambda config: None)
+    monkeypatch.setattr(run, "record", lambda config, folder: folder.mkdir(exist_ok=True))
+    return found
+
+
+def leaves(config, prefix=""):
+    for key, value in config._fields.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, (id(config), key)
+
+
+def small_llama(folder):
+    import jax
+
+    from dpojax.models import decoder
+
+    shape = dict(width=16, layers=1, heads=2, mlp_width=16, max_positions=128)
+    tokenizer = reviews.tokenizer()
+    config = DecoderConfig(**LLAMA, **shape, vocab_size=len(tokenizer))
+    params = jax.jit(decoder.build(config).init)(jax.random.key(5))
+    huggingface.save(folder, config, params, tokenizer=tokenizer)
+    return str(folder)
+
+
+def test_every_key_is_read_by_some_run(reads, tmp_path):
+    """One run as shipped, and one with each of the other choices: an imported model in bfloat16, a
+    live reference of another policy, IPO, RMSprop and a cosine."""
+    folder = small_llama(tmp_path / "llama")
+    shipped = tiny_config()
+    other = tiny_config(
+        **{
+            "model.path": folder,
+            "model.compute_dtype": "bfloat16",
+            "dpo.loss": "ipo",
+            "dpo.length_norm": "mean",
+            "dpo.reference.kind": "live",
+            "dpo.reference.path": folder,
+            "dpo.optimizer.name": "rmsprop",
+            "dpo.optimizer.weight_decay": 0.1,
+            "dpo.schedule": "cosine",
+            "dpo.steps": 0,
+            "tokens.max_prompt_length": 50,
+        }
+    )
+    other.stages = ("dpo",)
+    kept = [(config, dict(leaves(config))) for config in (shipped, other)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "\n".join(
+            f'{{"prompt": "the film {i}", "chosen": " was good", "rejected": " was not good"}}'
+            for i in range(60)
+        )
+    )
+    other.dpo.data.source = str(pairs)
+    for number, (config, _) in enumerate(kept):
+        run.run(config, str(tmp_path / f"run{number}"))
+    read = {path for _, paths in kept for path, key in paths.items() if key in reads}
+    unread = set(kept[0][1]) - read - ELSEWHERE
+    assert {key for key in unread if not key.startswith("sft.")} == set()
+    optional = {
+        "sft.optimizer.rms_decay",
+        "sft.data.form",
+        "sft.data.columns",
+        "sft.data.eval_share",
+    }
+    assert {key for key in unread if key.startswith("sft.")} <= optional
