@@ -1,5 +1,7 @@
 """The step's laws: packing, sharding and micro-batches change nothing; the gradient is eq. 7."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +145,17 @@ def test_eight_devices_equal_one(shape, model, objective, params, rows, hyper, s
     assert jax.tree.map(lambda x: x.sharding, new) == shardings
     whole = [x.sharding.is_fully_replicated for x in jax.tree.leaves(new.params) if x.ndim > 2]
     assert not any(whole) or shape == (8, 1, 1)
+
+
+def test_no_device_holds_the_activations_of_all_rows(model, objective, params, rows, hyper):
+    mesh = sharding.make_mesh(2, 2, 2)
+    abstract = abstract_state(params, sgd(), mesh, RULES)
+    with jax.set_mesh(mesh):
+        step = jax.jit(build_step(model, objective, sgd(), one))
+        text = step.lower(abstract, sharding.put_rows(rows, mesh), hyper).compile().as_text()
+    everywhere = re.findall(rf"f32\[{rows.tokens.shape[1]},{rows.tokens.shape[2]},\d+\]", text)
+    assert not everywhere, "an array [R, T, width] of all rows on one device"
+    assert f"f32[{rows.tokens.shape[1] // 4},{rows.tokens.shape[2]}," in text
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_and_names_the_example(
