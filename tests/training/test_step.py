@@ -1,7 +1,5 @@
 """The step's laws: packing, sharding and micro-batches change nothing; the gradient is eq. 7."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,15 +145,16 @@ def test_eight_devices_equal_one(shape, model, objective, params, rows, hyper, s
     assert not any(whole) or shape == (8, 1, 1)
 
 
-def test_no_device_holds_the_activations_of_all_rows(model, objective, params, rows, hyper):
+def test_no_array_is_replicated_because_the_partitioner_knew_no_better(
+    model, objective, params, rows, hyper, capfd
+):
+    """XLA warns when it gathers activations or weights whole in order to lay them out anew."""
     mesh = sharding.make_mesh(2, 2, 2)
     abstract = abstract_state(params, sgd(), mesh, RULES)
     with jax.set_mesh(mesh):
         step = jax.jit(build_step(model, objective, sgd(), one))
-        text = step.lower(abstract, sharding.put_rows(rows, mesh), hyper).compile().as_text()
-    everywhere = re.findall(rf"f32\[{rows.tokens.shape[1]},{rows.tokens.shape[2]},\d+\]", text)
-    assert not everywhere, "an array [R, T, width] of all rows on one device"
-    assert f"f32[{rows.tokens.shape[1] // 4},{rows.tokens.shape[2]}," in text
+        step.lower(abstract, sharding.put_rows(rows, mesh), hyper).compile()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_and_names_the_example(
