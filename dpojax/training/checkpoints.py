@@ -49,7 +49,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
         if keep < 1:
             raise ValueError(f"checkpoints in {folder}: keep must be at least 1, got {keep}")
-        self.folder = _absolute(folder)
+        self.folder = os.path.abspath(folder)
         self._keep = keep
         self._orbax = self._open()
         self._in_flight = None  # (path, response) of the save that nobody has waited for
@@ -197,7 +197,7 @@ def load_tree(folder: str | os.PathLike, abstract: Any) -> Any:
     Raises:
       CheckpointError: nothing complete is there, or its tree is not that of `abstract`.
     """
-    path = _path_of_step(_absolute(folder), None)
+    path = _path_of_step(os.path.abspath(folder), None)
     _require_same_tree(path, _described(path).metadata, abstract)
     with _explained(f"cannot read {path}"):
         return ocp.load(path, _placed(abstract))
@@ -211,7 +211,7 @@ def load_params(folder: str | os.PathLike, abstract_params: Any, step: int | Non
     Raises:
       CheckpointError: no such checkpoint, or its parameters are not those of `abstract_params`.
     """
-    path = _path_of_step(_absolute(folder), step)
+    path = _path_of_step(os.path.abspath(folder), step)
     saved = _described(path).metadata
     if not isinstance(saved, dict) or "params" not in saved:
         raise CheckpointError(f"{path}: the saved state has no field `params`")
@@ -220,11 +220,6 @@ def load_params(folder: str | os.PathLike, abstract_params: Any, step: int | Non
     context.pytree.loading.partial_load = True
     with _explained(f"cannot read the parameters in {path}"), context:
         return ocp.load(path, {"params": _placed(abstract_params)})["params"]
-
-
-def _absolute(folder: str | os.PathLike) -> str:
-    folder = os.fspath(folder)
-    return folder if "://" in folder else os.path.abspath(folder)
 
 
 def _placed(abstract: Any) -> Any:
@@ -247,7 +242,7 @@ def _described_by(metadata: dict, data: Any) -> dict:
 
 
 def _complete_steps(folder: str) -> list[int]:
-    if "://" not in folder and not os.path.isdir(folder):
+    if not os.path.isdir(folder):
         return []
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
 
@@ -312,8 +307,6 @@ def _require_same_tree(path: str, saved: Any, wanted: Any) -> None:
 
 def _require_space(folder: str, tree: Any) -> None:
     """Raises unless `folder` has room for every array of `tree` (all processes write to it)."""
-    if "://" in folder:
-        return
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     needed = int(needed * SPACE_MARGIN)
     free = shutil.disk_usage(folder).free

@@ -98,6 +98,7 @@ def cached(
         try:
             with os.fdopen(unfinished, "wb") as file:
                 np.save(file, store.values)
+            os.chmod(name, 0o644)  # mkstemp keeps others out of a cache that is to be shared
             os.replace(name, path)
         except OSError:
             os.unlink(name)
