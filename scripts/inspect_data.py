@@ -1,32 +1,38 @@
-"""What a data set becomes: a report on every record, and the tokens of a few, in colour.
+"""What a data set becomes: the tokens of a few records, a report on all, and what is wrong in them.
 
-    python scripts/inspect_data.py --data FILE --tokenizer FOLDER --max-length 512 --show 3
+    python scripts/inspect_data.py --data FILE --tokenizer FOLDER --max-length 512 \\
+        --eval HELD_OUT_FILE --show 3
 
 Prompt dim, chosen green, rejected red, special tokens inverted, "|" between tokens, newlines as ⏎.
-Without a terminal, or with NO_COLOR set, special tokens stand in ⟦brackets⟧ instead.
+Without a terminal, or with NO_COLOR set, special tokens stand in ⟦brackets⟧ instead. The last table
+is that of `dpojax.data.lint`. --strict counts dropped records and the faults in that table (not its
+two measures, longer_chosen and words_disagree).
 """
 
 import argparse
+import glob
+import json
 import os
 import pathlib
 import sys
 
 import transformers
 
-from dpojax.data import records, sources, tokenise
+from dpojax.data import lint, records, sources, tokenise
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report and the rows; returns 0, 1 (--strict and dropped records) or 2 (error)."""
+    """Prints rows, report and lint; returns 0, 1 (--strict and something found) or 2 (error)."""
     args = _arguments(argv)
     try:
-        report = _inspect(args)
+        report, findings = _inspect(args)
     except (records.DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 1 if args.strict and report.dropped else 0
+    found = report.dropped or any(finding.is_fault for finding in findings)
+    return 1 if args.strict and found else 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,10 +47,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-length", type=int, default=default.max_length, help="prompt + response, tokens")
     add("--max-prompt-length", type=int, default=default.max_prompt_length)
     add("--truncation", default=default.truncation, help="drop, cut_prompt_start, ... (Policy)")
+    add("--eval", nargs="+", help="data that must share no prompt with --data")
     add("--show", type=int, default=3, help="how many examples to print")
     add("--from", dest="first", metavar="ID", help="id of the first example to print (FILE:NUMBER)")
-    add("--json", type=pathlib.Path, help="also write the report here")
-    add("--strict", action="store_true", help="exit with 1 if any record was dropped")
+    add("--json", type=pathlib.Path, help="also write the report and the lint here")
+    add("--strict", action="store_true", help="exit with 1 if any record was dropped or is faulty")
     return parser.parse_args(argv)
 
 
@@ -57,8 +64,12 @@ def _inspect(args: argparse.Namespace):
         max_prompt_length=args.max_prompt_length,
         truncation=args.truncation,
     )
-    path = args.data[0] if len(args.data) == 1 else args.data
-    found, report = sources.load_records(path, split=args.split, form=args.form)
+    for pattern in args.data + (args.eval or []):
+        _require_utf8(pattern)
+    found, report = sources.load_records(_one(args.data), split=args.split, form=args.form)
+    held = sources.load_records(_one(args.eval), form=args.form)[0] if args.eval else None
+    control_tokens = tokenizer.all_special_tokens
+    findings = lint.lint(found, evaluation=held, control_tokens=control_tokens)
     examples, report = tokenise.tokenise(found, tokenizer, policy, report)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     ids = [example.id for example in examples]
@@ -67,12 +78,27 @@ def _inspect(args: argparse.Namespace):
     first = ids.index(args.first) if args.first else 0
     for example in examples[first : first + args.show]:
         print(render(example, tokenizer, colour) + "\n")
-    print(report)
+    print(f"{report}\n\n{lint.table(findings)}")
     if args.json:
+        content = json.loads(report.to_json()) | {"lint": [f._asdict() for f in findings]}
         half = args.json.with_name(args.json.name + ".part")
-        half.write_text(report.to_json() + "\n", encoding="utf-8")
+        half.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         half.replace(args.json)
-    return report
+    return report, findings
+
+
+def _one(paths: list[str]) -> str | list[str]:
+    return paths[0] if len(paths) == 1 else paths
+
+
+def _require_utf8(pattern: str) -> None:
+    """Raises DataError with the count of bad lines, where reading would stop at the first."""
+    for file in sorted(glob.glob(pattern)):
+        if file.endswith(sources.JSON_SUFFIXES) and (lines := lint.not_utf8(file)):
+            first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+            raise records.DataError(
+                f"{file}: {len(lines):,} lines are not UTF-8 ({first}); convert the file"
+            )
 
 
 def render(example: tokenise.Example, tokenizer, colour: bool) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dpojax.models.config import DecoderConfig
-from dpojax.models.layers import Dense, product, residual_std
+from dpojax.models.config import DecoderConfig, Rope
+from dpojax.models.layers import Dense, Norm, product, residual_std
 from dpojax.models.rope import cos_sin, rotate
 from dpojax.sharding import ROWS, constrain
 
@@ -50,40 +50,61 @@ def attention_mask(rows, window: int | None = None) -> Array:
 
 
 class Context(NamedTuple):
-    """What all layers share: a mask for each distinct window, cosines and sines of positions."""
+    """What all layers share: a mask per distinct window, cosine and sine per distinct rope."""
 
     masks: tuple[Array, ...]
-    angles: tuple[Array, Array] | None
+    angles: tuple[tuple[Array, Array], ...]
 
 
 class Layer(NamedTuple):
-    """What layers differ in besides weights, [layers] each: attention scale, index into masks."""
+    """What layers differ in besides weights, [layers] each.
+
+    The scale of attention, and indices into the context's masks and angles.
+    """
 
     scale: Array
     mask: Array
+    angle: Array
 
 
 def context(config: DecoderConfig, rows) -> Context:
     """Masks and angles of these rows, computed once for all layers."""
-    masks = tuple(attention_mask(rows, window) for window in _distinct_windows(config))
-    if config.rope is None:
-        return Context(masks, None)
-    return Context(masks, cos_sin(config.rope, config.head_dim, rows.positions))
+    masks = tuple(attention_mask(rows, window) for window in _distinct(_windows(config)))
+    ropes = [rope for rope in _distinct(_ropes(config)) if rope is not None]
+    return Context(masks, tuple(cos_sin(rope, config.head_dim, rows.positions) for rope in ropes))
 
 
 def layer_constants(config: DecoderConfig) -> Layer:
-    """Scales float32 [layers] and mask indices int32 [layers]."""
+    """Scales float32 [layers], indices of masks and angles int32 [layers]."""
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     scales = np.full(config.layers, scale, np.float32)
     if config.attention_scale_by_layer:
         scales /= np.arange(1, config.layers + 1, dtype=np.float32)
-    distinct = _distinct_windows(config)
-    masks = [distinct.index(window) for window in config.windows or (None,) * config.layers]
-    return Layer(jnp.asarray(scales), jnp.asarray(masks, jnp.int32))
+    indices = [
+        [_distinct(values).index(value) for value in values]
+        for values in (_windows(config), _ropes(config))
+    ]
+    return Layer(jnp.asarray(scales), *(jnp.asarray(index, jnp.int32) for index in indices))
 
 
-def _distinct_windows(config: DecoderConfig) -> list[int | None]:
-    return list(dict.fromkeys(config.windows or (None,)))
+def _windows(config: DecoderConfig) -> tuple[int | None, ...]:
+    return config.windows or (None,) * config.layers
+
+
+def _ropes(config: DecoderConfig) -> tuple[Rope | None, ...]:
+    local = config.local_rope or config.rope
+    return tuple(local if window else config.rope for window in _windows(config))
+
+
+def _distinct(values: tuple) -> list:
+    return list(dict.fromkeys(values))
+
+
+def _choose(options: tuple, index: Array):
+    """The option at a traced index."""
+    if len(options) == 1:
+        return options[0]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays)[index], *options)
 
 
 class Attention(nnx.Module):
@@ -91,11 +112,15 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         width, dim, std = config.width, config.head_dim, config.initializer_range
-        self.groups = config.kv_heads
+        self.softcap = config.attention_softcap
+        self.interleaved = config.rope is not None and config.rope.interleaved
         dense = functools.partial(Dense, bias=config.qkv_bias, std=std, rngs=rngs)
         self.query = dense((width,), (config.heads, dim))
         self.key = dense((width,), (config.kv_heads, dim))
         self.value = dense((width,), (config.kv_heads, dim))
+        head_norm = functools.partial(Norm, config, kind="rmsnorm", size=dim)
+        self.query_norm = head_norm() if config.qk_norm else None
+        self.key_norm = head_norm() if config.qk_norm else None
         self.out = Dense(
             (config.heads, dim),
             (width,),
@@ -109,15 +134,26 @@ class Attention(nnx.Module):
             constrain(dense(x), ROWS, None, "tensor", None)
             for dense in (self.query, self.key, self.value)
         )
-        if context.angles is not None:
-            query, key = rotate(query, *context.angles), rotate(key, *context.angles)
-        masks = context.masks
-        mask = masks[0] if len(masks) == 1 else jnp.stack(masks)[layer.mask]
-        mixed = attend(query, key, value, mask, layer.scale)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if context.angles:
+            cos, sin = _choose(context.angles, layer.angle)
+            query = rotate(query, cos, sin, interleaved=self.interleaved)
+            key = rotate(key, cos, sin, interleaved=self.interleaved)
+        mask = _choose(context.masks, layer.mask)
+        mixed = attend(query, key, value, mask, layer.scale, softcap=self.softcap)
         return self.out(constrain(mixed, ROWS, None, "tensor", None))
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array, scale: Array | float) -> Array:
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    scale: Array | float,
+    *,
+    softcap: float | None = None,
+) -> Array:
     """softmax(scale * query . key) . value, [R, T, heads, head_dim], repeated keys never built.
 
     Head n reads key head n // (heads / kv_heads).
@@ -125,11 +161,14 @@ def attend(query: Array, key: Array, value: Array, mask: Array, scale: Array | f
     Args:
       query: [R, T, heads, head_dim]. key, value: [R, S, kv_heads, head_dim].
       mask: bool [R, T, S].
+      softcap: c maps a score z to c tanh(z / c), before the mask.
     """
     rows, columns, heads, dim = query.shape
     groups = key.shape[2]
     query = query.reshape(rows, columns, groups, heads // groups, dim)
     scores = scale * product("rtgnh,rsgh->rgnts", query, key, dtype=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return product("rgnts,rsgh->rtgnh", weights, value).reshape(rows, columns, heads, dim)

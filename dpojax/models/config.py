@@ -6,6 +6,7 @@ import dataclasses
 
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "rope")
+RESIDUALS = ("sequential", "parallel", "parallel_one_norm")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -23,10 +24,13 @@ def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
 class Rope:
     """Rotary position embeddings: angles of pair i are position * frequency_i.
 
-    kind: `default` (frequency_i = theta^(-2i / head_dim)), `linear` (all divided by `factor`),
+    kind: `default` (frequency_i = theta^(-2i / dim)), `linear` (all divided by `factor`),
       `llama3` (long wavelengths divided, short ones kept, a ramp between), or `yarn`
       (the same idea with a ramp over pairs; cosine and sine are multiplied by `attention_factor`).
     original_max_positions: the context length before scaling (llama3, yarn).
+    dim: how many dimensions of a head, from its first, are rotated; None: all. An odd number (a
+      quarter of six is one) is rounded up to pairs, but divides the exponents as it is.
+    interleaved: pairs are (0, 1), (2, 3), ..; otherwise i goes with i + dim / 2.
     """
 
     kind: str = "default"
@@ -39,11 +43,15 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    dim: int | None = None
+    interleaved: bool = False
 
     def __post_init__(self):
         _one_of("rope.kind", self.kind, ROPE_KINDS)
         if self.kind in ("llama3", "yarn") and not self.original_max_positions:
             raise ValueError(f"rope.original_max_positions: {self.kind} scaling needs it")
+        if self.dim is not None:
+            _positive("rope.dim", self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +63,18 @@ class DecoderConfig:
 
     kv_heads: heads of keys and values, each shared by heads / kv_heads queries; None: heads.
     head_dim: None: width / heads.
+    norm_offset: norms multiply by norm_offset + scale (Gemma: 1).
+    post_norms: norms also behind attention and MLP, before they are added to the residual stream.
+    qk_norm: RMSNorm over each head of queries and keys, before they are rotated.
+    residual: `sequential` (attention, then the MLP on the sum), `parallel` (both read the same x,
+      each through its norm) or `parallel_one_norm` (through one norm).
+    embedding_scale: what token embeddings are multiplied by, rounded to the compute dtype.
     rope: for positions = 'rope'; `max_positions` is then a statement, not a limit.
+    local_rope: that of layers with a window, where it differs from the others'.
     activation: a name of `layers.ACTIVATIONS`. gated_mlp: down(activation(gate(x)) * up(x)).
-    tied_head: the head is the token embedding.
+    tied_head: the head is the token embedding. head_bias: logits get a bias.
+    head_softcap, attention_softcap: c maps a logit, or scaled queries . keys, to c tanh(z / c).
+    scalar_head: in the place of the head (whose settings then say nothing) one score per token.
     attention_scale: what queries . keys are multiplied by; None: 1 / sqrt(head_dim).
     attention_scale_by_layer: in layer l = 0, 1, .. the scale is divided by l + 1.
     windows: () or one entry per layer: None, or how many positions back (itself included) a token
@@ -79,14 +96,24 @@ class DecoderConfig:
     head_dim: int | None = None
     norm: str = "layernorm"
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    qk_norm: bool = False
+    residual: str = "sequential"
+    embedding_scale: float | None = None
     positions: str = "learned"
     rope: Rope | None = None
+    local_rope: Rope | None = None
     activation: str = "gelu_new"
     gated_mlp: bool = False
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     tied_head: bool = True
+    head_bias: bool = False
+    head_softcap: float | None = None
+    scalar_head: bool = False
+    attention_softcap: float | None = None
     attention_scale: float | None = None
     attention_scale_by_layer: bool = False
     windows: tuple[int | None, ...] = ()
@@ -106,17 +133,34 @@ class DecoderConfig:
         _positive("head_dim", self.head_dim)
         _one_of("norm", self.norm, NORMS)
         _one_of("positions", self.positions, POSITIONS)
+        _one_of("residual", self.residual, RESIDUALS)
+        if self.post_norms and self.residual != "sequential":
+            raise ValueError(f"post_norms: residual is {self.residual!r}, only sequential has them")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
-        if (self.positions == "rope") != (self.rope is not None):
-            raise ValueError("rope: give Rope(...) with positions='rope', and only then")
-        if self.rope is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim: rope rotates pairs, but head_dim is {self.head_dim}")
+        self._check_rope()
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"windows: {len(self.windows)} entries for {self.layers} layers")
         for window in self.windows:
             if window is not None:
                 _positive("windows", window)
+
+    def _check_rope(self):
+        if (self.positions == "rope") != (self.rope is not None):
+            raise ValueError("rope: give Rope(...) with positions='rope', and only then")
+        if self.rope is None:
+            if self.local_rope is not None:
+                raise ValueError("local_rope: give it beside rope, and only then")
+            return
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: rope rotates pairs, but head_dim is {self.head_dim}")
+        if (self.rope.dim or 0) > self.head_dim:
+            raise ValueError(f"rope.dim: {self.rope.dim} is more than head_dim {self.head_dim}")
+        pairing = self.rope.dim, self.rope.interleaved
+        if self.local_rope is not None and (
+            (self.local_rope.dim, self.local_rope.interleaved) != pairing
+        ):
+            raise ValueError("local_rope: it has to rotate the same pairs as rope")
 
 
 GPT2 = {"scaled_residual_init": True}

@@ -47,12 +47,15 @@ class Model(NamedTuple):
       is any object with int32 arrays [R, T] `tokens, positions, segment, branch`. An id or learned
       position outside its table makes its row NaN; it never reads another entry of the table.
     head(params) -> Head, its weight [vocab_size, width] the embedding table where tied.
+    scores(params, hidden [..., width]) -> float32 [...]: one number per token, of a model with
+      `scalar_head`, which has no `head`.
     """
 
     config: DecoderConfig
     init: Callable[[Array], Params]
     apply: Callable[..., Array]
     head: Callable[[Params], Head]
+    scores: Callable[[Params, Array], Array] | None = None
 
 
 def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "none") -> Model:
@@ -84,9 +87,19 @@ def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "non
         return nnx.merge(graphdef, params)(rows)
 
     def head(params: Params) -> Head:
-        return Head(params["embed"]["tokens"] if config.tied_head else params["head"]["kernel"])
+        if config.scalar_head:
+            raise ValueError("scalar_head: this model scores tokens and cannot predict them")
+        weight = params["embed"]["tokens"] if config.tied_head else params["head"]["kernel"]
+        bias = params["head"]["bias"] if config.head_bias else None
+        return Head(weight, bias, softcap=config.head_softcap)
 
-    return Model(config, init, apply, head)
+    def scores(params: Params, hidden: Array) -> Array:
+        if not config.scalar_head:
+            raise ValueError("scalar_head: this model has none; see models.scores.with_scalar_head")
+        weight = params["score"]["kernel"].astype(hidden.dtype)
+        return product("...d,od->...o", hidden, weight, dtype=jnp.float32)[..., 0]
+
+    return Model(config, init, apply, head, scores)
 
 
 def logits(model: Model, params: Params, rows) -> Array:
@@ -107,6 +120,7 @@ class Embed(nnx.Module):
     """Token embeddings, plus learned position embeddings where the family has them: [R, T, D]."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.scale = config.embedding_scale
         self.tokens = _table(config.vocab_size, config, rngs)
         learned = config.positions == "learned"
         self.positions = _table(config.max_positions, config, rngs) if learned else None
@@ -116,6 +130,7 @@ class Embed(nnx.Module):
         # would gather the activations of all rows on every device.
         tokens = constrain(self.tokens[...], "tensor", None)
         x = jnp.take(tokens, rows.tokens, axis=0, mode="fill").astype(dtype)
+        x = x if self.scale is None else x * jnp.asarray(self.scale, dtype)
         if self.positions is not None:
             table = constrain(self.positions[...], None, None)
             places = jnp.take(table, rows.positions, axis=0, mode="fill")
@@ -124,10 +139,11 @@ class Embed(nnx.Module):
 
 
 class Output(nnx.Module):
-    """The weights of an untied head; `Model.head` hands them out, nothing here applies them."""
+    """The weights of a head; `Model.head` hands them out, nothing here applies them."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.kernel = _table(config.vocab_size, config, rngs)
+    def __init__(self, size: int, config: DecoderConfig, rngs: nnx.Rngs, *, tied=False, bias=False):
+        self.kernel = None if tied else _table(size, config, rngs)
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32)) if bias else None
 
 
 def _table(size: int, config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -136,16 +152,30 @@ def _table(size: int, config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or x + attention(norm(x)) + mlp(norm(x))."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
+        self.parallel = config.residual != "sequential"
+        self.attention_norm = Norm(config)
+        self.mlp_norm = None if config.residual == "parallel_one_norm" else Norm(config)
+        self.attention_post_norm = Norm(config) if config.post_norms else None
+        self.mlp_post_norm = Norm(config) if config.post_norms else None
         self.attention = Attention(config, rngs)
         self.mlp = Mlp(config, rngs)
 
     def __call__(self, x: Array, context: Context, layer: Layer) -> Array:
-        x = constrain(x + self.attention(self.attention_norm(x), context, layer), ROWS, None, None)
-        return constrain(x + self.mlp(self.mlp_norm(x)), ROWS, None, None)
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, context, layer)
+        if self.parallel:
+            normed = normed if self.mlp_norm is None else self.mlp_norm(x)
+            return constrain(x + attended + self.mlp(normed), ROWS, None, None)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
+        x = constrain(x + attended, ROWS, None, None)
+        hidden = self.mlp(self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            hidden = self.mlp_post_norm(hidden)
+        return constrain(x + hidden, ROWS, None, None)
 
 
 class Decoder(nnx.Module):
@@ -156,7 +186,12 @@ class Decoder(nnx.Module):
         self.embed = Embed(config, rngs)
         self.blocks = nnx.vmap(lambda rngs: Block(config, rngs))(rngs.split(config.layers))
         self.final_norm = Norm(config)
-        self.head = None if config.tied_head else Output(config, rngs)
+        tied, bias = config.tied_head, config.head_bias
+        has_head = not config.scalar_head and (bias or not tied)
+        self.head = (
+            Output(config.vocab_size, config, rngs, tied=tied, bias=bias) if has_head else None
+        )
+        self.score = Output(1, config, rngs) if config.scalar_head else None
 
     def __call__(self, rows) -> Array:
         shared = context(self.config, rows)

@@ -65,21 +65,25 @@ class Dense(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last axis of [R, T, D], in float32; x's dtype comes out."""
+    """LayerNorm or RMSNorm over the last axis, in float32; x's dtype comes out."""
 
-    def __init__(self, config: DecoderConfig):
-        self.eps, self.center = config.norm_eps, config.norm == "layernorm"
-        self.scale = nnx.Param(jnp.ones(config.width, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(config.width, jnp.float32)) if self.center else None
+    def __init__(self, config: DecoderConfig, *, kind: str | None = None, size: int | None = None):
+        """kind: a name of NORMS, by default the config's. size: of that axis, by default width."""
+        size = config.width if size is None else size
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.center = (kind or config.norm) == "layernorm"
+        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32)) if self.center else None
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         if self.center:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * self.scale[...].astype(jnp.float32)[None, None]
+        leading = (None,) * (x.ndim - 1)
+        y = y * (self.offset + self.scale[...].astype(jnp.float32))[leading]
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)[None, None]
+            y = y + self.bias[...].astype(jnp.float32)[leading]
         return y.astype(x.dtype)
 
 

@@ -12,14 +12,18 @@ from dpojax.models.config import Rope
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of every rotated pair, float32 [head_dim / 2], highest first."""
-    frequency = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    """Radians per position of every rotated pair, float32 [dim / 2], highest first.
+
+    dim is `rope.dim`, or head_dim where all of it is rotated.
+    """
+    dim = rope.dim or head_dim
+    frequency = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if rope.kind == "linear":
         frequency = frequency / rope.factor
     elif rope.kind == "llama3":
         frequency = _interpolate(frequency, rope.factor, _llama3_keep(rope, frequency))
     elif rope.kind == "yarn":
-        frequency = _interpolate(frequency, rope.factor, _yarn_keep(rope, head_dim))
+        frequency = _interpolate(frequency, rope.factor, _yarn_keep(rope, dim))
     return frequency.astype(np.float32)
 
 
@@ -35,32 +39,40 @@ def _llama3_keep(rope: Rope, frequency: np.ndarray) -> np.ndarray:
     return np.clip(ramp, 0, 1)
 
 
-def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
+def _yarn_keep(rope: Rope, dim: int) -> np.ndarray:
     """A ramp over the pair index between beta_fast and beta_slow turns (arXiv:2309.00071)."""
 
     def pair_that_turns(turns: float) -> float:
         span = rope.original_max_positions / (turns * 2 * math.pi)
-        return head_dim * math.log(span) / (2 * math.log(rope.theta))
+        return dim * math.log(span) / (2 * math.log(rope.theta))
 
     low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # head_dim - 1 and not head_dim / 2 - 1: what released checkpoints were trained with.
-    low, high = max(low, 0), min(high, head_dim - 1)
+    # dim - 1 and not dim / 2 - 1: what released checkpoints were trained with.
+    low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 1e-3
-    return 1 - np.clip((np.arange(head_dim // 2) - low) / width, 0, 1)
+    return 1 - np.clip((np.arange(dim // 2) - low) / width, 0, 1)
 
 
 def cos_sin(rope: Rope, head_dim: int, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines, float32 [R, T, head_dim / 2], of positions [R, T]."""
+    """Cosines and sines, float32 [R, T, pairs], of positions [R, T]."""
     frequency = jnp.asarray(frequencies(rope, head_dim))
     angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     return jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """x [R, T, heads, head_dim] with pair (i, i + head_dim / 2) turned by its angle, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x: Array, cos: Array, sin: Array, *, interleaved: bool = False) -> Array:
+    """x [R, T, heads, head_dim] with its first pairs turned by their angles, in float32.
+
+    cos, sin: [R, T, pairs]; dimensions beyond 2 * pairs stay. Pair i is (i, i + pairs), or
+    (2i, 2i + 1) where interleaved.
+    """
+    dim = 2 * cos.shape[-1]
+    part, rest = x[..., :dim].astype(jnp.float32), x[..., dim:]
+    pair_axis = -1 if interleaved else -2
+    pairs = part.reshape(*part.shape[:-1], *((dim // 2, 2) if interleaved else (2, dim // 2)))
+    first, second = jnp.moveaxis(pairs, pair_axis, 0)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=pair_axis)
+    return jnp.concatenate([turned.reshape(part.shape).astype(x.dtype), rest], axis=-1)

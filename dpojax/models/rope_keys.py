@@ -23,8 +23,19 @@ REQUIRED_ROPE = {
 }
 
 
-def read_rope(raw: dict) -> Rope:
+def read_rope(
+    raw: dict,
+    *,
+    theta: float = 10_000.0,
+    kinds: tuple[str, ...] = tuple(ROPE_SETTINGS),
+    head_dim: int | None = None,
+    partial: float = 1.0,
+) -> Rope:
     """The rotary settings of a config.json, new (`rope_parameters`) or old (`rope_scaling`).
+
+    Args:
+      theta: the family's default. kinds: the scalings that it has.
+      head_dim: given where the family can rotate a part of a head; `partial`: which by default.
 
     Raises:
       ValueError: a scaling or a setting of it that is not supported.
@@ -33,15 +44,14 @@ def read_rope(raw: dict) -> Rope:
     given = {key: value for key, value in found.items() if value is not None}
     old_name = given.pop("type", "default")
     kind = given.pop("rope_type", old_name)
-    theta = float(given.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
-    if kind not in ROPE_SETTINGS:
+    theta = float(given.pop("rope_theta", None) or raw.get("rope_theta") or theta)
+    if kind not in kinds:
         why = "; it makes a token's angles depend on the longest sequence of its batch"
         raise ValueError(
-            f"rope scaling {kind!r} is not supported (only {', '.join(ROPE_SETTINGS)})"
-            + (why if kind in ("dynamic", "longrope") else "")
+            f"rope scaling {kind!r} is not supported (only {', '.join(kinds)})"
+            + (why if kind in ("dynamic", "longrope", "su") else "")
         )
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("rope_parameters.partial_rotary_factor: only 1.0 is supported")
+    dim = _rotated(given.pop("partial_rotary_factor", partial), head_dim)
     if kind in ("llama3", "yarn"):
         outside = raw.get("original_max_position_embeddings")
         given.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
@@ -53,13 +63,25 @@ def read_rope(raw: dict) -> Rope:
         raise ValueError(f"rope_parameters.{unknown[0]}: not a setting of {kind!r} scaling")
     if missing := [key for key in REQUIRED_ROPE[kind] if key not in given]:
         raise ValueError(f"rope_parameters.{missing[0]}: {kind!r} scaling needs it")
-    return Rope(kind, theta, **{wanted[key]: value for key, value in given.items()})
+    return Rope(kind, theta, dim=dim, **{wanted[key]: value for key, value in given.items()})
 
 
-def write_rope(rope: Rope) -> dict:
-    """`rope_parameters` for config.json."""
+def write_rope(rope: Rope, head_dim: int | None = None) -> dict:
+    """`rope_parameters` for config.json; head_dim as for `read_rope`."""
     settings = {key: getattr(rope, field) for key, field in ROPE_SETTINGS[rope.kind].items()}
-    return {"rope_type": rope.kind, "rope_theta": rope.theta, **settings}
+    written = {"rope_type": rope.kind, "rope_theta": rope.theta, **settings}
+    if head_dim is not None:
+        written["partial_rotary_factor"] = (rope.dim or head_dim) / head_dim
+    return written
+
+
+def _rotated(partial: float, head_dim: int | None) -> int | None:
+    """Rotated dimensions of a head, None for all."""
+    if partial == 1.0:
+        return None
+    if head_dim is None:
+        raise ValueError("rope_parameters.partial_rotary_factor: only 1.0 is supported")
+    return int(head_dim * partial)
 
 
 def _yarn_attention_factor(given: dict) -> float:

@@ -80,7 +80,8 @@ def _nothing_to_read(folder: pathlib.Path) -> str:
     if any(folder.glob("pytorch_model*.bin*")):
         return (
             f"{folder}: holds only pytorch_model.bin; convert it with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "from_pretrained(folder) and save_pretrained(new_folder) of the class that config.json "
+            "names under architectures"
         )
     return f"{folder}: holds neither {SINGLE} nor {INDEX}"
 

@@ -79,11 +79,38 @@ def test_strict_fails_when_a_record_was_dropped(data, tokenizer, capsys):
     assert run(data, tokenizer, "--strict") == 0
 
 
+def test_strict_fails_on_a_fault_but_not_on_a_bias(data, tokenizer, tmp_path, capsys):
+    data.write_text("\n".join(json.dumps(ROWS[0]) for _ in range(2)), encoding="utf-8")
+    assert run(data, tokenizer) == 0
+    out = capsys.readouterr().out
+    assert "duplicate: repeats an earlier record" in out
+    assert "a.jsonl:2 / a.jsonl:1" in out
+    assert run(data, tokenizer, "--strict") == 1
+    data.write_text(json.dumps(ROWS[0]), encoding="utf-8")  # its longer response is chosen
+    assert run(data, tokenizer, "--strict") == 0
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(ROWS[2]), encoding="utf-8")
+    assert run(data, tokenizer, "--strict", "--eval", str(held)) == 0
+    held.write_text(json.dumps(ROWS[0] | {"chosen": "other"}), encoding="utf-8")
+    assert run(data, tokenizer, "--strict", "--eval", str(held)) == 1
+    assert "a.jsonl:1 / held.jsonl:1" in capsys.readouterr().out
+
+
+def test_lines_that_are_not_utf8_are_counted_before_anything_else(data, tokenizer, capsys):
+    data.write_bytes(data.read_bytes() + b'\n{"prompt": "\xff"}\n{"prompt": "\xe9"}')
+    assert run(data, tokenizer) == 2
+    captured = capsys.readouterr()
+    assert "a.jsonl: 2 lines are not UTF-8 (4, 5); convert the file" in captured.err
+    assert captured.out == ""
+
+
 def test_the_report_is_written_whole(data, tokenizer, tmp_path, capsys):
     run(data, tokenizer, "--json", str(tmp_path / "out.json"))
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert (content["read"], content["kept"]) == (3, 2)
     assert content["dropped"]["identical"] == {"count": 1, "examples": ["a.jsonl:2"]}
+    longer = next(row for row in content["lint"] if row["name"] == "longer_chosen")
+    assert (longer["count"], longer["of"], longer["examples"]) == (1, 1, ["a.jsonl:1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.json"]
 
 

@@ -20,6 +20,21 @@ CONFIGS = {
     "gpt2": DecoderConfig(**GPT2, **SIZES),
     "llama": DecoderConfig(**LLAMA, **SIZES, kv_heads=2),
     "windows": DecoderConfig(**LLAMA, **SIZES, kv_heads=1, windows=(4, None)),
+    "gemma": DecoderConfig(
+        **LLAMA | {"qk_norm": True, "post_norms": True, "norm_offset": 1.0, "tied_head": True},
+        **SIZES,
+        kv_heads=2,
+        windows=(4, None),
+        local_rope=Rope(theta=100.0),
+        embedding_scale=4.0,
+        attention_softcap=2.0,
+    ),
+    "gptj": DecoderConfig(
+        **GPT2 | {"positions": "rope", "rope": Rope(dim=2, interleaved=True)},
+        **SIZES,
+        residual="parallel_one_norm",
+        head_bias=True,
+    ),
 }
 PROMPT, RESPONSES = 5, (4, 1, 6)
 
@@ -83,7 +98,7 @@ def test_the_mask_is_the_stated_rule_for_every_pair_of_columns():
     assert expected.any(-1).all()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "windows"])
+@pytest.mark.parametrize("family", ["gpt2", "windows", "gemma"])
 def test_rows_of_padding_only_are_finite_and_so_are_their_gradients(family):
     model = build(CONFIGS[family])
     zeros = jnp.zeros((2, 6), jnp.int32)
@@ -166,7 +181,7 @@ def test_bfloat16_compute_is_near_float32_and_its_gradients_are_float32(family):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "gptj"])
 def test_on_a_mesh_large_arrays_are_sharded_and_outputs_equal_one_devices(family):
     config = CONFIGS[family]
     model, mesh = build(config), make_mesh(data=1, fsdp=4, tensor=2)

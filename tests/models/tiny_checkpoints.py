@@ -13,19 +13,38 @@ from dpojax.models import decoder, huggingface
 from dpojax.models.attention import plain_rows
 
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LANGUAGE = "AutoModelForCausalLM"
 
 
-def make(model_type: str, *, seed: int = 0, **settings):
+def make(model_type: str, *, seed: int = 0, kind: str = LANGUAGE, **settings):
     """A torch model in eval mode whose every parameter, norms and biases too, is random."""
     torch = pytest.importorskip("torch", reason="the expected values come from torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(model_type, **NO_IDS, **settings)
+    config = transformers.AutoConfig.for_model(model_type, **NO_IDS | settings)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = getattr(transformers, kind).from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn(parameter.shape))
     return model.eval()
+
+
+def from_pretrained(folder: pathlib.Path, kind: str = LANGUAGE):
+    """The torch model in a folder, every tensor accounted for."""
+    pytest.importorskip("torch", reason="transformers builds its models with torch")
+    transformers = pytest.importorskip("transformers")
+    model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model
+
+
+def assert_same_tensors(one, other):
+    """Two torch models have the same tensors, bit for bit."""
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert (tensor == other[name]).all(), name
 
 
 def torch_logits(model, tokens: np.ndarray) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""Preference losses: pure functions of log-probabilities, one number per example, no reduction.
+
+Every loss takes sequence log-probs in nats (sums over the response's tokens, end token included)
+of any leading shape. Where systems mean different things by one name, the choice is a named
+argument without a default, and `preset` looks up what each of them chose. What a paper sweeps may
+be an array:
+
+>>> import jax, jax.numpy as jnp
+>>> policy = Pair(chosen=jnp.float32(-12.0), rejected=jnp.float32(-14.0))
+>>> reference = Pair(chosen=jnp.float32(-12.5), rejected=jnp.float32(-13.0))
+>>> betas = jnp.array([0.1, 0.5])
+>>> losses = jax.vmap(lambda beta: dpo(policy, reference, beta=beta))(betas)
+>>> [f"{loss:.3f}" for loss in losses.tolist()]
+['0.621', '0.387']
+"""
+
+from dpojax.losses.absolute import (
+    RunningMean,
+    apo_down,
+    apo_zero,
+    bco,
+    nca,
+    sppo,
+    update_baseline,
+)
+from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
+from dpojax.losses.divergences import divergence_scores
+from dpojax.losses.noise import dpo_soft, dpo_ties, exo, robust
+from dpojax.losses.offsets import dpop, odpo, rpo, tdpo
+from dpojax.losses.pair import (
+    NO_REFERENCE,
+    Pair,
+    discopop,
+    dpo,
+    dpo_norm,
+    hinge,
+    implicit_rewards,
+    ipo,
+    log_ratios,
+    per_token,
+)
+from dpojax.losses.presets import PRESETS, preset
+from dpojax.losses.ranked import plackett_luce
+from dpojax.losses.reference_free import alphapo, cpo, orpo, simpo, slic
+from dpojax.losses.transport import aot, aot_unpaired
+from dpojax.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_baseline
+from dpojax.losses.weights import HeadTail, ld_logprobs, mixture, shared_length, wpo_weights
+
+__all__ = [
+    "NO_REFERENCE",
+    "PRESETS",
+    "HeadTail",
+    "Pair",
+    "RunningMean",
+    "alphapo",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "apo_zero_unpaired",
+    "bco",
+    "bco_unpaired",
+    "bradley_terry",
+    "cpo",
+    "discopop",
+    "divergence_scores",
+    "dpo",
+    "dpo_norm",
+    "dpo_soft",
+    "dpo_ties",
+    "dpop",
+    "exo",
+    "hinge",
+    "implicit_rewards",
+    "ipo",
+    "kto",
+    "kto_baseline",
+    "ld_logprobs",
+    "log_ratios",
+    "mixture",
+    "nca",
+    "odpo",
+    "orpo",
+    "per_token",
+    "plackett_luce",
+    "plackett_luce_scores",
+    "preset",
+    "robust",
+    "rpo",
+    "sft",
+    "shared_length",
+    "simpo",
+    "slic",
+    "sppo",
+    "tdpo",
+    "unlikelihood",
+    "update_baseline",
+    "wpo_weights",
+]

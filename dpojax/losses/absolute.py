@@ -1,0 +1,133 @@
+"""Pair losses that judge each implicit reward on its own, so that its level matters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from dpojax.losses.pair import Pair, implicit_rewards, log_ratios
+
+
+def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+    """Per-pair loss -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
+
+    r are the implicit rewards. Chen et al. 2024 (noise contrastive alignment) with two responses.
+    It keeps the chosen response from losing probability. 2 log 2 wherever policy == reference.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{nca(policy, reference, beta=0.1):.3f}")
+    1.350
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    noise = jax.nn.log_sigmoid(-reward.chosen) + jax.nn.log_sigmoid(-reward.rejected)
+    return -jax.nn.log_sigmoid(reward.chosen) - 0.5 * noise
+
+
+def bco(policy: Pair, reference: Pair, *, beta: ArrayLike, delta: ArrayLike) -> Array:
+    """Per-pair loss -log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)).
+
+    Binary classifier optimisation, Jung et al. 2024: chosen and rejected responses are told apart
+    by implicit rewards r against a shift. Systems differ in the shift: the running mean of
+    all rewards so far (TRL 0.24, LLaMA-Factory; keep one with `update_baseline`) or 0 (TRL 1).
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      delta: the reward shift, nats; no gradient flows into it.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{bco(policy, reference, beta=0.1, delta=0.0):.3f}")
+    1.313
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    delta = jax.lax.stop_gradient(delta)
+    chosen, rejected = reward.chosen - delta, reward.rejected - delta
+    return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
+
+
+class RunningMean(NamedTuple):
+    """The state of BCO's shift; it starts as `RunningMean(jnp.zeros(()), jnp.zeros(()))`."""
+
+    mean: Array  # [], nats
+    count: Array  # [], float: the responses seen
+
+
+def update_baseline(
+    baseline: RunningMean, rewards: Pair, mask: ArrayLike | None = None
+) -> RunningMean:
+    """Take a batch's implicit rewards into the running mean; no gradient.
+
+    TRL 0.24 updates first and then uses the new mean as `delta` for the same batch.
+
+    Args:
+      baseline: mean and count so far.
+      rewards: of the whole batch, nats, any shape.
+      mask: which pairs exist, the pairs' shape; all if None.
+
+    >>> start = RunningMean(jnp.zeros(()), jnp.zeros(()))
+    >>> state = update_baseline(start, Pair(jnp.array([1.0, 9.0]), jnp.array([0.0, 9.0])),
+    ...                         mask=jnp.array([True, False]))
+    >>> state.mean.item(), state.count.item()
+    (0.5, 2.0)
+    """
+    rewards = jax.lax.stop_gradient(rewards)
+    mask = jnp.ones(jnp.shape(rewards.chosen), bool) if mask is None else jnp.asarray(mask, bool)
+    both = jnp.where(mask, rewards.chosen - baseline.mean, 0.0)
+    both += jnp.where(mask, rewards.rejected - baseline.mean, 0.0)
+    count = baseline.count + 2 * mask.sum()
+    return RunningMean(baseline.mean + both.sum() / jnp.maximum(count, 1), count)
+
+
+def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+    """Per-pair loss (d_w - 1 / (2 beta))^2 + (d_l + 1 / (2 beta))^2 of the log-ratios d.
+
+    Wu et al. 2024 (self-play preference optimisation) with winning probabilities 1 and 0, as
+    TRL's sppo_hard; their eta is 1 / beta. 1 / (2 beta^2) wherever policy == reference.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: > 0; the target of each log-ratio is +-1 / (2 beta) nats.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{sppo(policy, reference, beta=0.1):.2f}")
+    36.25
+    """
+    ratio = log_ratios(policy, reference)
+    target = 1 / (2 * jnp.asarray(beta))
+    return (ratio.chosen - target) ** 2 + (ratio.rejected + target) ** 2
+
+
+def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+    """Per-pair loss sigmoid(-r_w) + sigmoid(r_l): chosen responses up, rejected ones down.
+
+    Anchored preference optimisation, D'Oosterlinck et al. 2024, for chosen responses that are
+    better than the policy's own. 1 wherever policy == reference. Arguments as in `nca`.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{apo_zero(policy, reference, beta=0.1):.3f}")
+    0.963
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    return jax.nn.sigmoid(-reward.chosen) + jax.nn.sigmoid(reward.rejected)
+
+
+def apo_down(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+    """Per-pair loss sigmoid(r_w) + sigmoid(-(r_w - r_l)): both down, the rejected one more.
+
+    Anchored preference optimisation, D'Oosterlinck et al. 2024, for a policy that is already
+    better than the chosen responses. 1 wherever policy == reference. Arguments as in `nca`.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{apo_down(policy, reference, beta=0.1):.3f}")
+    0.975
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    return jax.nn.sigmoid(reward.chosen) + jax.nn.sigmoid(reward.rejected - reward.chosen)

@@ -1,0 +1,110 @@
+"""Losses of pairs whose labels are flipped, uncertain or tied."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from dpojax.losses.pair import Pair, dpo, implicit_rewards
+
+
+def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
+    """Per-pair loss, unbiased for labels that are flipped with probability e.
+
+    ((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2 e) of the margin m of the implicit
+    rewards. Chowdhury et al. 2024 (rDPO). It can be negative and has no lower bound for e > 0.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      label_smoothing: the flip rate e, in [0, 0.5).
+
+    Raises:
+      ValueError: a Python number outside of that range (an array is not looked into).
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{robust(policy, reference, beta=0.1, label_smoothing=0.1):.3f}")
+    0.602
+    """
+    if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust: label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    reward = implicit_rewards(policy, reference, beta)
+    margin = reward.chosen - reward.rejected
+    right = (1 - label_smoothing) * jax.nn.log_sigmoid(margin)
+    wrong = label_smoothing * jax.nn.log_sigmoid(-margin)
+    return (wrong - right) / (1 - 2 * label_smoothing)
+
+
+def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
+    """Per-pair reverse KL from the policy's preference to the smoothed label.
+
+    KL(Bernoulli(sigmoid(m)) || Bernoulli(1 - e)) of the margin m of the implicit rewards.
+    Ji et al. 2024 (EXO with K = 2).
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      label_smoothing: e in (0, 0.5); the loss is infinite at e = 0, 1e-3 is usual.
+
+    Raises:
+      ValueError: a Python number outside of that range (an array is not looked into).
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{exo(policy, reference, beta=0.1, label_smoothing=1e-3):.3f}")
+    2.506
+    """
+    if isinstance(label_smoothing, int | float) and not 0 < label_smoothing < 0.5:
+        raise ValueError(f"exo: label_smoothing must be in (0, 0.5), got {label_smoothing}")
+    reward = implicit_rewards(policy, reference, beta)
+    margin = reward.chosen - reward.rejected
+    right = jax.nn.log_sigmoid(margin) - jnp.log1p(-jnp.asarray(label_smoothing))
+    wrong = jax.nn.log_sigmoid(-margin) - jnp.log(label_smoothing)
+    return jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong
+
+
+def dpo_soft(policy: Pair, reference: Pair, *, beta: ArrayLike, probability: ArrayLike) -> Array:
+    """Per-pair cross-entropy -p log sigmoid(m) - (1 - p) log sigmoid(-m) of a soft label p.
+
+    DPO's loss (Rafailov et al. 2023, eq. 7) in expectation over labels of which a share p prefers
+    the chosen response, for example the votes of several raters or a reward model's probability.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      probability: p of each pair, in [0, 1]: a scalar or the pairs' shape.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{dpo_soft(policy, reference, beta=0.1, probability=0.75):.3f}")
+    0.658
+    """
+    return dpo(policy, reference, beta=beta, label_smoothing=1 - jnp.asarray(probability))
+
+
+def dpo_ties(
+    policy: Pair, reference: Pair, *, beta: ArrayLike, tie: ArrayLike, threshold: ArrayLike
+) -> Array:
+    """Per-pair negative log-likelihood of wins and ties.
+
+    With margin m of the implicit rewards and threshold a, the model of Rao & Kupper 1967 is
+    P(win) = sigmoid(m - a) and P(tie) = (exp(2 a) - 1) sigmoid(m - a) sigmoid(-m - a); with
+    implicit rewards it is DPO-RK of Chen et al. 2024 ("On extending DPO to accommodate ties"),
+    whose nu is exp(a).
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      tie: 1 where the pair was judged equal, 0 where chosen won; a scalar or the pairs' shape.
+      threshold: a > 0, the margin in nats below which ties are likely.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{dpo_ties(policy, reference, beta=0.1, tie=0, threshold=1.0):.3f}")
+    1.206
+    >>> print(f"{dpo_ties(policy, reference, beta=0.1, tie=1, threshold=1.0):.3f}")
+    0.776
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    margin = reward.chosen - reward.rejected
+    lost = -jax.nn.log_sigmoid(-margin - threshold) - jnp.log(jnp.expm1(2 * threshold))
+    return -jax.nn.log_sigmoid(margin - threshold) + tie * lost

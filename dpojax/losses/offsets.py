@@ -1,0 +1,134 @@
+"""Pair losses whose margin is shifted by, or held against, something known about the pair."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from dpojax.losses.pair import Pair, implicit_rewards, log_ratios
+
+
+def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -> Array:
+    """Per-pair loss -log sigmoid(r_chosen - r_rejected - offset) with r the implicit rewards.
+
+    DPO with an offset, Amini et al. 2024: the margin by which a pair must be told apart grows with
+    how much better the chosen response is, there offset = alpha log(score_w - score_l).
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      offset: the wanted margin of each pair, nats: a scalar or the pairs' shape.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{odpo(policy, reference, beta=0.1, offset=0.15):.3f}")
+    0.693
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    return -jax.nn.log_sigmoid(reward.chosen - reward.rejected - offset)
+
+
+def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) -> Array:
+    """Per-pair loss -log sigmoid(beta (d_w - d_l - penalty max(0, -d_w))) of the log-ratios d.
+
+    DPO-Positive, Pal et al. 2024: a chosen response that is less likely than under the reference
+    costs extra. Without penalty it is `dpo`.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      penalty: weight of the lost log-prob, >= 0; their lambda.
+
+    >>> policy, reference = Pair(-13.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{dpop(policy, reference, beta=0.1, penalty=1.0):.3f}")
+    0.693
+    """
+    ratio = log_ratios(policy, reference)
+    lost = jax.nn.relu(-ratio.chosen)
+    return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - penalty * lost))
+
+
+def tdpo(
+    policy: Pair,
+    reference: Pair,
+    *,
+    beta: ArrayLike,
+    kl: Pair,
+    alpha: ArrayLike,
+    stop_chosen: bool,
+) -> Array:
+    """Per-pair loss -log sigmoid(beta (d_w - d_l - alpha (kl_l - kl_w))) of the log-ratios d.
+
+    Token-level DPO, Zeng et al. 2024. TDPO1 is alpha = 1 with all gradients; TDPO2 weighs the KL
+    difference with alpha and lets no gradient flow through kl_w (`stop_chosen`).
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      kl: per response the sum over its tokens of KL(reference || policy) of the next-token
+        distributions, nats, the pairs' shape.
+      alpha: weight of the difference of the two KL sums.
+      stop_chosen: whether the chosen response's KL is a constant.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> kl = Pair(0.5, 2.0)
+    >>> print(f"{tdpo(policy, reference, beta=0.1, kl=kl, alpha=1.0, stop_chosen=False):.3f}")
+    0.693
+    """
+    ratio = log_ratios(policy, reference)
+    chosen = jax.lax.stop_gradient(kl.chosen) if stop_chosen else kl.chosen
+    drift = alpha * (kl.rejected - chosen)
+    return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - drift))
+
+
+def rpo(
+    policy: Pair,
+    reference: Pair,
+    *,
+    beta: ArrayLike,
+    scores: Pair,
+    scale: ArrayLike,
+    form: Literal["sq", "bwd_kl", "fwd_kl"],
+) -> Array:
+    """Per-pair distance of the implicit margin b from the margin g that a reward model gives.
+
+    Reward-aware preference optimisation (Adler et al. 2024, Nemotron-4; Sun et al. 2025), with
+    g = scale (score_w - score_l), in NeMo-Aligner's names:
+      sq:     (b - g)^2
+      bwd_kl: KL(Bernoulli(sigmoid(g)) || Bernoulli(sigmoid(b)))
+      fwd_kl: KL(Bernoulli(sigmoid(b)) || Bernoulli(sigmoid(g)))
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      scores: the reward model's scores of the responses, the pairs' shape.
+      scale: of the score gap, to nats.
+      form: which distance.
+
+    Raises:
+      ValueError: another `form`.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{rpo(policy, reference, beta=0.2, scores=Pair(1., 0.), scale=1., form='sq'):.2f}")
+    0.49
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    ours = reward.chosen - reward.rejected
+    theirs = jnp.asarray(scale * (scores.chosen - scores.rejected))
+    if form == "sq":
+        return (ours - theirs) ** 2
+    if form == "bwd_kl":
+        return _bernoulli_kl(theirs, ours)
+    if form == "fwd_kl":
+        return _bernoulli_kl(ours, theirs)
+    raise ValueError(f"rpo: form must be 'sq', 'bwd_kl' or 'fwd_kl', got {form!r}")
+
+
+def _bernoulli_kl(first: Array, second: Array) -> Array:
+    """KL between the Bernoulli distributions of two logits."""
+    log_sigmoid = jax.nn.log_sigmoid
+    yes = jax.nn.sigmoid(first) * (log_sigmoid(first) - log_sigmoid(second))
+    return yes + jax.nn.sigmoid(-first) * (log_sigmoid(-first) - log_sigmoid(-second))

@@ -1,0 +1,99 @@
+"""Losses of single responses that are labelled good or bad, with no partner.
+
+`policy` and `reference` are sequence log-probs in nats of any shape, `desirable` is true where the
+response is a good one.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def kto(
+    policy: Array,
+    reference: Array,
+    desirable: Array,
+    *,
+    beta: ArrayLike,
+    kl: ArrayLike,
+    desirable_weight: ArrayLike,
+    undesirable_weight: ArrayLike,
+) -> Array:
+    """Loss per response 1 - sigmoid(+-beta (d - kl)) of its log-ratio d: + if good, - if bad.
+
+    Ethayarajh et al. 2024; it is lambda - v in their terms.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      desirable: whether the response is a good one, the same shape.
+      beta: strength of the KL penalty, > 0.
+      kl: the point of reference z_0, nats, a scalar (see `kto_baseline`); no gradient flows into
+        it.
+      desirable_weight, undesirable_weight: their lambdas.
+
+    >>> good = jnp.array([True, False])
+    >>> loss = kto(jnp.array([-12.0, -14.0]), jnp.array([-12.5, -13.0]), good, beta=0.1, kl=0.5,
+    ...            desirable_weight=1.0, undesirable_weight=1.0)
+    >>> [f"{x:.3f}" for x in loss.tolist()]
+    ['0.500', '0.463']
+    """
+    gain = beta * (policy - reference - jax.lax.stop_gradient(kl))
+    good = desirable_weight * jax.nn.sigmoid(-gain)
+    return jnp.where(desirable, good, undesirable_weight * jax.nn.sigmoid(gain))
+
+
+def kto_baseline(log_ratio: Array, weight: ArrayLike | None = None) -> Array:
+    """Estimate KL(policy || reference) for `kto`: the mean log-ratio, at least 0; no gradient.
+
+    Ethayarajh et al. 2024: the log-ratios are those of responses that belong to other prompts of
+    the batch, so that they are close to unrelated.
+
+    Args:
+      log_ratio: log policy - log reference of the mismatched responses of the whole batch, nats.
+      weight: their weights or mask, the same shape; all 1 if None.
+
+    Returns:
+      A scalar, nats; 0 where all weights are 0.
+
+    >>> print(f"{kto_baseline(jnp.array([0.4, -0.2, 0.3])):.4f}")
+    0.1667
+    """
+    weight = jnp.ones_like(log_ratio) if weight is None else jnp.asarray(weight, log_ratio.dtype)
+    total = jnp.where(weight > 0, log_ratio, 0.0) * weight
+    mean = total.sum() / jnp.where(weight.sum() > 0, weight.sum(), 1.0)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+
+
+def bco_unpaired(
+    policy: Array, reference: Array, desirable: Array, *, beta: ArrayLike, delta: ArrayLike
+) -> Array:
+    """Loss per response -log sigmoid(+-(r - delta)) of its implicit reward r: + if good.
+
+    Jung et al. 2024 (BCO); `bco` is the sum over a good and a bad response. No gradient flows into
+    the shift `delta`, nats, a scalar (see `update_baseline`).
+
+    >>> good = jnp.array([True, False])
+    >>> loss = bco_unpaired(jnp.zeros(2), jnp.zeros(2), good, beta=0.1, delta=0.0)
+    >>> [f"{x:.3f}" for x in loss.tolist()]
+    ['0.693', '0.693']
+    """
+    shifted = beta * (policy - reference) - jax.lax.stop_gradient(delta)
+    return -jax.nn.log_sigmoid(jnp.where(desirable, shifted, -shifted))
+
+
+def apo_zero_unpaired(
+    policy: Array, reference: Array, desirable: Array, *, beta: ArrayLike
+) -> Array:
+    """Loss per response sigmoid(-+r) of its implicit reward r: - if good, + if bad.
+
+    D'Oosterlinck et al. 2024 (APO-zero); `apo_zero` is the sum over a good and a bad response.
+
+    >>> good = jnp.array([True, False])
+    >>> apo_zero_unpaired(jnp.zeros(2), jnp.zeros(2), good, beta=0.1).tolist()
+    [0.5, 0.5]
+    """
+    reward = beta * (policy - reference)
+    return jax.nn.sigmoid(jnp.where(desirable, -reward, reward))

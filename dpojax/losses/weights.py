@@ -1,0 +1,105 @@
+"""What is done around a loss: weights on pairs, weights on tokens, sums of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from dpojax.losses.pair import Pair, per_token
+
+
+def wpo_weights(
+    policy: Pair, *, lengths: Pair, log_collision: Pair | None, clamp: ArrayLike | None
+) -> Array:
+    """Weigh pairs by how likely the policy is to have written them; multiply a pair loss by it.
+
+    w = exp(l_w / |w|) exp(l_l / |l|), and with the correction each mean log-prob l / |y| is taken
+    relative to that of the policy's own samples: (l - c) / |y| with c the sum over the tokens of
+    log sum_v p_v^2. Zhou et al. 2024 (WPO). No gradient flows through the weight.
+
+    Args:
+      policy: sequence log-probs, nats, any shape.
+      lengths: tokens of each response, clamped to at least 1.
+      log_collision: c, the pairs' shape (TRL), or None for no correction (open-instruct).
+      clamp: the largest weight, 1 in TRL 0.24 and open-instruct, or None (TRL 1.16).
+
+    >>> policy, lengths = Pair(-12.0, -14.0), Pair(5, 4)
+    >>> print(f"{wpo_weights(policy, lengths=lengths, log_collision=None, clamp=1.0):.5f}")
+    0.00274
+    """
+    if log_collision is not None:
+        policy = jax.tree.map(jnp.subtract, policy, log_collision)
+    mean = per_token(policy, lengths)
+    weight = jnp.exp(mean.chosen + mean.rejected)
+    weight = weight if clamp is None else jnp.minimum(weight, clamp)
+    return jax.lax.stop_gradient(weight)
+
+
+class HeadTail(NamedTuple):
+    """Log-probs of a pair, nats: of the first `shared_length` tokens, and of those behind them."""
+
+    head: Pair
+    tail: Pair
+
+
+def shared_length(lengths: Pair) -> Array:
+    """Count the tokens that both responses of a pair have, min(|w|, |l|); any shape.
+
+    >>> shared_length(Pair(5, 4)).item()
+    4
+    """
+    return jnp.minimum(lengths.chosen, lengths.rejected)
+
+
+def ld_logprobs(
+    policy: HeadTail, reference: HeadTail, *, alpha: ArrayLike, weight_reference: bool
+) -> tuple[Pair, Pair]:
+    """Give the tokens of the longer response that the shorter has not the weight alpha.
+
+    Length-desensitised DPO, Liu et al. 2024: log-probs become head + alpha tail, and the result
+    goes into any pair loss. alpha = 1 is no change. Systems differ in whether the reference is
+    weighted too (TRL 1) or only the policy (TRL 0.24, LLaMA-Factory).
+
+    Args:
+      policy, reference: sums over the tokens before and behind `shared_length`, any shape.
+      alpha: weight of the tail, in [0, 1].
+      weight_reference: whether the reference's tail gets the weight as well.
+
+    Returns:
+      Log-probs of policy and reference, nats.
+
+    >>> policy = HeadTail(Pair(-9.0, -14.0), Pair(-3.0, 0.0))
+    >>> reference = HeadTail(Pair(-10.0, -13.0), Pair(-2.5, 0.0))
+    >>> new, old = ld_logprobs(policy, reference, alpha=0.5, weight_reference=True)
+    >>> print(new.chosen, old.chosen)
+    -10.5 -11.25
+    """
+    total = lambda parts, w: jax.tree.map(lambda h, t: h + w * t, parts.head, parts.tail)
+    return total(policy, alpha), total(reference, alpha if weight_reference else 1.0)
+
+
+def mixture(losses: Sequence[ArrayLike], weights: Sequence[ArrayLike]) -> Array:
+    """Add up losses of the same examples, each with its weight.
+
+    MPO (Wang et al. 2024, InternVL) is 0.8 `dpo` + 0.2 `bco` + 1.0 of a per-token likelihood; DPO
+    with a likelihood term, RPO in TRL's name, is `mixture([dpo(...), sft(chosen) / length],
+    [1.0, alpha])` (Pang et al. 2024). Weights are not normalised.
+
+    Args:
+      losses: each one number per example, or a scalar.
+      weights: one per loss.
+
+    Raises:
+      ValueError: not as many weights as losses.
+
+    >>> mixture([jnp.array([1.0, 2.0]), jnp.array([4.0, 0.0])], [0.5, 0.25]).tolist()
+    [1.5, 1.0]
+    """
+    if not losses or len(losses) != len(weights):
+        raise ValueError(f"mixture: got {len(losses)} losses and {len(weights)} weights")
+    return sum((w * jnp.asarray(loss) for w, loss in zip(weights, losses)), jnp.zeros(()))

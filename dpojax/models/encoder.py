@@ -1,0 +1,159 @@
+"""BERT-type sequence classifiers (Devlin et al. 2018; RoBERTa, Liu et al. 2019)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dpojax.models.attention import Attention, Context, Layer, layer_constants
+from dpojax.models.config import DecoderConfig
+from dpojax.models.layers import ACTIVATIONS, Dense, Mlp, Norm
+
+Params = dict
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A bidirectional transformer with norms behind its attention and its MLP, and a classifier.
+
+    labels: names, in the order of the logits. types: rows of the token-type table, of which a
+    single text uses the first. first_position: the row of the position table that a text's first
+    token reads (RoBERTa: 2).
+
+    Raises:
+      ValueError: sizes that are not positive or do not fit together, an unknown activation.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    max_positions: int
+    labels: tuple[str, ...]
+    types: int = 2
+    first_position: int = 0
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if not self.labels or self.types < 1 or not 0 <= self.first_position < self.max_positions:
+            raise ValueError(f"labels, types, first_position: do not make a classifier in {self}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: {self.activation!r} is not in {list(ACTIVATIONS)}")
+        _ = self.block  # which checks the sizes
+
+    @property
+    def block(self) -> DecoderConfig:
+        """What the parts that are shared with decoders read."""
+        return DecoderConfig(
+            self.vocab_size,
+            self.width,
+            self.layers,
+            self.heads,
+            self.mlp_width,
+            self.max_positions,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            initializer_range=self.initializer_range,
+        )
+
+
+class Classifier(NamedTuple):
+    """Pure functions over `params`, a nested dict of arrays.
+
+    init(key) -> params, float32.
+    apply(params, tokens, lengths) -> logits, float32 [B, labels]. tokens: int [B, T], of which the
+      first lengths[B] of a row count; what stands behind them changes nothing. An id outside the
+      table makes its row NaN.
+    """
+
+    config: EncoderConfig
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Array, Array], Array]
+
+
+def build(config: EncoderConfig, *, compute_dtype=jnp.float32) -> Classifier:
+    """The classifier that `config` describes; norms and softmax stay in float32."""
+
+    def make(rngs: nnx.Rngs) -> Encoder:
+        return Encoder(config, jnp.dtype(compute_dtype), rngs)
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
+
+    def apply(params: Params, tokens: Array, lengths: Array) -> Array:
+        longest = config.max_positions - config.first_position
+        if tokens.shape[1] > longest:
+            raise ValueError(f"tokens: {tokens.shape[1]} columns, but the model has {longest}")
+        return nnx.merge(graphdef, params)(tokens, lengths)
+
+    return Classifier(config, init, apply)
+
+
+class Embed(nnx.Module):
+    """norm(tokens + positions + the first token type): [B, T] -> [B, T, D]."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        def table(size: int) -> nnx.Param:
+            values = jax.random.normal(rngs.params(), (size, config.width), jnp.float32)
+            return nnx.Param(config.initializer_range * values)
+
+        self.first_position = config.first_position
+        self.tokens = table(config.vocab_size)
+        self.positions, self.types = table(config.max_positions), table(config.types)
+        self.norm = Norm(config.block)
+
+    def __call__(self, tokens: Array, dtype) -> Array:
+        places = self.positions[...][self.first_position :][: tokens.shape[1]]
+        x = jnp.take(self.tokens[...], tokens, axis=0, mode="fill")
+        x = x + (places + self.types[...][:1])[None]
+        return self.norm(x.astype(dtype))
+
+
+class Block(nnx.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention, self.mlp = Attention(config, rngs), Mlp(config, rngs)
+        self.attention_norm, self.mlp_norm = Norm(config), Norm(config)
+
+    def __call__(self, x: Array, context: Context, layer: Layer) -> Array:
+        x = self.attention_norm(x + self.attention(x, context, layer))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+class Encoder(nnx.Module):
+    """Embedding, stacked blocks, and a classifier on the first token's hidden state."""
+
+    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
+        self.block, self.dtype = config.block, dtype
+        self.embed = Embed(config, rngs)
+        self.blocks = nnx.vmap(lambda rngs: Block(config.block, rngs))(rngs.split(config.layers))
+        width, std = (config.width,), config.initializer_range
+        self.pooler = Dense(width, width, bias=True, std=std, rngs=rngs)
+        self.classifier = Dense(width, (len(config.labels),), bias=True, std=std, rngs=rngs)
+
+    def __call__(self, tokens: Array, lengths: Array) -> Array:
+        batch, columns = tokens.shape
+        real = jnp.arange(columns)[None] < lengths[:, None]
+        mask = jnp.broadcast_to(real[:, None], (batch, columns, columns))
+        shared = Context((mask,), ())
+
+        def body(x, block_and_layer):
+            block, layer = block_and_layer
+            return block(x, shared, layer), None
+
+        x = self.embed(jnp.where(real, tokens, 0), self.dtype)
+        x, _ = jax.lax.scan(body, x, (self.blocks, layer_constants(self.block)))
+        pooled = jnp.tanh(self.pooler(x[:, :1]))
+        return self.classifier(pooled)[:, 0].astype(jnp.float32)

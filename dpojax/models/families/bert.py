@@ -1,0 +1,113 @@
+"""BERT and RoBERTa sequence classifiers."""
+
+from __future__ import annotations
+
+from dpojax.models.encoder import EncoderConfig
+from dpojax.models.families.family import COMMON_FIXED, HARMLESS, REQUIRED, Family
+from dpojax.models.weights import ATTENTION, Weight, affine, norm, table
+
+
+def _trunk(prefix: str) -> tuple[Weight, ...]:
+    """All below the classifier; both families name it alike, after their prefix."""
+    e, layer = f"{prefix}.embeddings", f"{prefix}.encoder.layer.{{layer}}"
+    qkv = ("query", "key", "value")
+    return (
+        table(f"{e}.word_embeddings.weight", "embed/tokens"),
+        table(f"{e}.position_embeddings.weight", "embed/positions"),
+        table(f"{e}.token_type_embeddings.weight", "embed/types"),
+        *norm(f"{e}.LayerNorm", "embed/norm"),
+        *(
+            weight
+            for part in qkv
+            for weight in affine(
+                f"{layer}.attention.self.{part}", f"{ATTENTION}/{part}", "dnh -> nh d", "nh -> nh"
+            )
+        ),
+        *affine(f"{layer}.attention.output.dense", f"{ATTENTION}/out", "nhd -> d nh", "d -> d"),
+        *norm(f"{layer}.attention.output.LayerNorm", "blocks/attention_norm"),
+        *affine(f"{layer}.intermediate.dense", "blocks/mlp/up", "df -> f d", "f -> f"),
+        *affine(f"{layer}.output.dense", "blocks/mlp/down", "fd -> d f", "d -> d"),
+        *norm(f"{layer}.output.LayerNorm", "blocks/mlp_norm"),
+    )
+
+
+BERT_WEIGHTS = (
+    *_trunk("bert"),
+    *affine("bert.pooler.dense", "pooler", "de -> e d", "d -> d"),
+    *affine("classifier", "classifier", "dl -> l d", "l -> l"),
+)
+ROBERTA_WEIGHTS = (
+    *_trunk("roberta"),
+    *affine("classifier.dense", "pooler", "de -> e d", "d -> d"),
+    *affine("classifier.out_proj", "classifier", "dl -> l d", "l -> l"),
+)
+
+
+def labels_of(raw: dict) -> tuple[str, ...]:
+    """The names of a classifier's labels, in the order of its logits."""
+    names = raw.get("id2label")
+    if not names:
+        count = raw.get("num_labels") or raw.get("_num_labels") or 2
+        return tuple(f"LABEL_{i}" for i in range(count))
+    by_number = {int(number): name for number, name in names.items()}
+    if sorted(by_number) != list(range(len(by_number))):
+        raise ValueError(f"id2label: its keys are not 0 to {len(by_number) - 1}")
+    return tuple(by_number[i] for i in range(len(by_number)))
+
+
+def _read_bert(raw: dict) -> dict:
+    return {"labels": labels_of(raw)}
+
+
+def _read_roberta(raw: dict) -> dict:
+    # Its positions count from the id of padding, which has a row of the table to itself.
+    padding = raw.get("pad_token_id", 1)
+    if padding is None:
+        raise ValueError("pad_token_id: null, but roberta counts positions from it")
+    return _read_bert(raw) | {"first_position": padding + 1}
+
+
+def _write(config: EncoderConfig) -> dict:
+    raise NotImplementedError("encoders are imported, not exported")
+
+
+_POOLER = {f"pooler_{key}" for key in ("fc_size", "num_attention_heads", "num_fc_layers", "type")}
+
+BERT = Family(
+    architecture="BertForSequenceClassification",
+    classifier="BertForSequenceClassification",
+    prefix="bert.",
+    base={},
+    keys={
+        "vocab_size": ("vocab_size", REQUIRED),
+        "hidden_size": ("width", REQUIRED),
+        "num_hidden_layers": ("layers", REQUIRED),
+        "num_attention_heads": ("heads", REQUIRED),
+        "intermediate_size": ("mlp_width", REQUIRED),
+        "max_position_embeddings": ("max_positions", 512),
+        "type_vocab_size": ("types", 2),
+        "hidden_act": ("activation", "gelu"),
+        "layer_norm_eps": ("norm_eps", 1e-12),
+        "initializer_range": ("initializer_range", 0.02),
+    },
+    fixed=COMMON_FIXED | {"is_decoder": False, "position_embedding_type": "absolute"},
+    harmless=HARMLESS
+    | {"hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"}
+    | {"output_past", "directionality", "pooler_size_per_head"}
+    | _POOLER,
+    weights=BERT_WEIGHTS,
+    harmless_tensors=r"\.embeddings\.position_ids$",
+    special=frozenset(),
+    read=_read_bert,
+    write=_write,
+    config=EncoderConfig,
+)
+ROBERTA = BERT._replace(
+    architecture="RobertaForSequenceClassification",
+    classifier="RobertaForSequenceClassification",
+    prefix="roberta.",
+    weights=ROBERTA_WEIGHTS,
+    # Older files hold a pooler that the classifier never reads.
+    harmless_tensors=r"\.embeddings\.position_ids$|^roberta\.pooler\.",
+    read=_read_roberta,
+)

@@ -1,0 +1,171 @@
+"""Between the tensors of a Hugging Face folder and our arrays, as the name maps say."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from dpojax.models import safetensors_io
+from dpojax.models.config import DecoderConfig
+from dpojax.models.decoder import SHARDING_RULES, Params
+from dpojax.models.encoder import EncoderConfig
+from dpojax.models.families import Family
+from dpojax.models.safetensors_io import Stored, Tensor
+from dpojax.models.weights import Weight
+from dpojax.sharding import tree_shardings
+
+Config = DecoderConfig | EncoderConfig
+
+
+def read_params(
+    folder: pathlib.Path,
+    family: Family,
+    config: Config,
+    init: Callable,
+    mesh: Mesh | None,
+    dtype,
+) -> Params:
+    """The arrays that `init` would make, from the safetensors in a folder.
+
+    Raises:
+      FileNotFoundError: no safetensors there.
+      ValueError: a tensor that is missing, unknown or of a wrong shape.
+    """
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    tensors = _full_names(safetensors_io.read_folder(folder), family)
+    sources = _sources(family, config, flat, tensors, folder)
+    if mesh is None:
+        shardings = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
+    else:
+        tree = tree_shardings(shapes, mesh, SHARDING_RULES)
+        shardings = traverse_util.flatten_dict(tree, sep="/")
+    arrays = {
+        name: _array(sources[name], leaf.shape, dtype, shardings[name])
+        for name, leaf in flat.items()
+    }
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def tensors_of(family: Family, config: Config, params: Params) -> Iterator[Tensor]:
+    """What a folder of this family holds for these arrays."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for weight, layer, name in _weights(family, config, flat):
+        leaves = [flat[path] for path in weight.paths]
+        shapes = [leaf.shape[layer is not None :] for leaf in leaves]
+        yield Tensor(
+            name,
+            weight.their_shape(shapes),
+            np.dtype(leaves[0].dtype),
+            lambda weight=weight, leaves=leaves, layer=layer: _fetch(weight, leaves, layer),
+        )
+
+
+def _fetch(weight: Weight, leaves: list[jax.Array], layer: int | None) -> np.ndarray:
+    """One of their tensors on this host, gathered from all processes where it must be."""
+    arrays = leaves if layer is None else [leaf[layer] for leaf in leaves]
+    return weight.join(
+        [
+            np.asarray(
+                array
+                if array.is_fully_addressable
+                else multihost_utils.process_allgather(array, tiled=True)
+            )
+            for array in arrays
+        ]
+    )
+
+
+def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
+    """Names as our tables have them; base-model files leave the prefix out."""
+    for theirs, ours in family.renamed:
+        tensors = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: stored
+            for name, stored in tensors.items()
+        }
+    if any(name.startswith(family.prefix) for name in tensors):
+        return tensors
+    heads = tuple(weight.name for weight in family.weights if not _in_trunk(weight))
+    return {
+        name if name in heads else family.prefix + name: stored for name, stored in tensors.items()
+    }
+
+
+def _in_trunk(weight: Weight) -> bool:
+    return not weight.paths[0].startswith(("head/", "score/", "pooler/", "classifier/"))
+
+
+def _weights(family: Family, config: Config, paths):
+    """(weight, layer or None, name) for every tensor that a model with these paths has."""
+    for weight in family.weights:
+        if not all(path in paths for path in weight.paths):
+            continue
+        stacked = "{layer}" in weight.name
+        for layer in range(config.layers) if stacked else [None]:
+            yield weight, layer, weight.name.format(layer=layer)
+
+
+def _sources(
+    family: Family,
+    config: Config,
+    flat: dict[str, jax.ShapeDtypeStruct],
+    tensors: dict[str, Stored],
+    folder: pathlib.Path,
+) -> dict[str, list[np.ndarray]]:
+    """For each of our arrays the views it is made of: one per layer, or just one."""
+    sources: dict[str, list[np.ndarray]] = {path: [] for path in flat}
+    used = set()
+    for weight, layer, name in _weights(family, config, flat):
+        if name not in tensors:
+            raise ValueError(f"{folder}: tensor {name!r} is missing")
+        shapes = [flat[path].shape[layer is not None :] for path in weight.paths]
+        stored, expected = tensors[name], weight.their_shape(shapes)
+        if stored.view.shape != expected:
+            raise ValueError(
+                f"{stored.file}: tensor {name!r} has shape {stored.view.shape}, but config.json "
+                f"makes it {expected}"
+            )
+        used.add(name)
+        for path, view in zip(weight.paths, weight.split(stored.view, shapes)):
+            sources[path].append(view)
+    _nothing_left(family, config, tensors, used)
+    return sources
+
+
+def _nothing_left(
+    family: Family, config: Config, tensors: dict[str, Stored], used: set[str]
+) -> None:
+    names = {path: weight.name for weight in family.weights for path in weight.paths}
+    embedding, head = names["embed/tokens"], names.get("head/kernel")
+    for name in sorted(set(tensors) - used):
+        stored = tensors[name]
+        if name == head and config.tied_head and not config.scalar_head:
+            if not np.array_equal(stored.view, tensors[embedding].view):
+                raise ValueError(
+                    f"{stored.file}: tensor {name!r} differs from the embedding, but "
+                    "config.json ties them; set tie_word_embeddings to false"
+                )
+        elif not re.search(family.harmless_tensors, name):
+            raise ValueError(f"{stored.file}: tensor {name!r} is not one that config.json implies")
+
+
+def _array(views: list[np.ndarray], shape: tuple[int, ...], dtype, sharding: Sharding) -> jax.Array:
+    """A jax array whose every shard is copied from the views."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if len(shape) == views[0].ndim:
+            return views[0][index].astype(dtype)
+        layers = [view[index[1:]] for view in views[index[0]]]
+        out = np.empty((len(layers), *layers[0].shape), dtype)
+        for place, layer in zip(out, layers):
+            place[...] = layer
+        return out
+
+    return jax.make_array_from_callback(shape, sharding, shard)
