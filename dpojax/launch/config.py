@@ -92,8 +92,10 @@ def check(config: ConfigDict) -> None:
         _apply(DPO_RULES, dpo, "dpo.")
         with naming("dpo"):
             dpo_method.objective(dpo.loss, length_norm=dpo.length_norm or None)
-        if dpo.loss == "ipo" and dpo.label_smoothing:
-            raise ConfigError("config.dpo.label_smoothing: ipo has none; leave it at 0")
+        if dpo.loss not in dpo_method.SMOOTHED and dpo.label_smoothing:
+            raise ConfigError(f"config.dpo.label_smoothing: {dpo.loss} has none; leave it at 0")
+        if dpo.loss == "exo" and not dpo.label_smoothing:
+            raise ConfigError("config.dpo.label_smoothing: exo is infinite at 0; 1e-3 is usual")
         if dpo.loss != "ipo" and dpo.length_norm:
             raise ConfigError(f"config.dpo.length_norm: {dpo.loss} has none; leave it empty")
 

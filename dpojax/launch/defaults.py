@@ -112,7 +112,7 @@ def _dpo() -> ConfigDict:
     return ConfigDict(
         dict(
             data=_data("reviews", 6_000, 500),
-            loss="dpo",  # or ipo
+            loss="dpo",  # a name of methods.dpo.LOSSES: ipo, hinge, robust, exo, nca, sppo, ...
             beta=0.1,
             label_smoothing=0.0,
             length_norm="",  # ipo: sum or mean; there is no default

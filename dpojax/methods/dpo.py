@@ -1,4 +1,4 @@
-"""Direct Preference Optimization on rows: DPO, its conservative form, and IPO."""
+"""Preference optimisation on rows: DPO and its relatives with a reference, pair by pair."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from dpojax.losses import Pair
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
 
-LOSSES = ("dpo", "ipo")
+SMOOTHED = ("dpo", "dpo_norm", "robust", "exo")  # these take label smoothing
+LOSSES = (*SMOOTHED, "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down")
 
 
 def objective(loss: str, *, length_norm: str | None = None) -> Objective:
-    """The mean over all pairs of the optimiser batch of `losses.dpo` or `losses.ipo`.
+    """The mean over all pairs of the optimiser batch of a loss of `dpojax.losses`, by its name.
 
     A prompt with K > 2 ranked responses gives all its K (K - 1) / 2 pairs. `hyper` holds `beta`
-    and, for dpo, `label_smoothing`.
+    and, for those that take it, `label_smoothing`.
 
     Raises:
       ValueError: an unknown loss, or ipo without a `length_norm`.
@@ -30,14 +31,17 @@ def objective(loss: str, *, length_norm: str | None = None) -> Objective:
         raise ValueError(f"dpo.loss must be one of {', '.join(LOSSES)}; got {loss!r}")
     if loss == "ipo" and length_norm not in ("sum", "mean"):
         raise ValueError(f"dpo.length_norm must be 'sum' or 'mean' for ipo, got {length_norm!r}")
+    function = getattr(losses, loss)
 
     def pair_loss(policy: Pair, reference: Pair, lengths: Pair, hyper: Hyper) -> Array:
+        given = {"beta": hyper["beta"]}
+        if loss in SMOOTHED:
+            given["label_smoothing"] = hyper["label_smoothing"]
+        if loss in ("dpo_norm", "ipo"):
+            given["lengths"] = lengths
         if loss == "ipo":
-            return losses.ipo(
-                policy, reference, beta=hyper["beta"], length_norm=length_norm, lengths=lengths
-            )
-        smoothing = hyper["label_smoothing"]
-        return losses.dpo(policy, reference, beta=hyper["beta"], label_smoothing=smoothing)
+            given["length_norm"] = length_norm
+        return function(policy, reference, **given)
 
     def terms(policy: Array, rows: Rows, hyper: Hyper) -> Terms:
         tokens = (rows.response >= 0).astype(jnp.float32)
@@ -49,7 +53,8 @@ def objective(loss: str, *, length_norm: str | None = None) -> Objective:
         return Terms(per_pair.sum(-1), mask.sum(-1, dtype=jnp.float32), metrics)
 
     def at_reference(hyper: Hyper) -> Array:
-        return jnp.log(2.0) if loss == "dpo" else (1 / (2 * hyper["beta"])) ** 2
+        zero, one = Pair(*jnp.zeros((2, 1))), Pair(*jnp.ones((2, 1)))
+        return pair_loss(zero, zero, one, hyper)[0]
 
     return Objective(terms, needs_reference=True, at_reference=at_reference)
 
