@@ -23,20 +23,16 @@ def summarise(stage: Stage, params: dict) -> dict:
     """
     reference = checkpoints.load_tree(folder_of(stage), stage.setup.abstract_params)
     divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
-
-    def rows():
-        """Held-out rows; the reference's log-probs are those that its weights give now."""
-        for batch in stage.held_out():
-            placed = sharding.put_rows(batch, stage.setup.mesh)
-            yield placed._replace(reference=stage.score(reference, placed).logprob)
-
-    values, kl = {}, {}
-    for name, weights in (("before", reference), ("after", params)):
-        values[name] = stage.evaluate(weights, rows())
-        window = Window()
-        for batch in rows():
-            window.add({"kl": divergence(weights, reference, batch)})
-        kl[name] = window.flush()["kl"]
+    before, after, kl_window = Window(), Window(), Window()
+    for batch in stage.held_out():
+        rows = sharding.put_rows(batch, stage.setup.mesh)
+        scored = stage.score(reference, rows)
+        rows = rows._replace(reference=scored.logprob)
+        before.add(stage.metrics(scored, rows, stage.hyper))
+        after.add(stage.metrics(stage.score(params, rows), rows, stage.hyper))
+        kl_window.add({"kl": divergence(params, reference, rows)})
+    values = {"before": before.flush(), "after": after.flush()}
+    kl = {"before": 0.0, "after": kl_window.flush()["kl"]}
     pairs = _pairs(stage)
     result = {"pairs": pairs, "values": values, "kl_per_token_exact": kl}
     if jax.process_index() == 0:
