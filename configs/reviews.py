@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/reviews.py --workdir=runs/reviews
 
-A Llama-shaped model of 0.9M parameters, made here; 2 minutes on 2 cores.
+A Llama-shaped model of 0.9M parameters, made here; 2 to 3 minutes on 2 cores.
 """
 
 from dpojax.launch.defaults import default_config
