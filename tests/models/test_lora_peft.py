@@ -54,6 +54,7 @@ TOKENS = checkpoints.random_tokens(61, (2, 11))
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """{model_type: folder of a tiny random checkpoint}, made when asked for."""
+    pytest.importorskip("torch", reason="transformers builds its models with torch")
     made = {}
 
     def base(model_type):
