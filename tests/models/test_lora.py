@@ -174,7 +174,9 @@ def test_a_bfloat16_base_with_float32_adapters_keeps_what_bfloat16_would_round_a
 
 @CONFIGS
 def test_the_merged_export_computes_in_transformers_what_is_applied_here(config, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="compares with a torch model of transformers")
+    import transformers
+
     model, base = decoder.build(config), checkpoints.random_params(config)
     adapters = noisy(lora.init(jax.random.key(0), base, LOW))
     huggingface.save(tmp_path / "merged", config, lora.merge(base, adapters, LOW))
