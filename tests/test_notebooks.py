@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and are stored without outputs."""
 
+import ast
 import json
 import pathlib
 
@@ -7,7 +8,21 @@ import matplotlib
 import pytest
 from matplotlib import pyplot as plt
 
+from dpojax import losses
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+# Public names of dpojax.losses that are no curve: containers, parts and look-ups.
+NOT_DRAWN = {
+    "PRESETS",
+    "RunningMean",
+    "implicit_rewards",
+    "kto_baseline",
+    "log_ratios",
+    "per_token",
+    "shared_length",
+    "update_baseline",
+}
 
 
 def code_cells(path: pathlib.Path) -> list[dict]:
@@ -43,3 +58,16 @@ def test_a_notebook_is_stored_without_outputs(path):
     for cell in code_cells(path):
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
+
+
+def test_every_public_loss_is_in_the_notebook_of_losses():
+    (path,) = (path for path in NOTEBOOKS if path.stem == "losses")
+    nodes = [
+        node
+        for cell in code_cells(path)
+        for node in ast.walk(ast.parse("".join(cell["source"])))
+        if not isinstance(node, ast.ImportFrom)
+    ]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert set(losses.__all__) - names == NOT_DRAWN
