@@ -30,11 +30,12 @@ from dpojax import sharding
 from dpojax.data.rows import Rows, collate, plan
 from dpojax.data.tokenise import Example
 from dpojax.launch.defaults import default_config
-from dpojax.methods import dpo
+from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.models.config import GPT2, DecoderConfig
+from dpojax.training.forward import build_score, language_model
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
-from dpojax.training.step import build_score, build_step
+from dpojax.training.step import build_step
 from dpojax.training.throughput import memory_bytes, model_flops
 
 CORES = os.cpu_count()
@@ -182,7 +183,8 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
     cached = np.asarray(score(params, sharding.put_rows(rows, mesh)).logprob)
     live = jax.tree.map(jnp.copy, params) if case.reference == "live" else None
     state = new_state(params, optimizer, abstract, seed=0)
-    hyper = {key: jnp.float32(config[key]) for key in ("learning_rate", "beta", "label_smoothing")}
+    options = preference.resolve(config.loss, {})
+    hyper = preference.hyper(options | {"learning_rate": config.learning_rate})
 
     def placed() -> Rows:
         if live is None:
@@ -190,8 +192,9 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
         on_mesh = sharding.put_rows(rows, mesh)
         return on_mesh._replace(reference=score(live, on_mesh).logprob)
 
-    objective, schedule = dpo.objective(config.loss), make_schedule(config, 10**6)
-    train = build_step(model, objective, optimizer, schedule, max_logits=case.max_logits)
+    objective, schedule = preference.objective(config.loss, options), make_schedule(config, 10**6)
+    forward = language_model(model, max_logits=case.max_logits)
+    train = build_step(forward, objective, optimizer, schedule)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     train = jax.jit(train, donate_argnums=0, out_shardings=(shardings, None))
     began = time.perf_counter()

@@ -30,12 +30,17 @@ class Head(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """Of the next-token distribution at each scored token; every array has the targets' shape."""
+    """Of the next-token distribution p at each scored token; arrays have the targets' shape.
+
+    Training fills in what its objective reads, evaluation everything but `kl`.
+    """
 
     logprob: Array  # of the target, nats
-    entropy: Array  # nats
-    mean_logit: Array  # over the vocabulary
-    correct: Array  # 1.0 where the target is the most probable token
+    entropy: Array | None = None  # nats
+    mean_logit: Array | None = None  # over the vocabulary
+    correct: Array | None = None  # 1.0 where the target is the most probable token
+    log_collision: Array | None = None  # log sum_v p_v^2, nats
+    kl: Array | None = None  # KL(reference || p), nats
 
 
 def logits_of(hidden: Array, head: Head) -> Array:
@@ -77,7 +82,7 @@ def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int
 def token_statistics(
     hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25
 ) -> TokenStatistics:
-    """Log-prob, entropy, mean logit and top-1 hit of each target; shapes as `token_logprobs`.
+    """All but the KL of `TokenStatistics` of each target; shapes as `token_logprobs`.
 
     For evaluation: meant to be called without differentiation.
     """
@@ -91,6 +96,7 @@ def token_statistics(
             -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1),
             jnp.mean(logits, axis=-1),
             (jnp.argmax(logits, axis=-1) == part[1]).astype(jnp.float32),
+            jax.nn.logsumexp(2 * logprobs, axis=-1),
         )
 
     return _by_chunks(one, (hidden, targets), targets, head, max_logits)
@@ -107,9 +113,10 @@ def token_kl(
     """KL(policy || reference) of the two next-token distributions at each position, nats.
 
     Exact: summed over the vocabulary. hidden, reference_hidden: [..., tokens, width]; returns
-    [..., tokens].
+    [..., tokens]. Differentiated, it computes each chunk's logits again.
     """
 
+    @jax.checkpoint
     def one(part):
         log_p = jax.nn.log_softmax(logits_of(part[0], head), axis=-1)
         log_q = jax.nn.log_softmax(logits_of(part[1], reference_head), axis=-1)

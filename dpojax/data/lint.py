@@ -13,7 +13,8 @@
 
 Faults are errors in records; the two others measure the whole set, and `--strict` ignores them.
 Texts are compared with every run of white space as one space. A ranking of K > 2 responses enters
-the measures as its first against its last. Identical responses are `tokenise`'s to drop.
+the measures as its first against its last; tied responses claim nothing of each other.
+Identical responses are `tokenise`'s to drop.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 
 from dpojax.data import label_noise
 from dpojax.data.records import Content, Record
-from dpojax.data.report import EXAMPLES, _table
+from dpojax.data.report import EXAMPLES, aligned
 
 WORDS = {
     "duplicate": "repeats an earlier record",
@@ -107,7 +108,7 @@ def lint(
         if name in found:
             ids = list(found[name])
             findings.append(Finding(name, len(ids), len(records), tuple(ids[:EXAMPLES])))
-    pairs = [text for text in texts if len(text.responses) > 1]
+    pairs = [text for text in texts if text.places[0] < text.places[-1]]
     return [*findings, longer_chosen(pairs), words_disagree(pairs)]
 
 
@@ -120,7 +121,7 @@ def table(findings: Sequence[Finding]) -> str:
         numbers = [f"{finding.count:,}", f"{finding.of:,}", share]
         rows.append([label, *numbers, ", ".join(finding.examples)])
     notes = [f"  {finding.name}: {finding.note}" for finding in findings if finding.note]
-    return "\n".join([_table(rows, left=(0, 4)), *notes])
+    return "\n".join([aligned(rows, left=(0, 4)), *notes])
 
 
 def not_utf8(file: str | os.PathLike) -> list[int]:
@@ -146,6 +147,7 @@ class _Texts(NamedTuple):
     id: str
     prompt: str
     responses: tuple[str, ...]
+    places: tuple[int, ...]
     label: bool | None
     last_turn: str
 
@@ -158,7 +160,14 @@ class _Texts(NamedTuple):
         else:
             turn = record.prompt[-1]["content"]
         prompt, *responses = (_plain(part) for part in (record.prompt, *record.responses))
-        return cls(record.id, prompt, tuple(responses), record.label, " ".join(turn.split()))
+        return cls(
+            id=record.id,
+            prompt=prompt,
+            responses=tuple(responses),
+            places=record.places,
+            label=record.label,
+            last_turn=" ".join(turn.split()),
+        )
 
     @property
     def question(self) -> str:
@@ -183,7 +192,7 @@ def _plain(content: Content) -> str:
 def _duplicates(texts: Sequence[_Texts]) -> Iterator[str]:
     first: dict[tuple, str] = {}
     for text in texts:
-        key = (text.prompt, text.responses, text.label)
+        key = (text.prompt, text.responses, text.places, text.label)
         if key in first:
             yield f"{text.id} / {first[key]}"
         first.setdefault(key, text.id)
@@ -205,8 +214,9 @@ def _claims(text: _Texts) -> Iterator[tuple]:
     """(prompt, better, worse) for all that a record says."""
     if text.label is not None:
         yield (text.prompt, *((text.responses[0], None)[:: 1 if text.label else -1]))
-    for better, worse in itertools.combinations(text.responses, 2):
-        if better != worse:
+    ranked = zip(text.responses, text.places)
+    for (better, place), (worse, lower) in itertools.combinations(ranked, 2):
+        if better != worse and place < lower:
             yield text.prompt, better, worse
 
 

@@ -12,6 +12,10 @@
 
 Wherever a prompt and a response are text they may also be lists of messages
 `{"role": ..., "content": ...}`. Nothing here tokenises, strips or repairs a text.
+
+What the responses are worth may be given as numbers: `scores` (high is best) or `ranks` (1 is best)
+of a ranking; of two responses in the forms `pair`, `hh` and `instruction`, `score_chosen` and
+`score_rejected`, or `chosen_reward` and `rejected_reward`, or their difference `margin`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from typing import Any
 
 Messages = tuple[dict, ...]
 Content = str | Messages
+Scores = tuple[float, ...]
 
+LARGEST = 3.4e38  # scores become float32
+SCORE_FIELDS = (("score_chosen", "score_rejected"), ("chosen_reward", "rejected_reward"))
 HH_SEPARATOR = "\n\nAssistant:"
 INSTRUCTION_TEMPLATE = (
     "Below is an instruction that describes a task. "
@@ -44,20 +51,36 @@ class Record:
 
     `id` is "FILE:NUMBER" (1-based line or row). K is 1 for plain text and unpaired data, 2 for a
     pair, more for a ranking. `label` says whether an unpaired response is desirable, else None.
+
+    `scores` are what the data say that each response is worth, None where they only say the order.
+    They go along with the responses and do not order them: the chosen response of a noisy pair may
+    have the lower score. `rank` is given where responses are tied: for each the number of responses
+    that are better, so [0, 1, 1, 3]; None where every response is worse than the one before it.
     """
 
     id: str
     prompt: Content
     responses: tuple[Content, ...]
     label: bool | None = None
+    scores: Scores | None = None
+    rank: tuple[int, ...] | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each response the number of responses that are better: `rank`, else the order."""
+        return tuple(range(len(self.responses))) if self.rank is None else self.rank
+
+    @property
+    def all_tied(self) -> bool:
+        """Whether the record ranks two or more responses and prefers none of them."""
+        return len(self.responses) > 1 and not any(self.places)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
     """A well-formed row that states no usable preference: counted under `cause`, not raised.
 
-    Causes: `prompts_differ` (chosen and rejected answer different prompts) and `all_tied` (every
-    response has the same rank or score).
+    The cause is `prompts_differ`: chosen and rejected answer different prompts.
     """
 
     id: str
@@ -163,6 +186,19 @@ class _Fields:
             raise self.error(name, f"a list of {least} or more")
         return list(value)
 
+    def number(self, name: str) -> float:
+        """A field that must be a number within float32."""
+        if not _is_number(self[name]):
+            raise self.error(name, "a finite number")
+        return float(self[name])
+
+    def scores(self) -> Scores | None:
+        """The scores of (chosen, rejected), or None if no field or only nulls give them."""
+        for names in SCORE_FIELDS:
+            if any(self[name] is not None for name in names):
+                return tuple(self.number(name) for name in names)
+        return None if self["margin"] is None else (self.number("margin"), 0.0)
+
     def inside(self, name: str) -> _Fields:
         """The fields of the object in field `name`."""
         if not isinstance(self[name], Mapping):
@@ -170,15 +206,13 @@ class _Fields:
         return _Fields(self[name], self.id, f"{self.path}{name}.")
 
 
-def _record(
-    id: str, prompt: Content, responses: Iterable[Content], label: bool | None = None
-) -> Record:
+def _record(id: str, prompt: Content, responses: Iterable[Content], **rest: Any) -> Record:
     """A record of text alone or of messages alone: if mixed, text becomes a message."""
     responses = tuple(responses)
     if all(isinstance(content, str) for content in (prompt, *responses)):
-        return Record(id, prompt, responses, label)
+        return Record(id, prompt, responses, **rest)
     turns = tuple(_as_messages(response, "assistant") for response in responses)
-    return Record(id, _as_messages(prompt, "user"), turns, label)
+    return Record(id, _as_messages(prompt, "user"), turns, **rest)
 
 
 def _as_messages(content: Content, role: str) -> Messages:
@@ -191,15 +225,16 @@ def _pair(fields: _Fields) -> Record | Reject:
     if isinstance(chosen, str) != isinstance(rejected, str):
         kind = "text" if isinstance(chosen, str) else "a list of messages"
         raise fields.error("rejected", f"{kind}, as in 'chosen'")
+    scores = fields.scores()
     if isinstance(chosen, str):
-        return _record(fields.id, fields.content("prompt"), (chosen, rejected))
+        return _record(fields.id, fields.content("prompt"), (chosen, rejected), scores=scores)
     answers_alone = all(message["role"] == "assistant" for message in chosen + rejected)
     if stated is not None and answers_alone:
-        return _record(fields.id, stated, (chosen, rejected))
+        return _record(fields.id, stated, (chosen, rejected), scores=scores)
     split = _split_dialogues(chosen, rejected)
     if split is None or (stated is not None and not _is_prompt(stated, split[0])):
         return Reject(fields.id, "prompts_differ")
-    return Record(fields.id, split[0], split[1:])
+    return Record(fields.id, split[0], split[1:], scores=scores)
 
 
 def _split_dialogues(first: Messages, second: Messages) -> tuple[Messages, ...] | None:
@@ -236,7 +271,7 @@ def _hh(fields: _Fields) -> Record | Reject:
     (prompt, chosen), (other_prompt, rejected) = halves
     if prompt != other_prompt:
         return Reject(fields.id, "prompts_differ")
-    return Record(fields.id, prompt, (chosen, rejected))
+    return Record(fields.id, prompt, (chosen, rejected), scores=fields.scores())
 
 
 def _instruction(fields: _Fields) -> Record:
@@ -247,30 +282,45 @@ def _instruction(fields: _Fields) -> Record:
     )
     paired = "chosen" in fields.row or "rejected" in fields.row
     names = ("chosen", "rejected") if paired else ("output",)
-    return Record(fields.id, prompt, tuple(fields.text(name) for name in names))
+    responses = tuple(fields.text(name) for name in names)
+    return Record(fields.id, prompt, responses, scores=fields.scores() if paired else None)
 
 
-def _ranked(fields: _Fields) -> Record | Reject:
-    """Order by `ranks` (1 is best) or `scores` (high is best); ties state no preference."""
+def _ranked(fields: _Fields) -> Record:
+    """Order by `ranks` (1 is best), else `scores` (high is best); ties keep the file's order."""
     prompt = fields.content("prompt")
     listed = fields.items("responses", 1)
     parts = _Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
     responses = [parts.content(str(i)) for i in range(len(listed))]
-    name = next((name for name in ("ranks", "scores") if fields[name] is not None), None)
-    if name is None:
+    scores = _one_per_response(fields, "scores", len(responses))
+    ranks = _one_per_response(fields, "ranks", len(responses))
+    if scores is None and ranks is None:
         return _record(fields.id, prompt, responses)
-    order = fields.items(name, 1)
-    numbers = all(isinstance(key, int | float) and key == key for key in order)
-    if len(order) != len(responses) or not numbers:
+    worth = scores if ranks is None else [-rank for rank in ranks]
+    best_first = sorted(range(len(worth)), key=lambda i: -worth[i])
+    ordered = [worth[i] for i in best_first]
+    tied = len(set(ordered)) < len(ordered)
+    return _record(
+        fields.id,
+        prompt,
+        (responses[i] for i in best_first),
+        scores=tuple((scores or worth)[i] for i in best_first),
+        # Before the first of equal ones there are only better ones.
+        rank=tuple(map(ordered.index, ordered)) if tied else None,
+    )
+
+
+def _one_per_response(fields: _Fields, name: str, count: int) -> list[float] | None:
+    """The numbers of a field that may be absent or null."""
+    if fields[name] is None:
+        return None
+    given = fields.items(name, 1)
+    if len(given) != count or not all(map(_is_number, given)):
         raise DataError(
-            f"{fields.id}: field {name!r} should be {len(responses)} numbers, one per response, "
-            f"got {order!r}"
+            f"{fields.id}: field {name!r} should be {count} finite numbers, one per response, "
+            f"got {given!r}"
         )
-    if len(set(order)) < len(order):
-        return Reject(fields.id, "all_tied" if len(set(order)) == 1 else "some_tied")
-    sign = 1 if name == "ranks" else -1
-    best_first = sorted(range(len(order)), key=lambda i: sign * order[i])
-    return _record(fields.id, prompt, (responses[i] for i in best_first))
+    return [float(number) for number in given]
 
 
 def _unpaired(fields: _Fields) -> Record:
@@ -281,7 +331,7 @@ def _unpaired(fields: _Fields) -> Record:
 
 def _completion(fields: _Fields, label: bool | None = None) -> Record:
     responses = (fields.content("completion"),)
-    return _record(fields.id, fields.content("prompt"), responses, label)
+    return _record(fields.id, fields.content("prompt"), responses, label=label)
 
 
 def _comparison(fields: _Fields) -> Record:
@@ -313,6 +363,12 @@ def _text(fields: _Fields) -> Record:
     return Record(fields.id, "", (fields.text("text"),))
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that float32 holds, which no bool, NaN or infinity is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -LARGEST <= value <= LARGEST
+
+
 def _kind(value: Any) -> str:
     """What a value is, in a word or two, for an error."""
     if value is None:
@@ -331,7 +387,8 @@ def _listed(names: Any) -> str:
 
 
 FORMS: dict[str, str] = {
-    "pair": "prompt, chosen, rejected; or chosen, rejected (whole message lists)",
+    "pair": "prompt, chosen, rejected; or chosen, rejected (whole message lists); optionally "
+    "score_chosen and score_rejected",
     "hh": "chosen, rejected (whole dialogues as text)",
     "instruction": "instruction, input, chosen, rejected; or instruction, input, output",
     "ranked": "prompt, responses (best first), optionally ranks or scores",

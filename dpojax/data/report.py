@@ -18,8 +18,10 @@ from dpojax.data.records import DataError
 CAUSES = {
     "prompts_differ": "chosen and rejected answer different prompts",
     "all_tied": "all responses have the same rank or score",
-    "some_tied": "two responses have the same rank or score",
     "one_response": "one response alone states no preference",
+    "no_label": "one response without a label",
+    "split_in_two": "read once, and counted from there on as two labelled responses",
+    "between_best_and_worst": "responses left out, as only the best and the worst get a label",
     "undesirable": "labelled undesirable, and nothing to imitate",
     "beyond_limit": "beyond `limit` records",
     "beyond_eval_limit": "held out, but beyond `eval_limit` examples",
@@ -137,7 +139,7 @@ class Report:
                 share = f"{100 * tally.count / max(self.read, 1):.2f} %"
                 found = ", ".join(tally.examples)
                 rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, found])
-        return _table(rows, left=(0, 3))
+        return aligned(rows, left=(0, 3))
 
     def _lengths(self) -> str:
         rows = [["tokens before truncation", "mean", "median", "95 %", "max"]]
@@ -145,7 +147,7 @@ class Report:
             label = "prompt + longest response" if name == "longest" else name
             numbers = [f"{row[key]:,.1f}" for key in ("mean", "median", "p95")]
             rows.append([f"  {label}", *numbers, f"{row['max']:,}"])
-        return _table(rows) if len(rows) > 1 else ""
+        return aligned(rows) if len(rows) > 1 else ""
 
     def _specials(self) -> str:
         rows = [["start of prompt", "examples"]]
@@ -154,10 +156,10 @@ class Report:
         if self.ends:
             rows.append(["end of response", "responses"])
         rows += [[f"  {name}", f"{count:,}"] for name, count in self.ends.items()]
-        return _table(rows) if len(rows) > 1 else ""
+        return aligned(rows) if len(rows) > 1 else ""
 
 
-def _table(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
+def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
     """Rows of text as aligned columns; those in `left` start, the others end, at one place."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []

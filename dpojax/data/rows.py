@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     """One batch. Every array may have leading dimensions (micro-batches) before [R, ...].
 
     A scored token is predicted at column `source`; its log-prob counts for the response slot
-    `response` = (example in the row) * K + (rank of the response), best response first.
+    `response` = (example in the row) * K + (index of the response), best response first.
     """
 
     tokens: np.ndarray  # [R, T] int32
@@ -33,6 +33,9 @@ class Rows(NamedTuple):
     response: np.ndarray  # [R, S] int32, its response slot in [0, E * K); -1 is padding
     present: np.ndarray  # [R, E, K] bool, which responses exist
     example: np.ndarray  # [R, E] int32, index into the data set; -1 is none
+    rank: np.ndarray  # [R, E, K] int32, how many responses are better, equal for ties; padding is 0
+    scores: np.ndarray  # [R, E, K] float32, the data's own; 0 where unknown, and at padding
+    desirable: np.ndarray  # [R, E] bool, false if labelled undesirable, and at padding
     reference: np.ndarray | None = None  # [R, S] float32, the reference's log-probs in nats
 
 
@@ -163,6 +166,7 @@ def collate(
             example = examples[indices[member]]
             row.example[e] = indices[member]
             _write(row, example, e, column, score, score_prompt)
+            _write_judgement(row, example, e)
             column, score = column + sizes[member].tokens, score + sizes[member].scored
     return rows
 
@@ -170,13 +174,17 @@ def collate(
 def empty(shape: Shape) -> Rows:
     """A batch of padding."""
     batch = (shape.micro_batches, shape.rows)
-    zeros = lambda *size: np.zeros((*batch, *size), np.int32)
+    zeros = lambda *size, dtype=np.int32: np.zeros((*batch, *size), dtype)
+    slots = (shape.examples, shape.responses)
     return Rows(
         *(zeros(shape.length) for _ in range(4)),
         *(zeros(shape.scored) for _ in range(2)),
         response=zeros(shape.scored) - 1,
-        present=zeros(shape.examples, shape.responses).astype(bool),
+        present=zeros(*slots, dtype=bool),
         example=zeros(shape.examples) - 1,
+        rank=zeros(*slots),
+        scores=zeros(*slots, dtype=np.float32),
+        desirable=zeros(shape.examples, dtype=bool),
     )
 
 
@@ -205,6 +213,14 @@ def _write(row: Rows, example: Example, e: int, column: int, score: int, score_p
         row.source[scored], row.target[scored] = source, piece
         row.response[scored] = e * slots + max(k - 1, 0)
         column, score = at.stop, scored.stop
+
+
+def _write_judgement(row: Rows, example: Example, e: int):
+    """What the data say of one example's responses, into row arrays [E, K] and [E]."""
+    count = len(example.responses)
+    row.rank[e, :count] = range(count) if example.rank is None else example.rank
+    row.scores[e, :count] = 0.0 if example.scores is None else example.scores
+    row.desirable[e] = example.label is not False
 
 
 def _packings(sizes, batches, length):

@@ -32,6 +32,9 @@ class Example(NamedTuple):
       responses: K arrays int32 [T_k], T_k >= 1, best first.
       cut: for each response, whether truncation took its end (and so its EOS).
       label: for unpaired data, whether the response is desirable.
+      scores: what the data say that each response is worth, or None.
+      rank: for each response the number of responses that are better; None where every response is
+        worse than the one before it.
     """
 
     id: str
@@ -39,6 +42,8 @@ class Example(NamedTuple):
     responses: tuple[np.ndarray, ...]
     cut: tuple[bool, ...]
     label: bool | None
+    scores: tuple[float, ...] | None = None
+    rank: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +259,15 @@ class _Encoder:
             self.report.count("cut", "response_end", record.id)
         self._count_ends(shorter, kept)
         arrays = tuple(np.asarray(ids, np.int32) for ids in kept)
-        return Example(record.id, np.asarray(shorter, np.int32), arrays, cut, record.label)
+        return Example(
+            id=record.id,
+            prompt=np.asarray(shorter, np.int32),
+            responses=arrays,
+            cut=cut,
+            label=record.label,
+            scores=record.scores,
+            rank=record.rank,
+        )
 
     def _apply(self, choice: str, cause: str, record: Record) -> None:
         """Drops, notes or refuses a record, as the policy chose for this cause."""

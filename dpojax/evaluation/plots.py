@@ -99,29 +99,31 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
 def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
     """The panels of a stage for which it has at least one finite point."""
     name = stage.upper() if len(stage) <= 4 else stage.capitalize()
-    if not _logged(lines, "rewards/margins"):
+    paired = _logged(lines, "rewards/margins")
+    if not paired and not _logged(lines, "rewards/chosen"):
         panels = [Panel(stage, f"{name} loss", "nats per token", (Curve("loss"),))]
     else:
         levels = [line["loss/at_reference"] for line in lines if "loss/at_reference" in line]
-        start = levels[0] if levels else math.log(2) if stage == "dpo" else None
+        start = levels[0] if levels else None
         is_log_two = start is not None and math.isclose(start, math.log(2), rel_tol=1e-4)
         level = start and (start, "log 2" if is_log_two else "policy = reference")
+        one = "pair" if paired else "response"
         rewards = (
             Curve("rewards/chosen", GREEN, "chosen"),
             Curve("rewards/rejected", PURPLE, "rejected"),
             Curve("rewards/margins", "#333333", "margin"),
         )
         panels = [
-            Panel(stage, f"{name} loss", "loss per pair", (Curve("loss"),), level=level),
+            Panel(stage, f"{name} loss", f"loss per {one}", (Curve("loss"),), level=level),
             Panel(
                 stage,
-                "Implicit-reward accuracy",
-                "% of pairs",
+                "Reward accuracy" if stage == "reward" else "Implicit-reward accuracy",
+                f"% of {one}s",
                 (Curve("rewards/accuracies"),),
                 scale=100,
                 level=(50, "chance"),
             ),
-            Panel(stage, "Implicit rewards", "nats", rewards),
+            Panel(stage, "Rewards" if stage == "reward" else "Implicit rewards", "nats", rewards),
             Panel(
                 stage,
                 "Divergence from reference",
@@ -131,7 +133,7 @@ def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
             Panel(
                 stage,
                 "Chosen made less likely",
-                "% of pairs",
+                f"% of {one}s",
                 (Curve("displacement"),),
                 scale=100,
             ),
@@ -145,7 +147,8 @@ def _logged(lines: Sequence[Mapping], metric: str) -> bool:
 
 def _points(lines: Sequence[Mapping], metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of a metric. Where policy == reference no accuracy is defined."""
-    defined = lambda line: metric != "rewards/accuracies" or line.get("rewards/margins") != 0
+    reward = lambda line: line.get("rewards/margins", line.get("rewards/chosen"))
+    defined = lambda line: metric != "rewards/accuracies" or reward(line) != 0
     found = {
         line["step"]: line[metric]
         for line in lines

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from dpojax.data.records import DataError
 from dpojax.data.tokenise import Policy
-from dpojax.methods import dpo as dpo_method
+from dpojax.methods import preference, reward
+from dpojax.models.lora import LoraConfig
 from dpojax.training.state import make_optimizer, make_schedule
 
-STAGES = (("sft",), ("dpo",), ("sft", "dpo"))
+STAGES = (("sft",), ("dpo",), ("sft", "dpo"), ("reward",), ("sft", "reward"))
 # A resumed run may change these. With those of the second line sums come out in another order: the
 # result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
@@ -26,7 +27,7 @@ MAY_CHANGE += ("distributed", "mesh", "micro_rows", "row_length", "max_logits", 
 
 Rule = tuple[str, Callable[[object], bool], str]
 RULES: tuple[Rule, ...] = (
-    ("stages", lambda x: tuple(x) in STAGES, "('sft',), ('dpo',) or ('sft', 'dpo')"),
+    ("stages", lambda x: tuple(x) in STAGES, "one of " + ", ".join(map(str, STAGES))),
     ("seed", lambda x: x >= 0, "0 or more"),
     ("model.compute_dtype", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
     ("row_length", lambda x: x >= 0, "0 (chosen from the data) or more"),
@@ -48,11 +49,19 @@ STAGE_RULES: tuple[Rule, ...] = (
     ("data.eval_limit", lambda x: x >= 0, "0 (all) or more examples"),
     ("data.eval_share", lambda x: 0 < x < 1, "between 0 and 1"),
 )
+LORA_RULES: tuple[Rule, ...] = (
+    ("lora.rank", lambda x: x >= 0, "0 (off: all weights are trained) or more"),
+    ("lora.base_dtype", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+)
 DPO_RULES: tuple[Rule, ...] = (
-    ("beta", lambda x: x > 0, "beta must be greater than 0"),
-    ("label_smoothing", lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
     ("reference.kind", lambda x: x in ("cached", "live"), "cached or live"),
     ("reference.dtype", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+)
+
+REWARD_RULES: tuple[Rule, ...] = (
+    ("loss", lambda x: x in reward.LOSSES, f"one of {', '.join(reward.LOSSES)}"),
+    ("margin_scale", lambda x: x >= 0, "0 or more"),
+    ("centring", lambda x: x >= 0, "0 or more"),
 )
 
 
@@ -87,17 +96,72 @@ def check(config: ConfigDict) -> None:
         with naming(name):
             make_optimizer(stage.optimizer)
             make_schedule(stage, 1)
+        if "lora" in stage:
+            _apply(LORA_RULES, stage, f"{name}.")
+            with naming(f"{name}.lora"):
+                lora_config(stage.lora)
+    if "reward" in config.stages:
+        _apply(REWARD_RULES, config.reward, "reward.")
     if "dpo" in config.stages:
         dpo = config.dpo
         _apply(DPO_RULES, dpo, "dpo.")
-        with naming("dpo"):
-            dpo_method.objective(dpo.loss, length_norm=dpo.length_norm or None)
-        if dpo.loss not in dpo_method.SMOOTHED and dpo.label_smoothing:
-            raise ConfigError(f"config.dpo.label_smoothing: {dpo.loss} has none; leave it at 0")
-        if dpo.loss == "exo" and not dpo.label_smoothing:
-            raise ConfigError("config.dpo.label_smoothing: exo is infinite at 0; 1e-3 is usual")
-        if dpo.loss != "ipo" and dpo.length_norm:
-            raise ConfigError(f"config.dpo.length_norm: {dpo.loss} has none; leave it empty")
+        loss_options(dpo)
+        if preference.wanted(dpo.loss).live and dpo.reference.kind != "live":
+            raise ConfigError(
+                f"config.dpo.reference.kind: {dpo.loss} needs the reference's whole distributions, "
+                "which are not cached; set it to live"
+            )
+        if dpo.lora.rank:
+            _check_lora_reference(dpo)
+
+
+def lora_config(lora: ConfigDict) -> LoraConfig | None:
+    """A stage's `lora` as the model wants it; None where it is off.
+
+    Raises:
+      ValueError: see `LoraConfig`; `adapters` while the rank is 0.
+    """
+    if not lora.rank:
+        if lora.adapters:
+            raise ValueError(f"adapters = {lora.adapters!r}, but rank = 0 trains none; set rank")
+        return None
+    return LoraConfig(lora.rank, lora.alpha, tuple(lora.targets), lora.rank_stabilised)
+
+
+def _check_lora_reference(dpo: ConfigDict) -> None:
+    """Of adapters: the frozen base is in the step, and no other reference is."""
+    reference = dpo.reference
+    if reference.path and preference.wanted(dpo.loss).live:
+        raise ConfigError(
+            f"config.dpo.reference.path = {reference.path!r}: under adapters {dpo.loss} compares "
+            "with their base only; leave it empty, or set config.dpo.lora.rank to 0"
+        )
+    is_base = reference.kind == "live" and not reference.path
+    if is_base and reference.dtype == "bfloat16" and dpo.lora.base_dtype == "float32":
+        raise ConfigError(
+            "config.dpo.reference.dtype = 'bfloat16': the live reference of adapters is their base "
+            "itself, without a copy; set config.dpo.lora.base_dtype to bfloat16, or leave it"
+        )
+
+
+def loss_options(dpo: ConfigDict) -> dict:
+    """The options of the loss that `config.dpo` names, given or by default.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    given = {key: dpo[key] for key in preference.OPTIONS} | {"weights": dpo.loss_weights}
+    try:
+        return preference.resolve(dpo.loss, given, dpo.preset)
+    except ValueError as error:  # it begins with the option's name
+        raise ConfigError(f"config.dpo.{error}") from error
+
+
+def fill_in(config: ConfigDict) -> None:
+    """Set the loss's options that the config leaves open to what they are, so that it says so."""
+    if "dpo" in config.stages:
+        options = loss_options(config.dpo)
+        config.dpo.update({key: options[key] for key in preference.OPTIONS if key in options})
 
 
 def record(config: ConfigDict, workdir: pathlib.Path) -> None:

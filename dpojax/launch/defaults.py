@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def default_config() -> ConfigDict:
@@ -21,6 +22,7 @@ def default_config() -> ConfigDict:
     config.max_logits = 2**25  # float32 logits of a device at once (2**25 are 128 MiB)
     config.sft = _sft()
     config.dpo = _dpo()
+    config.reward = _reward()
     config.log_every = 10  # steps
     config.evaluate_every = 100
     config.checkpoint_every = 100
@@ -95,11 +97,26 @@ def _optimizer(learning_rate: float) -> dict:
     )
 
 
+def _lora() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            rank=0,  # 0 is off: all weights are trained; else adapters over frozen weights
+            alpha=16.0,  # the product of a and b is multiplied by alpha / rank
+            targets=("attention/", "mlp/"),  # patterns found in paths such as blocks/mlp/up/kernel
+            rank_stabilised=False,  # alpha / sqrt(rank) instead
+            base_dtype="float32",  # of the frozen weights; bfloat16 halves them
+            # A folder of peft's to start from: its targets count, the other settings must be equal.
+            adapters="",
+        )
+    )
+
+
 def _sft() -> ConfigDict:
     return ConfigDict(
         dict(
             data=_data("reviews", 12_000, 500),
             score_prompt=False,  # whether the prompt's tokens are trained on as well
+            lora=_lora(),
             batch_size=64,  # examples of an optimiser step
             epochs=1,
             steps=0,  # 0: from epochs
@@ -108,22 +125,72 @@ def _sft() -> ConfigDict:
     )
 
 
+def _options() -> dict:
+    """Those of all losses. Left open, they are the loss's own default, if it has one; an option
+    that the loss does not have is an error."""
+    number = lambda: placeholder(float)
+    return dict(
+        beta=number(),
+        label_smoothing=number(),  # dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
+        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo
+        gamma=number(),  # simpo, alphapo: the wanted margin
+        tau=number(),  # discopop
+        penalty=number(),  # dpop
+        margin=number(),  # slic
+        scale=number(),  # rpo, dpo_soft: of the data's score gaps
+        threshold=number(),  # dpo_ties
+        desirable_weight=number(),  # kto
+        undesirable_weight=number(),  # kto
+        top=placeholder(int),  # plackett_luce: places that are ordered; all if open
+        length_norm="",  # ipo: sum or mean; there is no default
+        nll_norm="",  # likelihood terms (cpo, orpo, slic, sft): sum or mean over tokens
+        form="",  # rpo: sq, bwd_kl, fwd_kl
+        stop_chosen=placeholder(bool),  # tdpo
+        baseline="",  # bco, bco_unpaired: running or zero
+        divergence="",  # of the margin losses: reverse_kl, forward_kl, js, alpha
+        divergence_alpha=number(),
+        ld_alpha=number(),  # weight of the tokens that the shorter response has not (LD-DPO)
+        ld_weight_reference=placeholder(bool),
+        wpo="",  # weigh pairs by the policy's likelihood: corrected or plain (WPO)
+        wpo_clamp=number(),
+    )
+
+
 def _dpo() -> ConfigDict:
     return ConfigDict(
         dict(
             data=_data("reviews", 6_000, 500),
-            loss="dpo",  # a name of methods.dpo.LOSSES: ipo, hinge, robust, exo, nca, sppo, ...
-            beta=0.1,
-            label_smoothing=0.0,
-            length_norm="",  # ipo: sum or mean; there is no default
+            loss="dpo",  # a name of docs/losses.md: ipo, simpo, kto, ...; "dpo+sft" is a mixture
+            loss_weights=(),  # of a mixture: one for each
+            preset="",  # take open options from: paper, trl-1.16, halos, ... (losses.PRESETS)
+            **_options(),
+            lora=_lora(),  # a reference without a path is then the base, adapters off
             reference=ConfigDict(
                 dict(
                     kind="cached",  # or live: computed in every step
-                    dtype="float32",  # of a live reference's weights; bfloat16 halves them
+                    # Of a live reference's weights; bfloat16 halves them. That of adapters is
+                    # their base itself, in lora.base_dtype.
+                    dtype="float32",
                     path="",  # "" is the policy that the stage starts from
                     cache="",  # folder of cached log-probs; "" is inside the workdir
                 )
             ),
+            batch_size=64,
+            epochs=1,
+            steps=0,
+            **_optimizer(3e-4),
+        )
+    )
+
+
+def _reward() -> ConfigDict:
+    """A reward model: the policy it starts from, with a scalar head."""
+    return ConfigDict(
+        dict(
+            data=_data("reviews", 6_000, 500),
+            loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
+            margin_scale=0.0,  # bradley_terry: times the data's score gap is the wanted margin
+            centring=0.01,  # bradley_terry: weight of the squared sum of a pair's scores
             batch_size=64,
             epochs=1,
             steps=0,

@@ -11,21 +11,29 @@ from transformers import GenerationConfig
 from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError
 from dpojax.launch.defaults import default_config
-from dpojax.models import huggingface
+from dpojax.launch.setup import Setup
+from dpojax.models import huggingface, lora_peft
 from dpojax.training import checkpoints
 
 
-def export(workdir: str, folder: str, *, stage: str = "", step: int | None = None) -> pathlib.Path:
+def export(
+    workdir: str, folder: str, *, stage: str = "", step: int | None = None, adapters: bool = False
+) -> pathlib.Path:
     """Write what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
+
+    Weights are float32, with adapters merged, whatever dtype a frozen base was stored in.
 
     Args:
       workdir: of a run of scripts/train.py.
       folder: new or empty.
-      stage: sft or dpo; "" is the run's last.
+      stage: sft, dpo or reward (a `...ForSequenceClassification`); "" is the run's last.
       step: a checkpoint of the stage; None is its newest.
+      adapters: instead write the stage's LoRA adapters alone, for `peft.PeftModel.from_pretrained`.
+        Their base is config.model.path for the run's first stage, and for a later one the export
+        of the stage before; load it in the stage's `lora.base_dtype`.
 
     Raises:
-      ConfigError: `workdir` holds no run, or none with that stage.
+      ConfigError: `workdir` holds no run, or none with that stage, or one without adapters.
       CheckpointError: the stage has no such checkpoint.
       FileExistsError: `folder` is not empty.
     """
@@ -35,11 +43,15 @@ def export(workdir: str, folder: str, *, stage: str = "", step: int | None = Non
     if stage not in config.stages:
         raise ConfigError(f"{run}: a run of {', '.join(config.stages)}, without a stage {stage!r}")
     setup = run_setup.prepare(config, run)
-    params = checkpoints.load_params(run / stage / "checkpoints", setup.abstract_params, step)
+    if stage == "reward":
+        setup = run_setup.scalar(setup)
+    if adapters:
+        _export_adapters(setup, folder, stage, step)
+        return pathlib.Path(folder).resolve()
     huggingface.save(
         folder,
         setup.model.config,
-        params,
+        run_setup.trained_params(setup, stage, step),
         setup.raw,
         tokenizer=setup.tokenizer,
         generation_config=_generation_config(config.model.path),
@@ -65,6 +77,25 @@ def read_config(run: pathlib.Path) -> ConfigDict:
         raise ConfigError(f"{path}: not a config of this version ({error})") from error
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     return config
+
+
+def _export_adapters(setup: Setup, folder: str, stage: str, step: int | None) -> None:
+    lora = setup.lora[stage]
+    if lora is None:
+        raise ConfigError(
+            f"{setup.workdir}: its stage {stage} trained all weights and has no adapters; export "
+            "it without --adapters"
+        )
+    trained = checkpoints.load_params(setup.workdir / stage / "checkpoints", lora.abstract, step)
+    first = stage == setup.config.stages[0]
+    lora_peft.save_peft(
+        folder,
+        trained,
+        lora.config,
+        setup.model.config,
+        setup.raw,
+        base=(setup.config.model.path or None) if first else None,
+    )
 
 
 def _generation_config(path: str) -> GenerationConfig | None:

@@ -26,11 +26,13 @@ class Reference(NamedTuple):
 
     attach: on NumPy rows, from the cache; None for a live reference.
     on_mesh: on rows that lie on the mesh, by computing them; None for a cached one.
+    params: the live reference, for an objective that needs more of it than log-probs.
     tolerance: by how many nats a token's log-prob may differ from what the same weights give now.
     """
 
     attach: Callable[[Rows], Rows] | None = None
     on_mesh: Callable[[Rows], Rows] | None = None
+    params: dict | None = None
     tolerance: float = 0.0
 
     def to_device(self, rows: Rows, mesh) -> Rows:
@@ -44,28 +46,35 @@ def folder_of(stage: Stage) -> str:
     return str(stage.folder / "reference")
 
 
-def open_reference(stage: Stage, start: dict | None, stop: StopSignal) -> Reference:
+def open_reference(
+    stage: Stage, start: dict | None, stop: StopSignal, base: dict | None = None
+) -> Reference:
     """The reference of a stage that starts from `start`, or resumes (`start` is None).
 
-    A new run saves the reference's weights once. Cached log-probs are looked up under their hash
-    or computed; those that were found are checked against a recomputation of two batches.
+    A new run saves the reference's weights once; those of adapters are their `base`, which is not
+    copied. Cached log-probs are looked up under their hash or computed; those that were found are
+    checked against a recomputation of two batches.
 
     Raises:
       ReferenceMismatch: the check fails.
       CheckpointError: the workdir holds the weights of another reference.
       Preempted: `stop` was asked for while log-probs were computed.
     """
-    params = _weights(stage, start)
-    config = stage.config.reference
+    config, compute = stage.config.reference, stage.setup.config.model.compute_dtype
+    params, tolerance = weights_of(stage, start, base), EXACT
+    if params is base and stage.config.lora.base_dtype != "float32":
+        tolerance = TOLERANCE[compute]  # the merged policy's equal weights are float32
     if config.kind == "live":
-        kept = jax.tree.map(lambda x: jnp.array(x, config.dtype, copy=True), params)
+        if params is not base:
+            params = jax.tree.map(lambda x: jnp.array(x, config.dtype, copy=True), params)
+            tolerance = EXACT if config.dtype == "float32" else TOLERANCE[config.dtype]
         return Reference(
-            on_mesh=lambda rows: rows._replace(reference=stage.score(kept, rows).logprob),
-            tolerance=EXACT if config.dtype == "float32" else TOLERANCE[config.dtype],
+            on_mesh=lambda rows: rows._replace(reference=stage.score(params, rows).logprob),
+            params=params if "kl" in stage.objective.statistics else None,
+            tolerance=tolerance,
         )
     store, found = _store(stage, params, stop)
-    dtype = stage.setup.config.model.compute_dtype
-    return Reference(attach=store.attach, tolerance=TOLERANCE[dtype] if found else EXACT)
+    return Reference(attach=store.attach, tolerance=TOLERANCE[compute] if found else tolerance)
 
 
 def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, float]:
@@ -73,19 +82,21 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
 
     Returns:
       drift/reference_identity: the largest difference of a token's log-prob, nats;
-      loss: of the first held-out batch, and loss/at_reference, its closed form.
+      loss: of the first held-out batch, and loss/at_reference, its closed form, for the losses
+        that have one.
 
     Raises:
       ReferenceMismatch: a log-prob differs by more than `used.tolerance`, or the objective of the
         reference's own log-probs is not its closed form.
     """
     rows = used.to_device(next(stage.held_out(used.attach)), stage.setup.mesh)
-    tokens = stage.score(params, rows)
+    tokens = stage.score(params, rows, used.params)
     scored = rows.response >= 0
     drift = float(jnp.max(jnp.where(scored, jnp.abs(tokens.logprob - rows.reference), 0)))
     loss = stage.metrics(tokens, rows, stage.hyper)["loss"].value
     same = stage.metrics(tokens._replace(logprob=rows.reference), rows, stage.hyper)["loss"].value
-    expected = float(stage.objective.at_reference(stage.hyper))
+    closed = stage.objective.at_reference
+    expected = float(same if closed is None else closed(stage.hyper))
     if not (drift <= used.tolerance and abs(same - expected) <= EXACT * max(1.0, expected)):
         raise ReferenceMismatch(
             f"{stage.name}: at step 0 the policy is not the reference: a token's log-prob differs "
@@ -93,11 +104,22 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
             f"reference itself {same:.6f} (expected {expected:.6f}). Another dtype, other weights "
             "or randomness on one side do this"
         )
-    return {"drift/reference_identity": drift, "loss": loss, "loss/at_reference": expected}
+    found = {"drift/reference_identity": drift, "loss": loss}
+    return found if closed is None else found | {"loss/at_reference": expected}
 
 
-def _weights(stage: Stage, start: dict | None) -> dict:
-    """The reference's float32 weights, read back or saved for the first time."""
+def weights_of(stage: Stage, start: dict | None, base: dict | None) -> dict:
+    """The reference's weights: of adapters their base, where the config names no other model."""
+    if base is not None and not stage.config.reference.path:
+        return base
+    return keep_weights(stage, start)
+
+
+def keep_weights(stage: Stage, start: dict | None) -> dict:
+    """The reference's float32 weights, read back or saved for the first time (see `folder_of`).
+
+    A loss without a reference has them, too: its policy is compared with them at the end.
+    """
     folder = folder_of(stage)
     if start is None:
         return checkpoints.load_tree(folder, stage.setup.abstract_params)

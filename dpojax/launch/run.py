@@ -15,9 +15,9 @@ from dpojax.data.records import DataError
 from dpojax.evaluation import plots
 from dpojax.launch import setup as run_setup
 from dpojax.launch import stages
-from dpojax.launch.config import ConfigError, check, only_run, record
+from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
 from dpojax.launch.setup import Setup
-from dpojax.launch.summary import summarise
+from dpojax.launch.summary import summarise, summarise_reward
 from dpojax.launch.train import train_stage
 from dpojax.training.checkpoints import CheckpointError
 from dpojax.training.loop import NonFiniteLoss, StopSignal
@@ -39,6 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       Preempted: after a SIGTERM, once the state is saved.
     """
     check(config)
+    fill_in(config)
     if "://" in workdir:
         raise ConfigError(f"--workdir={workdir}: has to be a folder of a (shared) file system")
     folder = pathlib.Path(workdir).resolve()
@@ -63,7 +64,9 @@ def _train(setup: Setup, prepared: list[stages.Stage], stop: StopSignal) -> None
     for stage in prepared:
         params = train_stage(stage, start, stop)
         start = partial(lambda finished: finished, params)
-    summaries = {s.name: summarise(s, params) for s in prepared if s.objective.needs_reference}
+    last = prepared[-1]
+    judge = {"dpo": summarise, "reward": summarise_reward}.get(last.name)
+    summaries = {} if judge is None else {last.name: judge(last, params)}
     if first:
         curves = {stage.name: read_metrics(stage.folder) for stage in prepared}
         plots.training_curves(curves, setup.workdir / "training_curves.png")

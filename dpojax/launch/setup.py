@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +17,14 @@ from transformers import AutoTokenizer
 
 from dpojax import sharding
 from dpojax.data import reviews
+from dpojax.launch import adapters
+from dpojax.launch.adapters import Lora
 from dpojax.launch.config import ConfigError, naming
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, Model
+from dpojax.models.scores import with_scalar_head
+from dpojax.training import checkpoints
 
 VOCABULARY_PADDING = 1024  # rows that a model may have beyond its tokenizer's ids
 
@@ -32,6 +38,7 @@ class Setup(NamedTuple):
     tokenizer: Any
     model: Model
     raw: dict | None  # config.json of the imported model
+    lora: dict[str, Lora | None]  # by stage
 
     @property
     def abstract_params(self):
@@ -55,10 +62,11 @@ class Setup(NamedTuple):
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
-    """Mesh, tokenizer and model from the config; no weights are read yet.
+    """Mesh, tokenizer and model from the config; no weights but given adapters are read yet.
 
     Raises:
-      ConfigError: tokenizer and model do not fit each other, or the lengths do not fit the model.
+      ConfigError: tokenizer and model do not fit each other, the lengths do not fit the model, or
+        adapters do not.
     """
     with naming("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
@@ -71,12 +79,40 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             model_config, raw = _fresh_config(config.model, tokenizer), None
     _check_fit(config, model_config, tokenizer)
     with naming("model"):
-        model = decoder.build(
-            model_config,
-            compute_dtype=jnp.dtype(config.model.compute_dtype),
-            remat=config.model.remat,
+        model = _build(config.model, model_config)
+    setup = Setup(config, workdir, mesh, tokenizer, model, raw, lora={})
+    for name in config.stages:
+        setup.lora[name] = adapters.prepare(
+            name,
+            config[name],
+            workdir / name,
+            mesh=mesh,
+            decoder=model_config,
+            raw=raw,
+            abstract_params=setup.abstract_params,
         )
-    return Setup(config, workdir, mesh, tokenizer, model, raw)
+    return setup
+
+
+def scalar(setup: Setup) -> Setup:
+    """The same with a scalar head on the model: for reward models."""
+    config = dataclasses.replace(setup.model.config, scalar_head=True)
+    return setup._replace(model=_build(setup.config.model, config))
+
+
+def scored(setup: Setup, params: dict) -> dict:
+    """`params` with a new scalar head, drawn from the seed, in place of their language-model head;
+    `setup` is of `scalar`."""
+    if "score" in params:
+        return params
+    key = jax.random.fold_in(jax.random.key(setup.config.seed), zlib.crc32(b"score"))
+    with_head = lambda trunk: with_scalar_head(setup.model.config, trunk, key)[1]
+    shardings = jax.tree.map(lambda x: x.sharding, setup.abstract_params)
+    return jax.jit(with_head, out_shardings=shardings)(params)
+
+
+def _build(model: ConfigDict, config: DecoderConfig) -> Model:
+    return decoder.build(config, compute_dtype=jnp.dtype(model.compute_dtype), remat=model.remat)
 
 
 def load_tokenizer(config: ConfigDict):
@@ -101,6 +137,19 @@ def initial_params(setup: Setup) -> dict:
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract_params)
     key = jax.random.key(setup.config.seed)
     return jax.jit(setup.model.init, out_shardings=shardings)(key)
+
+
+def trained_params(setup: Setup, stage: str, step: int | None = None) -> dict:
+    """Float32 parameters of a stage's checkpoint, by default its newest; adapters are merged.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    folder, lora = setup.workdir / stage / "checkpoints", setup.lora[stage]
+    if lora is None:
+        return checkpoints.load_params(folder, setup.abstract_params, step)
+    trained = checkpoints.load_params(folder, lora.abstract, step)
+    return lora.merge(lora.keep_base(None), trained)
 
 
 def load_weights(setup: Setup, path: str) -> dict:

@@ -8,22 +8,29 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpojax import sharding
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
 from dpojax.data.rows import Rows, Shape, plan
 from dpojax.launch import data as stage_data
-from dpojax.launch.config import naming
-from dpojax.launch.data import StageData
+from dpojax.launch import setup as run_setup
+from dpojax.launch.adapters import Lora
+from dpojax.launch.config import loss_options, naming
+from dpojax.launch.data import StageData, Wants
 from dpojax.launch.setup import Setup
-from dpojax.methods import dpo, sft
+from dpojax.losses import RunningMean
+from dpojax.methods import preference, reward, sft
+from dpojax.training.forward import (
+    Forward,
+    build_outputs,
+    build_score,
+    language_model,
+    reward_model,
+)
 from dpojax.training.metrics import Window
 from dpojax.training.objective import Hyper, Objective
-from dpojax.training.step import build_evaluate, build_score
-
-HYPER = ("learning_rate", "beta", "label_smoothing")
+from dpojax.training.step import build_evaluate
 
 
 class Stage(NamedTuple):
@@ -36,8 +43,9 @@ class Stage(NamedTuple):
     steps: int
     objective: Objective
     hyper: Hyper
-    score: Callable  # jitted: params, rows on the mesh -> token statistics
-    metrics: Callable  # jitted: token statistics, rows on the mesh, hyper -> sums and weights
+    forward: Forward  # to train with
+    score: Callable  # jitted: params, rows on the mesh, reference params -> outputs
+    metrics: Callable  # jitted: outputs, rows on the mesh, hyper -> sums and weights
 
     @property
     def config(self):
@@ -46,6 +54,15 @@ class Stage(NamedTuple):
     @property
     def folder(self) -> pathlib.Path:
         return self.setup.workdir / self.name
+
+    @property
+    def lora(self) -> Lora | None:
+        return self.setup.lora[self.name]
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy of a preference stage is its reference at step 0."""
+        return not (self.config.reference.path or self.config.lora.adapters)
 
     @property
     def score_prompt(self) -> bool:
@@ -78,11 +95,24 @@ class Stage(NamedTuple):
             attach=attach,
         )
 
-    def evaluate(self, params, batches: Iterator[Rows]) -> dict[str, float]:
-        """Metrics on batches that lie on the mesh: sums over all of them, divided once."""
+    def evaluate(
+        self,
+        params,
+        batches: Iterator[Rows],
+        *,
+        baseline: RunningMean | None = None,
+        reference_params=None,
+    ) -> dict[str, float]:
+        """Metrics on batches that lie on the mesh: sums over all of them, divided once.
+
+        `baseline` is the state's, for the objectives that keep one.
+        """
+        kept = baseline is not None and self.objective.baseline is not None
+        hyper = self.hyper | ({"delta": baseline.mean} if kept else {})
         window = Window()
         for rows in batches:
-            window.add(self.metrics(self.score(params, rows), rows, self.hyper))
+            outputs = self.score(params, rows, reference_params)
+            window.add(self.metrics(outputs, rows, hyper))
         return window.flush()
 
 
@@ -93,12 +123,14 @@ def prepare(name: str, setup: Setup) -> Stage:
       DataError: see `launch.data.load` and `rows.plan`.
     """
     config = setup.config[name]
-    objective = _objective(name, config)
+    setup = run_setup.scalar(setup) if name == "reward" else setup
+    objective, hyper, wants = _method(name, config)
+    forward, score = _programs(setup, objective)
     data = stage_data.load(
         config.data,
         setup.config.tokens,
         setup.tokenizer,
-        best_only=name == "sft",
+        wants=wants,
         seed=setup.config.seed,
     )
     stage = Stage(
@@ -109,8 +141,9 @@ def prepare(name: str, setup: Setup) -> Stage:
         steps=config.steps
         or steps_in(data.train, batch_size=config.batch_size, epochs=config.epochs),
         objective=objective,
-        hyper={key: jnp.float32(config[key]) for key in HYPER if key in config},
-        score=jax.jit(build_score(setup.model, max_logits=setup.max_logits)),
+        hyper=preference.hyper(hyper | {"learning_rate": config.learning_rate}),
+        forward=forward,
+        score=jax.jit(score),
         metrics=jax.jit(build_evaluate(objective)),
     )
     return stage._replace(shape=_plan(stage))
@@ -130,20 +163,50 @@ def save_reports(stage: Stage) -> str:
 def describe(stage: Stage) -> str:
     """One line: the model, the mesh, the data and the shape of a batch."""
     mesh = " x ".join(f"{name} {size}" for name, size in stage.setup.mesh.shape.items())
-    parameters = sum(x.size for x in jax.tree.leaves(stage.setup.abstract_params))
+    size = lambda tree: f"{sum(x.size for x in jax.tree.leaves(tree)):,}"
+    parameters = f"{size(stage.setup.abstract_params)} parameters"
+    if stage.lora is not None:
+        parameters += f" under adapters of {size(stage.lora.abstract)}"
     shape = stage.shape
     return (
-        f"{stage.name}: {parameters:,} parameters on a mesh of {mesh}; {stage.data.train:,} "
+        f"{stage.name}: {parameters} on a mesh of {mesh}; {stage.data.train:,} "
         f"examples to train on and {len(stage.data.held_out):,} held out; {stage.steps:,} steps of "
         f"{stage.config.batch_size} examples in at most {shape.micro_batches} micro-batches of "
         f"{shape.rows} rows x {shape.length} tokens, {shape.scored} of them scored at most"
     )
 
 
-def _objective(name: str, config: ConfigDict) -> Objective:
+def _method(name: str, config: ConfigDict) -> tuple[Objective, dict, Wants]:
+    """What a stage minimises, the numbers that are traced in it, and the data that it wants."""
     if name == "sft":
-        return sft.objective()
-    return dpo.objective(config.loss, length_norm=config.length_norm or None)
+        return sft.objective(), {}, Wants("best")
+    if name == "reward":
+        numbers = {key: config[key] for key in ("margin_scale", "centring")}
+        wants = Wants(scores=config.margin_scale > 0, ties=config.loss == "plackett_luce_scores")
+        return reward.objective(config.loss), numbers, wants
+    options = loss_options(config)
+    return preference.objective(config.loss, options), options, _wants(config.loss)
+
+
+def _programs(setup: Setup, objective: Objective) -> tuple[Forward, Callable]:
+    """The forward pass to train with, and the one that scores whole batches."""
+    if setup.model.config.scalar_head:
+        forward = reward_model(setup.model)
+        return forward, build_outputs(forward)
+    given = {"max_logits": setup.max_logits}
+    forward = language_model(setup.model, statistics=objective.statistics, **given)
+    return forward, build_score(setup.model, **given)
+
+
+def _wants(loss: str) -> Wants:
+    """The data that a preference loss learns from."""
+    wanted = preference.wanted(loss)
+    return Wants(
+        "labelled" if wanted.form == "labelled" else "ranked",
+        mismatched=wanted.form == "labelled" and "kl" in wanted.inputs,
+        scores=bool(wanted.inputs & {"scores", "offset", "probability"}),
+        ties=bool(wanted.inputs & {"tie", "ranks"}),
+    )
 
 
 def _plan(stage: Stage) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -11,34 +12,57 @@ from dpojax import sharding
 from dpojax.launch.references import folder_of
 from dpojax.launch.stages import Stage
 from dpojax.training import checkpoints
+from dpojax.training.forward import build_divergence
 from dpojax.training.metrics import Window
-from dpojax.training.step import build_divergence
 
 
 def summarise(stage: Stage, params: dict) -> dict:
-    """Compare `params` with the run's reference on the held-out pairs; save the table.
+    """Compare `params` with the run's reference on the held-out data; save the table.
 
     Writes summary.json and summary.txt into the stage's folder. KL is exact over the vocabulary,
-    averaged over the contexts of the held-out responses' tokens.
+    averaged over the contexts of the held-out responses' tokens. Rewards are implicit ones against
+    the reference, also where the loss needs none.
     """
     reference = checkpoints.load_tree(folder_of(stage), stage.setup.abstract_params)
     divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
+    live = lambda kept: kept if "kl" in stage.objective.statistics else None
     before, after, kl_window = Window(), Window(), Window()
     for batch in stage.held_out():
         rows = sharding.put_rows(batch, stage.setup.mesh)
-        scored = stage.score(reference, rows)
+        scored = stage.score(reference, rows, live(reference))
         rows = rows._replace(reference=scored.logprob)
         before.add(stage.metrics(scored, rows, stage.hyper))
-        after.add(stage.metrics(stage.score(params, rows), rows, stage.hyper))
+        after.add(stage.metrics(stage.score(params, rows, live(reference)), rows, stage.hyper))
         kl_window.add({"kl": divergence(params, reference, rows)})
     values = {"before": before.flush(), "after": after.flush()}
     kl = {"before": 0.0, "after": kl_window.flush()["kl"]}
-    pairs = _pairs(stage)
-    result = {"pairs": pairs, "values": values, "kl_per_token_exact": kl}
+    count = _count(stage)
+    result = {"pairs": count, "values": values, "kl_per_token_exact": kl}
     if jax.process_index() == 0:
-        text = _table(stage, pairs, values, kl)
+        text = _table(stage, count, values, kl)
         (stage.folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
         (stage.folder / "summary.txt").write_text(text + "\n")
+    return result
+
+
+def summarise_reward(stage: Stage, params: dict) -> dict:
+    """How often a reward model ranks held-out pairs rightly; saved as `summarise` does."""
+    batches = (sharding.put_rows(rows, stage.setup.mesh) for rows in stage.held_out())
+    values, count = stage.evaluate(params, batches), _count(stage)
+    result = {"pairs": count, "values": {"after": values}}
+    if jax.process_index() == 0:
+        low, high = interval(values["rewards/accuracies"], count)
+        accuracy = f"{100 * values['rewards/accuracies']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        spread = (values["rewards/squares"] - values["rewards/mean"] ** 2) ** 0.5
+        lines = [
+            f"reward model, {stage.config.loss}: {count} held-out pairs (95 % interval)",
+            f"ranks the pair rightly   {accuracy}",
+            f"mean gap of a pair       {values['rewards/margins']:+.3f}",
+            f"scores, mean and spread  {values['rewards/mean']:+.3f} ± {spread:.3f}",
+            f"loss (nats)              {values['loss']:.4f}",
+        ]
+        (stage.folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        (stage.folder / "summary.txt").write_text("\n".join(lines) + "\n")
     return result
 
 
@@ -48,46 +72,62 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _pairs(stage: Stage) -> int:
-    counts = [len(stage.data.examples[i].responses) for i in stage.data.held_out]
-    return sum(k * (k - 1) // 2 for k in counts)
+def _labelled(stage: Stage) -> bool:
+    return stage.data.examples[0].label is not None
 
 
-def _table(stage: Stage, pairs: int, values: dict, kl: dict) -> str:
+def _count(stage: Stage) -> int:
+    """Held-out pairs that state a preference, or labelled responses."""
+    if _labelled(stage):
+        return len(stage.data.held_out)
+    held_out = [stage.data.examples[i] for i in stage.data.held_out]
+    ranks = [example.rank or range(len(example.responses)) for example in held_out]
+    return sum(a < b for places in ranks for a, b in itertools.combinations(places, 2))
+
+
+def _table(stage: Stage, count: int, values: dict, kl: dict) -> str:
     before, after = values["before"], values["after"]
+    labelled = _labelled(stage)
+    chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
 
     def accuracy(of: dict, name: str) -> str:
-        low, high = interval(of[name], pairs)
+        low, high = interval(of[name], count)
         return f"{100 * of[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
     def number(name: str) -> tuple[str, str]:
         return f"{before[name]:+.3f}", f"{after[name]:+.3f}"
 
+    ranks = "has the sign of the label" if labelled else "ranks the pair rightly"
     rows = [
-        ("", "the reference" if stage.config.reference.path else "before", "after"),
+        ("", "before" if stage.starts_at_reference else "the reference", "after"),
         (
-            "implicit reward ranks the pair rightly",
+            f"implicit reward {ranks}",
             "all rewards are 0",
             accuracy(after, "rewards/accuracies"),
         ),
-        (
-            "policy finds the chosen response likelier",
-            accuracy(before, "logps/accuracies"),
-            accuracy(after, "logps/accuracies"),
-        ),
-        ("reward margin (nats)", *number("rewards/margins")),
-        ("log-prob of chosen (nats)", *number("logps/chosen")),
-        ("log-prob of rejected (nats)", *number("logps/rejected")),
-        ("chosen became less likely", "-", f"{100 * after['displacement']:.1f} %"),
+    ]
+    if not labelled:
+        rows += [
+            (
+                "policy finds the chosen response likelier",
+                accuracy(before, "logps/accuracies"),
+                accuracy(after, "logps/accuracies"),
+            ),
+            ("reward margin (nats)", *number("rewards/margins")),
+        ]
+    rows += [
+        (f"log-prob of {chosen} (nats)", *number("logps/chosen")),
+        (f"log-prob of {rejected} (nats)", *number("logps/rejected")),
+        (f"{chosen} became less likely", "-", f"{100 * after['displacement']:.1f} %"),
         ("KL(policy || reference) (nats/token)", f"{kl['before']:.4f}", f"{kl['after']:.4f}"),
         ("loss (nats)", f"{before['loss']:.4f}", f"{after['loss']:.4f}"),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
-    beta = float(stage.hyper["beta"])
+    beta = f" with beta {stage.hyper['beta']:g}" if "beta" in stage.hyper else ""
+    kind = "labelled responses" if labelled else "pairs"
     title = (
-        f"{stage.config.loss.upper()} with beta {beta:g}, {pairs} held-out pairs "
-        "(95 % intervals in brackets)"
+        f"{stage.config.loss.upper()}{beta}, {count} held-out {kind} (95 % intervals in brackets)"
     )
     rule = "-" * len(lines[0])
     return "\n".join([title, rule, lines[0], rule, *lines[1:], rule])

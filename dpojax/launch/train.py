@@ -9,11 +9,14 @@ import jax
 from dpojax import sharding
 from dpojax.data.pipeline import train_batches
 from dpojax.data.rows import Rows
-from dpojax.launch.references import Reference, check_identity, open_reference
+from dpojax.launch.references import Reference, check_identity, open_reference, weights_of
+from dpojax.launch.setup import scored, trained_params
 from dpojax.launch.stages import Stage
 from dpojax.models.decoder import SHARDING_RULES
-from dpojax.training import checkpoints, throughput
+from dpojax.models.lora import LORA_RULES
+from dpojax.training import throughput
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.forward import adapted
 from dpojax.training.loop import Every, Fit, StopSignal
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
@@ -21,7 +24,11 @@ from dpojax.training.step import build_step
 
 
 def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> dict:
-    """The stage's final parameters. `start` gives those it begins with; a resumed stage skips it.
+    """The stage's final parameters, float32. `start` gives those it begins with, whose buffers are
+    taken over; a resumed stage skips it.
+
+    Where the stage has adapters, its state is that of the adapters alone, and the frozen base an
+    argument of the step; the parameters returned are merged.
 
     Raises:
       what `Fit` raises; `ReferenceMismatch`; `CheckpointError`.
@@ -31,13 +38,14 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
     with Checkpoints(folder, keep=config.keep) as saved:
         done = saved.latest
         if done == stage.steps:
-            return checkpoints.load_params(folder, setup.abstract_params)
+            return trained_params(setup, stage.name)
         params = start() if done is None else None
-        used = (
-            open_reference(stage, params, stop) if stage.objective.needs_reference else Reference()
-        )
+        if params is not None and stage.name == "reward":
+            params = scored(setup, params)
+        base = None if stage.lora is None else stage.lora.keep_base(params)
+        used = _reference(stage, params, base, stop)
         optimizer = make_optimizer(stage.config.optimizer)
-        abstract = abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
+        abstract = _abstract(stage, optimizer)
         batches = train_batches(
             stage.data.examples,
             stage.order,
@@ -52,22 +60,57 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
             if params is None:
                 state, _ = saved.restore(abstract, batches)
             else:
-                if used != Reference() and not stage.config.reference.path:
-                    writer.write(0, check_identity(stage, params, used), split="identity")
-                state = new_state(params, optimizer, abstract, config.seed)
-            fit = _fit(stage, used, optimizer, abstract, batches, saved, writer, stop)
-            return fit(state).params
+                trained = params if base is None else stage.lora.start(config.seed)
+                if used != Reference() and stage.starts_at_reference:
+                    policy = _policy(stage, base, trained)
+                    writer.write(0, check_identity(stage, policy, used), split="identity")
+                    del policy
+                state = new_state(trained, optimizer, abstract, config.seed)
+            fit = _fit(stage, base, used, optimizer, abstract, batches, saved, writer, stop)
+            return _policy(stage, base, fit(state).params)
+
+
+def _policy(stage: Stage, base: dict | None, trained: dict) -> dict:
+    """The policy's parameters, from those that are trained."""
+    return trained if base is None else stage.lora.merge(base, trained)
+
+
+def _abstract(stage: Stage, optimizer) -> State:
+    setup, lora = stage.setup, stage.lora
+    if lora is None:
+        return abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
+    return abstract_state(lora.abstract, optimizer, setup.mesh, LORA_RULES)
+
+
+def _reference(stage: Stage, start: dict | None, base: dict | None, stop: StopSignal) -> Reference:
+    if stage.objective.needs_reference:
+        return open_reference(stage, start, stop, base)
+    if stage.name == "dpo":
+        weights_of(stage, start, base)
+    return Reference()
 
 
 def _fit(
-    stage: Stage, used: Reference, optimizer, abstract: State, batches, saved, writer, stop
+    stage: Stage,
+    base: dict | None,
+    used: Reference,
+    optimizer,
+    abstract: State,
+    batches,
+    saved,
+    writer,
+    stop,
 ) -> Fit:
     setup, config = stage.setup, stage.setup.config
     schedule = make_schedule(stage.config, stage.steps)
-    step = build_step(
-        setup.model, stage.objective, optimizer, schedule, max_logits=setup.max_logits
+    forward, frozen = stage.forward, used.params
+    if base is not None:
+        forward, frozen = adapted(forward, stage.lora.config), base
+    step = jax.jit(
+        build_step(forward, stage.objective, optimizer, schedule),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
     )
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     held_out = list(stage.held_out(used.attach))
 
     def to_device(rows: Rows) -> Rows:
@@ -76,10 +119,15 @@ def _fit(
     ceiling = throughput.matmul_flops_per_second(config.model.compute_dtype)
     return Fit(
         stage=stage.name,
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        step=lambda state, rows, hyper: step(state, rows, hyper, frozen),
         batches=batches,
         to_device=to_device,
-        evaluate=lambda params: stage.evaluate(params, map(to_device, held_out)),
+        evaluate=lambda state: stage.evaluate(
+            _policy(stage, base, state.params),
+            map(to_device, held_out),
+            baseline=state.baseline,
+            reference_params=used.params,
+        ),
         flops=_flops(setup.abstract_params),
         ceiling=ceiling * _independent_devices(setup.mesh),
         hyper=stage.hyper,
@@ -97,7 +145,7 @@ def _flops(abstract_params: dict) -> Callable[[Rows], float]:
     leaves = jax.tree_util.tree_flatten_with_path(abstract_params)[0]
     sizes = {sharding.path_of(keys): leaf.size for keys, leaf in leaves}
     body = sum(size for path, size in sizes.items() if path.startswith("blocks/"))
-    head = sizes.get("head/kernel", sizes["embed/tokens"])
+    head = 0 if "score/kernel" in sizes else sizes.get("head/kernel", sizes["embed/tokens"])
 
     def of(rows: Rows) -> float:
         tokens, scored = int((rows.segment > 0).sum()), int((rows.response >= 0).sum())

@@ -61,7 +61,7 @@ class RunningMean(NamedTuple):
 
 
 def update_baseline(
-    baseline: RunningMean, rewards: Pair, mask: ArrayLike | None = None
+    baseline: RunningMean, rewards: Pair | Array, mask: ArrayLike | None = None
 ) -> RunningMean:
     """Take a batch's implicit rewards into the running mean; no gradient.
 
@@ -69,8 +69,8 @@ def update_baseline(
 
     Args:
       baseline: mean and count so far.
-      rewards: of the whole batch, nats, any shape.
-      mask: which pairs exist, the pairs' shape; all if None.
+      rewards: of the whole batch, nats, any shape: of pairs, or of single responses.
+      mask: which pairs or responses exist, their shape; all if None.
 
     >>> start = RunningMean(jnp.zeros(()), jnp.zeros(()))
     >>> state = update_baseline(start, Pair(jnp.array([1.0, 9.0]), jnp.array([0.0, 9.0])),
@@ -79,11 +79,11 @@ def update_baseline(
     (0.5, 2.0)
     """
     rewards = jax.lax.stop_gradient(rewards)
-    mask = jnp.ones(jnp.shape(rewards.chosen), bool) if mask is None else jnp.asarray(mask, bool)
-    both = jnp.where(mask, rewards.chosen - baseline.mean, 0.0)
-    both += jnp.where(mask, rewards.rejected - baseline.mean, 0.0)
-    count = baseline.count + 2 * mask.sum()
-    return RunningMean(baseline.mean + both.sum() / jnp.maximum(count, 1), count)
+    parts = jax.tree.leaves(rewards)
+    mask = jnp.ones(jnp.shape(parts[0]), bool) if mask is None else jnp.asarray(mask, bool)
+    above = sum(jnp.where(mask, part - baseline.mean, 0.0).sum() for part in parts)
+    count = baseline.count + len(parts) * mask.sum()
+    return RunningMean(baseline.mean + above / jnp.maximum(count, 1), count)
 
 
 def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:

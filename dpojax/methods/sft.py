@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from dpojax import losses
-from dpojax.logprobs import sum_by_response
+from dpojax.data.rows import Rows
+from dpojax.logprobs import TokenStatistics, sum_by_response
 from dpojax.training.metrics import Metric
-from dpojax.training.objective import Objective, Terms
+from dpojax.training.objective import Hyper, Objective, Terms
 
 
 def objective() -> Objective:
@@ -17,15 +18,15 @@ def objective() -> Objective:
     Rafailov et al. 2023, section 6. Whether the prompt's tokens count is decided by the rows.
     """
 
-    def terms(policy, rows, hyper) -> Terms:
+    def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
         del hyper
         scored = rows.response >= 0
         slots = rows.present.shape[-2] * rows.present.shape[-1]
         per_example = lambda values: (
             sum_by_response(values, rows.response, slots).reshape(rows.present.shape).sum(-1)
         )
-        loss, tokens = losses.sft(per_example(policy)), per_example(scored.astype(jnp.float32))
+        loss = losses.sft(per_example(tokens.logprob))
         logps = Metric(-loss, jnp.any(rows.present, axis=-1))
-        return Terms(loss, tokens, {"logps/chosen": logps})
+        return Terms(loss, per_example(scored.astype(jnp.float32)), {"logps/chosen": logps})
 
     return Objective(terms, needs_reference=False)

@@ -74,10 +74,10 @@ class StopSignal:
 class Fit:
     """What a stage needs in order to run; call it with a state.
 
-    step: the jitted step, (state, rows on the mesh, hyper) -> (state, report).
+    step: the jitted step, (state, rows on the mesh, hyper) -> (state, report); donates the state.
     batches: NumPy rows in training order, positioned at the state's step; its state is saveable.
     to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are wanted.
-    evaluate: params -> values by metric name, on the held-out data.
+    evaluate: state -> values by metric name, on the held-out data.
     flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together.
     """
 
@@ -85,7 +85,7 @@ class Fit:
     step: Callable[[State, Rows, Hyper], tuple[State, Report]]
     batches: Iterator[Rows]
     to_device: Callable[[Rows], Rows]
-    evaluate: Callable[[dict], dict[str, float]]
+    evaluate: Callable[[State], dict[str, float]]
     flops: Callable[[Rows], float]
     ceiling: float
     hyper: Hyper
@@ -157,7 +157,7 @@ class Fit:
         )
 
     def _evaluate(self, state: State, step: int) -> None:
-        values = self.evaluate(state.params)
+        values = self.evaluate(state)
         self.writer.write(step, values, split="eval")
         if jax.process_index() == 0:
             tqdm.write(f"{self.stage}  {evaluation_line(step, self.steps, values)}")

@@ -12,8 +12,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from dpojax import sharding
+from dpojax.losses import RunningMean
 
-DECAYED = ("kernel", "tokens")  # weight decay spares norms, biases and position embeddings
+# Weight decay spares norms, biases and position embeddings; a and b are adapters'.
+DECAYED = ("kernel", "tokens", "a", "b")
 
 
 class State(NamedTuple):
@@ -23,6 +25,7 @@ class State(NamedTuple):
     params: dict  # float32 master weights, a plain nested dict
     opt_state: optax.OptState
     rng: Array  # key data of the run's random key, uint32; fold in `step` to draw from it
+    baseline: RunningMean  # of the rewards seen so far, for the objectives that keep one (BCO)
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
@@ -91,7 +94,7 @@ def abstract_state(
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        State(repl, params, opt_state, repl),
+        State(repl, params, opt_state, repl, RunningMean(repl, repl)),
     )
 
 
@@ -104,7 +107,8 @@ def new_state(params, optimizer: optax.GradientTransformation, abstract: State, 
 
 def _state(params, optimizer, seed) -> State:
     key = jax.random.key_data(jax.random.key(seed))
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+    baseline = RunningMean(jnp.zeros(()), jnp.zeros(()))
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, baseline)
 
 
 def _decayed(params):

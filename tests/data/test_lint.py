@@ -56,6 +56,14 @@ def test_rankings_contradict_in_any_two_of_their_responses():
     assert counted("contradicting", [one, Record("f:2", "p", ("a", "c"))])[0] == 0
 
 
+def test_tied_responses_contradict_no_order_and_are_measured_by_none():
+    tied = Record("f:1", "p", ("a", "b", "long"), rank=(0, 0, 2))
+    assert counted("contradicting", [tied, pair(2, chosen="b", rejected="a")]) == (0, ())
+    assert counted("contradicting", [tied, pair(2, chosen="long", rejected="a")])[0] == 2
+    level = Record("f:1", "p", ("longer", "short"), rank=(0, 0))
+    assert find("longer_chosen", [level, tied]).of == 1
+
+
 def test_an_unpaired_response_with_both_labels_contradicts_itself():
     def unpaired(number, label, response="a"):
         return Record(f"f:{number}", "p", (response,), label)

@@ -4,6 +4,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpojax.data.records import DataError, Record, Reject, detect, parse
 
@@ -127,23 +129,72 @@ def test_an_instruction_without_input_leaves_the_input_section_out():
 def test_ranked_responses_come_out_best_first(order, expected):
     row = {"prompt": "q", "responses": ["a", "b", "c"], **order}
     assert parse(row, "f:1").responses == expected
+    assert parse(row, "f:1").rank is None
 
 
-@pytest.mark.parametrize("order", [{"ranks": [2, 1, 1]}, {"scores": [1, 1, 2]}])
-def test_responses_of_which_some_are_tied_are_rejected(order):
+@pytest.mark.parametrize(
+    ("order", "responses", "scores", "rank"),
+    [
+        ({"ranks": [2, 1, 1]}, ("b", "c", "a"), (-1.0, -1.0, -2.0), (0, 0, 2)),
+        ({"scores": [1, 1, 2]}, ("c", "a", "b"), (2.0, 1.0, 1.0), (0, 1, 1)),
+        ({"scores": [3, 3, 3.0]}, ("a", "b", "c"), (3.0, 3.0, 3.0), (0, 0, 0)),
+        # Ranks order, scores go along.
+        ({"ranks": [2, 1, 3], "scores": [9, 9, 7]}, ("b", "a", "c"), (9.0, 9.0, 7.0), None),
+    ],
+)
+def test_tied_responses_keep_the_order_of_the_file(order, responses, scores, rank):
     row = {"prompt": "q", "responses": ["a", "b", "c"], **order}
-    assert parse(row, "f:1") == Reject("f:1", "some_tied")
+    assert parse(row, "f:1") == Record("f:1", "q", responses, scores=scores, rank=rank)
+
+
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=7), st.booleans())
+def test_scores_go_with_their_responses_and_rank_counts_the_better_ones(numbers, as_ranks):
+    texts = [f"answer {i}" for i in range(len(numbers))]
+    row = {"prompt": "q", "responses": texts, "ranks" if as_ranks else "scores": numbers}
+    record = parse(row, "f:1")
+    worth = {text: -n if as_ranks else n for text, n in zip(texts, numbers)}
+    assert record.scores == tuple(worth[text] for text in record.responses)
+    assert record.places == tuple(
+        sum(other > worth[text] for other in worth.values()) for text in record.responses
+    )
+    assert sorted(record.responses) == texts
+    assert record.all_tied == (len(numbers) > 1 and len(set(numbers)) == 1)
+
+
+HEAD = "\n\nHuman: q\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {"chosen": HEAD + "a", "rejected": HEAD + "b"},
+        {"instruction": "q", "chosen": "a", "rejected": "b"},
+    ],
+)
+@pytest.mark.parametrize(
+    ("given_scores", "expected"),
+    [
+        ({}, None),
+        ({"score_chosen": None, "score_rejected": None, "margin": None}, None),
+        ({"score_chosen": 8, "score_rejected": 6.5}, (8.0, 6.5)),
+        ({"chosen_reward": 0.25, "rejected_reward": 0.75}, (0.25, 0.75)),
+        ({"score_chosen": 5, "score_rejected": 5}, (5.0, 5.0)),
+        ({"margin": 1.5}, (1.5, 0.0)),
+    ],
+)
+def test_scores_of_a_pair_go_along_and_leave_the_stated_choice(row, given_scores, expected):
+    record, bare = parse({**row, **given_scores}, "f:1"), parse(row, "f:1")
+    assert (record.scores, record.rank) == (expected, None)
+    assert (record.responses, record.prompt) == (bare.responses, bare.prompt)
 
 
 def test_half_of_a_surrogate_pair_is_an_error_that_names_the_field():
     row = {"prompt": "q", "chosen": "\ud83d", "rejected": "b"}
     with pytest.raises(DataError, match=r"f:1.*'chosen'.*surrogates"):
         parse(row, "f:1")
-
-
-def test_responses_that_are_all_tied_state_no_preference():
-    row = {"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 1]}
-    assert parse(row, "f:1") == Reject("f:1", "all_tied")
 
 
 def test_unpaired_data_carries_its_label():
@@ -207,12 +258,25 @@ STIENNON = {
         ({"instruction": 1, "output": "o"}, "auto", ["'instruction'", "int 1"]),
         ({"prompt": "p", "responses": []}, "auto", ["'responses'", "1 or more", "list of 0"]),
         ({"prompt": "p", "responses": ["a", 2]}, "auto", ["'responses.1'", "int 2"]),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "auto", ["'ranks'", "2 numbers"]),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "auto", ["'ranks'", "2 finite"]),
         (
             {"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]},
             "auto",
             ["'scores'", "nan"],
         ),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, True]},
+            "auto",
+            ["'ranks'", "finite", "True"],
+        ),
+        ({**PAIR, "score_chosen": 1}, "auto", ["'score_rejected' is missing", "finite number"]),
+        (
+            {**PAIR, "chosen_reward": "2", "rejected_reward": 1},
+            "auto",
+            ["'chosen_reward'", "finite number", "str '2'"],
+        ),
+        ({**PAIR, "margin": float("inf")}, "auto", ["'margin'", "finite number", "inf"]),
+        ({**PAIR, "margin": 10**400}, "auto", ["'margin'", "finite number"]),
         ({"prompt": "p", "completion": "c", "label": 1}, "auto", ["'label'", "true", "int 1"]),
         ({**STIENNON, "choice": 2}, "auto", ["'choice'", "0 or 1", "int 2"]),
         ({**STIENNON, "choice": True}, "auto", ["'choice'", "bool True"]),

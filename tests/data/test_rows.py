@@ -55,6 +55,44 @@ def test_every_example_stands_once_in_the_rows(data, score_prompt, multiple):
     assert ((rows.segment == 0) | (rows.tokens > 0)).all()
 
 
+@st.composite
+def judged_examples(draw):
+    """An example of any number of responses, with or without label, scores and ties."""
+    example = draw(examples)
+    count = len(example.responses)
+    per_response = lambda values: (
+        st.none() | st.lists(values, min_size=count, max_size=count).map(tuple)
+    )
+    return example._replace(
+        label=draw(st.sampled_from([None, True, False])),
+        scores=draw(per_response(st.floats(-1e6, 1e6, width=32))),
+        rank=draw(per_response(st.integers(0, count - 1))),
+    )
+
+
+@given(st.lists(judged_examples(), min_size=1, max_size=12))
+def test_what_the_data_say_of_a_response_lands_at_its_slot(data):
+    batch = list(range(len(data)))
+    rows = collate(data, batch, plan(data, [batch], micro_rows=2))
+    for place, index in np.ndenumerate(rows.example):
+        none = [0] * rows.present.shape[-1]
+        if index < 0:
+            assert rows.rank[place].tolist() == rows.scores[place].tolist() == none
+            assert not rows.desirable[place]
+            continue
+        label, scores, rank = data[index].label, data[index].scores, data[index].rank
+        count = len(data[index].responses)
+        want = scores or none[:count], rank or tuple(range(count))
+        assert rows.scores[place].tolist() == [*want[0], *none[count:]]
+        assert rows.rank[place].tolist() == [*want[1], *none[count:]]
+        assert rows.desirable[place] == (label in (None, True))
+    assert (rows.rank.dtype, rows.scores.dtype, rows.desirable.dtype) == (
+        np.int32,
+        np.float32,
+        bool,
+    )
+
+
 @given(st.lists(examples, min_size=1, max_size=8))
 def test_a_token_is_predicted_from_the_column_before_it_on_its_own_path(data):
     batch = list(range(len(data)))

@@ -216,6 +216,13 @@ def test_one_and_many_responses_keep_their_order(responses):
     assert "chosen" not in report.lengths
 
 
+def test_scores_and_ranks_go_with_the_responses():
+    record = Record("f:1", "the cat", (" sat", " ate"), scores=(2.0, 2.0), rank=(0, 0))
+    example, _ = one(record)
+    assert (example.scores, example.rank) == ((2.0, 2.0), (0, 0))
+    assert (one(pair())[0].scores, one(pair())[0].rank) == (None, None)
+
+
 # -- truncation. "a b ... " of one token a word makes lengths easy to state.
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

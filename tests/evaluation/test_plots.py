@@ -87,7 +87,8 @@ def test_every_logged_point_is_drawn_beside_the_running_mean(tmp_path, figures):
 
 
 def test_the_loss_at_the_reference_is_a_named_level(tmp_path, figures):
-    training_curves({"dpo": DPO}, tmp_path / "curves.png")
+    identity = {"step": 0, "split": "identity", "loss": 0.69, "loss/at_reference": math.log(2)}
+    training_curves({"dpo": [identity, *DPO]}, tmp_path / "curves.png")
     axes = axes_of(figures[0], "DPO loss")
     assert texts(axes) == ["log 2"]
     assert math.log(2) in [line.get_ydata()[0] for line in axes.lines]
@@ -96,6 +97,18 @@ def test_the_loss_at_the_reference_is_a_named_level(tmp_path, figures):
     axes = axes_of(figures[1], "IPO loss")
     assert texts(axes) == ["policy = reference"]
     assert 0.25 in [line.get_ydata()[0] for line in axes.lines]
+
+
+def test_a_loss_without_a_known_value_at_the_reference_gets_no_level(tmp_path, figures):
+    training_curves({"dpo": DPO}, tmp_path / "curves.png")
+    assert texts(axes_of(figures[0], "DPO loss")) == []
+
+
+def test_labelled_responses_are_counted_as_responses(tmp_path, figures):
+    labelled = [{k: v for k, v in line.items() if k != "rewards/margins"} for line in DPO]
+    training_curves({"dpo": labelled}, tmp_path / "curves.png")
+    assert axes_of(figures[0], "DPO loss").get_ylabel() == "loss per response"
+    assert axes_of(figures[0], "Chosen made less likely").get_ylabel() == "% of responses"
 
 
 def test_accuracy_is_in_percent_and_left_out_where_policy_and_reference_are_equal(

@@ -35,7 +35,7 @@ def test_a_value_of_another_type_is_an_error():
         ("dpo.beta", -0.1, r"config\.dpo\.beta"),
         ("dpo.beta", float("nan"), r"config\.dpo\.beta"),
         ("dpo.label_smoothing", 0.5, r"config\.dpo\.label_smoothing"),
-        ("dpo.length_norm", "mean", r"config\.dpo\.length_norm"),
+        ("dpo.length_norm", "mean", r"config\.dpo\.length_norm: dpo has no such option"),
         ("dpo.reference.kind", "frozen", r"cached or live"),
         ("dpo.batch_size", 0, r"config\.dpo\.batch_size = 0"),
         ("sft.learning_rate", -1.0, r"config\.sft\.learning_rate"),
@@ -52,12 +52,41 @@ def test_a_value_of_another_type_is_an_error():
         ("stages", ("dpo", "sft"), r"config\.stages"),
         ("tokens.truncation", "cut", r"config\.tokens"),
         ("sft.optimizer.name", "sgd", r"config\.sft: .*adamw"),
+        ("dpo.lora.rank", -1, r"config\.dpo\.lora\.rank = -1: 0 \(off"),
+        ("sft.lora.base_dtype", "int8", r"config\.sft\.lora\.base_dtype"),
+        ("sft.lora.adapters", "folder", r"config\.sft\.lora: adapters = 'folder', but rank = 0"),
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused_with_its_key(key, value, message):
     config = default_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=message):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora.alpha": 0.0}, r"config\.dpo\.lora: rank, alpha: must be positive"),
+        ({"lora.targets": ()}, r"config\.dpo\.lora: targets"),
+        ({"lora.targets": ("mlp/(",)}, r"config\.dpo\.lora: targets: 'mlp/\(' is not a pattern"),
+        (
+            {"loss": "tdpo", "reference.kind": "live", "reference.path": "other"},
+            r"config\.dpo\.reference\.path = 'other': .*tdpo compares with their base",
+        ),
+        (
+            {"reference.kind": "live", "reference.dtype": "bfloat16"},
+            r"config\.dpo\.reference\.dtype = 'bfloat16': .*set config\.dpo\.lora\.base_dtype",
+        ),
+    ],
+)
+def test_adapters_that_no_run_could_train_are_refused_with_their_key(changes, message):
+    config = default_config()
+    config.dpo.update_from_flattened_dict({"lora.rank": 4} | changes)
+    with pytest.raises(ConfigError, match=message):
+        check(config)
+    if not any(key.startswith("lora.") for key in changes):
+        config.dpo.lora.rank = 0  # without adapters the same reference will do
         check(config)
 
 
@@ -83,6 +112,7 @@ def test_the_shipped_configs_pass_their_own_check_and_their_sweeps_change_known_
 
 def test_the_workdir_of_another_config_is_refused_and_left_as_it_was(tmp_path):
     config = default_config()
+    config.dpo.beta = 0.1
     record(config, tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     config.dpo.beta = 0.3

@@ -4,9 +4,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from dpojax.data import reviews
-from dpojax.launch import run
-from dpojax.models import huggingface
+from dpojax.launch import run, setup, stages
+from dpojax.models import huggingface, lora, lora_peft
 from dpojax.models.config import LLAMA, DecoderConfig
+from dpojax.training.state import make_optimizer, make_schedule
 
 from .conftest import tiny_config
 
@@ -51,12 +52,24 @@ def small_llama(folder):
     config = DecoderConfig(**LLAMA, **shape, vocab_size=len(tokenizer))
     params = jax.jit(decoder.build(config).init)(jax.random.key(5))
     huggingface.save(folder, config, params, tokenizer=tokenizer)
+    wanted = lora.LoraConfig(2, 4.0)
+    adapters = lora.init(jax.random.key(6), params, wanted)
+    lora_peft.save_peft(folder / "adapters", adapters, wanted, config)
     return str(folder)
+
+
+def prepare_a_reward_stage(config, workdir):
+    """All that reads the config (test_other_stages.py trains one)."""
+    config.stages = ("reward",)
+    stage = stages.prepare("reward", setup.prepare(config, workdir))
+    make_optimizer(stage.config.optimizer)
+    make_schedule(stage.config, stage.steps)
+    list(stage.order)
 
 
 def test_every_key_is_read_by_some_run(reads, tmp_path):
     """One run as shipped, and one with each of the other choices: an imported model in bfloat16, a
-    live reference of another policy, IPO, RMSprop and a cosine."""
+    live reference of another policy, given adapters, IPO, RMSprop and a cosine."""
     folder = small_llama(tmp_path / "llama")
     shipped = tiny_config(**{"sft.steps": 0})
     other = tiny_config(
@@ -67,6 +80,10 @@ def test_every_key_is_read_by_some_run(reads, tmp_path):
             "dpo.length_norm": "mean",
             "dpo.reference.kind": "live",
             "dpo.reference.path": folder,
+            "dpo.lora.rank": 2,
+            "dpo.lora.alpha": 4.0,
+            "dpo.lora.base_dtype": "bfloat16",
+            "dpo.lora.adapters": f"{folder}/adapters",
             "dpo.optimizer.name": "rmsprop",
             "dpo.optimizer.weight_decay": 0.1,
             "dpo.schedule": "cosine",
@@ -86,13 +103,18 @@ def test_every_key_is_read_by_some_run(reads, tmp_path):
     other.dpo.data.source = str(pairs)
     for number, (config, _) in enumerate(kept):
         run.run(config, str(tmp_path / f"run{number}"))
+    prepare_a_reward_stage(shipped, tmp_path / "reward")
     read = {path for _, paths in kept for path, key in paths.items() if key in reads}
     unread = set(kept[0][1]) - read - ELSEWHERE
-    assert {key for key in unread if not key.startswith("sft.")} == set()
+    assert {key for key in unread if not key.startswith(("sft.", "reward."))} == set()
     optional = {
-        "sft.optimizer.rms_decay",
-        "sft.data.form",
-        "sft.data.columns",
-        "sft.data.eval_share",
+        *(f"{stage}.optimizer.rms_decay" for stage in ("sft", "reward")),
+        *(
+            f"{stage}.data.{key}"
+            for stage in ("sft", "reward")
+            for key in ("form", "columns", "eval_share")
+        ),
+        *(f"sft.lora.{key}" for key in ("alpha", "targets", "rank_stabilised", "base_dtype")),
+        "sft.lora.adapters",
     }
-    assert {key for key in unread if key.startswith("sft.")} <= optional
+    assert {key for key in unread if key.startswith(("sft.", "reward."))} <= optional

@@ -215,12 +215,12 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
 
 
 def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
-    original = references._weights
+    original = references.keep_weights
 
     def nudged(stage, start):
         return jax.tree.map(lambda x: 1.05 * x, original(stage, start))
 
-    monkeypatch.setattr(references, "_weights", nudged)
+    monkeypatch.setattr(references, "keep_weights", nudged)
     with pytest.raises(
         references.ReferenceMismatch, match="at step 0 the policy is not the reference"
     ):
@@ -238,7 +238,7 @@ def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finish
         ({"mesh.data": 16}, ConfigError, r"config\.mesh: .*wants 16 devices, but there are 8"),
         ({"mesh.data": 8, "micro_rows": 3}, ConfigError, "config.micro_rows: .*multiple of 8"),
         ({"tokens.max_length": 200}, ConfigError, "max_length = 200.*128 positions"),
-        ({"dpo.beta": 0.0}, ConfigError, "beta must be greater than 0"),
+        ({"dpo.beta": 0.0}, ConfigError, r"config\.dpo\.beta = 0\.0: must be greater than 0"),
         ({"dpo.data.source": "no/such/file.jsonl"}, DataError, "file.jsonl"),
         ({"model.path": "no/such/folder", "tokenizer": ""}, ConfigError, "no/such/folder"),
         ({"model.width": 15}, ConfigError, r"config\.model: .*width 15"),

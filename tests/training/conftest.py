@@ -9,10 +9,10 @@ import pytest
 
 from dpojax.data.rows import collate, plan
 from dpojax.data.tokenise import Example
-from dpojax.methods import dpo
+from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.models.config import LLAMA, DecoderConfig
-from dpojax.training.step import build_score
+from dpojax.training.forward import build_score
 
 VOCABULARY = 32  # so that every axis of the model is really sharded
 
@@ -74,7 +74,7 @@ def rows(pairs, score, reference_params):
 
 @pytest.fixture(scope="session")
 def objective():
-    return dpo.objective("dpo")
+    return preference.objective("dpo", {})
 
 
 @pytest.fixture(scope="session")

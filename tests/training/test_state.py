@@ -58,13 +58,16 @@ def test_updates_equal_torch(ours, theirs):
 
 
 def test_weight_decay_spares_norms_and_biases():
-    params = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    kernel = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+    adapters = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    params = {"x": kernel, "norm": {"scale": jnp.ones(2)}, "y": adapters}
     optimizer = make_optimizer(config(name="adamw", weight_decay=0.5))
     updates, _ = optimizer.update(
         jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
     )
-    assert updates["a"]["kernel"].tolist() == [0.5, 0.5]
-    assert not np.any([updates["a"]["bias"], updates["norm"]["scale"]])
+    for decayed in (updates["x"]["kernel"], *updates["y"].values()):
+        assert decayed.tolist() == [0.5, 0.5]
+    assert not np.any([updates["x"]["bias"], updates["norm"]["scale"]])
 
 
 def test_an_unknown_optimiser_or_schedule_is_named():

@@ -13,8 +13,9 @@ from dpojax.methods import sft
 from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
+from dpojax.training.forward import build_divergence, language_model
 from dpojax.training.state import abstract_state, new_state
-from dpojax.training.step import build_divergence, build_evaluate, build_step
+from dpojax.training.step import build_evaluate, build_step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -29,7 +30,7 @@ def sgd():
 
 @pytest.fixture(scope="module")
 def step(model, objective):
-    return jax.jit(build_step(model, objective, sgd(), one))
+    return jax.jit(build_step(language_model(model), objective, sgd(), one))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_eight_devices_equal_one(shape, model, objective, params, rows, hyper, s
         placed = jax.device_put(jax.tree.map(np.array, params), shardings.params)
         state = new_state(placed, sgd(), abstract, seed=0)
         step = jax.jit(
-            build_step(model, objective, sgd(), one),
+            build_step(language_model(model), objective, sgd(), one),
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
@@ -152,7 +153,7 @@ def test_no_array_is_replicated_because_the_partitioner_knew_no_better(
     mesh = sharding.make_mesh(2, 2, 2)
     abstract = abstract_state(params, sgd(), mesh, RULES)
     with jax.set_mesh(mesh):
-        step = jax.jit(build_step(model, objective, sgd(), one))
+        step = jax.jit(build_step(language_model(model), objective, sgd(), one))
         step.lower(abstract, sharding.put_rows(rows, mesh), hyper).compile()
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
 

@@ -1,84 +1,24 @@
-"""Preference optimisation on rows: DPO and its relatives with a reference, pair by pair."""
+"""What a preference stage reports, as sums and weights under TRL's names."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from dpojax import losses
 from dpojax.data.rows import Rows
-from dpojax.logprobs import sum_by_response
 from dpojax.losses import Pair
+from dpojax.methods.preference.views import LabelledView
 from dpojax.training.metrics import Metric
-from dpojax.training.objective import Hyper, Objective, Terms
-
-SMOOTHED = ("dpo", "dpo_norm", "robust", "exo")  # these take label smoothing
-LOSSES = (*SMOOTHED, "ipo", "hinge", "nca", "sppo", "apo_zero", "apo_down")
-
-
-def objective(loss: str, *, length_norm: str | None = None) -> Objective:
-    """The mean over all pairs of the optimiser batch of a loss of `dpojax.losses`, by its name.
-
-    A prompt with K > 2 ranked responses gives all its K (K - 1) / 2 pairs. `hyper` holds `beta`
-    and, for those that take it, `label_smoothing`.
-
-    Raises:
-      ValueError: an unknown loss, or ipo without a `length_norm`.
-    """
-    if loss not in LOSSES:
-        raise ValueError(f"dpo.loss must be one of {', '.join(LOSSES)}; got {loss!r}")
-    if loss == "ipo" and length_norm not in ("sum", "mean"):
-        raise ValueError(f"dpo.length_norm must be 'sum' or 'mean' for ipo, got {length_norm!r}")
-    function = getattr(losses, loss)
-
-    def pair_loss(policy: Pair, reference: Pair, lengths: Pair, hyper: Hyper) -> Array:
-        given = {"beta": hyper["beta"]}
-        if loss in SMOOTHED:
-            given["label_smoothing"] = hyper["label_smoothing"]
-        if loss in ("dpo_norm", "ipo"):
-            given["lengths"] = lengths
-        if loss == "ipo":
-            given["length_norm"] = length_norm
-        return function(policy, reference, **given)
-
-    def terms(policy: Array, rows: Rows, hyper: Hyper) -> Terms:
-        tokens = (rows.response >= 0).astype(jnp.float32)
-        sums = jax.tree.map(lambda x: pairs_of(x, rows), (policy, rows.reference, tokens))
-        mask = pair_mask(rows)
-        per_pair = jnp.where(mask, pair_loss(*sums, hyper), 0.0)
-        metrics = pair_metrics(sums[0], sums[1], mask, hyper["beta"])
-        metrics["kl/per_token"] = token_kl_estimate(policy, rows)
-        return Terms(per_pair.sum(-1), mask.sum(-1, dtype=jnp.float32), metrics)
-
-    def at_reference(hyper: Hyper) -> Array:
-        zero, one = Pair(*jnp.zeros((2, 1))), Pair(*jnp.ones((2, 1)))
-        return pair_loss(zero, zero, one, hyper)[0]
-
-    return Objective(terms, needs_reference=True, at_reference=at_reference)
-
-
-def pairs_of(values: Array, rows: Rows) -> Pair:
-    """Sums by response of per-token values [R, S], paired better with worse: each [R, E, pairs]."""
-    slots = rows.present.shape[-2] * rows.present.shape[-1]
-    sums = sum_by_response(values, rows.response, slots).reshape(rows.present.shape)
-    better, worse = np.triu_indices(rows.present.shape[-1], k=1)
-    return Pair(sums[..., better], sums[..., worse])
-
-
-def pair_mask(rows: Rows) -> Array:
-    """Which pairs have both responses, bool [R, E, pairs]."""
-    better, worse = np.triu_indices(rows.present.shape[-1], k=1)
-    return rows.present[..., better] & rows.present[..., worse]
 
 
 def pair_metrics(policy: Pair, reference: Pair, mask: Array, beta: Array) -> dict[str, Metric]:
-    """Sums and weights under TRL's names; rewards are beta times log-ratios, in nats.
+    """Sums and weights over the pairs of `mask`; rewards are beta times log-ratios, in nats.
 
-    `rewards/accuracies` counts strictly larger chosen rewards, so it is 0 where policy ==
-    reference; `logps/accuracies` compares the policy's own log-probs. `displacement` is the share
-    of pairs whose chosen response became less likely.
+    Without a reference (zeros) they are beta times log-probs. `rewards/accuracies` counts strictly
+    larger chosen rewards, so it is 0 where policy == reference; `logps/accuracies` compares the
+    policy's own log-probs. `displacement` is the share of pairs whose chosen response became less
+    likely than under the reference.
     """
     reward = losses.implicit_rewards(policy, reference, beta)
     margin = reward.chosen - reward.rejected
@@ -92,6 +32,25 @@ def pair_metrics(policy: Pair, reference: Pair, mask: Array, beta: Array) -> dic
         "logps/rejected": metric(policy.rejected),
         "logps/accuracies": metric(policy.chosen > policy.rejected),
         "displacement": metric(policy.chosen < reference.chosen),
+    }
+
+
+def labelled_metrics(view: LabelledView, beta: Array) -> dict[str, Metric]:
+    """Rewards and log-probs of desirable (chosen) and undesirable (rejected) responses apart.
+
+    `rewards/accuracies` is the share of responses whose implicit reward has the sign of its label.
+    """
+    reward = beta * (view.policy - view.reference)
+    good, bad = view.mask & view.desirable, view.mask & ~view.desirable
+    metric = lambda values, mask: Metric(jnp.where(mask, values, 0.0), mask)
+    right = jnp.where(view.desirable, reward > 0, reward < 0)
+    return {
+        "rewards/chosen": metric(reward, good),
+        "rewards/rejected": metric(reward, bad),
+        "rewards/accuracies": metric(right, view.mask),
+        "logps/chosen": metric(view.policy, good),
+        "logps/rejected": metric(view.policy, bad),
+        "displacement": metric(view.policy < view.reference, good),
     }
 
 

@@ -1,0 +1,67 @@
+"""Reward models: preferences and rankings fitted by a scalar head."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dpojax import losses
+from dpojax.data.rows import Rows
+from dpojax.losses import Pair
+from dpojax.training.metrics import Metric
+from dpojax.training.objective import Hyper, Objective, Terms
+
+LOSSES = ("bradley_terry", "plackett_luce_scores")
+
+
+def objective(loss: str) -> Objective:
+    """The mean of a reward model's loss over all pairs, or all rankings, of the optimiser batch.
+
+    `bradley_terry` (Rafailov et al. 2023, eq. 2): every pair of a better and a worse response, ties
+    left out. hyper["margin_scale"] times the gap of the data's scores is the margin by which it
+    ought to be told apart (Touvron et al. 2023), hyper["centring"] weighs the squared sum of its
+    scores (Eisenstein et al. 2023). `plackett_luce_scores` (eq. 18): whole rankings.
+
+    The outputs that it reads are scores [..., R, E, K], of `training.forward.reward_model`.
+
+    Raises:
+      ValueError: another loss.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"reward.loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+
+    def terms(scores: Array, rows: Rows, hyper: Hyper) -> Terms:
+        pair, gap = _pairs(scores), _pairs(rows.scores)
+        present, rank = _pairs(rows.present), _pairs(rows.rank)
+        mask = present.chosen & present.rejected & (rank.chosen < rank.rejected)
+        if loss == "bradley_terry":
+            margin = hyper["margin_scale"] * (gap.chosen - gap.rejected)
+            value = losses.bradley_terry(pair, margin=margin, centring=hyper["centring"])
+            value, weight = jnp.where(mask, value, 0.0).sum(-1), mask.sum(-1)
+        else:
+            value = losses.plackett_luce_scores(scores, mask=rows.present, ranks=rows.rank)
+            weight = rows.present.sum(-1) > 1
+            value = jnp.where(weight, value, 0.0)
+        return Terms(value, weight.astype(jnp.float32), _metrics(scores, rows, pair, mask))
+
+    return Objective(terms, needs_reference=False)
+
+
+def _pairs(values: Array) -> Pair:
+    """[..., K] by response as better and worse [..., K (K - 1) / 2]."""
+    better, worse = np.triu_indices(values.shape[-1], k=1)
+    return Pair(values[..., better], values[..., worse])
+
+
+def _metrics(scores: Array, rows: Rows, pair: Pair, mask: Array) -> dict[str, Metric]:
+    metric = lambda values: Metric(jnp.where(mask, values, 0.0), mask)
+    of_response = lambda values: Metric(jnp.where(rows.present, values, 0.0), rows.present)
+    return {
+        "rewards/chosen": metric(pair.chosen),
+        "rewards/rejected": metric(pair.rejected),
+        "rewards/margins": metric(pair.chosen - pair.rejected),
+        "rewards/accuracies": metric(pair.chosen > pair.rejected),
+        "rewards/mean": of_response(scores),
+        "rewards/squares": of_response(scores**2),
+    }

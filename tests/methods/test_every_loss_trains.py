@@ -1,0 +1,143 @@
+"""Every loss runs through the one step on rows of the embedded task, however they are cut.
+
+The model is a user's own, plugged in with two functions: a token's hidden state is a row of a
+table, so it is a bigram model with a low-rank output, and compiles in no time.
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpojax import sharding
+from dpojax.data import records, reviews, unpaired
+from dpojax.data.rows import collate, plan
+from dpojax.data.tokenise import Policy, tokenise
+from dpojax.logprobs import Head
+from dpojax.losses import RunningMean
+from dpojax.methods import preference
+from dpojax.training.forward import build_score, language_model
+from dpojax.training.state import State
+from dpojax.training.step import build_step
+
+from .conftest import GIVEN
+
+COUNT, LENGTH = 36, 128
+BIGRAM = SimpleNamespace(
+    apply=lambda params, rows: params["table"][rows.tokens],
+    head=lambda params: Head(params["head"]),
+)
+AROUND = {
+    "dpo, forward KL": ("dpo", {"divergence": "forward_kl"}),
+    "hinge, JS": ("hinge", {"divergence": "js"}),
+    "robust, alpha": ("robust", {"divergence": "alpha", "divergence_alpha": 0.5}),
+    "dpo, length-desensitised": ("dpo", {"ld_alpha": 0.5, "ld_weight_reference": True}),
+    "ipo, WPO": ("ipo", {"length_norm": "sum", "wpo": "corrected"}),
+    "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
+}
+CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | AROUND
+COUPLED = ("aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Weights of policy and reference."""
+    rng = np.random.default_rng(0)
+    size = len(reviews.tokenizer()), 8
+    return {name: jnp.asarray(rng.normal(0, 0.3, size), jnp.float32) for name in ("table", "head")}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """By form of data."""
+    rows = reviews.preferences("train", COUNT, seed=0)
+    found = [records.parse(row, f"reviews:{i}") for i, row in enumerate(rows)]
+    ready = lambda some: tokenise(some, reviews.tokenizer(), Policy(max_length=96))[0]
+    halves = [half for record in found for half in unpaired.split(record)]
+    labelled = unpaired.with_mismatched(ready(halves), 96)
+    return {"pairs": ready(found), "ranked": ready(found), "labelled": labelled}
+
+
+@pytest.fixture(scope="module")
+def batches(examples, start):
+    """{(form, rows of a micro-batch)}: all examples with the reference's log-probs; 0 is one."""
+    score, made = jax.jit(build_score(BIGRAM)), {}
+    for form, some in examples.items():
+        for micro_rows in (0, 8):
+            everything = [range(len(some))]
+            shape = plan(some, everything, length=LENGTH, multiple=8, micro_rows=micro_rows or None)
+            if not micro_rows:
+                rows = -(-shape.rows * shape.micro_batches // 8) * 8
+                shape = shape._replace(rows=rows, micro_batches=1)
+            rows = collate(some, everything[0], shape)
+            assert len(rows.tokens) > 1 or not micro_rows
+            made[form, micro_rows] = rows._replace(reference=score(start, rows).logprob)
+    return made
+
+
+def state_of(params, optimizer):
+    zero = jnp.zeros(())
+    return State(zero, params, optimizer.init(params), jnp.zeros(2), RunningMean(zero, zero))
+
+
+def prepare(case, batches, micro_rows, optimizer, rate):
+    """A jitted step, its rows and its numbers."""
+    loss, given = CASES[case]
+    options = preference.resolve(loss, given)
+    objective = preference.objective(loss, options)
+    forward = language_model(BIGRAM, statistics=objective.statistics)
+    step = jax.jit(build_step(forward, objective, optimizer, lambda _: 1.0))
+    rows = batches[preference.wanted(loss).form, micro_rows]
+    if not objective.needs_reference:
+        rows = rows._replace(reference=None)
+    return step, rows, preference.hyper(options | {"learning_rate": rate})
+
+
+def value(report):
+    return float(report.metrics["loss"].total / report.metrics["loss"].weight)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
+    adam = optax.scale_by_adam()
+    step, rows, hyper = prepare(case, batches, 0, adam, rate=0.02)
+    state, values = state_of(start, adam), []
+    for _ in range(9):
+        state, report = step(state, rows, hyper, start)
+        assert report.finite
+        values.append(value(report))
+    assert state.step == 9
+    assert values[-1] < values[0] - 1e-3, values
+
+
+@pytest.mark.parametrize("case", [*COUPLED, "dpo", "plackett_luce", "tdpo", "ipo, WPO"])
+def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches, start):
+    sgd = optax.identity()
+    nudged = jax.tree.map(lambda x: x * 1.1, start)  # where policy and reference differ
+    found = []
+    for micro_rows in (0, 8):
+        step, rows, hyper = prepare(case, batches, micro_rows, sgd, rate=1.0)
+        state, report = step(state_of(nudged, sgd), rows, hyper, start)
+        moved = jax.tree.map(jnp.subtract, state.params, nudged)
+        found.append((moved, state.baseline, report.metrics["loss"]))
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[0][0]))
+    assert scale > 1e-4
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, scale))
+    jax.tree.map(close, *found)
+
+
+@pytest.mark.parametrize("case", ["aot", "kto", "bco"])
+def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, start):
+    sgd = optax.identity()
+    nudged = jax.tree.map(lambda x: x * 1.1, start)
+    step, rows, hyper = prepare(case, batches, 8, sgd, rate=1.0)
+    one, _ = step(state_of(nudged, sgd), rows, hyper)
+    mesh = sharding.make_mesh(4, 2, 1)
+    with jax.set_mesh(mesh):
+        placed = sharding.put_rows(jax.tree.map(np.asarray, rows), mesh)
+        eight, _ = step(state_of(nudged, sgd), placed, hyper)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, one.params, eight.params)
