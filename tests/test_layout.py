@@ -5,10 +5,11 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = [
-    {"losses", "logprobs", "theory"},
+    {"losses", "logprobs", "theory", "rl"},
     {"sharding"},
     {"models"},
     {"data"},
+    {"sampling"},
     {"training"},
     {"methods"},
     {"evaluation"},
@@ -43,7 +44,8 @@ def test_imports_flow_down():
 
 def test_losses_and_log_probs_import_nothing_of_dpojax():
     package = ROOT / "dpojax"
-    for path in [package / "logprobs.py", package / "theory.py", *package.glob("losses/*.py")]:
+    alone = [package / name for name in ("logprobs.py", "theory.py", "rl.py")]
+    for path in [*alone, *package.glob("losses/*.py")]:
         own = {"losses"} if path.parent.name == "losses" else set()
         assert set(imported(path)) <= own, path
 

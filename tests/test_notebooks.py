@@ -9,6 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from dpojax import losses
+from tests import finished_frontier
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -28,6 +29,14 @@ NOT_DRAWN = {
 def code_cells(path: pathlib.Path) -> list[dict]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.fixture(autouse=True)
+def finished_run(tmp_path_factory, monkeypatch):
+    """A small frontier run, where the notebook looks for one."""
+    folder = tmp_path_factory.mktemp("frontier")
+    finished_frontier.write(folder)
+    monkeypatch.setenv("DPOJAX_FRONTIER", str(folder))
 
 
 def test_there_is_a_notebook():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def attention_mask(rows, window: int | None = None) -> Array:
 class Context(NamedTuple):
     """What all layers share: a mask per distinct window, cosine and sine per distinct rope."""
 
-    masks: tuple[Array, ...]
+    masks: tuple  # of whatever the function that mixes the heads takes: arrays, or trees of them
     angles: tuple[tuple[Array, Array], ...]
 
 
@@ -67,11 +68,11 @@ class Layer(NamedTuple):
     angle: Array
 
 
-def context(config: DecoderConfig, rows) -> Context:
-    """Masks and angles of these rows, computed once for all layers."""
-    masks = tuple(attention_mask(rows, window) for window in _distinct(_windows(config)))
+def context(config: DecoderConfig, positions: Array, mask: Callable[[int | None], Any]) -> Context:
+    """Masks (by window) and angles of tokens at these positions, computed once for all layers."""
+    masks = tuple(mask(window) for window in _distinct(_windows(config)))
     ropes = [rope for rope in _distinct(_ropes(config)) if rope is not None]
-    return Context(masks, tuple(cos_sin(rope, config.head_dim, rows.positions) for rope in ropes))
+    return Context(masks, tuple(cos_sin(rope, config.head_dim, positions) for rope in ropes))
 
 
 def layer_constants(config: DecoderConfig) -> Layer:
@@ -130,6 +131,15 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x: Array, context: Context, layer: Layer) -> Array:
+        return self.mix(x, context, layer, attend_among)[0]
+
+    def mix(
+        self, x: Array, context: Context, layer: Layer, attend: Callable
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """The same with any `attend`, which also says what to keep of the layer.
+
+        attend(query, key, value, mask, scale, *, softcap) -> (mixed, kept): as `attend_among`.
+        """
         query, key, value = (
             constrain(dense(x), ROWS, None, "tensor", None)
             for dense in (self.query, self.key, self.value)
@@ -141,8 +151,13 @@ class Attention(nnx.Module):
             query = rotate(query, cos, sin, interleaved=self.interleaved)
             key = rotate(key, cos, sin, interleaved=self.interleaved)
         mask = _choose(context.masks, layer.mask)
-        mixed = attend(query, key, value, mask, layer.scale, softcap=self.softcap)
-        return self.out(constrain(mixed, ROWS, None, "tensor", None))
+        mixed, kept = attend(query, key, value, mask, layer.scale, softcap=self.softcap)
+        return self.out(constrain(mixed, ROWS, None, "tensor", None)), kept
+
+
+def attend_among(query, key, value, mask, scale, *, softcap=None):
+    """`attend` among the given tokens; their keys and values are what to keep."""
+    return attend(query, key, value, mask, scale, softcap=softcap), (key, value)
 
 
 def attend(

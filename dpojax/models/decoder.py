@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,19 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from dpojax.logprobs import Head
-from dpojax.models.attention import Attention, Context, Layer, context, layer_constants
+from dpojax.logprobs import Head, logits_of
+from dpojax.models import cache
+from dpojax.models.attention import (
+    Attention,
+    Context,
+    Layer,
+    PlainRows,
+    attend_among,
+    attention_mask,
+    context,
+    layer_constants,
+)
+from dpojax.models.cache import Branches, Prompts
 from dpojax.models.config import DecoderConfig
 from dpojax.models.layers import ACTIVATIONS, Mlp, Norm, product
 from dpojax.sharding import ROWS, constrain
@@ -49,6 +61,12 @@ class Model(NamedTuple):
     head(params) -> Head, its weight [vocab_size, width] the embedding table where tied.
     scores(params, hidden [..., width]) -> float32 [...]: one number per token, of a model with
       `scalar_head`, which has no `head`.
+    prefill(params, tokens [B, P], lengths [B]) -> (hidden [B, width] at each prompt's last token,
+      Prompts). Prompts are padded on the right; of length 0: a dummy, whose hidden means nothing.
+    decode(params, tokens [B, N], branches, slot) -> (hidden [B, N, width], branches): reads the
+      token in `slot` (int32 scalar, 0 first) of each of N branches (`cache.branch`) of B prompts.
+    cast(params) -> params whose products' weights are in the compute dtype, to do once what the
+      others do in every call; nothing that they compute changes.
     """
 
     config: DecoderConfig
@@ -56,6 +74,9 @@ class Model(NamedTuple):
     apply: Callable[..., Array]
     head: Callable[[Params], Head]
     scores: Callable[[Params, Array], Array] | None = None
+    prefill: Callable[..., tuple[Array, Prompts]] | None = None
+    decode: Callable[..., tuple[Array, Branches]] | None = None
+    cast: Callable[[Params], Params] | None = None
 
 
 def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "none") -> Model:
@@ -99,7 +120,22 @@ def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "non
         weight = params["score"]["kernel"].astype(hidden.dtype)
         return product("...d,od->...o", hidden, weight, dtype=jnp.float32)[..., 0]
 
-    return Model(config, init, apply, head, scores)
+    def prefill(params: Params, tokens: Array, lengths: Array) -> tuple[Array, Prompts]:
+        return nnx.merge(graphdef, params).prefill(tokens, lengths)
+
+    def decode(
+        params: Params, tokens: Array, branches: Branches, slot: Array
+    ) -> tuple[Array, Branches]:
+        return nnx.merge(graphdef, params).decode(tokens, branches, slot)
+
+    def cast(params: Params) -> Params:
+        def one(keys, leaf):
+            in_product = keys[-1].key in ("kernel", "tokens", "positions")
+            return leaf.astype(compute_dtype) if in_product else leaf
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return Model(config, init, apply, head, scores, prefill, decode, cast)
 
 
 def logits(model: Model, params: Params, rows) -> Array:
@@ -107,13 +143,7 @@ def logits(model: Model, params: Params, rows) -> Array:
 
     Training reads log-probs through `dpojax.logprobs`, which never builds this array.
     """
-    hidden, head = model.apply(params, rows), model.head(params)
-    z = product("rtd,vd->rtv", hidden, head.weight.astype(hidden.dtype), dtype=jnp.float32)
-    if head.scale is not None:
-        z = z * head.scale
-    if head.bias is not None:
-        z = z + head.bias.astype(jnp.float32)[None, None]
-    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+    return logits_of(model.apply(params, rows), model.head(params))
 
 
 class Embed(nnx.Module):
@@ -163,19 +193,22 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: Array, context: Context, layer: Layer) -> Array:
+    def __call__(
+        self, x: Array, context: Context, layer: Layer, attend: Callable = attend_among
+    ) -> tuple[Array, Any]:
+        """The new x, and what `attend` keeps of this layer."""
         normed = self.attention_norm(x)
-        attended = self.attention(normed, context, layer)
+        attended, kept = self.attention.mix(normed, context, layer, attend)
         if self.parallel:
             normed = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return constrain(x + attended + self.mlp(normed), ROWS, None, None)
+            return constrain(x + attended + self.mlp(normed), ROWS, None, None), kept
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         x = constrain(x + attended, ROWS, None, None)
         hidden = self.mlp(self.mlp_norm(x))
         if self.mlp_post_norm is not None:
             hidden = self.mlp_post_norm(hidden)
-        return constrain(x + hidden, ROWS, None, None)
+        return constrain(x + hidden, ROWS, None, None), kept
 
 
 class Decoder(nnx.Module):
@@ -194,14 +227,56 @@ class Decoder(nnx.Module):
         self.score = Output(1, config, rngs) if config.scalar_head else None
 
     def __call__(self, rows) -> Array:
-        shared = context(self.config, rows)
+        shared = self._context(rows)
 
         def body(x, block_and_layer):
             block, layer = block_and_layer
-            return block(x, shared, layer), None
+            return block(x, shared, layer)[0], None
 
         # The scan is itself the barrier that prevent_cse would add.
         body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
         x, _ = jax.lax.scan(body, x, (self.blocks, layer_constants(self.config)))
         return self.final_norm(x)
+
+    def prefill(self, tokens: Array, lengths: Array) -> tuple[Array, Prompts]:
+        """See `Model.prefill`."""
+        column = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+        real = column < lengths[:, None]
+        # Padding is token 0 at position 0: both are in their tables, so it cannot be NaN.
+        tokens, positions = jnp.where(real, tokens, 0), jnp.where(real, column, 0)
+        rows = PlainRows(tokens, positions, real.astype(jnp.int32), jnp.zeros_like(tokens))
+        shared = self._context(rows)
+
+        def body(x, block_and_layer):
+            block, layer = block_and_layer
+            x, (key, value) = block(x, shared, layer)
+            return x, (cache.by_head(key), cache.by_head(value))
+
+        x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
+        x, (keys, values) = jax.lax.scan(body, x, (self.blocks, layer_constants(self.config)))
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        x = jnp.take_along_axis(x, last, axis=1)
+        return self.final_norm(x)[:, 0], Prompts(keys, values, lengths)
+
+    def decode(self, tokens: Array, branches: Branches, slot: Array) -> tuple[Array, Branches]:
+        """See `Model.decode`."""
+        lengths = branches.prompts.lengths
+        positions = jnp.broadcast_to(lengths[:, None] + slot, tokens.shape)
+        shared = context(self.config, positions, partial(cache.visible, branches, slot))
+
+        def body(carry, block_and_layer):
+            x, branches = carry
+            block, layer, index = block_and_layer
+            attend = partial(cache.attend_cached, branches, index, slot)
+            return block(x, shared, layer, attend), None
+
+        rows = PlainRows(tokens, positions, tokens, tokens)
+        x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
+        indices = jnp.arange(self.config.layers)
+        layers = (self.blocks, layer_constants(self.config), indices)
+        (x, branches), _ = jax.lax.scan(body, (x, branches), layers)
+        return self.final_norm(x), branches
+
+    def _context(self, rows) -> Context:
+        return context(self.config, rows.positions, partial(attention_mask, rows))

@@ -1,0 +1,281 @@
+"""The reward-KL frontier: what methods reached, what best-of-n reaches, and which lies below which.
+
+All in NumPy float64. Rewards are exact numbers of sampled responses in any unit, KL is of whole
+sequences in nats, and standard errors are over prompts unless a field says otherwise. What can be
+reached at all stands in `optimum.py`.
+
+>>> print(mean_over_prompts([1.0, 2.0, 3.0]).value)
+2.0
+>>> pareto_hull(kl=[2.0, 1.0, 3.0], reward=[0.6, 0.5, 0.4]).tolist()
+[1, 0]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error; nan where there is none."""
+
+    value: Array | float
+    error: Array | float
+
+
+class Points(NamedTuple):
+    """Measured points of a method, arrays [points]; errors are standard errors."""
+
+    kl: Array
+    reward: Array
+    kl_error: Array
+    reward_error: Array
+
+
+class Shortfall(NamedTuple):
+    """How far one hull lies below another where it does most; negative if it never does."""
+
+    reward: float  # the largest, in units of reward
+    reward_at: float  # the KL where that is
+    sigmas: float  # the largest in standard errors of the difference
+    sigmas_at: float
+
+
+def mean_over_prompts(values: ArrayLike, prompts: ArrayLike | None = None) -> Estimate:
+    """The mean of samples, with a standard error that knows which samples share a prompt.
+
+    error^2 = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2 over G prompts; with one sample
+    a prompt it is the usual s / sqrt(n). Nan from a single prompt.
+
+    Args:
+      values: [samples].
+      prompts: [samples], any labels; None if each sample has its own prompt.
+
+    Raises:
+      ValueError: no samples, or shapes that differ.
+
+    >>> print(mean_over_prompts([1.0, 1.0, 3.0, 3.0], prompts=["a", "a", "b", "b"]))
+    Estimate(value=2.0, error=1.0)
+    """
+    values = np.asarray(values, np.float64)
+    labels = np.arange(len(values)) if prompts is None else np.asarray(prompts)
+    if values.ndim != 1 or not len(values) or labels.shape != values.shape:
+        raise ValueError(
+            f"mean_over_prompts: need values [samples] and as many prompts, got shapes "
+            f"{values.shape} and {labels.shape}"
+        )
+    mean = values.mean()
+    _, group = np.unique(labels, return_inverse=True)
+    residuals = np.bincount(group, values - mean)
+    if len(residuals) < 2:
+        return Estimate(float(mean), np.nan)
+    variance = len(residuals) / (len(residuals) - 1) * (residuals**2).sum() / len(values) ** 2
+    return Estimate(float(mean), float(np.sqrt(variance)))
+
+
+def sequence_kl(
+    policy: ArrayLike, reference: ArrayLike, prompts: ArrayLike | None = None
+) -> Estimate:
+    """KL(policy || reference), nats, as the mean log-ratio of responses that the policy sampled.
+
+    Args:
+      policy, reference: log-probs of the same responses, sampled at temperature 1 from all of the
+        vocabulary, [samples]; a truncated response counts with the tokens that it has.
+      prompts: as for `mean_over_prompts`.
+
+    >>> print(sequence_kl([-1.0, -2.0], [-1.5, -3.5]))
+    Estimate(value=1.0, error=0.5)
+    """
+    ratio = np.asarray(policy, np.float64) - np.asarray(reference, np.float64)
+    return mean_over_prompts(ratio, prompts)
+
+
+def sequence_kl_of_tokens(
+    token_kl: ArrayLike, mask: ArrayLike, prompts: ArrayLike | None = None
+) -> Estimate:
+    """`sequence_kl` from the exact KL of the next-token distributions along each sample.
+
+    The Rao-Blackwell form (Amini et al. 2025): the same expectation, each token's log-ratio
+    replaced by its mean over the vocabulary. Never negative, and of less variance.
+
+    Args:
+      token_kl, mask: [samples, tokens], nats; what the mask leaves out may be anything.
+      prompts: as for `mean_over_prompts`.
+
+    >>> print(sequence_kl_of_tokens([[0.5, 0.5], [1.0, 9.0]], [[1, 1], [1, 0]]))
+    Estimate(value=1.0, error=0.0)
+    """
+    kept = np.where(np.asarray(mask, bool), np.asarray(token_kl, np.float64), 0)
+    return mean_over_prompts(kept.sum(-1), prompts)
+
+
+def best_of_n(rewards: ArrayLike, n: int) -> Estimate:
+    """Expected reward of the best of n responses, from m >= n of each prompt, without bias.
+
+    The mean over all subsets of n: sum_i C(i - 1, n - 1) / C(m, n) r_(i), r_(i) the i-th smallest.
+
+    Args:
+      rewards: of samples of the reference, [prompts, m].
+      n: in [1, m].
+
+    Raises:
+      ValueError: n is out of range.
+
+    >>> print(best_of_n([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], n=2).value)  # (1 + 2 + 2) / 3
+    1.6666666666666665
+    """
+    rewards = checked_rewards(rewards, "best_of_n")
+    m = rewards.shape[1]
+    _check_n(n, m, "best_of_n")
+    # From the largest down: C(i-1, n-1) / C(i, n-1) = (i - n + 1) / i, and n / m for i = m.
+    i = np.arange(m - 1, 0, -1)
+    weights = n / m * np.cumprod(np.concatenate([[1.0], np.maximum(i - n + 1, 0) / i]))
+    return mean_over_prompts(np.sort(rewards)[:, ::-1] @ weights)
+
+
+def best_of_n_kl_bound(n: ArrayLike) -> Array:
+    """log n - (n - 1) / n, nats: the KL of best-of-n where no two responses tie, else a bound.
+
+    Stiennon et al. 2020, appendix G.3; an upper bound by Beirami et al. 2024.
+
+    >>> print(f"{best_of_n_kl_bound(4):.4f}")
+    0.6363
+    """
+    n = np.asarray(n, np.float64)
+    return np.log(n) - (n - 1) / n
+
+
+def best_of_n_kl(rewards: ArrayLike, n: int) -> Estimate:
+    """KL(best of n || reference), nats, with the ties of the rewards taken into account.
+
+    The density ratio of a response whose reward is r is (F(r)^n - F(r-)^n) / (F(r) - F(r-)), with
+    F the distribution of rewards under the reference; where r has no mass of its own it is
+    n F(r)^(n-1). F is that of the prompt's samples: a reward that came twice is an atom, one that
+    came once is taken for a point of a continuous part, exact if there are no ties at all.
+    Assumes that a tie is broken without regard to the response.
+
+    Args:
+      rewards: of samples of the reference, [prompts, m].
+      n: in [1, m].
+
+    Raises:
+      ValueError: n is out of range.
+
+    >>> print(f"{best_of_n_kl([[0.0, 1.0, 2.0, 3.0]], n=4).value:.4f}")  # no ties: the bound
+    0.6363
+    >>> print(best_of_n_kl([[1.0, 1.0, 1.0, 1.0]], n=4).value)  # all alike: nothing is chosen
+    0.0
+    """
+    rewards = checked_rewards(rewards, "best_of_n_kl")
+    _check_n(n, rewards.shape[1], "best_of_n_kl")
+    return mean_over_prompts([_best_of_n_kl(row, n) for row in rewards])
+
+
+def pareto_hull(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
+    """Indices of the points that no other beats in reward at no more KL, by rising KL.
+
+    Of equal points the first stays; a point with a nan does not.
+
+    Args:
+      kl, reward: [points].
+
+    >>> pareto_hull([2.0, 1.0, 3.0], [0.6, 0.5, 0.4]).tolist()
+    [1, 0]
+    """
+    kl, reward = np.asarray(kl, np.float64), np.asarray(reward, np.float64)
+    known = np.flatnonzero(~(np.isnan(kl) | np.isnan(reward)))
+    order = known[np.lexsort((-reward[known], kl[known]))]
+    if not len(order):
+        return order
+    before = np.maximum.accumulate(np.concatenate([[-np.inf], reward[order]]))[:-1]
+    return order[reward[order] > before]
+
+
+def hull_below(lower: Points, upper: Points) -> Shortfall:
+    """How far the first method's hull lies below the second's, over the KLs that both span.
+
+    Hulls are straight lines between their points, so the largest gap of reward is at a point of
+    one of them, and all of those in the common range are tried. The standard error of a hull at a
+    KL is that of its reward and, through its slope, of its KL, interpolated; those of the hulls
+    are added as if independent, which prompts in common make too large. The largest of many
+    differences is large by chance too: 2 standard errors there are weak evidence.
+
+    Returns:
+      All nan if the hulls have no KL in common.
+
+    >>> zeros = np.zeros(2)
+    >>> a = Points(np.array([0.0, 2.0]), np.array([0.0, 1.0]), zeros, zeros + 0.1)
+    >>> b = Points(np.array([0.0, 1.0]), np.array([0.0, 0.8]), zeros, zeros + 0.1)
+    >>> gap = hull_below(a, b)
+    >>> print(f"{gap.reward:.1f} at {gap.reward_at:.0f} nats, {gap.sigmas:.2f} standard errors")
+    0.3 at 1 nats, 2.12 standard errors
+    """
+    hulls = [_hull(points) for points in (lower, upper)]
+    if not all(len(hull.kl) for hull in hulls):
+        return Shortfall(*[np.nan] * 4)
+    start, stop = max(h.kl[0] for h in hulls), min(h.kl[-1] for h in hulls)
+    grid = np.unique(np.concatenate([h.kl for h in hulls]))
+    grid = grid[(grid >= start) & (grid <= stop)]
+    if not len(grid):
+        return Shortfall(*[np.nan] * 4)
+    low, high = (np.interp(grid, h.kl, h.reward) for h in hulls)
+    error = np.hypot(*(np.interp(grid, h.kl, _error_at_kl(h)) for h in hulls))
+    gap = high - low
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sigmas = np.where(gap == 0, 0.0, gap / error)
+    most, surest = int(gap.argmax()), int(sigmas.argmax())
+    return Shortfall(
+        float(gap[most]), float(grid[most]), float(sigmas[surest]), float(grid[surest])
+    )
+
+
+def checked_rewards(rewards: ArrayLike, caller: str) -> Array:
+    """Rewards [prompts, samples] in float64.
+
+    Raises:
+      ValueError: another shape, nothing in it, or a reward that is not finite.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if rewards.ndim != 2 or not rewards.size:
+        raise ValueError(f"{caller}: rewards must be [prompts, samples], got {rewards.shape}")
+    if not np.isfinite(rewards).all():
+        where = np.argwhere(~np.isfinite(rewards))[0].tolist()
+        raise ValueError(f"{caller}: the reward of [prompt, sample] {where} is not finite")
+    return rewards
+
+
+def _check_n(n: int, m: int, caller: str) -> None:
+    if not 1 <= n <= m:
+        raise ValueError(f"{caller}: n must be from 1 to the {m} samples of a prompt, got {n}")
+
+
+def _best_of_n_kl(rewards: Array, n: int) -> float:
+    _, counts = np.unique(rewards, return_counts=True)
+    above = np.cumsum(counts) / len(rewards)
+    below = above - counts / len(rewards)
+    below[0] = 0.0
+    chosen = above**n - below**n
+    some = chosen > 0  # a level whose probability underflows contributes nothing
+    ratio = np.log(np.where(some, chosen, 1.0) / (counts / len(rewards)))
+    atoms = np.where(some, chosen * ratio, 0.0)
+
+    def antiderivative(u):  # of n u^(n-1) log(n u^(n-1))
+        log = np.log(np.where(u > 0, u, 1.0))
+        return u**n * (np.log(n) + (n - 1) * log - (n - 1) / n)
+
+    points = antiderivative(above) - antiderivative(below)
+    return float(np.where(counts > 1, atoms, points).sum())
+
+
+def _hull(points: Points) -> Points:
+    index = pareto_hull(points.kl, points.reward)
+    return Points(*(np.asarray(x, np.float64)[index] for x in points))
+
+
+def _error_at_kl(hull: Points) -> Array:
+    slope = np.gradient(hull.reward, hull.kl) if len(hull.kl) > 1 else np.zeros(1)
+    return np.hypot(hull.reward_error, slope * hull.kl_error)

@@ -1,0 +1,266 @@
+"""The figure of a frontier run: reward against KL of every checkpoint, under the theoretical limit.
+
+Below it stands the share of the optimal gain that each method's Pareto hull reaches. Bars and the
+band around the limit are two standard errors to either side.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from dpojax.evaluation import frontier_points
+from dpojax.evaluation.frontier import Estimate
+from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point
+from dpojax.evaluation.optimum import (
+    Optimum,
+    optimal_reward_at,
+    share_of_optimal_gain,
+    trusted_up_to,
+)
+from dpojax.evaluation.plots import BLUE, GREEN, GREY, PURPLE, STYLE, VERMILLION
+
+# Okabe and Ito's colours again, and a shape each, so that no method is told by its colour alone.
+LOOKS = {
+    "dpo": (BLUE, "o"),
+    "online_dpo": ("#56B4E9", "s"),
+    "ppo": (VERMILLION, "^"),
+    "ppo_gt": ("#E69F00", "D"),
+    BEST_OF_N: ("#333333", "*"),
+    "unlikelihood": (PURPLE, "v"),
+    "preferred_ft": (GREEN, "p"),
+    REFERENCE: (GREY, "."),
+}
+SPARE = [("#7A5C00", "X"), (GREEN, "h"), (PURPLE, "<"), (GREY, "P"), (VERMILLION, ">")]
+SIZE, DPI = (7.0, 5.9), 200  # inches: a README's 700 pixels, and a paper's text width
+BARS = 2.0  # standard errors
+CAPTION = "faint: every checkpoint of every run; lines: Pareto hulls; bars and band: ± 2 s.e."
+TICKS = [0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100]
+TRIES = [(side, rise) for rise in (0, 1, -1, 2, -2, 3, -3, 4, -4) for side in (1, 0, -1)]
+
+
+def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
+    """Every point with finite KL and reward, the hull of each method, limit, best-of-n and base.
+
+    KL runs on a square-root scale, in which the limit starts as a straight line. Best-of-n stands
+    at its exact bound of the KL, with an open mark where its measured KL is lower. The limit stops
+    where it is no longer trusted, and so do the shares below.
+
+    Args:
+      base: of the reference itself, at KL 0.
+    """
+    methods = frontier_points.by_method(filter(frontier_points.is_finite, points))
+    looks = looks_of(methods)
+    with matplotlib.rc_context(STYLE):
+        drawn = Figure(SIZE, dpi=DPI, layout="constrained")
+        rewards, shares = drawn.subplots(2, 1, sharex=True, height_ratios=(2.9, 1))
+        _sqrt_scale(rewards, max([p.kl for p in points if frontier_points.is_finite(p)], default=1))
+        _limit(rewards, optimum)
+        for method, members in methods.items():
+            draw = _best_of_n if method == BEST_OF_N else _method
+            draw(rewards, members, *looks[method])
+            _shares(shares, members, optimum, base, *looks[method])
+        rewards.plot(base.kl, base.reward, "o", ms=7, mfc="white", mec="black", mew=1.4, zorder=6)
+        rewards.set_ylabel("mean reward")
+        rewards.set_title(CAPTION, fontsize=7.5, weight="normal", color=GREY)
+        _dress_shares(shares, optimum)
+        drawn.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
+        _label(rewards, _ends(methods, looks, optimum, base))
+    return drawn
+
+
+def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | os.PathLike) -> None:
+    """Writes `figure` to each path (png, pdf or svg by its suffix), each all or nothing.
+
+    Args:
+      paths: their folders must exist.
+    """
+    drawn = figure(points, optimum, base)
+    for path in map(pathlib.Path, paths):
+        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        dated = {"CreationDate": None} if path.suffix == ".pdf" else None
+        try:
+            with matplotlib.rc_context(STYLE):
+                drawn.savefig(temporary, metadata=dated)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def looks_of(methods: Sequence[str] | Mapping) -> dict[str, tuple[str, str]]:
+    """Colour and mark of each method: its own, or a spare one for a loss that has none."""
+    others = [method for method in methods if method not in LOOKS]
+    spare = {method: SPARE[i % len(SPARE)] for i, method in enumerate(others)}
+    return {method: LOOKS.get(method) or spare[method] for method in methods}
+
+
+def _sqrt_scale(axes: Axes, largest: float) -> None:
+    forward = lambda x: np.sign(x) * np.sqrt(np.abs(x))  # a measured KL may lie just below 0
+    axes.set_xscale("function", functions=(forward, lambda x: np.sign(x) * x**2))
+    axes.set_xlim(-0.002 * largest, 1.1 * largest)
+    axes.xaxis.set_major_locator(FixedLocator([0, *(t for t in TICKS if t > largest / 200)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+
+
+def _limit(axes: Axes, optimum: Optimum) -> None:
+    end = trusted_up_to(optimum)
+    if np.isnan(end):
+        return
+    kl = end * np.linspace(0, 1, 400) ** 2
+    best = optimal_reward_at(kl, optimum)
+    low, high = best.value - BARS * best.error, best.value + BARS * best.error
+    axes.fill_between(kl, low, high, color="black", alpha=0.13, lw=0)
+    axes.plot(kl, best.value, color="black", lw=2, zorder=4, label="limit")
+
+
+def _method(axes: Axes, points: Sequence[Point], color: str, mark: str) -> None:
+    kl, reward = [p.kl for p in points], [p.reward for p in points]
+    axes.scatter(kl, reward, s=13, c=color, marker=mark, alpha=0.28, lw=0, zorder=2)
+    hull = frontier_points.arrays(frontier_points.hull(points))
+    axes.plot(hull.kl, hull.reward, color=color, lw=1.7, zorder=3)
+    axes.errorbar(
+        hull.kl,
+        hull.reward,
+        BARS * hull.reward_error,
+        BARS * hull.kl_error,
+        fmt=mark,
+        color=color,
+        ms=4.5,
+        mec="white",
+        mew=0.5,
+        elinewidth=0.7,
+        ecolor=(color, 0.6),
+        zorder=3.5,
+    )
+
+
+def _best_of_n(axes: Axes, points: Sequence[Point], color: str, mark: str) -> None:
+    bound = sorted(map(frontier_points.at_the_bound, points), key=lambda p: p.kl)
+    x, y = [p.kl for p in bound], [p.reward for p in bound]
+    axes.plot(x, y, ls=(0, (1, 1.2)), color=color, lw=1.3, zorder=4)
+    axes.plot(x, y, mark, color=color, ms=8, mec="white", mew=0.6, zorder=5)
+    lower = [p for p in points if p.kl < 0.98 * frontier_points.at_the_bound(p).kl]
+    axes.plot(
+        [p.kl for p in lower], [p.reward for p in lower], mark, ms=6, mfc="none", mec=color, mew=0.7
+    )
+
+
+def _shares(
+    axes: Axes, points: Sequence[Point], optimum: Optimum, base: Point, color: str, mark: str
+) -> None:
+    hull = frontier_points.arrays(frontier_points.hull(map(frontier_points.at_the_bound, points)))
+    share = share_of_optimal_gain(
+        hull.reward,
+        hull.kl,
+        optimum,
+        base=Estimate(base.reward, base.reward_error),
+        reward_error=hull.reward_error,
+        kl_error=hull.kl_error,
+    )
+    style = dict(color=color, ms=7 if mark == "*" else 4, mec="white", mew=0.5, elinewidth=0.7)
+    axes.plot(hull.kl, share.value, color=color, lw=1.1, alpha=0.7)
+    axes.errorbar(hull.kl, share.value, BARS * share.error, fmt=mark, ecolor=(color, 0.6), **style)
+
+
+def _dress_shares(axes: Axes, optimum: Optimum) -> None:
+    end = trusted_up_to(optimum)
+    axes.axhline(1, color="black", lw=1.5, zorder=1.5)
+    if np.isfinite(end) and end < axes.get_xlim()[1]:
+        axes.axvspan(end, axes.get_xlim()[1], color="#F2F2F2", lw=0, zorder=0)
+        axes.annotate(
+            "limit not known here",
+            ((end + axes.get_xlim()[1]) / 2, 0.5),
+            xycoords=axes.get_xaxis_transform(),
+            ha="center",
+            va="center",
+            color=GREY,
+        )
+    axes.set_ylim(0, 1.19)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("share of\noptimal gain")
+    axes.set_xlabel("KL(policy || reference), nats per sequence")
+
+
+def _ends(
+    methods: Mapping[str, Sequence[Point]], looks: Mapping, optimum: Optimum, base: Point
+) -> list[tuple[str, float, float, str]]:
+    """What is named in the figure: text, KL, reward and colour."""
+    ends = []
+    for method, members in methods.items():
+        last = frontier_points.hull(map(frontier_points.at_the_bound, members))[-1]
+        ends.append((frontier_points.name(method), last.kl, last.reward, looks[method][0]))
+    steep = 0.12 * trusted_up_to(optimum)  # to the left of the limit there is never a mark
+    if np.isfinite(steep):
+        best = float(optimal_reward_at(steep, optimum).value)
+        ends.append(("theoretical limit", steep, best, "black"))
+    return [*ends, ("SFT (reference)", base.kl, base.reward, "black")]
+
+
+def _label(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Names each end beside it, where the text hides the least of the marks and of other names."""
+    axes.figure.draw_without_rendering()  # so that places are known
+    marks = [
+        axes.transData.transform(xy)
+        for artist in (*axes.collections, *axes.lines)
+        for xy in _drawn_at(artist)
+    ]
+    marks, taken = np.array(marks).reshape(-1, 2), []
+    for text, kl, reward, color in sorted(ends, key=lambda end: -end[1]):
+        label = axes.annotate(
+            text, (kl, reward), (0, 0), textcoords="offset points", va="center", zorder=7,
+            color=_dark(color), weight="bold", annotation_clip=False,
+        )  # fmt: skip
+        label.set_in_layout(False)
+        label.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
+        cost = lambda step, label=label: (
+            _cost(_move(label, step), axes, marks, taken) + 5 * abs(step[1])
+        )
+        best = min(TRIES, key=cost)
+        taken.append(_move(label, best))
+
+
+def _move(label: Annotation, step: tuple[int, int]) -> np.ndarray:
+    """Puts the label so many steps right and up of its point; its corners [2, 2] in pixels."""
+    label.set_position((8 * step[0], 11 * step[1]))
+    label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[step[0]])
+    return label.get_window_extent().get_points()
+
+
+def _cost(box: np.ndarray, axes: Axes, marks: np.ndarray, taken: Sequence[np.ndarray]) -> float:
+    (x0, y0), (x1, y1) = box
+    inside = axes.bbox.get_points()
+    outside = x0 < inside[0, 0] or y0 < inside[0, 1] or x1 > inside[1, 0] or y1 > inside[1, 1]
+    hidden = ((marks > box[0]) & (marks < box[1])).all(1).sum()
+    clash = sum((box[0] < other[1]).all() and (other[0] < box[1]).all() for other in taken)
+    return 1000 * clash + 500 * outside + hidden
+
+
+def _drawn_at(artist) -> np.ndarray:
+    """Where an artist draws, in units of the data: lines are followed, bands count for nothing."""
+    if hasattr(artist, "get_xydata"):
+        xy = np.asarray(artist.get_xydata(), float)
+        if artist.get_linestyle() == "None" or len(xy) < 2:
+            return xy
+        steps = np.linspace(0, len(xy) - 1, 60 * (len(xy) - 1) + 1 if len(xy) < 50 else len(xy))
+        at = np.arange(len(xy))
+        return np.stack([np.interp(steps, at, xy[:, i]) for i in (0, 1)], axis=1)
+    return (
+        np.asarray(artist.get_offsets()) if isinstance(artist, PathCollection) else np.zeros((0, 2))
+    )
+
+
+def _dark(color: str) -> np.ndarray:
+    """The colour, dark enough for text on white."""
+    return 0.7 * np.array(matplotlib.colors.to_rgb(color))

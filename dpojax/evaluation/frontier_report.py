@@ -1,0 +1,349 @@
+"""The Markdown report of a frontier run: what follows from its points, a table, samples.
+
+Every sentence is computed from the points, and says so where they leave a question open. A claim
+needs more than `CLAIM` standard errors; "±" in the table is one standard error.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpojax.evaluation import frontier_points
+from dpojax.evaluation.frontier import Estimate, Shortfall, hull_below
+from dpojax.evaluation.frontier_points import Point
+from dpojax.evaluation.optimum import (
+    Optimum,
+    above_limit,
+    optimal_reward_at,
+    share_of_optimal_gain,
+    trusted_up_to,
+)
+
+TARGETS = (1.0, 3.0, 6.0, 10.0)  # nats
+NEAR = 1.5  # a hull point stands for a target if the ratio of the KLs is less
+CLAIM = 2.0  # standard errors
+CHANCE = 0.5 * math.erfc(CLAIM / math.sqrt(2))  # that a normal error exceeds it on one side
+STOPPED = 0.95  # fewer responses that ended by EOS than this are remarked upon
+
+Samples = Mapping[str, Mapping[str, Sequence[tuple[str, float]]]]
+
+
+class Row(NamedTuple):
+    """One line of the table: a point of a method's hull, and the limit at its KL."""
+
+    near: float  # the target of `TARGETS`, nats; nan for the end of the hull
+    point: Point
+    optimal: Estimate
+    share: Estimate
+
+
+def report(
+    points: Sequence[Point],
+    optimum: Optimum,
+    base: Point,
+    samples: Samples,
+    environment: Mapping[str, object],
+    *,
+    seconds: Mapping[str, float] | None = None,
+    figure: str = "frontier.png",
+) -> str:
+    """The report as Markdown.
+
+    Args:
+      base: of the reference itself, at KL 0.
+      samples: method -> prompt -> pairs (response, reward).
+      environment: what to know of the machine and the versions, name -> value.
+      seconds: stage -> how long it took; no such section where None.
+      figure: address of the figure, relative to the report.
+    """
+    blocks = ["# Reward against KL from the reference", f"![Reward-KL frontier]({figure})"]
+    blocks += ["## What the points say"]
+    blocks += ["\n".join(f"* {text}" for text in conclusions(points, optimum, base))]
+    blocks += ["## Points of the hulls", _about_the_table(optimum), table(points, optimum, base)]
+    blocks += ["## Samples for the same prompts", *_samples(samples)]
+    rows = [[name, str(value)] for name, value in environment.items()]
+    blocks += ["## Environment", _markdown_table(["", "value"], _escaped(rows))]
+    if seconds is not None:
+        total = {**seconds, "all stages": sum(seconds.values())}
+        rows = [[name, str(datetime.timedelta(seconds=round(s)))] for name, s in total.items()]
+        blocks += ["## Time", _markdown_table(["stage", "h:mm:ss"], _escaped(rows))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def conclusions(points: Sequence[Point], optimum: Optimum, base: Point) -> list[str]:
+    """Sentences that hold for these points: the limit, DPO against each method, what is doubtful.
+
+    A point above the limit by more than `CLAIM` errors cannot be true, and comes first.
+    """
+    placed = [frontier_points.at_the_bound(p) for p in points if frontier_points.is_finite(p)]
+    found = _against_the_limit(placed, optimum)
+    methods = frontier_points.by_method(placed)
+    if "dpo" in methods:
+        found += [_against(methods, other) for other in methods if other != "dpo"]
+    else:
+        found.append("There is no point of DPO with a finite KL and reward to compare.")
+    return found + _doubts(points, base)
+
+
+def rows(points: Sequence[Point], optimum: Optimum, base: Point) -> list[Row]:
+    """The hull points nearest to `TARGETS` in ratio, and each hull's end; by method and KL.
+
+    A hull point stands for the nearest target only, and no point for a target that is further
+    away than a factor of `NEAR`. Points of best-of-n stand at the bound of their KL.
+    """
+    found = []
+    for members in frontier_points.by_method(points).values():
+        hull = frontier_points.hull(map(frontier_points.at_the_bound, members))
+        near = {}
+        for point in hull:
+            ratio, target = min((_ratio(point.kl, t), t) for t in TARGETS)
+            if ratio < min(NEAR, near.get(target, (math.inf,))[0]):
+                near[target] = ratio, point
+        chosen = [(target, point) for target, (_, point) in near.items()]
+        if hull and hull[-1] not in [point for _, point in chosen]:
+            chosen.append((math.nan, hull[-1]))
+        found += [_row(target, point, optimum, base) for target, point in chosen]
+    return found
+
+
+def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
+    """`rows` as a Markdown table with the reference above it, a dash for what is not known."""
+    header = ["method", "near", "run", "KL", "reward", "optimal reward", "share of optimal gain"]
+    header += ["length", "distinct-2", "repetition", "ended", "accuracy"]
+    lines = [["reference", "0", "", "0", _pm(base.reward, base.reward_error), "", "", *_text(base)]]
+    for near, point, optimal, share in rows(points, optimum, base):
+        which = [point.setting, f"seed {point.seed}", f"step {point.step}"]
+        if point.method == frontier_points.BEST_OF_N:
+            which = which[:1]
+        lines.append(
+            [
+                *_escaped([[frontier_points.name(point.method)]])[0],
+                "end" if math.isnan(near) else f"{near:g}",
+                *_escaped([[", ".join(part for part in which if part)]])[0],
+                _pm(point.kl, point.kl_error, 2),
+                _pm(point.reward, point.reward_error),
+                _pm(*optimal),
+                _pm(*share, percent=True),
+                *_text(point),
+            ]
+        )
+    return _markdown_table(header, lines)
+
+
+def by_prompt(lines: Sequence[Mapping]) -> Samples:
+    """`samples` of `report` from lines with method, prompt, response and reward, in their order.
+
+    >>> by_prompt([{"method": "dpo", "prompt": "So", "response": " good", "reward": 0.9}])
+    {'dpo': {'So': [(' good', 0.9)]}}
+    """
+    found = {}
+    for line in lines:
+        texts = found.setdefault(line["method"], {}).setdefault(line["prompt"], [])
+        texts.append((line["response"], line["reward"]))
+    return found
+
+
+def _ratio(a: float, b: float) -> float:
+    return max(a / b, b / a) if a > 0 else math.inf
+
+
+def _row(near: float, point: Point, optimum: Optimum, base: Point) -> Row:
+    share = share_of_optimal_gain(
+        point.reward,
+        point.kl,
+        optimum,
+        base=Estimate(base.reward, base.reward_error),
+        reward_error=point.reward_error,
+        kl_error=point.kl_error,
+    )
+    optimal = optimal_reward_at(point.kl, optimum)
+    return Row(near, point, *(Estimate(*map(float, estimate)) for estimate in (optimal, share)))
+
+
+def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
+    """Whether any point lies where none can; of points with finite KL and reward."""
+    measured = frontier_points.arrays(points)
+    gap = above_limit(
+        measured.reward,
+        measured.kl,
+        optimum,
+        reward_error=measured.reward_error,
+        kl_error=measured.kl_error,
+    )
+    known = np.isfinite(gap.value) & np.isfinite(gap.error)
+    count, left = int(known.sum()), len(points) - int(known.sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sigmas = np.where(known & (gap.value != 0), gap.value / gap.error, -np.inf)
+    above = sigmas > CLAIM
+    rest = f" {left} points could not be compared: the limit or an error is unknown." * (left > 0)
+    if not count:
+        return [f"**Not known: whether a point lies above the theoretical limit.**{rest}"]
+    if not above.any():
+        return [
+            f"No point of the {count} that can be compared lies above the theoretical limit by "
+            f"more than {CLAIM:g} standard errors.{rest}"
+        ]
+    worst = int(sigmas.argmax())
+    return [
+        f"**WARNING: {int(above.sum())} of {count} points lie above the theoretical limit by more "
+        f"than {CLAIM:g} standard errors, which cannot be.** By chance, if every point lay on the "
+        f"limit, it would be about {CHANCE * count:.1f}; otherwise a reward, a KL or the limit is "
+        f"wrong. The worst is {_which(points[worst])}: reward {measured.reward[worst]:.3f} at "
+        f"{measured.kl[worst]:.2f} nats, {gap.value[worst]:.3f} above "
+        f"({sigmas[worst]:.1f} standard errors).{rest}"
+    ]
+
+
+def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
+    """DPO against another method, both ways."""
+    hulls = [frontier_points.arrays(frontier_points.hull(methods[m])) for m in ("dpo", other)]
+    name = _escaped([[frontier_points.name(other)]])[0][0]
+    start, stop = max(h.kl[0] for h in hulls), min(h.kl[-1] for h in hulls)
+    if start > stop:
+        return f"DPO and {name} have no KL in common: not compared."
+    below, over = hull_below(*hulls), hull_below(*hulls[::-1])
+    where = f"between {start:.2f} and {stop:.2f} nats"
+    if math.isnan(below.sigmas) or math.isnan(over.sigmas):
+        return f"DPO and {name} are not compared {where}: a standard error is unknown."
+    behind, ahead = below.sigmas > CLAIM, over.sigmas > CLAIM
+    claims = []
+    if behind:
+        claims.append(f"**DPO lies below {name}**, {_most(below)}")
+    else:
+        claims.append(
+            f"DPO is nowhere below {name} by more than {CLAIM:g} combined standard errors"
+        )
+    if ahead:
+        claims.append(f"{name} lies below DPO, {_most(over)}")
+    else:
+        claims.append(f"{name} is nowhere below DPO by more than that")
+    ends = methods["dpo"], methods[other]
+    beyond = _beyond(*(frontier_points.hull(members)[-1] for members in ends), name)
+    return f"{'; '.join(claims)} ({where}, where both hulls run).{beyond}"
+
+
+def _beyond(dpo: Point, end: Point, name: str) -> str:
+    """What the comparison leaves out: a hull that runs on, beyond the end of DPO's, and higher."""
+    gain, error = end.reward - dpo.reward, math.hypot(end.reward_error, dpo.reward_error)
+    if end.kl <= dpo.kl or not gain > CLAIM * error:
+        return ""
+    return (
+        f" **Beyond that {name} gets higher**: to {end.reward:.3f} at {end.kl:.2f} nats, DPO at no "
+        f"KL higher than {dpo.reward:.3f} (at {dpo.kl:.2f})."
+    )
+
+
+def _most(gap: Shortfall) -> str:
+    return (
+        f"by up to {gap.reward:.3f} at {gap.reward_at:.2f} nats and up to {gap.sigmas:.1f} "
+        f"combined standard errors at {gap.sigmas_at:.2f} nats"
+    )
+
+
+def _doubts(points: Sequence[Point], base: Point) -> list[str]:
+    """What these points do not settle."""
+    found = [
+        "A hull is made of the best of many noisy checkpoints, so it lies a little too high, the "
+        "more so the more runs a method has; the errors do not contain that.",
+    ]
+    unknown = [p for p in points if not frontier_points.is_finite(p)]
+    if unknown:
+        found.append(
+            f"**{len(unknown)} of {len(points)} points have no finite KL or reward** and are in "
+            f"neither figure nor hulls; the first is {_which(unknown[0])}."
+        )
+    cut = [p for p in points if p.stopped < STOPPED]
+    if cut:
+        worst = min(cut, key=lambda p: p.stopped)
+        found.append(
+            f"At {len(cut)} of {len(points)} points fewer than {STOPPED:.0%} of the responses "
+            "ended by EOS, so that KL and reward are of texts without their end; the worst is "
+            f"{_which(worst)} with {worst.stopped:.0%}."
+        )
+    if not math.isfinite(base.reward):
+        found.append("**The reward of the reference is not finite**, so that no share is known.")
+    return found
+
+
+def _about_the_table(optimum: Optimum) -> str:
+    end = trusted_up_to(optimum)
+    known = (
+        f"The limit can be trusted up to {end:.2f} nats; beyond that, or where an error is "
+        "missing, a dash says that nothing is known."
+        if math.isfinite(end)
+        else "**The limit can be trusted nowhere**: no optimal reward and no share is known."
+    )
+    targets = ", ".join(f"{t:g}" for t in TARGETS[:-1]) + f" and {TARGETS[-1]:g}"
+    return (
+        f"Of each method the hull points nearest to {targets} nats, none further away than a "
+        f"factor of {NEAR:g}, and the end of the hull. ± is one standard error over prompts. "
+        f"{known} Best of n stands at log n - (n - 1) / n nats, which its KL cannot exceed. Length "
+        "is in tokens, repetition the share of 4-grams that are repeats, ended the share of "
+        "responses that ended by EOS, accuracy that of the implicit reward on held-out pairs."
+    )
+
+
+def _which(point: Point) -> str:
+    run = _escaped([[point.setting]])[0][0]
+    which = [frontier_points.name(point.method), run, f"seed {point.seed}", f"step {point.step}"]
+    return ", ".join(part for part in which if part)
+
+
+def _samples(samples: Samples) -> list[str]:
+    """A table per prompt: a line per response, method by method."""
+    blocks = []
+    for prompt in dict.fromkeys(p for texts in samples.values() for p in texts):
+        lines = []
+        for method, texts in samples.items():
+            name = frontier_points.name(method)
+            for text, reward in texts.get(prompt, [("(no sample for this prompt)", math.nan)]):
+                lines.append([name, _pm(reward, None), text])
+        blocks += [f"> {escaped(prompt)}"]
+        blocks += [_markdown_table(["method", "reward", "response"], _escaped(lines))]
+    return blocks or ["None were given."]
+
+
+def _text(point: Point) -> list[str]:
+    shares = (point.distinct_2, point.repetition)
+    texts = [_pm(point.length, None, 1), *(_pm(x, None, 3) for x in shares)]
+    return texts + [_pm(x, None, percent=True) for x in (point.stopped, point.accuracy)]
+
+
+def _pm(value: float, error: float | None, digits: int = 3, *, percent: bool = False) -> str:
+    """A value and its error; a dash for either that is not finite."""
+    scale, unit, digits = (100, " %", 1) if percent else (1, "", digits)
+    texts = [
+        f"{scale * x:.{digits}f}" if math.isfinite(x) else "-"
+        for x in ((value,) if error is None else (value, error))
+    ]
+    return texts[0] if texts[0] == "-" else " ± ".join(texts) + unit
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line.
+
+    >>> print(escaped("a|b *c* <br />"))
+    a\\|b \\*c\\* &lt;br /&gt;
+    """
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
+
+
+def _escaped(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[escaped(cell) for cell in line] for line in lines]
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Padded, so that it can be read as it is too; a last column of long texts is not."""
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    widths = [max(3, width) if width < 60 else 3 for width in widths]
+    texts = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in (header, *lines)]
+    texts.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in texts)

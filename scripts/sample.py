@@ -1,0 +1,168 @@
+"""Sample: python scripts/sample.py --model=exported --model=runs/reviews:sft --prompt="i think"
+
+Draws from every model with the same randomness and prints the texts side by side. A model is a
+Hugging Face folder (or a name of the hub), or WORKDIR:STAGE of a run of scripts/train.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+
+MODEL = flags.DEFINE_multi_string("model", None, "One column each.", required=True)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt.")
+PROMPTS = flags.DEFINE_string("prompts", None, "A text file with a prompt per line.")
+SAMPLES = flags.DEFINE_integer("samples", 1, "Per prompt and model.", lower_bound=1)
+NEW = flags.DEFINE_integer("max_new_tokens", 64, "The longest response.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0: all.", lower_bound=0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0)
+CHAT = flags.DEFINE_bool("chat", False, "Prompts are users' messages, for the chat template.")
+BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", lower_bound=1)
+
+
+def main(_) -> int:
+    from dpojax.launch.config import ConfigError
+    from dpojax.training.checkpoints import CheckpointError
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        prompts = read_prompts()
+        columns = [respond(name, prompts) for name in MODEL.value]
+    except (ConfigError, CheckpointError, OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    width = shutil.get_terminal_size().columns
+    print(side_by_side(MODEL.value, width))
+    for prompt, *responses in zip(prompts, *columns):
+        print("\n" + textwrap.fill(f"> {prompt}", width))
+        for number, texts in enumerate(zip(*responses), 1):
+            print(f"sample {number}\n{side_by_side(texts, width)}")
+    return 0
+
+
+def read_prompts() -> list[str]:
+    """Those of --prompt, then the lines of --prompts that are not empty."""
+    lines = pathlib.Path(PROMPTS.value).read_text().splitlines() if PROMPTS.value else []
+    prompts = [*PROMPT.value, *(line for line in lines if line.strip())]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt=TEXT or --prompts=FILE")
+    return prompts
+
+
+class Loaded(NamedTuple):
+    """A model to draw from."""
+
+    mesh: Any
+    model: Any
+    params: dict
+    tokenizer: Any
+    stop: tuple[int, ...]
+
+
+def load(name: str) -> Loaded:
+    """A Hugging Face folder, a name of the hub, or WORKDIR:STAGE."""
+    from transformers import AutoTokenizer
+
+    from dpojax import sharding
+    from dpojax.models import decoder, huggingface
+
+    workdir, colon, stage = name.rpartition(":")
+    if colon and not pathlib.Path(name).is_dir():
+        return load_stage(workdir, stage)
+    if any(pathlib.Path(name).glob("*/checkpoints")):
+        raise ValueError(f"{name}: is the workdir of a run; name a stage: --model={name}:STAGE")
+    mesh = sharding.make_mesh()
+    config, params, _ = huggingface.load(name, mesh=mesh)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    stop = stop_tokens(tokenizer, name)
+    return Loaded(mesh, decoder.build(config), params, tokenizer, stop)
+
+
+def load_stage(workdir: str, stage: str) -> Loaded:
+    """The newest checkpoint of a stage of a run, adapters merged."""
+    from dpojax.launch import setup as run_setup
+    from dpojax.launch.config import ConfigError
+    from dpojax.launch.export import read_config
+
+    run = pathlib.Path(workdir).resolve()
+    config = read_config(run)
+    if stage not in config.stages:
+        raise ConfigError(f"{run}: a run of {', '.join(config.stages)}, without a stage {stage!r}")
+    setup = run_setup.prepare(config, run)
+    params = run_setup.trained_params(setup, stage)
+    stop = stop_tokens(setup.tokenizer, config.model.path)
+    return Loaded(setup.mesh, setup.model, params, setup.tokenizer, stop)
+
+
+def stop_tokens(tokenizer, path: str) -> tuple[int, ...]:
+    """The tokenizer's EOS, and what a generation config names beside it."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    try:
+        given = GenerationConfig.from_pretrained(path).eos_token_id if path else None
+    except OSError:
+        given = None  # the model came without one
+    ids.update(given if isinstance(given, list) else [given])
+    return tuple(sorted(ids - {None}))
+
+
+def respond(name: str, prompts: list[str]) -> list[list[str]]:
+    """--samples texts of one model to each prompt."""
+    import jax
+
+    from dpojax.sampling import build_sampler, generate
+
+    loaded = load(name)
+    tokenizer = loaded.tokenizer
+    sampler = build_sampler(loaded.model, max_new_tokens=NEW.value, stop=loaded.stop)
+    with jax.set_mesh(loaded.mesh):
+        drawn = generate(
+            sampler,
+            loaded.params,
+            [encode(tokenizer, prompt) for prompt in prompts],
+            batch_size=BATCH.value,
+            seed=SEED.value,
+            temperature=TEMPERATURE.value,
+            top_k=TOP_K.value,
+            top_p=TOP_P.value,
+            samples=SAMPLES.value,
+        )
+    text = lambda sample: tokenizer.decode(sample.tokens, skip_special_tokens=True).strip()
+    # What ran out of tokens does not look like what came to its end.
+    return [[text(one) + ("" if one.stopped else " [..]") for one in own] for own in drawn]
+
+
+def encode(tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt, or with --chat of the user's message."""
+    if CHAT.value:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 else ids
+
+
+def side_by_side(texts: Sequence[str], width: int) -> str:
+    """Texts in columns of equal width, wrapped, with " | " between them."""
+    column = max(8, (width - 3 * (len(texts) - 1)) // len(texts))
+    wrapped = [
+        [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
+        for text in texts
+    ]
+    rows = itertools.zip_longest(*wrapped, fillvalue="")
+    return "\n".join(" | ".join(part.ljust(column) for part in row).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
