@@ -64,7 +64,8 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
     """Draws the curves of a run's stages into `path` (png, pdf or svg), all or nothing.
 
     A stage whose lines have rewards gets loss, accuracy, rewards, KL and displacement; any other
-    stage gets its loss. What a stage did not log is left out. Every logged point is drawn; the
+    stage gets its loss; one that drew samples gets their reward and KL. What a stage did not log is
+    left out. Every logged point is drawn; the
     thick line is a centred running mean of the training points.
 
     Args:
@@ -83,7 +84,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
             axes = figure.add_subplot(rows, columns, index + 1)
             _draw(axes, panel, metrics[panel.stage])
             if index + columns >= len(panels):
-                axes.set_xlabel("optimiser step")
+                axes.set_xlabel("iteration" if panel.stage == "ppo" else "optimiser step")
         if panels:
             _legend(figure)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
@@ -138,6 +139,14 @@ def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
                 scale=100,
             ),
         ]
+    sampled = {
+        "Reward of samples": ("mean reward", "objective/scores", "samples/reward"),
+        "KL of samples": ("nats per response", "objective/kl", "samples/kl"),
+    }
+    panels += [
+        Panel(stage, title, unit, (Curve(train), Curve(held_out)))
+        for title, (unit, train, held_out) in sampled.items()
+    ]
     return [p for p in panels if any(_logged(lines, curve.metric) for curve in p.curves)]
 
 

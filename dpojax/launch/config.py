@@ -20,10 +20,13 @@ from dpojax.models.lora import LoraConfig
 from dpojax.training.state import make_optimizer, make_schedule
 
 STAGES = (("sft",), ("dpo",), ("sft", "dpo"), ("reward",), ("sft", "reward"))
+STAGES += (("ppo",), ("sft", "ppo"))
 # A resumed run may change these. With those of the second line sums come out in another order: the
 # result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
 MAY_CHANGE += ("distributed", "mesh", "micro_rows", "row_length", "max_logits", "model.remat")
+
+LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 
 Rule = tuple[str, Callable[[object], bool], str]
 RULES: tuple[Rule, ...] = (
@@ -37,6 +40,10 @@ RULES: tuple[Rule, ...] = (
     ("evaluate_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
     ("checkpoint_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
     ("keep", lambda x: x >= 1, "1 or more checkpoints"),
+    ("samples.count", lambda x: x >= 1, "1 or more prompts"),
+    ("samples.per_prompt", lambda x: x >= 1, "1 or more responses"),
+    ("samples.max_new_tokens", lambda x: x >= 1, "1 or more"),
+    ("samples.temperature", lambda x: x >= 0, "0 (greedy) or more"),
 )
 STAGE_RULES: tuple[Rule, ...] = (
     ("batch_size", lambda x: x >= 1, "1 or more"),
@@ -44,6 +51,8 @@ STAGE_RULES: tuple[Rule, ...] = (
     ("steps", lambda x: x >= 0, "0 (from epochs) or more"),
     ("warmup_steps", lambda x: x >= 0, "0 or more"),
     ("learning_rate", lambda x: x >= 0, "0 or more"),
+)
+DATA_RULES: tuple[Rule, ...] = (
     ("data.source", bool, "a file, folder or data set; it is empty"),
     ("data.limit", lambda x: x >= 0, "0 (all) or more records"),
     ("data.eval_limit", lambda x: x >= 0, "0 (all) or more examples"),
@@ -62,6 +71,25 @@ REWARD_RULES: tuple[Rule, ...] = (
     ("loss", lambda x: x in reward.LOSSES, f"one of {', '.join(reward.LOSSES)}"),
     ("margin_scale", lambda x: x >= 0, "0 or more"),
     ("centring", lambda x: x >= 0, "0 or more"),
+)
+PPO_RULES: tuple[Rule, ...] = (
+    ("limit", lambda x: x >= 0, "0 (all of a file) or more prompts"),
+    ("steps", lambda x: x >= 1, "1 or more iterations"),
+    ("samples", lambda x: x >= 1, "1 or more responses to a prompt"),
+    ("minibatches", lambda x: x >= 1, "1 or more"),
+    ("value_learning_rate", lambda x: x >= 0, "0 or more"),
+    ("clip", lambda x: x > 0, "above 0"),
+    ("value_clip", lambda x: x > 0, "above 0"),
+    ("discount", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("decay", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("kl_coefficient", lambda x: x > 0, "above 0"),
+    ("kl_target", lambda x: x > 0, "above 0 nats"),
+    ("kl_horizon", lambda x: x >= 0, "0 (the coefficient stays) or more responses"),
+    ("missing_eos_penalty", lambda x: x >= 0, "0 or more"),
+    ("value_warmup", lambda x: x >= 0, "0 or more iterations"),
+    ("max_kl", lambda x: x >= 0, "0 (off) or more nats per token"),
+    ("entropy", lambda x: x >= 0, "0 (off) or more"),
+    ("max_new_tokens", lambda x: x >= 1, "1 or more"),
 )
 
 
@@ -93,6 +121,8 @@ def check(config: ConfigDict) -> None:
     for name in config.stages:
         stage = config[name]
         _apply(STAGE_RULES, stage, f"{name}.")
+        if name != "ppo":
+            _apply(DATA_RULES, stage, f"{name}.")
         with naming(name):
             make_optimizer(stage.optimizer)
             make_schedule(stage, 1)
@@ -102,6 +132,8 @@ def check(config: ConfigDict) -> None:
                 lora_config(stage.lora)
     if "reward" in config.stages:
         _apply(REWARD_RULES, config.reward, "reward.")
+    if "ppo" in config.stages:
+        _check_ppo(config)
     if "dpo" in config.stages:
         dpo = config.dpo
         _apply(DPO_RULES, dpo, "dpo.")
@@ -144,6 +176,32 @@ def _check_lora_reference(dpo: ConfigDict) -> None:
         )
 
 
+def _check_ppo(config: ConfigDict) -> None:
+    ppo = config.ppo
+    _apply(PPO_RULES, ppo, "ppo.")
+    responses = ppo.batch_size * ppo.samples
+    if responses % ppo.minibatches:
+        raise ConfigError(
+            f"config.ppo.minibatches = {ppo.minibatches}: does not divide the {responses} "
+            f"responses of an iteration (batch_size {ppo.batch_size} x samples {ppo.samples})"
+        )
+    if ppo.kl_horizon and ppo.kl_horizon <= LARGEST_KL_ERROR * responses:
+        raise ConfigError(
+            f"config.ppo.kl_horizon = {ppo.kl_horizon}: with {responses} responses in an iteration "
+            f"it has to be above {LARGEST_KL_ERROR * responses:g}, or the coefficient could turn "
+            "negative; 0 keeps the coefficient as it is"
+        )
+    if ppo.prompts == "reviews" and not ppo.limit:
+        raise ConfigError(
+            "config.ppo.limit = 0: the prompts of reviews never end; say how many to use"
+        )
+    if config.samples.prompts == "reviews" != ppo.prompts:
+        raise ConfigError(
+            f"config.samples.prompts = 'reviews', but config.ppo.prompts = {ppo.prompts!r}: set it "
+            "to a file of held-out prompts of the same kind"
+        )
+
+
 def loss_options(dpo: ConfigDict) -> dict:
     """The options of the loss that `config.dpo` names, given or by default.
 
@@ -158,7 +216,10 @@ def loss_options(dpo: ConfigDict) -> dict:
 
 
 def fill_in(config: ConfigDict) -> None:
-    """Set the loss's options that the config leaves open to what they are, so that it says so."""
+    """Set what the config leaves open (options of the loss, the reward that judges PPO) to what it
+    is, so that it says so."""
+    if "ppo" in config.stages:
+        config.samples.reward = config.samples.reward or config.ppo.reward
     if "dpo" in config.stages:
         options = loss_options(config.dpo)
         config.dpo.update({key: options[key] for key in preference.OPTIONS if key in options})
@@ -177,7 +238,7 @@ def record(config: ConfigDict, workdir: pathlib.Path) -> None:
             then = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: not JSON ({error}); use another --workdir") from error
-        if changed := _changes(_flat(then), _flat(now)):
+        if changed := changes(then, now):
             raise ConfigError(
                 f"{workdir} holds a run of another config; give this one its own --workdir, or "
                 "take back these changes:\n" + "\n".join(changed)
@@ -224,7 +285,9 @@ def _apply(rules: tuple[Rule, ...], config: ConfigDict, prefix: str) -> None:
             raise ConfigError(f"config.{prefix}{key} = {value!r}: {expected}")
 
 
-def _changes(old: dict, new: dict) -> list[str]:
+def changes(old: dict, new: dict) -> list[str]:
+    """What a resumed run must not change, a line each, between two configs as JSON has them."""
+    old, new = _flat(old), _flat(new)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     free = tuple(f"{key}." for key in MAY_CHANGE)
     return [

@@ -23,6 +23,9 @@ def default_config() -> ConfigDict:
     config.sft = _sft()
     config.dpo = _dpo()
     config.reward = _reward()
+    config.ppo = _ppo()
+    config.samples = _samples()
+    config.frontier = _frontier()
     config.log_every = 10  # steps
     config.evaluate_every = 100
     config.checkpoint_every = 100
@@ -195,5 +198,67 @@ def _reward() -> ConfigDict:
             epochs=1,
             steps=0,
             **_optimizer(3e-4),
+        )
+    )
+
+
+def _ppo() -> ConfigDict:
+    """PPO on the policy's own responses; an iteration draws, scores and learns from a batch."""
+    return ConfigDict(
+        dict(
+            reward="reviews",  # or reviews:log_odds, classifier:FOLDER, reward_model:FOLDER
+            prompts="reviews",  # of the embedded task, or a file with a field prompt, or .txt
+            limit=8_000,  # use so many prompts; 0 is all of a file
+            steps=40,  # iterations
+            batch_size=128,  # prompts of an iteration
+            samples=1,  # responses to each
+            max_new_tokens=64,
+            epochs=1,  # how often an iteration goes through its responses
+            minibatches=4,  # optimiser steps of an epoch; a divisor of batch_size * samples
+            # The schedule and its warm-up count iterations, and are the policy's alone.
+            **_optimizer(1e-3) | dict(warmup_steps=0, schedule="linear"),
+            value_learning_rate=3e-3,
+            value_warmup=0,  # iterations at the start that train the value model alone
+            clip=0.2,  # of the ratio policy / sampler
+            value_clip=0.2,  # of a value's change, in reward
+            discount=1.0,
+            decay=0.95,  # lambda of the advantages
+            kl_coefficient=0.05,  # at the start, reward per nat
+            kl_target=6.0,  # nats per response
+            kl_horizon=256.0,  # responses in which an error of 1 doubles it; 0 keeps it as it is
+            missing_eos_penalty=0.0,  # what a response that was cut loses of its reward
+            max_kl=0.0,  # nats per token at which an iteration ends early; 0 is off
+            entropy=0.0,  # bonus, in reward per nat; 0 is off
+        )
+    )
+
+
+def _samples() -> ConfigDict:
+    """Responses drawn from the policy at every evaluation of a stage that has a reference: their
+    reward, KL and lengths are logged under samples/."""
+    return ConfigDict(
+        dict(
+            reward="",  # "" is off; reviews, classifier:FOLDER, reward_model:FOLDER
+            prompts="reviews",  # held-out prompts: of the embedded task, or a file
+            count=64,  # of them
+            per_prompt=4,
+            max_new_tokens=64,
+            temperature=1.0,
+        )
+    )
+
+
+def _frontier() -> ConfigDict:
+    """What scripts/frontier.py needs besides the stages; scripts/train.py reads none of it."""
+    return ConfigDict(
+        dict(
+            reward="reviews",  # the true one; see samples.reward
+            prompts="reviews",  # to make preferences for and to train PPO on, or a file
+            count=2_000,  # of them
+            completions=4,  # of each, by the SFT policy
+            pairs="ranked",  # all pairs of them at once; or best_worst
+            labels="deterministic",  # or bradley_terry
+            reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
+            best_of_n=(2, 4, 8, 16, 32, 64, 128),
         )
     )

@@ -9,7 +9,13 @@ import jax
 from dpojax import sharding
 from dpojax.data.pipeline import train_batches
 from dpojax.data.rows import Rows
-from dpojax.launch.references import Reference, check_identity, open_reference, weights_of
+from dpojax.launch.references import (
+    Reference,
+    check_identity,
+    open_reference,
+    weights_of,
+)
+from dpojax.launch.samples import append, open_samples
 from dpojax.launch.setup import scored, trained_params
 from dpojax.launch.stages import Stage
 from dpojax.models.decoder import SHARDING_RULES
@@ -116,18 +122,26 @@ def _fit(
     def to_device(rows: Rows) -> Rows:
         return used.to_device(rows, setup.mesh)
 
+    ask = config.samples.reward and stage.name == "dpo"
+    sampled = _sampled(stage, weights_of(stage, None, base)) if ask else None
+
+    def evaluate(state: State) -> dict[str, float]:
+        policy = _policy(stage, base, state.params)
+        found = stage.evaluate(
+            policy,
+            map(to_device, held_out),
+            baseline=state.baseline,
+            reference_params=used.params,
+        )
+        return found if sampled is None else found | sampled(policy, int(state.step))
+
     ceiling = throughput.matmul_flops_per_second(config.model.compute_dtype)
     return Fit(
         stage=stage.name,
         step=lambda state, rows, hyper: step(state, rows, hyper, frozen),
         batches=batches,
         to_device=to_device,
-        evaluate=lambda state: stage.evaluate(
-            _policy(stage, base, state.params),
-            map(to_device, held_out),
-            baseline=state.baseline,
-            reference_params=used.params,
-        ),
+        evaluate=evaluate,
         flops=_flops(setup.abstract_params),
         ceiling=ceiling * _independent_devices(setup.mesh),
         hyper=stage.hyper,
@@ -138,6 +152,18 @@ def _fit(
         writer=writer,
         stop=stop,
     )
+
+
+def _sampled(stage: Stage, reference: dict) -> Callable[[dict, int], dict[str, float]]:
+    """Metrics of what a policy says at a step; its texts go into the stage's folder."""
+    ask = open_samples(stage.setup, reference, stage.score)
+
+    def sampled(params: dict, step: int) -> dict[str, float]:
+        found = ask(params)
+        append(stage.folder, step, found)
+        return found.metrics()
+
+    return sampled
 
 
 def _flops(abstract_params: dict) -> Callable[[Rows], float]:

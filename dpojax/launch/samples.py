@@ -1,0 +1,73 @@
+"""What a policy says during a run: responses to held-out prompts, their reward and their KL."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from dpojax.evaluation import policies
+from dpojax.evaluation.policies import PolicyEvaluation
+from dpojax.evaluation.rewards import open_reward
+from dpojax.launch.config import naming
+from dpojax.launch.policy import stop_tokens
+from dpojax.launch.prompts import read_prompts
+from dpojax.launch.setup import Setup
+from dpojax.sampling import build_sampler
+
+SEED = 0  # of the held-out prompts and of the draws: runs with other seeds are judged alike
+FILE = "samples.jsonl"
+
+
+def open_samples(
+    setup: Setup, reference_params: dict, score: Callable
+) -> Callable[[dict], PolicyEvaluation]:
+    """params -> what `config.samples` asks of that policy, against the reference.
+
+    Responses that run into the length limit are counted, and no error: a policy that has lost its
+    end is a result.
+
+    Raises:
+      ConfigError, DataError: a reward or prompts that are not there.
+    """
+    config = setup.config.samples
+    with naming("samples.reward"):
+        reward = open_reward(config.reward, mesh=setup.mesh)
+    prompts = read_prompts(config.prompts, split="eval", limit=config.count, seed=SEED)
+    sampler = build_sampler(
+        setup.model,
+        max_new_tokens=config.max_new_tokens,
+        stop=stop_tokens(setup.tokenizer, setup.config.model.path),
+    )
+
+    def evaluate(params: dict) -> PolicyEvaluation:
+        return policies.evaluate(
+            params,
+            reference_params,
+            setup.model,
+            setup.tokenizer,
+            prompts,
+            reward,
+            sampler=sampler,
+            samples_per_prompt=config.per_prompt,
+            seed=SEED,
+            temperature=config.temperature,
+            score=score,
+            mesh=setup.mesh,
+            fixed_length=True,
+            shown=len(prompts),
+        )
+
+    return evaluate
+
+
+def append(folder: pathlib.Path, step: int, found: PolicyEvaluation) -> None:
+    """One line per prompt in the stage's samples.jsonl: the first response to it."""
+    if jax.process_index() == 0:
+        ratios = found.log_ratios[:, 0].tolist()
+        with open(folder / FILE, "a") as file:
+            for text, ratio in zip(found.texts, ratios):
+                line = {"step": step} | text._asdict() | {"log_ratio": ratio}
+                file.write(json.dumps(line) + "\n")
