@@ -21,6 +21,22 @@ def get_config():
     return config
 
 
+def frontier():
+    """The 22 runs of the paper's figure 2, on rankings of four completions of each prompt."""
+    from dpojax.launch.frontier import paper_runs
+
+    common = {
+        "dpo.batch_size": 16,
+        "dpo.epochs": 1,
+        "dpo.data.limit": 0,
+        "dpo.data.eval_limit": 100,
+        "log_every": 5,
+        "evaluate_every": 25,
+        "checkpoint_every": 0,
+    }
+    return paper_runs(common=common)
+
+
 def sweep():
     """The paper's values of beta (Rafailov et al. 2023, section 6.1)."""
     return [{"dpo.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]

@@ -258,6 +258,7 @@ def _frontier() -> ConfigDict:
             completions=4,  # of each, by the SFT policy
             pairs="ranked",  # all pairs of them at once; or best_worst
             labels="deterministic",  # or bradley_terry
+            unstopped="drop",  # completions that ran into the length limit; or keep
             reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
             best_of_n=(2, 4, 8, 16, 32, 64, 128),
         )

@@ -1,0 +1,288 @@
+"""The reward-KL frontier of Rafailov et al. 2023, figure 2 (left), from one config.
+
+A plan is a list of jobs: the SFT policy, its preferences, a reward model, one run per method and
+setting, and the reference's samples for best-of-n and the optimum. Every run is one of
+scripts/train.py in a workdir of its own, so that each can be looked at, exported and resumed alone;
+a job that is done is skipped when the same command is called again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from dpojax.evaluation.policies import encode_prompts, response_texts
+from dpojax.evaluation.rewards import open_reward
+from dpojax.launch import run as runs
+from dpojax.launch.config import ConfigError, changes, check, only_run
+from dpojax.launch.export import export
+from dpojax.launch.policy import load_policy
+from dpojax.launch.prefer import Settings, prefer
+from dpojax.launch.prompts import read_prompts
+from dpojax.launch.samples import SEED
+from dpojax.sampling import build_sampler, generate
+
+POLICY, PREFERENCES, REWARD_MODEL = "policy", "preferences", "reward_model"
+SAMPLES, PLAN = "reference_samples.npz", "plan.json"
+
+
+class Run(NamedTuple):
+    """One run of a method: what it is called in the figure, and how it differs from the config."""
+
+    method: str  # of `evaluation.frontier_points.NAMES`, or the name of a loss
+    setting: str  # "beta=0.1"
+    changes: Mapping[str, Any]  # config keys
+    stage: str = "dpo"  # or ppo
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.setting}".replace("=", "-").replace("/", "_")
+
+
+class Job(NamedTuple):
+    """A step of the plan; it is done once what it makes is there."""
+
+    name: str
+    made: pathlib.Path
+    make: Callable[[], None]
+
+
+def paper_runs(
+    *,
+    beta: Sequence[float] = (0.05, 0.1, 1.0, 5.0),
+    kl_target: Sequence[float] = (3.0, 6.0, 9.0, 12.0),
+    alpha: Sequence[float] = (0.05, 0.1, 0.5, 1.0),
+    seeds: Sequence[int] = range(6),
+    common: Mapping[str, Any] | None = None,
+) -> list[Run]:
+    """The 22 runs of the paper's sweep (section 6.1): DPO over beta, PPO with the learned and with
+    the true reward over the target KL, unlikelihood over alpha, preferred-FT over seeds.
+
+    `common` are config keys of all of them.
+    """
+    every = dict(common or {})
+    found = [Run("dpo", f"beta={b:g}", every | {"dpo.beta": b}) for b in beta]
+    for method in ("ppo", "ppo_gt"):
+        found += [Run(method, f"kl={k:g}", every | {"ppo.kl_target": k}, "ppo") for k in kl_target]
+    for a in alpha:
+        own = {"dpo.loss": "unlikelihood", "dpo.alpha": a}
+        found.append(Run("unlikelihood", f"alpha={a:g}", every | own))
+    for seed in seeds:
+        own = {"dpo.loss": "sft", "seed": seed}
+        found.append(Run("preferred_ft", f"seed={seed}", every | own))
+    return found
+
+
+def of_loss(loss: str, common: Mapping[str, Any] | None = None) -> Run:
+    """A run of any loss of the library, with its default options."""
+    return Run(loss, "default", dict(common or {}) | {"dpo.loss": loss})
+
+
+def read_runs(path: str) -> list[Run]:
+    """What the function `frontier()` of a config file returns.
+
+    Raises:
+      ConfigError: the file has none.
+    """
+    spec = importlib.util.spec_from_file_location("frontier_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "frontier"):
+        raise ConfigError(f"{path}: has no function frontier() that returns the runs")
+    return module.frontier()
+
+
+def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Path:
+    """Do every job that is not done; returns the workdir, ready for `launch.frontier_results`.
+
+    Raises:
+      ConfigError: a run that could not start, before anything is made; or the workdir holds the
+        plan of another config.
+      what `run` and `prefer` raise, and `Preempted`: the same command goes on.
+    """
+    folder = pathlib.Path(workdir).resolve()
+    for planned_run in planned:
+        check(_config_of(config, planned_run, folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_run(folder):
+        _record(config, planned, folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        todo = jobs(config, planned, folder)
+        seconds = _read_seconds(folder)
+        with tqdm(total=len(todo), desc="frontier", unit="job") as bar:
+            for job in todo:
+                if not job.made.exists():
+                    bar.set_postfix_str(job.name)
+                    began = time.perf_counter()
+                    with _quiet(folder / "logs" / f"{job.name}.txt"):
+                        job.make()
+                    seconds[job.name] = seconds.get(job.name, 0.0) + time.perf_counter() - began
+                    _write_json(folder / "seconds.json", seconds)
+                bar.update()
+    return folder
+
+
+def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> list[Job]:
+    """The whole plan, in order."""
+    sft, policy = folder / "sft", folder / POLICY
+    reward_run, reward_model = folder / "reward", folder / REWARD_MODEL
+    found = [
+        Job("sft", sft / runs.FINISHED, lambda: _run(_stage(config, ("sft",)), sft)),
+        Job("policy", policy, lambda: export(str(sft), str(policy))),
+        Job(
+            "preferences",
+            folder / PREFERENCES / "done",
+            lambda: _prefer(config, folder),
+        ),
+    ]
+    if any(run.method == "ppo" for run in planned):
+        of_reward = _from_policy(_stage(config, ("reward",)), folder)
+        of_reward.reward.data.source = str(folder / PREFERENCES)
+        found += [
+            Job("reward", reward_run / runs.FINISHED, lambda: _run(of_reward, reward_run)),
+            Job("reward_model", reward_model, lambda: export(str(reward_run), str(reward_model))),
+        ]
+    for run in planned:
+        workdir = folder / "runs" / run.name
+        start = lambda run=run, workdir=workdir: _run(_config_of(config, run, folder), workdir)
+        found.append(Job(run.name, workdir / runs.FINISHED, start))
+    found.append(Job("reference_samples", folder / SAMPLES, lambda: _sample(config, folder)))
+    return found
+
+
+def _config_of(config: ConfigDict, run: Run, folder: pathlib.Path) -> ConfigDict:
+    """What scripts/train.py would be given for this run."""
+    own = _from_policy(_stage(config, (run.stage,)), folder)
+    own.samples.reward = config.frontier.reward
+    if run.stage == "ppo":
+        learned = f"reward_model:{folder / REWARD_MODEL}"
+        own.ppo.reward = learned if run.method == "ppo" else config.frontier.reward
+        own.ppo.update(prompts=config.frontier.prompts, limit=config.frontier.count)
+    else:
+        own.dpo.data.source = str(folder / PREFERENCES)
+        own.dpo.reference.cache = str(folder / "reference_logprobs")
+    own.update_from_flattened_dict(dict(run.changes))
+    return own
+
+
+def _stage(config: ConfigDict, stages: tuple[str, ...]) -> ConfigDict:
+    own = copy.deepcopy(config)
+    own.stages = stages
+    own.tensorboard = False
+    return own
+
+
+def _from_policy(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
+    config.model.path = str(folder / POLICY)
+    config.tokenizer = ""
+    return config
+
+
+def _run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    runs.run(config, str(workdir))
+
+
+def _prefer(config: ConfigDict, folder: pathlib.Path) -> None:
+    asked, samples = config.frontier, config.samples
+    settings = Settings(
+        policy=str(folder / POLICY),
+        prompts=asked.prompts,
+        reward=asked.reward,
+        out=str(folder / PREFERENCES),
+        limit=asked.count,
+        completions=asked.completions,
+        pairs=asked.pairs,
+        labels=asked.labels,
+        temperature=samples.temperature,
+        max_new_tokens=samples.max_new_tokens,
+        unstopped=asked.unstopped,
+        fixed_length=asked.unstopped == "keep",
+        seed=config.seed,
+    )
+    prefer(settings, log=print)
+    (folder / PREFERENCES / "done").touch()
+
+
+def _sample(config: ConfigDict, folder: pathlib.Path) -> None:
+    """Rewards and lengths of many samples of the reference to each held-out prompt: [P, m]."""
+    asked = config.samples
+    policy = load_policy(str(folder / POLICY))
+    reward = open_reward(config.frontier.reward, mesh=policy.mesh)
+    prompts = read_prompts(asked.prompts, split="eval", limit=asked.count, seed=SEED)
+    sampler = build_sampler(policy.model, max_new_tokens=asked.max_new_tokens, stop=policy.stop)
+    count, chunk = config.frontier.reference_samples, 32
+    ids = [p for p in encode_prompts(policy.tokenizer, prompts) for _ in range(-(-count // chunk))]
+    with jax.set_mesh(policy.mesh):
+        drawn = generate(
+            sampler, policy.params, ids, batch_size=32, seed=SEED + 1, samples=chunk,
+            temperature=asked.temperature,
+        )  # fmt: skip
+    texts, lengths, own = [], [], []
+    for number, (prompt, samples) in enumerate(zip(ids, drawn)):
+        texts += response_texts(policy.tokenizer, prompt, samples)
+        lengths += [len(sample.tokens) - sample.stopped for sample in samples]
+        own += [prompts[number * len(prompts) // len(ids)]] * len(samples)
+    rewards = np.asarray(reward(own, texts)).reshape(len(prompts), -1)
+    unfinished = folder / f".{SAMPLES}"
+    with open(unfinished, "wb") as file:
+        np.savez(file, rewards=rewards, lengths=np.reshape(lengths, rewards.shape))
+    os.replace(unfinished, folder / SAMPLES)
+
+
+def _record(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> None:
+    """Write plan.json, or compare with the one there.
+
+    Raises:
+      ConfigError: it is of another config; it names the keys.
+    """
+    plan = {"config": json.loads(config.to_json())}
+    named = lambda run: {"name": run.name, "changes": dict(run.changes)}
+    plan["runs"] = [run._asdict() | named(run) for run in planned]
+    plan = json.loads(json.dumps(plan))
+    path = folder / PLAN
+    if not path.exists():
+        _write_json(path, plan)
+        return
+    then = json.loads(path.read_text())
+    if changed := changes(then["config"], plan["config"]):
+        raise ConfigError(
+            f"{folder} holds a frontier of another config; give this one its own --workdir, or "
+            "take back these changes:\n" + "\n".join(changed)
+        )
+    missing = [run for run in then["runs"] if run not in plan["runs"]]
+    if missing:
+        names = ", ".join(f"{run['method']} {run['setting']}" for run in missing)
+        raise ConfigError(f"{folder} holds runs that this plan has not: {names}")
+    _write_json(path, plan)  # runs may be added
+
+
+def _read_seconds(folder: pathlib.Path) -> dict[str, float]:
+    path = folder / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def _quiet(log: pathlib.Path) -> Iterator[None]:
+    """What a job prints goes into its log; what it raises comes out."""
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        yield

@@ -1,0 +1,129 @@
+"""From a finished frontier's folder to its points, figure and report."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import platform
+
+import jax
+import numpy as np
+
+from dpojax.evaluation.frontier import (
+    best_of_n,
+    best_of_n_kl,
+    mean_over_prompts,
+)
+from dpojax.evaluation.frontier_figure import draw
+from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point, write_points
+from dpojax.evaluation.frontier_report import by_prompt, report
+from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
+from dpojax.launch.frontier import PLAN, SAMPLES
+from dpojax.launch.samples import FILE
+from dpojax.training.metrics import read_metrics
+
+BETAS = (np.inf, *np.geomspace(10, 0.02, 40))
+
+
+def collect(folder: pathlib.Path) -> tuple[list[Point], Optimum, Point]:
+    """The points of all checkpoints and of best-of-n, the limit, and the reference's own point."""
+    plan = json.loads((folder / PLAN).read_text())
+    with np.load(folder / SAMPLES) as found:
+        rewards, lengths = found["rewards"], found["lengths"]
+    reward = mean_over_prompts(rewards.ravel(), np.arange(rewards.size) // rewards.shape[1])
+    missing = dict.fromkeys(Point._fields, float("nan"))
+    measured = {"seed": plan["config"]["seed"], "step": 0, "kl": 0.0, "kl_error": 0.0}
+    measured |= {"reward": reward.value, "reward_error": reward.error}
+    measured |= {"length": float(lengths.mean())}
+    base = Point(**missing | {"method": REFERENCE, "setting": ""} | measured)
+    points = [point for run in plan["runs"] for point in _points_of(folder, run)]
+    for n in plan["config"]["frontier"]["best_of_n"]:
+        if n <= rewards.shape[1] // 4:
+            kl, best = best_of_n_kl(rewards, n), best_of_n(rewards, n)
+            found = {"kl": kl.value, "kl_error": kl.error}
+            found |= {"reward": best.value, "reward_error": best.error}
+            named = {"method": BEST_OF_N, "setting": f"n={n}", "seed": base.seed, "step": 0}
+            points.append(Point(**missing | named | found))
+    return points, optimum(rewards, BETAS), base
+
+
+def _points_of(folder: pathlib.Path, run: dict) -> list[Point]:
+    """One point per evaluation of a run, but for that before its first step."""
+    workdir = folder / "runs" / run["name"]
+    seed = json.loads((workdir / "config.json").read_text())["seed"]
+    lines = [line for line in read_metrics(workdir / run["stage"]) if line["split"] == "eval"]
+    get = lambda line, name: float(line.get(f"samples/{name}", float("nan")))
+    return [
+        Point(
+            run["method"],
+            run["setting"],
+            seed,
+            line["step"],
+            *(get(line, name) for name in ("kl", "kl_error", "reward", "reward_error", "length")),
+            *(get(line, name) for name in ("distinct_2", "repetition", "stopped")),
+            float(line.get("rewards/accuracies", float("nan"))),
+        )
+        for line in lines
+        if line["step"] > 0 and "samples/kl" in line
+    ]
+
+
+def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
+    """The last checkpoint's responses of every run, one line per prompt."""
+    found = []
+    for run in plan["runs"]:
+        path = folder / "runs" / run["name"] / run["stage"] / FILE
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        last = {line["prompt"]: line for line in lines if line["step"] == lines[-1]["step"]}
+        found += [
+            {
+                "method": run["method"],
+                "setting": run["setting"],
+                "prompt": line["prompt"],
+                "response": line["response"],
+                "reward": line["reward"],
+                "logprob_ratio": line["log_ratio"],
+            }
+            for line in last.values()
+        ]
+    return found
+
+
+def write(folder: pathlib.Path) -> str:
+    """Write frontier.csv, optimum.json, samples.jsonl, frontier.png, .pdf and report.md.
+
+    Returns the report.
+    """
+    points, curve, base = collect(folder)
+    plan = json.loads((folder / PLAN).read_text())
+    write_points(folder / "frontier.csv", [base, *points])
+    write_optimum(folder / "optimum.json", curve)
+    draw(points, curve, base, folder / "frontier.png", folder / "frontier.pdf")
+    samples = _samples(folder, plan)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    seconds = json.loads((folder / "seconds.json").read_text())
+    text = report(
+        points, curve, base, by_prompt(samples), _environment(), seconds=_by_kind(seconds, plan)
+    )
+    (folder / "report.md").write_text(text)
+    return text
+
+
+def _by_kind(seconds: dict[str, float], plan: dict) -> dict[str, float]:
+    """Seconds by stage, the runs of a method together."""
+    methods = {run["name"]: run["method"] for run in plan["runs"]}
+    found: dict[str, float] = {}
+    for name, taken in seconds.items():
+        key = methods.get(name, name)
+        found[key] = found.get(key, 0.0) + taken
+    return found
+
+
+def _environment() -> dict[str, str]:
+    devices = jax.devices()
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,48 @@
+"""The frontier: python scripts/frontier.py --config=configs/reviews.py --workdir=runs/frontier
+
+Makes everything that the figure needs, and the figure: SFT, preferences, a reward model, the
+methods over their sweeps, best-of-n and the theoretical optimum. The same command goes on where it
+was stopped. --add=simpo,ipo adds losses of the library by name; --methods=dpo,unlikelihood leaves
+out all others.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a frontier().")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
+ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
+METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier().")
+flags.mark_flag_as_required("config")
+
+
+def main(_) -> int:
+    logging.set_verbosity(logging.WARNING)
+    from dpojax.launch import frontier, frontier_results
+    from dpojax.launch.run import FAILURES
+    from dpojax.training.loop import Preempted
+
+    try:
+        runs = frontier.read_runs(config_flags.get_config_filename(flags.FLAGS["config"]))
+        common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
+        runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
+        runs += [frontier.of_loss(name, common) for name in ADD.value]
+        folder = frontier.make(CONFIG.value, runs, WORKDIR.value)
+        text = frontier_results.write(folder)
+    except Preempted as stopped:
+        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        return 143
+    except FAILURES as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(text.split("\n## Samples")[0])
+    print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

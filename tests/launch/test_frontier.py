@@ -1,0 +1,104 @@
+"""A frontier small enough for a test: its jobs, what it writes, and how it resumes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpojax.evaluation.frontier_points import read_points
+from dpojax.evaluation.optimum import read_optimum
+from dpojax.launch import frontier, frontier_results
+from dpojax.launch.config import ConfigError
+from dpojax.launch.frontier import Run
+from dpojax.training.metrics import read_metrics
+
+from .conftest import tiny_config
+
+SMALL = {
+    "sft.data.limit": 200,
+    "sft.steps": 30,
+    "sft.learning_rate": 3e-3,
+    "evaluate_every": 2,
+    "log_every": 2,
+    "checkpoint_every": 0,
+    "samples.count": 8,
+    "samples.per_prompt": 2,
+    "samples.max_new_tokens": 16,
+    "frontier.count": 24,
+    "frontier.completions": 3,
+    "frontier.unstopped": "keep",
+    "frontier.reference_samples": 64,
+    "frontier.best_of_n": (2, 4),
+    "dpo.steps": 4,
+    "dpo.data.eval_limit": 4,
+}
+RUNS = [
+    Run("dpo", "beta=0.1", {"dpo.beta": 0.1}),
+    Run("preferred_ft", "seed=1", {"dpo.loss": "sft", "seed": 1}),
+]
+
+
+def config(**changes):
+    return tiny_config(**SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    frontier.make(config(), RUNS, str(folder))
+    return folder, frontier_results.write(folder)
+
+
+def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_reference(made):
+    folder, _ = made
+    points = read_points(folder / "frontier.csv")
+    by_method = lambda method: [p for p in points if p.method == method]
+    assert [(p.step, p.setting) for p in by_method("dpo")] == [(2, "beta=0.1"), (4, "beta=0.1")]
+    assert [(p.step, p.seed) for p in by_method("preferred_ft")] == [(2, 1), (4, 1)]
+    assert [p.setting for p in by_method("best_of_n")] == ["n=2", "n=4"]
+    (base,) = by_method("sft")
+    with np.load(folder / "reference_samples.npz") as found:
+        assert found["rewards"].shape == (8, 64)
+        assert base.reward == pytest.approx(found["rewards"].mean())
+    lines = read_metrics(folder / "runs" / "dpo-beta-0.1" / "dpo")
+    last = [line for line in lines if line["split"] == "eval"][-1]
+    assert by_method("dpo")[-1].kl == last["samples/kl"]
+    assert len(read_optimum(folder / "optimum.json").beta) == len(frontier_results.BETAS)
+
+
+def test_it_ends_with_figure_report_and_samples_of_every_run(made):
+    folder, text = made
+    assert (folder / "frontier.png").stat().st_size > 10_000
+    assert (folder / "frontier.pdf").is_file()
+    assert "Preferred-FT" in text
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines} == {"dpo", "preferred_ft"}
+    assert len(lines) == 2 * 8
+
+
+def test_the_same_command_makes_nothing_again_and_runs_may_be_added(made):
+    folder, _ = made
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
+    added = [*RUNS, frontier.of_loss("simpo", {"dpo.steps": 2})]
+    frontier.make(config(), added, str(folder))
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
+    assert before.items() <= after.items()
+    assert (folder / "runs" / "simpo-default" / "finished.json").is_file()
+    assert "simpo" in {p.method for p in frontier_results.collect(folder)[0]}
+
+
+def test_another_config_in_the_same_folder_is_refused_by_key(made):
+    with pytest.raises(ConfigError, match=r"frontier\.count: 24 -> 25"):
+        frontier.make(config(**{"frontier.count": 25}), RUNS, str(made[0]))
+
+
+def test_a_run_that_could_not_start_is_refused_before_anything_is_made(tmp_path):
+    wrong = Run("dpo", "beta=0", {"dpo.beta": 0.0})
+    with pytest.raises(ConfigError, match=r"beta = 0\.0: must be greater than 0"):
+        frontier.make(config(), [wrong], str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_papers_sweep_has_22_runs():
+    runs = frontier.paper_runs()
+    assert len(runs) == 22 == len({run.name for run in runs})
