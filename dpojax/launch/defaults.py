@@ -203,7 +203,10 @@ def _reward() -> ConfigDict:
 
 
 def _ppo() -> ConfigDict:
-    """PPO on the policy's own responses; an iteration draws, scores and learns from a batch."""
+    """PPO on the policy's own responses; an iteration draws, scores and learns from a batch.
+
+    They are drawn as the policy has them, at temperature 1. Evaluations judge those to held-out
+    prompts (`samples`), by `reward` where samples.reward is empty."""
     return ConfigDict(
         dict(
             reward="reviews",  # or reviews:log_odds, classifier:FOLDER, reward_model:FOLDER

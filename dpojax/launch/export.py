@@ -26,7 +26,7 @@ def export(
     Args:
       workdir: of a run of scripts/train.py.
       folder: new or empty.
-      stage: sft, dpo or reward (a `...ForSequenceClassification`); "" is the run's last.
+      stage: sft, dpo, ppo or reward (a `...ForSequenceClassification`); "" is the run's last.
       step: a checkpoint of the stage; None is its newest.
       adapters: instead write the stage's LoRA adapters alone, for `peft.PeftModel.from_pretrained`.
         Their base is config.model.path for the run's first stage, and for a later one the export

@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 from dpojax import sharding
 from dpojax.data.records import DataError
 from dpojax.evaluation import plots
+from dpojax.evaluation.rewards import RewardError
+from dpojax.launch import ppo, stages
 from dpojax.launch import setup as run_setup
-from dpojax.launch import stages
 from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
+from dpojax.launch.ppo import PPOStage
 from dpojax.launch.setup import Setup
 from dpojax.launch.summary import summarise, summarise_reward
 from dpojax.launch.train import train_stage
@@ -26,6 +28,7 @@ from dpojax.training.reference import ReferenceMismatch
 
 # What a user can mend; anything else is a bug of ours, and shows its traceback.
 FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss, OSError)
+FAILURES += (RewardError,)
 FINISHED = "finished.json"
 
 
@@ -50,22 +53,34 @@ def run(config: ConfigDict, workdir: str) -> None:
         _show(folder)
         return
     setup = run_setup.prepare(config, folder)
-    prepared = [stages.prepare(name, setup) for name in config.stages]
+    prepared = [_prepare(name, setup) for name in config.stages]
     record(config, folder)
     with only_run(folder), jax.set_mesh(setup.mesh), StopSignal() as stop:
         _train(setup, prepared, stop)
 
 
-def _train(setup: Setup, prepared: list[stages.Stage], stop: StopSignal) -> None:
+def _prepare(name: str, setup: Setup) -> stages.Stage | PPOStage:
+    return ppo.prepare(setup) if name == ppo.NAME else stages.prepare(name, setup)
+
+
+def _announce(stage: stages.Stage | PPOStage) -> str:
+    if isinstance(stage, PPOStage):
+        return ppo.describe(stage)
+    return f"{stages.save_reports(stage)}\n{stages.describe(stage)}"
+
+
+def _train(setup: Setup, prepared: list[stages.Stage | PPOStage], stop: StopSignal) -> None:
     first = jax.process_index() == 0
     for stage in prepared if first else ():
-        print(f"\n{stages.save_reports(stage)}\n{stages.describe(stage)}", flush=True)
+        print(f"\n{_announce(stage)}", flush=True)
     start = partial(run_setup.initial_params, setup)
     for stage in prepared:
-        params = train_stage(stage, start, stop)
+        train = ppo.train if isinstance(stage, PPOStage) else train_stage
+        params = train(stage, start, stop)
         start = partial(lambda finished: finished, params)
     last = prepared[-1]
-    judge = {"dpo": summarise, "reward": summarise_reward}.get(last.name)
+    judges = {"dpo": summarise, "reward": summarise_reward, ppo.NAME: ppo.summarise}
+    judge = judges.get(last.name)
     summaries = {} if judge is None else {last.name: judge(last, params)}
     if first:
         curves = {stage.name: read_metrics(stage.folder) for stage in prepared}

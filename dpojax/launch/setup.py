@@ -147,7 +147,8 @@ def trained_params(setup: Setup, stage: str, step: int | None = None) -> dict:
     """
     folder, lora = setup.workdir / stage / "checkpoints", setup.lora[stage]
     if lora is None:
-        return checkpoints.load_params(folder, setup.abstract_params, step)
+        within = "policy" if stage == "ppo" else ""  # a state of PPO's has two models
+        return checkpoints.load_params(folder, setup.abstract_params, step, within=within)
     trained = checkpoints.load_params(folder, lora.abstract, step)
     return lora.merge(lora.keep_base(None), trained)
 

@@ -203,23 +203,32 @@ def load_tree(folder: str | os.PathLike, abstract: Any) -> Any:
         return ocp.load(path, _placed(abstract))
 
 
-def load_params(folder: str | os.PathLike, abstract_params: Any, step: int | None = None) -> Any:
+def load_params(
+    folder: str | os.PathLike, abstract_params: Any, step: int | None = None, *, within: str = ""
+) -> Any:
     """Only the `params` of a state in the checkpoints of `folder`; the rest is not read.
 
     For an export, and for the next stage, which starts a new optimiser.
+
+    Args:
+      within: the field of the saved tree that is the state; "" is the whole of it.
 
     Raises:
       CheckpointError: no such checkpoint, or its parameters are not those of `abstract_params`.
     """
     path = _path_of_step(os.path.abspath(folder), step)
     saved = _described(path).metadata
-    if not isinstance(saved, dict) or "params" not in saved:
-        raise CheckpointError(f"{path}: the saved state has no field `params`")
-    _require_same_tree(path, {"params": saved["params"]}, {"params": abstract_params})
+    wrap = (lambda tree: {within: tree}) if within else (lambda tree: tree)
+    state = saved.get(within) if within and isinstance(saved, dict) else saved
+    if not isinstance(state, dict) or "params" not in state:
+        missing = f"{within}.params" if within else "params"
+        raise CheckpointError(f"{path}: the saved state has no field `{missing}`")
+    _require_same_tree(path, {"params": state["params"]}, {"params": abstract_params})
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with _explained(f"cannot read the parameters in {path}"), context:
-        return ocp.load(path, {"params": _placed(abstract_params)})["params"]
+        found = ocp.load(path, wrap({"params": _placed(abstract_params)}))
+    return (found[within] if within else found)["params"]
 
 
 def _placed(abstract: Any) -> Any:

@@ -58,6 +58,27 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
+def test_a_stage_that_draws_samples_shows_their_reward_and_kl(tmp_path, figures):
+    lines = [
+        {"step": 0, "split": "eval", "samples/reward": 0.5, "samples/kl": 0.0},
+        {"step": 5, "split": "train", "objective/scores": 0.6, "objective/kl": 1.0},
+        {"step": 9, "split": "train", "objective/scores": 0.7, "objective/kl": 2.0},
+        {"step": 9, "split": "eval", "samples/reward": 0.8, "samples/kl": 3.0},
+    ]
+    training_curves({"ppo": lines}, tmp_path / "curves.png")
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert titles == ["Reward of samples", "KL of samples"]
+    for title, train, held_out in (
+        ("Reward of samples", [0.6, 0.7], [0.5, 0.8]),
+        ("KL of samples", [1.0, 2.0], [0.0, 3.0]),
+    ):
+        axes = axes_of(figures[0], title)
+        assert axes.get_xlabel() == "iteration"
+        drawn = [list(line.get_ydata()) for line in axes.lines]
+        assert train in drawn
+        assert held_out in drawn
+
+
 def test_a_run_of_two_stages_has_its_six_panels_at_the_width_of_a_readme(tmp_path, figures):
     training_curves({"sft": sft_lines(range(1, 9)), "dpo": DPO}, tmp_path / "curves.png")
     assert [axes.get_title(loc="left") for axes in figures[0].axes] == [

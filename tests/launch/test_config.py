@@ -41,7 +41,7 @@ def test_a_value_of_another_type_is_an_error():
         ("sft.learning_rate", -1.0, r"config\.sft\.learning_rate"),
         ("sft.data.eval_share", 1.0, r"config\.sft\.data\.eval_share"),
         ("dpo.data.source", "", r"config\.dpo\.data\.source = ''.*is empty"),
-        ("stages", ("ppo",), r"config\.stages"),
+        ("stages", ("ppo", "dpo"), r"config\.stages"),
         ("model.compute_dtype", "float16", r"compute_dtype"),
         ("log_every", -1, r"config\.log_every"),
         ("keep", 0, r"config\.keep"),

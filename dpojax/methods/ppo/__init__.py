@@ -1,0 +1,40 @@
+"""PPO for language models: the baseline of the reward-KL frontier (Rafailov et al. 2023, fig. 2).
+
+An iteration has three parts, and the caller does the second, which is where PPO with a learned
+reward and PPO with the true one (PPO-GT) differ:
+
+    samples = draw(sampler, state, prompts)                        # responses of the policy
+    scores = ...                                                   # any numbers [B, N]
+    state, report = update(state, reference, prompts, samples, scores, hyper)
+
+`update` (see `build_update`) computes log-probs and values, shapes rewards by the KL to the
+reference, estimates advantages and takes several epochs of minibatch steps; its mathematics is
+`dpojax.rl`'s and its optimiser step is the one of every other method. Schulman et al. 2017; Ziegler
+et al. 2019.
+"""
+
+from dpojax.methods.ppo.objectives import Experience, hyper
+from dpojax.methods.ppo.rollouts import (
+    PPOState,
+    draw,
+    new_ppo_state,
+    rows_of,
+    trim,
+    with_value_head,
+)
+from dpojax.methods.ppo.update import PPO, build_experience, build_optimise, build_update
+
+__all__ = [
+    "PPO",
+    "Experience",
+    "PPOState",
+    "build_experience",
+    "build_optimise",
+    "build_update",
+    "draw",
+    "hyper",
+    "new_ppo_state",
+    "rows_of",
+    "trim",
+    "with_value_head",
+]

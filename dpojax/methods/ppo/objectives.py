@@ -1,0 +1,142 @@
+"""What PPO's two models minimise on an iteration's experience, as the train step sees it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dpojax import rl
+from dpojax.logprobs import TokenStatistics, token_logprobs, token_statistics
+from dpojax.models.decoder import Model, Params
+from dpojax.training.forward import MAX_LOGITS, Forward
+from dpojax.training.metrics import Metric
+from dpojax.training.objective import Hyper, Objective, Terms
+
+
+class Experience(NamedTuple):
+    """The responses of an iteration, [R, ...]: the first fields of `Rows`, and what was made of it.
+
+    Float arrays are [R, T], one number per token of the response, 0 at padding.
+    """
+
+    tokens: Array
+    positions: Array
+    segment: Array
+    branch: Array
+    source: Array
+    target: Array
+    response: Array
+    present: Array
+    logprobs: Array  # nats, of the policy that sampled
+    values: Array  # of the value model then
+    advantages: Array  # whitened over the batch
+    returns: Array
+
+
+def hyper(
+    *,
+    learning_rate: float,
+    value_learning_rate: float,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    discount: float = 1.0,
+    decay: float = 0.95,
+    kl_target: float = 6.0,
+    kl_horizon: float = math.inf,
+    missing_eos_penalty: float = 0.0,
+    max_kl: float = math.inf,
+    value_warmup: int = 0,
+) -> Hyper:
+    """The numbers of PPO as traced arrays: another value compiles nothing anew.
+
+    Args:
+      clip, value_clip: see `rl.clipped_surrogate` and `rl.clipped_value_loss`.
+      discount, decay: see `rl.gae`.
+      kl_target, kl_horizon: of the sequences' KL, see `rl.update_kl`; an infinite horizon leaves
+        the coefficient of the state as it is, a finite one is over 0.2 times an iteration's
+        responses.
+      missing_eos_penalty: what a response that was cut loses of its score.
+      max_kl: nats per token (`rl.approx_kl`, of a minibatch); once it is passed, the rest of the
+        iteration's minibatches is left out.
+      value_warmup: iterations at the start that train the value model alone.
+    """
+    numbers = dict(locals())
+    return {name: jnp.asarray(number, jnp.float32) for name, number in numbers.items()}
+
+
+def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
+    """The pass of a policy with an entropy bonus: log-probs and entropies of the tokens [R, T]."""
+
+    def forward(params, rows, reference_params=None) -> TokenStatistics:
+        del reference_params
+        hidden, head = _source_hidden(model, params, rows), model.head(params)
+
+        @jax.checkpoint
+        def entropies(hidden, head):
+            return token_statistics(hidden, head, rows.target, max_logits=max_logits).entropy
+
+        logprob = token_logprobs(hidden, head, rows.target, max_logits=max_logits)
+        return TokenStatistics(logprob, entropies(hidden, head))
+
+    return forward
+
+
+def token_values(model: Model) -> Forward:
+    """The value model's pass: V before each token of the responses, [R, T]."""
+
+    def forward(params, rows, reference_params=None) -> Array:
+        del reference_params
+        return model.scores(params, _source_hidden(model, params, rows))
+
+    return forward
+
+
+def policy_objective(entropy: float = 0.0) -> Objective:
+    """The clipped surrogate less `entropy` times the entropy, a mean over tokens."""
+
+    def terms(outputs: TokenStatistics, part: Experience, hyper: Hyper) -> Terms:
+        mask, new, old = part.response >= 0, outputs.logprob, part.logprobs
+        new = jnp.where(mask, new, old)
+        loss = rl.clipped_surrogate(new, old, part.advantages, clip=hyper["clip"])
+        clipped = rl.clip_fraction(new, old, part.advantages, mask, clip=hyper["clip"])
+        metrics = {
+            "policy/approxkl_avg": Metric(*rl.approx_kl(new, old, mask)),
+            "policy/clipfrac_avg": Metric(*clipped),
+        }
+        if entropy:
+            loss = loss - entropy * outputs.entropy
+            metrics["objective/entropy"] = masked(outputs.entropy, mask)
+        return _terms(loss, mask, metrics)
+
+    return Objective(terms, needs_reference=False)
+
+
+def value_objective() -> Objective:
+    """The clipped value loss, a mean over tokens."""
+
+    def terms(values: Array, part: Experience, hyper: Hyper) -> Terms:
+        clip = hyper["value_clip"]
+        loss = rl.clipped_value_loss(values, part.values, part.returns, clip=clip)
+        return _terms(loss, part.response >= 0, {})
+
+    return Objective(terms, needs_reference=False)
+
+
+def _terms(loss: Array, mask: Array, metrics: dict[str, Metric]) -> Terms:
+    """Sums [..., R, 1] over the tokens of each response."""
+    total = jnp.where(mask, loss, 0.0).sum(-1, keepdims=True)
+    return Terms(total, mask.sum(-1, keepdims=True).astype(jnp.float32), metrics)
+
+
+def _source_hidden(model: Model, params: Params, rows) -> Array:
+    return jnp.take_along_axis(model.apply(params, rows), rows.source[..., None], axis=1)
+
+
+def masked(values: Array, mask: Array) -> Metric:
+    """The sum of what the mask lets through, and how much that is."""
+    values = jnp.where(mask, values, 0).astype(jnp.float32)
+    return Metric(values.sum(), mask.sum().astype(jnp.float32))

@@ -1,0 +1,235 @@
+"""An iteration of PPO after its responses are scored: experience, then epochs of minibatches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from dpojax import rl
+from dpojax.methods.ppo.objectives import (
+    Experience,
+    masked,
+    policy_objective,
+    token_values,
+    value_objective,
+    with_entropy,
+)
+from dpojax.methods.ppo.rollouts import PPOState, iteration_key, rows_of
+from dpojax.models.decoder import Model
+from dpojax.sharding import ROWS, constrain
+from dpojax.training.forward import MAX_LOGITS, language_model, map_present, row_logprobs
+from dpojax.training.metrics import Metric
+from dpojax.training.objective import Hyper
+from dpojax.training.state import State
+from dpojax.training.step import Report, build_step
+
+_NAMES = {  # TRL's
+    "policy/loss": "loss/policy_avg",
+    "policy/grad_norm": "grad_norm",
+    "value/loss": "loss/value_avg",
+    "value/grad_norm": "value_grad_norm",
+    "value/learning_rate": "value_learning_rate",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    """What is compiled into `update`; all other numbers are in `hyper`.
+
+    Attributes:
+      epochs: how often the responses of an iteration are gone through.
+      minibatches: optimiser steps of an epoch; they divide the number of responses.
+      micro_batches: parts of a minibatch whose gradients are added up, to save memory.
+      entropy: weight of the entropy bonus, in reward per nat and token; 0 computes none.
+      kl_estimator: of the penalty in the rewards, see `rl.shape_rewards`.
+
+    Raises:
+      ValueError: a number that is not positive, or a negative weight.
+    """
+
+    epochs: int = 4
+    minibatches: int = 4
+    micro_batches: int = 1
+    entropy: float = 0.0
+    kl_estimator: rl.Estimator = "k1"
+
+    def __post_init__(self):
+        for name in ("epochs", "minibatches", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+        if self.entropy < 0:
+            raise ValueError(f"entropy: must not be negative, got {self.entropy}")
+
+
+def build_update(
+    policy: Model,
+    value: Model,
+    settings: PPO,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> Callable[..., tuple[PPOState, Report]]:
+    """(state, reference_params, prompts, samples, scores [B, N], hyper) -> (new state, report).
+
+    The report's `bad` [B, N] marks scores that are not finite: one of them, and neither model is
+    trained. Not jitted here: the caller adds donation and shardings.
+
+    Args:
+      policy, value: a decoder, and one with a scalar head (`with_value_head`).
+      optimizer: as the state was made with.
+    """
+    prepare = build_experience(policy, value, settings, max_logits=max_logits)
+    optimise = build_optimise(policy, value, settings, optimizer, max_logits=max_logits)
+
+    def update(state, reference_params, prompts, samples, scores, hyper):
+        experience, metrics = prepare(state, reference_params, prompts, samples, scores, hyper)
+        state, more, finite = optimise(state, experience, hyper)
+        kl, count = metrics["objective/kl"]
+        coefficient = rl.update_kl(
+            state.kl,
+            kl / jnp.maximum(count, 1),
+            target=hyper["kl_target"],
+            steps=count,
+            horizon=hyper["kl_horizon"],
+        )
+        trains = state.iteration >= hyper["value_warmup"]
+        kl_state = jax.tree.map(lambda a, b: jnp.where(trains, a, b), coefficient, state.kl)
+        state = state._replace(kl=kl_state, iteration=state.iteration + 1)
+        bad = ~jnp.isfinite(scores) & (samples.lengths > 0)
+        return state, Report(metrics | more, finite, bad)
+
+    return update
+
+
+def build_experience(
+    policy: Model, value: Model, settings: PPO, *, max_logits: int = MAX_LOGITS
+) -> Callable[..., tuple[Experience, dict[str, Metric]]]:
+    """(state, reference_params, prompts, samples, scores [B, N], hyper) -> (experience, metrics).
+
+    Log-probs and values come from the forward passes that train, in parts of the same size, so
+    that the first minibatch finds ratios of 1.
+    """
+
+    def prepare(state: PPOState, reference_params, prompts, samples, scores, hyper):
+        rows = rows_of(prompts, samples)
+        parts = settings.minibatches * settings.micro_batches
+        if len(rows.tokens) % parts:
+            raise ValueError(
+                f"{len(rows.tokens)} responses cannot be cut into {settings.minibatches} "
+                f"minibatches of {settings.micro_batches} micro-batches; make it a multiple"
+            )
+        # Every `parts`-th row, so that the devices' rows stay where they are.
+        cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+        cut = _over_rows(cut)
+        mask = rows.response >= 0
+
+        def each(function, params):
+            found = map_present(partial(function, params), cut)
+            return jnp.where(mask, found.swapaxes(0, 1).reshape(mask.shape), 0.0)
+
+        logprobs_of = lambda params, part: row_logprobs(policy, params, part, max_logits=max_logits)
+        logprobs = each(logprobs_of, state.policy.params)
+        reference = each(logprobs_of, reference_params)
+        values = each(token_values(value), state.value.params)
+        scores, stopped = scores.reshape(-1).astype(jnp.float32), samples.stopped.reshape(-1)
+        kept = rl.missing_eos_penalty(scores, stopped, hyper["missing_eos_penalty"])
+        penalty = {"kl_coefficient": state.kl.coefficient, "kl_estimator": settings.kl_estimator}
+        rewards = rl.shape_rewards(kept, logprobs, reference, mask, **penalty)
+        horizon = {name: hyper[name] for name in ("discount", "decay")}
+        advantages, returns = rl.gae(rewards, values, mask, **horizon)
+        experience = Experience(*rows[:8], logprobs, values, rl.whiten(advantages, mask), returns)
+        by_response = {
+            "objective/kl": rl.sequence_kl(logprobs, reference, mask),
+            "objective/scores": scores,
+            "objective/rlhf_reward": rewards.sum(-1),
+            "val/stopped": stopped,
+            "val/response_length": mask.sum(-1),
+        }
+        metrics = {k: masked(x, rows.present[:, 0, 0]) for k, x in by_response.items()}
+        metrics["objective/kl_coef"] = Metric(state.kl.coefficient, jnp.float32(1))
+        return experience, metrics | {"val/unexplained": _unexplained(values, returns, mask)}
+
+    return prepare
+
+
+def build_optimise(
+    policy: Model,
+    value: Model,
+    settings: PPO,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_logits: int = MAX_LOGITS,
+) -> Callable[..., tuple[PPOState, dict[str, Metric], Array]]:
+    """(state, experience, hyper) -> (state with both models trained, metrics, whether all finite).
+
+    Gradients are means over the tokens of a minibatch, as TRL's, by `training.step.build_step`.
+    """
+    constant = lambda step: 1.0
+    forward = with_entropy if settings.entropy else language_model
+    forward = forward(policy, max_logits=max_logits)
+    policy_step = build_step(forward, policy_objective(settings.entropy), optimizer, constant)
+    value_step = build_step(token_values(value), value_objective(), optimizer, constant)
+
+    def both_steps(models: tuple[State, State], part: Experience, hyper: Hyper):
+        at_value = hyper | {"learning_rate": hyper["value_learning_rate"]}
+        new_policy, of_policy = policy_step(models[0], part, hyper)
+        new_value, of_value = value_step(models[1], part, at_value)
+        metrics = {_NAMES.get(f"policy/{k}", k): v for k, v in of_policy.metrics.items()}
+        metrics |= {_NAMES.get(f"value/{k}", k): v for k, v in of_value.metrics.items()}
+        return (new_policy, new_value), metrics, of_policy.finite & of_value.finite
+
+    def optimise(state: PPOState, experience: Experience, hyper: Hyper):
+        trains = state.iteration >= hyper["value_warmup"]
+
+        def step(carry, index):
+            models, stop = carry
+            part = _over_rows(jax.tree.map(lambda x: x[index], experience))
+            run = lambda models: both_steps(models, part, hyper)
+            shapes = jax.eval_shape(run, models)[1:]
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
+            skip = lambda models: (models, zeros, jnp.array(True))
+            (new_policy, new_value), metrics, finite = jax.lax.cond(stop, skip, run, models)
+            new_policy = jax.tree.map(lambda a, b: jnp.where(trains, a, b), new_policy, models[0])
+            kl, weight = metrics["policy/approxkl_avg"]
+            stop |= kl > hyper["max_kl"] * weight
+            return ((new_policy, new_value), stop), (metrics, finite)
+
+        usable = jnp.isfinite(experience.returns).all()
+        carry = (state.policy, state.value), ~usable
+        order = _minibatches(state, experience.present, settings)
+        (models, _), (metrics, finite) = jax.lax.scan(step, carry, order)
+        metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+        return state._replace(policy=models[0], value=models[1]), metrics, usable & finite.all()
+
+    return optimise
+
+
+def _minibatches(state: PPOState, present: Array, settings: PPO) -> Array:
+    """Rows of each step, int32 [epochs * minibatches, micro_batches, R / both], dummies last."""
+    shuffled = lambda epoch: jax.random.permutation(
+        jax.random.fold_in(iteration_key(state), 1 + epoch), len(present)
+    )
+    order = jax.vmap(shuffled)(jnp.arange(settings.epochs))
+    order = order.reshape(settings.epochs * settings.minibatches, -1)
+    # The step leaves out empty micro-batches, which it looks for at the end.
+    missing = ~present[:, 0, 0][order]
+    order = jnp.take_along_axis(order, jnp.argsort(missing, axis=-1, stable=True), axis=-1)
+    return order.reshape(len(order), settings.micro_batches, -1)
+
+
+def _over_rows(tree):
+    """Micro-batches [M, R, ...] with their rows over the mesh."""
+    return jax.tree.map(lambda x: constrain(x, None, ROWS), tree)
+
+
+def _unexplained(values: Array, returns: Array, mask: Array) -> Metric:
+    """The share of the returns' variance that the values miss."""
+    mean = returns.sum() / jnp.maximum(mask.sum(), 1)
+    squares = lambda x: jnp.where(mask, x**2, 0.0).sum()
+    return Metric(squares(returns - values), squares(returns - mean))
