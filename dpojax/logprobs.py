@@ -140,6 +140,19 @@ def sum_by_response(values: Array, response: Array, slots: int) -> Array:
     return jnp.sum(jnp.where(member, values[..., None], 0), axis=-2)
 
 
+def of_response(values: Array, response: Array) -> Array:
+    """What the response of each token has: the inverse of `sum_by_response`.
+
+    Args:
+      values: [rows, slots].
+      response: [rows, scored], int; what stands at -1 (padding) means nothing.
+
+    Returns:
+      [rows, scored].
+    """
+    return jnp.take_along_axis(values, jnp.maximum(response, 0), axis=-1)
+
+
 def _chunks(targets: Array, head: Head, max_logits: float) -> int:
     wanted = math.ceil(math.prod(targets.shape) * head.weight.shape[0] / max_logits)
     return max(1, min(wanted, targets.shape[-1]))

@@ -193,9 +193,11 @@ class _Fields:
         return float(self[name])
 
     def scores(self) -> Scores | None:
-        """The scores of (chosen, rejected), or None if no field or only nulls give them."""
+        """The scores of (chosen, rejected), or None if no field gives them, or one is null."""
         for names in SCORE_FIELDS:
-            if any(self[name] is not None for name in names):
+            if any(name in self.row for name in names):
+                if any(name in self.row and self[name] is None for name in names):
+                    return None
                 return tuple(self.number(name) for name in names)
         return None if self["margin"] is None else (self.number("margin"), 0.0)
 
@@ -304,7 +306,7 @@ def _ranked(fields: _Fields) -> Record:
         fields.id,
         prompt,
         (responses[i] for i in best_first),
-        scores=tuple((scores or worth)[i] for i in best_first),
+        scores=None if scores is None else tuple(scores[i] for i in best_first),
         # Before the first of equal ones there are only better ones.
         rank=tuple(map(ordered.index, ordered)) if tied else None,
     )

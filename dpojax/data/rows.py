@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     response: np.ndarray  # [R, S] int32, its response slot in [0, E * K); -1 is padding
     present: np.ndarray  # [R, E, K] bool, which responses exist
     example: np.ndarray  # [R, E] int32, index into the data set; -1 is none
-    rank: np.ndarray  # [R, E, K] int32, how many responses are better, equal for ties; padding is 0
+    rank: np.ndarray  # [R, E, K] int32, how many are better; -1 if to another prompt; padding is 0
     scores: np.ndarray  # [R, E, K] float32, the data's own; 0 where unknown, and at padding
     desirable: np.ndarray  # [R, E] bool, false if labelled undesirable, and at padding
     reference: np.ndarray | None = None  # [R, S] float32, the reference's log-probs in nats

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from dpojax.data.records import DataError, Record
 from dpojax.data.tokenise import Example
 
@@ -37,10 +39,11 @@ def split(record: Record) -> list[Record]:
 def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     """Every example with an unrelated response as its second: KTO's KL is estimated from these.
 
-    The unrelated response is the first one of the next example, in order and cyclically, that has
-    another prompt (Ethayarajh et al. 2024 take the next one of the batch). Batches do not change
-    it, so a cached reference covers it. It loses its end beyond `max_length` minus the prompt's
-    length, but keeps a token.
+    The unrelated response is the first one of the next example that has another prompt, cyclically
+    in a fixed random order: desirable and undesirable responses come in their shares (Ethayarajh et
+    al. 2024 take the next one of a shuffled batch). Batches do not change it, so a cached reference
+    covers it. It loses its end beyond `max_length` minus the prompt's length, but keeps a token.
+    Its rank is -1, which no answer to the prompt has.
 
     Args:
       examples: of one response each.
@@ -49,9 +52,12 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
     Raises:
       DataError: all examples have the same prompt.
     """
-    prompts = [example.prompt.tobytes() for example in examples]
+    shuffled = np.random.default_rng(0).permutation(len(examples))
+    after = _next_of_another_prompt([examples[i].prompt.tobytes() for i in shuffled])
+    partners = dict(zip(shuffled.tolist(), shuffled[after].tolist()))
     mismatched = []
-    for example, partner in zip(examples, _next_of_another_prompt(prompts)):
+    for index, example in enumerate(examples):
+        partner = partners[index]
         whole = examples[partner].responses[0]
         kept = whole[: max(1, max_length - len(example.prompt))]
         mismatched.append(
@@ -59,7 +65,7 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
                 responses=(*example.responses, kept),
                 cut=(*example.cut, examples[partner].cut[0] or len(kept) < len(whole)),
                 scores=None if example.scores is None else (*example.scores, 0.0),
-                rank=(0, 1),
+                rank=(0, -1),
             )
         )
     return mismatched

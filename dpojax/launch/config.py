@@ -132,6 +132,8 @@ def check(config: ConfigDict) -> None:
                 lora_config(stage.lora)
     if "reward" in config.stages:
         _apply(REWARD_RULES, config.reward, "reward.")
+        if config.reward.margin_scale and config.reward.loss != "bradley_terry":
+            raise ConfigError("config.reward.margin_scale: only bradley_terry has margins")
     if "ppo" in config.stages:
         _check_ppo(config)
     if "dpo" in config.stages:

@@ -193,7 +193,7 @@ def _reward() -> ConfigDict:
             data=_data("reviews", 6_000, 500),
             loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
             margin_scale=0.0,  # bradley_terry: times the data's score gap is the wanted margin
-            centring=0.01,  # bradley_terry: weight of the squared sum of a pair's scores
+            centring=0.01,  # weight of the squared sum of a pair's, or ranking's, scores; 0 is off
             batch_size=64,
             epochs=1,
             steps=0,

@@ -120,8 +120,9 @@ def _table(stage: Stage, count: int, values: dict, kl: dict) -> str:
         (f"log-prob of {rejected} (nats)", *number("logps/rejected")),
         (f"{chosen} became less likely", "-", f"{100 * after['displacement']:.1f} %"),
         ("KL(policy || reference) (nats/token)", f"{kl['before']:.4f}", f"{kl['after']:.4f}"),
-        ("loss (nats)", f"{before['loss']:.4f}", f"{after['loss']:.4f}"),
     ]
+    if stage.objective.baseline is None:  # else the loss depends on the baseline kept in training
+        rows.append(("loss (nats)", f"{before['loss']:.4f}", f"{after['loss']:.4f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
     beta = f" with beta {stage.hyper['beta']:g}" if "beta" in stage.hyper else ""

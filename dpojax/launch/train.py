@@ -67,7 +67,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
                 state, _ = saved.restore(abstract, batches)
             else:
                 trained = params if base is None else stage.lora.start(config.seed)
-                if used != Reference() and stage.starts_at_reference:
+                if stage.objective.needs_reference and stage.starts_at_reference:
                     policy = _policy(stage, base, trained)
                     writer.write(0, check_identity(stage, policy, used), split="identity")
                     del policy

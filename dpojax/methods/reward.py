@@ -21,7 +21,7 @@ def objective(loss: str) -> Objective:
     `bradley_terry` (Rafailov et al. 2023, eq. 2): every pair of a better and a worse response, ties
     left out. hyper["margin_scale"] times the gap of the data's scores is the margin by which it
     ought to be told apart (Touvron et al. 2023), hyper["centring"] weighs the squared sum of its
-    scores (Eisenstein et al. 2023). `plackett_luce_scores` (eq. 18): whole rankings.
+    scores (Eisenstein et al. 2023). `plackett_luce_scores` (eq. 18): whole rankings, centred alike.
 
     The outputs that it reads are scores [..., R, E, K], of `training.forward.reward_model`.
 
@@ -41,6 +41,8 @@ def objective(loss: str) -> Objective:
             value, weight = jnp.where(mask, value, 0.0).sum(-1), mask.sum(-1)
         else:
             value = losses.plackett_luce_scores(scores, mask=rows.present, ranks=rows.rank)
+            whole = jnp.where(rows.present, scores, 0.0).sum(-1)
+            value += hyper["centring"] * whole**2
             weight = rows.present.sum(-1) > 1
             value = jnp.where(weight, value, 0.0)
         return Terms(value, weight.astype(jnp.float32), _metrics(scores, rows, pair, mask))

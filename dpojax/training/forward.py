@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax.data.rows import Rows
-from dpojax.logprobs import TokenStatistics, token_kl, token_logprobs, token_statistics
+from dpojax.logprobs import (
+    TokenStatistics,
+    of_response,
+    token_kl,
+    token_logprobs,
+    token_statistics,
+)
 from dpojax.models import lora
 from dpojax.models.lora import LoraConfig
 from dpojax.models.scores import response_scores
@@ -116,7 +122,8 @@ def build_divergence(
 ) -> Callable[[dict, dict, Rows], Metric]:
     """(params, reference_params, rows [M, R, ...]) -> KL(policy || reference) per token, nats.
 
-    Exact over the vocabulary, summed over the contexts of all scored tokens, with their number.
+    Exact over the vocabulary, summed over the contexts of all scored tokens, with their number;
+    mismatched responses do not count.
     """
 
     def divergence(params, reference_params, rows: Rows) -> Metric:
@@ -125,7 +132,8 @@ def build_divergence(
             heads = model.head(params), model.head(reference_params)
             return token_kl(policy, heads[0], reference, heads[1], max_logits=max_logits)
 
-        scored = rows.response >= 0
+        answers = (rows.rank >= 0).reshape(*rows.rank.shape[:-2], -1)
+        scored = (rows.response >= 0) & of_response(answers, rows.response)
         total = jnp.sum(jnp.where(scored, map_present(one, rows), 0.0))
         return Metric(total, jnp.sum(scored))
 

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from dpojax.data.rows import Rows
-from dpojax.logprobs import TokenStatistics
+from dpojax.logprobs import TokenStatistics, of_response
 from dpojax.losses import RunningMean
 from dpojax.training.forward import Forward, map_present
 from dpojax.training.metrics import Metric
@@ -92,9 +92,11 @@ def _totals(terms: Terms) -> dict[str, Metric]:
 
 
 def _token_metrics(tokens: TokenStatistics, rows: Rows) -> dict[str, Metric]:
-    scored = rows.response >= 0
-    rank = rows.response % rows.present.shape[-1]
-    chosen, rejected = scored & (rank == 0), scored & (rank > 0)
+    first = jnp.zeros(rows.present.shape, bool).at[..., 0].set(True)
+    best = first & rows.desirable[..., None]
+    by_token = lambda x: of_response(x.reshape(*x.shape[:-2], -1), rows.response)
+    scored = (rows.response >= 0) & by_token(rows.rank >= 0)
+    chosen, rejected = scored & by_token(best), scored & ~by_token(best)
     metric = lambda values, mask: Metric(jnp.where(mask, values, 0), mask)
     metrics = {
         "entropy": metric(tokens.entropy, scored),

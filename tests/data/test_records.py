@@ -135,7 +135,7 @@ def test_ranked_responses_come_out_best_first(order, expected):
 @pytest.mark.parametrize(
     ("order", "responses", "scores", "rank"),
     [
-        ({"ranks": [2, 1, 1]}, ("b", "c", "a"), (-1.0, -1.0, -2.0), (0, 0, 2)),
+        ({"ranks": [2, 1, 1]}, ("b", "c", "a"), None, (0, 0, 2)),
         ({"scores": [1, 1, 2]}, ("c", "a", "b"), (2.0, 1.0, 1.0), (0, 1, 1)),
         ({"scores": [3, 3, 3.0]}, ("a", "b", "c"), (3.0, 3.0, 3.0), (0, 0, 0)),
         # Ranks order, scores go along.
@@ -153,7 +153,8 @@ def test_scores_go_with_their_responses_and_rank_counts_the_better_ones(numbers,
     row = {"prompt": "q", "responses": texts, "ranks" if as_ranks else "scores": numbers}
     record = parse(row, "f:1")
     worth = {text: -n if as_ranks else n for text, n in zip(texts, numbers)}
-    assert record.scores == tuple(worth[text] for text in record.responses)
+    scores = tuple(worth[text] for text in record.responses)
+    assert record.scores == (None if as_ranks else scores)  # places are no scores
     assert record.places == tuple(
         sum(other > worth[text] for other in worth.values()) for text in record.responses
     )

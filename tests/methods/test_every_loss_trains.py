@@ -78,6 +78,17 @@ def batches(examples, start):
     return made
 
 
+@pytest.fixture(scope="module")
+def better(batches, start):
+    """Weights that find every response likelier than the reference does: KTO's z is above 0."""
+    adam = optax.scale_by_adam()
+    step, rows, hyper = prepare("sft", batches, 0, adam, rate=0.02)
+    state = state_of(start, adam)
+    for _ in range(6):
+        state, _ = step(state, rows, hyper)
+    return state.params
+
+
 def state_of(params, optimizer):
     zero = jnp.zeros(())
     return State(zero, params, optimizer.init(params), jnp.zeros(2), RunningMean(zero, zero))
@@ -114,30 +125,35 @@ def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
 
 
 @pytest.mark.parametrize("case", [*COUPLED, "dpo", "plackett_luce", "tdpo", "ipo, WPO"])
-def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches, start):
+def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches, start, better):
     sgd = optax.identity()
-    nudged = jax.tree.map(lambda x: x * 1.1, start)  # where policy and reference differ
     found = []
     for micro_rows in (0, 8):
         step, rows, hyper = prepare(case, batches, micro_rows, sgd, rate=1.0)
-        state, report = step(state_of(nudged, sgd), rows, hyper, start)
-        moved = jax.tree.map(jnp.subtract, state.params, nudged)
+        state, report = step(state_of(better, sgd), rows, hyper, start)
+        moved = jax.tree.map(jnp.subtract, state.params, better)
         found.append((moved, state.baseline, report.metrics["loss"]))
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[0][0]))
     assert scale > 1e-4
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, scale))
-    jax.tree.map(close, *found)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * scale)
+    jax.tree.map(close, found[0][0], found[1][0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found[0][1:], found[1][1:]
+    )
+    if case == "kto":
+        assert report.metrics["kl"].value > 1
 
 
 @pytest.mark.parametrize("case", ["aot", "kto", "bco"])
-def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, start):
+def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, better):
     sgd = optax.identity()
-    nudged = jax.tree.map(lambda x: x * 1.1, start)
     step, rows, hyper = prepare(case, batches, 8, sgd, rate=1.0)
-    one, _ = step(state_of(nudged, sgd), rows, hyper)
+    one, _ = step(state_of(better, sgd), rows, hyper)
     mesh = sharding.make_mesh(4, 2, 1)
     with jax.set_mesh(mesh):
         placed = sharding.put_rows(jax.tree.map(np.asarray, rows), mesh)
-        eight, _ = step(state_of(nudged, sgd), placed, hyper)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, one.params, eight.params)
+        eight, _ = step(state_of(better, sgd), placed, hyper)
+    moved = [jax.tree.map(jnp.subtract, state.params, better) for state in (one, eight)]
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved[0]))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * scale)
+    jax.tree.map(close, *moved)

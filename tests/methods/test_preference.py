@@ -109,6 +109,7 @@ def test_where_data_or_policy_decide_no_closed_form_is_claimed():
     closed = {x for x in preference.LOSSES if make(x)[0].at_reference is not None}
     assert closed == {*AT_REFERENCE, "tdpo"}
     assert make("dpo", wpo="plain")[0].at_reference is None
+    assert make("dpo+simpo", beta=BETA, weights=(1.0, 1.0))[0].at_reference is None
     objective, hyper = make("dpo", divergence="js", beta=BETA)
     np.testing.assert_allclose(objective.at_reference(hyper), np.log(2), rtol=1e-6)
 
@@ -153,6 +154,15 @@ def test_length_norms_divide_each_response_by_its_own_tokens():
     terms = objective.terms(policy, rows, hyper)
     np.testing.assert_allclose(terms.loss.sum(), want, rtol=1e-5)
     assert "displacement" not in terms.metrics
+
+
+def test_only_the_best_of_several_responses_is_imitated():
+    policy, rows = pairs_of([example(3, 4, 2)])
+    objective, hyper = make("sft", nll_norm="sum")
+    gradient = jax.grad(lambda p: objective.terms(p, rows, hyper).loss.sum())(policy).logprob
+    found = by_response(gradient, rows)
+    assert all(g == -3 for g in found[0, 0])  # once for each pair; the mean over pairs is -1
+    assert not any(found[0, 1] + found[0, 2])
 
 
 @pytest.mark.parametrize("norm", ["sum", "mean"])
@@ -316,6 +326,11 @@ def test_an_option_comes_from_the_config_then_the_preset_then_the_default():
     assert preference.resolve("ipo", {"length_norm": "sum"}, "trl-1.16")["length_norm"] == "sum"
     assert preference.resolve("bco", {}, "trl-1.16")["baseline"] == "zero"
     assert preference.resolve("bco", {}, "trl-0.24")["baseline"] == "running"
+    assert preference.resolve("bco", {}, "llama-factory")["baseline"] == "running"
+    mixed = {"weights": (1.0, 0.2), "nll_norm": "mean"}
+    assert preference.resolve("dpo+sft", mixed, "trl-1.16")["nll_norm"] == "mean"
+    with pytest.raises(ValueError, match="nll_norm: cpo needs it"):  # its tokens count the prompt
+        preference.resolve("cpo", {}, "trl-1.16")
     given = {"ld_alpha": 0.5, "wpo": "corrected"}
     around = preference.resolve("dpo", given, "trl-0.24")
     assert around["ld_weight_reference"] is False
@@ -326,6 +341,9 @@ def test_resolved_options_resolve_to_themselves():
     for loss in ALL:
         once = preference.resolve(loss, GIVEN.get(loss, {}))
         assert preference.resolve(loss, once) == once
+    around = {"ld_alpha": 0.5, "wpo": "plain", "divergence": "alpha", "divergence_alpha": 0.5}
+    once = preference.resolve("dpo", around, "trl-0.24")
+    assert preference.resolve("dpo", once, "trl-0.24") == once
 
 
 @pytest.mark.parametrize(
@@ -337,10 +355,16 @@ def test_resolved_options_resolve_to_themselves():
         ("dpo", {"beta": 0.0}, "beta = 0.0: must be greater than 0"),
         ("dpo", {"label_smoothing": 0.5}, r"label_smoothing = 0.5: must be in \[0, 0.5\)"),
         ("exo", {"label_smoothing": 0.0}, "exo is infinite at 0"),
-        ("dpo+ipo", {"length_norm": "sum"}, "loss_weights: dpo.ipo takes one for each"),
+        ("dpo+ipo", {"length_norm": "sum"}, "loss_weights: dpo.ipo takes a finite number for each"),
         ("dpo+kto", {"weights": (1.0, 1.0)}, "mixes losses of labelled and pairs data"),
         ("dpo+dpo_norm", {"weights": (1.0, 1.0)}, "beta: the losses of .* have different defaults"),
         ("nca", {"divergence": "js"}, "divergence: only for losses of the margin"),
+        ("dpo+dpo", {"weights": (1.0, 1.0)}, "loss: a mixture names each loss once"),
+        ("dpo+nca", {"weights": (1.0, float("nan"))}, "loss_weights: .* a finite number"),
+        ("dpo+dpo_ties", {"weights": (1.0, 1.0)}, "loss: dpo_ties counts tied pairs"),
+        ("simpo", {"ld_alpha": 0.5}, "ld_alpha: simpo has no reference"),
+        ("aot", {"wpo": "plain"}, "wpo: aot sorts the batch"),
+        ("dpo", {"beta": float("inf")}, "beta = inf: must be greater than 0"),
         ("dpo", {"divergence": "alpha"}, "divergence_alpha: divergence 'alpha' takes it"),
         ("dpo", {"wpo_clamp": 1.0}, "wpo_clamp: means nothing without wpo"),
         ("dpo", {"ld_alpha": 0.5}, "ld_weight_reference: dpo needs it"),

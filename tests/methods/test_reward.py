@@ -52,7 +52,8 @@ def test_bradley_terry_sees_every_untied_pair_with_margin_and_centring():
 
 def test_a_ranking_of_scores_is_chosen_place_by_place():
     rows, scores, place = batch()
-    terms = reward.objective("plackett_luce_scores").terms(scores, rows, {})
+    hyper = {"centring": jnp.float32(0.01)}
+    terms = reward.objective("plackett_luce_scores").terms(scores, rows, hyper)
     want = 0.0
     for at, found in place.values():
         s = np.asarray(scores[at])
@@ -60,6 +61,7 @@ def test_a_ranking_of_scores_is_chosen_place_by_place():
         for k in range(len(rank)):
             rivals = [s[j] for j in range(len(rank)) if rank[j] >= rank[k]]
             want += np.log(np.sum(np.exp(rivals))) - s[k]
+        want += 0.01 * s[: len(rank)].sum() ** 2
     assert float(terms.weight.sum()) == 3
     np.testing.assert_allclose(terms.loss.sum(), want, rtol=1e-5)
 

@@ -7,6 +7,7 @@ from jax import Array
 
 from dpojax import losses
 from dpojax.data.rows import Rows
+from dpojax.logprobs import of_response
 from dpojax.losses import Pair
 from dpojax.methods.preference.views import LabelledView
 from dpojax.training.metrics import Metric
@@ -55,10 +56,11 @@ def labelled_metrics(view: LabelledView, beta: Array) -> dict[str, Metric]:
 
 
 def token_kl_estimate(policy: Array, rows: Rows) -> Metric:
-    """log reference - log policy, averaged over the responses' tokens, in nats.
+    """log reference - log policy, averaged over the answers' tokens, in nats.
 
     It estimates the per-token KL(reference || policy) without bias if the responses were drawn
     from the reference; on other data it can be negative.
     """
-    scored = rows.response >= 0
+    answers = (rows.rank >= 0).reshape(*rows.rank.shape[:-2], -1)
+    scored = (rows.response >= 0) & of_response(answers, rows.response)
     return Metric(jnp.where(scored, rows.reference - policy, 0.0), scored)

@@ -14,11 +14,11 @@ from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean, update_baseline
 from dpojax.methods.preference.metrics import labelled_metrics, pair_metrics, token_kl_estimate
-from dpojax.methods.preference.options import Wanted, wanted
+from dpojax.methods.preference.options import SORTED, Wanted, arguments, wanted
 from dpojax.methods.preference.views import LabelledView, PairView, RankedView, View
+from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
 
-SORTED = ("aot", "aot_unpaired")  # they sort a batch along one axis
 _VIEWS = {"pairs": PairView, "ranked": RankedView, "labelled": LabelledView}
 _BY_DATA = {"scores", "offset", "probability", "tie", "ranks", "desirable"}
 
@@ -42,7 +42,7 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         if wants.form == "pairs" and view.weight is not None:
             value = value * view.weight
         value = jnp.where(counted, value, 0.0)
-        metrics = _metrics(view, hyper.get("beta", jnp.float32(1.0)))
+        metrics = _metrics(view, hyper.get("beta", jnp.float32(1.0))) | _level(names, view)
         if wants.form == "pairs":
             value, counted = value.sum(-1), counted.sum(-1)
         return Terms(value, counted.astype(jnp.float32), metrics)
@@ -67,10 +67,10 @@ def _value(name: str, view: View) -> Array:
     if name == "sft":
         return losses.sft(-view.nll)
     function = getattr(losses, name)
-    arguments = {x: _argument(x, view) for x in _parameters(function)}
+    given = {x: _argument(x, view) for x in arguments(name)}
     if name not in SORTED:
-        return function(**arguments)
-    flat = jax.tree.map(lambda x: x.ravel() if x.ndim else x, arguments)
+        return function(**given)
+    flat = jax.tree.map(lambda x: x.ravel() if x.ndim else x, given)
     return function(**flat).reshape(view.mask.shape)
 
 
@@ -79,11 +79,6 @@ def _argument(name: str, view: View) -> Any:
     if hasattr(type(view), name):
         return getattr(view, name)
     return view.hyper[name] if name in view.hyper else view.settings[name]
-
-
-def _parameters(function: Callable) -> list[str]:
-    code = function.__code__
-    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def _counted(names: list[str], view: View) -> Array:
@@ -106,6 +101,13 @@ def _metrics(view: View, beta: Array) -> dict:
     return metrics
 
 
+def _level(names: list[str], view: View) -> dict:
+    """What rewards are held against: KTO's z under TRL's name, BCO's shift."""
+    one = jnp.ones(())
+    found = {"kl": Metric(view.kl, one)} if names == ["kto"] else {}
+    return found | ({"delta": Metric(view.delta, one)} if "delta" in view.hyper else {})
+
+
 def _running_mean(wants: Wanted, options: Mapping[str, Any]) -> Callable:
     """BCO's baseline: the running mean of all implicit rewards, this batch's included."""
     view_of = _VIEWS[wants.form]
@@ -121,7 +123,8 @@ def _running_mean(wants: Wanted, options: Mapping[str, Any]) -> Callable:
 
 def _at_reference(names: list[str], wants: Wanted, options) -> Callable | None:
     """The closed-form loss of a pair at policy == reference; None where data or policy enter."""
-    if not wants.reference or "wpo" in options or wants.inputs & (_BY_DATA | {"nll"}):
+    alone = all("reference" in arguments(name) for name in names)
+    if not alone or "wpo" in options or wants.inputs & _BY_DATA:
         return None
 
     def value(hyper: Hyper) -> Array:

@@ -7,6 +7,7 @@ all others are its options.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,7 +43,9 @@ FROM_ROWS = {
 # What is done around any pair loss: f-divergence scores, LD-DPO, WPO.
 AROUND = ("divergence", "divergence_alpha", "ld_alpha", "ld_weight_reference", "wpo", "wpo_clamp")
 # With the divergence's scores in place of log-ratios a loss may look at the margin only.
-MARGIN_LOSSES = ("dpo", "dpo_soft", "dpo_ties", "hinge", "robust", "exo", "discopop", "odpo", "rpo")
+MARGIN_LOSSES = ("dpo", "dpo_norm", "dpo_soft", "dpo_ties", "hinge", "robust", "exo", "ipo")
+MARGIN_LOSSES += ("discopop", "odpo", "rpo")
+SORTED = ("aot", "aot_unpaired")  # they sort a batch along one axis
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"beta": 0.1, "label_smoothing": 0.0},
@@ -62,15 +65,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "beta": (lambda x: x > 0, "greater than 0"),
+    "beta": (lambda x: 0 < x < math.inf, "greater than 0"),
     "label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
-    "alpha": (lambda x: x >= 0, "0 or more"),
+    "alpha": (math.isfinite, "a number"),
     "gamma": (lambda x: x >= 0, "0 or more"),
     "tau": (lambda x: x > 0, "greater than 0"),
     "penalty": (lambda x: x >= 0, "0 or more"),
     "margin": (lambda x: x >= 0, "0 or more"),
     "scale": (lambda x: x > 0, "greater than 0"),
-    "threshold": (lambda x: x > 0, "greater than 0"),
+    "threshold": (lambda x: 0 < x <= 40, "in (0, 40]"),
     "desirable_weight": (lambda x: x >= 0, "0 or more"),
     "undesirable_weight": (lambda x: x >= 0, "0 or more"),
     "top": (lambda x: x is None or x >= 1, "1 or more"),
@@ -83,7 +86,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x in ("reverse_kl", "forward_kl", "js", "alpha"),
         "'reverse_kl', 'forward_kl', 'js' or 'alpha'",
     ),
-    "divergence_alpha": (lambda x: True, "a number"),
+    "divergence_alpha": (math.isfinite, "a number"),
     "ld_alpha": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "ld_weight_reference": (lambda x: isinstance(x, bool), "true or false"),
     "wpo": (lambda x: x in ("corrected", "plain"), "'corrected' or 'plain'"),
@@ -116,7 +119,7 @@ def wanted(loss: str) -> Wanted:
     if len(found) > 1:
         raise ValueError(f"loss: {loss} mixes losses of {' and '.join(sorted(found))} data")
     (form,) = found
-    inputs = frozenset(x for name in names for x in _arguments(name) if x in FROM_ROWS)
+    inputs = frozenset(x for name in names for x in arguments(name) if x in FROM_ROWS)
     return Wanted(form, inputs, "reference" in inputs, "kl" in inputs and form == "pairs")
 
 
@@ -138,8 +141,10 @@ def resolve(loss: str, given: Mapping[str, Any], preset: str = "") -> dict[str, 
     names, form = loss.split("+"), wanted(loss).form
     given = {key: value for key, value in given.items() if value not in (None, "", ())}
     weights = tuple(given.pop("weights", ()))
-    if len(weights) != (len(names) if len(names) > 1 else 0):
-        raise ValueError(f"loss_weights: {loss} takes one for each loss joined by +, got {weights}")
+    if len(weights) != (len(names) if len(names) > 1 else 0) or not all(map(_usable, weights)):
+        raise ValueError(
+            f"loss_weights: {loss} takes a finite number for each loss joined by +, got {weights}"
+        )
     own: dict[str, Any] = {}
     for name in names:
         for option, value in _own(name, preset).items():
@@ -147,8 +152,7 @@ def resolve(loss: str, given: Mapping[str, Any], preset: str = "") -> dict[str, 
                 raise ValueError(f"{option}: the losses of {loss} have different defaults; set it")
             own.setdefault(option, value)
     around = _around(given, preset) if form == "pairs" else {}
-    if "divergence" in around and not set(names) <= set(MARGIN_LOSSES):
-        raise ValueError(f"divergence: only for losses of the margin: {', '.join(MARGIN_LOSSES)}")
+    _check_company(names, around)
     if unknown := sorted(given.keys() - own.keys() - around.keys()):
         takes = ", ".join(own) or "none"
         raise ValueError(f"{unknown[0]}: {loss} has no such option; it has: {takes}; leave it out")
@@ -158,6 +162,25 @@ def resolve(loss: str, given: Mapping[str, Any], preset: str = "") -> dict[str, 
     if "exo" in names and not resolved["label_smoothing"]:
         raise ValueError("label_smoothing: exo is infinite at 0; 1e-3 is usual")
     return resolved | ({"weights": weights} if weights else {})
+
+
+def _usable(number: float) -> bool:
+    return math.isfinite(number) and number >= 0
+
+
+def _check_company(names: list[str], around: Mapping[str, Any]) -> None:
+    """Raise ValueError for losses that do not go together, or not with what is around them."""
+    if len(set(names)) < len(names):
+        raise ValueError("loss: a mixture names each loss once")
+    if "dpo_ties" in names and len(names) > 1:
+        raise ValueError("loss: dpo_ties counts tied pairs, so it mixes with no other")
+    if "divergence" in around and not set(names) <= {*MARGIN_LOSSES, "sft"}:
+        raise ValueError(f"divergence: only for losses of the margin: {', '.join(MARGIN_LOSSES)}")
+    for name in names:
+        if "ld_alpha" in around and "reference" not in arguments(name):
+            raise ValueError(f"ld_alpha: {name} has no reference; only for losses that have one")
+        if "wpo" in around and name in SORTED:
+            raise ValueError(f"wpo: {name} sorts the batch, so its terms belong to no one pair")
 
 
 def hyper(resolved: Mapping[str, Any]) -> Hyper:
@@ -176,17 +199,20 @@ class _Required:
 
 def _own(name: str, preset: str) -> dict[str, Any]:
     """The options of one loss with preset or default, or `_Required`."""
-    arguments = _arguments(name)
-    options = [x for x in arguments if x not in FROM_ROWS]
-    options += [FROM_ROWS[x] for x in arguments if FROM_ROWS.get(x)]
+    taken = arguments(name)
+    options = [x for x in taken if x not in FROM_ROWS]
+    options += [FROM_ROWS[x] for x in taken if FROM_ROWS.get(x)]
     if preset and preset not in PRESETS:
         raise ValueError(f"preset: there is no {preset!r}; there are {', '.join(sorted(PRESETS))}")
-    theirs = dict(PRESETS.get(preset, {}).get(name, {}))
-    if preset and not theirs:
+    theirs = PRESETS.get(preset, {}).get(name)
+    if preset and theirs is None and name != "sft":
         raise ValueError(f"preset: {preset} has none for {name}")
+    theirs = dict(theirs or {})
     if "delta" in theirs:
         theirs["baseline"] = "zero"
     known = _DEFAULTS[""] | _DEFAULTS.get(name, {}) | theirs
+    if preset and "nll_norm" not in theirs:
+        known.pop("nll_norm", None)  # systems divide likelihoods differently, and by other tokens
     return {option: known.get(option, _Required) for option in options}
 
 
@@ -220,7 +246,7 @@ def _check(loss: str, option: str, value: Any) -> None:
         raise ValueError(f"{option} = {value!r}: must be {expected}")
 
 
-def _arguments(name: str) -> list[str]:
+def arguments(name: str) -> list[str]:
     """Names of a loss's arguments. `sft` beside pairs is a likelihood term, `nll`."""
     if name == "sft":
         return ["nll"]

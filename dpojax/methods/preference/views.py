@@ -124,9 +124,10 @@ class PairView(View):
 
     @cached_property
     def nll(self) -> Array:
-        """Of the better responses, a sum or a mean over tokens."""
-        chosen, length = self.plain_policy.chosen, self.lengths.chosen
-        return -chosen if self.settings["nll_norm"] == "sum" else -chosen / jnp.maximum(length, 1)
+        """Of the best response, a sum or a mean over tokens, for all pairs of its example."""
+        best, length = self.logprobs[..., :1], self.token_counts[..., :1]
+        value = -best if self.settings["nll_norm"] == "sum" else -best / jnp.maximum(length, 1)
+        return jnp.broadcast_to(value, self.present.shape)
 
     @cached_property
     def scores(self) -> Pair:
