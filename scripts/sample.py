@@ -1,7 +1,7 @@
 """Sample: python scripts/sample.py --model=exported --model=runs/reviews:sft --prompt="i think"
 
 Draws from every model with the same randomness and prints the texts side by side. A model is a
-Hugging Face folder (or a name of the hub), or WORKDIR:STAGE of a run of scripts/train.py.
+Hugging Face folder (or a name of the hub), or WORKDIR[:STAGE] of a run of scripts/train.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
@@ -58,71 +57,14 @@ def read_prompts() -> list[str]:
     return prompts
 
 
-class Loaded(NamedTuple):
-    """A model to draw from."""
-
-    mesh: Any
-    model: Any
-    params: dict
-    tokenizer: Any
-    stop: tuple[int, ...]
-
-
-def load(name: str) -> Loaded:
-    """A Hugging Face folder, a name of the hub, or WORKDIR:STAGE."""
-    from transformers import AutoTokenizer
-
-    from dpojax import sharding
-    from dpojax.models import decoder, huggingface
-
-    workdir, colon, stage = name.rpartition(":")
-    if colon and not pathlib.Path(name).is_dir():
-        return load_stage(workdir, stage)
-    if any(pathlib.Path(name).glob("*/checkpoints")):
-        raise ValueError(f"{name}: is the workdir of a run; name a stage: --model={name}:STAGE")
-    mesh = sharding.make_mesh()
-    config, params, _ = huggingface.load(name, mesh=mesh)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    stop = stop_tokens(tokenizer, name)
-    return Loaded(mesh, decoder.build(config), params, tokenizer, stop)
-
-
-def load_stage(workdir: str, stage: str) -> Loaded:
-    """The newest checkpoint of a stage of a run, adapters merged."""
-    from dpojax.launch import setup as run_setup
-    from dpojax.launch.config import ConfigError
-    from dpojax.launch.export import read_config
-
-    run = pathlib.Path(workdir).resolve()
-    config = read_config(run)
-    if stage not in config.stages:
-        raise ConfigError(f"{run}: a run of {', '.join(config.stages)}, without a stage {stage!r}")
-    setup = run_setup.prepare(config, run)
-    params = run_setup.trained_params(setup, stage)
-    stop = stop_tokens(setup.tokenizer, config.model.path)
-    return Loaded(setup.mesh, setup.model, params, setup.tokenizer, stop)
-
-
-def stop_tokens(tokenizer, path: str) -> tuple[int, ...]:
-    """The tokenizer's EOS, and what a generation config names beside it."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id}
-    try:
-        given = GenerationConfig.from_pretrained(path).eos_token_id if path else None
-    except OSError:
-        given = None  # the model came without one
-    ids.update(given if isinstance(given, list) else [given])
-    return tuple(sorted(ids - {None}))
-
-
 def respond(name: str, prompts: list[str]) -> list[list[str]]:
     """--samples texts of one model to each prompt."""
     import jax
 
+    from dpojax.launch.policy import load_policy
     from dpojax.sampling import build_sampler, generate
 
-    loaded = load(name)
+    loaded = load_policy(name)
     tokenizer = loaded.tokenizer
     sampler = build_sampler(loaded.model, max_new_tokens=NEW.value, stop=loaded.stop)
     with jax.set_mesh(loaded.mesh):

@@ -118,11 +118,12 @@ def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Pa
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         _record(config, planned, folder)
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         todo = jobs(config, planned, folder)
         seconds = _read_seconds(folder)
-        with tqdm(total=len(todo), desc="frontier", unit="job") as bar:
+        with (
+            _compiled_once(folder / "compiled"),
+            tqdm(total=len(todo), desc="frontier", unit="job") as bar,
+        ):
             for job in todo:
                 if not job.made.exists():
                     bar.set_postfix_str(job.name)
@@ -278,6 +279,23 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def _compiled_once(folder: pathlib.Path) -> Iterator[None]:
+    """Runs that differ in traced numbers alone share their compiled programs."""
+    mine = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in mine}
+    for name, value in mine.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @contextlib.contextmanager
