@@ -311,4 +311,5 @@ def test_the_script_has_a_flag_for_every_setting_and_says_what_is_wrong():
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stderr == "ConfigError: labels = 'soft': one of deterministic, bradley_terry\n"
+    last = done.stderr.splitlines()[-1]  # without torch, transformers warns first
+    assert last == "ConfigError: labels = 'soft': one of deterministic, bradley_terry"
