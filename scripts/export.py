@@ -12,7 +12,9 @@ from absl import app, flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Of a run of scripts/train.py.", required=True)
 OUT = flags.DEFINE_string("out", None, "The folder to write, new or empty.", required=True)
-STAGE = flags.DEFINE_string("stage", "", "sft, dpo, ppo or reward; the run's last by default.")
+STAGE = flags.DEFINE_string(
+    "stage", "", "sft, dpo, ppo, reward or classifier; the run's last by default."
+)
 ADAPTERS = flags.DEFINE_bool("adapters", False, "Only the LoRA adapters, for peft.")
 STEP = flags.DEFINE_integer("step", None, "A checkpoint of the stage; its newest by default.")
 

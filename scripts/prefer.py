@@ -17,7 +17,12 @@ TEXT = flags.DEFINE_string
 NUMBER, COUNT = flags.DEFINE_float, flags.DEFINE_integer
 
 TEXT("policy", None, "Hugging Face folder, hub name or WORKDIR[:STAGE].", required=True)
-TEXT("prompts", None, "reviews, a .txt file, or a data set with a field prompt.", required=True)
+TEXT(
+    "prompts",
+    None,
+    "reviews, .txt, a data set with a field prompt, prefixes:SOURCE[@SPLIT].",
+    required=True,
+)
 TEXT(
     "reward",
     None,

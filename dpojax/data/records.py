@@ -9,6 +9,7 @@
 | `unpaired` | prompt, completion, label (true: desirable) | 1 |
 | `comparison` | info, summaries, choice (Stiennon et al. 2020) | 2 |
 | `text` | text; or prompt, completion; or messages | 1 |
+| `classified` | text, label (the name or number of its class); never found from the keys | 1 |
 
 Wherever a prompt and a response are text they may also be lists of messages
 `{"role": ..., "content": ...}`. Nothing here tokenises, strips or repairs a text.
@@ -56,6 +57,8 @@ class Record:
     They go along with the responses and do not order them: the chosen response of a noisy pair may
     have the lower score. `rank` is given where responses are tied: for each the number of responses
     that are better, so [0, 1, 1, 3]; None where every response is worse than the one before it.
+
+    `category` is the name of the class of a classified text.
     """
 
     id: str
@@ -64,6 +67,7 @@ class Record:
     label: bool | None = None
     scores: Scores | None = None
     rank: tuple[int, ...] | None = None
+    category: str | None = None
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -365,6 +369,19 @@ def _text(fields: _Fields) -> Record:
     return Record(fields.id, "", (fields.text("text"),))
 
 
+def _classified(fields: _Fields) -> Record:
+    """A number without a name is called as transformers calls it, LABEL_1."""
+    label = fields["label"]
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        expected = "the class of the text, a name or a whole number"
+        raise DataError(
+            f"{fields.error('label', expected)}; if it has another name, say so: "
+            "data.columns=label=NAME"
+        )
+    name = label if isinstance(label, str) else f"LABEL_{label}"
+    return Record(fields.id, "", (fields.text("text"),), category=name)
+
+
 def _is_number(value: Any) -> bool:
     """Whether it is a number that float32 holds, which no bool, NaN or infinity is."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -397,6 +414,7 @@ FORMS: dict[str, str] = {
     "unpaired": "prompt, completion, label",
     "comparison": "info, summaries, choice",
     "text": "text; or prompt, completion; or messages",
+    "classified": "text, label (a class: its name or number)",
 }
 
 _PARSERS: dict[str, Callable[[_Fields], Record | Reject]] = {
@@ -407,6 +425,7 @@ _PARSERS: dict[str, Callable[[_Fields], Record | Reject]] = {
     "unpaired": _unpaired,
     "comparison": _comparison,
     "text": _text,
+    "classified": _classified,
 }
 
 

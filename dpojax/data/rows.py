@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     scores: np.ndarray  # [R, E, K] float32, the data's own; 0 where unknown, and at padding
     desirable: np.ndarray  # [R, E] bool, false if labelled undesirable, and at padding
     reference: np.ndarray | None = None  # [R, S] float32, the reference's log-probs in nats
+    category: np.ndarray | None = None  # [R, E] int32, the class of a text; 0 at padding
 
 
 class Shape(NamedTuple):
@@ -185,6 +186,7 @@ def empty(shape: Shape) -> Rows:
         rank=zeros(*slots),
         scores=zeros(*slots, dtype=np.float32),
         desirable=zeros(shape.examples, dtype=bool),
+        category=zeros(shape.examples),
     )
 
 
@@ -221,6 +223,7 @@ def _write_judgement(row: Rows, example: Example, e: int):
     row.rank[e, :count] = range(count) if example.rank is None else example.rank
     row.scores[e, :count] = 0.0 if example.scores is None else example.scores
     row.desirable[e] = example.label is not False
+    row.category[e] = example.category or 0
 
 
 def _packings(sizes, batches, length):

@@ -257,11 +257,24 @@ def _parquet(file: pathlib.Path) -> Iterator[dict]:
 
     try:
         # Streaming reads the file in place; otherwise a copy of it would go to the cache.
-        yield from datasets.load_dataset(
+        found = datasets.load_dataset(
             "parquet", data_files=str(file), split="train", streaming=True
         )
+        yield from _with_class_names(found)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{file}: cannot be read as parquet: {error}") from error
+
+
+def _with_class_names(found: Any) -> Iterator[dict]:
+    """The rows, with the name of a ClassLabel in the place of its number; none (-1) is null."""
+    kinds = found.features or {}
+    names = {name: kind.names for name, kind in kinds.items() if hasattr(kind, "int2str")}
+
+    def named(of: list[str], number: int | None) -> str | None:
+        return of[number] if number is not None and 0 <= number < len(of) else None
+
+    for row in found:
+        yield row | {name: named(of, row[name]) for name, of in names.items()}
 
 
 def _data_set(path: pathlib.Path | str, split: str | None) -> Iterator[dict]:
@@ -279,9 +292,9 @@ def _data_set(path: pathlib.Path | str, split: str | None) -> Iterator[dict]:
         if isinstance(found, datasets.Dataset):
             if split is not None:
                 raise DataError(f"{path}: has no splits, but split {split!r} was asked for")
-            yield from found
+            yield from _with_class_names(found)
         else:
-            yield from found[_choose(found, split, str(path))]
+            yield from _with_class_names(found[_choose(found, split, str(path))])
     except DataError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

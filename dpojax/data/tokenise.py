@@ -35,6 +35,7 @@ class Example(NamedTuple):
       scores: what the data say that each response is worth, or None.
       rank: for each response the number of responses that are better; None where every response is
         worse than the one before it.
+      category: of a classified text, the place of its class among all; `tokenise` leaves it out.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example(NamedTuple):
     label: bool | None
     scores: tuple[float, ...] | None = None
     rank: tuple[int, ...] | None = None
+    category: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +139,7 @@ class _Encoder:
                 "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or "
                 "append_eos=False in the policy"
             )
-        self.start = _start_tokens(tokenizer)
+        self.start = start_tokens(tokenizer)
         self.invents_space = self._encode(["a"])[0] != self._encode(["\na"])[0][-1:]
         specials = [re.escape(token) for token in _special_tokens(tokenizer)]
         self.special = re.compile("|".join(specials)) if specials else None
@@ -332,7 +334,7 @@ def _has_equal(responses: Sequence[Ids]) -> bool:
     return len(set(map(tuple, responses))) < len(responses)
 
 
-def _start_tokens(tokenizer: Any) -> Ids:
+def start_tokens(tokenizer: Any) -> Ids:
     """What the tokenizer itself puts before a text: mostly [BOS] or nothing."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -102,7 +102,13 @@ def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
     name = stage.upper() if len(stage) <= 4 else stage.capitalize()
     paired = _logged(lines, "rewards/margins")
     if not paired and not _logged(lines, "rewards/chosen"):
-        panels = [Panel(stage, f"{name} loss", "nats per token", (Curve("loss"),))]
+        classes = _logged(lines, "accuracy")
+        unit = "nats per text" if classes else "nats per token"
+        panels = [Panel(stage, f"{name} loss", unit, (Curve("loss"),))]
+        if classes:
+            panels.append(
+                Panel(stage, f"{name} accuracy", "% of texts", (Curve("accuracy"),), scale=100)
+            )
     else:
         levels = [line["loss/at_reference"] for line in lines if "loss/at_reference" in line]
         start = levels[0] if levels else None

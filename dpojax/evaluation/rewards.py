@@ -125,9 +125,10 @@ def classifier(
 ) -> Reward:
     """P(label | text) by a sequence classifier of transformers, in [0, 1].
 
-    A BERT-type encoder with a softmax over its labels, or a decoder with a single label, whose
-    probability is the sigmoid of the logit at the text's last token. A text is encoded by the
-    folder's own tokenizer, and cut where it is longer than the model reads.
+    A BERT-type encoder with a softmax over its labels, or a decoder with the same at the text's
+    last token; with a single label the probability is the sigmoid of its logit. Upper and lower
+    case are one in `label`, and "pos" and "neg" are what "positive" and "negative" are. A text is
+    encoded by the folder's own tokenizer, and cut where it is longer than the model reads.
 
     Raises:
       RewardError: the model has no such label.
@@ -136,8 +137,7 @@ def classifier(
     name = f"classifier:{folder}"
     known = AutoConfig.from_pretrained(folder)
     labels = [known.id2label[i] for i in sorted(known.id2label)]
-    if label not in labels:
-        raise RewardError(f"reward {name}: no label {label!r} in its id2label, only {labels}")
+    chosen = _label_among(labels, label, name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if known.model_type in ENCODERS:
         config, params, _ = huggingface.load_classifier(folder, mesh=mesh)
@@ -156,9 +156,20 @@ def classifier(
         if logits.ndim == 1:
             return 1 / (1 + np.exp(-logits))
         weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weight[:, labels.index(label)] / weight.sum(axis=1)
+        return weight[:, chosen] / weight.sum(axis=1)
 
-    return Reward(name, probability, f"{fingerprint(params)} {label}")
+    return Reward(name, probability, f"{fingerprint(params)} {labels[chosen]}")
+
+
+def _label_among(labels: Sequence[str], label: str, name: str) -> int:
+    """The place of the label that is meant."""
+    if label in labels:
+        return labels.index(label)
+    plain = lambda text: {"positive": "pos", "negative": "neg"}.get(text.lower(), text.lower())
+    same = [place for place, other in enumerate(labels) if plain(other) == plain(label)]
+    if len(same) != 1:
+        raise RewardError(f"reward {name}: no label {label!r} in its id2label, only {labels}")
+    return same[0]
 
 
 def scalar_head(

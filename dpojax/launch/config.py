@@ -20,7 +20,7 @@ from dpojax.models.lora import LoraConfig
 from dpojax.training.state import make_optimizer, make_schedule
 
 STAGES = (("sft",), ("dpo",), ("sft", "dpo"), ("reward",), ("sft", "reward"))
-STAGES += (("ppo",), ("sft", "ppo"))
+STAGES += (("ppo",), ("sft", "ppo"), ("classifier",), ("sft", "classifier"))
 # A resumed run may change these. With those of the second line sums come out in another order: the
 # result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
@@ -71,6 +71,11 @@ REWARD_RULES: tuple[Rule, ...] = (
     ("loss", lambda x: x in reward.LOSSES, f"one of {', '.join(reward.LOSSES)}"),
     ("margin_scale", lambda x: x >= 0, "0 or more"),
     ("centring", lambda x: x >= 0, "0 or more"),
+)
+CLASSIFIER_RULES: tuple[Rule, ...] = (
+    ("max_tokens", lambda x: x >= 2, "2 or more"),
+    ("first_token", lambda x: x >= 0, "0 (only the last) or more"),
+    ("data.form", lambda x: x in ("auto", "classified"), "auto or classified: text and label"),
 )
 PPO_RULES: tuple[Rule, ...] = (
     ("limit", lambda x: x >= 0, "0 (all of a file) or more prompts"),
@@ -134,6 +139,8 @@ def check(config: ConfigDict) -> None:
         _apply(REWARD_RULES, config.reward, "reward.")
         if config.reward.margin_scale and config.reward.loss != "bradley_terry":
             raise ConfigError("config.reward.margin_scale: only bradley_terry has margins")
+    if "classifier" in config.stages:
+        _apply(CLASSIFIER_RULES, config.classifier, "classifier.")
     if "ppo" in config.stages:
         _check_ppo(config)
     if "dpo" in config.stages:

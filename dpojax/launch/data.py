@@ -39,11 +39,13 @@ class Wants(NamedTuple):
 
 
 class StageData(NamedTuple):
-    """Examples of one stage: the first `train` of them to train on, the others held out."""
+    """Examples of one stage: the first `train` of them to train on, the others held out; and the
+    names of their classes, where they have any."""
 
     examples: list[Example]
     train: int
     reports: dict[str, Report]
+    labels: tuple[str, ...] = ()
 
     @property
     def training(self) -> range:
@@ -71,10 +73,8 @@ def load(data: ConfigDict, tokens: ConfigDict, tokenizer, *, wants: Wants, seed:
     def read(source: str, split: str, limit: int) -> tuple[list[Record], Report]:
         if source == EMBEDDED:
             return _embedded(split, limit, form=wants.form, seed=seed)
-        columns = dict(pair.split("=", 1) for pair in data.columns.split(",") if pair)
-        renames = {theirs.strip(): ours.strip() for ours, theirs in columns.items()}
         found, report = sources.load_records(
-            source, split=split or None, form=data.form, columns=renames
+            source, split=split or None, form=data.form, columns=renames(data)
         )
         found = _usable(found, report, wants)
         return _first(found, limit, "beyond_limit", report), report
@@ -91,7 +91,7 @@ def load(data: ConfigDict, tokens: ConfigDict, tokenizer, *, wants: Wants, seed:
         train, test = hold_out(train, data.eval_share)
         test = _first(test, data.eval_limit, "beyond_eval_limit", report)
         reports, test_report = {"train and eval": report}, report
-    _require_both(data.source, train, test, report)
+    require_both(data.source, train, test, report)
     if wants.scores:
         _require_scores(train + test)
     if wants.form == "labelled":
@@ -99,7 +99,7 @@ def load(data: ConfigDict, tokens: ConfigDict, tokenizer, *, wants: Wants, seed:
         test = _labelled(test, policy.identical, test_report)
     examples, _ = tokenise(train, tokenizer, policy, report)
     held_out, _ = tokenise(test, tokenizer, policy, test_report)
-    _require_both(data.source, examples, held_out, report)
+    require_both(data.source, examples, held_out, report)
     if wants.form == "labelled":
         _require_both_labels(data.source, examples)
     if wants.mismatched:
@@ -107,6 +107,12 @@ def load(data: ConfigDict, tokens: ConfigDict, tokenizer, *, wants: Wants, seed:
             unpaired.with_mismatched(part, policy.max_length) for part in (examples, held_out)
         )
     return StageData(examples + held_out, len(examples), reports)
+
+
+def renames(data: ConfigDict) -> dict[str, str]:
+    """data.columns as `sources.load_records` wants it: the file's name -> ours."""
+    columns = dict(pair.split("=", 1) for pair in data.columns.split(",") if pair)
+    return {theirs.strip(): ours.strip() for ours, theirs in columns.items()}
 
 
 def hold_out(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
@@ -202,7 +208,7 @@ def _first(found: list[Record], limit: int, cause: str, report: Report) -> list[
     return kept
 
 
-def _require_both(source: str, train: list, test: list, report: Report) -> None:
+def require_both(source: str, train: list, test: list, report: Report) -> None:
     if not train or not test:
         raise DataError(
             f"{source}: {len(train)} examples to train on and {len(test)} held out; both are "

@@ -14,7 +14,9 @@ def default_config() -> ConfigDict:
     config.distributed = False  # several processes: call jax.distributed.initialize() first
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 takes the devices that are left
     config.model = _model()
-    config.tokenizer = ""  # folder or hub name; "" is the model's, or the embedded task's
+    # Folder or hub name; "" is the model's, or the embedded task's; train:8192 makes one of so many
+    # ids from the texts of sft.data.
+    config.tokenizer = ""
     config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
     config.tokens = _tokens()
     config.row_length = 0  # tokens of a row; 0 chooses from the data
@@ -23,6 +25,7 @@ def default_config() -> ConfigDict:
     config.sft = _sft()
     config.dpo = _dpo()
     config.reward = _reward()
+    config.classifier = _classifier()
     config.ppo = _ppo()
     config.samples = _samples()
     config.frontier = _frontier()
@@ -71,7 +74,7 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
             source=source,  # "reviews" (embedded), a file, a folder, or a datasets name
             split="",  # of a datasets name or folder, or of a JSON object of lists
             columns="",  # renames, "prompt=question,chosen=answer": our name = the file's
-            form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text
+            form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text, classified
             limit=train,  # use so many records; 0 is all (the embedded task makes this many)
             eval_source="",  # "" holds out a share of `source`, whole prompts at a time
             eval_split="",
@@ -202,6 +205,22 @@ def _reward() -> ConfigDict:
     )
 
 
+def _classifier() -> ConfigDict:
+    """A classifier of texts with labels: the decoder, with a logit for each label. Of a text only
+    the beginning is read, and of tokens.* nothing holds: it gets no EOS."""
+    return ConfigDict(
+        dict(
+            data=_data("", 0, 2_000),  # form classified; limits take records from all over a file
+            max_tokens=128,  # read so many tokens of a text, and cut off what follows
+            first_token=0,  # 0: learn at a text's last token; n: at every one from the n-th on
+            batch_size=64,
+            epochs=1,
+            steps=0,
+            **_optimizer(1e-3),
+        )
+    )
+
+
 def _ppo() -> ConfigDict:
     """PPO on the policy's own responses; an iteration draws, scores and learns from a batch.
 
@@ -210,7 +229,9 @@ def _ppo() -> ConfigDict:
     return ConfigDict(
         dict(
             reward="reviews",  # or reviews:log_odds, classifier:FOLDER, reward_model:FOLDER
-            prompts="reviews",  # of the embedded task, or a file with a field prompt, or .txt
+            # The embedded task, a file with a field prompt, .txt, or prefixes:SOURCE[@SPLIT], the
+            # first 2 to 8 tokens of texts (those of a tenth of them are held out).
+            prompts="reviews",
             limit=8_000,  # use so many prompts; 0 is all of a file
             steps=40,  # iterations
             batch_size=128,  # prompts of an iteration
@@ -242,7 +263,7 @@ def _samples() -> ConfigDict:
     return ConfigDict(
         dict(
             reward="",  # "" is off; reviews, classifier:FOLDER, reward_model:FOLDER
-            prompts="reviews",  # held-out prompts: of the embedded task, or a file
+            prompts="reviews",  # held-out prompts: see ppo.prompts
             count=64,  # of them
             per_prompt=4,
             max_new_tokens=64,
@@ -255,8 +276,10 @@ def _frontier() -> ConfigDict:
     """What scripts/frontier.py needs besides the stages; scripts/train.py reads none of it."""
     return ConfigDict(
         dict(
-            reward="reviews",  # the true one; see samples.reward
-            prompts="reviews",  # to make preferences for and to train PPO on, or a file
+            # The true one: see samples.reward; or classifier, which first trains config.classifier
+            # from the SFT policy's weights.
+            reward="reviews",
+            prompts="reviews",  # to make preferences for and to train PPO on: see ppo.prompts
             count=2_000,  # of them
             completions=4,  # of each, by the SFT policy
             pairs="ranked",  # all pairs of them at once; or best_worst

@@ -12,6 +12,7 @@ from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError
 from dpojax.launch.defaults import default_config
 from dpojax.launch.setup import Setup
+from dpojax.launch.stages import LABELS, SCORING
 from dpojax.models import huggingface, lora_peft
 from dpojax.training import checkpoints
 
@@ -26,7 +27,8 @@ def export(
     Args:
       workdir: of a run of scripts/train.py.
       folder: new or empty.
-      stage: sft, dpo, ppo or reward (a `...ForSequenceClassification`); "" is the run's last.
+      stage: sft, dpo, ppo, reward or classifier (these two a `...ForSequenceClassification`); "" is
+        the run's last.
       step: a checkpoint of the stage; None is its newest.
       adapters: instead write the stage's LoRA adapters alone, for `peft.PeftModel.from_pretrained`.
         Their base is config.model.path for the run's first stage, and for a later one the export
@@ -43,8 +45,8 @@ def export(
     if stage not in config.stages:
         raise ConfigError(f"{run}: a run of {', '.join(config.stages)}, without a stage {stage!r}")
     setup = run_setup.prepare(config, run)
-    if stage == "reward":
-        setup = run_setup.scalar(setup)
+    if stage in SCORING:
+        setup = run_setup.scalar(setup, _labels(run / stage))
     if adapters:
         _export_adapters(setup, folder, stage, step)
         return pathlib.Path(folder).resolve()
@@ -57,6 +59,12 @@ def export(
         generation_config=_generation_config(config.model.path),
     )
     return pathlib.Path(folder).resolve()
+
+
+def _labels(stage: pathlib.Path) -> tuple[str, ...]:
+    """Of a classifier: the names of its classes."""
+    path = stage / LABELS
+    return tuple(json.loads(path.read_text())) if path.exists() else ()
 
 
 def read_config(run: pathlib.Path) -> ConfigDict:

@@ -1,9 +1,9 @@
 """The reward-KL frontier of Rafailov et al. 2023, figure 2 (left), from one config.
 
-A plan is a list of jobs: the SFT policy, its preferences, a reward model, one run per method and
-setting, and the reference's samples for best-of-n and the optimum. Every run is one of
-scripts/train.py in a workdir of its own, so that each can be looked at, exported and resumed alone;
-a job that is done is skipped when the same command is called again.
+A plan is a list of jobs: the SFT policy, a classifier where that is the reward, preferences, a
+reward model, one run per method and setting, and the reference's samples for best-of-n and the
+optimum. Every run is one of scripts/train.py in a workdir of its own, so that each can be looked
+at, exported and resumed alone; a job that is done is skipped when the same command is called again.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from dpojax.launch.samples import SEED
 from dpojax.sampling import build_sampler, generate
 
 POLICY, PREFERENCES, REWARD_MODEL = "policy", "preferences", "reward_model"
+CLASSIFIER = "classifier_model"
 SAMPLES, PLAN = "reference_samples.npz", "plan.json"
 
 
@@ -115,6 +116,8 @@ def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Pa
     folder = pathlib.Path(workdir).resolve()
     for planned_run in planned:
         check(_config_of(config, planned_run, folder))
+    if config.frontier.reward == "classifier":
+        check(_stage(config, ("classifier",)))
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         _record(config, planned, folder)
@@ -149,8 +152,11 @@ def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> li
             lambda: _prefer(config, folder),
         ),
     ]
+    if config.frontier.reward == "classifier":
+        found[2:2] = _classifier_jobs(config, folder)
     if any(run.method == "ppo" for run in planned):
         of_reward = _from_policy(_stage(config, ("reward",)), folder)
+        of_reward.tokens.append_eos = True  # where the reward is read
         of_reward.reward.data.source = str(folder / PREFERENCES)
         found += [
             Job("reward", reward_run / runs.FINISHED, lambda: _run(of_reward, reward_run)),
@@ -164,13 +170,28 @@ def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> li
     return found
 
 
+def _classifier_jobs(config: ConfigDict, folder: pathlib.Path) -> list[Job]:
+    """The true reward, from labelled texts."""
+    workdir, exported = folder / "classifier", folder / CLASSIFIER
+    own = _from_policy(_stage(config, ("classifier",)), folder)
+    return [
+        Job("classifier", workdir / runs.FINISHED, lambda: _run(own, workdir)),
+        Job("classifier_model", exported, lambda: export(str(workdir), str(exported))),
+    ]
+
+
+def _true_reward(config: ConfigDict, folder: pathlib.Path) -> str:
+    reward = config.frontier.reward
+    return f"classifier:{folder / CLASSIFIER}" if reward == "classifier" else reward
+
+
 def _config_of(config: ConfigDict, run: Run, folder: pathlib.Path) -> ConfigDict:
     """What scripts/train.py would be given for this run."""
     own = _from_policy(_stage(config, (run.stage,)), folder)
-    own.samples.reward = config.frontier.reward
+    own.samples.reward = _true_reward(config, folder)
     if run.stage == "ppo":
         learned = f"reward_model:{folder / REWARD_MODEL}"
-        own.ppo.reward = learned if run.method == "ppo" else config.frontier.reward
+        own.ppo.reward = learned if run.method == "ppo" else own.samples.reward
         own.ppo.update(prompts=config.frontier.prompts, limit=config.frontier.count)
     else:
         own.dpo.data.source = str(folder / PREFERENCES)
@@ -201,7 +222,7 @@ def _prefer(config: ConfigDict, folder: pathlib.Path) -> None:
     settings = Settings(
         policy=str(folder / POLICY),
         prompts=asked.prompts,
-        reward=asked.reward,
+        reward=_true_reward(config, folder),
         out=str(folder / PREFERENCES),
         limit=asked.count,
         completions=asked.completions,
@@ -221,8 +242,9 @@ def _sample(config: ConfigDict, folder: pathlib.Path) -> None:
     """Rewards and lengths of many samples of the reference to each held-out prompt: [P, m]."""
     asked = config.samples
     policy = load_policy(str(folder / POLICY))
-    reward = open_reward(config.frontier.reward, mesh=policy.mesh)
-    prompts = read_prompts(asked.prompts, split="eval", limit=asked.count, seed=SEED)
+    reward = open_reward(_true_reward(config, folder), mesh=policy.mesh)
+    how = {"split": "eval", "limit": asked.count, "seed": SEED}
+    prompts = read_prompts(asked.prompts, tokenizer=policy.tokenizer, **how)
     sampler = build_sampler(policy.model, max_new_tokens=asked.max_new_tokens, stop=policy.stop)
     count, chunk = config.frontier.reference_samples, 32
     ids = [p for p in encode_prompts(policy.tokenizer, prompts) for _ in range(-(-count // chunk))]

@@ -331,7 +331,8 @@ def _hyper(config) -> Hyper:
 def _prompts(setup: Setup) -> tuple[list[str], list[np.ndarray]]:
     """The prompts to train on, as texts and as token ids."""
     config, seed = setup.config[NAME], setup.config.seed
-    texts = read_prompts(config.prompts, split="train", limit=config.limit, seed=seed)
+    how = {"split": "train", "limit": config.limit, "seed": seed}
+    texts = read_prompts(config.prompts, tokenizer=setup.tokenizer, **how)
     if len(texts) < config.batch_size:
         raise ConfigError(
             f"config.ppo.batch_size = {config.batch_size}: {config.prompts} has only {len(texts)} "

@@ -72,7 +72,7 @@ class Settings:
       prompts: see `prompts.read_prompts`.
       reward: see `rewards.open_reward`.
       out: the folder to write.
-      split: of the prompts of "reviews".
+      split: of the prompts of "reviews" and of prefixes.
       limit: use so many prompts; 0 is all.
       completions: K of each prompt.
       pairs: "all" pairs of completions, "best_worst": one pair of a prompt, "ranked": one list.
@@ -145,10 +145,9 @@ def prefer(
     if not 0 <= index < count:
         raise ConfigError(f"process {index} of {count}: they are counted from 0")
     out = pathlib.Path(settings.out)
-    prompts = read_prompts(
-        settings.prompts, split=settings.split, limit=settings.limit, seed=settings.seed
-    )
     policy = load_policy(settings.policy)
+    how = {"split": settings.split, "limit": settings.limit, "seed": settings.seed}
+    prompts = read_prompts(settings.prompts, tokenizer=policy.tokenizer, **how)
     reward = open_reward(settings.reward, mesh=policy.mesh)
     record = _record(settings, prompts, policy, reward)
     if any(out.glob("part-*.parquet")):

@@ -19,7 +19,7 @@ from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
 from dpojax.launch.ppo import PPOStage
 from dpojax.launch.setup import Setup
-from dpojax.launch.summary import summarise, summarise_reward
+from dpojax.launch.summary import summarise, summarise_classifier, summarise_reward
 from dpojax.launch.train import train_stage
 from dpojax.training.checkpoints import CheckpointError
 from dpojax.training.loop import NonFiniteLoss, StopSignal
@@ -79,7 +79,8 @@ def _train(setup: Setup, prepared: list[stages.Stage | PPOStage], stop: StopSign
         params = train(stage, start, stop)
         start = partial(lambda finished: finished, params)
     last = prepared[-1]
-    judges = {"dpo": summarise, "reward": summarise_reward, ppo.NAME: ppo.summarise}
+    judges = {"dpo": summarise, "reward": summarise_reward, "classifier": summarise_classifier}
+    judges[ppo.NAME] = ppo.summarise
     judge = judges.get(last.name)
     summaries = {} if judge is None else {last.name: judge(last, params)}
     if first:

@@ -35,7 +35,9 @@ def open_samples(
     config = setup.config.samples
     with naming("samples.reward"):
         reward = open_reward(config.reward, mesh=setup.mesh)
-    prompts = read_prompts(config.prompts, split="eval", limit=config.count, seed=SEED)
+    prompts = read_prompts(
+        config.prompts, split="eval", limit=config.count, seed=SEED, tokenizer=setup.tokenizer
+    )
     sampler = build_sampler(
         setup.model,
         max_new_tokens=config.max_new_tokens,

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer
 
 from dpojax import sharding
-from dpojax.data import reviews
 from dpojax.launch import adapters
 from dpojax.launch.adapters import Lora
 from dpojax.launch.config import ConfigError, naming
+from dpojax.launch.tokenizers import load_tokenizer
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, Model
@@ -70,7 +69,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     """
     with naming("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, workdir)
     if config.model.path:
         with naming("model.path"):
             model_config, raw = huggingface.read_config(config.model.path)
@@ -94,9 +93,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     return setup
 
 
-def scalar(setup: Setup) -> Setup:
-    """The same with a scalar head on the model: for reward models."""
-    config = dataclasses.replace(setup.model.config, scalar_head=True)
+def scalar(setup: Setup, labels: tuple[str, ...] = ()) -> Setup:
+    """The same with a scalar head on the model, for reward models; with labels, a classifier's."""
+    config = dataclasses.replace(setup.model.config, scalar_head=True, labels=labels)
     return setup._replace(model=_build(setup.config.model, config))
 
 
@@ -106,28 +105,14 @@ def scored(setup: Setup, params: dict) -> dict:
     if "score" in params:
         return params
     key = jax.random.fold_in(jax.random.key(setup.config.seed), zlib.crc32(b"score"))
-    with_head = lambda trunk: with_scalar_head(setup.model.config, trunk, key)[1]
+    config = setup.model.config
+    with_head = lambda trunk: with_scalar_head(config, trunk, key, config.labels)[1]
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract_params)
     return jax.jit(with_head, out_shardings=shardings)(params)
 
 
 def _build(model: ConfigDict, config: DecoderConfig) -> Model:
     return decoder.build(config, compute_dtype=jnp.dtype(model.compute_dtype), remat=model.remat)
-
-
-def load_tokenizer(config: ConfigDict):
-    """config.tokenizer, else the model's own, else the embedded task's."""
-    path = config.tokenizer or config.model.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path) if path else reviews.tokenizer()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer in {path!r} ({error}); set config.tokenizer to a folder or hub name"
-        ) from error
-    if config.chat_template:
-        with naming("chat_template"):
-            tokenizer.chat_template = pathlib.Path(config.chat_template).read_text()
-    return tokenizer
 
 
 def initial_params(setup: Setup) -> dict:
@@ -182,8 +167,12 @@ def _check_fit(config: ConfigDict, model: DecoderConfig, tokenizer) -> None:
             f"the tokenizer has {ids} ids and the model {model.vocab_size} rows: they do not "
             "belong together; set config.tokenizer and config.model.path to a pair that fits"
         )
-    if config.tokens.max_length > model.max_positions:
-        raise ConfigError(
-            f"config.tokens.max_length = {config.tokens.max_length}, but the model knows "
-            f"{model.max_positions} positions; lower it"
-        )
+    lengths = {"tokens.max_length": config.tokens.max_length}
+    if "classifier" in config.stages:
+        lengths["classifier.max_tokens"] = config.classifier.max_tokens
+    for key, length in lengths.items():
+        if length > model.max_positions:
+            raise ConfigError(
+                f"config.{key} = {length}, but the model knows {model.max_positions} positions; "
+                "lower it"
+            )

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dpojax import sharding
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
 from dpojax.data.rows import Rows, Shape, plan
+from dpojax.launch import classified
 from dpojax.launch import data as stage_data
 from dpojax.launch import setup as run_setup
 from dpojax.launch.adapters import Lora
@@ -20,7 +21,8 @@ from dpojax.launch.config import loss_options, naming
 from dpojax.launch.data import StageData, Wants
 from dpojax.launch.setup import Setup
 from dpojax.losses import RunningMean
-from dpojax.methods import preference, reward, sft
+from dpojax.methods import classifier, preference, reward, sft
+from dpojax.training import forward as forwards
 from dpojax.training.forward import (
     Forward,
     build_outputs,
@@ -31,6 +33,9 @@ from dpojax.training.forward import (
 from dpojax.training.metrics import Window
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.step import build_evaluate
+
+LABELS = "labels.json"  # of a classifier, in its stage's folder
+SCORING = ("reward", "classifier")  # stages whose model has no language-model head
 
 
 class Stage(NamedTuple):
@@ -123,16 +128,10 @@ def prepare(name: str, setup: Setup) -> Stage:
       DataError: see `launch.data.load` and `rows.plan`.
     """
     config = setup.config[name]
-    setup = run_setup.scalar(setup) if name == "reward" else setup
     objective, hyper, wants = _method(name, config)
+    data = _load(name, setup, wants)
+    setup = run_setup.scalar(setup, data.labels) if name in SCORING else setup
     forward, score = _programs(setup, objective)
-    data = stage_data.load(
-        config.data,
-        setup.config.tokens,
-        setup.tokenizer,
-        wants=wants,
-        seed=setup.config.seed,
-    )
     stage = Stage(
         name=name,
         setup=setup,
@@ -150,10 +149,13 @@ def prepare(name: str, setup: Setup) -> Stage:
 
 
 def save_reports(stage: Stage) -> str:
-    """Write data_report.json and .txt into the stage's folder; returns the text."""
+    """Write data_report.json and .txt, and labels.json, into the stage's folder; returns the
+    report's text."""
     reports = stage.data.reports
     text = "\n\n".join(f"{stage.name} data: {name}\n{report}" for name, report in reports.items())
     stage.folder.mkdir(parents=True, exist_ok=True)
+    if stage.data.labels:
+        (stage.folder / LABELS).write_text(json.dumps(stage.data.labels) + "\n")
     as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
     (stage.folder / "data_report.json").write_text(json.dumps(as_json, indent=2) + "\n")
     (stage.folder / "data_report.txt").write_text(text + "\n")
@@ -176,10 +178,23 @@ def describe(stage: Stage) -> str:
     )
 
 
+def _load(name: str, setup: Setup, wants: Wants) -> StageData:
+    config, shared = setup.config[name], setup.config
+    if name == "classifier":
+        return classified.load(
+            config.data, setup.tokenizer, max_tokens=config.max_tokens, seed=shared.seed
+        )
+    return stage_data.load(
+        config.data, shared.tokens, setup.tokenizer, wants=wants, seed=shared.seed
+    )
+
+
 def _method(name: str, config: ConfigDict) -> tuple[Objective, dict, Wants]:
     """What a stage minimises, the numbers that are traced in it, and the data that it wants."""
     if name == "sft":
         return sft.objective(), {}, Wants("best")
+    if name == "classifier":
+        return classifier.objective(config.first_token), {}, Wants()
     if name == "reward":
         numbers = {key: config[key] for key in ("margin_scale", "centring")}
         wants = Wants(scores=config.margin_scale > 0, ties=config.loss == "plackett_luce_scores")
@@ -191,7 +206,8 @@ def _method(name: str, config: ConfigDict) -> tuple[Objective, dict, Wants]:
 def _programs(setup: Setup, objective: Objective) -> tuple[Forward, Callable]:
     """The forward pass to train with, and the one that scores whole batches."""
     if setup.model.config.scalar_head:
-        forward = reward_model(setup.model)
+        labelled = setup.model.config.labels
+        forward = (forwards.classifier if labelled else reward_model)(setup.model)
         return forward, build_outputs(forward)
     given = {"max_logits": setup.max_logits}
     forward = language_model(setup.model, statistics=objective.statistics, **given)

@@ -66,8 +66,29 @@ def summarise_reward(stage: Stage, params: dict) -> dict:
     return result
 
 
+def summarise_classifier(stage: Stage, params: dict) -> dict:
+    """How often a classifier is right about held-out texts; saved as `summarise` does."""
+    batches = (sharding.put_rows(rows, stage.setup.mesh) for rows in stage.held_out())
+    values, count = stage.evaluate(params, batches), len(stage.data.held_out)
+    low, high = interval(values["accuracy"], count)
+    result = {"texts": count, "labels": stage.data.labels, "values": {"after": values}}
+    result["accuracy_interval"] = (low, high)
+    if jax.process_index() == 0:
+        labels = ", ".join(stage.data.labels)
+        lines = [
+            f"classifier of {labels}: {count} held-out texts, their first "
+            f"{stage.config.max_tokens} tokens (95 % interval)",
+            f"accuracy              {100 * values['accuracy']:.1f} % "
+            f"[{100 * low:.1f}, {100 * high:.1f}]",
+            f"cross-entropy (nats)  {values['cross_entropy']:.4f}",
+        ]
+        (stage.folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        (stage.folder / "summary.txt").write_text("\n".join(lines) + "\n")
+    return result
+
+
 def interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `count` independent pairs."""
+    """The 95 % Wilson score interval of a share of `count` independent pairs or texts."""
     found = binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
     return float(found.low), float(found.high)
 

@@ -46,7 +46,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
         if done == stage.steps:
             return trained_params(setup, stage.name)
         params = start() if done is None else None
-        if params is not None and stage.name == "reward":
+        if params is not None and setup.model.config.scalar_head:
             params = scored(setup, params)
         base = None if stage.lora is None else stage.lora.keep_base(params)
         used = _reference(stage, params, base, stop)

@@ -74,7 +74,8 @@ class DecoderConfig:
     activation: a name of `layers.ACTIVATIONS`. gated_mlp: down(activation(gate(x)) * up(x)).
     tied_head: the head is the token embedding. head_bias: logits get a bias.
     head_softcap, attention_softcap: c maps a logit, or scaled queries . keys, to c tanh(z / c).
-    scalar_head: in the place of the head (whose settings then say nothing) one score per token.
+    scalar_head: in the place of the head (whose settings then say nothing) one score per token;
+      with `labels`, two or more names of classes, one logit of each per token.
     attention_scale: what queries . keys are multiplied by; None: 1 / sqrt(head_dim).
     attention_scale_by_layer: in layer l = 0, 1, .. the scale is divided by l + 1.
     windows: () or one entry per layer: None, or how many positions back (itself included) a token
@@ -113,6 +114,7 @@ class DecoderConfig:
     head_bias: bool = False
     head_softcap: float | None = None
     scalar_head: bool = False
+    labels: tuple[str, ...] = ()
     attention_softcap: float | None = None
     attention_scale: float | None = None
     attention_scale_by_layer: bool = False
@@ -139,6 +141,8 @@ class DecoderConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
         self._check_rope()
+        if self.labels and (not self.scalar_head or len(set(self.labels)) < 2):
+            raise ValueError(f"labels: {self.labels} are not those of a classifier's head")
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"windows: {len(self.windows)} entries for {self.layers} layers")
         for window in self.windows:

@@ -60,7 +60,7 @@ class Model(NamedTuple):
       position outside its table makes its row NaN; it never reads another entry of the table.
     head(params) -> Head, its weight [vocab_size, width] the embedding table where tied.
     scores(params, hidden [..., width]) -> float32 [...]: one number per token, of a model with
-      `scalar_head`, which has no `head`.
+      `scalar_head`, which has no `head`; with `labels` their logits, [..., labels].
     prefill(params, tokens [B, P], lengths [B]) -> (hidden [B, width] at each prompt's last token,
       Prompts). Prompts are padded on the right; of length 0: a dummy, whose hidden means nothing.
     decode(params, tokens [B, N], branches, slot) -> (hidden [B, N, width], branches): reads the
@@ -118,7 +118,8 @@ def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "non
         if not config.scalar_head:
             raise ValueError("scalar_head: this model has none; see models.scores.with_scalar_head")
         weight = params["score"]["kernel"].astype(hidden.dtype)
-        return product("...d,od->...o", hidden, weight, dtype=jnp.float32)[..., 0]
+        found = product("...d,od->...o", hidden, weight, dtype=jnp.float32)
+        return found if config.labels else found[..., 0]
 
     def prefill(params: Params, tokens: Array, lengths: Array) -> tuple[Array, Prompts]:
         return nnx.merge(graphdef, params).prefill(tokens, lengths)
@@ -224,7 +225,8 @@ class Decoder(nnx.Module):
         self.head = (
             Output(config.vocab_size, config, rngs, tied=tied, bias=bias) if has_head else None
         )
-        self.score = Output(1, config, rngs) if config.scalar_head else None
+        outputs = max(1, len(config.labels))
+        self.score = Output(outputs, config, rngs) if config.scalar_head else None
 
     def __call__(self, rows) -> Array:
         shared = self._context(rows)

@@ -26,6 +26,7 @@ from dpojax.models.families import (
     DECODERS,
     ENCODERS,
     Family,
+    as_classifier,
     config_from_raw,
     config_to_raw,
     differences,
@@ -66,7 +67,8 @@ def load(
 ) -> tuple[DecoderConfig, Params, dict]:
     """A checkpoint's configuration, weights and config.json.
 
-    With `config.scalar_head` where config.json names a `...ForSequenceClassification` of one label.
+    With `config.scalar_head` where config.json names a `...ForSequenceClassification`, and with
+    `config.labels` where that has several.
 
     Files are mapped, not read: every device's shard is copied out of them layer by layer, so the
     host holds the shards of one array at a time and never the model.
@@ -112,14 +114,15 @@ def save(
 ) -> None:
     """A folder that `from_pretrained` of transformers' AutoModelForCausalLM reads.
 
-    Or of AutoModelForSequenceClassification, with one label, where `config.scalar_head`; that
-    class wants a padding token in config.json (from `raw` or `tokenizer`) for more than one text.
+    Or of AutoModelForSequenceClassification where `config.scalar_head`; that class wants a padding
+    token in config.json (from `raw` or `tokenizer`) for more than one text.
 
     Written beside its place and moved there when complete. Tensors have the dtypes of `params`.
     In a run of several processes all must call it; the first one writes.
 
     Args:
-      raw: config.json as `load` returned it, whose keys are kept; None: `config_to_raw(config)`.
+      raw: config.json as `load` returned it, whose keys are kept; None: `config_to_raw(config)`. It
+        may be that of the language model whose trunk `config` has.
       tokenizer: anything with `save_pretrained`; without `raw` it also gives the ids of special
         tokens. generation_config: a dict, or anything with `save_pretrained`.
       max_shard_bytes: a file is not filled beyond this, unless by a single tensor.
@@ -164,8 +167,14 @@ def _checked_raw(config: DecoderConfig, raw: dict | None, params: Params, tokeni
         raw = config_to_raw(config)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             raw[key] = getattr(tokenizer, key, None)
-    elif differing := differences(config_from_raw(raw), config):
-        raise ValueError(f"raw: does not describe config, which differs in {', '.join(differing)}")
+    elif differences(config_from_raw(raw), config):
+        headed = as_classifier(raw, config.labels) if config.scalar_head else raw
+        if differing := differences(config_from_raw(headed), config):
+            names = ", ".join(differing)
+            raise ValueError(f"raw: does not describe config, which differs in {names}")
+        raw = headed
+        if raw.get("pad_token_id") is None:
+            raw |= {"pad_token_id": getattr(tokenizer, "pad_token_id", None)}
     # transformers reads weights in the dtype that config.json names, whatever the files hold.
     dtype = str(jnp.result_type(*jax.tree.leaves(params)))
     return raw | {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in raw}

@@ -1,7 +1,7 @@
-"""Scalar heads: reward and value models out of any decoder.
+"""Scalar heads: reward and value models, and classifiers, out of any decoder.
 
-`Model.scores` gives one number per token. A value model reads all of them; a reward model reads
-that of each response's last token (`response_scores`).
+`Model.scores` gives one number per token, or one logit per class. A value model reads all of them;
+a reward model reads that of each response's last token (`response_scores`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from dpojax.models.decoder import Params
 
 
 def with_scalar_head(
-    config: DecoderConfig, params: Params, key: Array
+    config: DecoderConfig, params: Params, key: Array, labels: tuple[str, ...] = ()
 ) -> tuple[DecoderConfig, Params]:
-    """The same trunk with a new scalar head in the place of the language-model head.
+    """The same trunk with a new scalar head, or a classifier's, in the language-model head's place.
 
-    Its weight [1, width] is normal with standard deviation `config.initializer_range`, in the dtype
-    of the embedding. Arrays of the trunk are shared with `params`, not copied.
+    Its weight [1 or labels, width] is normal with standard deviation `config.initializer_range`, in
+    the dtype of the embedding. Arrays of the trunk are shared with `params`, not copied.
     """
     table = params["embed"]["tokens"]
-    kernel = config.initializer_range * jax.random.normal(key, (1, config.width), jnp.float32)
+    shape = (max(1, len(labels)), config.width)
+    kernel = config.initializer_range * jax.random.normal(key, shape, jnp.float32)
     trunk = {name: value for name, value in params.items() if name not in ("head", "score")}
-    config = dataclasses.replace(config, scalar_head=True)
+    config = dataclasses.replace(config, scalar_head=True, labels=labels)
     return config, trunk | {"score": {"kernel": kernel.astype(table.dtype)}}
 
 

@@ -81,6 +81,16 @@ def reward_model(model) -> Forward:
     return forward
 
 
+def classifier(model) -> Forward:
+    """The forward pass of a model with labels: the logits [R, T, labels] of every token."""
+
+    def forward(params, rows: Rows, reference_params=None) -> Array:
+        del reference_params
+        return model.scores(params, model.apply(params, rows))
+
+    return forward
+
+
 def build_outputs(forward: Forward) -> Callable[[dict, Rows, dict | None], Any]:
     """`forward` of every micro-batch: (params, rows [M, R, ...]) -> outputs [M, ...]."""
 

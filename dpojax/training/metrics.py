@@ -181,6 +181,7 @@ def evaluation_line(step: int, total: int, values: Mapping[str, float]) -> str:
     known = {
         "loss": lambda x: f"eval loss {x:.4f}",
         "rewards/accuracies": lambda x: f"accuracy {100 * x:.1f} %",
+        "accuracy": lambda x: f"accuracy {100 * x:.1f} %",
         "rewards/margins": lambda x: f"margin {x:+.2f}",
         "displacement": lambda x: f"displaced {100 * x:.0f} %",
         "kl/per_token": lambda x: f"kl {x:.3f} nats/token",

@@ -68,6 +68,18 @@ def prepare_a_reward_stage(config, workdir):
     list(stage.order)
 
 
+def prepare_a_classifier_stage(config, workdir):
+    """The same (test_classifier_run.py trains one)."""
+    texts = workdir.with_suffix(".jsonl")
+    texts.write_text("\n".join(f'{{"text": "good {i}", "label": {i % 2}}}' for i in range(60)))
+    config.stages = ("classifier",)
+    config.classifier.data.source = str(texts)
+    stage = stages.prepare("classifier", setup.prepare(config, workdir))
+    make_optimizer(stage.config.optimizer)
+    make_schedule(stage.config, stage.steps)
+    list(stage.order)
+
+
 def prepare_a_ppo_stage(config, workdir):
     """The same (test_ppo_run.py trains one), and one evaluation of its samples."""
     config.stages = ("ppo",)
@@ -117,19 +129,22 @@ def test_every_key_is_read_by_some_run(reads, tmp_path):
     for number, (config, _) in enumerate(kept):
         run.run(config, str(tmp_path / f"run{number}"))
     prepare_a_reward_stage(shipped, tmp_path / "reward")
+    prepare_a_classifier_stage(shipped, tmp_path / "classifier")
     prepare_a_ppo_stage(shipped, tmp_path / "ppo")
     read = {path for _, paths in kept for path, key in paths.items() if key in reads}
     unread = {key for key in set(kept[0][1]) - read if not key.startswith(ELSEWHERE)}
     unread -= {"ppo.optimizer.rms_decay"}
-    assert {key for key in unread if not key.startswith(("sft.", "reward."))} == set()
+    others = ("sft.", "reward.", "classifier.")
+    assert {key for key in unread if not key.startswith(others)} == set()
     optional = {
-        *(f"{stage}.optimizer.rms_decay" for stage in ("sft", "reward")),
+        *(f"{stage}.optimizer.rms_decay" for stage in ("sft", "reward", "classifier")),
         *(
             f"{stage}.data.{key}"
-            for stage in ("sft", "reward")
+            for stage in ("sft", "reward", "classifier")
             for key in ("form", "columns", "eval_share")
         ),
         *(f"sft.lora.{key}" for key in ("alpha", "targets", "rank_stabilised", "base_dtype")),
         "sft.lora.adapters",
+        "classifier.data.eval_split",
     }
-    assert {key for key in unread if key.startswith(("sft.", "reward."))} <= optional
+    assert {key for key in unread if key.startswith(others)} <= optional

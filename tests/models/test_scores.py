@@ -1,4 +1,4 @@
-"""Scalar heads: transformers' sequence classifiers with one label, and their reading on rows."""
+"""Scalar heads: transformers' sequence classifiers, and their reading on rows."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from dpojax.data.rows import collate, plan
 from dpojax.data.tokenise import Example
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
-from dpojax.models.families import config_from_raw
+from dpojax.models.families import config_from_raw, config_to_raw
 from dpojax.models.scores import response_scores, with_scalar_head
 
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -112,6 +112,24 @@ def test_a_scalar_head_on_a_language_model_exports_as_a_classifier(base, tmp_pat
     assert huggingface.load(tmp_path / "out")[0] == scored
 
 
+def test_the_config_of_a_language_model_becomes_that_of_the_classifier_on_its_trunk(tmp_path):
+    sizes = {"vocab_size": 51, "width": 24, "layers": 1, "heads": 3, "mlp_width": 40}
+    config = DecoderConfig(**LLAMA | sizes, max_positions=32)
+    raw = config_to_raw(config) | {"pretraining_tp": 7}
+    key, labels = jax.random.key(0), ("bad", "fair", "good")
+    scored, params = with_scalar_head(config, checkpoints.random_params(config), key, labels)
+    huggingface.save(tmp_path / "out", scored, params, raw)
+    found, kept = huggingface.read_config(tmp_path / "out")
+    assert found == scored
+    assert kept["pretraining_tp"] == 7
+    theirs = checkpoints.from_pretrained(tmp_path / "out", CLASSIFIER)
+    assert theirs.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    model, rows = decoder.build(scored), packed_rows()
+    logits = model.scores(params, model.apply(params, rows))
+    expected = checkpoints.torch_logits(theirs, texts()[:1, :7])
+    np.testing.assert_allclose(logits[0, 6], expected[0], atol=1e-4, rtol=1e-4)
+
+
 def test_responses_that_are_absent_score_zero_and_have_no_gradient():
     rows = packed_rows()
     rows = rows._replace(present=rows.present.at[0, 1, 0].set(False))
@@ -134,8 +152,20 @@ def test_asking_a_model_for_the_head_that_it_lacks_is_an_error():
         decoder.build(scored).head(params)
 
 
-def test_a_classifier_of_several_labels_is_refused_by_name():
+def test_a_classifier_has_the_labels_of_its_config_and_a_single_one_is_a_score():
     raw = {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]} | GPT
-    assert config_from_raw(raw | {"id2label": {"0": "good"}}).scalar_head
-    with pytest.raises(ValueError, match=r"id2label: 2 labels are not supported for GPT2For"):
-        config_from_raw(raw | {"id2label": {"0": "bad", "1": "good"}})
+    score = config_from_raw(raw | {"id2label": {"0": "good"}})
+    assert (score.scalar_head, score.labels) == (True, ())
+    both = config_from_raw(raw | {"id2label": {"0": "bad", "1": "good"}})
+    assert (both.scalar_head, both.labels) == (True, ("bad", "good"))
+    with pytest.raises(ValueError, match=r"labels: \('bad', 'good'\) are not those of"):
+        DecoderConfig(
+            **GPT2,
+            vocab_size=4,
+            width=4,
+            layers=1,
+            heads=1,
+            mlp_width=4,
+            max_positions=4,
+            labels=("bad", "good"),
+        )

@@ -58,20 +58,27 @@ def config_from_raw(raw: dict, families: Mapping[str, Family] = DECODERS):
     if fields["activation"] not in ACTIVATIONS:
         raise ValueError(f"activation: {fields['activation']!r} is not in {list(ACTIVATIONS)}")
     if family.config is DecoderConfig:
-        fields["scalar_head"] = _has_scalar_head(raw)
+        fields |= _head_of(raw)
     return family.config(**fields)
 
 
-def _has_scalar_head(raw: dict) -> bool:
+def _head_of(raw: dict) -> dict:
+    """Our fields of a sequence classifier's head; the name of a single label, a score, is lost."""
     names = raw.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
-        return False
+        return {"scalar_head": False}
     labels = labels_of(raw)
-    if len(labels) != 1:
-        raise ValueError(
-            f"id2label: {len(labels)} labels are not supported for {names[0]}, only one (a score)"
-        )
-    return True
+    return {"scalar_head": True, "labels": labels if len(labels) > 1 else ()}
+
+
+def as_classifier(raw: dict, labels: tuple[str, ...]) -> dict:
+    """config.json of the same trunk as a sequence classifier; without labels, as one score."""
+    names = labels or ("LABEL_0",)
+    return raw | {
+        "architectures": [family_of(raw).classifier],
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def family_of(raw: dict, families: Mapping[str, Family] = DECODERS) -> Family:
@@ -96,8 +103,7 @@ def config_to_raw(config: DecoderConfig) -> dict:
     for model_type, family in DECODERS.items():
         raw = {"model_type": model_type, "architectures": [family.architecture]}
         if config.scalar_head:
-            raw["architectures"] = [family.classifier]
-            raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+            raw = as_classifier(raw, config.labels)
         raw |= {key: getattr(config, field) for key, (field, _) in family.keys.items()}
         raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         raw |= family.write(config)
