@@ -14,7 +14,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Of a run of scripts/train.py.", 
 OUT = flags.DEFINE_string("out", None, "The folder to write, new or empty.", required=True)
 STAGE = flags.DEFINE_string("stage", "", "sft, dpo, ppo or reward; the run's last by default.")
 ADAPTERS = flags.DEFINE_bool("adapters", False, "Only the LoRA adapters, for peft.")
-STEP = flags.DEFINE_integer("step", None, "A checkpoint of the stage; its newest by default.")
+STEP = flags.DEFINE_integer(
+    "step", None, "A checkpoint of the stage; by default its best or newest."
+)
 
 
 def main(_) -> int:
