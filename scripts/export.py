@@ -16,7 +16,9 @@ STAGE = flags.DEFINE_string(
     "stage", "", "sft, dpo, ppo, reward or classifier; the run's last by default."
 )
 ADAPTERS = flags.DEFINE_bool("adapters", False, "Only the LoRA adapters, for peft.")
-STEP = flags.DEFINE_integer("step", None, "A checkpoint of the stage; its newest by default.")
+STEP = flags.DEFINE_integer(
+    "step", None, "A checkpoint of the stage; by default its best or newest."
+)
 
 
 def main(_) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import pathlib
 import re
@@ -50,6 +51,9 @@ class Point(NamedTuple):
     repetition: float
     stopped: float  # share of the responses that ended by EOS, in [0, 1]
     accuracy: float  # of the implicit reward on held-out pairs, in [0, 1]
+    # Spearman's, of the implicit and the exact reward on held-out responses of the reference.
+    rank_correlation: float = math.nan
+    rank_correlation_error: float = math.nan
 
 
 TYPES = {"method": str, "setting": str, "seed": int, "step": int}  # all others are floats

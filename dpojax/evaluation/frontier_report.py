@@ -116,7 +116,7 @@ def rows(points: Sequence[Point], optimum: Optimum, base: Point) -> list[Row]:
 def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
     """`rows` as a Markdown table with the reference above it, a dash for what is not known."""
     header = ["method", "near", "run", "KL", "reward", "optimal reward", "share of optimal gain"]
-    header += ["length", "distinct-2", "repetition", "ended", "accuracy"]
+    header += ["length", "distinct-2", "repetition", "ended", "accuracy", "rank correlation"]
     lines = [["reference", "0", "", "0", _pm(base.reward, base.reward_error), "", "", *_text(base)]]
     for near, point, optimal, share in rows(points, optimum, base):
         which = [point.setting, f"seed {point.seed}", f"step {point.step}"]
@@ -286,7 +286,9 @@ def _about_the_table(optimum: Optimum) -> str:
         f"factor of {NEAR:g}, and the end of the hull. ± is one standard error over prompts. "
         f"{known} Best of n stands at log n - (n - 1) / n nats, which its KL cannot exceed. Length "
         "is in tokens, repetition the share of 4-grams that are repeats, ended the share of "
-        "responses that ended by EOS, accuracy that of the implicit reward on held-out pairs."
+        "responses that ended by EOS, accuracy that of the implicit reward on held-out pairs, rank "
+        "correlation Spearman's between implicit and exact reward on held-out responses of the "
+        "reference."
     )
 
 
@@ -313,7 +315,8 @@ def _samples(samples: Samples) -> list[str]:
 def _text(point: Point) -> list[str]:
     shares = (point.distinct_2, point.repetition)
     texts = [_pm(point.length, None, 1), *(_pm(x, None, 3) for x in shares)]
-    return texts + [_pm(x, None, percent=True) for x in (point.stopped, point.accuracy)]
+    texts += [_pm(x, None, percent=True) for x in (point.stopped, point.accuracy)]
+    return [*texts, _pm(point.rank_correlation, point.rank_correlation_error, 2)]
 
 
 def _pm(value: float, error: float | None, digits: int = 3, *, percent: bool = False) -> str:

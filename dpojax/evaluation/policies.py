@@ -7,7 +7,7 @@ found.reward.value, found.kl.value, found.kl_of_tokens.error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -59,6 +59,7 @@ class PolicyEvaluation(NamedTuple):
       distinct_1, distinct_2, repetition: see `text_statistics`; repetition of 4-grams.
       texts: the first sample of each of the first prompts.
       rewards, log_ratios: [P, K].
+      drawn: K samples of each prompt.
     """
 
     reward: Estimate
@@ -72,6 +73,7 @@ class PolicyEvaluation(NamedTuple):
     texts: list[SampledText]
     rewards: NDArray[np.float64]
     log_ratios: NDArray[np.float64]
+    drawn: list[list[Sample]]
 
     def metrics(self) -> dict[str, float]:
         """The numbers by the names that they have in metrics.jsonl."""
@@ -157,6 +159,7 @@ def _summary(drawn, rewards, ratios, token_kl) -> PolicyEvaluation:
         [],
         rewards,
         ratios,
+        drawn,
     )
 
 
@@ -216,6 +219,48 @@ def divergences(
       score: jitted `training.forward.build_score(model)`.
       prompts: token ids. drawn: K samples of each.
     """
+    count = sum(map(len, drawn))
+    ratio, kl = np.zeros((2, count))
+    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "mesh": mesh}
+    for rows, placed in _batches(prompts, drawn, **limits):
+        own = score(params, placed)
+        # Roles are exchanged: `kl` is that of the third argument from the first.
+        theirs = score(reference_params, placed, params)
+        own, theirs, exact = to_host((own.logprob, theirs.logprob, theirs.kl))
+        ratio += _by_example(rows, np.float64(own) - theirs, count)
+        kl += _by_example(rows, exact, count)
+    samples = [sample for own in drawn for sample in own]
+    ratio += [np.sum(s.behaviour - s.logprobs, dtype=np.float64) for s in samples]
+    return ratio.reshape(len(drawn), -1), kl.reshape(len(drawn), -1)
+
+
+def response_logprobs(
+    score: Callable,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    drawn: Sequence[Sequence[Sample]],
+    **limits,
+) -> NDArray[np.float64]:
+    """Log-prob of every response at temperature 1, whichever policy drew it, nats [P, K].
+
+    Args: as of `divergences`.
+    """
+    count = sum(map(len, drawn))
+    total = np.zeros(count)
+    for rows, placed in _batches(prompts, drawn, **limits):
+        total += _by_example(rows, to_host(score(params, placed).logprob), count)
+    return total.reshape(len(drawn), -1)
+
+
+def _batches(
+    prompts: Sequence[np.ndarray],
+    drawn: Sequence[Sequence[Sample]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[Rows, Rows]]:
+    """The responses in rows of their own, as NumPy and on the mesh."""
     examples = [
         Example(f"prompt {i}", prompt, (sample.tokens,), (not sample.stopped,), None)
         for i, (prompt, own) in enumerate(zip(prompts, drawn))
@@ -223,20 +268,9 @@ def divergences(
     ]
     shards = 1 if mesh is None else row_shards(mesh)
     shape = _shape(prompts, max_new_tokens, -(-batch_size // shards) * shards)
-    ratio, kl = np.zeros((2, len(examples)))
     for start in range(0, len(examples), shape.rows):
-        chosen = range(start, min(start + shape.rows, len(examples)))
-        rows = collate(examples, chosen, shape)
-        placed = rows if mesh is None else put_rows(rows, mesh)
-        own = score(params, placed)
-        # Roles are exchanged: `kl` is that of the third argument from the first.
-        theirs = score(reference_params, placed, params)
-        own, theirs, exact = to_host((own.logprob, theirs.logprob, theirs.kl))
-        ratio += _by_example(rows, np.float64(own) - theirs, len(examples))
-        kl += _by_example(rows, exact, len(examples))
-    samples = [sample for own in drawn for sample in own]
-    ratio += [np.sum(s.behaviour - s.logprobs, dtype=np.float64) for s in samples]
-    return ratio.reshape(len(drawn), -1), kl.reshape(len(drawn), -1)
+        rows = collate(examples, range(start, min(start + shape.rows, len(examples))), shape)
+        yield rows, rows if mesh is None else put_rows(rows, mesh)
 
 
 def _shape(prompts: Sequence[np.ndarray], new: int, rows: int) -> Shape:
@@ -258,6 +292,12 @@ class RankCorrelation(NamedTuple):
     value: float
     low: float
     high: float
+
+    def metrics(self) -> dict[str, float]:
+        """By the names of metrics.jsonl, with the standard error that the interval would be of."""
+        error = (self.high - self.low) / (2 * 1.96)
+        name = "samples/rank_correlation"
+        return {name: self.value, f"{name}_error": error}
 
 
 def rank_correlation(

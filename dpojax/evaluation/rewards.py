@@ -99,7 +99,9 @@ def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) ->
         config, params, _ = huggingface.load(rest, mesh=mesh)
         tokenizer = AutoTokenizer.from_pretrained(rest)
         model = decoder.build(config)
-        return scalar_head(model, params, tokenizer, name=spec, mesh=mesh, batch_size=batch_size)
+        how = {"name": spec, "mesh": mesh, "batch_size": batch_size}
+        centre = huggingface.read_centre(rest)
+        return scalar_head(model, params, tokenizer, offset=centre, **how)
     raise RewardError(f"reward {spec!r}: is not one of {SPECS}")
 
 

@@ -197,8 +197,9 @@ def _reward() -> ConfigDict:
             loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
             margin_scale=0.0,  # bradley_terry: times the data's score gap is the wanted margin
             centring=0.01,  # weight of the squared sum of a pair's, or ranking's, scores; 0 is off
+            keep_best=True,  # the result is the evaluation of the best accuracy, not the last step
             batch_size=64,
-            epochs=1,
+            epochs=3,
             steps=0,
             **_optimizer(3e-4),
         )

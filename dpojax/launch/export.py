@@ -13,6 +13,7 @@ from dpojax.launch.config import ConfigError
 from dpojax.launch.defaults import default_config
 from dpojax.launch.setup import Setup
 from dpojax.launch.stages import LABELS, SCORING
+from dpojax.methods import reward
 from dpojax.models import huggingface, lora_peft
 from dpojax.training import checkpoints
 
@@ -22,14 +23,16 @@ def export(
 ) -> pathlib.Path:
     """Write what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
 
-    Weights are float32, with adapters merged, whatever dtype a frozen base was stored in.
+    Weights are float32, with adapters merged, whatever dtype a frozen base was stored in. A reward
+    model's head has no bias, so its mean score on the held-out responses stands in a file of its
+    own; `evaluation.rewards` subtracts it, and the rewards of those responses have mean 0.
 
     Args:
       workdir: of a run of scripts/train.py.
       folder: new or empty.
       stage: sft, dpo, ppo, reward or classifier (these two a `...ForSequenceClassification`); "" is
         the run's last.
-      step: a checkpoint of the stage; None is its newest.
+      step: a checkpoint of the stage; None is the best of a stage that keeps it, else its newest.
       adapters: instead write the stage's LoRA adapters alone, for `peft.PeftModel.from_pretrained`.
         Their base is config.model.path for the run's first stage, and for a later one the export
         of the stage before; load it in the stage's `lora.base_dtype`.
@@ -57,6 +60,7 @@ def export(
         setup.raw,
         tokenizer=setup.tokenizer,
         generation_config=_generation_config(config.model.path),
+        centre=_centre(setup, step) if stage == "reward" else None,
     )
     return pathlib.Path(folder).resolve()
 
@@ -65,6 +69,13 @@ def _labels(stage: pathlib.Path) -> tuple[str, ...]:
     """Of a classifier: the names of its classes."""
     path = stage / LABELS
     return tuple(json.loads(path.read_text())) if path.exists() else ()
+
+
+def _centre(setup: Setup, step: int | None) -> float | None:
+    """The mean score of the held-out responses; None at a checkpoint that was not evaluated."""
+    step = run_setup.kept_step(setup, "reward") if step is None else step
+    found = checkpoints.metadata_of(setup.workdir / "reward" / "checkpoints", step)
+    return found.get("evaluation", {}).get(reward.MEAN)
 
 
 def read_config(run: pathlib.Path) -> ConfigDict:

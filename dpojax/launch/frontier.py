@@ -14,20 +14,19 @@ import importlib.util
 import json
 import os
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from dpojax.evaluation.policies import encode_prompts, response_texts
 from dpojax.evaluation.rewards import open_reward
 from dpojax.launch import run as runs
 from dpojax.launch.config import ConfigError, changes, check, only_run
 from dpojax.launch.export import export
+from dpojax.launch.plan import Job, carry_out, write_json
 from dpojax.launch.policy import load_policy
 from dpojax.launch.prefer import Settings, prefer
 from dpojax.launch.prompts import read_prompts
@@ -50,14 +49,6 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.method}-{self.setting}".replace("=", "-").replace("/", "_")
-
-
-class Job(NamedTuple):
-    """A step of the plan; it is done once what it makes is there."""
-
-    name: str
-    made: pathlib.Path
-    make: Callable[[], None]
 
 
 def paper_runs(
@@ -122,20 +113,8 @@ def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Pa
     with only_run(folder):
         _record(config, planned, folder)
         todo = jobs(config, planned, folder)
-        seconds = _read_seconds(folder)
-        with (
-            _compiled_once(folder / "compiled"),
-            tqdm(total=len(todo), desc="frontier", unit="job") as bar,
-        ):
-            for job in todo:
-                if not job.made.exists():
-                    bar.set_postfix_str(job.name)
-                    began = time.perf_counter()
-                    with _quiet(folder / "logs" / f"{job.name}.txt"):
-                        job.make()
-                    seconds[job.name] = seconds.get(job.name, 0.0) + time.perf_counter() - began
-                    _write_json(folder / "seconds.json", seconds)
-                bar.update()
+        with _compiled_once(folder / "compiled"):
+            carry_out(todo, folder, "frontier")
     return folder
 
 
@@ -165,7 +144,7 @@ def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> li
     for run in planned:
         workdir = folder / "runs" / run.name
         start = lambda run=run, workdir=workdir: _run(_config_of(config, run, folder), workdir)
-        found.append(Job(run.name, workdir / runs.FINISHED, start))
+        found.append(Job(run.name, workdir / runs.FINISHED, start, kind=run.method))
     found.append(Job("reference_samples", folder / SAMPLES, lambda: _sample(config, folder)))
     return found
 
@@ -277,7 +256,7 @@ def _record(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) ->
     plan = json.loads(json.dumps(plan))
     path = folder / PLAN
     if not path.exists():
-        _write_json(path, plan)
+        write_json(path, plan)
         return
     then = json.loads(path.read_text())
     if changed := changes(then["config"], plan["config"]):
@@ -289,18 +268,7 @@ def _record(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) ->
     if missing:
         names = ", ".join(f"{run['method']} {run['setting']}" for run in missing)
         raise ConfigError(f"{folder} holds runs that this plan has not: {names}")
-    _write_json(path, plan)  # runs may be added
-
-
-def _read_seconds(folder: pathlib.Path) -> dict[str, float]:
-    path = folder / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_json(path, plan)  # runs may be added
 
 
 @contextlib.contextmanager
@@ -318,11 +286,3 @@ def _compiled_once(folder: pathlib.Path) -> Iterator[None]:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-
-
-@contextlib.contextmanager
-def _quiet(log: pathlib.Path) -> Iterator[None]:
-    """What a job prints goes into its log; what it raises comes out."""
-    log.parent.mkdir(exist_ok=True)
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield

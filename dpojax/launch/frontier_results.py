@@ -19,6 +19,7 @@ from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point, write
 from dpojax.evaluation.frontier_report import by_prompt, report
 from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
 from dpojax.launch.frontier import PLAN, SAMPLES
+from dpojax.launch.plan import read_seconds
 from dpojax.launch.samples import FILE
 from dpojax.training.metrics import read_metrics
 
@@ -62,6 +63,7 @@ def _points_of(folder: pathlib.Path, run: dict) -> list[Point]:
             *(get(line, name) for name in ("kl", "kl_error", "reward", "reward_error", "length")),
             *(get(line, name) for name in ("distinct_2", "repetition", "stopped")),
             float(line.get("rewards/accuracies", float("nan"))),
+            *(get(line, name) for name in ("rank_correlation", "rank_correlation_error")),
         )
         for line in lines
         if line["step"] > 0 and "samples/kl" in line
@@ -101,7 +103,7 @@ def write(folder: pathlib.Path) -> str:
     draw(points, curve, base, folder / "frontier.png", folder / "frontier.pdf")
     samples = _samples(folder, plan)
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    seconds = json.loads((folder / "seconds.json").read_text())
+    seconds = read_seconds(folder)
     text = report(
         points, curve, base, by_prompt(samples), _environment(), seconds=_by_kind(seconds, plan)
     )

@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from dpojax.evaluation import policies
-from dpojax.evaluation.policies import PolicyEvaluation
+from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
 from dpojax.launch.config import naming
 from dpojax.launch.policy import stop_tokens
@@ -63,6 +64,31 @@ def open_samples(
         )
 
     return evaluate
+
+
+def open_ranks(
+    setup: Setup, reference_params: dict, score: Callable, held_out: PolicyEvaluation
+) -> Callable[[dict], RankCorrelation]:
+    """params -> how well the log-ratio to the reference, which is the implicit reward up to beta
+    (Rafailov et al. 2023, eq. 5), orders the responses of `held_out` as their rewards do.
+
+    Args:
+      held_out: what `open_samples` gives for the reference: its own responses.
+    """
+    config = setup.config.samples
+    prompts = read_prompts(config.prompts, split="eval", limit=config.count, seed=SEED)
+    ids = policies.encode_prompts(setup.tokenizer, prompts)
+    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": 64, "mesh": setup.mesh}
+    logprobs = lambda params: policies.response_logprobs(
+        score, params, ids, held_out.drawn, **limits
+    )
+    base, owner = logprobs(reference_params), np.repeat(np.arange(len(ids)), config.per_prompt)
+
+    def ranks(params: dict) -> RankCorrelation:
+        implicit = logprobs(params) - base
+        return policies.rank_correlation(implicit.ravel(), held_out.rewards.ravel(), owner)
+
+    return ranks
 
 
 def append(folder: pathlib.Path, step: int, found: PolicyEvaluation) -> None:

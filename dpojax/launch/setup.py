@@ -125,17 +125,27 @@ def initial_params(setup: Setup) -> dict:
 
 
 def trained_params(setup: Setup, stage: str, step: int | None = None) -> dict:
-    """Float32 parameters of a stage's checkpoint, by default its newest; adapters are merged.
+    """Float32 parameters of a stage's checkpoint; adapters are merged.
+
+    Args:
+      step: None is the best of a stage that keeps it, else the newest.
 
     Raises:
       CheckpointError: there is none.
     """
     folder, lora = setup.workdir / stage / "checkpoints", setup.lora[stage]
+    step = kept_step(setup, stage) if step is None else step
     if lora is None:
         within = "policy" if stage == "ppo" else ""  # a state of PPO's has two models
         return checkpoints.load_params(folder, setup.abstract_params, step, within=within)
     trained = checkpoints.load_params(folder, lora.abstract, step)
     return lora.merge(lora.keep_base(None), trained)
+
+
+def kept_step(setup: Setup, stage: str) -> int | None:
+    """The step whose parameters are a stage's result so far; None is the newest on disk."""
+    best = checkpoints.best(setup.workdir / stage / "checkpoints")
+    return None if best is None else best.step
 
 
 def load_weights(setup: Setup, path: str) -> dict:

@@ -49,6 +49,7 @@ class Stage(NamedTuple):
     objective: Objective
     hyper: Hyper
     forward: Forward  # to train with
+    keep_best: str  # the evaluation's metric whose best checkpoint is the result; "": the last is
     score: Callable  # jitted: params, rows on the mesh, reference params -> outputs
     metrics: Callable  # jitted: outputs, rows on the mesh, hyper -> sums and weights
 
@@ -142,6 +143,7 @@ def prepare(name: str, setup: Setup) -> Stage:
         objective=objective,
         hyper=preference.hyper(hyper | {"learning_rate": config.learning_rate}),
         forward=forward,
+        keep_best=reward.ACCURACY if name == "reward" and config.keep_best else "",
         score=jax.jit(score),
         metrics=jax.jit(build_evaluate(objective)),
     )

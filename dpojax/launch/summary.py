@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from dpojax import sharding
 from dpojax.launch.references import folder_of
+from dpojax.launch.setup import kept_step
 from dpojax.launch.stages import Stage
 from dpojax.training import checkpoints
 from dpojax.training.forward import build_divergence
@@ -46,19 +47,26 @@ def summarise(stage: Stage, params: dict) -> dict:
 
 
 def summarise_reward(stage: Stage, params: dict) -> dict:
-    """How often a reward model ranks held-out pairs rightly; saved as `summarise` does."""
+    """How often a reward model ranks held-out pairs rightly; saved as `summarise` does.
+
+    Where the best of several evaluations is kept, its accuracy is a little too high for new data.
+    """
     batches = (sharding.put_rows(rows, stage.setup.mesh) for rows in stage.held_out())
     values, count = stage.evaluate(params, batches), _count(stage)
-    result = {"pairs": count, "values": {"after": values}}
+    kept = kept_step(stage.setup, stage.name) or stage.steps
+    result = {"pairs": count, "step": kept, "values": {"after": values}}
     if jax.process_index() == 0:
         low, high = interval(values["rewards/accuracies"], count)
         accuracy = f"{100 * values['rewards/accuracies']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        why = ", the best held-out accuracy" if stage.keep_best else ""
         spread = (values["rewards/squares"] - values["rewards/mean"] ** 2) ** 0.5
         lines = [
             f"reward model, {stage.config.loss}: {count} held-out pairs (95 % interval)",
+            f"kept                     step {kept} of {stage.steps}{why}",
             f"ranks the pair rightly   {accuracy}",
             f"mean gap of a pair       {values['rewards/margins']:+.3f}",
-            f"scores, mean and spread  {values['rewards/mean']:+.3f} ± {spread:.3f}",
+            f"scores, mean and spread  {values['rewards/mean']:+.3f} ± {spread:.3f} (an export "
+            "subtracts the mean)",
             f"loss (nats)              {values['loss']:.4f}",
         ]
         (stage.folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")

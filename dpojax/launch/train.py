@@ -15,7 +15,7 @@ from dpojax.launch.references import (
     open_reference,
     weights_of,
 )
-from dpojax.launch.samples import append, open_samples
+from dpojax.launch.samples import append, open_ranks, open_samples
 from dpojax.launch.setup import scored, trained_params
 from dpojax.launch.stages import Stage
 from dpojax.models.decoder import SHARDING_RULES
@@ -30,8 +30,8 @@ from dpojax.training.step import build_step
 
 
 def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> dict:
-    """The stage's final parameters, float32. `start` gives those it begins with, whose buffers are
-    taken over; a resumed stage skips it.
+    """The stage's final parameters, float32, or its best where it keeps them. `start` gives those
+    it begins with, whose buffers are taken over; a resumed stage skips it.
 
     Where the stage has adapters, its state is that of the adapters alone, and the frozen base an
     argument of the step; the parameters returned are merged.
@@ -73,7 +73,10 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
                     del policy
                 state = new_state(trained, optimizer, abstract, config.seed)
             fit = _fit(stage, base, used, optimizer, abstract, batches, saved, writer, stop)
-            return _policy(stage, base, fit(state).params)
+            finished = fit(state)
+            if stage.keep_best:
+                return trained_params(setup, stage.name)
+            return _policy(stage, base, finished.params)
 
 
 def _policy(stage: Stage, base: dict | None, trained: dict) -> dict:
@@ -151,17 +154,19 @@ def _fit(
         checkpoints=saved,
         writer=writer,
         stop=stop,
+        keep_best=stage.keep_best,
     )
 
 
 def _sampled(stage: Stage, reference: dict) -> Callable[[dict, int], dict[str, float]]:
     """Metrics of what a policy says at a step; its texts go into the stage's folder."""
     ask = open_samples(stage.setup, reference, stage.score)
+    ranks = open_ranks(stage.setup, reference, stage.score, ask(reference))
 
     def sampled(params: dict, step: int) -> dict[str, float]:
         found = ask(params)
         append(stage.folder, step, found)
-        return found.metrics()
+        return found.metrics() | ranks(params).metrics()
 
     return sampled
 

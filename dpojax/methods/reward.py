@@ -13,6 +13,7 @@ from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
 
 LOSSES = ("bradley_terry", "plackett_luce_scores")
+ACCURACY, MEAN = "rewards/accuracies", "rewards/mean"
 
 
 def objective(loss: str) -> Objective:
@@ -63,7 +64,7 @@ def _metrics(scores: Array, rows: Rows, pair: Pair, mask: Array) -> dict[str, Me
         "rewards/chosen": metric(pair.chosen),
         "rewards/rejected": metric(pair.rejected),
         "rewards/margins": metric(pair.chosen - pair.rejected),
-        "rewards/accuracies": metric(pair.chosen > pair.rejected),
-        "rewards/mean": of_response(scores),
+        ACCURACY: metric(pair.chosen > pair.rejected),
+        MEAN: of_response(scores),
         "rewards/squares": of_response(scores**2),
     }

@@ -35,10 +35,11 @@ from dpojax.models.families import (
 from dpojax.models.safetensors_io import Tensor
 from dpojax.models.transfer import read_params, tensors_of
 
-__all__ = ["config_to_raw", "load", "load_classifier", "read_config", "save"]
+__all__ = ["config_to_raw", "load", "load_classifier", "read_centre", "read_config", "save"]
 
 # Some repositories also hold the weights in other formats, or twice.
 FILES = ["*.json", "model*.safetensors"]
+CENTRE = "reward_centre.json"
 
 
 def read_config(path: str | os.PathLike) -> tuple[DecoderConfig, dict]:
@@ -60,6 +61,12 @@ def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
         return config_from_raw(raw, families), raw
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def read_centre(path: str | os.PathLike) -> float:
+    """The score that counts as 0 in a folder with a scalar head; 0 where it does not say."""
+    file = _folder(path, [CENTRE]) / CENTRE
+    return float(json.loads(file.read_text())["score"]) if file.is_file() else 0.0
 
 
 def load(
@@ -110,6 +117,7 @@ def save(
     *,
     tokenizer=None,
     generation_config=None,
+    centre: float | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """A folder that `from_pretrained` of transformers' AutoModelForCausalLM reads.
@@ -125,6 +133,7 @@ def save(
         may be that of the language model whose trunk `config` has.
       tokenizer: anything with `save_pretrained`; without `raw` it also gives the ids of special
         tokens. generation_config: a dict, or anything with `save_pretrained`.
+      centre: of a scalar head: see `read_centre`. transformers has no place for it.
       max_shard_bytes: a file is not filled beyond this, unless by a single tensor.
 
     Raises:
@@ -145,6 +154,8 @@ def save(
         partial.mkdir(parents=True)
         try:
             _write(partial, raw, tensors, tokenizer, generation_config, max_shard_bytes)
+            if centre is not None:
+                (partial / CENTRE).write_text(json.dumps({"score": centre}) + "\n")
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

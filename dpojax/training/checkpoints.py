@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +18,16 @@ from orbax.checkpoint import v1 as ocp
 
 from dpojax.sharding import path_of
 
-POSITION = "data position"
+POSITION, SCORE = "data position", "score"
 SPACE_MARGIN = 1.05  # of the arrays' bytes, for indices and metadata
 SHOWN_DIFFERENCES = 8
+
+
+class Best(NamedTuple):
+    """A checkpoint that was scored."""
+
+    score: float
+    step: int
 
 
 class CheckpointError(RuntimeError):
@@ -36,7 +43,7 @@ logging.getLogger("absl").addFilter(_only_problems_of_orbax)
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder/<step>`, of which the newest `keep` are kept.
+    """The checkpoints of one run, `folder/<step>`: the newest `keep` are kept, and the best.
 
     A context manager: on leaving, it waits for the save in flight. In a run of several processes
     every process makes every call, and `folder` is one that all of them see. What a killed process
@@ -71,7 +78,21 @@ class Checkpoints:
         self.wait()
         return max(_complete_steps(self.folder), default=None)
 
-    def save(self, step: int, state: Any, data: Any = None, *, metadata: dict) -> bool:
+    @property
+    def best(self) -> Best | None:
+        """The complete checkpoint of the highest score; None where none was scored. Waits."""
+        self.wait()
+        return best(self.folder)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: Any = None,
+        *,
+        metadata: dict,
+        score: float | None = None,
+    ) -> bool:
         """Starts to write `state` and returns while the writing goes on; False if step is there.
 
         The arrays of `state` may be donated as soon as this returns. Older checkpoints are removed
@@ -83,6 +104,8 @@ class Checkpoints:
           data: a Grain iterator, whose position is saved, or None. It has to be the same in every
             process.
           metadata: small JSON dict, returned by `restore`.
+          score: the higher the better. The best that is on disk stays there, however old; of equal
+            scores the newest. A checkpoint without one is never the best.
 
         Raises:
           CheckpointError: the previous save failed; too little disk space for this one; an older
@@ -98,9 +121,13 @@ class Checkpoints:
             )
         _require_space(self.folder, state)
         path = f"{self.folder}/{step}"
+        described, scored = _described_by(metadata, data), None
+        if score is not None:
+            scored = {SCORE: float(score)}
+            described |= scored
         with _explained(f"cannot write the checkpoint {path}", self._reopen):
             response = self._orbax.save_checkpointables_async(
-                step, {"state": state}, force=True, custom_metadata=_described_by(metadata, data)
+                step, {"state": state}, force=True, custom_metadata=described, metrics=scored
             )
         self._in_flight = (path, response)
         return True
@@ -139,6 +166,7 @@ class Checkpoints:
             items = ocp.load_checkpointables(path, {"state": _placed(abstract_state)})
         metadata = dict(found.custom_metadata)
         position = metadata.pop(POSITION, None)
+        metadata.pop(SCORE, None)
         if data is not None:
             if position is None:
                 raise CheckpointError(f"{path}: holds no position in the data")
@@ -148,9 +176,7 @@ class Checkpoints:
     def metadata(self, step: int | None = None) -> dict:
         """The metadata that was saved with `step` (the newest by default), without the arrays."""
         self.wait()
-        found = dict(_described(_path_of_step(self.folder, step)).custom_metadata)
-        found.pop(POSITION, None)
-        return found
+        return metadata_of(self.folder, step)
 
     def close(self) -> None:
         """Waits for the save in flight and ends Orbax's threads. Raises as `wait` does."""
@@ -160,9 +186,16 @@ class Checkpoints:
             self._orbax.close()
 
     def _open(self) -> ocp.training.Checkpointer:
+        policies = ocp.training.preservation_policies
+        newest = policies.LatestN(self._keep)
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[SCORE],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         return ocp.training.Checkpointer(
             self.folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=True,
         )
 
@@ -171,6 +204,27 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._orbax.close()
         self._orbax = self._open()
+
+
+def best(folder: str | os.PathLike) -> Best | None:
+    """The complete checkpoint of the highest score in a folder; None where none was scored."""
+    folder = os.path.abspath(folder)
+    scored = []
+    for step in _complete_steps(folder):
+        found = _described(_path_of_step(folder, step)).custom_metadata
+        if SCORE in found:
+            scored.append(Best(found[SCORE], step))
+    return max(scored, default=None)
+
+
+def metadata_of(folder: str | os.PathLike, step: int | None = None) -> dict:
+    """The metadata that was saved with `step` (the newest by default), without the arrays.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    found = dict(_described(_path_of_step(os.path.abspath(folder), step)).custom_metadata)
+    return {name: value for name, value in found.items() if name not in (POSITION, SCORE)}
 
 
 def save_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ class Fit:
     batches: NumPy rows in training order, positioned at the state's step; its state is saveable.
     to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are wanted.
     evaluate: state -> values by metric name, on the held-out data.
+    keep_best: a metric of `evaluate`; whenever it is higher than before, the state is saved and
+      stays on disk until one is better. Step 0 does not count; "" keeps no best.
     flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together.
     """
 
@@ -95,6 +98,7 @@ class Fit:
     checkpoints: Checkpoints
     writer: MetricWriter
     stop: StopSignal
+    keep_best: str = ""
 
     def __call__(self, state: State) -> State:
         """Train to the last step and return the final state, which is also on disk.
@@ -104,6 +108,8 @@ class Fit:
           Preempted: after a SIGTERM, once the state is saved.
         """
         done = int(state.step)
+        best = self.checkpoints.best if self.keep_best else None
+        highest = -math.inf if best is None else best.score
         first = done + 1
         pace = _Pace(self.flops, self.ceiling)
         if done == 0:
@@ -129,11 +135,15 @@ class Fit:
                     values = pace.flush()
                     self.writer.write(done, values, split="train")
                     bar.set_postfix_str(_postfix(values))
+                values = {}
                 if evaluate:
-                    self._evaluate(state, done)
+                    values = self._evaluate(state, done)
                     pace.restart()
-                if save or stopping:
-                    self._save(state, done)
+                better = values.get(self.keep_best, -math.inf) > highest
+                if better:
+                    highest = values[self.keep_best]
+                if save or stopping or better:
+                    self._save(state, done, values, better)
                 if stopping and done < self.steps:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
@@ -156,14 +166,19 @@ class Fit:
             "policy as config.model.path saves that stage)"
         )
 
-    def _evaluate(self, state: State, step: int) -> None:
+    def _evaluate(self, state: State, step: int) -> dict[str, float]:
         values = self.evaluate(state)
         self.writer.write(step, values, split="eval")
         if jax.process_index() == 0:
             tqdm.write(f"{self.stage}  {evaluation_line(step, self.steps, values)}")
+        return values
 
-    def _save(self, state: State, step: int) -> None:
-        self.checkpoints.save(step, state, self.batches, metadata={"stage": self.stage})
+    def _save(self, state: State, step: int, values: dict[str, float], best: bool) -> None:
+        """`values`: of the evaluation at this step, empty where there was none."""
+        evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
+        metadata = {"stage": self.stage, "evaluation": evaluation}
+        score = values[self.keep_best] if best else None
+        self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
 
 
 class _Pace:

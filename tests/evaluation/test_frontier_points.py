@@ -16,7 +16,7 @@ NUMBER = st.floats()
 POINT = st.builds(
     Point, st.text(), st.text(), st.integers(), st.integers(), *[NUMBER] * (len(Point._fields) - 4)
 )
-ONE = Point("dpo", "beta=0.1", 1, 20, 2.0, 0.1, 0.8, 0.01, 30.0, 0.4, 0.05, 0.99, 0.7)
+ONE = Point("dpo", "beta=0.1", 1, 20, 2.0, 0.1, 0.8, 0.01, 30.0, 0.4, 0.05, 0.99, 0.7, 0.6, 0.02)
 
 
 def bits(point):
@@ -54,7 +54,7 @@ def test_points_that_cannot_be_written_leave_the_file_as_it_was(tmp_path):
     [
         ("2.0", "two", "a.csv, line 2: kl must be float, got 'two'"),
         (",20,", ",2.5,", "a.csv, line 2: step must be int, got '2.5'"),
-        (",0.7\n", "\n", "a.csv, line 2: 12 columns instead of 13"),
+        (",0.02\n", "\n", "a.csv, line 2: 14 columns instead of 15"),
         ("kl_error", "error", "a.csv: columns must be method,setting"),
     ],
 )

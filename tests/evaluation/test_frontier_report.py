@@ -26,7 +26,7 @@ def limit(trusted=TRUSTED):
 
 
 def point(method, kl, reward, *, error=0.02, kl_error=0.1, setting="beta=0.1", step=1, stopped=1.0):
-    text = 25.04, 0.3216, 0.0444, stopped, 0.651
+    text = 25.04, 0.3216, 0.0444, stopped, 0.651, 0.807, 0.032
     return Point(method, setting, 0, step, kl, kl_error, reward, error, *text)
 
 
@@ -47,7 +47,10 @@ def test_the_table_holds_the_numbers_worked_out_by_hand():
     np.testing.assert_allclose(first.share, [0.5, share_error], rtol=1e-9)
     base, one, four, last = cells(table(DPO, limit(), BASE))
     assert base[:5] == ["reference", "0", "", "0", "0.500 ± 0.010"]
-    run, text = "beta=0.1, seed 0, step 1", ["25.0", "0.322", "0.044", "100.0 %", "65.1 %"]
+    run, text = (
+        "beta=0.1, seed 0, step 1",
+        ["25.0", "0.322", "0.044", "100.0 %", "65.1 %", "0.81 ± 0.03"],
+    )
     share = f"50.0 ± {100 * share_error:.1f} %"
     reward = ["1.00 ± 0.10", "0.600 ± 0.020", "0.700 ± 0.010", share]
     assert one == ["DPO", "1", run, *reward, *text]
