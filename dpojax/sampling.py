@@ -28,6 +28,7 @@ from dpojax.sharding import ROWS, constrain, to_host
 
 SHORTEST = 16  # columns of the narrowest batch of prompts
 ROOM = 64  # tokens of a response that the cache has room for at first; then it doubles
+GATHERED = 32  # tokens after which `generate` first leaves out responses that stopped; doubles, too
 
 
 class Prompts(NamedTuple):
@@ -39,6 +40,13 @@ class Prompts(NamedTuple):
     tokens: Array
     lengths: Array
     ids: Array
+
+
+class Begun(NamedTuple):
+    """Where each of B prompts stands that ends in the begin of a response, int32 [B]."""
+
+    sample: Array  # the number of that response
+    place: Array  # how many tokens of it there are
 
 
 class Samples(NamedTuple):
@@ -97,6 +105,7 @@ class Sampler:
         top_k: int | Array = 0,
         top_p: float | Array = 1.0,
         samples: int = 1,
+        begun: Begun | None = None,
     ) -> Samples:
         """Draw `samples` responses to every prompt.
 
@@ -108,6 +117,7 @@ class Sampler:
           temperature: what logits are divided by; 0 is greedy.
           top_k, top_p: see `truncate`, which they switch off by 0 and 1.
           samples: the one argument besides shapes that compiles anew.
+          begun: the responses are those that the prompts end in; they draw what they would have.
 
         Raises:
           ValueError: a number out of its range.
@@ -125,7 +135,8 @@ class Sampler:
             jnp.asarray(top_k, jnp.int32),
             jnp.asarray(top_p, jnp.float32),
         )
-        return _sample(self, samples, params, prompts, jnp.asarray(seed, jnp.uint32), how)
+        begun = begun or Begun(*np.zeros((2, len(prompts.ids)), np.int32))
+        return _sample(self, samples, params, prompts, begun, jnp.asarray(seed, jnp.uint32), how)
 
 
 def build_sampler(model: Model, *, max_new_tokens: int, stop: Sequence[int] = ()) -> Sampler:
@@ -159,17 +170,23 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _sample(
-    sampler: Sampler, samples: int, params: Params, prompts: Prompts, seed: Array, how: How
+    sampler: Sampler,
+    samples: int,
+    params: Params,
+    prompts: Prompts,
+    begun: Begun,
+    seed: Array,
+    how: How,
 ) -> Samples:
     model, tokens = sampler.model, sampler.max_new_tokens
     params = model.cast(params)
     head = model.head(params)
     hidden, cached = model.prefill(params, prompts.tokens, prompts.lengths)
-    keys = _keys(seed, prompts.ids, samples)
+    keys = _keys(seed, prompts.ids, begun.sample, samples)
 
     def draw_next(slot, hidden, state: _State) -> _State:
         logits = logits_of(constrain(hidden, ROWS, None, None), head)
-        own = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, slot)))(keys)
+        own = _fold_in(keys, jnp.broadcast_to(begun.place[:, None] + slot, keys.shape))
         return _record(state, slot, draw(logits, own, how), sampler.stop)
 
     def go_on(room, carry):
@@ -181,7 +198,7 @@ def _sample(
         hidden, branches = model.decode(params, state.token, state.branches, slot - 1)
         return slot + 1, draw_next(slot, hidden, state._replace(branches=branches))
 
-    first, *wider = _rooms(tokens)
+    first, *wider = _doubled(ROOM, tokens)  # a step reads all of the cache, filled or not
     shape = len(prompts.tokens), samples
     state = _State(
         jnp.zeros(shape, jnp.int32),
@@ -199,19 +216,24 @@ def _sample(
     return carry[1].drawn
 
 
-def _rooms(tokens: int) -> list[int]:
-    """The sizes of the cache, one after the other: a step reads all of it, filled or not."""
-    doubled = (ROOM << i for i in itertools.count())
-    return [*itertools.takewhile(lambda room: room < tokens, doubled), tokens]
+def _doubled(first: int, tokens: int) -> list[int]:
+    """`first`, twice that and so on up to `tokens`."""
+    doubled = (first << i for i in itertools.count())
+    return [*itertools.takewhile(lambda count: count < tokens, doubled), tokens]
 
 
-def _keys(seed: Array, ids: Array, samples: int) -> Array:
-    """A key for each sample of each prompt, [B, samples]."""
+def _keys(seed: Array, ids: Array, first: Array, samples: int) -> Array:
+    """A key for each sample of each prompt, [B, samples]; `first` are the numbers of the first."""
     # Not the default generator, which a user may set: others give other bits in other batches.
     key = jax.random.key(seed, impl="threefry2x32")
     of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return fold(of_prompt, jnp.arange(samples))
+    numbers = first[:, None] + jnp.arange(samples)[None]
+    return _fold_in(jnp.broadcast_to(of_prompt[:, None], numbers.shape), numbers)
+
+
+def _fold_in(keys: Array, numbers: Array) -> Array:
+    """A new key for each of [B, samples]."""
+    return jax.vmap(jax.vmap(jax.random.fold_in))(keys, numbers)
 
 
 def _empty(shape: tuple[int, int], tokens: int) -> Samples:
@@ -338,14 +360,71 @@ def generate(
     prompts = [np.asarray(prompt) for prompt in prompts]
     for index, prompt in enumerate(prompts):
         _check(index, prompt, sampler)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: dict[int, list[Sample]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad([prompts[i] for i in chosen], [ids[i] for i in chosen], batch_size)
-        drawn = to_host(sampler(params, batch, **how))
-        found |= {i: _trimmed(drawn, row) for row, i in enumerate(chosen)}
-    return [found[i] for i in range(len(prompts))]
+    numbers = range(how.pop("samples", 1))
+    found = [[_Response(prompt, id, n) for n in numbers] for prompt, id in zip(prompts, ids)]
+    _draw_all(sampler, params, found, batch_size, how)
+    return [[response.sample() for response in own] for own in found]
+
+
+@dataclasses.dataclass
+class _Response:
+    """A response to a prompt as far as it is drawn: arrays of tokens, log-probs and behaviour."""
+
+    prompt: np.ndarray
+    id: int
+    number: int
+    parts: list[Sample] = dataclasses.field(default_factory=list)
+
+    @property
+    def context(self) -> np.ndarray:
+        return np.concatenate([self.prompt, *(part.tokens for part in self.parts)])
+
+    def sample(self) -> Sample:
+        arrays = (np.concatenate(values) for values in zip(*(part[:3] for part in self.parts)))
+        return Sample(*arrays, self.parts[-1].stopped)
+
+
+def _draw_all(
+    sampler: Sampler,
+    params: Params,
+    responses: list[list[_Response]],
+    batch_size: int,
+    how: dict,
+) -> None:
+    """Draw all responses, those of a prompt together, to their ends.
+
+    Responses stop at very different lengths, and a batch takes as long as its longest. So those
+    that go on after some tokens are put into new batches without the others, each behind a prompt
+    of its own: what they have said so far, which costs little to read again, all at once.
+    """
+    groups, done = responses, 0
+    for length in _stages(sampler, [own[0].prompt for own in responses]):
+        part = dataclasses.replace(sampler, max_new_tokens=length - done)
+        groups = sorted(groups, key=lambda group: len(group[0].prompt))
+        for start in range(0, len(groups), batch_size):
+            chosen = groups[start : start + batch_size]
+            firsts = [group[0] for group in chosen]
+            batch = pad([r.context for r in firsts], [r.id for r in firsts], batch_size)
+            begun = Begun(*np.zeros((2, batch_size), np.int32))
+            begun.sample[: len(firsts)] = [r.number for r in firsts]
+            begun.place[: len(firsts)] = done
+            how = how | {"samples": len(chosen[0])}
+            drawn = to_host(part(params, batch, begun=begun, **how))
+            for row, group in enumerate(chosen):
+                for response, sample in zip(group, _trimmed(drawn, row)):
+                    response.parts.append(sample)
+        groups = [[r] for group in groups for r in group if not r.parts[-1].stopped]
+        done = length
+
+
+def _stages(sampler: Sampler, prompts: Sequence[np.ndarray]) -> list[int]:
+    """Lengths of responses at which those that go on are gathered, and the limit.
+
+    They are not where nothing stops, nor where prompts are most of what would be read again.
+    """
+    limit = sampler.max_new_tokens
+    longest = max(map(len, prompts), default=0)
+    return _doubled(GATHERED, limit) if sampler.stop and longest <= limit else [limit]
 
 
 def pad(prompts: Sequence[np.ndarray], ids: Sequence[int], batch_size: int) -> Prompts:

@@ -2,8 +2,8 @@
 
 Makes everything that the figure needs, and the figure: SFT, preferences, a reward model, the
 methods over their sweeps, best-of-n and the theoretical optimum. The same command goes on where it
-was stopped. --add=simpo,ipo adds losses of the library by name; --methods=dpo,unlikelihood leaves
-out all others.
+was stopped. --add=simpo,ipo adds losses of the library by name, --add=online_dpo online DPO;
+--methods=dpo,unlikelihood leaves out all others.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 
 from dpojax.evaluation.policies import encode_prompts, response_texts
 from dpojax.evaluation.rewards import open_reward
+from dpojax.launch import online
 from dpojax.launch import run as runs
 from dpojax.launch.config import ConfigError, changes, check, only_run
 from dpojax.launch.export import export
@@ -44,7 +46,7 @@ class Run(NamedTuple):
     method: str  # of `evaluation.frontier_points.NAMES`, or the name of a loss
     setting: str  # "beta=0.1"
     changes: Mapping[str, Any]  # config keys
-    stage: str = "dpo"  # or ppo
+    stage: str = "dpo"  # or ppo, or online: see `launch.online`
 
     @property
     def name(self) -> str:
@@ -77,8 +79,19 @@ def paper_runs(
     return found
 
 
+def online_runs(
+    *, beta: Sequence[float] = (0.1,), common: Mapping[str, Any] | None = None
+) -> list[Run]:
+    """Online DPO over beta, in `config.frontier.online_rounds` rounds; `common`: see above."""
+    every = dict(common or {})
+    of = lambda b: Run("online_dpo", f"beta={b:g}", every | {"dpo.beta": b}, online.STAGE)
+    return [of(b) for b in beta]
+
+
 def of_loss(loss: str, common: Mapping[str, Any] | None = None) -> Run:
-    """A run of any loss of the library, with its default options."""
+    """A run of any loss of the library, with its default options; or of "online_dpo"."""
+    if loss == "online_dpo":
+        return online_runs(common=common)[0]
     return Run(loss, "default", dict(common or {}) | {"dpo.loss": loss})
 
 
@@ -143,6 +156,11 @@ def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> li
         ]
     for run in planned:
         workdir = folder / "runs" / run.name
+        if run.stage == online.STAGE:
+            made = online.folders(workdir, config.frontier.online_rounds)[-1] / online.EXPORTED
+            start = lambda run=run: _online(config, run, folder)
+            found.append(Job(run.name, made, start, kind=run.method))
+            continue
         start = lambda run=run, workdir=workdir: _run(_config_of(config, run, folder), workdir)
         found.append(Job(run.name, workdir / runs.FINISHED, start, kind=run.method))
     found.append(Job("reference_samples", folder / SAMPLES, lambda: _sample(config, folder)))
@@ -166,7 +184,8 @@ def _true_reward(config: ConfigDict, folder: pathlib.Path) -> str:
 
 def _config_of(config: ConfigDict, run: Run, folder: pathlib.Path) -> ConfigDict:
     """What scripts/train.py would be given for this run."""
-    own = _from_policy(_stage(config, (run.stage,)), folder)
+    stage = "dpo" if run.stage == online.STAGE else run.stage
+    own = _from_policy(_stage(config, (stage,)), folder)
     own.samples.reward = _true_reward(config, folder)
     if run.stage == "ppo":
         learned = f"reward_model:{folder / REWARD_MODEL}"
@@ -197,8 +216,13 @@ def _run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _prefer(config: ConfigDict, folder: pathlib.Path) -> None:
+    prefer(_settings(config, folder), log=print)
+    (folder / PREFERENCES / "done").touch()
+
+
+def _settings(config: ConfigDict, folder: pathlib.Path) -> Settings:
     asked, samples = config.frontier, config.samples
-    settings = Settings(
+    return Settings(
         policy=str(folder / POLICY),
         prompts=asked.prompts,
         reward=_true_reward(config, folder),
@@ -213,8 +237,15 @@ def _prefer(config: ConfigDict, folder: pathlib.Path) -> None:
         fixed_length=asked.unstopped == "keep",
         seed=config.seed,
     )
-    prefer(settings, log=print)
-    (folder / PREFERENCES / "done").touch()
+
+
+def _online(config: ConfigDict, run: Run, folder: pathlib.Path) -> None:
+    """The rounds together draw as many completions as the preferences of the other runs have."""
+    rounds, own = config.frontier.online_rounds, _config_of(config, run, folder)
+    first = dataclasses.replace(
+        _settings(config, folder), limit=-(-config.frontier.count // rounds), seed=own.seed
+    )
+    online.make(own, first, folder / "runs" / run.name, rounds)
 
 
 def _sample(config: ConfigDict, folder: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ from dpojax.evaluation.frontier_figure import draw
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point, write_points
 from dpojax.evaluation.frontier_report import by_prompt, report
 from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
+from dpojax.launch import online
 from dpojax.launch.frontier import PLAN, SAMPLES
 from dpojax.launch.plan import read_seconds
 from dpojax.launch.samples import FILE
@@ -37,7 +38,7 @@ def collect(folder: pathlib.Path) -> tuple[list[Point], Optimum, Point]:
     measured |= {"reward": reward.value, "reward_error": reward.error}
     measured |= {"length": float(lengths.mean())}
     base = Point(**missing | {"method": REFERENCE, "setting": ""} | measured)
-    points = [point for run in plan["runs"] for point in _points_of(folder, run)]
+    points = [point for run in plan["runs"] for point in _points_of(folder, plan, run)]
     for n in plan["config"]["frontier"]["best_of_n"]:
         if n <= rewards.shape[1] // 4:
             kl, best = best_of_n_kl(rewards, n), best_of_n(rewards, n)
@@ -48,11 +49,27 @@ def collect(folder: pathlib.Path) -> tuple[list[Point], Optimum, Point]:
     return points, optimum(rewards, BETAS), base
 
 
-def _points_of(folder: pathlib.Path, run: dict) -> list[Point]:
-    """One point per evaluation of a run, but for that before its first step."""
+def _parts(folder: pathlib.Path, plan: dict, run: dict) -> list[pathlib.Path]:
+    """The folders of the stages that a run trained, one after the other."""
     workdir = folder / "runs" / run["name"]
-    seed = json.loads((workdir / "config.json").read_text())["seed"]
-    lines = [line for line in read_metrics(workdir / run["stage"]) if line["split"] == "eval"]
+    if run["stage"] != online.STAGE:
+        return [workdir / run["stage"]]
+    rounds = plan["config"]["frontier"]["online_rounds"]
+    return [trained / "dpo" for trained in online.runs_of(workdir, rounds)]
+
+
+def _points_of(folder: pathlib.Path, plan: dict, run: dict) -> list[Point]:
+    """One point per evaluation of a run, but for those before a part's first step.
+
+    Steps go on from part to part.
+    """
+    parts = _parts(folder, plan, run)
+    seed = json.loads((parts[0].parent / "config.json").read_text())["seed"]
+    lines, before = [], 0
+    for part in parts:
+        own = [line for line in read_metrics(part) if line["split"] == "eval" and line["step"] > 0]
+        lines += [line | {"step": before + line["step"]} for line in own]
+        before = max((line["step"] for line in lines), default=0)
     get = lambda line, name: float(line.get(f"samples/{name}", float("nan")))
     return [
         Point(
@@ -66,7 +83,7 @@ def _points_of(folder: pathlib.Path, run: dict) -> list[Point]:
             *(get(line, name) for name in ("rank_correlation", "rank_correlation_error")),
         )
         for line in lines
-        if line["step"] > 0 and "samples/kl" in line
+        if "samples/kl" in line
     ]
 
 
@@ -74,7 +91,7 @@ def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
     """The last checkpoint's responses of every run, one line per prompt."""
     found = []
     for run in plan["runs"]:
-        path = folder / "runs" / run["name"] / run["stage"] / FILE
+        path = _parts(folder, plan, run)[-1] / FILE
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         last = {line["prompt"]: line for line in lines if line["step"] == lines[-1]["step"]}
         found += [

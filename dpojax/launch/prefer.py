@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from dpojax.data import pairing, reviews
 from dpojax.data.pairing import Labels, pairs_of, ranking_of
+from dpojax.data.records import DataError
 from dpojax.evaluation.policies import encode_prompts, require_stops, response_texts
 from dpojax.evaluation.rewards import Reward, open_reward
 from dpojax.launch.config import ConfigError
@@ -47,7 +48,8 @@ CHOICES = {
     "unstopped": ("keep", "drop"),
     "split": reviews.SPLITS,
 }
-LEAST = {"limit": 0, "completions": 2, "batch_size": 1, "shard_size": 1, "tie": 0, "seed": 0}
+LEAST = {"skip": 0, "limit": 0, "completions": 2, "batch_size": 1, "shard_size": 1, "tie": 0}
+LEAST |= {"seed": 0}
 COUNTS = ("prompts", "completions", "unstopped", "empty", "identical", "ties", "records")
 COUNTS += ("prompts_without_record",)
 COLUMNS = {"prompt_index": pa.int64(), "prompt": pa.string()}
@@ -73,7 +75,8 @@ class Settings:
       reward: see `rewards.open_reward`.
       out: the folder to write.
       split: of the prompts of "reviews" and of prefixes.
-      limit: use so many prompts; 0 is all.
+      skip: leave out so many prompts first.
+      limit: use so many of the others; 0 is all.
       completions: K of each prompt.
       pairs: "all" pairs of completions, "best_worst": one pair of a prompt, "ranked": one list.
       labels, label_temperature, tie: see `pairing.Labels`.
@@ -92,6 +95,7 @@ class Settings:
     reward: str
     out: str
     split: str = "train"
+    skip: int = 0
     limit: int = 0
     completions: int = 4
     pairs: str = "all"
@@ -137,7 +141,7 @@ def prefer(
 
     Raises:
       ConfigError: the folder holds shards of other settings; it names what differs.
-      DataError: prompts that are missing, or no text.
+      DataError: prompts that are missing, or no text, or none behind those that are skipped.
       NothingStopped: all completions of a shard were cut; see `fixed_length`.
       RewardError, CheckpointError, OSError, ValueError: as policy and reward raise them.
     """
@@ -146,8 +150,7 @@ def prefer(
         raise ConfigError(f"process {index} of {count}: they are counted from 0")
     out = pathlib.Path(settings.out)
     policy = load_policy(settings.policy)
-    how = {"split": settings.split, "limit": settings.limit, "seed": settings.seed}
-    prompts = read_prompts(settings.prompts, tokenizer=policy.tokenizer, **how)
+    prompts = _prompts(settings, policy)
     reward = open_reward(settings.reward, mesh=policy.mesh)
     record = _record(settings, prompts, policy, reward)
     if any(out.glob("part-*.parquet")):
@@ -169,6 +172,19 @@ def prefer(
         record |= _totals([_metadata(pq.read_schema(path)) for path in paths])
         _write_json(out / PROVENANCE, record)
     return record
+
+
+def _prompts(settings: Settings, policy: Policy) -> list[str]:
+    """Those between `skip` and `skip` + `limit`."""
+    limit = settings.limit and settings.skip + settings.limit
+    how = {"split": settings.split, "limit": limit, "seed": settings.seed}
+    found = read_prompts(settings.prompts, tokenizer=policy.tokenizer, **how)
+    if len(found) <= settings.skip:
+        raise DataError(
+            f"{settings.prompts}: holds {len(found)} prompts, and skip = {settings.skip} leaves "
+            "none of them; give more prompts, or skip fewer"
+        )
+    return found[settings.skip :]
 
 
 def _record(settings: Settings, prompts: Sequence[str], policy: Policy, reward: Reward) -> dict:
@@ -230,7 +246,7 @@ def _build_shard(settings: Settings, policy: Policy, reward: Reward) -> Callable
                 policy.params,
                 ids,
                 batch_size=settings.batch_size,
-                ids=range(start, start + len(prompts)),
+                ids=range(settings.skip + start, settings.skip + start + len(prompts)),
                 seed=settings.seed,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
