@@ -12,7 +12,7 @@ builds every program from shapes, without weights or data. The SFT stage alone:
 `small`, the default, is for 2 CPU cores: a Llama-shaped model of 4.9M parameters, new, with a
 byte-level BPE of 8,192 ids made from the reviews. SFT reads the first 64 tokens of all 25,000
 training reviews twice (about 32 TFLOP an epoch), the sentiment classifier, which starts from the
-SFT policy and is the true reward, their first 64 tokens twice; 1,500 prefixes of 2 to 8 tokens with
+SFT policy and is the true reward, their first 128 tokens once; 1,500 prefixes of 2 to 8 tokens with
 4 completions of 40 tokens, ranked; then the 22 runs, one to two minutes each when the machine is
 quiet: about an hour in all.
 
@@ -20,8 +20,9 @@ quiet: about an hour in all.
 completions, all 6 pairs of each labelled by siebert/sentiment-roberta-large-english, RMSprop at
 1e-6 with 150 warm-up steps, batches of 64, SFT for one epoch, a reward model for three. Weights,
 gradients and moments are 8.7 GiB in float32; PPO holds a policy and a value model. Departures: the
-paper does not say how long its completions are, here they have 48 tokens each; a prefix has a
-tenth of the reviews' texts held out, besides which prompts to judge come from the test split.
+paper does not say how long its completions are, here they have 48 tokens each; SFT reads all
+training reviews, cut at 256 tokens; a tenth of them gives no prefix (`prefixes:` holds it out), and
+policies are judged on prefixes of test reviews.
 """
 
 from ml_collections.config_dict import FieldReference
@@ -58,7 +59,7 @@ def _small(config):
     config.model.update(width=192, layers=4, heads=6, kv_heads=6, mlp_width=512, max_positions=128)
     config.tokens.max_length = 64
     config.sft.update(epochs=2, learning_rate=2e-3, warmup_steps=50, schedule="cosine")
-    config.classifier.update(max_tokens=64, first_token=8, epochs=2, schedule="cosine")
+    config.classifier.update(max_tokens=128, first_token=8, epochs=1, schedule="cosine")
     config.classifier.learning_rate = 1e-3
     config.frontier.update(reward="classifier", count=1_500, completions=4)
     config.frontier.reference_samples = 256
@@ -81,6 +82,7 @@ def _paper(config):
     config.samples.update(count=256, per_prompt=4, max_new_tokens=48)
     config.reward.epochs = 3
     config.ppo.update(batch_size=64, limit=25_000, max_new_tokens=48, steps=400)
+    config.ppo.value_learning_rate = 1e-5
     for stage in (config.sft, config.reward, config.dpo, config.ppo):
         stage.update(batch_size=64, learning_rate=1e-6, warmup_steps=150)
         stage.optimizer.name = "rmsprop"
