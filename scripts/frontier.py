@@ -3,7 +3,8 @@
 Makes everything that the figure needs, and the figure: SFT, preferences, a reward model, the
 methods over their sweeps, best-of-n and the theoretical optimum. The same command goes on where it
 was stopped. --add=simpo,ipo adds losses of the library by name, --add=online_dpo online DPO;
---methods=dpo,unlikelihood leaves out all others.
+--methods=dpo,unlikelihood leaves out all others. --dry_run makes nothing: it builds every
+program from shapes alone, and says so.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, wi
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
 METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier().")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from shapes.")
 flags.mark_flag_as_required("config")
 
 
 def main(_) -> int:
     logging.set_verbosity(logging.WARNING)
-    from dpojax.launch import frontier, frontier_results
+    from dpojax.launch import dry_run, frontier, frontier_results
     from dpojax.launch.run import FAILURES
     from dpojax.training.loop import Preempted
 
@@ -31,6 +33,10 @@ def main(_) -> int:
         common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
         runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
         runs += [frontier.of_loss(name, common) for name in ADD.value]
+        if DRY_RUN.value:
+            for line in dry_run.dry_run(CONFIG.value, runs):
+                print(line, flush=True)
+            return 0
         folder = frontier.make(CONFIG.value, runs, WORKDIR.value)
         text = frontier_results.write(folder)
     except Preempted as stopped:

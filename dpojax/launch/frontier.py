@@ -167,6 +167,11 @@ def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> li
     return found
 
 
+def configs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> list[ConfigDict]:
+    """What scripts/train.py would be given for each run."""
+    return [_config_of(config, run, folder) for run in planned]
+
+
 def _classifier_jobs(config: ConfigDict, folder: pathlib.Path) -> list[Job]:
     """The true reward, from labelled texts."""
     workdir, exported = folder / "classifier", folder / CLASSIFIER

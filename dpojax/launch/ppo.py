@@ -29,7 +29,7 @@ from dpojax.methods import ppo
 from dpojax.methods.ppo import PPO, PPOState
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.rl import AdaptiveKL
-from dpojax.sampling import Prompts, Sample, Sampler, build_sampler
+from dpojax.sampling import Prompts, Sample, Sampler, Samples, build_sampler
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import build_score
@@ -89,17 +89,22 @@ class PPOStage(NamedTuple):
 
 
 def prepare(setup: Setup) -> PPOStage:
-    """Open the reward, read the prompts, and build the programs (compiled at first use).
+    """Open the reward, read the prompts, and build the `programs` (compiled at first use).
 
     Raises:
       ConfigError: a reward that cannot be opened; fewer prompts than a batch; a prompt that leaves
         no room for its response.
       DataError: see `read_prompts`.
     """
-    config, model = setup.config[NAME], setup.model
     with naming("ppo.reward"):
-        reward = open_reward(config.reward, mesh=setup.mesh)
+        reward = open_reward(setup.config[NAME].reward, mesh=setup.mesh)
     texts, prompts = _prompts(setup)
+    return programs(setup)._replace(texts=texts, prompts=prompts, reward=reward)
+
+
+def programs(setup: Setup) -> PPOStage:
+    """The stage without its prompts and its reward."""
+    config, model = setup.config[NAME], setup.model
     settings = _settings(setup)
     optimizer = make_optimizer(config.optimizer)
     value = run_setup.scalar(setup).model
@@ -107,9 +112,9 @@ def prepare(setup: Setup) -> PPOStage:
     stop = stop_tokens(setup.tokenizer, setup.config.model.path)
     stage = PPOStage(
         setup=setup,
-        texts=texts,
-        prompts=prompts,
-        reward=reward,
+        texts=[],
+        prompts=[],
+        reward=None,
         settings=settings,
         optimizer=optimizer,
         hyper=_hyper(config),
@@ -123,6 +128,20 @@ def prepare(setup: Setup) -> PPOStage:
         out_shardings=(jax.tree.map(lambda x: x.sharding, _abstract(stage)), None),
     )
     return stage._replace(update=update)
+
+
+def lower(stage: PPOStage, prompt: int) -> jax.stages.Lowered:
+    """The update for prompts of so many tokens, from shapes alone."""
+    batch, count, new = (stage.config[key] for key in ("batch_size", "samples", "max_new_tokens"))
+    ids = lambda *size: jax.ShapeDtypeStruct(size, jnp.int32)
+    real = lambda *size: jax.ShapeDtypeStruct(size, jnp.float32)
+    prompts = Prompts(ids(batch, prompt), ids(batch), ids(batch))
+    each = batch, count
+    stopped = jax.ShapeDtypeStruct(each, bool)
+    samples = Samples(ids(*each, new), real(*each, new), real(*each, new), ids(*each), stopped)
+    state = _abstract(stage)
+    reference = state.policy.params
+    return stage.update.lower(state, reference, prompts, samples, real(*each), stage.hyper)
 
 
 def describe(stage: PPOStage) -> str:

@@ -70,15 +70,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     with naming("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config, workdir)
-    if config.model.path:
-        with naming("model.path"):
-            model_config, raw = huggingface.read_config(config.model.path)
-    else:
-        with naming("model"):
-            model_config, raw = _fresh_config(config.model, tokenizer), None
+    model, raw = open_model(config, len(tokenizer))
+    model_config = model.config
     _check_fit(config, model_config, tokenizer)
-    with naming("model"):
-        model = _build(config.model, model_config)
     setup = Setup(config, workdir, mesh, tokenizer, model, raw, lora={})
     for name in config.stages:
         setup.lora[name] = adapters.prepare(
@@ -91,6 +85,23 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             abstract_params=setup.abstract_params,
         )
     return setup
+
+
+def open_model(config: ConfigDict, vocabulary: int) -> tuple[Model, dict | None]:
+    """The model, without weights, and config.json of an imported one; a new one has as many ids as
+    `vocabulary` says.
+
+    Raises:
+      ConfigError: a shape that cannot be; a config.json that cannot be read.
+    """
+    if config.model.path:
+        with naming("model.path"):
+            model_config, raw = huggingface.read_config(config.model.path)
+    else:
+        with naming("model"):
+            model_config, raw = _fresh_config(config.model, vocabulary), None
+    with naming("model"):
+        return _build(config.model, model_config), raw
 
 
 def scalar(setup: Setup, labels: tuple[str, ...] = ()) -> Setup:
@@ -161,13 +172,13 @@ def load_weights(setup: Setup, path: str) -> dict:
     return params
 
 
-def _fresh_config(model: ConfigDict, tokenizer) -> DecoderConfig:
+def _fresh_config(model: ConfigDict, vocabulary: int) -> DecoderConfig:
     families = {"llama": LLAMA, "gpt2": GPT2}
     if model.family not in families:
         raise ConfigError(f"config.model.family = {model.family!r}: llama or gpt2")
     sizes = ("width", "layers", "heads", "kv_heads", "mlp_width", "max_positions")
     shape = {name: model[name] for name in sizes}
-    return DecoderConfig(**families[model.family], **shape, vocab_size=len(tokenizer))
+    return DecoderConfig(**families[model.family], **shape, vocab_size=vocabulary)
 
 
 def _check_fit(config: ConfigDict, model: DecoderConfig, tokenizer) -> None:

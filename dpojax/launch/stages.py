@@ -129,17 +129,24 @@ def prepare(name: str, setup: Setup) -> Stage:
       DataError: see `launch.data.load` and `rows.plan`.
     """
     config = setup.config[name]
-    objective, hyper, wants = _method(name, config)
-    data = _load(name, setup, wants)
-    setup = run_setup.scalar(setup, data.labels) if name in SCORING else setup
+    data = _load(name, setup, _method(name, config)[2])
+    steps = config.steps or steps_in(data.train, batch_size=config.batch_size, epochs=config.epochs)
+    stage = without_data(name, setup, data.labels)._replace(data=data, steps=steps)
+    return stage._replace(shape=_plan(stage))
+
+
+def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage:
+    """The stage with its programs alone: no data, no shape, no steps."""
+    config = setup.config[name]
+    setup = run_setup.scalar(setup, labels) if name in SCORING else setup
+    objective, hyper, _ = _method(name, config)
     forward, score = _programs(setup, objective)
-    stage = Stage(
+    return Stage(
         name=name,
         setup=setup,
-        data=data,
+        data=None,
         shape=None,
-        steps=config.steps
-        or steps_in(data.train, batch_size=config.batch_size, epochs=config.epochs),
+        steps=0,
         objective=objective,
         hyper=preference.hyper(hyper | {"learning_rate": config.learning_rate}),
         forward=forward,
@@ -147,7 +154,6 @@ def prepare(name: str, setup: Setup) -> Stage:
         score=jax.jit(score),
         metrics=jax.jit(build_evaluate(objective)),
     )
-    return stage._replace(shape=_plan(stage))
 
 
 def save_reports(stage: Stage) -> str:

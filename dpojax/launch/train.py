@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dpojax import sharding
 from dpojax.data.pipeline import train_batches
-from dpojax.data.rows import Rows
+from dpojax.data.rows import Rows, empty
 from dpojax.launch.references import (
     Reference,
     check_identity,
@@ -111,15 +113,8 @@ def _fit(
     stop,
 ) -> Fit:
     setup, config = stage.setup, stage.setup.config
-    schedule = make_schedule(stage.config, stage.steps)
-    forward, frozen = stage.forward, used.params
-    if base is not None:
-        forward, frozen = adapted(forward, stage.lora.config), base
-    step = jax.jit(
-        build_step(forward, stage.objective, optimizer, schedule),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
-    )
+    frozen = used.params if base is None else base
+    step = jitted_step(stage, optimizer, abstract)
     held_out = list(stage.held_out(used.attach))
 
     def to_device(rows: Rows) -> Rows:
@@ -156,6 +151,33 @@ def _fit(
         stop=stop,
         keep_best=stage.keep_best,
     )
+
+
+def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:
+    """(state, rows, hyper, frozen) -> (state, report); donates the state.
+
+    `frozen` are the base's parameters under adapters, else the live reference's or None.
+    """
+    forward = stage.forward
+    if stage.lora is not None:
+        forward = adapted(forward, stage.lora.config)
+    schedule = make_schedule(stage.config, stage.steps)
+    return jax.jit(
+        build_step(forward, stage.objective, optimizer, schedule),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
+    )
+
+
+def lower(stage: Stage) -> jax.stages.Lowered:
+    """The step for rows of `stage.shape`, from shapes; without adapters or a live reference."""
+    optimizer = make_optimizer(stage.config.optimizer)
+    abstract, rows = _abstract(stage, optimizer), empty(stage.shape)
+    if stage.objective.needs_reference:
+        rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+    spread = NamedSharding(stage.setup.mesh, PartitionSpec(None, sharding.ROWS))
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), rows)
+    return jitted_step(stage, optimizer, abstract).lower(abstract, rows, stage.hyper, None)
 
 
 def _sampled(stage: Stage, reference: dict) -> Callable[[dict, int], dict[str, float]]:

@@ -52,6 +52,11 @@ def read_config(path: str | os.PathLike) -> tuple[DecoderConfig, dict]:
     return _read_config(_folder(path, ["config.json"]), DECODERS)
 
 
+def read_classifier_config(path: str | os.PathLike) -> EncoderConfig:
+    """The configuration of a BERT-type classifier; errors as of `read_config`."""
+    return _read_config(_folder(path, ["config.json"]), ENCODERS)[0]
+
+
 def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
     file = folder / "config.json"
     if not file.is_file():
