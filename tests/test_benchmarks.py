@@ -58,3 +58,19 @@ def test_a_live_reference_costs_one_more_pass_forward():
     wanted = flops(2, 32, 50, 3 * 14, 3 * 10, passes=4)
     measured = result["model_gflops_per_second"] * result["seconds_per_step"] * 1e9
     assert math.isclose(measured, wanted, rel_tol=1e-9)
+
+
+def test_the_sampler_is_timed_against_transformers_on_the_same_tokens(tmp_path, capsys):
+    pytest.importorskip("torch", reason="the other side is torch")
+    from benchmarks import sampler
+
+    out = tmp_path / "sampler.json"
+    shape = ["--layers", "1", "--width", "64", "--prompts", "2", "--samples", "2", "--tokens", "3"]
+    sampler.main([*shape, "--rounds", "1", "--json", str(out)])
+    (found,) = json.loads(out.read_text())
+    assert (found["prompts"], found["samples"], found["tokens"]) == (2, 2, 3)
+    assert found["ours"] / found["torch"] == pytest.approx(found["ratio"])
+    assert found["cpu_ratio"] > 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {8}
+    assert rows[-1].startswith("| 2 x 2 | 3 |")

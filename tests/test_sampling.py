@@ -176,6 +176,27 @@ def test_a_response_ends_with_its_first_stop_token_and_zeros_follow(llama):
     assert not np.any([x.any() for x in dummy])
 
 
+def test_responses_that_go_on_without_those_that_stopped_draw_the_same(llama, monkeypatch):
+    sampler, params, found = llama
+    stop = (int(found[0][0].tokens[3]), int(found[2][1].tokens[6]))
+    stopping = build_sampler(sampler.model, max_new_tokens=NEW, stop=stop)
+    whole = generate(stopping, params, PROMPTS, batch_size=3, **HOW, samples=3)
+    monkeypatch.setattr(sampling, "GATHERED", 6)
+    calls = []
+    pad_batch = lambda prompts, *rest: calls.append(len(prompts)) or pad(prompts, *rest)
+    monkeypatch.setattr(sampling, "pad", pad_batch)
+    gathered = generate(stopping, params, PROMPTS, batch_size=3, **HOW, samples=3)
+    same_tokens(gathered, whole)
+    for a, b in zip(itertools.chain(*gathered), itertools.chain(*whole)):
+        assert a.stopped == b.stopped
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        np.testing.assert_allclose(a.behaviour, b.behaviour, atol=1e-4)
+    # All prompts at first, then the responses of more than 6 tokens alone.
+    longer = sum(len(s.tokens) > 6 or not s.stopped for own in whole for s in own)
+    assert calls[0] == len(PROMPTS)
+    assert 0 < sum(calls[1:]) == longer < 3 * len(PROMPTS)
+
+
 def bigram_table(config, params, prompt):
     """log p(first), log p(second | first) from full forward passes."""
     model = decoder.build(config)

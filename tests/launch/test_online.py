@@ -18,8 +18,10 @@ from dpojax.sampling import build_sampler, generate
 from dpojax.training.metrics import read_metrics
 
 from .test_frontier import config
+from .test_prefer import save_model
 
 STEPS = 4
+CONFIG = config(**{"frontier.online_rounds": 2, "tokens.max_length": 32})
 RUNS = [frontier.of_loss("online_dpo", {"dpo.learning_rate": 1e-2, "dpo.warmup_steps": 0})]
 
 
@@ -28,13 +30,19 @@ def rounds_of(folder):
 
 
 def make(folder):
-    own = config(**{"frontier.online_rounds": 2, "frontier.reference_samples": 32})
-    frontier.make(own, RUNS, str(folder))
+    frontier.make(CONFIG, RUNS, str(folder))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    """A frontier whose other jobs are done: of its policy, preferences and samples."""
     folder = tmp_path_factory.mktemp("online")
+    save_model(folder / frontier.POLICY)
+    for done in ("sft/finished.json", "preferences/done"):
+        (folder / done).parent.mkdir()
+        (folder / done).touch()
+    rewards = np.random.default_rng(0).uniform(size=(8, 32))
+    np.savez(folder / frontier.SAMPLES, rewards=rewards, lengths=np.full((8, 32), 9))
     make(folder)
     return folder
 
