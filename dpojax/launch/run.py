@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dpojax import sharding
 from dpojax.data.records import DataError
 from dpojax.evaluation import plots
+from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import RewardError
 from dpojax.launch import ppo, stages
 from dpojax.launch import setup as run_setup
@@ -28,7 +29,7 @@ from dpojax.training.reference import ReferenceMismatch
 
 # What a user can mend; anything else is a bug of ours, and shows its traceback.
 FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss, OSError)
-FAILURES += (RewardError,)
+FAILURES += (RewardError, NothingStopped)
 FINISHED = "finished.json"
 
 

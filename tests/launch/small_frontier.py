@@ -1,6 +1,6 @@
-"""A frontier on the embedded task that two cores make in a minute, strong enough to conclude from.
+"""A frontier on the embedded task that two cores make in a minute and that conclusions follow from.
 
-scripts/frontier.py makes it for `test_frontier_conclusions.py`.
+`test_frontier_conclusions.py` makes it with scripts/frontier.py.
 """
 
 from dpojax.launch.defaults import default_config
@@ -11,32 +11,28 @@ def get_config():
     config = default_config()
     config.model.update(width=64, layers=2, heads=2, kv_heads=2, mlp_width=192, max_positions=128)
     config.tokens.max_length = 96
-    config.sft.data.limit = 12_000
-    config.sft.data.eval_limit = 50
+    config.sft.data.update(limit=10_000, eval_limit=50)
     config.sft.schedule = "cosine"
-    config.dpo.data.limit = 0
-    config.dpo.data.eval_limit = 50
+    config.dpo.data.update(limit=0, eval_limit=50)
     config.dpo.batch_size = 16
-    config.dpo.steps = 100
-    config.dpo.learning_rate = 1e-3
-    config.ppo.steps = 24
-    config.ppo.limit = 1_000
-    config.evaluate_every = 25
+    config.dpo.steps = 60
+    config.dpo.warmup_steps = 5
+    config.ppo.update(steps=12, batch_size=64, limit=512, kl_target=2.0, kl_horizon=128.0)
+    config.ppo.max_new_tokens = 48
+    config.log_every = 20
+    config.evaluate_every = 20
     config.checkpoint_every = 0
-    config.samples.count = 64
-    config.samples.per_prompt = 8
-    config.samples.max_new_tokens = 48
-    config.frontier.count = 1_000
-    config.frontier.reference_samples = 512
-    config.frontier.best_of_n = (2, 4, 16, 64)
+    config.samples.update(count=48, per_prompt=8, max_new_tokens=48)
+    config.frontier.update(count=1_000, reference_samples=256, best_of_n=(2, 4, 16, 64))
+    config.tensorboard = False
     return config
 
 
 def frontier():
     return [
-        Run("dpo", "beta=0.05", {"dpo.beta": 0.05}),
         Run("dpo", "beta=0.3", {"dpo.beta": 0.3}),
-        Run("ppo_gt", "kl=4", {"ppo.kl_target": 4.0, "evaluate_every": 12}, "ppo"),
+        Run("dpo", "beta=1", {"dpo.beta": 1.0}),
+        Run("ppo_gt", "kl=2", {"evaluate_every": 6}, "ppo"),
         Run("unlikelihood", "alpha=0.5", {"dpo.loss": "unlikelihood", "dpo.alpha": 0.5}),
         Run("preferred_ft", "seed=0", {"dpo.loss": "sft"}),
     ]

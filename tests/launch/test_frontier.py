@@ -1,15 +1,24 @@
 """A frontier small enough for a test: its jobs, what it writes, and how it resumes."""
 
 import json
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
 
 from dpojax.evaluation.frontier_points import read_points
 from dpojax.evaluation.optimum import read_optimum
+from dpojax.evaluation.policies import NothingStopped
+from dpojax.evaluation.rewards import Reward, RewardError, open_reward
 from dpojax.launch import frontier, frontier_results
+from dpojax.launch import prefer as launch_prefer
+from dpojax.launch import samples as launch_samples
 from dpojax.launch.config import ConfigError
 from dpojax.launch.frontier import Run
+from dpojax.launch.run import FAILURES
+from dpojax.training.loop import Preempted
 from dpojax.training.metrics import read_metrics
 
 from .conftest import tiny_config
@@ -97,6 +106,60 @@ def test_a_run_that_could_not_start_is_refused_before_anything_is_made(tmp_path)
     with pytest.raises(ConfigError, match=r"beta = 0\.0: must be greater than 0"):
         frontier.make(config(), [wrong], str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def misbehaving(*behaviours):
+    """The exact reward by default; each call first takes the next behaviour: a function of the
+    number of texts, or None."""
+    exact, left = open_reward("reviews"), iter(behaviours)
+
+    def score(prompts, responses):
+        scores, change = exact(prompts, responses), next(left, None)
+        return scores if change is None else change(scores)
+
+    return lambda *_, **__: Reward("odd", score, exact.fingerprint)
+
+
+def sigterm(scores):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return scores
+
+
+def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
+    made, tmp_path, monkeypatch
+):
+    """In the middle of the preferences and of a run: every failure is one that scripts tell in a
+    line, and leaves nothing that is half done."""
+    folder = tmp_path / "again"
+    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
+    shutil.copytree(made[0], folder, ignore=left_out)
+    make = lambda: frontier.make(config(), RUNS, str(folder))
+    nan, short = lambda scores: scores * np.nan, lambda scores: scores[:-1]
+    monkeypatch.setattr(launch_prefer, "open_reward", misbehaving(nan, short, sigterm))
+    for error, message in (
+        (RewardError, "reward odd: 72 of 72 scores are not finite"),
+        (RewardError, r"reward odd: gave an array of shape \(71,\) for 72 texts"),
+        (Preempted, "frontier: stopped, what is done is kept"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+        assert issubclass(error, (*FAILURES, Preempted))
+        assert os.listdir(folder / "preferences") == ["provenance.json"]
+    # Once before the first step and once after it, of the reference and of the policy.
+    monkeypatch.setattr(launch_samples, "open_reward", misbehaving(None, None, sigterm))
+    with pytest.raises(Preempted, match="dpo: stopped at step 3 of 4, saved"):
+        make()
+    assert not (folder / "runs" / "dpo-beta-0.1" / "finished.json").exists()
+    make()
+    (part,) = (folder / "preferences").glob("*.parquet")
+    assert part.read_bytes() == (made[0] / "preferences" / part.name).read_bytes()
+    methods = {run.method for run in RUNS}
+    measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
+    assert measured(folder) == measured(made[0])
+
+
+def test_a_policy_that_never_ends_is_told_in_a_line():
+    assert issubclass(NothingStopped, FAILURES)
 
 
 def test_the_papers_sweep_has_22_runs():

@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from dpojax.evaluation.rewards import open_reward
+from dpojax.launch import stages
 from dpojax.launch.config import ConfigError, check
-from dpojax.launch.export import export
+from dpojax.launch.export import export, read_config
 from dpojax.launch.run import run
+from dpojax.launch.setup import prepare
 from dpojax.models import huggingface
 
 from .conftest import lines, tiny_config
@@ -16,31 +20,67 @@ def train_losses(workdir, stage):
     return [line["loss"] for line in lines(workdir, stage) if line["split"] == "train"]
 
 
-def test_a_reward_model_learns_its_pairs_and_exports_as_a_classifier(tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
+@pytest.fixture(scope="module")
+def reward_run(tmp_path_factory):
+    """A finished reward stage whose evaluations after steps 0, 3, ..., 12, and in the summary, are
+    made to find these accuracies."""
+    accuracies = iter([0.99, 0.6, 0.9, 0.7, 0.8, 0.9])
+    workdir = tmp_path_factory.mktemp("reward")
     rows = (
         {"prompt": f"the film {i}", "chosen": " was good", "rejected": " was bad"}
         for i in range(40)
     )
+    pairs = workdir / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, rows)))
-    config = tiny_config(
-        **{
-            "reward.data.source": str(pairs),
-            "reward.batch_size": 8,
-            "reward.steps": 12,
-            "reward.learning_rate": 0.03,
-            "reward.warmup_steps": 0,
-        }
-    )
-    config.stages = ("sft", "reward")
-    run(config, str(tmp_path / "run"))
-    losses = train_losses(tmp_path / "run", "reward")
+    given = {"source": str(pairs), "steps": 12, "learning_rate": 0.03, "warmup_steps": 0}
+    given = {("data." if key == "source" else "") + key: value for key, value in given.items()}
+    config = tiny_config(keep=1, **{f"reward.{key}": value for key, value in given.items()})
+    config.stages, config.reward.batch_size = ("reward",), 8
+    evaluate = stages.Stage.evaluate
+
+    def said(self, *args, **kwargs):
+        return evaluate(self, *args, **kwargs) | {"rewards/accuracies": next(accuracies)}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages.Stage, "evaluate", said)
+        run(config, str(workdir / "run"))
+    return workdir / "run"
+
+
+def test_a_reward_model_learns_its_pairs(reward_run):
+    losses = train_losses(reward_run, "reward")
     assert losses[0] == pytest.approx(0.693, abs=0.02)  # two almost equal scores: log 2
     assert losses[-1] < 0.5
-    summary = json.loads((tmp_path / "run" / "reward" / "summary.json").read_text())
-    assert summary["values"]["after"]["rewards/accuracies"] == 1.0
-    exported = export(str(tmp_path / "run"), str(tmp_path / "exported"))
-    assert huggingface.read_config(str(exported))[0].scalar_head
+
+
+def test_the_reward_model_of_the_best_evaluation_is_kept_summarised_and_exported(
+    reward_run, tmp_path
+):
+    steps = {int(path.name) for path in (reward_run / "reward" / "checkpoints").iterdir()}
+    assert steps == {6, 12}
+    weights = []
+    for step in (None, 6, 12):
+        out = export(str(reward_run), str(tmp_path / f"step {step}"), step=step)
+        config, params, _ = huggingface.load(str(out))
+        assert config.scalar_head
+        weights.append(params["score"]["kernel"])
+    best, sixth, last = weights
+    assert np.array_equal(best, sixth)
+    assert not np.array_equal(best, last)
+    text = (reward_run / "reward" / "summary.txt").read_text()
+    assert "step 6 of 12, the best held-out accuracy" in text
+
+
+def test_the_exported_reward_is_centred_on_the_held_out_responses(reward_run, tmp_path):
+    out = export(str(reward_run), str(tmp_path / "exported"))
+    held_out = json.loads((reward_run / "reward" / "summary.json").read_text())["values"]["after"]
+    assert abs(held_out["rewards/mean"]) > 1e-3
+    data = stages.prepare("reward", prepare(read_config(reward_run), reward_run)).data
+    lines = [int(data.examples[i].id.rsplit(":", 1)[1]) for i in data.held_out]
+    prompts = [f"the film {line - 1}" for line in lines for _ in range(2)]
+    scores = open_reward(f"reward_model:{out}")(prompts, [" was good", " was bad"] * len(lines))
+    assert scores.mean() == pytest.approx(0, abs=1e-5)
+    assert (scores.reshape(-1, 2) @ [1, -1] > 0).all()
 
 
 @pytest.mark.parametrize("loss", ["kto", "simpo"])

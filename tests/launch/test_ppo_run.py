@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpojax.data import reviews
-from dpojax.evaluation.rewards import Reward
+from dpojax.evaluation.rewards import Reward, RewardError
 from dpojax.launch import ppo
 from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError, check
@@ -181,6 +181,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
     for ours, theirs in zip(
         *(jax.tree.leaves(saved_state(stage, of)) for of in (workdir, stopped)), strict=True
     ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda n: np.full(n, np.nan), r"reward broken: 16 of 16 scores are not finite; the first"),
+        (lambda n: np.zeros(n - 1), r"reward broken: gave an array of shape \(15,\) for 16 texts"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_ends_the_run_and_keeps_its_state(
+    stage, train, stopped, tmp_path, scores, message
+):
+    workdir = tmp_path / "broken"
+    shutil.copytree(stopped, workdir)
+    with pytest.raises(RewardError, match=message):
+        train(workdir, reward=Reward("broken", lambda prompts, texts: scores(len(texts))))
+    assert not (workdir / "finished.json").exists()
+    assert os.listdir(workdir / "ppo/checkpoints") == os.listdir(stopped / "ppo/checkpoints")
+    states = [jax.tree.leaves(saved_state(stage, of)) for of in (workdir, stopped)]
+    for ours, theirs in zip(*states, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

@@ -22,6 +22,7 @@ from dpojax.sharding import make_mesh
 from dpojax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
+    best,
     load_params,
     load_tree,
     save_tree,
@@ -362,3 +363,21 @@ def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(abstract)
     assert bits(restored) == bits({"w": jnp.arange(32.0).reshape(8, 4), "key": jax.random.key(3)})
+
+
+def test_the_best_checkpoint_stays_until_a_better_one_is_there_also_after_a_resumption(tmp_path):
+    save = lambda step, score: checkpoints.save(step, new_state(step), metadata={}, score=score)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.best is None
+        for step, score in ((1, 0.5), (2, 0.8), (3, None), (4, 0.7)):
+            save(step, score)
+        assert checkpoints.best == (0.8, 2)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.best == (0.8, 2)
+        save(5, None)
+        assert checkpoints.best == best(tmp_path) == (0.8, 2)
+        assert checkpoints.latest == 5
+        save(6, 0.9)
+        save(7, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
+    assert best(tmp_path) == (0.9, 6)

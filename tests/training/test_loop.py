@@ -1,0 +1,122 @@
+"""The loop keeps the state of the best evaluation, whatever stops it, bit for bit."""
+
+import contextlib
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.training.checkpoints import Checkpoints, best, load_params
+from dpojax.training.loop import Every, Fit, StopSignal
+from dpojax.training.metrics import MetricWriter
+
+ACCURACIES = {0: 0.99, 2: 0.6, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.8, 11: float("nan")}
+SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: jax.Array
+
+
+class Killed(BaseException):
+    pass
+
+
+class Batches:
+    """Endless, with a position that is saved."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __next__(self):
+        self.position += 1
+        return None
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+class Report(NamedTuple):
+    finite: bool = True
+
+
+def step(state, rows, hyper):
+    return State(state.step + 1, state.params * 1.1 + state.step), Report()
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    """(folder, the step at whose evaluation it is killed) -> runs it, from where it is."""
+    monkeypatch.setattr("dpojax.training.loop._Pace", lambda *_: Idle())
+
+    def start(folder, killed_at=None):
+        def evaluate(state):
+            if int(state.step) == killed_at:
+                raise Killed
+            return {"accuracy": ACCURACIES[int(state.step)]}
+
+        with contextlib.ExitStack() as stack:
+            saved = stack.enter_context(Checkpoints(folder / "checkpoints", keep=1))
+            writer = stack.enter_context(MetricWriter(folder, tensorboard=False))
+            state, batches = State(jnp.int32(0), jnp.arange(3.0)), Batches()
+            if saved.latest is not None:
+                abstract = State(jax.ShapeDtypeStruct((), jnp.int32), SHAPE)
+                state, _ = saved.restore(abstract, batches)
+            run = Fit(
+                stage="toy",
+                step=step,
+                batches=batches,
+                to_device=lambda rows: rows,
+                evaluate=evaluate,
+                flops=lambda rows: 0.0,
+                ceiling=1.0,
+                hyper={},
+                steps=11,
+                every=Every(log=0, evaluate=2, checkpoint=5),
+                examples=[],
+                checkpoints=saved,
+                writer=writer,
+                stop=stack.enter_context(StopSignal()),
+                keep_best="accuracy",
+            )
+            return run(state)
+
+    return start
+
+
+class Idle:
+    """Measures no speed."""
+
+    restart = add = lambda *_: None
+    flush = dict
+
+
+def test_the_first_of_the_best_evaluations_is_kept_beside_the_newest(fit, tmp_path):
+    fit(tmp_path)
+    assert best(tmp_path / "checkpoints") == (0.9, 4)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "11"}
+    params = np.arange(3, dtype=np.float32)
+    for number in range(4):
+        params = params * np.float32(1.1) + np.float32(number)
+    found = load_params(tmp_path / "checkpoints", SHAPE, 4)
+    np.testing.assert_allclose(found, params, rtol=1e-6)
+
+
+def test_a_run_that_is_killed_anywhere_keeps_the_same_best(fit, tmp_path):
+    whole = fit(tmp_path / "whole")
+    kept = load_params(tmp_path / "whole" / "checkpoints", SHAPE, 4)
+    for killed_at in itertools.islice(ACCURACIES, 1, None):
+        folder = tmp_path / f"killed{killed_at}"
+        with pytest.raises(Killed):
+            fit(folder, killed_at)
+        again = fit(folder)
+        assert best(folder / "checkpoints") == (0.9, 4)
+        np.testing.assert_array_equal(load_params(folder / "checkpoints", SHAPE, 4), kept)
+        np.testing.assert_array_equal(again.params, whole.params)
