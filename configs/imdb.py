@@ -55,11 +55,11 @@ def get_config(variant="small"):
 
 
 def _small(config):
-    config.tokenizer = "train:8192"
-    config.model.update(width=192, layers=4, heads=6, kv_heads=6, mlp_width=512, max_positions=128)
+    config.tokenizer = "train:4096"
+    config.model.update(max_positions=128)
     config.tokens.max_length = 64
-    config.sft.update(epochs=2, learning_rate=2e-3, warmup_steps=50, schedule="cosine")
-    config.classifier.update(max_tokens=128, first_token=8, epochs=1, schedule="cosine")
+    config.sft.update(epochs=1, learning_rate=3e-3, warmup_steps=50, schedule="cosine")
+    config.classifier.update(max_tokens=96, first_token=8, epochs=1, schedule="cosine")
     config.classifier.learning_rate = 1e-3
     config.frontier.update(reward="classifier", count=1_500, completions=4)
     config.frontier.reference_samples = 256

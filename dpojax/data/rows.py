@@ -92,6 +92,7 @@ def plan(
     micro_rows: int | None = None,
     multiple: int = 1,
     score_prompt: bool = False,
+    attention: float = 4096,
 ) -> Shape:
     """The one shape into which every batch fits, chosen from the data.
 
@@ -103,6 +104,7 @@ def plan(
         different numbers of rows, and a micro-batch without any is not computed.
       multiple: rows of a micro-batch are rounded up to a multiple of this (row shards of the mesh).
       score_prompt: whether prompt tokens are scored as well.
+      attention: at how many tokens a row's attention costs as much as all else of its layer.
 
     Raises:
       DataError: an example is longer than `length`.
@@ -126,7 +128,7 @@ def plan(
         [length] if length else [shortest + 32 * i for i in range(0, 3 * shortest // 32 + 1, 2)]
     )
     rows = {n: _packings(sizes, batches[:32], n) for n in lengths}
-    best = min(lengths, key=lambda n: _cost(rows[n][0], n))
+    best = min(lengths, key=lambda n: _cost(rows[n][0], n, attention))
     packed, scored = _packings(sizes, batches, best)
     counts = np.array([len(rows_) for rows_ in packed])
     per_micro = micro_rows or _least_rows(counts, multiple)
@@ -238,9 +240,9 @@ def _packings(sizes, batches, length):
     return [first_fit([sizes[i] for i in batch], length, scored) for batch in batches], scored
 
 
-def _cost(packed, length):
+def _cost(packed, length, attention):
     """Relative time of these rows: all columns, plus attention's share, which grows with length."""
-    return sum(map(len, packed)) * length * (1 + length / 4096)
+    return sum(map(len, packed)) * length * (1 + length / attention)
 
 
 def _least_rows(counts: np.ndarray, multiple: int) -> int:

@@ -244,4 +244,5 @@ def _plan(stage: Stage) -> Shape:
             micro_rows=config.micro_rows or None,
             multiple=sharding.row_shards(stage.setup.mesh),
             score_prompt=stage.score_prompt,
+            attention=4 * stage.setup.model.config.width,
         )

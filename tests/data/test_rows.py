@@ -176,6 +176,13 @@ def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
     assert filled.tolist() == [True, False, False]
 
 
+def test_rows_are_short_where_attention_is_dear_and_well_filled_where_it_is_cheap():
+    data = [pair(11, 11, 11) for _ in range(20)]
+    # 64 columns hold one of 33 tokens, 128 hold three.
+    assert plan(data, [range(20)], attention=1).length == 64
+    assert plan(data, [range(20)], attention=1e9).length == 128
+
+
 def test_an_example_longer_than_the_row_is_named():
     with pytest.raises(DataError, match=r"hh.jsonl:7.*40 tokens.*raise row_length"):
         plan([pair(1, 1, 1), pair(20, 10, 10, id="hh.jsonl:7")], [[0, 1]], length=32)
