@@ -178,9 +178,9 @@ def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
 
 def test_rows_are_short_where_attention_is_dear_and_well_filled_where_it_is_cheap():
     data = [pair(11, 11, 11) for _ in range(20)]
-    # 64 columns hold one of 33 tokens, 128 hold three.
+    # 64 columns hold one of 33 tokens, 192 hold five.
     assert plan(data, [range(20)], attention=1).length == 64
-    assert plan(data, [range(20)], attention=1e9).length == 128
+    assert plan(data, [range(20)], attention=1e9).length == 192
 
 
 def test_an_example_longer_than_the_row_is_named():
