@@ -11,18 +11,18 @@ def get_config():
     config = default_config()
     config.model.update(width=64, layers=2, heads=2, kv_heads=2, mlp_width=192, max_positions=128)
     config.tokens.max_length = 96
-    config.sft.data.update(limit=10_000, eval_limit=50)
+    config.sft.data.update(limit=8_000, eval_limit=20)
     config.sft.schedule = "cosine"
-    config.dpo.data.update(limit=0, eval_limit=50)
-    config.dpo.batch_size = 16
-    config.dpo.steps = 60
-    config.dpo.warmup_steps = 5
+    config.dpo.data.update(limit=0, eval_limit=20)
+    config.dpo.batch_size = 32
+    config.dpo.steps = 75
+    config.dpo.warmup_steps = 10
     config.ppo.update(steps=12, batch_size=64, limit=512, kl_target=2.0, kl_horizon=128.0)
     config.ppo.max_new_tokens = 48
-    config.log_every = 20
-    config.evaluate_every = 20
+    config.log_every = 25
+    config.evaluate_every = 25
     config.checkpoint_every = 0
-    config.samples.update(count=48, per_prompt=8, max_new_tokens=48)
+    config.samples.update(count=32, per_prompt=8, max_new_tokens=48)
     config.frontier.update(count=1_000, reference_samples=256, best_of_n=(2, 4, 16, 64))
     config.tensorboard = False
     return config
@@ -32,7 +32,7 @@ def frontier():
     return [
         Run("dpo", "beta=0.3", {"dpo.beta": 0.3}),
         Run("dpo", "beta=1", {"dpo.beta": 1.0}),
-        Run("ppo_gt", "kl=2", {"evaluate_every": 6}, "ppo"),
+        Run("ppo_gt", "kl=2", {"evaluate_every": 12}, "ppo"),
         Run("unlikelihood", "alpha=0.5", {"dpo.loss": "unlikelihood", "dpo.alpha": 0.5}),
         Run("preferred_ft", "seed=0", {"dpo.loss": "sft"}),
     ]
