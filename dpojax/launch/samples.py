@@ -76,7 +76,8 @@ def open_ranks(
       held_out: what `open_samples` gives for the reference: its own responses.
     """
     config = setup.config.samples
-    prompts = read_prompts(config.prompts, split="eval", limit=config.count, seed=SEED)
+    how = {"split": "eval", "limit": config.count, "seed": SEED}
+    prompts = read_prompts(config.prompts, tokenizer=setup.tokenizer, **how)
     ids = policies.encode_prompts(setup.tokenizer, prompts)
     limits = {"max_new_tokens": config.max_new_tokens, "batch_size": 64, "mesh": setup.mesh}
     logprobs = lambda params: policies.response_logprobs(
