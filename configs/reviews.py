@@ -34,7 +34,6 @@ def frontier():
 
     common = {
         "dpo.batch_size": 32,
-        "dpo.learning_rate": 3e-4,
         "dpo.warmup_steps": 40,
         "dpo.epochs": 1,
         "dpo.data.limit": 0,
@@ -50,11 +49,11 @@ def frontier():
         "unlikelihood": baseline,
         "preferred_ft": baseline,
     }
-    # With a small beta nothing holds the policy back but the size of its steps.
-    slow = {"dpo.learning_rate": 1e-4}
-    changes = lambda run: own[run.method] | (slow if run.changes.get("dpo.beta", 1) < 1 else {})
+    # The smaller beta is, the less but the size of the steps holds the policy back.
+    rates = {0.05: 2e-4, 0.1: 2e-4, 5.0: 6e-4}
+    rate = lambda run: {"dpo.learning_rate": rates.get(run.changes.get("dpo.beta"), 3e-4)}
     runs = paper_runs(common=common)
-    return [run._replace(changes={**run.changes, **changes(run)}) for run in runs]
+    return [run._replace(changes={**run.changes, **own[run.method], **rate(run)}) for run in runs]
 
 
 def sweep():

@@ -1,0 +1,94 @@
+"""The same frontier from several seeds: python benchmarks/frontier_seeds.py runs/frontier*
+
+Of each method: the share of the optimal gain that its Pareto hull reaches at a KL, for each folder
+of scripts/frontier.py, and by how much DPO's hull lies below that of the others. A Markdown table
+for RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+from absl import app, flags
+
+from dpojax.evaluation import frontier_points
+from dpojax.evaluation.frontier import Estimate, hull_below
+from dpojax.evaluation.frontier_points import Point
+from dpojax.evaluation.optimum import Optimum, optimal_reward_at, read_optimum
+
+AT = flags.DEFINE_list("at", ["1", "2", "3", "5", "10"], "KLs, nats.")
+BEST = flags.DEFINE_float(
+    "best", 1.0, "The largest reward there is: the limit where it cannot be estimated any more."
+)
+
+Frontier = tuple[dict[str, list[Point]], Point, Optimum]
+
+
+def read(folder: pathlib.Path) -> Frontier:
+    """The hulls of a finished frontier by method, its reference and its limit."""
+    points, base = frontier_points.without_base(
+        frontier_points.read_points(folder / "frontier.csv")
+    )
+    methods = frontier_points.by_method(map(frontier_points.at_the_bound, points))
+    hulls = {method: frontier_points.hull(own) for method, own in methods.items()}
+    return hulls, base, read_optimum(folder / "optimum.json")
+
+
+def share_at(kl: float, hull: list[Point], base: Point, optimum: Optimum) -> Estimate:
+    """Of the optimal gain; the hull is straight between its points and the reference, then flat.
+
+    Standard errors are those of the hull's rewards, interpolated.
+    """
+    measured = frontier_points.arrays([base, *hull])
+    limit = float(optimal_reward_at(kl, optimum).value)
+    gain = (BEST.value if np.isnan(limit) else limit) - base.reward
+    reward = np.interp(kl, measured.kl, measured.reward)
+    error = np.interp(kl, measured.kl, measured.reward_error)
+    return Estimate((reward - base.reward) / gain, error / gain)
+
+
+def shares_table(frontiers: list[Frontier], at: list[float]) -> list[str]:
+    """Lines of Markdown: a method in each, with the shares of all folders at every KL."""
+    lines = ["| method | " + " | ".join(f"{kl:g} nats" for kl in at) + " |"]
+    lines.append("| --- " * (len(at) + 1) + "|")
+    methods = dict.fromkeys(method for hulls, *_ in frontiers for method in hulls)
+    for method in frontier_points.by_method([_named(method) for method in methods]):
+        cells = []
+        for kl in at:
+            found = [
+                share_at(kl, own[0][method], *own[1:]) for own in frontiers if method in own[0]
+            ]
+            shown = ", ".join(f"{100 * share.value:.0f}" for share in found)
+            cells.append(f"{shown} ± {100 * max(share.error for share in found):.0f}")
+        lines.append(f"| {frontier_points.name(method)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def below_table(frontiers: list[Frontier]) -> list[str]:
+    """Lines of Markdown: how far DPO's hull lies below each other at most, and where."""
+    lines = ["| DPO below | " + " | ".join(f"folder {i}" for i in range(len(frontiers))) + " |"]
+    lines.append("| --- " * (len(frontiers) + 1) + "|")
+    others = dict.fromkeys(m for hulls, *_ in frontiers for m in hulls if m != "dpo")
+    for method in others:
+        cells = []
+        for hulls, *_ in frontiers:
+            gap = hull_below(*(frontier_points.arrays(hulls[own]) for own in ("dpo", method)))
+            cells.append(f"{gap.reward:+.3f} at {gap.reward_at:.1f} nats ({gap.sigmas:.1f} s.e.)")
+        lines.append(f"| {frontier_points.name(method)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _named(method: str) -> Point:
+    empty = dict.fromkeys(Point._fields, 0.0)
+    return Point(**empty | {"method": method, "setting": ""})
+
+
+def main(argv: list[str]) -> None:
+    frontiers = [read(pathlib.Path(folder)) for folder in argv[1:]]
+    print("\n".join(shares_table(frontiers, [float(kl) for kl in AT.value])), end="\n\n")
+    print("\n".join(below_table(frontiers)))
+
+
+if __name__ == "__main__":
+    app.run(main)
