@@ -87,7 +87,8 @@ def open_ranks(
 
     def ranks(params: dict) -> RankCorrelation:
         implicit = logprobs(params) - base
-        return policies.rank_correlation(implicit.ravel(), held_out.rewards.ravel(), owner)
+        pair = implicit.ravel(), held_out.rewards.ravel()
+        return policies.rank_correlation(*pair, owner, resamples=200)
 
     return ranks
 

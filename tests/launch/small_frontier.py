@@ -17,7 +17,7 @@ def get_config():
     config.dpo.batch_size = 32
     config.dpo.steps = 75
     config.dpo.warmup_steps = 10
-    config.ppo.update(steps=12, batch_size=64, limit=512, kl_target=2.0, kl_horizon=128.0)
+    config.ppo.update(steps=16, batch_size=64, limit=512, kl_target=2.0, kl_horizon=128.0)
     config.ppo.max_new_tokens = 48
     config.log_every = 25
     config.evaluate_every = 25
@@ -32,7 +32,7 @@ def frontier():
     return [
         Run("dpo", "beta=0.3", {"dpo.beta": 0.3}),
         Run("dpo", "beta=1", {"dpo.beta": 1.0}),
-        Run("ppo_gt", "kl=2", {"evaluate_every": 12}, "ppo"),
+        Run("ppo_gt", "kl=2", {"evaluate_every": 16}, "ppo"),
         Run("unlikelihood", "alpha=0.5", {"dpo.loss": "unlikelihood", "dpo.alpha": 0.5}),
         Run("preferred_ft", "seed=0", {"dpo.loss": "sft"}),
     ]
