@@ -45,7 +45,7 @@ def frontier():
     baseline = {"evaluate_every": 20, "dpo.data.limit": 2_000}  # they are done learning by then
     own = {
         "dpo": {"evaluate_every": 40},
-        # The learned reward is in logits, some of them for each of the true one's.
+        # The learned reward is in logits, which spread several times as wide as the true one.
         "ppo": {"evaluate_every": 5, "ppo.kl_coefficient": 0.3},
         "ppo_gt": {"evaluate_every": 5, "ppo.kl_coefficient": 0.1},
         "unlikelihood": baseline,
