@@ -19,7 +19,7 @@ from dpojax.evaluation.optimum import Optimum, optimal_reward_at, read_optimum
 
 AT = flags.DEFINE_list("at", ["1", "2", "3", "5", "10"], "KLs, nats.")
 BEST = flags.DEFINE_float(
-    "best", 1.0, "The largest reward there is: the limit where it cannot be estimated any more."
+    "best", 1.0, "The largest reward there is: the limit where it cannot be estimated."
 )
 
 Frontier = tuple[dict[str, list[Point]], Point, Optimum]
@@ -35,25 +35,26 @@ def read(folder: pathlib.Path) -> Frontier:
     return hulls, base, read_optimum(folder / "optimum.json")
 
 
-def share_at(kl: float, hull: list[Point], base: Point, optimum: Optimum) -> Estimate:
+def share_at(kl: float, hull: list[Point], base: Point, optimum: Optimum, best: float) -> Estimate:
     """Of the optimal gain; the hull is straight between its points and the reference, then flat.
 
-    Standard errors are those of the hull's rewards, interpolated.
+    Beyond the KL up to which the limit is trusted it is taken to be `best`, so that the share is
+    too small rather than too large. Standard errors are those of the hull's rewards, interpolated.
     """
     measured = frontier_points.arrays([base, *hull])
     limit = float(optimal_reward_at(kl, optimum).value)
-    gain = (BEST.value if np.isnan(limit) else limit) - base.reward
+    gain = (best if np.isnan(limit) else limit) - base.reward
     reward = np.interp(kl, measured.kl, measured.reward)
     error = np.interp(kl, measured.kl, measured.reward_error)
     return Estimate((reward - base.reward) / gain, error / gain)
 
 
-def shares_table(frontiers: list[Frontier], at: list[float]) -> list[str]:
+def shares_table(frontiers: list[Frontier], at: list[float], best: float) -> list[str]:
     """Lines of Markdown: a method in each, with the shares of all folders at every KL."""
     lines = ["| method | " + " | ".join(f"{kl:g} nats" for kl in at) + " |"]
     lines.append("| --- " * (len(at) + 1) + "|")
     methods = dict.fromkeys(method for hulls, *_ in frontiers for method in hulls)
-    for method in frontier_points.by_method([_named(method) for method in methods]):
+    for method in methods:
         cells = []
         for kl in at:
             found = [
@@ -79,15 +80,10 @@ def below_table(frontiers: list[Frontier]) -> list[str]:
     return lines
 
 
-def _named(method: str) -> Point:
-    empty = dict.fromkeys(Point._fields, 0.0)
-    return Point(**empty | {"method": method, "setting": ""})
-
-
 def main(argv: list[str]) -> None:
     frontiers = [read(pathlib.Path(folder)) for folder in argv[1:]]
-    print("\n".join(shares_table(frontiers, [float(kl) for kl in AT.value])), end="\n\n")
-    print("\n".join(below_table(frontiers)))
+    lines = shares_table(frontiers, [float(kl) for kl in AT.value], BEST.value)
+    print("\n".join([*lines, "", *below_table(frontiers)]))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from benchmarks.frontier_seeds import share_at
 from benchmarks.train_step import COLUMNS, Case, measure
+from dpojax.evaluation.frontier_points import Point
+from dpojax.evaluation.optimum import optimum
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -74,3 +78,13 @@ def test_the_sampler_is_timed_against_transformers_on_the_same_tokens(tmp_path, 
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {8}
     assert rows[-1].startswith("| 2 x 2 | 3 |")
+
+
+def test_a_hull_is_straight_from_the_reference_to_its_points_and_flat_behind_them():
+    empty = dict.fromkeys(Point._fields, 0.0) | {"setting": ""}
+    base = Point(**empty | {"method": "sft", "reward": 0.2, "reward_error": 0.01})
+    end = Point(**empty | {"method": "dpo", "kl": 4.0, "reward": 0.6, "reward_error": 0.03})
+    unknown = optimum(np.linspace(0, 1, 20)[None], [np.inf])  # trusted at 0 nats alone
+    shares = [share_at(kl, [end], base, unknown, best=1.0) for kl in (2.0, 4.0, 9.0)]
+    assert [float(share.value) for share in shares] == pytest.approx([0.25, 0.5, 0.5])
+    assert [float(share.error) for share in shares] == pytest.approx([0.025, 0.0375, 0.0375])
