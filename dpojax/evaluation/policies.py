@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from dpojax.data.records import Record
-from dpojax.data.rows import Rows, Shape, collate
+from dpojax.data.rows import Rows, Shape, collate, first_fit, size_of
 from dpojax.data.tokenise import Example, Policy, tokenise
 from dpojax.evaluation.frontier import Estimate, mean_over_prompts
 from dpojax.evaluation.rewards import Reward
@@ -112,7 +112,7 @@ def evaluate(
     Args:
       prompts: texts; randomness is keyed by their places.
       reward: as `rewards.Reward`.
-      batch_size: prompts of a batch to sample, and responses of a batch to score.
+      batch_size: prompts of a batch to sample, and, about, responses of one to score.
       score: the jitted `training.forward.build_score(model)` of the run; None makes one.
       mesh: that of both params; None: they lie on one device.
       fixed_length: responses that all run into the length limit are no error.
@@ -260,23 +260,28 @@ def _batches(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[Rows, Rows]]:
-    """The responses in rows of their own, as NumPy and on the mesh."""
+    """The responses, packed into rows, about `batch_size` at a time: as NumPy and on the mesh."""
     examples = [
         Example(f"prompt {i}", prompt, (sample.tokens,), (not sample.stopped,), None)
         for i, (prompt, own) in enumerate(zip(prompts, drawn))
         for sample in own
     ]
     shards = 1 if mesh is None else row_shards(mesh)
-    shape = _shape(prompts, max_new_tokens, -(-batch_size // shards) * shards)
-    for start in range(0, len(examples), shape.rows):
-        rows = collate(examples, range(start, min(start + shape.rows, len(examples))), shape)
+    count = -(-batch_size // (2 * shards)) * shards  # most rows hold two responses or more
+    shape = _shape(prompts, max_new_tokens, count)
+    packed = first_fit([size_of(example) for example in examples], shape.length, shape.scored)
+    for start in range(0, len(packed), shape.rows):
+        # Whole rows of a first fit are packed by it in the same way again.
+        chosen = [index for row in packed[start : start + shape.rows] for index in row]
+        rows = collate(examples, sorted(chosen), shape)
         yield rows, rows if mesh is None else put_rows(rows, mesh)
 
 
 def _shape(prompts: Sequence[np.ndarray], new: int, rows: int) -> Shape:
-    """The one shape for all batches of `rows` responses, whatever their lengths."""
-    length = -(-(max(map(len, prompts)) + new) // 32) * 32
-    return Shape(1, rows, length, scored=new, examples=min(rows, new), responses=1)
+    """The one shape for all batches of `rows` rows, whatever the responses' lengths."""
+    lengths = [len(prompt) for prompt in prompts]
+    length = -(-(max(lengths) + new) // 32) * 32
+    return Shape(1, rows, length, scored=length, examples=length // (min(lengths) + 1), responses=1)
 
 
 def _by_example(rows: Rows, values: np.ndarray, count: int) -> np.ndarray:
