@@ -42,7 +42,7 @@ def frontier():
         "log_every": 10,
         "checkpoint_every": 0,
     }
-    baseline = {"evaluate_every": 20, "dpo.data.limit": 2_000}  # they are done learning by then
+    baseline = {"evaluate_every": 20, "dpo.data.limit": 1_500}  # they are done learning by then
     own = {
         "dpo": {"evaluate_every": 40},
         # The learned reward is in logits, which spread several times as wide as the true one.

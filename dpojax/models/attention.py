@@ -17,6 +17,8 @@ from dpojax.models.layers import Dense, Norm, product, residual_std
 from dpojax.models.rope import cos_sin, rotate
 from dpojax.sharding import ROWS, constrain
 
+HIDDEN = -1e30  # added to the score of a token that is not attended to; its weight is exactly 0
+
 
 class PlainRows(NamedTuple):
     """One sequence per row, int32 [R, T] each; the four arrays that a decoder reads."""
@@ -180,10 +182,20 @@ def attend(
     """
     rows, columns, heads, dim = query.shape
     groups = key.shape[2]
-    query = query.reshape(rows, columns, groups, heads // groups, dim)
-    scores = scale * product("rtgnh,rsgh->rgnts", query, key, dtype=jnp.float32)
+    each = heads // groups
+    # Heads lead, so that every product is of plain matrices; the heads of a group share one.
+    query = query.reshape(rows, columns, groups, each, dim).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(rows, groups, each * columns, dim)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = scale * product("rgth,rgsh->rgts", query, key, dtype=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return product("rgnts,rsgh->rtgnh", weights, value).reshape(rows, columns, heads, dim)
+    hidden = jnp.where(mask, 0.0, HIDDEN)[:, None, None]
+    scores = scores.reshape(rows, groups, each, columns, -1) + hidden
+    # Divided by the sum after the product, where there are dim numbers for every key's one.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights.reshape(rows, groups, each * columns, -1).astype(value.dtype)
+    mixed = product("rgts,rgsh->rgth", weights, value).astype(jnp.float32)
+    mixed = mixed.reshape(rows, groups, each, columns, dim) / total
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, columns, heads, dim).astype(value.dtype)
