@@ -1,8 +1,10 @@
-"""The embedded task: SFT on short film reviews, then DPO towards positive ones. No download.
+"""The embedded task: short film reviews, towards positive ones. No download, no accelerator.
 
+    python scripts/frontier.py --config=configs/reviews.py --workdir=runs/frontier
     python scripts/train.py --config=configs/reviews.py --workdir=runs/reviews
 
-A Llama-shaped model of 0.9M parameters, made here; 2 to 3 minutes on 2 cores.
+The first makes the reward-KL frontier, 22 runs, in COST minutes on 2 cores; the second SFT and then
+DPO on pairs of the grammar's own, in 2. A Llama-shaped model of 0.9M parameters, made here.
 """
 
 from dpojax.launch.defaults import default_config
