@@ -360,7 +360,10 @@ def generate(
     prompts = [np.asarray(prompt) for prompt in prompts]
     for index, prompt in enumerate(prompts):
         _check(index, prompt, sampler)
-    numbers = range(how.pop("samples", 1))
+    samples = how.pop("samples", 1)
+    if samples < 1:
+        raise ValueError(f"samples: {samples} is out of range")
+    numbers = range(samples)
     found = [[_Response(prompt, id, n) for n in numbers] for prompt, id in zip(prompts, ids)]
     _draw_all(sampler, params, found, batch_size, how)
     return [[response.sample() for response in own] for own in found]
