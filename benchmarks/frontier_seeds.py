@@ -57,9 +57,8 @@ def shares_table(frontiers: list[Frontier], at: list[float], best: float) -> lis
     for method in methods:
         cells = []
         for kl in at:
-            found = [
-                share_at(kl, own[0][method], *own[1:]) for own in frontiers if method in own[0]
-            ]
+            of = [own for own in frontiers if method in own[0]]
+            found = [share_at(kl, hulls[method], *rest, best) for hulls, *rest in of]
             shown = ", ".join(f"{100 * share.value:.0f}" for share in found)
             cells.append(f"{shown} ± {100 * max(share.error for share in found):.0f}")
         lines.append(f"| {frontier_points.name(method)} | " + " | ".join(cells) + " |")

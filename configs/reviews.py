@@ -3,8 +3,8 @@
     python scripts/frontier.py --config=configs/reviews.py --workdir=runs/frontier
     python scripts/train.py --config=configs/reviews.py --workdir=runs/reviews
 
-The first makes the reward-KL frontier, 22 runs, in COST minutes on 2 cores; the second SFT and then
-DPO on pairs of the grammar's own, in 2. A Llama-shaped model of 0.9M parameters, made here.
+The first makes the reward-KL frontier, 22 runs, in about half an hour of one core; the second SFT
+and then DPO on pairs of the grammar's own, in 2 minutes on two. A Llama-shaped model of 0.9M parameters, made here.
 """
 
 from dpojax.launch.defaults import default_config
