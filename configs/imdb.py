@@ -12,9 +12,8 @@ builds every program from shapes, without weights or data. The SFT stage alone:
 `small`, the default, is for 2 CPU cores: a Llama-shaped model of 1.9M parameters, new, with a
 byte-level BPE of 4,096 ids made from the reviews. SFT reads the first 64 tokens of all 25,000
 training reviews, the sentiment classifier, which starts from the SFT policy and is the true reward,
-their first 96 tokens; 1,500 prefixes of 2 to 8 tokens with 4 completions of 40 tokens, ranked; then
-the 22 runs. SFT took 0.4 to 0.6 steps a second of its 391 on one busy core; the whole plan was run
-at toy size only, and is meant for an hour.
+their first 96 tokens; 4,000 prefixes of 2 to 8 tokens with 4 completions of 40 tokens, ranked; then
+the 22 runs.
 
 `paper` is the protocol of Rafailov et al. 2023, appendix C.1: GPT-2 large, 25,000 prefixes with 4
 completions, all 6 pairs of each labelled by siebert/sentiment-roberta-large-english, RMSprop at
@@ -61,15 +60,16 @@ def _small(config):
     config.sft.update(epochs=1, learning_rate=3e-3, warmup_steps=50, schedule="cosine")
     config.classifier.update(max_tokens=96, first_token=8, epochs=1, schedule="cosine")
     config.classifier.learning_rate = 1e-3
-    config.frontier.update(reward="classifier", count=1_500, completions=4)
+    config.frontier.update(reward="classifier", count=4_000, completions=4)
     config.frontier.reference_samples = 256
-    config.samples.update(count=64, per_prompt=4, max_new_tokens=40)
-    config.dpo.update(batch_size=16, learning_rate=3e-4)
+    config.samples.update(count=64, per_prompt=8, max_new_tokens=40)
+    config.dpo.update(batch_size=32, learning_rate=3e-4, warmup_steps=30, schedule="cosine")
     config.dpo.data.eval_limit = 100
-    config.reward.update(batch_size=16, learning_rate=3e-4)
+    config.reward.update(batch_size=32, learning_rate=3e-4, schedule="cosine")
     config.reward.data.eval_limit = 200
-    config.ppo.update(batch_size=64, limit=1_500, steps=40, max_new_tokens=40, minibatches=4)
-    config.log_every, config.evaluate_every = 5, 25
+    config.ppo.update(batch_size=64, limit=4_000, steps=60, max_new_tokens=40, minibatches=4)
+    config.ppo.learning_rate = 5e-4
+    config.log_every, config.evaluate_every = 5, 40
 
 
 def _paper(config):
@@ -92,11 +92,21 @@ def _paper(config):
 VARIANTS = {"small": _small, "paper": _paper}
 
 
-def frontier():
-    """The 22 runs of the paper's figure 2."""
+def frontier(config):
+    """The 22 runs of the paper's figure 2; `paper` trains all of a method alike."""
     from dpojax.launch.frontier import paper_runs
 
-    return paper_runs()
+    if config.model.path:
+        return paper_runs()
+    # The learned reward is in logits, which spread several times as wide as a probability.
+    own = {
+        "ppo": {"evaluate_every": 15, "ppo.kl_coefficient": 0.3},
+        "ppo_gt": {"evaluate_every": 15, "ppo.kl_coefficient": 0.1},
+    }
+    # The smaller beta is, the less but the size of the steps holds the policy back.
+    rates = {"beta=0.05": {"dpo.learning_rate": 2e-4}, "beta=0.1": {"dpo.learning_rate": 2e-4}}
+    of = lambda run: own.get(run.method, {}) | rates.get(run.setting, {})
+    return [run._replace(changes={**run.changes, **of(run)}) for run in paper_runs()]
 
 
 def sweep():

@@ -28,7 +28,7 @@ def get_config():
     return config
 
 
-def frontier():
+def frontier(config):
     """The 22 runs of the paper's figure 2, on the best and the worst of four completions each.
 
     All six pairs of a prompt, as in the paper (frontier.pairs=ranked), cost twice the tokens;

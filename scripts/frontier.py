@@ -14,10 +14,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with a frontier().")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a frontier(config).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
-METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier().")
+METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier(config).")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from shapes.")
 flags.mark_flag_as_required("config")
 
@@ -29,7 +29,8 @@ def main(_) -> int:
     from dpojax.training.loop import Preempted
 
     try:
-        runs = frontier.read_runs(config_flags.get_config_filename(flags.FLAGS["config"]))
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        runs = frontier.read_runs(path, CONFIG.value)
         common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
         runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
         runs += [frontier.of_loss(name, common) for name in ADD.value]

@@ -95,8 +95,8 @@ def of_loss(loss: str, common: Mapping[str, Any] | None = None) -> Run:
     return Run(loss, "default", dict(common or {}) | {"dpo.loss": loss})
 
 
-def read_runs(path: str) -> list[Run]:
-    """What the function `frontier()` of a config file returns.
+def read_runs(path: str, config: ConfigDict) -> list[Run]:
+    """What the function `frontier(config)` of a config file returns.
 
     Raises:
       ConfigError: the file has none.
@@ -105,8 +105,8 @@ def read_runs(path: str) -> list[Run]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "frontier"):
-        raise ConfigError(f"{path}: has no function frontier() that returns the runs")
-    return module.frontier()
+        raise ConfigError(f"{path}: has no function frontier(config) that returns the runs")
+    return module.frontier(config)
 
 
 def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Path:

@@ -28,7 +28,7 @@ def get_config():
     return config
 
 
-def frontier():
+def frontier(config):
     return [
         Run("dpo", "beta=0.3", {"dpo.beta": 0.3}),
         Run("dpo", "beta=1", {"dpo.beta": 1.0}),

@@ -53,7 +53,7 @@ def test_one_key_says_where_the_reviews_are_and_every_run_of_the_plan_can_start(
     assert config.classifier.data.eval_source == config.sft.data.eval_source == "FOLDER"
     assert config.frontier.prompts == "prefixes:FOLDER@train"
     assert config.samples.prompts == "prefixes:FOLDER@test"
-    runs = imdb.frontier()
+    runs = imdb.frontier(config)
     assert len(runs) == 22
     check(config)
     for own in frontier.configs(config, runs, pathlib.Path("folder")):
@@ -69,7 +69,7 @@ def test_the_papers_programs_are_built_from_shapes_alone(imdb, tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(raw))
     config.frontier.reward = f"classifier:{judge}"
-    runs = [run for run in imdb.frontier() if run.method in ("dpo", "ppo")]
+    runs = [run for run in imdb.frontier(config) if run.method in ("dpo", "ppo")]
     found = {line.split(":")[0]: line for line in dry_run(config, runs)}
     assert set(found) == {"sft", "classifier", "sampler", "reward", "ppo", "dpo, loss dpo"}
     assert "774,030,080 parameters" in found["sft"]  # what transformers counts
