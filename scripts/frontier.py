@@ -5,6 +5,9 @@ methods over their sweeps, best-of-n and the theoretical optimum. The same comma
 was stopped. --add=simpo,ipo adds losses of the library by name, --add=online_dpo online DPO;
 --methods=dpo,unlikelihood leaves out all others. --dry_run makes nothing: it builds every
 program from shapes alone, and says so.
+
+Without an accelerator as many runs go on at once as there are cores, in a process each
+(--workers); with one, one after another.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", require
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
 METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier(config).")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from shapes.")
+WORKERS = flags.DEFINE_integer("workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.")
 flags.mark_flag_as_required("config")
 
 
 def main(_) -> int:
     logging.set_verbosity(logging.WARNING)
-    from dpojax.launch import dry_run, frontier, frontier_results
+    from dpojax.launch import dry_run, frontier, frontier_results, workers
     from dpojax.launch.run import FAILURES
     from dpojax.training.loop import Preempted
 
@@ -38,7 +42,8 @@ def main(_) -> int:
             for line in dry_run.dry_run(CONFIG.value, runs):
                 print(line, flush=True)
             return 0
-        folder = frontier.make(CONFIG.value, runs, WORKDIR.value)
+        at_once = WORKERS.value or workers.default_workers()
+        folder = frontier.make(CONFIG.value, runs, WORKDIR.value, at_once=at_once)
         text = frontier_results.write(folder)
     except Preempted as stopped:
         print(f"{stopped}; the same command goes on", file=sys.stderr)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -20,15 +21,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from dpojax.evaluation.policies import encode_prompts, response_texts
 from dpojax.evaluation.rewards import open_reward
-from dpojax.launch import online
+from dpojax.launch import online, workers
 from dpojax.launch import run as runs
 from dpojax.launch.config import ConfigError, changes, check, only_run
 from dpojax.launch.export import export
-from dpojax.launch.plan import Job, carry_out, write_json
+from dpojax.launch.plan import Job, carry_out, do, stoppable, write_json
 from dpojax.launch.policy import load_policy
 from dpojax.launch.prefer import Settings, prefer
 from dpojax.launch.prompts import read_prompts
@@ -109,8 +111,13 @@ def read_runs(path: str, config: ConfigDict) -> list[Run]:
     return module.frontier(config)
 
 
-def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Path:
+def make(
+    config: ConfigDict, planned: Sequence[Run], workdir: str, *, at_once: int = 1
+) -> pathlib.Path:
     """Do every job that is not done; returns the workdir, ready for `launch.frontier_results`.
+
+    Args:
+      at_once: jobs that are done at a time, each in a process of its own; 1 stays in this one.
 
     Raises:
       ConfigError: a run that could not start, before anything is made; or the workdir holds the
@@ -125,45 +132,73 @@ def make(config: ConfigDict, planned: Sequence[Run], workdir: str) -> pathlib.Pa
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         _record(config, planned, folder)
-        todo = jobs(config, planned, folder)
-        with _compiled_once(folder / "compiled"):
-            carry_out(todo, folder, "frontier")
+        todo = jobs(config, planned, folder, at_once)
+        if at_once > 1:
+            run = functools.partial(_do, config, planned, folder, at_once)
+            workers.carry_out(todo, folder, "frontier", run=run, workers=at_once)
+        else:
+            with _compiled_once(folder / "compiled"):
+                carry_out(todo, folder, "frontier")
     return folder
 
 
-def jobs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> list[Job]:
-    """The whole plan, in order."""
+def _do(
+    config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path, at_once: int, name: str
+) -> None:
+    """The job of that name, in a process of its own."""
+    logging.set_verbosity(logging.WARNING)
+    (job,) = [job for job in jobs(config, planned, folder, at_once) if job.name == name]
+    with _compiled_once(folder / "compiled"), stoppable("frontier"):
+        do(job, folder)
+
+
+def jobs(
+    config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path, at_once: int = 1
+) -> list[Job]:
+    """The whole plan, in order; preferences are made in as many parts as jobs are done at once."""
     sft, policy = folder / "sft", folder / POLICY
     reward_run, reward_model = folder / "reward", folder / REWARD_MODEL
     found = [
         Job("sft", sft / runs.FINISHED, lambda: _run(_stage(config, ("sft",)), sft)),
-        Job("policy", policy, lambda: export(str(sft), str(policy))),
-        Job(
-            "preferences",
-            folder / PREFERENCES / "done",
-            lambda: _prefer(config, folder),
-        ),
+        Job("policy", policy, lambda: export(str(sft), str(policy)), needs=("sft",)),
     ]
+    rewarded = ("policy",)
     if config.frontier.reward == "classifier":
-        found[2:2] = _classifier_jobs(config, folder)
+        found += _classifier_jobs(config, folder)
+        rewarded = ("classifier_model",)
+    parts = _preference_jobs(config, folder, at_once, rewarded)
+    preferred = tuple(job.name for job in parts)
+    found += parts
     if any(run.method == "ppo" for run in planned):
         of_reward = _from_policy(_stage(config, ("reward",)), folder)
         of_reward.tokens.append_eos = True  # where the reward is read
         of_reward.reward.data.source = str(folder / PREFERENCES)
         found += [
-            Job("reward", reward_run / runs.FINISHED, lambda: _run(of_reward, reward_run)),
-            Job("reward_model", reward_model, lambda: export(str(reward_run), str(reward_model))),
+            Job(
+                "reward",
+                reward_run / runs.FINISHED,
+                lambda: _run(of_reward, reward_run),
+                needs=preferred,
+            ),
+            Job(
+                "reward_model",
+                reward_model,
+                lambda: export(str(reward_run), str(reward_model)),
+                needs=("reward",),
+            ),
         ]
     for run in planned:
         workdir = folder / "runs" / run.name
         if run.stage == online.STAGE:
             made = online.folders(workdir, config.frontier.online_rounds)[-1] / online.EXPORTED
             start = lambda run=run: _online(config, run, folder)
-            found.append(Job(run.name, made, start, kind=run.method))
+            found.append(Job(run.name, made, start, run.method, rewarded))
             continue
         start = lambda run=run, workdir=workdir: _run(_config_of(config, run, folder), workdir)
-        found.append(Job(run.name, workdir / runs.FINISHED, start, kind=run.method))
-    found.append(Job("reference_samples", folder / SAMPLES, lambda: _sample(config, folder)))
+        needs = {"ppo": ("reward_model",), "ppo_gt": rewarded}.get(run.method, preferred)
+        found.append(Job(run.name, workdir / runs.FINISHED, start, run.method, needs))
+    samples = lambda: _sample(config, folder)
+    found.append(Job("reference_samples", folder / SAMPLES, samples, needs=rewarded))
     return found
 
 
@@ -176,10 +211,29 @@ def _classifier_jobs(config: ConfigDict, folder: pathlib.Path) -> list[Job]:
     """The true reward, from labelled texts."""
     workdir, exported = folder / "classifier", folder / CLASSIFIER
     own = _from_policy(_stage(config, ("classifier",)), folder)
+    train = lambda: _run(own, workdir)
+    give = lambda: export(str(workdir), str(exported))
     return [
-        Job("classifier", workdir / runs.FINISHED, lambda: _run(own, workdir)),
-        Job("classifier_model", exported, lambda: export(str(workdir), str(exported))),
+        Job("classifier", workdir / runs.FINISHED, train, needs=("policy",)),
+        Job("classifier_model", exported, give, needs=("classifier",)),
     ]
+
+
+def _preference_jobs(
+    config: ConfigDict, folder: pathlib.Path, parts: int, needs: tuple[str, ...]
+) -> list[Job]:
+    """Shares of the preferences' shards; what another number of parts has made is kept."""
+    found = []
+    for part in range(parts):
+        name = PREFERENCES + (f"-{part + 1}of{parts}" if parts > 1 else "")
+        made = folder / PREFERENCES / f"done-{part + 1}of{parts}"
+
+        def make(part=part, made=made):
+            prefer(_settings(config, folder), process=(part, parts), log=print)
+            made.touch()
+
+        found.append(Job(name, made, make, PREFERENCES, needs))
+    return found
 
 
 def _true_reward(config: ConfigDict, folder: pathlib.Path) -> str:
@@ -218,11 +272,6 @@ def _from_policy(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
 
 def _run(config: ConfigDict, workdir: pathlib.Path) -> None:
     runs.run(config, str(workdir))
-
-
-def _prefer(config: ConfigDict, folder: pathlib.Path) -> None:
-    prefer(_settings(config, folder), log=print)
-    (folder / PREFERENCES / "done").touch()
 
 
 def _settings(config: ConfigDict, folder: pathlib.Path) -> Settings:

@@ -1,4 +1,8 @@
-"""A plan: jobs in order, each done once, with one line that says how far all of them are."""
+"""A plan: jobs, each done once, with one line that says how far all of them are.
+
+They are done one after another in this process, or several at a time in processes of their own
+(`launch.workers`).
+"""
 
 from __future__ import annotations
 
@@ -27,36 +31,85 @@ class Job(NamedTuple):
     made: pathlib.Path
     make: Callable[[], None]
     kind: str = ""  # jobs of a kind last about as long as each other; "" is a kind of its own
+    needs: tuple[str, ...] = ()  # the names of those before it that have to be done
 
 
 def carry_out(jobs: Sequence[Job], folder: pathlib.Path, what: str) -> None:
-    """Do the jobs that are not done. What they print goes to folder/logs, and how long each took,
-    also one that was interrupted, to folder/seconds.json.
+    """Do the jobs that are not done, in order. What they print goes to folder/logs, and how long
+    each took, also one that was interrupted, to folder/seconds.json.
 
     Raises:
       Preempted: after a SIGTERM; what was done is kept.
       what a job raises.
     """
-    seconds = read_seconds(folder)
-    bar = tqdm(total=len(jobs), bar_format="{desc}", dynamic_ncols=True)
-    with bar, _stoppable(what):
-        for number, job in enumerate(jobs):
-            if job.made.exists():
-                continue
-            began, spent = time.perf_counter(), seconds.get(job.name, 0.0)
+    with shown(jobs, folder, what) as clock, stoppable(what):
+        for job in jobs:
+            if not job.made.exists():
+                with clock.of(job), _ticking(clock.show):
+                    do(job, folder)
 
-            def update(number=number, job=job, began=began, spent=spent) -> None:
-                seconds[job.name] = spent + time.perf_counter() - began
-                said = progress_line(jobs, seconds, done=number, doing=job)
-                bar.set_description_str(f"{what} {said}")
 
-            try:
-                with _ticking(update), _quiet(folder / "logs" / f"{job.name}.txt"):
-                    job.make()
-            finally:
-                seconds[job.name] = spent + time.perf_counter() - began
-                write_json(folder / SECONDS, seconds)
-        bar.set_description_str(f"{what} {len(jobs)}/{len(jobs)} jobs  {_clock(seconds)} passed")
+def do(job: Job, folder: pathlib.Path) -> None:
+    """What the job prints goes into its log; what it raises comes out."""
+    log = folder / "logs" / f"{job.name}.txt"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        job.make()
+
+
+class Clock:
+    """The seconds of every job, those of earlier calls included, and the line that tells of them.
+
+    Args:
+      workers: jobs that are done at a time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], folder: pathlib.Path, workers: int, show):
+        self.jobs, self.folder, self.workers, self._show = jobs, folder, workers, show
+        self.seconds = read_seconds(folder)
+        self.doing: dict[str, float] = {}  # when it began
+        self.began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def of(self, job: Job) -> Iterator[None]:
+        """Counts the job's time while entered."""
+        self.start(job)
+        try:
+            yield
+        finally:
+            self.stop(job)
+
+    def start(self, job: Job) -> None:
+        self.doing[job.name] = time.perf_counter()
+        self.show()
+
+    def stop(self, job: Job) -> None:
+        spent = time.perf_counter() - self.doing.pop(job.name)
+        self.seconds[job.name] = self.seconds.get(job.name, 0.0) + spent
+        write_json(self.folder / SECONDS, self.seconds)
+
+    def now(self) -> dict[str, float]:
+        """Those of the jobs under way up to now, too."""
+        spent = {name: time.perf_counter() - began for name, began in self.doing.items()}
+        return self.seconds | {name: self.seconds.get(name, 0) + x for name, x in spent.items()}
+
+    def show(self) -> None:
+        passed = time.perf_counter() - self.began
+        said = progress_line(
+            self.jobs, self.now(), doing=[*self.doing], passed=passed, workers=self.workers
+        )
+        self._show(said)
+
+
+@contextlib.contextmanager
+def shown(
+    jobs: Sequence[Job], folder: pathlib.Path, what: str, workers: int = 1
+) -> Iterator[Clock]:
+    """A clock, and a line on the terminal as long as it is entered."""
+    with tqdm(total=len(jobs), bar_format="{desc}", dynamic_ncols=True) as bar:
+        clock = Clock(jobs, folder, workers, lambda said: bar.set_description_str(f"{what} {said}"))
+        yield clock
+        clock.show()
 
 
 def seconds_left(jobs: Sequence[Job], seconds: Mapping[str, float]) -> float | None:
@@ -85,12 +138,19 @@ def seconds_left(jobs: Sequence[Job], seconds: Mapping[str, float]) -> float | N
 
 
 def progress_line(
-    jobs: Sequence[Job], seconds: Mapping[str, float], *, done: int, doing: Job
+    jobs: Sequence[Job],
+    seconds: Mapping[str, float],
+    *,
+    doing: Sequence[str],
+    passed: float,
+    workers: int = 1,
 ) -> str:
-    """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`; of all calls of the plan."""
+    """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`."""
+    done = sum(job.made.exists() for job in jobs)
     left = seconds_left(jobs, seconds)
-    known = "" if left is None else f", about {_rounded(left)} left"
-    return f"{done}/{len(jobs)} jobs  {doing.name}  {_clock(seconds)} passed{known}"
+    known = f", about {_rounded(left / workers)} left" if left else ""
+    names = "".join(f"  {name}" for name in doing)
+    return f"{done}/{len(jobs)} jobs{names}  {_clock(passed)} passed{known}"
 
 
 def read_seconds(folder: pathlib.Path) -> dict[str, float]:
@@ -110,8 +170,8 @@ def _kind(job: Job) -> str:
     return job.kind or job.name
 
 
-def _clock(seconds: Mapping[str, float]) -> str:
-    minutes, rest = divmod(int(sum(seconds.values())), 60)
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
@@ -119,7 +179,7 @@ def _clock(seconds: Mapping[str, float]) -> str:
 def _rounded(seconds: float) -> str:
     """No more digits than an estimate has."""
     if seconds < 90:
-        return f"{10 * round(seconds / 10)} s"
+        return f"{max(10, 10 * round(seconds / 10))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
@@ -146,7 +206,7 @@ def _ticking(update: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stoppable(what: str) -> Iterator[None]:
+def stoppable(what: str) -> Iterator[None]:
     """A SIGTERM raises Preempted wherever no training is under way that would save first."""
 
     def stop(*_) -> None:
@@ -157,11 +217,3 @@ def _stoppable(what: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _quiet(log: pathlib.Path) -> Iterator[None]:
-    """What a job prints goes into its log; what it raises comes out."""
-    log.parent.mkdir(exist_ok=True)
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield

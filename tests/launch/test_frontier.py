@@ -158,6 +158,20 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
     assert measured(folder) == measured(made[0])
 
 
+def test_two_processes_make_the_same_points(made, tmp_path):
+    folder = tmp_path / "beside"
+    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
+    shutil.copytree(made[0], folder, ignore=left_out)
+    frontier.make(config(), RUNS[:1], str(folder), at_once=2)
+    done = {job.name for job in frontier.jobs(config(), RUNS[:1], folder, 2) if job.made.exists()}
+    preferences = {"preferences-1of2", "preferences-2of2"}
+    assert done == {"sft", "policy", *preferences, RUNS[0].name, "reference_samples"}
+    methods = ("sft", "dpo", "best_of_n")
+    measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
+    assert len(measured(folder)) == 4
+    assert measured(folder) == measured(made[0])
+
+
 def test_a_policy_that_never_ends_is_told_in_a_line():
     assert issubclass(NothingStopped, FAILURES)
 

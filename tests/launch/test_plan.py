@@ -20,7 +20,8 @@ def jobs(tmp_path):
 
 def test_nothing_is_said_of_the_time_left_before_a_job_is_done(jobs):
     assert seconds_left(jobs, {}) is None
-    assert progress_line(jobs, {"sft": 61.2}, done=0, doing=jobs[0]) == "0/5 jobs  sft  1:01 passed"
+    said = progress_line(jobs, {"sft": 61.2}, doing=["sft"], passed=61.2)
+    assert said == "0/5 jobs  sft  1:01 passed"
 
 
 def test_jobs_to_come_last_as_their_kind_did_or_else_as_all_did(jobs):
@@ -33,8 +34,10 @@ def test_jobs_to_come_last_as_their_kind_did_or_else_as_all_did(jobs):
     assert seconds_left(jobs, seconds) == 10 + 500
     seconds |= {"ppo-2": 200.0}  # under way
     assert seconds_left(jobs, seconds) == 10 + 300
-    said = progress_line(jobs, seconds, done=4, doing=jobs[4])
-    assert said == "4/5 jobs  ppo-2  12:20 passed, about 5 min left"
+    said = progress_line(jobs, seconds, doing=["ppo-2"], passed=740.0)
+    assert said == "3/5 jobs  ppo-2  12:20 passed, about 5 min left"
+    said = progress_line(jobs, seconds, doing=["dpo-2", "ppo-2"], passed=740.0, workers=2)
+    assert said == "3/5 jobs  dpo-2  ppo-2  12:20 passed, about 3 min left"
     seconds |= {"ppo-2": 900.0}
     assert seconds_left(jobs, seconds) == 10
 

@@ -1,0 +1,93 @@
+"""Jobs of a plan in processes of their own: their order, their cores, and how they end."""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+
+from dpojax.launch.config import ConfigError
+from dpojax.launch.plan import Job, read_seconds
+from dpojax.launch.workers import carry_out
+from dpojax.training.loop import Preempted
+
+NEEDS = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
+
+
+def jobs(folder: pathlib.Path) -> list[Job]:
+    return [Job(name, folder / name, None, needs=needs) for name, needs in NEEDS.items()]
+
+
+def note(folder: pathlib.Path, name: str) -> None:
+    """The job: what was made before it, and where it ran; b waits until c is under way."""
+    before = sorted(set(NEEDS) & set(os.listdir(folder)))
+    (folder / f"{name}.begun").touch()
+    until = time.monotonic() + 60
+    while name == "b" and not (folder / "c.begun").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    (folder / f"{name}.json").write_text(json.dumps([before, os.getpid(), cores]))
+    (folder / name).touch()
+
+
+def refuse(folder: pathlib.Path, name: str) -> None:
+    if name == "b":
+        raise ConfigError("config.dpo.beta = 0.0: must be greater than 0")
+    note(folder, name)
+
+
+def die(folder: pathlib.Path, name: str) -> None:
+    if name == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / name).touch()
+
+
+def stop_the_plan(folder: pathlib.Path, name: str) -> None:
+    if name == "a":
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+    (folder / name).touch()
+
+
+def plan(folder, run, workers=2):
+    run = functools.partial(run, folder)
+    carry_out(jobs(folder), folder, "frontier", run=run, workers=workers)
+
+
+def test_jobs_run_beside_each_other_on_cores_of_their_own_and_after_what_they_need(tmp_path, capfd):
+    plan(tmp_path, note)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in NEEDS}
+    assert found["a"][0] == []
+    assert found["b"][0] == ["a"]  # c was under way, not done
+    assert found["d"][0] == ["a", "b", "c"]
+    assert found["b"][1] != found["c"][1]
+    assert os.getpid() not in {pid for _, pid, _ in found.values()}
+    assert all(len(cores) == 1 for *_, cores in found.values())
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
+        assert found["b"][2] != found["c"][2]
+    assert set(read_seconds(tmp_path)) == set(NEEDS)
+    assert "frontier 4/4 jobs" in capfd.readouterr().err
+
+
+def test_what_a_job_raises_comes_out_and_the_same_call_goes_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"beta = 0\.0"):
+        plan(tmp_path, refuse)
+    assert not (tmp_path / "d").exists()
+    plan(tmp_path, note)
+    assert all((tmp_path / name).exists() for name in NEEDS)
+
+
+def test_a_killed_process_is_told_with_its_job(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"[bc]: a process was killed.*--workers=1"):
+        plan(tmp_path, die)
+
+
+def test_a_sigterm_stops_the_processes_too(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(Preempted, match="frontier: stopped, what is done is kept"):
+        plan(tmp_path, stop_the_plan)
+    assert time.monotonic() - began < 50
+    assert not (tmp_path / "a").exists()
