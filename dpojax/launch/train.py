@@ -183,10 +183,11 @@ def lower(stage: Stage) -> jax.stages.Lowered:
 def _sampled(stage: Stage, reference: dict) -> Callable[[dict, int], dict[str, float]]:
     """Metrics of what a policy says at a step; its texts go into the stage's folder."""
     ask = open_samples(stage.setup, reference, stage.score)
-    ranks = open_ranks(stage.setup, reference, stage.score, ask(reference))
+    of_reference = ask(reference)
+    ranks = open_ranks(stage.setup, reference, stage.score, of_reference)
 
     def sampled(params: dict, step: int) -> dict[str, float]:
-        found = ask(params)
+        found = of_reference if step == 0 and stage.starts_at_reference else ask(params)
         append(stage.folder, step, found)
         return found.metrics() | ranks(params).metrics()
 
