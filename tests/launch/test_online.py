@@ -1,4 +1,5 @@
-"""Two rounds of online DPO in a tiny frontier: who draws, what is learnt from it, and resuming."""
+"""Two rounds of online DPO in a tiny frontier whose reward is a classifier that it trains: who
+draws, what is learnt from it, and resuming."""
 
 import itertools
 import json
@@ -10,6 +11,7 @@ import pytest
 from dpojax.data.records import DataError
 from dpojax.evaluation.frontier_points import read_points
 from dpojax.evaluation.policies import encode_prompts, response_texts
+from dpojax.evaluation.rewards import open_reward
 from dpojax.launch import frontier, frontier_results, online
 from dpojax.launch.policy import load_policy
 from dpojax.launch.prefer import Settings, prefer
@@ -17,11 +19,19 @@ from dpojax.models import huggingface
 from dpojax.sampling import build_sampler, generate
 from dpojax.training.metrics import read_metrics
 
+from .test_classifier_run import texts, write_parquet
 from .test_frontier import config
 from .test_prefer import save_model
 
 STEPS = 4
-CONFIG = config(**{"frontier.online_rounds": 2, "tokens.max_length": 32})
+CHANGES = {
+    "frontier.online_rounds": 2,
+    "frontier.reward": "classifier",
+    "tokens.max_length": 32,
+    "classifier.max_tokens": 24,
+    "classifier.batch_size": 16,
+    "classifier.steps": 3,
+}
 RUNS = [frontier.of_loss("online_dpo", {"dpo.learning_rate": 1e-2, "dpo.warmup_steps": 0})]
 
 
@@ -30,20 +40,23 @@ def rounds_of(folder):
 
 
 def make(folder):
-    frontier.make(CONFIG, RUNS, str(folder))
+    source = {"classifier.data.source": str(folder / "labelled.parquet")}
+    frontier.make(config(**CHANGES | source), RUNS, str(folder))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A frontier whose other jobs are done: of its policy, preferences and samples."""
+    """A frontier whose other jobs are done: of its policy, preferences and samples; its figure."""
     folder = tmp_path_factory.mktemp("online")
     save_model(folder / frontier.POLICY)
-    for done in ("sft/finished.json", "preferences/done"):
+    write_parquet(folder / "labelled.parquet", texts(200))
+    for done in ("sft/finished.json", "preferences/done-1of1"):
         (folder / done).parent.mkdir()
         (folder / done).touch()
     rewards = np.random.default_rng(0).uniform(size=(8, 32))
     np.savez(folder / frontier.SAMPLES, rewards=rewards, lengths=np.full((8, 32), 9))
     make(folder)
+    frontier_results.write(folder)
     return folder
 
 
@@ -83,6 +96,16 @@ def test_a_round_learns_from_what_the_policy_before_it_says_to_prompts_of_its_ow
     assert asked != [row["prompt"] for row in preferences(first)]
 
 
+def test_the_classifier_that_the_plan_trained_is_the_reward(made):
+    judge = open_reward(f"classifier:{made / frontier.CLASSIFIER}")
+    rows = preferences(rounds_of(made)[1])
+    for row in rows[:4]:
+        asked = [row["prompt"]] * len(row["responses"])
+        np.testing.assert_allclose(row["scores"], judge(asked, row["responses"]), atol=1e-5)
+    points = [p for p in read_points(made / "frontier.csv") if p.method == "online_dpo"]
+    assert all(0 < point.reward < 1 for point in points)
+
+
 def weights(folder):
     params = huggingface.load(str(folder))[1]
     return np.asarray(params["blocks"]["mlp"]["up"]["kernel"])
@@ -106,7 +129,6 @@ def test_every_round_starts_from_the_one_before_and_its_reference_is_the_sft_pol
 
 
 def test_the_rounds_are_one_run_of_the_figure(made):
-    frontier_results.write(made)
     points = read_points(made / "frontier.csv")
     steps = [point.step for point in points if point.method == "online_dpo"]
     assert steps == [2, 4, STEPS + 2, STEPS + 4]
