@@ -61,7 +61,6 @@ def _small(config):
     config.classifier.update(max_tokens=96, first_token=8, epochs=1, schedule="cosine")
     config.classifier.learning_rate = 1e-3
     config.frontier.update(reward="classifier", count=4_000, completions=4)
-    config.frontier.reference_samples = 256
     config.samples.update(count=64, per_prompt=8, max_new_tokens=40)
     config.dpo.update(batch_size=32, learning_rate=3e-4, warmup_steps=30, schedule="cosine")
     config.dpo.data.eval_limit = 100

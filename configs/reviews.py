@@ -24,10 +24,10 @@ def get_config():
     config.dpo.schedule = "cosine"
     config.evaluate_every = 25
     config.reward.schedule = "cosine"
-    config.reward.data.limit = 3_000
+    config.reward.data.limit = 8_000
     config.ppo.update(steps=50, learning_rate=1e-3)
     config.samples.update(count=128, per_prompt=8)
-    config.frontier.update(count=8_000, reference_samples=256)
+    config.frontier.update(count=7_500)
     return config
 
 
@@ -39,10 +39,11 @@ def frontier(config):
         "dpo.batch_size": 32,
         "dpo.warmup_steps": 80,
         "dpo.data.limit": 0,
+        "dpo.data.eval_share": 0.03,
         "dpo.data.eval_limit": 200,
         "log_every": 10,
         "checkpoint_every": 0,
-        "evaluate_every": 75,
+        "evaluate_every": 115,
     }
     # The learned reward is in logits, which spread several times as wide as the true one.
     own = {

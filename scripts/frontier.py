@@ -7,7 +7,7 @@ was stopped. --add=simpo,ipo adds losses of the library by name, --add=online_dp
 program from shapes alone, and says so.
 
 Without an accelerator as many runs go on at once as there are cores, in a process each
-(--workers); with one, one after another.
+(--workers); with one they go on one after another.
 """
 
 from __future__ import annotations
@@ -22,19 +22,25 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", require
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
 METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier(config).")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from shapes.")
-WORKERS = flags.DEFINE_integer("workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.")
+WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.", lower_bound=0
+)
 flags.mark_flag_as_required("config")
 
 
 def main(_) -> int:
     logging.set_verbosity(logging.WARNING)
     from dpojax.launch import dry_run, frontier, frontier_results, workers
+    from dpojax.launch.config import ConfigError
     from dpojax.launch.run import FAILURES
     from dpojax.training.loop import Preempted
 
     try:
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         runs = frontier.read_runs(path, CONFIG.value)
+        if unknown := set(METHODS.value) - {run.method for run in runs}:
+            names = ", ".join(sorted(unknown))
+            raise ConfigError(f"--methods: {names}: not among the runs of {path}")
         common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
         runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
         runs += [frontier.of_loss(name, common) for name in ADD.value]

@@ -71,8 +71,7 @@ def report(
     rows = [[name, str(value)] for name, value in environment.items()]
     blocks += ["## Environment", _markdown_table(["", "value"], _escaped(rows))]
     if seconds is not None:
-        total = {**seconds, "all stages": sum(seconds.values())}
-        rows = [[name, str(datetime.timedelta(seconds=round(s)))] for name, s in total.items()]
+        rows = [[name, str(datetime.timedelta(seconds=round(s)))] for name, s in seconds.items()]
         blocks += ["## Time", _markdown_table(["stage", "h:mm:ss"], _escaped(rows))]
     return "\n\n".join(blocks) + "\n"
 

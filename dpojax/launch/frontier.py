@@ -129,6 +129,9 @@ def make(
         check(_config_of(config, planned_run, folder))
     if config.frontier.reward == "classifier":
         check(_stage(config, ("classifier",)))
+    _check_samples(config)
+    if at_once > 1 and not workers.on_cpu():
+        raise ConfigError(f"{at_once} runs at once: only on a CPU, and in one process; take 1")
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         _record(config, planned, folder)
@@ -140,6 +143,16 @@ def make(
             with _compiled_once(folder / "compiled"):
                 carry_out(todo, folder, "frontier")
     return folder
+
+
+def _check_samples(config: ConfigDict) -> None:
+    asked = config.frontier
+    if (least := 4 * max(asked.best_of_n, default=0)) > asked.reference_samples:
+        raise ConfigError(
+            f"config.frontier.reference_samples = {asked.reference_samples}: best of "
+            f"{max(asked.best_of_n)} is estimated from at least {least} of each prompt; raise it, "
+            "or lower config.frontier.best_of_n"
+        )
 
 
 def _do(
@@ -223,6 +236,7 @@ def _preference_jobs(
     config: ConfigDict, folder: pathlib.Path, parts: int, needs: tuple[str, ...]
 ) -> list[Job]:
     """Shares of the preferences' shards; what another number of parts has made is kept."""
+    parts = min(parts, -(-config.frontier.count // Settings.shard_size))
     found = []
     for part in range(parts):
         name = PREFERENCES + (f"-{part + 1}of{parts}" if parts > 1 else "")
@@ -349,10 +363,13 @@ def _record(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) ->
             f"{folder} holds a frontier of another config; give this one its own --workdir, or "
             "take back these changes:\n" + "\n".join(changed)
         )
-    missing = [run for run in then["runs"] if run not in plan["runs"]]
-    if missing:
-        names = ", ".join(f"{run['method']} {run['setting']}" for run in missing)
-        raise ConfigError(f"{folder} holds runs that this plan has not: {names}")
+    now = {run["name"]: run for run in plan["runs"]}
+    if missing := ", ".join(run["name"] for run in then["runs"] if run["name"] not in now):
+        raise ConfigError(f"{folder} holds runs that this plan has not: {missing}")
+    for run in then["runs"]:
+        if changed := changes(run["changes"], now[run["name"]]["changes"]):
+            lines = "\n".join(changed)
+            raise ConfigError(f"{folder} holds {run['name']} with other settings:\n{lines}")
     write_json(path, plan)  # runs may be added
 
 

@@ -40,12 +40,11 @@ def collect(folder: pathlib.Path) -> tuple[list[Point], Optimum, Point]:
     base = Point(**missing | {"method": REFERENCE, "setting": ""} | measured)
     points = [point for run in plan["runs"] for point in _points_of(folder, plan, run)]
     for n in plan["config"]["frontier"]["best_of_n"]:
-        if n <= rewards.shape[1] // 4:
-            kl, best = best_of_n_kl(rewards, n), best_of_n(rewards, n)
-            found = {"kl": kl.value, "kl_error": kl.error}
-            found |= {"reward": best.value, "reward_error": best.error}
-            named = {"method": BEST_OF_N, "setting": f"n={n}", "seed": base.seed, "step": 0}
-            points.append(Point(**missing | named | found))
+        kl, best = best_of_n_kl(rewards, n), best_of_n(rewards, n)
+        found = {"kl": kl.value, "kl_error": kl.error}
+        found |= {"reward": best.value, "reward_error": best.error}
+        named = {"method": BEST_OF_N, "setting": f"n={n}", "seed": base.seed, "step": 0}
+        points.append(Point(**missing | named | found))
     return points, optimum(rewards, BETAS), base
 
 
@@ -122,7 +121,12 @@ def write(folder: pathlib.Path) -> str:
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     seconds = read_seconds(folder)
     text = report(
-        points, curve, base, by_prompt(samples), _environment(), seconds=_by_kind(seconds, plan)
+        points,
+        curve,
+        base,
+        by_prompt(samples),
+        _environment(),
+        seconds=_by_kind(seconds.jobs, plan) | {"the whole plan": seconds.passed},
     )
     (folder / "report.md").write_text(text)
     return text
@@ -133,7 +137,7 @@ def _by_kind(seconds: dict[str, float], plan: dict) -> dict[str, float]:
     methods = {run["name"]: run["method"] for run in plan["runs"]}
     found: dict[str, float] = {}
     for name, taken in seconds.items():
-        key = methods.get(name, name)
+        key = methods.get(name, name.split("-")[0])  # preferences-1of2
         found[key] = found.get(key, 0.0) + taken
     return found
 

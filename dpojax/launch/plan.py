@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,43 +51,65 @@ def carry_out(jobs: Sequence[Job], folder: pathlib.Path, what: str) -> None:
 
 
 def do(job: Job, folder: pathlib.Path) -> None:
-    """What the job prints goes into its log; what it raises comes out."""
+    """What the job prints goes into its log; what it raises comes out, and goes there too."""
     log = folder / "logs" / f"{job.name}.txt"
     log.parent.mkdir(exist_ok=True)
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        job.make()
+        try:
+            job.make()
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+class Seconds(NamedTuple):
+    """How long a plan took, over all calls of its command."""
+
+    passed: float  # on the wall
+    jobs: dict[str, float]  # each of them
 
 
 class Clock:
-    """The seconds of every job, those of earlier calls included, and the line that tells of them.
+    """The seconds of a plan and the line that tells of them.
 
     Args:
       workers: jobs that are done at a time.
+      show: gets the line.
     """
 
-    def __init__(self, jobs: Sequence[Job], folder: pathlib.Path, workers: int, show):
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        folder: pathlib.Path,
+        workers: int,
+        show: Callable[[str], None],
+    ):
         self.jobs, self.folder, self.workers, self._show = jobs, folder, workers, show
-        self.seconds = read_seconds(folder)
+        self.before, self.seconds = read_seconds(folder)
         self.doing: dict[str, float] = {}  # when it began
         self.began = time.perf_counter()
 
     @contextlib.contextmanager
     def of(self, job: Job) -> Iterator[None]:
         """Counts the job's time while entered."""
-        self.start(job)
+        self.start(job.name)
         try:
             yield
         finally:
-            self.stop(job)
+            self.stop(job.name)
 
-    def start(self, job: Job) -> None:
-        self.doing[job.name] = time.perf_counter()
+    def start(self, name: str) -> None:
+        self.doing[name] = time.perf_counter()
         self.show()
 
-    def stop(self, job: Job) -> None:
-        spent = time.perf_counter() - self.doing.pop(job.name)
-        self.seconds[job.name] = self.seconds.get(job.name, 0.0) + spent
-        write_json(self.folder / SECONDS, self.seconds)
+    def stop(self, name: str) -> None:
+        spent = time.perf_counter() - self.doing.pop(name)
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        write_json(self.folder / SECONDS, Seconds(self.passed, self.seconds)._asdict())
+
+    @property
+    def passed(self) -> float:
+        return self.before + time.perf_counter() - self.began
 
     def now(self) -> dict[str, float]:
         """Those of the jobs under way up to now, too."""
@@ -94,29 +117,34 @@ class Clock:
         return self.seconds | {name: self.seconds.get(name, 0) + x for name, x in spent.items()}
 
     def show(self) -> None:
-        passed = time.perf_counter() - self.began
-        said = progress_line(
-            self.jobs, self.now(), doing=[*self.doing], passed=passed, workers=self.workers
-        )
-        self._show(said)
+        seconds = Seconds(self.passed, self.now())
+        self._show(progress_line(self.jobs, seconds, doing=[*self.doing], workers=self.workers))
 
 
 @contextlib.contextmanager
 def shown(
     jobs: Sequence[Job], folder: pathlib.Path, what: str, workers: int = 1
 ) -> Iterator[Clock]:
-    """A clock, and a line on the terminal as long as it is entered."""
+    """A clock, and a line on the terminal as long as it is entered; at the end it stops for all
+    jobs that are still under way."""
     with tqdm(total=len(jobs), bar_format="{desc}", dynamic_ncols=True) as bar:
         clock = Clock(jobs, folder, workers, lambda said: bar.set_description_str(f"{what} {said}"))
-        yield clock
+        try:
+            yield clock
+        finally:
+            for name in [*clock.doing]:
+                clock.stop(name)
         clock.show()
 
 
-def seconds_left(jobs: Sequence[Job], seconds: Mapping[str, float]) -> float | None:
+def seconds_left(
+    jobs: Sequence[Job], seconds: Mapping[str, float], workers: int = 1
+) -> float | None:
     """How long the jobs that are not done may still take; None while nothing is known.
 
     A job is taken to last as those of its kind that are done, on average, or, where there are
-    none, as all that are done; what it has taken already is subtracted.
+    none, as all that are done; what it has taken already is subtracted. Of several at a time the
+    longest sets the least.
 
     Args:
       seconds: that each job has taken, by its name.
@@ -130,33 +158,29 @@ def seconds_left(jobs: Sequence[Job], seconds: Mapping[str, float]) -> float | N
     mean = lambda values: sum(values) / len(values)
     of_all = mean([x for own in found.values() for x in own])
     expected = {kind: mean(own) for kind, own in found.items()}
-    return sum(
+    each = [
         max(0.0, expected.get(_kind(job), of_all) - seconds.get(job.name, 0.0))
         for job in jobs
         if not job.made.exists()
-    )
+    ]
+    return max(sum(each) / workers, max(each, default=0.0))
 
 
 def progress_line(
-    jobs: Sequence[Job],
-    seconds: Mapping[str, float],
-    *,
-    doing: Sequence[str],
-    passed: float,
-    workers: int = 1,
+    jobs: Sequence[Job], seconds: Seconds, *, doing: Sequence[str], workers: int = 1
 ) -> str:
     """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`."""
     done = sum(job.made.exists() for job in jobs)
-    left = seconds_left(jobs, seconds)
-    known = f", about {_rounded(left / workers)} left" if left else ""
+    left = seconds_left(jobs, seconds.jobs, workers)
+    known = f", about {_rounded(left)} left" if left else ""
     names = "".join(f"  {name}" for name in doing)
-    return f"{done}/{len(jobs)} jobs{names}  {_clock(passed)} passed{known}"
+    return f"{done}/{len(jobs)} jobs{names}  {_clock(seconds.passed)} passed{known}"
 
 
-def read_seconds(folder: pathlib.Path) -> dict[str, float]:
-    """What each job of the plan in a folder took, by its name."""
+def read_seconds(folder: pathlib.Path) -> Seconds:
+    """How long the plan in a folder took so far."""
     path = folder / SECONDS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return Seconds(**json.loads(path.read_text())) if path.exists() else Seconds(0.0, {})
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

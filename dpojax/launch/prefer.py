@@ -36,7 +36,7 @@ from dpojax.launch.prompts import EMBEDDED, read_prompts
 from dpojax.sampling import Sample, build_sampler, generate
 from dpojax.training.reference import fingerprint
 
-FORMAT = "dpojax preferences, version 1"  # changes when the same settings give other data
+FORMAT = "dpojax preferences, version 2"  # changes when the same settings give other data
 PROVENANCE = "provenance.json"
 LIBRARIES = ("jax", "flax", "transformers", "tokenizers", "numpy", "pyarrow")
 METADATA = b"dpojax"  # a shard's counts and versions, in the metadata of its schema
@@ -297,7 +297,7 @@ def _records(
 ) -> tuple[list[dict], Counter]:
     """What one prompt's completions give, with randomness of its own."""
     labels = Labels(settings.labels, settings.label_temperature, settings.tie)
-    rng = np.random.default_rng([settings.seed, index])
+    rng = np.random.default_rng([settings.seed, settings.skip + index])
     scores = scores.tolist()
     if settings.pairs == "ranked":
         order, ranks, left_out = ranking_of(texts, scores, labels, rng)

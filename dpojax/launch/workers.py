@@ -1,4 +1,4 @@
-"""The jobs of a plan in several processes at once, each on a core of its own.
+"""The jobs of a plan in several processes at once, each on cores of its own.
 
 A model that is small enough to be trained on a CPU keeps one core busy, and hardly two: its
 products are too small to be shared. Runs that know nothing of each other can be.
@@ -10,7 +10,9 @@ import concurrent.futures
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +25,12 @@ from dpojax.launch.plan import Clock, Job, shown, stoppable
 
 def default_workers() -> int:
     """One for each core where there are no accelerators, else 1."""
-    return len(_cores()) if jax.default_backend() == "cpu" and jax.process_count() == 1 else 1
+    return len(_cores()) if on_cpu() else 1
+
+
+def on_cpu() -> bool:
+    """Whether several processes can compute here at once."""
+    return jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
 def carry_out(
@@ -41,19 +48,27 @@ def carry_out(
 
     Raises:
       Preempted: after a SIGTERM; what was done is kept.
-      ChildProcessError: a job's process was killed.
+      ChildProcessError: a process was killed.
       what a job raises; the others are stopped first, as by a SIGTERM.
     """
     with shown(jobs, folder, what, workers) as clock, stoppable(what), _pool(workers) as pool:
         running: dict[Future, Job] = {}
-        while True:
-            for job in _ready(jobs):
-                if len(running) < workers and job not in running.values():
-                    running[pool.submit(run, job.name)] = job
-                    clock.start(job)
-            if not running:
-                return
-            _wait(running, clock, folder)
+        try:
+            while True:
+                for job in _ready(jobs):
+                    if len(running) < workers and job not in running.values():
+                        running[pool.submit(run, job.name)] = job
+                        clock.start(job.name)
+                if not running:
+                    return
+                _wait(running, clock)
+        except BrokenProcessPool as broken:
+            names = ", ".join(clock.doing)
+            raise ChildProcessError(
+                f"a process was killed, perhaps for want of memory, while {names} were under way "
+                f"(see {folder / 'logs'}); the same command goes on, with --workers=1 it needs "
+                "least"
+            ) from broken
 
 
 def _ready(jobs: Sequence[Job]) -> list[Job]:
@@ -62,44 +77,51 @@ def _ready(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.name in missing and missing.isdisjoint(job.needs)]
 
 
-def _wait(running: dict[Future, Job], clock: Clock, folder: pathlib.Path) -> None:
+def _wait(running: dict[Future, Job], clock: Clock) -> None:
     """A second, or until a job has ended, which is taken out of those that are running."""
     first = concurrent.futures.FIRST_COMPLETED
     ended, _ = concurrent.futures.wait(running, timeout=1.0, return_when=first)
     for future in ended:
-        job = running.pop(future)
-        clock.stop(job)
-        try:
-            future.result()
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                f"{job.name}: a process was killed, perhaps for want of memory (see "
-                f"{folder / 'logs'}); the same command goes on, with --workers=1 it needs least"
-            ) from None
+        future.result()
+        clock.stop(running.pop(future).name)
     if ended or sys.stderr.isatty():
         clock.show()
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes on one core each; at the end they are stopped as by a SIGTERM."""
+    """Processes that share the cores; at the end they are stopped as by a SIGTERM."""
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    cores = context.SimpleQueue()
+    shares, own = context.SimpleQueue(), _cores()
     for number in range(workers):
-        cores.put(_cores()[number % len(_cores())])
-    pool = ProcessPoolExecutor(workers, context, initializer=_settle, initargs=(cores,))
+        shares.put(own[number::workers] or [own[number % len(own)]])
+    pool = ProcessPoolExecutor(workers, context, initializer=_settle, initargs=(shares,))
     try:
         yield pool
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-def _settle(cores) -> None:
-    """Stay on a core; JAX makes as many threads as it sees."""
+def _settle(shares) -> None:
+    """Stay on its cores (JAX makes as many threads as it sees), and end with the parent.
+
+    A SIGTERM between two jobs unwinds: a process that died at once would take the lock of the
+    jobs' queue with it, and the others would wait for that forever.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to see, who ends us by a SIGTERM
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
+        os.sched_setaffinity(0, shares.get())
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _cores() -> list[int]:

@@ -1,12 +1,18 @@
 """A plan's progress: time left from what was measured, and what a stop leaves behind."""
 
-import json
 import os
 import signal
 
 import pytest
 
-from dpojax.launch.plan import Job, carry_out, progress_line, read_seconds, seconds_left
+from dpojax.launch.plan import (
+    Job,
+    Seconds,
+    carry_out,
+    progress_line,
+    read_seconds,
+    seconds_left,
+)
 from dpojax.training.loop import Preempted
 
 
@@ -20,7 +26,7 @@ def jobs(tmp_path):
 
 def test_nothing_is_said_of_the_time_left_before_a_job_is_done(jobs):
     assert seconds_left(jobs, {}) is None
-    said = progress_line(jobs, {"sft": 61.2}, doing=["sft"], passed=61.2)
+    said = progress_line(jobs, Seconds(61.2, {"sft": 61.2}), doing=["sft"])
     assert said == "0/5 jobs  sft  1:01 passed"
 
 
@@ -29,15 +35,15 @@ def test_jobs_to_come_last_as_their_kind_did_or_else_as_all_did(jobs):
         job.make()
     seconds = {"sft": 30.0, "dpo-1": 10.0}
     assert seconds_left(jobs, seconds) == 10 + 20 + 20  # a dpo, and two unknown of (30 + 10) / 2
+    assert seconds_left(jobs, seconds, workers=2) == 25
     jobs[3].make()
     seconds |= {"ppo-1": 500.0}
     assert seconds_left(jobs, seconds) == 10 + 500
     seconds |= {"ppo-2": 200.0}  # under way
     assert seconds_left(jobs, seconds) == 10 + 300
-    said = progress_line(jobs, seconds, doing=["ppo-2"], passed=740.0)
+    said = progress_line(jobs, Seconds(740.0, seconds), doing=["ppo-2"])
     assert said == "3/5 jobs  ppo-2  12:20 passed, about 5 min left"
-    said = progress_line(jobs, seconds, doing=["dpo-2", "ppo-2"], passed=740.0, workers=2)
-    assert said == "3/5 jobs  dpo-2  ppo-2  12:20 passed, about 3 min left"
+    assert seconds_left(jobs, seconds, workers=2) == 300  # the longer of the two
     seconds |= {"ppo-2": 900.0}
     assert seconds_left(jobs, seconds) == 10
 
@@ -47,11 +53,20 @@ def test_every_job_is_done_once_and_what_it_prints_goes_to_its_log(jobs, tmp_pat
     first = jobs[0]._replace(make=lambda: (print("hello"), jobs[0].make()))
     carry_out([first, *jobs[1:]], tmp_path, "frontier")
     assert (tmp_path / "logs" / "sft.txt").read_text() == "hello\n"
-    assert set(read_seconds(tmp_path)) == {"sft", "dpo-2", "ppo-1", "ppo-2"}
+    assert set(read_seconds(tmp_path).jobs) == {"sft", "dpo-2", "ppo-1", "ppo-2"}
     out, err = capfd.readouterr()
     assert out == ""
     assert "frontier 2/5 jobs  dpo-2" in err
     assert "frontier 5/5 jobs" in err
+
+
+def test_what_a_job_raises_is_in_its_log_as_well(jobs, tmp_path):
+    def broken():
+        raise ValueError("no such film")
+
+    with pytest.raises(ValueError, match="no such film"):
+        carry_out([jobs[0]._replace(make=broken)], tmp_path, "frontier")
+    assert "ValueError: no such film" in (tmp_path / "logs" / "sft.txt").read_text()
 
 
 def test_a_sigterm_ends_the_plan_and_the_same_call_goes_on(jobs, tmp_path):
@@ -64,6 +79,9 @@ def test_a_sigterm_ends_the_plan_and_the_same_call_goes_on(jobs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     assert jobs[0].made.exists()
     assert not jobs[1].made.exists()
-    assert set(json.loads((tmp_path / "seconds.json").read_text())) == {"sft", "dpo-1"}
+    passed, seconds = read_seconds(tmp_path)
+    assert set(seconds) == {"sft", "dpo-1"}
+    assert passed >= sum(seconds.values())
     carry_out(jobs, tmp_path, "frontier")
+    assert read_seconds(tmp_path).passed > passed
     assert all(job.made.exists() for job in jobs)

@@ -12,7 +12,7 @@ import pytest
 from dpojax.launch.config import ConfigError
 from dpojax.launch.plan import Job, read_seconds
 from dpojax.launch.workers import carry_out
-from dpojax.training.loop import Preempted
+from dpojax.training.loop import Preempted, StopSignal
 
 NEEDS = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
 
@@ -45,6 +45,24 @@ def die(folder: pathlib.Path, name: str) -> None:
     (folder / name).touch()
 
 
+def fail_beside_one_that_saves(folder: pathlib.Path, name: str) -> None:
+    """b fails while c trains, which ends in order when it is asked to."""
+    if name == "b":
+        until = time.monotonic() + 60
+        while not (folder / "c.begun").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        raise ConfigError("b cannot be")
+    if name == "c":
+        with StopSignal() as stop:
+            (folder / "c.begun").touch()
+            while not stop.asked:
+                time.sleep(0.05)
+        time.sleep(0.5)
+        (folder / "c.saved").touch()
+        raise Preempted("c: stopped, saved")
+    (folder / name).touch()
+
+
 def stop_the_plan(folder: pathlib.Path, name: str) -> None:
     if name == "a":
         os.kill(os.getppid(), signal.SIGTERM)
@@ -68,7 +86,7 @@ def test_jobs_run_beside_each_other_on_cores_of_their_own_and_after_what_they_ne
     assert all(len(cores) == 1 for *_, cores in found.values())
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
         assert found["b"][2] != found["c"][2]
-    assert set(read_seconds(tmp_path)) == set(NEEDS)
+    assert set(read_seconds(tmp_path).jobs) == set(NEEDS)
     assert "frontier 4/4 jobs" in capfd.readouterr().err
 
 
@@ -80,8 +98,15 @@ def test_what_a_job_raises_comes_out_and_the_same_call_goes_on(tmp_path):
     assert all((tmp_path / name).exists() for name in NEEDS)
 
 
-def test_a_killed_process_is_told_with_its_job(tmp_path):
-    with pytest.raises(ChildProcessError, match=r"[bc]: a process was killed.*--workers=1"):
+def test_a_job_that_fails_lets_the_others_save_first(tmp_path):
+    with pytest.raises(ConfigError, match="b cannot be"):
+        plan(tmp_path, fail_beside_one_that_saves)
+    assert (tmp_path / "c.saved").exists()
+    assert set(read_seconds(tmp_path).jobs) == {"a", "b", "c"}
+
+
+def test_a_killed_process_is_told_with_all_that_was_under_way(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"killed.* while .*b.* under way.*--workers=1"):
         plan(tmp_path, die)
 
 
@@ -91,3 +116,4 @@ def test_a_sigterm_stops_the_processes_too(tmp_path):
         plan(tmp_path, stop_the_plan)
     assert time.monotonic() - began < 50
     assert not (tmp_path / "a").exists()
+    assert set(read_seconds(tmp_path).jobs) == {"a"}
