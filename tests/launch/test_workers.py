@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,6 +15,8 @@ from dpojax.launch.config import ConfigError
 from dpojax.launch.plan import Job, read_seconds
 from dpojax.launch.workers import carry_out
 from dpojax.training.loop import Preempted, StopSignal
+
+from .conftest import ROOT, environment
 
 NEEDS = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
 
@@ -25,9 +29,8 @@ def note(folder: pathlib.Path, name: str) -> None:
     """The job: what was made before it, and where it ran; b waits until c is under way."""
     before = sorted(set(NEEDS) & set(os.listdir(folder)))
     (folder / f"{name}.begun").touch()
-    until = time.monotonic() + 60
-    while name == "b" and not (folder / "c.begun").exists() and time.monotonic() < until:
-        time.sleep(0.05)
+    if name == "b":
+        wait_for(folder / "c.begun")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     (folder / f"{name}.json").write_text(json.dumps([before, os.getpid(), cores]))
     (folder / name).touch()
@@ -48,9 +51,7 @@ def die(folder: pathlib.Path, name: str) -> None:
 def fail_beside_one_that_saves(folder: pathlib.Path, name: str) -> None:
     """b fails while c trains, which ends in order when it is asked to."""
     if name == "b":
-        until = time.monotonic() + 60
-        while not (folder / "c.begun").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(folder / "c.begun")
         raise ConfigError("b cannot be")
     if name == "c":
         with StopSignal() as stop:
@@ -68,6 +69,20 @@ def stop_the_plan(folder: pathlib.Path, name: str) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(60)
     (folder / name).touch()
+
+
+def linger(folder: pathlib.Path, name: str) -> None:
+    try:
+        (folder / f"{name}.begun").touch()
+        time.sleep(60)
+    finally:
+        (folder / f"{name}.ended").touch()
+
+
+def wait_for(path: pathlib.Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def plan(folder, run, workers=2):
@@ -117,3 +132,15 @@ def test_a_sigterm_stops_the_processes_too(tmp_path):
     assert time.monotonic() - began < 50
     assert not (tmp_path / "a").exists()
     assert set(read_seconds(tmp_path).jobs) == {"a"}
+
+
+def test_processes_end_with_a_parent_that_was_killed(tmp_path):
+    plan_it = "import pathlib; from tests.launch.test_workers import linger, plan; "
+    plan_it += f"plan(pathlib.Path({str(tmp_path)!r}), linger)"
+    parent = subprocess.Popen([sys.executable, "-c", plan_it], cwd=ROOT, env=environment())
+    wait_for(tmp_path / "a.begun")
+    began = time.monotonic()
+    parent.kill()
+    parent.wait()
+    wait_for(tmp_path / "a.ended")
+    assert time.monotonic() - began < 30
