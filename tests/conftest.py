@@ -39,6 +39,12 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
+def pytest_collection_modifyitems(items):
+    """Files with long tests first, so that no process is left with them when the others end."""
+    long = {"launch", "test_notebooks.py"}
+    items.sort(key=lambda item: long.isdisjoint({item.path.name, item.path.parent.name}))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """With DPOJAX_NO_SKIPS (as in .ci/run) a skipped test fails the session."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
