@@ -45,6 +45,7 @@ SPARE = [("#7A5C00", "X"), (GREEN, "h"), (PURPLE, "<"), (GREY, "P"), (VERMILLION
 SIZE, DPI = (7.0, 5.9), 200  # inches: a README's 700 pixels, and a paper's text width
 BARS = 2.0  # standard errors
 CAPTION = "faint: every checkpoint of every run; lines: Pareto hulls; bars and band: ± 2 s.e."
+FAR = 3.0  # a method whose KL is so many times that of any other runs out of the figure
 TICKS = [0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100]
 TRIES = [(side, rise) for rise in (0, 1, -1, 2, -2, 3, -3, 4, -4) for side in (1, 0, -1)]
 
@@ -54,7 +55,8 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
 
     KL runs on a square-root scale, in which the limit starts as a straight line. Best-of-n stands
     at its exact bound of the KL, with an open mark where its measured KL is lower. The limit stops
-    where it is no longer trusted, and so do the shares below.
+    where it is no longer trusted, and so do the shares below. One method that goes `FAR` beyond all
+    others does not squeeze them: the title counts its points that are not shown.
 
     Args:
       base: of the reference itself, at KL 0.
@@ -64,7 +66,8 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
     with matplotlib.rc_context(STYLE):
         drawn = Figure(SIZE, dpi=DPI, layout="constrained")
         rewards, shares = drawn.subplots(2, 1, sharex=True, height_ratios=(2.9, 1))
-        _sqrt_scale(rewards, max([p.kl for p in points if frontier_points.is_finite(p)], default=1))
+        largest = _largest(methods)
+        _sqrt_scale(rewards, largest)
         _limit(rewards, optimum)
         for method, members in methods.items():
             draw = _best_of_n if method == BEST_OF_N else _method
@@ -72,10 +75,11 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
             _shares(shares, members, optimum, base, *looks[method])
         rewards.plot(base.kl, base.reward, "o", ms=7, mfc="white", mec="black", mew=1.4, zorder=6)
         rewards.set_ylabel("mean reward")
-        rewards.set_title(CAPTION, fontsize=7.5, weight="normal", color=GREY)
+        title = CAPTION + _not_shown(methods, largest)
+        rewards.set_title(title, fontsize=7.5, weight="normal", color=GREY)
         _dress_shares(shares, optimum)
         drawn.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
-        _label(rewards, _ends(methods, looks, optimum, base))
+        _label(rewards, _ends(methods, looks, optimum, base, largest))
     return drawn
 
 
@@ -102,6 +106,24 @@ def looks_of(methods: Sequence[str] | Mapping) -> dict[str, tuple[str, str]]:
     others = [method for method in methods if method not in LOOKS]
     spare = {method: SPARE[i % len(SPARE)] for i, method in enumerate(others)}
     return {method: LOOKS.get(method) or spare[method] for method in methods}
+
+
+def _largest(methods: Mapping[str, Sequence[Point]]) -> float:
+    """The KL at which the figure ends: that of the farthest point, or of the second method's."""
+    ends = sorted((max(p.kl for p in members) for members in methods.values()), reverse=True)
+    if not ends:
+        return 1.0
+    return ends[1] if len(ends) > 1 and ends[0] > FAR * ends[1] > 0 else ends[0]
+
+
+def _not_shown(methods: Mapping[str, Sequence[Point]], largest: float) -> str:
+    far = {m: [p.kl for p in members if p.kl > largest] for m, members in methods.items()}
+    told = [
+        f"{len(kls)} of {frontier_points.name(m)}, to {max(kls):.0f} nats"
+        for m, kls in far.items()
+        if kls
+    ]
+    return f"\nnot shown: {'; '.join(told)}" if told else ""
 
 
 def _sqrt_scale(axes: Axes, largest: float) -> None:
@@ -194,14 +216,19 @@ def _dress_shares(axes: Axes, optimum: Optimum) -> None:
 
 
 def _ends(
-    methods: Mapping[str, Sequence[Point]], looks: Mapping, optimum: Optimum, base: Point
+    methods: Mapping[str, Sequence[Point]],
+    looks: Mapping,
+    optimum: Optimum,
+    base: Point,
+    largest: float,
 ) -> list[tuple[str, float, float, str]]:
     """What is named in the figure: text, KL, reward and colour."""
     ends = []
     for method, members in methods.items():
-        last = frontier_points.hull(map(frontier_points.at_the_bound, members))[-1]
+        hull = frontier_points.hull(map(frontier_points.at_the_bound, members))
+        last = [point for point in hull if point.kl <= largest or point is hull[0]][-1]
         ends.append((frontier_points.name(method), last.kl, last.reward, looks[method][0]))
-    steep = 0.12 * trusted_up_to(optimum)  # to the left of the limit there is never a mark
+    steep = 0.3 * trusted_up_to(optimum)  # to the left of the limit there is never a mark
     if np.isfinite(steep):
         best = float(optimal_reward_at(steep, optimum).value)
         ends.append(("theoretical limit", steep, best, "black"))

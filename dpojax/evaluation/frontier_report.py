@@ -58,7 +58,7 @@ def report(
 
     Args:
       base: of the reference itself, at KL 0.
-      samples: method -> prompt -> pairs (response, reward).
+      samples: method, or run -> prompt -> pairs (response, reward).
       environment: what to know of the machine and the versions, name -> value.
       seconds: stage -> how long it took; no such section where None.
       figure: address of the figure, relative to the report.
@@ -137,14 +137,18 @@ def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
 
 
 def by_prompt(lines: Sequence[Mapping]) -> Samples:
-    """`samples` of `report` from lines with method, prompt, response and reward, in their order.
+    """`samples` of `report` from lines with method, setting, prompt, response and reward.
 
-    >>> by_prompt([{"method": "dpo", "prompt": "So", "response": " good", "reward": 0.9}])
-    {'dpo': {'So': [(' good', 0.9)]}}
+    Each run stands by itself, all in their order.
+
+    >>> line = {"method": "dpo", "setting": "beta=1", "prompt": "So"}
+    >>> by_prompt([line | {"response": " good", "reward": 0.9}])
+    {'DPO, beta=1': {'So': [(' good', 0.9)]}}
     """
     found = {}
     for line in lines:
-        texts = found.setdefault(line["method"], {}).setdefault(line["prompt"], [])
+        run = f"{frontier_points.name(line['method'])}, {line['setting']}"
+        texts = found.setdefault(run, {}).setdefault(line["prompt"], [])
         texts.append((line["response"], line["reward"]))
     return found
 

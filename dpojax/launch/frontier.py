@@ -182,6 +182,8 @@ def jobs(
     parts = _preference_jobs(config, folder, at_once, rewarded)
     preferred = tuple(job.name for job in parts)
     found += parts
+    samples = lambda: _sample(config, folder)
+    found.append(Job("reference_samples", folder / SAMPLES, samples, needs=rewarded))
     if any(run.method == "ppo" for run in planned):
         of_reward = _from_policy(_stage(config, ("reward",)), folder)
         of_reward.tokens.append_eos = True  # where the reward is read
@@ -210,8 +212,6 @@ def jobs(
         start = lambda run=run, workdir=workdir: _run(_config_of(config, run, folder), workdir)
         needs = {"ppo": ("reward_model",), "ppo_gt": rewarded}.get(run.method, preferred)
         found.append(Job(run.name, workdir / runs.FINISHED, start, run.method, needs))
-    samples = lambda: _sample(config, folder)
-    found.append(Job("reference_samples", folder / SAMPLES, samples, needs=rewarded))
     return found
 
 

@@ -132,3 +132,12 @@ def test_the_files_are_written_whole_or_not_at_all(run, tmp_path):
         frontier_figure.draw(points[:9], curve, base, tmp_path / "frontier.what")
     assert png.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["frontier.pdf", "frontier.png"]
+
+
+def test_a_method_far_beyond_all_others_does_not_squeeze_them(run):
+    points, curve, base = run
+    widest = max(p.kl for p in points)
+    far = [p._replace(method="simpo", kl=20 * widest + i) for i, p in enumerate(points[:3])]
+    rewards, _ = frontier_figure.figure([*points, *far], curve, base).axes
+    assert widest < rewards.get_xlim()[1] < 1.2 * widest
+    assert f"not shown: 3 of simpo, to {20 * widest + 2:.0f} nats" in rewards.get_title("left")
