@@ -6,9 +6,11 @@ import pathlib
 import shutil
 import tempfile
 
+from . import QUICK_COMPILES
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_COMPILES}"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What one process compiled serves all of this session, those that tests start among them.

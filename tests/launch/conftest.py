@@ -12,6 +12,8 @@ import pytest
 
 from dpojax.launch.defaults import default_config
 
+from .. import QUICK_COMPILES
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = {
     "model.width": 16,
@@ -25,6 +27,7 @@ TINY = {
     "sft.data.eval_limit": 10,
     "sft.batch_size": 8,
     "sft.steps": 4,
+    "sft.learning_rate": 3e-3,
     "dpo.data.limit": 60,
     "dpo.data.eval_limit": 10,
     "dpo.batch_size": 8,
@@ -54,8 +57,8 @@ def command(workdir, **changes) -> list[str]:
     return [sys.executable, str(script), f"--config={config}", f"--workdir={workdir}", *given]
 
 
-def environment(devices: int = 1) -> dict:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def environment(devices: int = 1, flags: str = QUICK_COMPILES) -> dict:
+    flags += f" --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 

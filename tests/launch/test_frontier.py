@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 
@@ -145,8 +146,8 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
             make()
         assert issubclass(error, (*FAILURES, Preempted))
         assert os.listdir(folder / "preferences") == ["provenance.json"]
-    # Once before the first step and once after it, of the reference and of the policy.
-    monkeypatch.setattr(launch_samples, "open_reward", misbehaving(None, None, sigterm))
+    # Of the reference, before the first step, and of the policy, after the second.
+    monkeypatch.setattr(launch_samples, "open_reward", misbehaving(None, sigterm))
     with pytest.raises(Preempted, match="dpo: stopped at step 3 of 4, saved"):
         make()
     assert not (folder / "runs" / "dpo-beta-0.1" / "finished.json").exists()
@@ -164,12 +165,30 @@ def test_two_processes_make_the_same_points(made, tmp_path):
     shutil.copytree(made[0], folder, ignore=left_out)
     frontier.make(config(), RUNS[:1], str(folder), at_once=2)
     done = {job.name for job in frontier.jobs(config(), RUNS[:1], folder, 2) if job.made.exists()}
-    preferences = {"preferences-1of2", "preferences-2of2"}
-    assert done == {"sft", "policy", *preferences, RUNS[0].name, "reference_samples"}
+    assert done == {"sft", "policy", "preferences", RUNS[0].name, "reference_samples"}
     methods = ("sft", "dpo", "best_of_n")
     measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
     assert len(measured(folder)) == 4
     assert measured(folder) == measured(made[0])
+
+
+def test_preferences_are_made_in_as_many_parts_as_jobs_at_once_but_no_emptier_than_a_shard():
+    names = lambda at_once, count: [
+        job.name
+        for job in frontier.jobs(
+            config(**{"frontier.count": count}), RUNS, pathlib.Path("none"), at_once
+        )
+        if job.kind == "preferences"
+    ]
+    assert names(1, 5_000) == ["preferences"]
+    assert names(2, 5_000) == ["preferences-1of2", "preferences-2of2"]
+    assert names(8, 2_048) == ["preferences-1of2", "preferences-2of2"]
+
+
+def test_best_of_n_wants_enough_samples_of_the_reference(tmp_path):
+    few = config(**{"frontier.best_of_n": (2, 32)})
+    with pytest.raises(ConfigError, match=r"reference_samples = 64: best of 32 .* at least 128"):
+        frontier.make(few, RUNS, str(tmp_path / "none"))
 
 
 def test_a_policy_that_never_ends_is_told_in_a_line():

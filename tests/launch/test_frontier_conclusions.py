@@ -31,8 +31,9 @@ def made(tmp_path_factory):
             str(ROOT / "scripts" / "frontier.py"),
             f"--config={ROOT / 'tests' / 'launch' / 'small_frontier.py'}",
             f"--workdir={folder}",
+            "--workers=1",  # another core has other tests
         ],
-        env=environment(),
+        env=environment(flags=""),  # here it is the training that takes time
         capture_output=True,
         text=True,
         timeout=900,

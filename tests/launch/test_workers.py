@@ -58,9 +58,9 @@ def fail_beside_one_that_saves(folder: pathlib.Path, name: str) -> None:
             (folder / "c.begun").touch()
             while not stop.asked:
                 time.sleep(0.05)
-        time.sleep(0.5)
-        (folder / "c.saved").touch()
-        raise Preempted("c: stopped, saved")
+            time.sleep(0.5)
+            (folder / "c.saved").touch()
+            raise Preempted("c: stopped, saved")
     (folder / name).touch()
 
 
