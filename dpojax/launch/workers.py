@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -119,7 +120,9 @@ def _settle(shares) -> None:
 
     def follow() -> None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:  # the first ends a job, another the process
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
 
     threading.Thread(target=follow, daemon=True).start()
 

@@ -1,5 +1,6 @@
 """Jobs of a plan in processes of their own: their order, their cores, and how they end."""
 
+import fcntl
 import functools
 import json
 import os
@@ -72,17 +73,31 @@ def stop_the_plan(folder: pathlib.Path, name: str) -> None:
 
 
 def linger(folder: pathlib.Path, name: str) -> None:
-    try:
-        (folder / f"{name}.begun").touch()
-        time.sleep(60)
-    finally:
-        (folder / f"{name}.ended").touch()
+    """Locks a file as long as the process lives."""
+    file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    (folder / f"{name}.begun").touch()
+    time.sleep(60)
+
+
+def unlocked(path: pathlib.Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def wait_until(holds, seconds: float = 60) -> bool:
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.05)
+    return holds()
 
 
 def wait_for(path: pathlib.Path) -> None:
-    until = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.05)
+    wait_until(path.exists)
 
 
 def plan(folder, run, workers=2):
@@ -139,8 +154,7 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path):
     plan_it += f"plan(pathlib.Path({str(tmp_path)!r}), linger)"
     parent = subprocess.Popen([sys.executable, "-c", plan_it], cwd=ROOT, env=environment())
     wait_for(tmp_path / "a.begun")
-    began = time.monotonic()
+    assert not unlocked(tmp_path / "lock")
     parent.kill()
     parent.wait()
-    wait_for(tmp_path / "a.ended")
-    assert time.monotonic() - began < 30
+    assert wait_until(lambda: unlocked(tmp_path / "lock"), 30)
