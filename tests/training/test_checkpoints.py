@@ -27,6 +27,7 @@ from dpojax.training.checkpoints import (
     load_tree,
     save_tree,
 )
+from tests import QUICK_COMPILES
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -246,7 +247,7 @@ def test_checkpoints_that_keep_nothing_are_refused(tmp_path):
 
 def child(script, *arguments, **options):
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {QUICK_COMPILES}"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
 
