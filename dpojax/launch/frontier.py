@@ -236,7 +236,8 @@ def _preference_jobs(
     config: ConfigDict, folder: pathlib.Path, parts: int, needs: tuple[str, ...]
 ) -> list[Job]:
     """Shares of the preferences' shards; what another number of parts has made is kept."""
-    parts = min(parts, -(-config.frontier.count // Settings.shard_size))
+    if config.frontier.count:  # 0: however many a file has
+        parts = min(parts, -(-config.frontier.count // Settings.shard_size))
     found = []
     for part in range(parts):
         name = PREFERENCES + (f"-{part + 1}of{parts}" if parts > 1 else "")
