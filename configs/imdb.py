@@ -92,10 +92,10 @@ VARIANTS = {"small": _small, "paper": _paper}
 
 
 def frontier(config):
-    """The 22 runs of the paper's figure 2; `paper` trains all of a method alike."""
+    """The 22 runs of the paper's figure 2; with a model.path, all with the same settings."""
     from dpojax.launch.frontier import paper_runs
 
-    if config.model.path:
+    if config.model.path:  # step sizes and KL coefficients below are those of the small model
         return paper_runs()
     # The learned reward is in logits, which spread several times as wide as a probability.
     own = {

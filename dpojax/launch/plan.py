@@ -46,8 +46,10 @@ def carry_out(jobs: Sequence[Job], folder: pathlib.Path, what: str) -> None:
     with shown(jobs, folder, what) as clock, stoppable(what):
         for job in jobs:
             if not job.made.exists():
-                with clock.of(job), _ticking(clock.show):
+                clock.start(job.name)
+                with _ticking(clock.show):
                     do(job, folder)
+                clock.stop(job.name)
 
 
 def do(job: Job, folder: pathlib.Path) -> None:
@@ -88,15 +90,6 @@ class Clock:
         self.before, self.seconds = read_seconds(folder)
         self.doing: dict[str, float] = {}  # when it began
         self.began = time.perf_counter()
-
-    @contextlib.contextmanager
-    def of(self, job: Job) -> Iterator[None]:
-        """Counts the job's time while entered."""
-        self.start(job.name)
-        try:
-            yield
-        finally:
-            self.stop(job.name)
 
     def start(self, name: str) -> None:
         self.doing[name] = time.perf_counter()
