@@ -81,7 +81,7 @@ def train(loss: str, seeds: list[int], args: argparse.Namespace):
     forward = language_model(
         stage.setup.model, statistics=stage.objective.statistics, max_logits=stage.setup.max_logits
     )
-    schedule = make_schedule(stage.config, stage.steps)
+    schedule = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     step = jax.jit(build_step(forward, stage.objective, optimizer, schedule), donate_argnums=0)
     judge = _judge("dpo", args)
     for seed in seeds:

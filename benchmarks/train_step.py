@@ -192,7 +192,10 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
         on_mesh = sharding.put_rows(rows, mesh)
         return on_mesh._replace(reference=score(live, on_mesh).logprob)
 
-    objective, schedule = preference.objective(config.loss, options), make_schedule(config, 10**6)
+    objective, schedule = (
+        preference.objective(config.loss, options),
+        make_schedule(config.schedule, config.warmup_steps, 10**6),
+    )
     forward = language_model(model, max_logits=case.max_logits)
     train = build_step(forward, objective, optimizer, schedule)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that rows of tokens are spread over
+SWEEP = "sweep"  # the axis that the members of a sweep lie on; nothing is communicated across it
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -41,6 +42,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def sweep_mesh(mesh: Mesh, size: int) -> Mesh:
+    """The same devices in the same order with a leading axis `sweep`, taken from `data`.
+
+    Raises:
+      ValueError: `size` does not divide the mesh's `data`.
+    """
+    data, fsdp, tensor = (mesh.shape[name] for name in AXES)
+    if size < 1 or data % size:
+        raise ValueError(f"a sweep axis of {size} does not divide the {data} of mesh.data")
+    devices = mesh.devices.reshape(size, data // size, fsdp, tensor)
+    return Mesh(devices, (SWEEP, *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
 
 
 def start_distributed() -> None:
@@ -85,9 +99,13 @@ def put_rows(rows, mesh: Mesh):
 
     Every process holds the whole batch and copies only its devices' part.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return put(rows, NamedSharding(mesh, PartitionSpec(None, ROWS)))
+
+
+def put(tree, where: NamedSharding):
+    """NumPy arrays that every process holds whole, each laid out as `where` says."""
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), rows
+        lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), tree
     )
 
 

@@ -130,7 +130,7 @@ def check(config: ConfigDict) -> None:
             _apply(DATA_RULES, stage, f"{name}.")
         with naming(name):
             make_optimizer(stage.optimizer)
-            make_schedule(stage, 1)
+            make_schedule(stage.schedule, 0, 1)
         if "lora" in stage:
             _apply(LORA_RULES, stage, f"{name}.")
             with naming(f"{name}.lora"):

@@ -257,7 +257,7 @@ def _iteration(
     clock.append(time.perf_counter())
     scores = _scores(stage, texts, prompts, samples)
     clock.append(time.perf_counter())
-    factor = make_schedule(stage.config, stage.steps)(iteration)
+    factor = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)(iteration)
     hyper = stage.hyper | {"learning_rate": stage.hyper["learning_rate"] * factor}
     state, report = stage.update(state, reference, prompts, samples, scores, hyper)
     jax.block_until_ready(report.finite)

@@ -161,7 +161,7 @@ def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:
     forward = stage.forward
     if stage.lora is not None:
         forward = adapted(forward, stage.lora.config)
-    schedule = make_schedule(stage.config, stage.steps)
+    schedule = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     return jax.jit(
         build_step(forward, stage.objective, optimizer, schedule),
         donate_argnums=0,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from dpojax import sharding
 from dpojax.losses import RunningMean
@@ -55,25 +56,27 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(*parts)
 
 
-def make_schedule(config, steps: int) -> Callable[[Array], Array]:
+def make_schedule(
+    schedule: str, warmup_steps: ArrayLike, steps: ArrayLike
+) -> Callable[[Array], Array]:
     """The learning rate's factor in [0, 1] at a step (counted from 0).
 
     Linear warm-up as the DPO authors' code has it, min(1, (step + 1) / (warmup_steps + 1)), then
-    constant, or decaying to zero at `steps` along a line or a cosine.
+    constant, or decaying to zero at `steps` along a line or a cosine. Both numbers may be traced.
 
     Raises:
-      ValueError: `config.schedule` is not constant, linear or cosine.
+      ValueError: `schedule` is not constant, linear or cosine.
     """
-    warmup = config.warmup_steps
-    if config.schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"schedule must be constant, linear or cosine, got {config.schedule!r}")
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
 
     def factor(step: Array) -> Array:
-        rise = jnp.minimum(1.0, (step + 1) / (warmup + 1))
-        left = 1 - jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
-        if config.schedule == "constant":
+        rise = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
+        falling = jnp.maximum(1, steps - warmup_steps)
+        left = 1 - jnp.clip((step - warmup_steps) / falling, 0.0, 1.0)
+        if schedule == "constant":
             return rise
-        return rise * (left if config.schedule == "linear" else 0.5 * (1 - jnp.cos(jnp.pi * left)))
+        return rise * (left if schedule == "linear" else 0.5 * (1 - jnp.cos(jnp.pi * left)))
 
     return factor
 
@@ -86,7 +89,7 @@ def abstract_state(
     The optimiser's moments lie as their parameters do, everything else is replicated.
     """
     params = sharding.tree_shardings(abstract_params, mesh, rules)
-    shapes = jax.eval_shape(lambda p: _state(p, optimizer, 0), abstract_params)
+    shapes = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), abstract_params)
     repl = sharding.replicated(mesh)
     opt_state = optax.tree.map_params(
         optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: repl
@@ -101,11 +104,14 @@ def abstract_state(
 def new_state(params, optimizer: optax.GradientTransformation, abstract: State, seed: int) -> State:
     """A state at step 0 that starts from (and takes over the buffers of) `params`."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    build = jax.jit(lambda p: _state(p, optimizer, seed), out_shardings=shardings, donate_argnums=0)
+    build = jax.jit(
+        lambda p: initial_state(p, optimizer, seed), out_shardings=shardings, donate_argnums=0
+    )
     return build(params)
 
 
-def _state(params, optimizer, seed) -> State:
+def initial_state(params, optimizer: optax.GradientTransformation, seed: ArrayLike) -> State:
+    """A state at step 0; `new_state` is this under jit, where the mesh wants it."""
     key = jax.random.key_data(jax.random.key(seed))
     baseline = RunningMean(jnp.zeros(()), jnp.zeros(()))
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, baseline)

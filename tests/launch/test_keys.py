@@ -64,7 +64,7 @@ def prepare_a_reward_stage(config, workdir):
     config.stages = ("reward",)
     stage = stages.prepare("reward", setup.prepare(config, workdir))
     make_optimizer(stage.config.optimizer)
-    make_schedule(stage.config, stage.steps)
+    make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     list(stage.order)
 
 
@@ -76,7 +76,7 @@ def prepare_a_classifier_stage(config, workdir):
     config.classifier.data.source = str(texts)
     stage = stages.prepare("classifier", setup.prepare(config, workdir))
     make_optimizer(stage.config.optimizer)
-    make_schedule(stage.config, stage.steps)
+    make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     list(stage.order)
 
 
@@ -86,7 +86,7 @@ def prepare_a_ppo_stage(config, workdir):
     config.samples.update(reward="reviews", count=1, per_prompt=1, max_new_tokens=2)
     stage = ppo.prepare(setup.prepare(config, workdir))
     stage.batch(0)
-    make_schedule(stage.config, stage.steps)
+    make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     params = setup.initial_params(stage.setup)
     samples.open_samples(stage.setup, params, stage.score)(params)
     ppo._new_state(stage, params)

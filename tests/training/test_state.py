@@ -74,12 +74,12 @@ def test_an_unknown_optimiser_or_schedule_is_named():
     with pytest.raises(ValueError, match=r"adamw.*got 'sgd'"):
         make_optimizer(config(name="sgd"))
     with pytest.raises(ValueError, match="got 'sqrt'"):
-        make_schedule(ConfigDict(dict(warmup_steps=1, schedule="sqrt")), 10)
+        make_schedule("sqrt", 1, 10)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_schedules_have_the_authors_warm_up_and_the_closed_form_afterwards(schedule):
-    factor = make_schedule(ConfigDict(dict(warmup_steps=150, schedule=schedule)), 1150)
+    factor = make_schedule(schedule, 150, 1150)
     step = np.arange(1150)
     warm = np.minimum((step + 1) / 151, 1.0)  # emdpo trainers.py, LambdaLR
     after = np.clip((step - 150) / 1000, 0, 1)

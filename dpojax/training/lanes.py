@@ -1,0 +1,114 @@
+"""Members of a sweep as lanes of one program: the whole step under `vmap`, over the mesh.
+
+A lane is a member's train state; lanes differ in traced numbers alone (beta, learning rate, the
+length of the run, ...). Rows, cached reference log-probs and frozen weights are the same arrays for
+all of them, and nothing is communicated between lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpojax import sharding
+from dpojax.sharding import SWEEP
+from dpojax.training.objective import Hyper
+from dpojax.training.state import State
+from dpojax.training.step import Report
+
+# (schedule's warm-up steps, schedule's steps) -> the step of `training.step.build_step`
+MakeStep = Callable[[Array, Array], Callable[..., tuple[State, Report]]]
+
+
+class Numbers(NamedTuple):
+    """What a member may differ in; every array leads with an axis of lanes once stacked."""
+
+    hyper: Hyper
+    warmup_steps: Array  # int32
+    steps: Array  # int32, after which the member is left as it is
+    seed: Array  # int32, of the state's random key
+
+
+class Lanes(NamedTuple):
+    """Train states side by side; every array leads with an axis of lanes [L]."""
+
+    states: State
+    alive: Array  # [L] bool: no loss or gradient of the lane has ever been NaN or infinite
+
+
+def build_lanes(make_step: MakeStep, abstract: Lanes, *, own_rows: bool = False) -> Callable:
+    """(lanes, rows, numbers, frozen) -> (lanes, reports): one step of every lane, jitted.
+
+    A lane whose loss is not finite keeps its last good state for good, and one that has done its
+    `steps` its last; neither touches the others. Reports lead with [L]. Donates the lanes.
+
+    Args:
+      abstract: of `abstract_lanes`.
+      own_rows: rows lead with [L] as well: members that see other batches (other seeds).
+    """
+
+    def one(lane: Lanes, rows, numbers: Numbers, frozen):
+        state, alive = lane
+        new, report = make_step(numbers.warmup_steps, numbers.steps)(
+            state, rows, numbers.hyper, frozen
+        )
+        ended = state.step >= numbers.steps
+        alive = alive & (report.finite | ended)
+        going = alive & ~ended
+        new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
+        return Lanes(new, alive), report
+
+    axes = (0, 0 if own_rows else None, 0, None)
+    every = jax.vmap(one, in_axes=axes, spmd_axis_name=SWEEP)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def abstract_lanes(abstract: State, lanes: int, mesh: Mesh) -> Lanes:
+    """Shapes, dtypes and shardings of `lanes` states that each look like `abstract`.
+
+    Args:
+      mesh: of `sharding.sweep_mesh`; each lane is sharded over its other axes as `abstract` is.
+    """
+
+    def one(leaf):
+        spec = PartitionSpec(SWEEP, *leaf.sharding.spec)
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype, sharding=where)
+
+    by_lane = NamedSharding(mesh, PartitionSpec(SWEEP))
+    alive = jax.ShapeDtypeStruct((lanes,), bool, sharding=by_lane)
+    return Lanes(jax.tree.map(one, abstract), alive)
+
+
+def new_lanes(
+    params: dict, make_state: Callable[[dict, Array], State], seeds: Array, abstract: Lanes
+) -> Lanes:
+    """Lanes that all start from the same parameters; make_state(params, seed) -> State."""
+
+    def build(params, seeds):
+        states = jax.vmap(make_state, in_axes=(None, 0))(params, seeds)
+        return Lanes(states, jnp.ones(len(seeds), bool))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(build, out_shardings=shardings)(params, seeds)
+
+
+def build_lane(abstract: State) -> Callable[[Lanes, Array], State]:
+    """(lanes, index) -> the state of one lane, laid out as `abstract`."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    take = lambda lanes, index: jax.tree.map(lambda x: x[index], lanes.states)
+    return jax.jit(take, out_shardings=shardings)
+
+
+def stack(numbers: Sequence[Numbers], mesh: Mesh) -> Numbers:
+    """The numbers of several members on the mesh, an axis of lanes in front."""
+    by_lane = NamedSharding(mesh, PartitionSpec(SWEEP))
+    stacked = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(list(numbers)))
+    return sharding.put(stacked, by_lane)

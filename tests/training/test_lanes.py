@@ -1,0 +1,178 @@
+"""Members of a sweep side by side are what each would be alone."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpojax import sharding
+from dpojax.models.decoder import SHARDING_RULES
+from dpojax.training.forward import language_model
+from dpojax.training.lanes import (
+    Numbers,
+    abstract_lanes,
+    build_lane,
+    build_lanes,
+    new_lanes,
+    stack,
+)
+from dpojax.training.state import abstract_state, initial_state, make_schedule, new_state
+from dpojax.training.step import build_step
+
+BETAS = (0.05, 0.1, 0.5, 2.0)
+STEPS = 3
+
+
+def member(beta, *, rate=0.1, steps=STEPS, seed=0) -> Numbers:
+    hyper = {"learning_rate": rate, "beta": beta, "label_smoothing": 0.1}
+    whole = jnp.int32
+    return Numbers(jax.tree.map(jnp.float32, hyper), whole(1), whole(steps), whole(seed))
+
+
+def make_step(model, objective, optimizer):
+    def make(warmup_steps, steps):
+        schedule = make_schedule("cosine", warmup_steps, steps)
+        return build_step(language_model(model), objective, optimizer, schedule)
+
+    return make
+
+
+def alone(make, optimizer, params, rows, numbers: Numbers):
+    """The member trained by itself, with Python's numbers in its schedule, on one device."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    abstract = abstract_state(params, optimizer, mesh, SHARDING_RULES)
+    start = jax.tree.map(jnp.copy, params)
+    state = new_state(start, optimizer, abstract, seed=int(numbers.seed))
+    step = jax.jit(make(int(numbers.warmup_steps), int(numbers.steps)))
+    for _ in range(int(numbers.steps)):
+        state, report = step(state, rows, numbers.hyper)
+    return state, report
+
+
+class Together:
+    """Members as lanes of a mesh with the given axes."""
+
+    def __init__(self, make, optimizer, params, members, *, axis=1, mesh=(1, 1, 1), own_rows=False):
+        self.own_rows = own_rows
+        devices = jax.devices()[: axis * int(np.prod(mesh))]
+        plain = sharding.make_mesh(axis * mesh[0], *mesh[1:], devices=devices)
+        self.mesh = sharding.sweep_mesh(plain, axis)
+        own = abstract_state(params, optimizer, plain, SHARDING_RULES)
+        self.abstract = abstract_lanes(own, len(members), self.mesh)
+        self.numbers = stack(members, self.mesh)
+        start = partial(initial_state, optimizer=optimizer)
+        make_state = lambda p, seed: start(p, seed=seed)
+        self.lanes = new_lanes(params, make_state, self.numbers.seed, self.abstract)
+        self.lane = build_lane(own)
+        self.step = build_lanes(make, self.abstract, own_rows=own_rows)
+
+    def place(self, rows):
+        if self.own_rows:
+            return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("sweep")))
+        return sharding.put_rows(rows, self.mesh)
+
+    def train(self, rows, steps=STEPS):
+        placed = self.place(rows)
+        with jax.set_mesh(self.mesh):
+            for _ in range(steps):
+                self.lanes, self.reports = self.step(self.lanes, placed, self.numbers, None)
+        return [self.lane(self.lanes, i) for i in range(len(self.lanes.alive))]
+
+
+def assert_same(got, want, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tolerance"),
+    # Adam divides by the root of a second moment: near 0 it makes much of a rounding.
+    [(optax.identity(), 1e-6), (optax.scale_by_adam(), 1e-4)],
+    ids=["sgd", "adam"],
+)
+@pytest.mark.parametrize(
+    ("axis", "mesh"), [(1, (1, 1, 1)), (4, (1, 1, 1)), (2, (2, 1, 2))], ids=str
+)
+def test_members_together_equal_members_alone(
+    model, objective, params, rows, optimizer, tolerance, axis, mesh
+):
+    make = make_step(model, objective, optimizer)
+    members = [member(beta, rate=0.01 * (i + 1)) for i, beta in enumerate(BETAS)]
+    together = Together(make, optimizer, params, members, axis=axis, mesh=mesh)
+    states = together.train(rows)
+    assert together.step._cache_size() == 1
+    for i, numbers in enumerate(members):
+        state, report = alone(make, optimizer, params, rows, numbers)
+        assert_same(states[i].params, state.params, tolerance)
+        mine = jax.tree.map(lambda x: x[i], together.reports.metrics)
+        assert_same(mine["loss"], report.metrics["loss"], 1e-4)
+    first, last = states[0].params, states[-1].params
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, last))) > 1e-3
+
+
+def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows):
+    make = make_step(model, objective, optax.identity())
+    members = [member(0.1, steps=2), member(0.1, steps=4)]
+    states = Together(make, optax.identity(), params, members).train(rows, steps=4)
+    assert [int(state.step) for state in states] == [2, 4]
+    for state, numbers in zip(states, members):
+        assert_same(
+            state.params, alone(make, optax.identity(), params, rows, numbers)[0].params, 1e-6
+        )
+
+
+def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, rows):
+    make = make_step(model, objective, optax.identity())
+    together = Together(make, optax.identity(), params, [member(np.nan), member(0.1)])
+    broken, healthy = together.train(rows)
+    assert together.lanes.alive.tolist() == [False, True]
+    assert_same(broken.params, params, 0)
+    assert int(broken.step) == 0
+    want, _ = alone(make, optax.identity(), params, rows, member(0.1))
+    assert_same(healthy.params, want.params, 1e-6)
+
+
+def test_members_may_have_batches_of_their_own(model, objective, params, rows):
+    make = make_step(model, objective, optax.identity())
+    other = rows._replace(tokens=(rows.tokens + 1) % model.config.vocab_size)
+    members = [member(0.1), member(0.5)]
+    together = Together(make, optax.identity(), params, members, axis=2, own_rows=True)
+    both = jax.tree.map(lambda *x: np.stack(x), rows, other)
+    for state, numbers, own in zip(together.train(both), members, (rows, other)):
+        want, _ = alone(make, optax.identity(), params, own, numbers)
+        assert_same(state.params, want.params, 1e-6)
+
+
+def groups_of_devices(hlo: str):
+    """Those that a collective of the compiled program puts together, a list of ids each."""
+    for listed in re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", hlo):
+        yield from ([int(i) for i in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", listed))
+    # [groups,size]<=[dims]T(permutation): an iota of ids, reshaped, transposed, cut into groups.
+    pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    for groups, size, dims, permutation in re.findall(pattern, hlo):
+        ids = np.arange(int(groups) * int(size)).reshape([int(d) for d in dims.split(",")])
+        if permutation:
+            ids = ids.transpose([int(p) for p in permutation.split(",")])
+        yield from ids.reshape(int(groups), int(size)).tolist()
+    for pairs in re.findall(r"source_target_pairs=\{(\{[\d,{}]*\})\}", hlo):
+        yield from ([int(i) for i in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", pairs))
+
+
+@pytest.mark.parametrize(("members", "mesh"), [(2, (2, 1, 2)), (4, (1, 2, 2))], ids=str)
+def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):
+    make = make_step(model, objective, optax.scale_by_adam())
+    together = Together(
+        make, optax.scale_by_adam(), params, [member(0.1)] * members, axis=2, mesh=mesh
+    )
+    with jax.set_mesh(together.mesh):
+        placed = together.place(rows)
+        lowered = together.step.lower(together.lanes, placed, together.numbers, None)
+    groups = list(groups_of_devices(lowered.compile().as_text()))
+    assert groups  # the other axes do communicate
+    half = int(np.prod(mesh))  # devices of one place on the sweep axis
+    crossing = [group for group in groups if len({device // half for device in group}) > 1]
+    assert not crossing
