@@ -17,6 +17,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dpojax.launch.command_line import parse
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a frontier(config).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
@@ -63,4 +65,4 @@ def main(_) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -12,6 +12,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dpojax.launch.command_line import parse
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything.")
 
@@ -29,14 +31,6 @@ def main(_) -> int:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def parse(arguments: list[str]) -> list[str]:
-    """absl's parser, where a key that the config does not have is a usage error."""
-    try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(f"{arguments[0]}: {error.args[0] if error.args else error}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ STAGES += (("ppo",), ("sft", "ppo"), ("classifier",), ("sft", "classifier"))
 # result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
 MAY_CHANGE += ("distributed", "mesh", "micro_rows", "row_length", "max_logits", "model.remat")
+MAY_CHANGE += ("sweep",)
 
 LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 
@@ -40,6 +41,9 @@ RULES: tuple[Rule, ...] = (
     ("evaluate_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
     ("checkpoint_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
     ("keep", lambda x: x >= 1, "1 or more checkpoints"),
+    ("sweep.at_once", lambda x: x >= 0, "0 (as many as memory holds) or more members"),
+    ("sweep.axis", lambda x: x >= 0, "0 (as many as divide mesh.data) or more devices"),
+    ("sweep.vmapped", lambda x: x >= 0, "0 (chosen for the device) or more members"),
     ("samples.count", lambda x: x >= 1, "1 or more prompts"),
     ("samples.per_prompt", lambda x: x >= 1, "1 or more responses"),
     ("samples.max_new_tokens", lambda x: x >= 1, "1 or more"),
@@ -296,7 +300,7 @@ def _apply(rules: tuple[Rule, ...], config: ConfigDict, prefix: str) -> None:
 
 def changes(old: dict, new: dict) -> list[str]:
     """What a resumed run must not change, a line each, between two configs as JSON has them."""
-    old, new = _flat(old), _flat(new)
+    old, new = flat(old), flat(new)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     free = tuple(f"{key}." for key in MAY_CHANGE)
     return [
@@ -306,9 +310,10 @@ def changes(old: dict, new: dict) -> list[str]:
     ]
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict:
+    """A config as JSON has it, by whole keys: {"dpo.beta": 0.1, ...}."""
+    found = {}
     for key, value in tree.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found

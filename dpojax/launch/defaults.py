@@ -29,6 +29,7 @@ def default_config() -> ConfigDict:
     config.ppo = _ppo()
     config.samples = _samples()
     config.frontier = _frontier()
+    config.sweep = _sweep()
     config.log_every = 10  # steps
     config.evaluate_every = 100
     config.checkpoint_every = 100
@@ -289,5 +290,16 @@ def _frontier() -> ConfigDict:
             reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
             best_of_n=(2, 4, 8, 16, 32, 64, 128),
             online_rounds=4,  # of online DPO, which share `count`
+        )
+    )
+
+
+def _sweep() -> ConfigDict:
+    """How the members of a sweep are trained together: see scripts/sweep.py."""
+    return ConfigDict(
+        dict(
+            at_once=0,  # members that are trained at once; 0: as many as memory holds
+            axis=0,  # devices, out of mesh.data, that members are spread over; 0: as many as divide
+            vmapped=0,  # members that a device computes as one; 0: one on a CPU, else all it has
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -54,43 +55,51 @@ def run(config: ConfigDict, workdir: str) -> None:
         _show(folder)
         return
     setup = run_setup.prepare(config, folder)
-    prepared = [_prepare(name, setup) for name in config.stages]
+    prepared = [prepare(name, setup) for name in config.stages]
     record(config, folder)
     with only_run(folder), jax.set_mesh(setup.mesh), StopSignal() as stop:
-        _train(setup, prepared, stop)
+        announce(prepared)
+        params = train(prepared, partial(run_setup.initial_params, setup), stop)()
+        finish(prepared[-1], params)
+    _show(folder)
 
 
-def _prepare(name: str, setup: Setup) -> stages.Stage | PPOStage:
+def prepare(name: str, setup: Setup) -> stages.Stage | PPOStage:
+    """A stage before it is trained."""
     return ppo.prepare(setup) if name == ppo.NAME else stages.prepare(name, setup)
 
 
-def _announce(stage: stages.Stage | PPOStage) -> str:
-    if isinstance(stage, PPOStage):
-        return ppo.describe(stage)
-    return f"{stages.save_reports(stage)}\n{stages.describe(stage)}"
+def announce(prepared: Sequence[stages.Stage | PPOStage]) -> None:
+    """Say, and keep, what every stage is about to do."""
+    for stage in prepared if jax.process_index() == 0 else ():
+        said = ppo.describe(stage) if isinstance(stage, PPOStage) else stages.announced(stage)
+        print(f"\n{said}", flush=True)
 
 
-def _train(setup: Setup, prepared: list[stages.Stage | PPOStage], stop: StopSignal) -> None:
-    first = jax.process_index() == 0
-    for stage in prepared if first else ():
-        print(f"\n{_announce(stage)}", flush=True)
-    start = partial(run_setup.initial_params, setup)
+def train(
+    prepared: Sequence[stages.Stage | PPOStage], start: Callable[[], dict], stop: StopSignal
+) -> Callable[[], dict]:
+    """Train stage after stage from the parameters start(); returns what gives the last one's."""
     for stage in prepared:
-        train = ppo.train if isinstance(stage, PPOStage) else train_stage
-        params = train(stage, start, stop)
+        train_one = ppo.train if isinstance(stage, PPOStage) else train_stage
+        params = train_one(stage, start, stop)
         start = partial(lambda finished: finished, params)
-    last = prepared[-1]
+    return start
+
+
+def finish(last: stages.Stage | PPOStage, params: dict) -> None:
+    """Judge the parameters of a run's last stage, draw its curves, and write finished.json."""
     judges = {"dpo": summarise, "reward": summarise_reward, "classifier": summarise_classifier}
     judges[ppo.NAME] = ppo.summarise
     judge = judges.get(last.name)
     summaries = {} if judge is None else {last.name: judge(last, params)}
-    if first:
-        curves = {stage.name: read_metrics(stage.folder) for stage in prepared}
-        plots.training_curves(curves, setup.workdir / "training_curves.png")
-        unfinished = setup.workdir / f"{FINISHED}.unfinished"
+    if jax.process_index() == 0:
+        workdir = last.setup.workdir
+        curves = {name: read_metrics(workdir / name) for name in last.setup.config.stages}
+        plots.training_curves(curves, workdir / "training_curves.png")
+        unfinished = workdir / f"{FINISHED}.unfinished"
         unfinished.write_text(json.dumps(summaries, indent=2) + "\n")
-        os.replace(unfinished, setup.workdir / FINISHED)
-        _show(setup.workdir)
+        os.replace(unfinished, workdir / FINISHED)
 
 
 def _show(folder: pathlib.Path) -> None:

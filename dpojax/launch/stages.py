@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax import sharding
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
-from dpojax.data.rows import Rows, Shape, plan
+from dpojax.data.rows import Rows, Shape, empty, plan
 from dpojax.launch import classified
 from dpojax.launch import data as stage_data
 from dpojax.launch import setup as run_setup
@@ -132,14 +133,26 @@ def prepare(name: str, setup: Setup) -> Stage:
     data = _load(name, setup, _method(name, config)[2])
     steps = config.steps or steps_in(data.train, batch_size=config.batch_size, epochs=config.epochs)
     stage = without_data(name, setup, data.labels)._replace(data=data, steps=steps)
-    return stage._replace(shape=_plan(stage))
+    return stage._replace(shape=shape_of(stage, [stage.order]))
+
+
+def with_numbers(stage: Stage, config: ConfigDict, workdir: pathlib.Path) -> Stage:
+    """The same stage, data and programs included, of a run that differs in traced numbers alone."""
+    own, lora = config[stage.name], stage.lora
+    if lora is not None:
+        lora = lora._replace(base_folder=workdir / stage.name / lora.base_folder.name)
+    setup = stage.setup._replace(
+        config=config, workdir=workdir, lora=stage.setup.lora | {stage.name: lora}
+    )
+    steps = own.steps or steps_in(stage.data.train, batch_size=own.batch_size, epochs=own.epochs)
+    return stage._replace(setup=setup, steps=steps, hyper=_hyper(stage.name, own))
 
 
 def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage:
     """The stage with its programs alone: no data, no shape, no steps."""
     config = setup.config[name]
     setup = run_setup.scalar(setup, labels) if name in SCORING else setup
-    objective, hyper, _ = _method(name, config)
+    objective = _method(name, config)[0]
     forward, score = _programs(setup, objective)
     return Stage(
         name=name,
@@ -148,12 +161,17 @@ def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage
         shape=None,
         steps=0,
         objective=objective,
-        hyper=preference.hyper(hyper | {"learning_rate": config.learning_rate}),
+        hyper=_hyper(name, config),
         forward=forward,
         keep_best=reward.ACCURACY if name == "reward" and config.keep_best else "",
         score=jax.jit(score),
         metrics=jax.jit(build_evaluate(objective)),
     )
+
+
+def announced(stage: Stage) -> str:
+    """What is to be said of a stage before it is trained; its reports are saved."""
+    return f"{save_reports(stage)}\n{describe(stage)}"
 
 
 def save_reports(stage: Stage) -> str:
@@ -211,6 +229,11 @@ def _method(name: str, config: ConfigDict) -> tuple[Objective, dict, Wants]:
     return preference.objective(config.loss, options), options, _wants(config.loss)
 
 
+def _hyper(name: str, config: ConfigDict) -> Hyper:
+    """The numbers that are traced in the stage's step."""
+    return preference.hyper(_method(name, config)[1] | {"learning_rate": config.learning_rate})
+
+
 def _programs(setup: Setup, objective: Objective) -> tuple[Forward, Callable]:
     """The forward pass to train with, and the one that scores whole batches."""
     if setup.model.config.scalar_head:
@@ -233,9 +256,14 @@ def _wants(loss: str) -> Wants:
     )
 
 
-def _plan(stage: Stage) -> Shape:
+def shape_of(stage: Stage, orders: Sequence) -> Shape:
+    """The shape that all batches fit into: of training in these orders, and of evaluation.
+
+    Raises:
+      DataError, ConfigError: see `rows.plan`.
+    """
     config, examples = stage.setup.config, stage.data.examples
-    training = [[int(i) for i in batch] for batch in stage.order]
+    training = [[int(i) for i in batch] for order in orders for batch in order]
     with naming("micro_rows"):
         return plan(
             examples,
@@ -246,3 +274,11 @@ def _plan(stage: Stage) -> Shape:
             score_prompt=stage.score_prompt,
             attention=4 * stage.setup.model.config.width,
         )
+
+
+def abstract_rows(stage: Stage) -> Rows:
+    """A batch of the stage's shape, of padding, with reference log-probs where they are wanted."""
+    rows = empty(stage.shape)
+    if stage.objective.needs_reference:
+        rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+    return rows

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpojax import sharding
 from dpojax.data.pipeline import train_batches
-from dpojax.data.rows import Rows, empty
+from dpojax.data.rows import Rows
 from dpojax.launch.references import (
     Reference,
     check_identity,
@@ -19,12 +20,13 @@ from dpojax.launch.references import (
 )
 from dpojax.launch.samples import append, open_ranks, open_samples
 from dpojax.launch.setup import scored, trained_params
-from dpojax.launch.stages import Stage
+from dpojax.launch.stages import Stage, abstract_rows
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.training import throughput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import adapted
+from dpojax.training.lanes import MakeStep
 from dpojax.training.loop import Every, Fit, StopSignal
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
@@ -51,9 +53,9 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
         if params is not None and setup.model.config.scalar_head:
             params = scored(setup, params)
         base = None if stage.lora is None else stage.lora.keep_base(params)
-        used = _reference(stage, params, base, stop)
+        used = reference_of(stage, params, base, stop)
         optimizer = make_optimizer(stage.config.optimizer)
-        abstract = _abstract(stage, optimizer)
+        abstract = abstract_of(stage, optimizer)
         batches = train_batches(
             stage.data.examples,
             stage.order,
@@ -70,7 +72,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
             else:
                 trained = params if base is None else stage.lora.start(config.seed)
                 if stage.objective.needs_reference and stage.starts_at_reference:
-                    policy = _policy(stage, base, trained)
+                    policy = policy_of(stage, base, trained)
                     writer.write(0, check_identity(stage, policy, used), split="identity")
                     del policy
                 state = new_state(trained, optimizer, abstract, config.seed)
@@ -78,22 +80,54 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
             finished = fit(state)
             if stage.keep_best:
                 return trained_params(setup, stage.name)
-            return _policy(stage, base, finished.params)
+            return policy_of(stage, base, finished.params)
 
 
-def _policy(stage: Stage, base: dict | None, trained: dict) -> dict:
+class Judge(NamedTuple):
+    """What evaluates the policies of a stage, or of stages that differ in traced numbers alone.
+
+    held_out: NumPy rows, with reference log-probs where they are cached.
+    sampled: (params, step, folder) -> metrics of what the policy says; None where nobody asks.
+    """
+
+    base: dict | None
+    used: Reference
+    held_out: list[Rows]
+    sampled: Callable[[dict, int, pathlib.Path], dict[str, float]] | None
+
+    def __call__(self, stage: Stage, state: State) -> dict[str, float]:
+        policy = policy_of(stage, self.base, state.params)
+        found = stage.evaluate(
+            policy,
+            (self.used.to_device(rows, stage.setup.mesh) for rows in self.held_out),
+            baseline=state.baseline,
+            reference_params=self.used.params,
+        )
+        if self.sampled is None:
+            return found
+        return found | self.sampled(policy, int(state.step), stage.folder)
+
+
+def open_judge(stage: Stage, base: dict | None, used: Reference) -> Judge:
+    ask = stage.setup.config.samples.reward and stage.name == "dpo"
+    sampled = _sampled(stage, weights_of(stage, None, base)) if ask else None
+    return Judge(base, used, list(stage.held_out(used.attach)), sampled)
+
+
+def policy_of(stage: Stage, base: dict | None, trained: dict) -> dict:
     """The policy's parameters, from those that are trained."""
     return trained if base is None else stage.lora.merge(base, trained)
 
 
-def _abstract(stage: Stage, optimizer) -> State:
+def abstract_of(stage: Stage, optimizer) -> State:
     setup, lora = stage.setup, stage.lora
     if lora is None:
         return abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
     return abstract_state(lora.abstract, optimizer, setup.mesh, LORA_RULES)
 
 
-def _reference(stage: Stage, start: dict | None, base: dict | None, stop: StopSignal) -> Reference:
+def reference_of(stage: Stage, start: dict | None, base: dict | None, stop: StopSignal):
+    """What gives rows their reference log-probs, if the stage wants them; its weights are saved."""
     if stage.objective.needs_reference:
         return open_reference(stage, start, stop, base)
     if stage.name == "dpo":
@@ -114,32 +148,14 @@ def _fit(
 ) -> Fit:
     setup, config = stage.setup, stage.setup.config
     frozen = used.params if base is None else base
-    step = jitted_step(stage, optimizer, abstract)
-    held_out = list(stage.held_out(used.attach))
-
-    def to_device(rows: Rows) -> Rows:
-        return used.to_device(rows, setup.mesh)
-
-    ask = config.samples.reward and stage.name == "dpo"
-    sampled = _sampled(stage, weights_of(stage, None, base)) if ask else None
-
-    def evaluate(state: State) -> dict[str, float]:
-        policy = _policy(stage, base, state.params)
-        found = stage.evaluate(
-            policy,
-            map(to_device, held_out),
-            baseline=state.baseline,
-            reference_params=used.params,
-        )
-        return found if sampled is None else found | sampled(policy, int(state.step))
-
+    step, judge = jitted_step(stage, optimizer, abstract), open_judge(stage, base, used)
     ceiling = throughput.matmul_flops_per_second(config.model.compute_dtype)
     return Fit(
         stage=stage.name,
         step=lambda state, rows, hyper: step(state, rows, hyper, frozen),
         batches=batches,
-        to_device=to_device,
-        evaluate=evaluate,
+        to_device=lambda rows: used.to_device(rows, setup.mesh),
+        evaluate=lambda state: judge(stage, state),
         flops=_flops(setup.abstract_params),
         ceiling=ceiling * _independent_devices(setup.mesh),
         hyper=stage.hyper,
@@ -158,37 +174,42 @@ def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:
 
     `frozen` are the base's parameters under adapters, else the live reference's or None.
     """
+    step = make_step(stage, optimizer)(stage.config.warmup_steps, stage.steps)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_step(stage: Stage, optimizer) -> MakeStep:
+    """(warm-up steps, steps) -> the stage's step, not jitted; see `jitted_step`."""
     forward = stage.forward
     if stage.lora is not None:
         forward = adapted(forward, stage.lora.config)
-    schedule = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
-    return jax.jit(
-        build_step(forward, stage.objective, optimizer, schedule),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
-    )
+
+    def make(warmup_steps, steps):
+        schedule = make_schedule(stage.config.schedule, warmup_steps, steps)
+        return build_step(forward, stage.objective, optimizer, schedule)
+
+    return make
 
 
 def lower(stage: Stage) -> jax.stages.Lowered:
     """The step for rows of `stage.shape`, from shapes; without adapters or a live reference."""
     optimizer = make_optimizer(stage.config.optimizer)
-    abstract, rows = _abstract(stage, optimizer), empty(stage.shape)
-    if stage.objective.needs_reference:
-        rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+    abstract, rows = abstract_of(stage, optimizer), abstract_rows(stage)
     spread = NamedSharding(stage.setup.mesh, PartitionSpec(None, sharding.ROWS))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), rows)
     return jitted_step(stage, optimizer, abstract).lower(abstract, rows, stage.hyper, None)
 
 
-def _sampled(stage: Stage, reference: dict) -> Callable[[dict, int], dict[str, float]]:
-    """Metrics of what a policy says at a step; its texts go into the stage's folder."""
+def _sampled(stage: Stage, reference: dict) -> Callable:
+    """Metrics of what a policy says at a step; its texts go into the given folder."""
     ask = open_samples(stage.setup, reference, stage.score)
     of_reference = ask(reference)
     ranks = open_ranks(stage.setup, reference, stage.score, of_reference)
 
-    def sampled(params: dict, step: int) -> dict[str, float]:
+    def sampled(params: dict, step: int, folder: pathlib.Path) -> dict[str, float]:
         found = of_reference if step == 0 and stage.starts_at_reference else ask(params)
-        append(stage.folder, step, found)
+        append(folder, step, found)
         return found.metrics() | ranks(params).metrics()
 
     return sampled

@@ -153,12 +153,7 @@ class Fit:
     def _check(self, rows: Rows, report: Report, step: int) -> None:
         if bool(report.finite):
             return
-        bad = np.asarray(sharding.to_host(report.bad))
-        names = [self.examples[i].id for i in rows.example[bad] if i >= 0]
-        if not names:
-            all_of_them = [self.examples[i].id for i in rows.example.ravel() if i >= 0]
-            names = ["the gradient, not any one loss; the batch was", *all_of_them]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        shown = what_is_not_finite(rows, np.asarray(sharding.to_host(report.bad)), self.examples)
         raise NonFiniteLoss(
             f"{self.stage}: loss or gradient is not finite at step {step}: {shown}. The last good "
             f"checkpoint ({self.checkpoints.latest}) is kept; look at these records with "
@@ -169,8 +164,7 @@ class Fit:
     def _evaluate(self, state: State, step: int) -> dict[str, float]:
         values = self.evaluate(state)
         self.writer.write(step, values, split="eval")
-        if jax.process_index() == 0:
-            tqdm.write(f"{self.stage}  {evaluation_line(step, self.steps, values)}")
+        say_evaluation(self.stage, step, self.steps, values)
         return values
 
     def _save(self, state: State, step: int, values: dict[str, float], best: bool) -> None:
@@ -179,6 +173,21 @@ class Fit:
         metadata = {"stage": self.stage, "evaluation": evaluation}
         score = values[self.keep_best] if best else None
         self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
+
+
+def say_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -> None:
+    """A line on the terminal, above the bar; of the first process alone."""
+    if jax.process_index() == 0:
+        tqdm.write(f"{name}  {evaluation_line(step, steps, values)}")
+
+
+def what_is_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]) -> str:
+    """Names the examples of a batch whose loss is not finite, or all where only the gradient is."""
+    names = [examples[i].id for i in rows.example[bad] if i >= 0]
+    if not names:
+        all_of_them = [examples[i].id for i in rows.example.ravel() if i >= 0]
+        names = ["the gradient, not any one loss; the batch was", *all_of_them]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class _Pace:

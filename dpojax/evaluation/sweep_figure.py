@@ -1,0 +1,113 @@
+"""The figure of a sweep: how each member learned, and where its evaluations lie."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS
+
+COLORS = matplotlib.colormaps["viridis"]
+MOST = 6  # panels
+
+
+class Panel(NamedTuple):
+    """What one set of axes shows: a metric over steps, or over another metric."""
+
+    title: str
+    unit: str
+    metric: str
+    scale: float = 1.0
+    over: tuple[str, str] | None = None  # another metric and its unit; None: steps
+
+
+PANELS = (
+    Panel("Held-out loss", "nats", "loss"),
+    Panel("Implicit-reward accuracy", "% of pairs", "rewards/accuracies", 100),
+    Panel("Accuracy", "% of texts", "accuracy", 100),
+    Panel("Reward margin", "nats", "rewards/margins"),
+    Panel("Divergence from reference", "KL estimate, nats per token", "kl/per_token"),
+    Panel(
+        "Accuracy against divergence",
+        "% of pairs",
+        "rewards/accuracies",
+        100,
+        ("kl/per_token", "KL estimate, nats per token"),
+    ),
+    Panel(
+        "Reward of samples against KL",
+        "mean reward",
+        "samples/reward",
+        1,
+        ("samples/kl", "nats per response"),
+    ),
+)
+
+
+def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
+    """Draw the evaluations of all members, a colour each, in the order given; all or nothing.
+
+    Args:
+      members: name -> lines of its metrics file, of the split `eval`.
+      path: .png, .pdf or .svg.
+    """
+    panels = [p for p in PANELS if any(_points(lines, p)[0] for lines in members.values())]
+    panels = panels[-MOST:]
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    colors = [COLORS(0.92 * i / max(1, len(members) - 1)) for i in range(len(members))]
+    with matplotlib.rc_context(STYLE):
+        size = columns * PANEL[0] + 1.4, rows * PANEL[1] + 0.1
+        figure = Figure(size, dpi=160, layout="constrained")
+        handles = {}
+        for index, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            for (name, lines), color in zip(members.items(), colors):
+                handles[name] = _draw(axes, panel, lines, color)
+            _label(axes, panel)
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+        figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
+        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        try:
+            figure.savefig(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _points(lines: Sequence[Mapping], panel: Panel) -> tuple[list[float], list[float]]:
+    """Finite points; where policy == reference no accuracy is defined."""
+    x_of = (lambda line: line["step"]) if panel.over is None else lambda line: line[panel.over[0]]
+    wanted = {panel.metric} | ({panel.over[0]} if panel.over else set())
+    found = [
+        (x_of(line), panel.scale * line[panel.metric])
+        for line in lines
+        if wanted <= line.keys() and all(math.isfinite(line[name]) for name in wanted)
+        if panel.metric != "rewards/accuracies" or line.get("rewards/margins") != 0
+    ]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color):
+    x, y = _points(lines, panel)
+    (drawn,) = axes.plot(x, y, "-", color=color, lw=1.3)
+    if x:  # the last evaluation is the result
+        axes.plot(x[-1:], y[-1:], "o", color=color, ms=5, mec="white", mew=0.7, zorder=3)
+    return drawn
+
+
+def _label(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title)
+    axes.set_ylabel(panel.unit)
+    axes.set_xlabel("optimiser step" if panel.over is None else panel.over[1])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=panel.over is None, steps=TICKS))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
+    axes.margins(x=0.04)
+    axes.tick_params(color=GREY)

@@ -1,0 +1,200 @@
+"""A sweep: one config with some keys changed, again and again; a table and a figure of all."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dpojax.evaluation.sweep_figure import draw
+from dpojax.launch import run as runs
+from dpojax.launch.config import ConfigError, changes, check, fill_in, only_run
+from dpojax.launch.plan import write_json
+from dpojax.launch.together import same_program, share, train_together
+from dpojax.training.metrics import read_metrics
+
+PLAN, GROUPS, TABLE, FIGURE = "sweep.json", "together", "sweep.csv", "sweep.png"
+# What a table shows where it was logged: heading, metric of the last evaluation, factor, format.
+COLUMNS = (
+    ("held-out loss", "loss", 1, ".4f"),
+    ("accuracy, %", "rewards/accuracies", 100, ".1f"),
+    ("accuracy, %", "accuracy", 100, ".1f"),
+    ("margin, nats", "rewards/margins", 1, "+.3f"),
+    ("KL, nats/token", "kl/per_token", 1, ".4f"),
+    ("chosen less likely, %", "displacement", 100, ".1f"),
+    ("reward of samples", "samples/reward", 1, ".3f"),
+    ("±", "samples/reward_error", 1, ".3f"),
+    ("KL of samples, nats", "samples/kl", 1, ".2f"),
+    ("±", "samples/kl_error", 1, ".2f"),
+)
+
+
+def read_sweep(path: str) -> list[dict[str, Any]]:
+    """What the function `sweep()` of a config file returns: the keys that each member changes.
+
+    Raises:
+      ConfigError: the file has none, or it returns none.
+    """
+    spec = importlib.util.spec_from_file_location("sweep_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "sweep") or not (found := module.sweep()):
+        raise ConfigError(f"{path}: has no function sweep() that returns a list of changes")
+    return found
+
+
+def names_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name of each: `beta-0.1`, with every key in which they differ.
+
+    Raises:
+      ConfigError: two members are the same.
+    """
+    keys = list(dict.fromkeys(key for member in members for key in member))
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    short = {key: key if last.count(end) > 1 else end for key, end in zip(keys, last)}
+    shown = lambda x: f"{x:g}" if isinstance(x, float) else str(x).replace("/", "_")
+    names = ["-".join(f"{short[k]}-{shown(x)}" for k, x in member.items()) for member in members]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"sweep(): {twice[0]!r} is there {names.count(twice[0])} times")
+    return names
+
+
+def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str) -> dict[str, str]:
+    """Train every member that is not finished, in workdir/NAME, and write the table and figure.
+
+    Members that differ in traced numbers alone train together, the others one after another; stages
+    that several begin with are trained once. The same call goes on where it was stopped.
+
+    Returns:
+      why members failed, by name.
+
+    Raises:
+      ConfigError: a member that could not start, before anything is made, or a workdir that holds
+        another sweep.
+      what `run` raises, and `Preempted`: the same call goes on.
+    """
+    folder = pathlib.Path(workdir).resolve()
+    configs = {name: _of(config, own) for name, own in zip(names_of(members), members)}
+    if jax.process_index() == 0:
+        _record(config, dict(zip(configs, members)), folder)
+    names, failed, trained = list(configs), {}, []
+    with only_run(folder):
+        for group in same_program(list(configs.values())):
+            own = {names[i]: configs[names[i]] for i in group}
+            _begin_with_another(own, trained, configs, folder)
+            if len(own) == 1:
+                runs.run(*own.values(), str(folder / next(iter(own))))
+            else:
+                workdirs = [folder / name for name in own]
+                failed |= train_together(list(own.values()), workdirs, folder / GROUPS)
+            trained += own
+        if jax.process_index() == 0:
+            print(f"\n{write(folder)}\n{folder}: {TABLE}, {FIGURE}")
+    return failed
+
+
+def write(folder: pathlib.Path) -> str:
+    """Write sweep.csv and sweep.png of the members that are finished; returns a table as text."""
+    plan = json.loads((folder / PLAN).read_text())
+    stage = plan["config"]["stages"][-1]
+    lines = {
+        name: [line for line in read_metrics(folder / name / stage) if line["split"] == "eval"]
+        for name in plan["members"]
+        if (folder / name / runs.FINISHED).exists()
+    }
+    keys = list(dict.fromkeys(key for own in plan["members"].values() for key in own))
+    last = {name: found[-1] for name, found in lines.items() if found}
+    metrics = sorted({key for line in last.values() for key in line} - {"split", "time", "step"})
+    table = io.StringIO()
+    out = csv.writer(table)
+    out.writerow(["member", *keys, "step", *metrics])
+    for name, line in last.items():
+        own = plan["members"][name]
+        values = [line.get(metric, math.nan) for metric in metrics]
+        out.writerow([name, *(own.get(key, "") for key in keys), line["step"], *values])
+    (folder / TABLE).write_text(table.getvalue())
+    if lines:
+        draw(lines, folder / FIGURE)
+    return _text(last)
+
+
+def _text(last: Mapping[str, Mapping[str, float]]) -> str:
+    """The last evaluation of every member, in columns."""
+    columns = [c for c in COLUMNS if any(c[1] in line for line in last.values())]
+    rows = [("", *(heading for heading, *_ in columns))]
+    for name, line in last.items():
+        cells = (format(scale * line.get(m, math.nan), form) for _, m, scale, form in columns)
+        rows.append((name, *cells))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = lambda row: "  ".join(
+        f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+        for i, (cell, width) in enumerate(zip(row, widths))
+    )
+    return "\n".join(aligned(row) for row in rows)
+
+
+def _of(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
+    """A member's config.
+
+    Raises:
+      ConfigError: a key that the config does not have, a value of another type, or one that no run
+        could use.
+    """
+    found = config.copy_and_resolve_references()
+    try:
+        found.update_from_flattened_dict(dict(own))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"sweep(): {dict(own)}: {error.args[0]}") from error
+    check(found)
+    fill_in(found)
+    return found
+
+
+def _begin_with_another(
+    own: Mapping[str, ConfigDict],
+    trained: Sequence[str],
+    configs: Mapping[str, ConfigDict],
+    folder: pathlib.Path,
+) -> None:
+    """Give the first of a group the stages before the last of a member that had the same."""
+    name, config = next(iter(own.items()))
+    for other in trained:
+        if _before_last(configs[other]) == _before_last(config):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            share(folder / other, folder / name, but=(config.stages[-1],))
+            return
+
+
+def _before_last(config: ConfigDict) -> dict:
+    """All that decides the stages before the last."""
+    found = json.loads(config.to_json())
+    kept = (*config.stages[:-1], "seed", "stages", "model", "tokenizer", "tokens", "chat_template")
+    return {key: found[key] for key in kept}
+
+
+def _record(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Write sweep.json, or compare with the one there.
+
+    Raises:
+      ConfigError: it is of another config, or a member of that name had other changes.
+    """
+    path = folder / PLAN
+    now = json.loads(json.dumps({"config": json.loads(config.to_json()), "members": members}))
+    if path.exists():
+        then = json.loads(path.read_text())
+        if changed := changes(then["config"], now["config"]):
+            raise ConfigError(
+                f"{folder} holds a sweep of another config; give this one its own --workdir, or "
+                "take back these changes:\n" + "\n".join(changed)
+            )
+        now["members"] = then["members"] | now["members"]  # members may be added
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)

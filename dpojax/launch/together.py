@@ -1,0 +1,387 @@
+"""Runs that differ in traced numbers alone, trained as one program over one pass of the data.
+
+Each has a workdir of its own, which in the end holds what scripts/train.py would have made there.
+While they train, one checkpoint holds all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dpojax import sharding
+from dpojax.data.pipeline import train_batches
+from dpojax.data.rows import Rows
+from dpojax.launch import run as runs
+from dpojax.launch import setup as run_setup
+from dpojax.launch import stages
+from dpojax.launch.config import ConfigError, check, fill_in, flat, loss_options, only_run, record
+from dpojax.launch.data import EMBEDDED
+from dpojax.launch.references import Reference, check_identity
+from dpojax.launch.stages import Stage
+from dpojax.launch.train import Judge, abstract_of, make_step, open_judge, policy_of, reference_of
+from dpojax.sharding import ROWS, SWEEP
+from dpojax.training import memory
+from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.lanes import (
+    Numbers,
+    abstract_lanes,
+    build_lane,
+    build_lanes,
+    new_lanes,
+    stack,
+)
+from dpojax.training.loop import Every, StopSignal
+from dpojax.training.metrics import MetricWriter
+from dpojax.training.state import initial_state, make_optimizer
+from dpojax.training.together import FitTogether, Member, Orders, Turn, resume
+
+FAILED = "failed.txt"  # in the workdir of a run that failed while others went on
+PACE = ("learning_rate", "warmup_steps", "steps", "epochs")
+
+
+def traced(config: ConfigDict) -> frozenset[str]:
+    """The keys in which runs may differ that one program trains; none where there is no such way.
+
+    The seed is among them where it only orders the data: weights, adapters and the embedded task's
+    records that are drawn from it would be others.
+    """
+    name = config.stages[-1]
+    if name == "ppo" or (name == "reward" and config.reward.keep_best):
+        return frozenset()
+    stage = config[name]
+    keys = {f"{name}.{key}" for key in PACE}
+    if name == "dpo":
+        numbers = loss_options(stage).items()
+        keys |= {f"dpo.{key}" for key, x in numbers if type(x) in (int, float)}
+    if name == "reward":
+        keys.add("reward.centring")
+    drawn = len(config.stages) > 1 or not config.model.path or stage.data.source == EMBEDDED
+    adapted = "lora" in stage and stage.lora.rank
+    return frozenset(keys if drawn or adapted else keys | {"seed"})
+
+
+def same_program(configs: Sequence[ConfigDict]) -> list[list[int]]:
+    """The configs by their indices, those together that one program can train; in order."""
+    found: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        own = config.copy_and_resolve_references()
+        fill_in(own)
+        keys = traced(own)
+        rest = {key: x for key, x in flat(json.loads(own.to_json())).items() if key not in keys}
+        alone = [] if keys else [index]
+        found.setdefault(json.dumps([sorted(keys), rest, alone]), []).append(index)
+    return list(found.values())
+
+
+def train_together(
+    configs: Sequence[ConfigDict], workdirs: Sequence[pathlib.Path], folder: pathlib.Path
+) -> dict[str, str]:
+    """Train every run that is not finished; the same call goes on where it was stopped.
+
+    Stages before the last are trained once, in the first workdir, and given to the others.
+
+    Args:
+      configs: such that `same_program` puts them together.
+      folder: for the checkpoints of all of them while they train.
+
+    Returns:
+      why runs failed, by the names of their workdirs; the others are finished.
+
+    Raises:
+      what `run.run` raises.
+    """
+    for config in configs:
+        check(config)
+        fill_in(config)
+    if len(same_program(configs)) > 1:
+        raise ConfigError("these runs differ in more than one program can vary")
+    workdirs = [pathlib.Path(workdir).resolve() for workdir in workdirs]
+    left = [pair for pair in zip(configs, workdirs) if not _ended(pair[1])]
+    if left:
+        setup = run_setup.prepare(*left[0])
+        prepared = [runs.prepare(name, setup) for name in setup.config.stages]
+        for config, workdir in left:
+            record(config, workdir)
+        with contextlib.ExitStack() as during:
+            for _, workdir in left:
+                during.enter_context(only_run(workdir))
+            during.enter_context(jax.set_mesh(setup.mesh))
+            stop = during.enter_context(StopSignal())
+            runs.announce(prepared)
+            start = runs.train(prepared[:-1], partial(run_setup.initial_params, setup), stop)
+            every = [stages.with_numbers(prepared[-1], *own) for own in left]
+            for stage in every[1:]:
+                share(every[0].setup.workdir, stage.setup.workdir, but=(stage.name,))
+                stages.save_reports(stage)
+            _Group(every, folder, stop).train(start)
+    failed = {path.name: path / FAILED for path in workdirs if (path / FAILED).exists()}
+    return {name: path.read_text().strip() for name, path in failed.items()}
+
+
+class _Group:
+    """Stages that differ in traced numbers alone, and what they share."""
+
+    def __init__(self, every: Sequence[Stage], folder: pathlib.Path, stop: StopSignal):
+        self.stages, self.folder, self.stop = every, folder, stop
+        self.lead = every[0]
+        seeds = list(dict.fromkeys(stage.setup.config.seed for stage in every))
+        self.orders = [self._of_seed(seed) for seed in seeds]  # a stage that has each order
+        self.order_of = [seeds.index(stage.setup.config.seed) for stage in every]
+        if len(seeds) > 1:
+            shape = stages.shape_of(self.lead, [stage.order for stage in self.orders])
+            self.stages = [stage._replace(shape=shape) for stage in every]
+            self.lead = self.stages[0]
+        self.optimizer = make_optimizer(self.lead.config.optimizer)
+
+    def _of_seed(self, seed: int) -> Stage:
+        """The longest run of this seed: the others' batches are its first."""
+        own = [stage for stage in self.stages if stage.setup.config.seed == seed]
+        return max(own, key=lambda stage: stage.steps)
+
+    @property
+    def own_rows(self) -> bool:
+        return len(self.orders) > 1
+
+    def train(self, start) -> None:
+        """All of them, as many at once as memory holds; start() -> parameters to begin with."""
+        lead, mesh = self.lead, self.lead.setup.mesh
+        params = start()
+        if lead.setup.model.config.scalar_head:
+            params = run_setup.scored(lead.setup, params)
+        base = None if lead.lora is None else lead.lora.keep_base(params)
+        used = reference_of(lead, params, base, self.stop)
+        for stage in self.stages[1:]:
+            for name in ("reference", "base", "reference_logprobs"):
+                share_folder(lead.folder / name, stage.folder / name)
+        judge = open_judge(lead, base, used)
+        trained = params if base is None else lead.lora.start(lead.setup.config.seed)
+        lanes = _Lanes(self, mesh, len(self.stages))
+        frozen = used.params if base is None else base
+        at_once = lanes.compile(frozen)
+        for first in range(0, len(self.stages), at_once):
+            indices = range(first, min(first + at_once, len(self.stages)))
+            self._train_at_once(indices, lanes, trained, frozen, judge, used)
+
+    def _train_at_once(self, indices: range, lanes, trained, frozen, judge: Judge, used) -> None:
+        """Some of them, from step 0 or from their checkpoint, to the end."""
+        lead, config = self.lead, self.lead.setup.config
+        names = [self.stages[i].setup.workdir.name for i in indices]
+        folder = self.folder / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+        batches = Orders([self._batches(stage, used) for stage in self.orders])
+        with contextlib.ExitStack() as during:
+            saved = during.enter_context(Checkpoints(folder, keep=1))
+            turns = -(-len(indices) // lanes.count)
+            found = resume(saved, lanes.abstract, turns, batches)
+            done = -1 if found is None else found[1]
+            members = [self._member(i, judge, during, done) for i in indices]
+            if found is None:
+                for member, i in zip(members, indices):
+                    self._begin(member, self.stages[i], judge, trained, used)
+            else:
+                for member in members:
+                    member.error = found[2].get(member.name, "")
+            places = [range(len(indices))[t * lanes.count :][: lanes.count] for t in range(turns)]
+            at = [[indices[k] for k in place] for place in places]
+            numbers = [lanes.numbers(own) for own in at]
+            state = [lanes.new(trained, own) for own in numbers] if found is None else found[0]
+            fit = FitTogether(
+                stage=lead.name,
+                step=lambda lane, rows, own: lanes.step(lane, rows, own, frozen),
+                lane=lanes.lane,
+                batches=batches,
+                place=partial(lanes.place, at, used),
+                rows_of=lambda batch, t, lane: batch[self.order_of[at[t][lane]]],
+                every=Every(config.log_every, config.evaluate_every, config.checkpoint_every),
+                examples=lead.data.examples,
+                checkpoints=saved,
+                stop=self.stop,
+            )
+            groups = [[members[k] for k in place] for place in places]
+            fit([Turn(*own) for own in zip(groups, state, numbers)], max(done, 0))
+        for i, member in zip(indices, members):
+            self._end(self.stages[i], member)
+        if jax.process_index() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _member(self, index: int, judge: Judge, during, done: int) -> Member:
+        stage = self.stages[index]
+        board = stage.setup.config.tensorboard
+        writer = MetricWriter(stage.folder, tensorboard=board, resume_step=done)
+        return Member(
+            name=stage.setup.workdir.name,
+            steps=stage.steps,
+            evaluate=partial(judge, stage),
+            writer=during.enter_context(writer),
+            checkpoints=during.enter_context(Checkpoints(stage.folder / "checkpoints")),
+        )
+
+    def _begin(self, member: Member, stage: Stage, judge: Judge, trained, used) -> None:
+        """Step 0: each starts from the reference, if it has one."""
+        if stage.objective.needs_reference and stage.starts_at_reference:
+            policy = policy_of(stage, judge.base, trained)
+            member.writer.write(0, check_identity(stage, policy, used), split="identity")
+
+    def _batches(self, stage: Stage, used: Reference):
+        return train_batches(
+            stage.data.examples,
+            stage.order,
+            self.lead.shape,
+            score_prompt=stage.score_prompt,
+            attach=used.attach,
+        )
+
+    def _end(self, stage: Stage, member: Member) -> None:
+        workdir = stage.setup.workdir
+        if not member.error:
+            runs.finish(stage, run_setup.trained_params(stage.setup, stage.name))
+        elif jax.process_index() == 0:
+            (workdir / FAILED).write_text(member.error + "\n")
+
+
+class _Lanes:
+    """The program of a group: how many lanes it has, where they lie, and what goes in and out."""
+
+    def __init__(self, group: _Group, mesh: Mesh, members: int):
+        asked = group.lead.setup.config.sweep
+        self.group, self.asked, self.members = group, asked, members
+        axis = asked.axis or _largest_divisor(mesh.shape["data"], members)
+        try:
+            self.mesh = sharding.sweep_mesh(mesh, axis)
+        except ValueError as error:
+            raise ConfigError(f"config.sweep.axis: {error}") from error
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # A CPU's products are not faster for being batched; its cores are filled by devices.
+        self.vmapped = asked.vmapped or (1 if on_cpu else -(-members // axis))
+        self.own = abstract_of(group.lead, group.optimizer)
+
+    @property
+    def count(self) -> int:
+        """Lanes of one call."""
+        return self.vmapped * self.mesh.shape[SWEEP]
+
+    def compile(self, frozen) -> int:
+        """Compile the step; returns how many members memory holds at once."""
+        while True:
+            self.abstract = abstract_lanes(self.own, self.count, self.mesh)
+            step = build_lanes(
+                make_step(self.group.lead, self.group.optimizer),
+                self.abstract,
+                own_rows=self.group.own_rows,
+            )
+            numbers = self.numbers(range(min(self.count, self.members)))
+            with jax.set_mesh(self.mesh):
+                self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
+            lanes = memory.bytes_per_device(self.abstract)
+            beside = memory.temporary_bytes(self._step) + memory.bytes_per_device(frozen)
+            turns = int((memory.limit_bytes() - beside) // lanes)
+            if turns >= 1 or self.vmapped == 1 or self.asked.vmapped:
+                break
+            self.vmapped = -(-self.vmapped // 2)
+        turns = min(max(1, turns), -(-self.members // self.count))
+        self.lane = build_lane(self.own)
+        at_once = self.asked.at_once or turns * self.count
+        if jax.process_index() == 0:
+            print(self._described(min(at_once, self.members), lanes, beside), flush=True)
+        return at_once
+
+    def _described(self, at_once: int, lanes: int, beside: int) -> str:
+        gib = lambda size: f"{size / 2**30:.3g} GiB"
+        return (
+            f"sweep: {self.members} members, {at_once} of them at once; {self.count} in a call, on "
+            f"a sweep axis of {self.mesh.shape[SWEEP]}; on each device {gib(lanes)} for the states "
+            f"of a call and {gib(beside)} beside them"
+        )
+
+    def step(self, lanes, rows, numbers, frozen):
+        with jax.set_mesh(self.mesh):
+            return self._step(lanes, rows, numbers, frozen)
+
+    def numbers(self, indices: Sequence[int]) -> Numbers:
+        """Of the members at `indices`; lanes to spare do no steps."""
+        own = [_numbers_of(self.group.stages[i]) for i in indices]
+        idle = own[-1]._replace(steps=jnp.int32(0))
+        return stack([*own, *[idle] * (self.count - len(own))], self.mesh)
+
+    def new(self, trained: dict, numbers: Numbers):
+        make_state = lambda params, seed: initial_state(params, self.group.optimizer, seed)
+        return new_lanes(trained, make_state, numbers.seed, self.abstract)
+
+    def place(self, at: list[list[int]], used: Reference, batch: list[Rows]) -> list[Rows]:
+        """A batch of every order -> the rows of every turn, with reference log-probs."""
+        if used.on_mesh is not None:
+            plain = self.group.lead.setup.mesh
+            batch = [sharding.to_host(used.to_device(rows, plain)) for rows in batch]
+        if not self.group.own_rows:
+            return [sharding.put(batch[0], self._row_sharding)] * len(at)
+        placed = []
+        for indices in at:
+            spare = [indices[-1]] * (self.count - len(indices))
+            own = [batch[self.group.order_of[i]] for i in (*indices, *spare)]
+            stacked = jax.tree.map(lambda *x: np.stack(x), *own)
+            placed.append(sharding.put(stacked, self._row_sharding))
+        return placed
+
+    @property
+    def _row_sharding(self) -> NamedSharding:
+        spec = (SWEEP, None, ROWS) if self.group.own_rows else (None, ROWS)
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def _rows(self) -> Rows:
+        """Their shapes."""
+        rows = stages.abstract_rows(self.group.lead)
+        leading = (self.count,) * self.group.own_rows
+        where = self._row_sharding
+        shaped = lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=where)
+        return jax.tree.map(shaped, rows)
+
+
+def _numbers_of(stage: Stage) -> Numbers:
+    whole = lambda x: jnp.asarray(x, jnp.int32)
+    warmup, seed = stage.config.warmup_steps, stage.setup.config.seed
+    return Numbers(stage.hyper, whole(warmup), whole(stage.steps), whole(seed % 2**31))
+
+
+def _largest_divisor(devices: int, members: int) -> int:
+    return max(n for n in range(1, min(devices, members) + 1) if devices % n == 0)
+
+
+def _ended(workdir: pathlib.Path) -> bool:
+    return sharding.agreed((workdir / runs.FINISHED).exists() or (workdir / FAILED).exists())
+
+
+def share(workdir: pathlib.Path, to: pathlib.Path, *, but: Sequence[str] = ()) -> None:
+    """Give a run the folders of another one, such as the stages that both begin with."""
+    for path in sorted(workdir.iterdir()):
+        if path.is_dir() and path.name not in but:
+            share_folder(path, to / path.name)
+
+
+def share_folder(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """The same files under another name, if they are there and `to` is not: links, which cost no
+    space and outlive either name, or copies where the file system has none."""
+    if jax.process_index() == 0 and folder.is_dir() and not to.exists():
+        unfinished = to.with_name(f".{to.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(folder, unfinished, copy_function=_link)
+        os.replace(unfinished, to)
+    sharding.agreed(True)  # the others wait here until it is there
+
+
+def _link(path: str, to: str) -> None:
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy2(path, to)

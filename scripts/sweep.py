@@ -1,0 +1,58 @@
+"""Sweep: python scripts/sweep.py --config=configs/reviews.py --workdir=runs/sweep
+
+Trains what the function sweep() of the config file returns, a list of changed keys such as
+{"dpo.beta": 0.1}: members that differ in numbers that the step traces (beta, label smoothing,
+learning rate, length, ...) in one program over one pass of the data, the others one after another.
+Each gets a workdir of its own under --workdir; sweep.csv and sweep.png show all. The same command
+goes on where it was stopped.
+
+Without an accelerator every core is a device, and members are spread over them (--cpu_devices).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dpojax.launch.command_line import parse
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a sweep().", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 0, "Devices without an accelerator; 0: one for each core.", lower_bound=0
+)
+
+
+def main(_) -> int:
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value or _cores())
+    from dpojax.launch import sweep
+    from dpojax.launch.run import FAILURES
+    from dpojax.training.loop import Preempted
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        members = sweep.read_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
+        failed = sweep.make(CONFIG.value, members, WORKDIR.value)
+    except Preempted as stopped:
+        print(f"{stopped}; the same command goes on", file=sys.stderr)
+        return 143
+    except FAILURES as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    for name, why in failed.items():
+        print(f"{name} failed: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse)

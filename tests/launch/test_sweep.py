@@ -1,0 +1,190 @@
+"""A sweep's members are what separate runs would be, and no member disturbs another."""
+
+import csv
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dpojax.launch import run as runs
+from dpojax.launch import setup as run_setup
+from dpojax.launch import sweep, together
+from dpojax.launch.config import ConfigError
+from dpojax.launch.export import export, read_config
+from dpojax.training import lanes
+from dpojax.training.loop import Preempted, StopSignal
+
+from .conftest import lines, tiny_config
+
+MEMBERS = (
+    {"dpo.beta": 0.1},
+    {"dpo.beta": 2.0, "dpo.learning_rate": 3e-3, "dpo.warmup_steps": 1, "dpo.steps": 4},
+    {"dpo.learning_rate": 1e30},
+    {"dpo.label_smoothing": 0.2},
+)
+NAMES = tuple(sweep.names_of(MEMBERS))
+SHORT, BROKEN = NAMES[1], NAMES[2]
+
+
+def base_config(**changes) -> ConfigDict:
+    return tiny_config(**{"dpo.schedule": "cosine"} | changes)
+
+
+def params_of(workdir: pathlib.Path) -> dict:
+    setup = run_setup.prepare(read_config(workdir), workdir)
+    return run_setup.trained_params(setup, "dpo")
+
+
+def assert_same(got: pathlib.Path, want: pathlib.Path, atol: float) -> None:
+    pairs = (params_of(got), params_of(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), *pairs)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The folder of a finished sweep, and why members of it failed."""
+    folder = tmp_path_factory.mktemp("swept") / "sweep"
+    return folder, sweep.make(base_config(), MEMBERS, str(folder))
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path, index):
+    config = base_config()
+    config.update_from_flattened_dict(MEMBERS[index])
+    runs.run(config, str(tmp_path / "alone"))
+    member = swept[0] / NAMES[index]
+    # Adam, on another mesh: what a rounding is divided by may be as small.
+    assert_same(member, tmp_path / "alone", atol=1e-5)
+    evaluated = lambda run: [line for line in lines(run, "dpo") if line["split"] == "eval"]
+    for mine, other in zip(evaluated(member), evaluated(tmp_path / "alone"), strict=True):
+        assert mine["step"] == other["step"]
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    want = json.loads((tmp_path / "alone" / "finished.json").read_text())
+    got = json.loads((member / "finished.json").read_text())
+    assert got["dpo"]["pairs"] == want["dpo"]["pairs"]
+    assert got["dpo"]["values"]["after"] == pytest.approx(want["dpo"]["values"]["after"], abs=1e-4)
+    made = lambda folder: {str(path.relative_to(folder)) for path in folder.glob("*/*")}
+    assert made(member) == made(tmp_path / "alone")
+
+
+def test_every_step_of_a_member_is_logged_once(swept):
+    for name, steps in ((NAMES[0], 6), (SHORT, 4), (NAMES[3], 6)):
+        logged = [x["step"] for x in lines(swept[0] / name, "dpo") if x["split"] == "train"]
+        assert logged == list(range(1, steps + 1))
+
+
+def test_a_member_fails_alone_and_says_why(swept):
+    folder, failed = swept
+    assert set(failed) == {BROKEN}
+    assert "not finite at step" in failed[BROKEN]
+    assert "reviews/train:" in failed[BROKEN]
+    assert not (folder / BROKEN / runs.FINISHED).exists()
+    assert [path.name for path in folder.glob(f"{sweep.GROUPS}/*")] == []
+
+
+def test_table_and_figure_show_the_finished_members(swept):
+    with open(swept[0] / sweep.TABLE) as file:
+        rows = {row["member"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {*NAMES} - {BROKEN}
+    assert rows[SHORT]["dpo.beta"] == "2.0"
+    last = lines(swept[0] / SHORT, "dpo")[-1]
+    assert float(rows[SHORT]["loss"]) == pytest.approx(last["loss"])
+    assert (swept[0] / sweep.FIGURE).stat().st_size > 10_000
+
+
+def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in swept[0].glob("*/*/checkpoints/*")}
+    monkeypatch.setattr(together._Group, "train", None)  # nobody calls it
+    assert sweep.make(base_config(), MEMBERS, str(swept[0])) == swept[1]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sweep.at_once": 2}], ids=["all", "two at once"])
+def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(swept, tmp_path, monkeypatch, changes):
+    agreed = lambda self, step=0: step == 5  # the short member has ended
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "agreed", agreed)
+        with pytest.raises(Preempted, match="dpo: stopped at step 5 of 6"):
+            sweep.make(base_config(**changes), MEMBERS, str(tmp_path / "sweep"))
+    assert not list((tmp_path / "sweep").glob(f"*/{runs.FINISHED}"))
+    failed = sweep.make(base_config(**changes), MEMBERS, str(tmp_path / "sweep"))
+    assert set(failed) == {BROKEN}
+    for name in {*NAMES} - {BROKEN}:
+        assert_same(tmp_path / "sweep" / name, swept[0] / name, atol=0 if not changes else 1e-6)
+    logged = [x["step"] for x in lines(tmp_path / "sweep" / NAMES[0], "dpo")]
+    assert sorted(logged) == sorted(x["step"] for x in lines(swept[0] / NAMES[0], "dpo"))
+
+
+def test_the_step_is_compiled_once_for_all_members(tmp_path, monkeypatch):
+    built = []
+    build = lanes.build_lanes
+    monkeypatch.setattr(together, "build_lanes", lambda *a, **k: built.append(a) or build(*a, **k))
+    members = [{"dpo.beta": beta} for beta in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    config = base_config(**{"dpo.steps": 1, "sweep.at_once": 3, "sweep.axis": 1})
+    assert sweep.make(config, members, str(tmp_path / "sweep")) == {}
+    assert len(built) == 1
+
+
+def test_seeds_see_batches_of_their_own(swept, tmp_path):
+    policy, pairs = tmp_path / "policy", tmp_path / "pairs.jsonl"
+    export(str(swept[0] / NAMES[0]), str(policy), stage="sft")
+    words = ("good", "bad", "a film", "the plot")
+    made = [
+        {"prompt": f"review {i}", "chosen": words[i % 4], "rejected": words[(i + 1) % 4]}
+        for i in range(40)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, made)))
+    changes = {"model.path": str(policy), "dpo.data.source": str(pairs), "dpo.steps": 3}
+    config = base_config(stages=("dpo",), **changes)
+    members = [{"seed": seed} for seed in (0, 7)]
+    assert sweep.make(config, members, str(tmp_path / "sweep")) == {}
+    assert not (tmp_path / "sweep" / "seed-0" / "sft").exists()
+    config.seed = 7
+    runs.run(config, str(tmp_path / "alone"))
+    assert_same(tmp_path / "sweep" / "seed-7", tmp_path / "alone", atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "sweep" / "seed-0", tmp_path / "alone", atol=1e-5)
+
+
+def grouped(*members, **changes):
+    config = base_config(**changes)
+    return together.same_program([sweep._of(config, own) for own in members])
+
+
+def test_one_program_trains_what_differs_in_traced_numbers_alone():
+    beta, other = {"dpo.beta": 0.3}, {"dpo.learning_rate": 1e-4, "dpo.epochs": 3}
+    assert grouped({}, beta, other) == [[0, 1, 2]]
+    assert grouped(beta, {"dpo.loss": "ipo", "dpo.length_norm": "sum"}, other) == [[0, 2], [1]]
+    assert grouped({}, {"sft.learning_rate": 1e-4}) == [[0], [1]]
+    assert grouped({}, {"dpo.batch_size": 4}) == [[0], [1]]
+    # The seed draws the weights of a new model, the embedded task's records, and adapters.
+    assert grouped({}, {"seed": 1}) == [[0], [1]]
+    dpo = {"stages": ("dpo",), "model.path": "policy", "dpo.data.source": "pairs.jsonl"}
+    assert grouped({}, {"seed": 1}, **dpo) == [[0, 1]]
+    assert grouped({}, {"seed": 1}, **dpo, **{"dpo.lora.rank": 2}) == [[0], [1]]
+    assert grouped({}, {"reward.learning_rate": 1e-4}, stages=("reward",)) == [[0], [1]]
+
+
+def test_a_sweep_that_cannot_run_is_refused_before_anything_is_made(tmp_path):
+    wrong = {
+        r"dpo\.no_such_key": {"dpo.no_such_key": 1},
+        r"config\.dpo\.beta": {"dpo.beta": -1.0},
+        "is there 2 times": {"dpo.beta": 0.1},
+    }
+    for message, own in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            sweep.make(base_config(), [{"dpo.beta": 0.1}, own], str(tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()
+    (tmp_path / "config.py").write_text("def sweep():\n    return []\n")
+    with pytest.raises(ConfigError, match="no function sweep"):
+        sweep.read_sweep(str(tmp_path / "config.py"))
+
+
+def test_the_folder_of_another_sweep_is_refused(swept):
+    before = (swept[0] / sweep.PLAN).read_bytes()
+    with pytest.raises(ConfigError, match=r"dpo\.batch_size: 8 -> 4"):
+        sweep.make(base_config(**{"dpo.batch_size": 4}), MEMBERS, str(swept[0]))
+    assert (swept[0] / sweep.PLAN).read_bytes() == before
