@@ -7,7 +7,8 @@ was stopped. --add=simpo,ipo adds losses of the library by name, --add=online_dp
 program from shapes alone, and says so.
 
 Without an accelerator as many runs go on at once as there are cores, in a process each
-(--workers); with one they go on one after another.
+(--workers). With one they go on one after another, but for those of a method that differ in numbers
+alone (beta, learning rate, the seed of the data's order), which train together (--together).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's f
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from shapes.")
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.", lower_bound=0
+)
+TOGETHER = flags.DEFINE_bool(
+    "together", None, "Train runs as one program that can be; by default where --workers is 1."
 )
 flags.mark_flag_as_required("config")
 
@@ -51,7 +55,10 @@ def main(_) -> int:
                 print(line, flush=True)
             return 0
         at_once = WORKERS.value or workers.default_workers()
-        folder = frontier.make(CONFIG.value, runs, WORKDIR.value, at_once=at_once)
+        together = at_once == 1 if TOGETHER.value is None else TOGETHER.value
+        folder = frontier.make(
+            CONFIG.value, runs, WORKDIR.value, at_once=at_once, together=together
+        )
         text = frontier_results.write(folder)
     except Preempted as stopped:
         print(f"{stopped}; the same command goes on", file=sys.stderr)

@@ -35,10 +35,12 @@ from dpojax.launch.policy import load_policy
 from dpojax.launch.prefer import Settings, prefer
 from dpojax.launch.prompts import read_prompts
 from dpojax.launch.samples import SEED
+from dpojax.launch.together import same_program, train_together
 from dpojax.sampling import build_sampler, generate
+from dpojax.training.loop import NonFiniteLoss
 
 POLICY, PREFERENCES, REWARD_MODEL = "policy", "preferences", "reward_model"
-CLASSIFIER = "classifier_model"
+CLASSIFIER, TOGETHER = "classifier_model", "together"
 SAMPLES, PLAN = "reference_samples.npz", "plan.json"
 
 
@@ -112,12 +114,18 @@ def read_runs(path: str, config: ConfigDict) -> list[Run]:
 
 
 def make(
-    config: ConfigDict, planned: Sequence[Run], workdir: str, *, at_once: int = 1
+    config: ConfigDict,
+    planned: Sequence[Run],
+    workdir: str,
+    *,
+    at_once: int = 1,
+    together: bool = False,
 ) -> pathlib.Path:
     """Do every job that is not done; returns the workdir, ready for `launch.frontier_results`.
 
     Args:
       at_once: jobs that are done at a time, each in a process of its own; 1 stays in this one.
+      together: runs that differ in traced numbers alone are one job, see `launch.together`.
 
     Raises:
       ConfigError: a run that could not start, before anything is made; or the workdir holds the
@@ -135,9 +143,9 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     with only_run(folder):
         _record(config, planned, folder)
-        todo = jobs(config, planned, folder, at_once)
+        todo = jobs(config, planned, folder, at_once, together)
         if at_once > 1:
-            run = functools.partial(_do, config, planned, folder, at_once)
+            run = functools.partial(_do, config, planned, folder, at_once, together)
             workers.carry_out(todo, folder, "frontier", run=run, workers=at_once)
         else:
             with _compiled_once(folder / "compiled"):
@@ -156,17 +164,26 @@ def _check_samples(config: ConfigDict) -> None:
 
 
 def _do(
-    config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path, at_once: int, name: str
+    config: ConfigDict,
+    planned: Sequence[Run],
+    folder: pathlib.Path,
+    at_once: int,
+    together: bool,
+    name: str,
 ) -> None:
     """The job of that name, in a process of its own."""
     logging.set_verbosity(logging.WARNING)
-    (job,) = [job for job in jobs(config, planned, folder, at_once) if job.name == name]
+    (job,) = [job for job in jobs(config, planned, folder, at_once, together) if job.name == name]
     with _compiled_once(folder / "compiled"), stoppable("frontier"):
         do(job, folder)
 
 
 def jobs(
-    config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path, at_once: int = 1
+    config: ConfigDict,
+    planned: Sequence[Run],
+    folder: pathlib.Path,
+    at_once: int = 1,
+    together: bool = False,
 ) -> list[Job]:
     """The whole plan, in order; preferences are made in as many parts as jobs are done at once."""
     sft, policy = folder / "sft", folder / POLICY
@@ -202,17 +219,47 @@ def jobs(
                 needs=("reward",),
             ),
         ]
-    for run in planned:
-        workdir = folder / "runs" / run.name
-        if run.stage == online.STAGE:
-            made = online.folders(workdir, config.frontier.online_rounds)[-1] / online.EXPORTED
-            start = lambda run=run: _online(config, run, folder)
-            found.append(Job(run.name, made, start, run.method, rewarded))
-            continue
-        start = lambda run=run, workdir=workdir: _run(_config_of(config, run, folder), workdir)
-        needs = {"ppo": ("reward_model",), "ppo_gt": rewarded}.get(run.method, preferred)
-        found.append(Job(run.name, workdir / runs.FINISHED, start, run.method, needs))
+    needs = {"ppo": ("reward_model",), "ppo_gt": rewarded, "online_dpo": rewarded}
+    for runs_ in _groups(config, planned, folder) if together else [[run] for run in planned]:
+        wanted = needs.get(runs_[0].method, preferred)
+        found.append(_run_job(config, runs_, folder, wanted))
     return found
+
+
+def _groups(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> list[list[Run]]:
+    """The runs, those of a method together that one program can train."""
+    found = []
+    for method in dict.fromkeys(run.method for run in planned):
+        own = [run for run in planned if run.method == method]
+        if any(run.stage == online.STAGE for run in own):
+            found += [[run] for run in own]
+        else:
+            made = same_program([_config_of(config, run, folder) for run in own])
+            found += [[own[i] for i in group] for group in made]
+    return found
+
+
+def _run_job(
+    config: ConfigDict, own: Sequence[Run], folder: pathlib.Path, needs: tuple[str, ...]
+) -> Job:
+    """Of one run, or of several that are trained together."""
+    run, workdirs = own[0], [folder / "runs" / run.name for run in own]
+    if run.stage == online.STAGE:
+        made = online.folders(workdirs[0], config.frontier.online_rounds)[-1] / online.EXPORTED
+        return Job(run.name, made, lambda: _online(config, run, folder), run.method, needs)
+    if len(own) == 1:
+        start = lambda: _run(_config_of(config, run, folder), workdirs[0])
+        return Job(run.name, workdirs[0] / runs.FINISHED, start, run.method, needs)
+    name = f"{run.method}-{len(own)}-runs"
+    done = folder / TOGETHER / f"{'+'.join(one.name for one in own)}.done"
+
+    def start():
+        configs = [_config_of(config, one, folder) for one in own]
+        if failed := train_together(configs, workdirs, folder / TOGETHER):
+            raise NonFiniteLoss("\n".join(f"{name}: {why}" for name, why in failed.items()))
+        done.touch()
+
+    return Job(name, done, start, run.method, needs)
 
 
 def configs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) -> list[ConfigDict]:

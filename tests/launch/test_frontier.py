@@ -15,6 +15,7 @@ from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import Reward, RewardError, open_reward
 from dpojax.launch import frontier, frontier_results
 from dpojax.launch import prefer as launch_prefer
+from dpojax.launch import run as runs
 from dpojax.launch import samples as launch_samples
 from dpojax.launch.config import ConfigError
 from dpojax.launch.frontier import Run
@@ -46,6 +47,7 @@ RUNS = [
     Run("dpo", "beta=0.1", {"dpo.beta": 0.1}),
     Run("preferred_ft", "seed=1", {"dpo.loss": "sft", "seed": 1}),
 ]
+ADDED = frontier.of_loss("simpo", {"dpo.steps": 2})
 
 
 def config(**changes):
@@ -89,12 +91,30 @@ def test_it_ends_with_figure_report_and_samples_of_every_run(made):
 def test_the_same_command_makes_nothing_again_and_runs_may_be_added(made):
     folder, _ = made
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
-    added = [*RUNS, frontier.of_loss("simpo", {"dpo.steps": 2})]
-    frontier.make(config(), added, str(folder))
+    frontier.make(config(), [*RUNS, ADDED], str(folder))
     after = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
     assert before.items() <= after.items()
     assert (folder / "runs" / "simpo-default" / "finished.json").is_file()
     assert "simpo" in {p.method for p in frontier_results.collect(folder)[0]}
+
+
+def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job(made, tmp_path):
+    folder, _ = made
+    betas = [Run("dpo", f"beta={beta:g}", {"dpo.beta": beta}) for beta in (0.1, 0.3, 2.0)]
+    seeds = [Run("preferred_ft", f"seed={i}", {"dpo.loss": "sft", "seed": i}) for i in (1, 2, 3)]
+    planned = frontier.jobs(config(), [*betas, *seeds, ADDED], folder, together=True)
+    names = {"dpo-3-runs", "preferred_ft-3-runs"}
+    assert names <= {job.name for job in planned}
+    before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
+    frontier.make(config(), [*betas, *seeds, ADDED], str(folder), together=True)
+    assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
+    assert all(job.made.exists() for job in planned)
+    (own,) = frontier.configs(config(), betas[1:2], folder)
+    runs.run(own, str(tmp_path / "alone"))
+    of_run = lambda workdir: read_metrics(workdir / "dpo", "eval")[-1]
+    alone, member = of_run(tmp_path / "alone"), of_run(folder / "runs" / "dpo-beta-0.3")
+    assert member["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert member["samples/reward"] == alone["samples/reward"]
 
 
 def test_another_config_in_the_same_folder_is_refused_by_key(made):
