@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that rows of tokens are spread over
 SWEEP = "sweep"  # the axis that the members of a sweep lie on; nothing is communicated across it
 
+Flag = TypeVar("Flag", bool, int)
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
@@ -70,11 +72,11 @@ def start_distributed() -> None:
     jax.distributed.initialize(**given)
 
 
-def agreed(value: bool) -> bool:
-    """What process 0 holds to be true, so that all processes take the same way."""
+def agreed(value: Flag) -> Flag:
+    """What process 0 holds, so that all processes take the same way; all wait for each other."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dpojax import sharding
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.launch import run as runs
 from dpojax.launch.config import ConfigError, changes, check, fill_in, only_run
@@ -83,6 +84,8 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
     """
     folder = pathlib.Path(workdir).resolve()
     configs = {name: _of(config, own) for name, own in zip(names_of(members), members)}
+    if config.distributed:
+        sharding.start_distributed()
     if jax.process_index() == 0:
         _record(config, dict(zip(configs, members)), folder)
     names, failed, trained = list(configs), {}, []

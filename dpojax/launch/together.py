@@ -125,8 +125,10 @@ def train_together(
             every = [stages.with_numbers(prepared[-1], *own) for own in left]
             for stage in every[1:]:
                 share(every[0].setup.workdir, stage.setup.workdir, but=(stage.name,))
-                stages.save_reports(stage)
+                if jax.process_index() == 0:
+                    stages.save_reports(stage)
             _Group(every, folder, stop).train(start)
+    sharding.agreed(True)  # what the first process wrote is there
     failed = {path.name: path / FAILED for path in workdirs if (path / FAILED).exists()}
     return {name: path.read_text().strip() for name, path in failed.items()}
 
@@ -213,6 +215,7 @@ class _Group:
             fit([Turn(*own) for own in zip(groups, state, numbers)], max(done, 0))
         for i, member in zip(indices, members):
             self._end(self.stages[i], member)
+        sharding.agreed(True)  # nobody reads there any more
         if jax.process_index() == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -286,7 +289,7 @@ class _Lanes:
                 self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
             lanes = memory.bytes_per_device(self.abstract)
             beside = memory.temporary_bytes(self._step) + memory.bytes_per_device(frozen)
-            turns = int((memory.limit_bytes() - beside) // lanes)
+            turns = sharding.agreed(int((memory.limit_bytes() - beside) // lanes))
             if turns >= 1 or self.vmapped == 1 or self.asked.vmapped:
                 break
             self.vmapped = -(-self.vmapped // 2)
