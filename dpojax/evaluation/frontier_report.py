@@ -263,7 +263,9 @@ def _doubts(points: Sequence[Point], base: Point) -> list[str]:
             f"neither figure nor hulls; the first is {_which(unknown[0])}."
         )
     cut = [p for p in points if p.stopped < STOPPED]
-    if cut:
+    if cut and all(p.stopped == 0 for p in points if math.isfinite(p.stopped)):
+        found.append("No response ends before the length limit: all have as many tokens.")
+    elif cut:
         worst = min(cut, key=lambda p: p.stopped)
         found.append(
             f"At {len(cut)} of {len(points)} points fewer than {STOPPED:.0%} of the responses "

@@ -29,7 +29,7 @@ COLUMNS = (
     ("accuracy, %", "rewards/accuracies", 100, ".1f"),
     ("accuracy, %", "accuracy", 100, ".1f"),
     ("margin, nats", "rewards/margins", 1, "+.3f"),
-    ("KL, nats/token", "kl/per_token", 1, ".4f"),
+    ("KL estimate, nats/token", "kl/per_token", 1, ".4f"),
     ("chosen less likely, %", "displacement", 100, ".1f"),
     ("reward of samples", "samples/reward", 1, ".3f"),
     ("±", "samples/reward_error", 1, ".3f"),

@@ -26,7 +26,7 @@ from dpojax.models.attention import (
 )
 from dpojax.models.cache import Branches, Prompts
 from dpojax.models.config import DecoderConfig
-from dpojax.models.layers import ACTIVATIONS, Mlp, Norm, product
+from dpojax.models.layers import ACTIVATIONS, DENSE, Mlp, Norm, product
 from dpojax.sharding import ROWS, constrain
 
 Params = dict
@@ -46,7 +46,7 @@ SHARDING_RULES = (
 # What the backward pass of a layer finds stored; all else is computed again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(DENSE),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -117,7 +117,7 @@ def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "non
     def scores(params: Params, hidden: Array) -> Array:
         if not config.scalar_head:
             raise ValueError("scalar_head: this model has none; see models.scores.with_scalar_head")
-        weight = params["score"]["kernel"].astype(hidden.dtype)
+        weight = params["score"]["kernel"]
         found = product("...d,od->...o", hidden, weight, dtype=jnp.float32)
         return found if config.labels else found[..., 0]
 

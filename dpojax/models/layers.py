@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import ROWS, constrain
@@ -17,6 +18,8 @@ from dpojax.sharding import ROWS, constrain
 def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
+
+DENSE = "dense"  # what a product with a weight gives, to rematerialisation policies
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -34,17 +37,58 @@ ACTIVATIONS = {
 
 
 def product(subscripts: str, x: Array, y: Array, dtype=None) -> Array:
-    """Every matrix product of the model: einsum of two arrays of one dtype.
+    """Every matrix product of the model: einsum in x's dtype, summed in float32.
 
-    The result has `dtype`, by default x's. Accelerators sum bfloat16 products in float32 whatever
-    the result's dtype; asking for float32 only saves the last rounding (attention logits), and
-    makes the backward pass multiply float32 cotangents, which is slower.
+    The result has `dtype`, by default x's. y is rounded to x's dtype, but its gradient is not: a
+    float32 weight gets the float32 sum. Backward, the cotangent is rounded to x's dtype first, so
+    that all three products run at its speed.
     """
-    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype or x.dtype)
+    if x.dtype == jnp.float32:
+        return jnp.einsum(subscripts, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+    return _product(subscripts, jnp.dtype(dtype or x.dtype), x, y)
+
+
+def _summed_in_float32(subscripts: str, x: Array, y: Array, dtype) -> Array:
+    """einsum of two arrays of one low-precision dtype.
+
+    Accelerators sum in float32 whatever the result's dtype. XLA's products on a CPU take their fast
+    path only where float32 is asked for.
+    """
+
+    def rounded_after(x, y):
+        summed = jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+        return summed.astype(dtype)
+
+    def asked_for(x, y):
+        return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(x, y, cpu=rounded_after, default=asked_for)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(subscripts: str, dtype, x: Array, y: Array) -> Array:
+    return _summed_in_float32(subscripts, x, y.astype(x.dtype), dtype)
+
+
+def _product_forward(subscripts, dtype, x, y):
+    return _product(subscripts, dtype, x, y), (x, y)
+
+
+def _product_backward(subscripts, dtype, saved, cotangent):
+    (x, y), cotangent = saved, cotangent.astype(saved[0].dtype)
+    inputs, out = subscripts.split("->")
+    of_x, of_y = inputs.split(",")
+    rounded = y.astype(x.dtype)
+    dx = _summed_in_float32(f"{out},{of_y}->{of_x}", cotangent, rounded, x.dtype)
+    dy = _summed_in_float32(f"{of_x},{out}->{of_y}", x, cotangent, y.dtype)
+    return dx, dy
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Dense(nnx.Module):
-    """An affine map [R, T, *inward] -> [R, T, *outward]; weights are cast to x's dtype.
+    """An affine map [R, T, *inward] -> [R, T, *outward]; weights are rounded to x's dtype.
 
     The product is one of two matrices, [R T, inward] and [inward, outward]: on a CPU the gradient
     of an MLP took 2.3 times as long when the weight's gradient summed over two axes, R and T.
@@ -58,8 +102,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         size = math.prod(self.inward)
-        kernel = self.kernel[...].astype(x.dtype).reshape(size, -1)
-        y = product("nd,df->nf", x.reshape(-1, size), kernel)
+        kernel = self.kernel[...].reshape(size, -1)
+        y = checkpoint_name(product("nd,df->nf", x.reshape(-1, size), kernel), DENSE)
         y = y.reshape(*x.shape[:2], *self.outward)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
 
