@@ -1,0 +1,127 @@
+"""What every system of `benchmarks/versus.py` trains on, and how its steps are timed.
+
+Imported in virtual environments of other systems: NumPy is all that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+LEARNING_RATE, BETA, CLIP = 1e-6, 0.1, 1.0
+WARM = 1  # steps that are not counted: they compile
+SPECIAL = 4  # ids below it are padding, end, unknown
+
+
+class Case(NamedTuple):
+    """A model's shape, the lengths of its data, and the precision of its products."""
+
+    family: str = "gpt2"  # or llama
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    kv_heads: int = 12
+    mlp_width: int = 3072
+    vocabulary: int = 50257
+    pairs: int = 4
+    dtype: str = "float32"  # weights and optimiser are float32
+    reference: str = "live"  # scored in every step; or cached
+    prompt: int = 128
+    response: int = 128
+    lengths: str = ""  # a JSON file of [prompt, chosen, rejected], in place of these two
+
+
+GPT2_SMALL = Case()
+LLAMA = Case("llama", kv_heads=4, mlp_width=2048, vocabulary=32000)
+TINY = {"layers": 4, "width": 256, "heads": 4, "mlp_width": 1024, "vocabulary": 8192, "pairs": 16}
+TINY |= {"prompt": 64, "response": 64, "kv_heads": 4}
+CASES = {
+    "gpt2-small": GPT2_SMALL,
+    "gpt2-small-cached": GPT2_SMALL._replace(reference="cached"),
+    "gpt2-small-bfloat16": GPT2_SMALL._replace(dtype="bfloat16"),
+    "tiny": GPT2_SMALL._replace(**TINY),
+    "llama": LLAMA,
+    "hh": GPT2_SMALL._replace(lengths="hh", pairs=8),
+    "tldr": GPT2_SMALL._replace(lengths="tldr", pairs=8),
+    "llama-hh": LLAMA._replace(lengths="hh", pairs=8),
+    "llama-tldr": LLAMA._replace(lengths="tldr", pairs=8),
+}
+
+
+class Pair(NamedTuple):
+    """Token ids; both responses end with the id of the end."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def read_case(argument: str) -> Case:
+    return Case(**json.loads(argument))
+
+
+def batches(case: Case, count: int) -> list[list[Pair]]:
+    """`count` optimiser batches of random ids, the same for every system."""
+    rng = np.random.default_rng(0)
+    lengths = [(case.prompt, case.response, case.response)] * (case.pairs * count)
+    if case.lengths:
+        lengths = json.loads(pathlib.Path(case.lengths).read_text())
+    ids = lambda n: rng.integers(SPECIAL, case.vocabulary, n).tolist()
+    end = lambda n: [*ids(n - 1), 1]
+    pairs = [Pair(ids(p), end(c), end(r)) for p, c, r in lengths[: case.pairs * count]]
+    return [pairs[i * case.pairs : (i + 1) * case.pairs] for i in range(count)]
+
+
+def report(step: Callable[[int], None], steps: int, **about) -> None:
+    """Time `step(0)`, `step(1)`, ...; print what was found as the last line."""
+    clock = Clock()
+    for index in range(WARM + steps):
+        clock.start()
+        step(index)
+        clock.stop()
+    clock.report(**about)
+
+
+class Clock:
+    """Seconds of steps, and how much of the machine others had meanwhile."""
+
+    def __init__(self):
+        self.samples: list[dict] = []
+
+    def start(self) -> None:
+        self.began, self.others = time.perf_counter(), _others_cpu_seconds()
+
+    def stop(self) -> None:
+        seconds = time.perf_counter() - self.began
+        share = (_others_cpu_seconds() - self.others) / seconds / os.cpu_count()
+        self.samples.append({"seconds": seconds, "others": share})
+
+    def report(self, **about) -> None:
+        first, *timed = self.samples
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = {
+            "first": first["seconds"],
+            "median": statistics.median(sample["seconds"] for sample in timed),
+            "samples": timed,
+            "peak_gib": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30,
+        }
+        print(json.dumps(found | about), flush=True)
+
+
+def _others_cpu_seconds() -> float:
+    """CPU time that all other processes have had since the machine started; 0 if not known."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, *more = map(int, stat.read_text().split()[1:9])
+    ticks = user + nice + system + sum(more)
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])

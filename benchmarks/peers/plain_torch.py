@@ -1,0 +1,79 @@
+"""A plain torch step in the style of the DPO authors' trainer: python plain_torch.py CASE STEPS
+
+Chosen and rejected sequences concatenated and padded, full float32 logits, log-softmax and gather,
+the reference's forward pass without gradient, clipping, AdamW.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+
+import torch
+import transformers
+from cases import BETA, CLIP, LEARNING_RATE, WARM, Case, batches, read_case, report
+from torch.nn import functional
+from torch_models import build
+
+IGNORED = -100
+
+
+def main(case: Case, steps: int) -> None:
+    policy = build(case).train()
+    reference = copy.deepcopy(policy).eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    made = [_padded(batch) for batch in batches(case, WARM + steps)]
+    frozen = [None] * len(made)
+    if case.reference == "cached":
+        with torch.no_grad():
+            frozen = [_logprobs(reference, batch, case) for batch in made]
+        del reference
+
+    def step(index: int) -> None:
+        logprobs, theirs = _logprobs(policy, made[index], case), frozen[index]
+        if theirs is None:
+            with torch.no_grad():
+                theirs = _logprobs(reference, made[index], case)
+        chosen, rejected = (logprobs - theirs).chunk(2)
+        loss = -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.isfinite(loss.detach())
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    report(step, steps, versions=versions)
+
+
+def _padded(batch) -> tuple[torch.Tensor, ...]:
+    """Ids, mask and labels of all chosen sequences, then all rejected ones."""
+    rows = [(p.prompt, p.chosen) for p in batch] + [(p.prompt, p.rejected) for p in batch]
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt) : end] = torch.tensor(response)
+        mask[row, :end] = 1
+    return ids, mask, labels
+
+
+def _logprobs(model, batch, case: Case) -> torch.Tensor:
+    """Of every sequence's response."""
+    ids, mask, labels = batch
+    low = torch.autocast("cpu", torch.bfloat16)
+    with low if case.dtype == "bfloat16" else contextlib.nullcontext():
+        logits = model(ids, attention_mask=mask).logits.float()
+    labels = labels[:, 1:]
+    scored = labels != IGNORED
+    wanted = labels.masked_fill(~scored, 0)[..., None]
+    found = logits[:, :-1].log_softmax(-1).gather(-1, wanted)[..., 0]
+    return (found * scored).sum(-1)
+
+
+if __name__ == "__main__":
+    main(read_case(sys.argv[1]), int(sys.argv[2]))
