@@ -30,6 +30,7 @@ def default_config() -> ConfigDict:
     config.samples = _samples()
     config.frontier = _frontier()
     config.sweep = _sweep()
+    config.check_memory = True  # refuse a stage that, by prediction, does not fit on a device
     config.log_every = 10  # steps
     config.evaluate_every = 100
     config.checkpoint_every = 100

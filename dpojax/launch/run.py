@@ -22,7 +22,7 @@ from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
 from dpojax.launch.ppo import PPOStage
 from dpojax.launch.setup import Setup
 from dpojax.launch.summary import summarise, summarise_classifier, summarise_reward
-from dpojax.launch.train import train_stage
+from dpojax.launch.train import require_memory, train_stage
 from dpojax.training.checkpoints import CheckpointError
 from dpojax.training.loop import NonFiniteLoss, StopSignal
 from dpojax.training.metrics import read_metrics
@@ -70,10 +70,22 @@ def prepare(name: str, setup: Setup) -> stages.Stage | PPOStage:
 
 
 def announce(prepared: Sequence[stages.Stage | PPOStage]) -> None:
-    """Say, and keep, what every stage is about to do."""
-    for stage in prepared if jax.process_index() == 0 else ():
-        said = ppo.describe(stage) if isinstance(stage, PPOStage) else stages.announced(stage)
-        print(f"\n{said}", flush=True)
+    """Say, and keep, what every stage is about to do.
+
+    Raises:
+      ConfigError: a stage will not fit into memory.
+    """
+    for stage in prepared:
+        if isinstance(stage, PPOStage):
+            said = f"\n{ppo.describe(stage)}"
+        else:
+            wanted = require_memory(stage)
+            said = f"\n{stages.report_of(stage)}\n{stages.describe(stage)}\n"
+            said += f"{stage.name}: about {wanted} of each device"
+        if jax.process_index() == 0:
+            if not isinstance(stage, PPOStage):
+                stages.save_reports(stage)
+            print(said, flush=True)
 
 
 def train(

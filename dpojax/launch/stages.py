@@ -169,23 +169,20 @@ def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage
     )
 
 
-def announced(stage: Stage) -> str:
-    """What is to be said of a stage before it is trained; its reports are saved."""
-    return f"{save_reports(stage)}\n{describe(stage)}"
-
-
-def save_reports(stage: Stage) -> str:
-    """Write data_report.json and .txt, and labels.json, into the stage's folder; returns the
-    report's text."""
+def report_of(stage: Stage) -> str:
+    """What became of the records, for a person."""
     reports = stage.data.reports
-    text = "\n\n".join(f"{stage.name} data: {name}\n{report}" for name, report in reports.items())
+    return "\n\n".join(f"{stage.name} data: {name}\n{report}" for name, report in reports.items())
+
+
+def save_reports(stage: Stage) -> None:
+    """Write data_report.json and .txt, and labels.json, into the stage's folder."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     if stage.data.labels:
         (stage.folder / LABELS).write_text(json.dumps(stage.data.labels) + "\n")
-    as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
+    as_json = {name: json.loads(x.to_json()) for name, x in stage.data.reports.items()}
     (stage.folder / "data_report.json").write_text(json.dumps(as_json, indent=2) + "\n")
-    (stage.folder / "data_report.txt").write_text(text + "\n")
-    return text
+    (stage.folder / "data_report.txt").write_text(report_of(stage) + "\n")
 
 
 def describe(stage: Stage) -> str:

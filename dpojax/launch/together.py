@@ -301,11 +301,10 @@ class _Lanes:
         return at_once
 
     def _described(self, at_once: int, lanes: int, beside: int) -> str:
-        gib = lambda size: f"{size / 2**30:.3g} GiB"
         return (
             f"sweep: {self.members} members, {at_once} of them at once; {self.count} in a call, on "
-            f"a sweep axis of {self.mesh.shape[SWEEP]}; on each device {gib(lanes)} for the states "
-            f"of a call and {gib(beside)} beside them"
+            f"a sweep axis of {self.mesh.shape[SWEEP]}; on each device {memory.gib(lanes)} for "
+            f"the states of a call and {memory.gib(beside)} beside them"
         )
 
     def step(self, lanes, rows, numbers, frozen):

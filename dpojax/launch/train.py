@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpojax import sharding
 from dpojax.data.pipeline import train_batches
 from dpojax.data.rows import Rows
+from dpojax.launch.config import ConfigError
 from dpojax.launch.references import (
     Reference,
     check_identity,
@@ -28,6 +30,7 @@ from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import adapted
 from dpojax.training.lanes import MakeStep
 from dpojax.training.loop import Every, Fit, StopSignal
+from dpojax.training.memory import Footprint, gib, limit_bytes, predict
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
@@ -177,6 +180,50 @@ def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:
     step = make_step(stage, optimizer)(stage.config.warmup_steps, stage.steps)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def footprint(stage: Stage) -> Footprint:
+    """What the stage's step will want of each device, predicted from shapes alone."""
+    config, setup, frozen = stage.setup.config, stage.setup, None
+    if stage.lora is not None:  # the base, and the merged weights that every pass makes of it
+        frozen = (stage.lora.abstract_base, setup.abstract_params)
+    elif stage.name == "dpo" and stage.config.reference.kind == "live":
+        low = jnp.dtype(stage.config.reference.dtype)
+        frozen = jax.tree.map(lambda x: x.update(dtype=low), setup.abstract_params)
+    return predict(
+        setup.model.config,
+        stage.shape,
+        setup.mesh,
+        state=abstract_of(stage, make_optimizer(stage.config.optimizer)),
+        frozen=frozen,
+        remat=config.model.remat,
+        dtype=config.model.compute_dtype,
+        max_logits=setup.max_logits,
+    )
+
+
+def require_memory(stage: Stage) -> Footprint:
+    """The stage's footprint.
+
+    Raises:
+      ConfigError: it is more than a device has; it names what to change first.
+    """
+    wanted, limit = footprint(stage), sharding.agreed(limit_bytes())
+    if wanted.total > limit and stage.setup.config.check_memory:
+        shape, largest = stage.shape, max(wanted._asdict(), key=wanted._asdict().get)
+        smaller = "spread the model over more devices (config.mesh.fsdp), or train adapters alone"
+        change = {
+            "activations": f"lower config.micro_rows (now {shape.rows} rows of {shape.length} "
+            "tokens), or set config.model.remat to full",
+            "logits": "lower config.max_logits",
+            "frozen": "cache the reference (config.dpo.reference.kind), or store it in bfloat16",
+        }.get(largest, f"{smaller} (config.{stage.name}.lora.rank)")
+        raise ConfigError(
+            f"{stage.name}: a step will want about {wanted} of each device, which has "
+            f"{gib(limit)} to give. Most are {largest}: {change}. config.check_memory=False tries "
+            "all the same"
+        )
+    return wanted
 
 
 def make_step(stage: Stage, optimizer) -> MakeStep:

@@ -292,3 +292,12 @@ def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
         started()
     steps = [int(p.name) for p in (tmp_path / "run" / "dpo" / "checkpoints").iterdir()]
     assert steps == [2]
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, monkeypatch):
+    config = tiny_config(stages=("dpo",))
+    monkeypatch.setattr(run_setup, "initial_params", None)  # nobody may ask for them
+    monkeypatch.setattr(launch_train, "limit_bytes", lambda: 2**10)
+    with pytest.raises(ConfigError, match=r"dpo: a step will want about .* config\.\w+.* tries"):
+        run.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "dpo").exists()

@@ -1,0 +1,74 @@
+"""What a step is predicted to want of a device is what its program wants, to a third."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpojax import sharding
+from dpojax.data.rows import Shape, empty
+from dpojax.methods import preference
+from dpojax.models import decoder
+from dpojax.models.config import GPT2, LLAMA, DecoderConfig
+from dpojax.training import memory
+from dpojax.training.forward import language_model
+from dpojax.training.state import abstract_state, make_schedule
+from dpojax.training.step import build_step
+
+SIZES = {"layers": 3, "width": 128, "heads": 4, "mlp_width": 512, "max_positions": 256}
+SHAPE = Shape(micro_batches=1, rows=8, length=128, scored=96, examples=4, responses=2)
+MANY = 2**30
+
+
+def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY, **changes):
+    vocabulary = changes.pop("vocabulary", 2048)
+    config = DecoderConfig(**family, **SIZES, vocab_size=vocabulary)
+    shape = SHAPE._replace(**changes)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = decoder.build(config, remat=remat)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)
+    rows = empty(shape)
+    rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+    objective = preference.objective("dpo", {})
+    hyper = {"learning_rate": jnp.float32(1), "beta": jnp.float32(0.1)}
+    hyper["label_smoothing"] = jnp.float32(0)
+    forward = language_model(model, max_logits=max_logits)
+    step = build_step(forward, objective, optimizer, make_schedule("constant", 0, 1))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, rows, hyper).compile()
+    found = memory.predict(config, shape, mesh, state=state, remat=remat, max_logits=max_logits)
+    assert memory.bytes_per_device(state.params) == found.weights
+    return found.total, memory.bytes_per_device(state) + memory.temporary_bytes(compiled)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"remat": "full"},
+        {"remat": "none"},
+        {"rows": 32},
+        {"length": 256},
+        {"micro_batches": 3},
+        {"family": LLAMA},
+        {"vocabulary": 32768, "max_logits": 2**22},
+    ],
+    ids=str,
+)
+def test_the_prediction_is_within_a_third_of_the_program(changes):
+    predicted, real = predicted_and_real(optax.scale_by_adam(), **changes)
+    assert real / 1.34 < predicted < real * 1.34
+
+
+def test_bytes_of_a_device_are_those_of_its_shards():
+    mesh = sharding.make_mesh(2, 4, 1)
+    params = {"blocks": {"mlp": {"up": {"kernel": jnp.zeros((2, 16, 32), jnp.bfloat16)}}}}
+    shardings = sharding.tree_shardings(params, mesh, decoder.SHARDING_RULES)
+    assert memory.bytes_per_device(jax.device_put(params, shardings)) == 2 * 4 * 32 * 2
+    assert memory.bytes_per_device(None) == 0
+
+
+def test_the_host_has_memory_to_give():
+    assert 2**28 < 8 * memory.limit_bytes() < 2**50
