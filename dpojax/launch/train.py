@@ -25,13 +25,14 @@ from dpojax.launch.setup import scored, trained_params
 from dpojax.launch.stages import Stage, abstract_rows
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
-from dpojax.training import throughput
+from dpojax.training import profile, throughput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import adapted
 from dpojax.training.lanes import MakeStep
 from dpojax.training.loop import Every, Fit, StopSignal
 from dpojax.training.memory import Footprint, gib, limit_bytes, predict
 from dpojax.training.metrics import MetricWriter
+from dpojax.training.profile import Spans
 from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
 
@@ -81,6 +82,8 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
                 state = new_state(trained, optimizer, abstract, config.seed)
             fit = _fit(stage, base, used, optimizer, abstract, batches, saved, writer, stop)
             finished = fit(state)
+            if config.profile:
+                _profile(stage, fit, finished, base, used, abstract)
             if stage.keep_best:
                 return trained_params(setup, stage.name)
             return policy_of(stage, base, finished.params)
@@ -169,7 +172,30 @@ def _fit(
         writer=writer,
         stop=stop,
         keep_best=stage.keep_best,
+        spans=Spans(stage.folder if config.profile else None),
     )
+
+
+def _profile(
+    stage: Stage, fit: Fit, state: State, base: dict | None, used: Reference, abstract: State
+) -> None:
+    """Print, and keep in the stage's folder, where the time went."""
+    forward = stage.forward if base is None else adapted(stage.forward, stage.lora.config)
+    frozen = used.params if base is None else base
+    indices = stage.data.training[: stage.config.batch_size]
+    batch = next(stage.rows(indices, used.attach))
+    parts = profile.parts_of_step(
+        jitted_step(stage, make_optimizer(stage.config.optimizer), abstract),
+        forward,
+        stage.objective,
+        state,
+        used.to_device(batch, stage.setup.mesh),
+        stage.hyper,
+        frozen,
+    )
+    utilisation = fit.flops(batch) / sum(parts.values()) / fit.ceiling
+    if jax.process_index() == 0:
+        print(f"\n{stage.name}\n{profile.write(stage.folder, fit.spans, parts, utilisation)}")
 
 
 def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:

@@ -19,6 +19,7 @@ from dpojax.data.tokenise import Example
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progress
 from dpojax.training.objective import Hyper
+from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
 from dpojax.training.step import Report
 from dpojax.training.throughput import memory_bytes
@@ -79,6 +80,7 @@ class Fit:
     batches: NumPy rows in training order, positioned at the state's step; its state is saveable.
     to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are wanted.
     evaluate: state -> values by metric name, on the held-out data.
+    spans: add up where the time goes.
     keep_best: a metric of `evaluate`; whenever it is higher than before, the state is saved and
       stays on disk until one is better. Step 0 does not count; "" keeps no best.
     flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together.
@@ -99,6 +101,7 @@ class Fit:
     writer: MetricWriter
     stop: StopSignal
     keep_best: str = ""
+    spans: Spans = dataclasses.field(default_factory=Spans)
 
     def __call__(self, state: State) -> State:
         """Train to the last step and return the final state, which is also on disk.
@@ -117,11 +120,15 @@ class Fit:
         with progress(self.steps, done, self.stage) as bar:
             pending = None
             while done < self.steps:
-                rows = next(self.batches)
-                state, report = self.step(state, self.to_device(rows), self.hyper)
-                done += 1
-                if pending is not None:  # one step behind, so that the device never waits for us
-                    self._check(*pending, done - 1)
+                with self.spans(DATA):
+                    rows = next(self.batches)
+                    placed = self.to_device(rows)
+                with self.spans(COMPILE if done + 1 == first else STEP):
+                    state, report = self.step(state, placed, self.hyper)
+                    done += 1
+                    if pending is not None:  # one step behind: the device never waits for us
+                        self._check(*pending, done - 1)
+                self.spans.stepped()
                 pending = rows, report
                 pace.add(rows, report)
                 bar.update()
@@ -130,7 +137,8 @@ class Fit:
                 log, evaluate, save = self.every.due(done, self.steps)
                 stopping = self.stop.agreed(done)
                 if log or evaluate or save or stopping:
-                    self._check(*pending, done)
+                    with self.spans(COMPILE if done == first else STEP):
+                        self._check(*pending, done)
                 if log:
                     values = pace.flush()
                     self.writer.write(done, values, split="train")
@@ -147,7 +155,9 @@ class Fit:
                 if stopping and done < self.steps:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
-        self.checkpoints.wait()
+        with self.spans(CHECKPOINT):
+            self.checkpoints.wait()
+        self.spans.end()
         return state
 
     def _check(self, rows: Rows, report: Report, step: int) -> None:
@@ -162,7 +172,8 @@ class Fit:
         )
 
     def _evaluate(self, state: State, step: int) -> dict[str, float]:
-        values = self.evaluate(state)
+        with self.spans(EVALUATION):
+            values = self.evaluate(state)
         self.writer.write(step, values, split="eval")
         say_evaluation(self.stage, step, self.steps, values)
         return values
@@ -172,7 +183,8 @@ class Fit:
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
         metadata = {"stage": self.stage, "evaluation": evaluation}
         score = values[self.keep_best] if best else None
-        self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
+        with self.spans(CHECKPOINT):
+            self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
 
 
 def say_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -> None:

@@ -12,8 +12,8 @@ from dpojax.training.state import make_optimizer, make_schedule
 from .conftest import tiny_config
 
 # Read only in a run of several processes (tests/launch/test_distributed.py), and by
-# scripts/frontier.py.
-ELSEWHERE = ("distributed", "frontier.")
+# scripts/frontier.py and sweep.py.
+ELSEWHERE = ("distributed", "frontier.", "sweep.")
 
 
 @pytest.fixture

@@ -301,3 +301,18 @@ def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, 
     with pytest.raises(ConfigError, match=r"dpo: a step will want about .* config\.\w+.* tries"):
         run.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "dpo").exists()
+
+
+def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
+    config = tiny_config(stages=("dpo",), profile=True, **{"dpo.steps": 8, "evaluate_every": 4})
+    run.run(config, str(tmp_path))
+    printed, folder = capsys.readouterr().out, tmp_path / "dpo"
+    assert (folder / "profile.txt").read_text().strip() in printed
+    found = json.loads((folder / "profile.json").read_text())
+    names = {"compilation and first step", "waiting for data", "steps", "evaluation"}
+    assert set(found["spans"]) == names | {"waiting for checkpoints"}
+    assert all(seconds > 0 for seconds in found["spans"].values())
+    whole = sum(found["step"].values())
+    assert 0 < found["step"]["forward"] < whole
+    assert 0 < found["utilisation"] < 1
+    assert list(folder.glob("trace/**/*.xplane.pb"))
