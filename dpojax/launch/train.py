@@ -235,7 +235,7 @@ def require_memory(stage: Stage) -> Footprint:
       ConfigError: it is more than a device has; it names what to change first.
     """
     wanted, limit = footprint(stage), sharding.agreed(limit_bytes())
-    if wanted.total > limit and stage.setup.config.check_memory:
+    if stage.setup.config.check_memory and wanted.total > limit:
         shape, largest = stage.shape, max(wanted._asdict(), key=wanted._asdict().get)
         smaller = "spread the model over more devices (config.mesh.fsdp), or train adapters alone"
         change = {
