@@ -153,6 +153,33 @@ def of_response(values: Array, response: Array) -> Array:
     return jnp.take_along_axis(values, jnp.maximum(response, 0), axis=-1)
 
 
+def weight_gradient(x: Array, cotangent: Array) -> Array:
+    """sum_n x[n] cotangent[n]: what a product x @ weight says of its weight, float32.
+
+    On a CPU products of bfloat16 are fast (here 2.5 times as fast) where the first factor's last
+    axis is summed over, so x is turned first. XLA would fold a transposition back into the product;
+    one in two halves it leaves alone.
+
+    Args:
+      x: [n, d]. cotangent: [n, f], of the same dtype.
+
+    Returns:
+      [d, f].
+    """
+
+    def plain(x, g):
+        return jnp.einsum("nd,nf->df", x, g, preferred_element_type=jnp.float32)
+
+    def turned(x, g):
+        half = x.shape[1] // 2
+        parts = [x[:, :half].T, x[:, half:].T]
+        return jnp.matmul(jnp.concatenate(parts), g, preferred_element_type=jnp.float32)
+
+    if x.dtype == jnp.float32 or x.shape[1] < 2:
+        return plain(x, cotangent)
+    return jax.lax.platform_dependent(x, cotangent, cpu=turned, default=plain)
+
+
 def _chunks(targets: Array, head: Head, max_logits: float) -> int:
     wanted = math.ceil(math.prod(targets.shape) * head.weight.shape[0] / max_logits)
     return max(1, min(wanted, targets.shape[-1]))
@@ -222,7 +249,8 @@ def _backward(static, saved, cotangent):
         dz = (dz if head.scale is None else dz * head.scale).astype(h.dtype)
         to_float32 = {"preferred_element_type": jnp.float32}
         d_hidden = jnp.einsum("...v,vd->...d", dz, head.weight, **to_float32).astype(h.dtype)
-        d_weight = jnp.einsum("...v,...d->vd", dz, h, **to_float32)
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        d_weight = weight_gradient(flat(dz), flat(h))
         return jax.tree.map(jnp.add, sums, (d_weight, d_bias)), d_hidden
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (weight, bias))

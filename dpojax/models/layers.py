@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from dpojax.logprobs import weight_gradient
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import ROWS, constrain
 
@@ -19,6 +20,7 @@ def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+MATRICES = ("nd", "df", "nf")  # of a product of two: rows of numbers, a weight, what they give
 DENSE = "dense"  # what a product with a weight gives, to rematerialisation policies
 
 ACTIVATIONS = {
@@ -80,8 +82,9 @@ def _product_backward(subscripts, dtype, saved, cotangent):
     of_x, of_y = inputs.split(",")
     rounded = y.astype(x.dtype)
     dx = _summed_in_float32(f"{out},{of_y}->{of_x}", cotangent, rounded, x.dtype)
-    dy = _summed_in_float32(f"{of_x},{out}->{of_y}", x, cotangent, y.dtype)
-    return dx, dy
+    if (of_x, of_y, out) == MATRICES:
+        return dx, weight_gradient(x, cotangent).astype(y.dtype)
+    return dx, _summed_in_float32(f"{of_x},{out}->{of_y}", x, cotangent, y.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -103,7 +106,8 @@ class Dense(nnx.Module):
     def __call__(self, x: Array) -> Array:
         size = math.prod(self.inward)
         kernel = self.kernel[...].reshape(size, -1)
-        y = checkpoint_name(product("nd,df->nf", x.reshape(-1, size), kernel), DENSE)
+        y = product("{},{}->{}".format(*MATRICES), x.reshape(-1, size), kernel)
+        y = checkpoint_name(y, DENSE)
         y = y.reshape(*x.shape[:2], *self.outward)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
 

@@ -21,8 +21,10 @@ from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progr
 from dpojax.training.objective import Hyper
 from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
-from dpojax.training.step import Report
+from dpojax.training.step import LOST, Report
 from dpojax.training.throughput import memory_bytes
+
+MOST_LOST = 0.5  # share of updates that rounding may swallow without a warning
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -102,6 +104,7 @@ class Fit:
     stop: StopSignal
     keep_best: str = ""
     spans: Spans = dataclasses.field(default_factory=Spans)
+    warned: bool = False  # that updates are lost; said once
 
     def __call__(self, state: State) -> State:
         """Train to the last step and return the final state, which is also on disk.
@@ -141,6 +144,7 @@ class Fit:
                         self._check(*pending, done)
                 if log:
                     values = pace.flush()
+                    self._warn(values, done)
                     self.writer.write(done, values, split="train")
                     bar.set_postfix_str(_postfix(values))
                 values = {}
@@ -159,6 +163,15 @@ class Fit:
             self.checkpoints.wait()
         self.spans.end()
         return state
+
+    def _warn(self, values: dict[str, float], step: int) -> None:
+        lost = values.get(LOST, 0.0)
+        if lost > MOST_LOST and not self.warned and jax.process_index() == 0:
+            self.warned = True
+            tqdm.write(
+                f"{self.stage}  step {step}: {lost:.0%} of the updates are smaller than the "
+                "weights can resolve, and change nothing: the learning rate is too small"
+            )
 
     def _check(self, rows: Rows, report: Report, step: int) -> None:
         if bool(report.finite):

@@ -19,6 +19,8 @@ from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
 from dpojax.training.state import State
 
+LOST = "updates/lost"  # the metric of updates that rounding swallows
+
 
 class Report(NamedTuple):
     """What a step says of itself."""
@@ -65,9 +67,24 @@ def build_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
+        metrics |= {LOST: _lost(state.params, params, updates)}
         return new, Report(metrics, finite, sums.bad)
 
     return step
+
+
+def _lost(before: dict, after: dict, updates: dict) -> Metric:
+    """How many updates are too small for the weight that they are added to, of all that are not 0.
+
+    Counted in the first layer, which stands for the others: its slice of a stacked array costs
+    nothing, however the array is sharded.
+    """
+    first = lambda x: x[0] if x.ndim > 2 else x[:0]
+    count = lambda found: jnp.sum(found, dtype=jnp.float32)
+    moved = jax.tree.map(lambda u: first(u) != 0, updates)
+    stuck = jax.tree.map(lambda m, p, q: m & (first(p) == first(q)), moved, before, after)
+    total = lambda tree: sum(map(count, jax.tree.leaves(tree)))
+    return Metric(total(stuck), total(moved))
 
 
 def build_evaluate(objective: Objective) -> Callable[[Any, Rows, Hyper], dict[str, Metric]]:

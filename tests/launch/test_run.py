@@ -316,3 +316,9 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     assert 0 < found["step"]["forward"] < whole
     assert 0 < found["utilisation"] < 1
     assert list(folder.glob("trace/**/*.xplane.pb"))
+
+
+def test_a_learning_rate_that_changes_nothing_is_warned_of_once(tmp_path, capsys):
+    config = tiny_config(stages=("dpo",), **{"dpo.learning_rate": 1e-14, "dpo.steps": 3})
+    run.run(config, str(tmp_path))
+    assert capsys.readouterr().out.count("smaller than the weights can resolve") == 1

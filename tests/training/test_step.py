@@ -253,3 +253,12 @@ def test_divergence_is_zero_from_itself_and_the_exact_kl_otherwise(
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[row.response >= 0]
     assert got.weight == kl.size
     np.testing.assert_allclose(got.total, kl.sum(), rtol=1e-4)
+
+
+def test_updates_that_rounding_swallows_are_counted(step, start, rows, hyper):
+    lost = {}
+    for rate in (1e-1, 1e-12):
+        _, report = step(start(), rows, hyper | {"learning_rate": jnp.float32(rate)})
+        lost[rate] = report.metrics["updates/lost"].value
+    assert lost[1e-1] < 0.01
+    assert lost[1e-12] > 0.9
