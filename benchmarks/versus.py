@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,9 +104,14 @@ def _run(system: System, case: Case, args: argparse.Namespace) -> dict:
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"},
     )
-    if done.returncode:
-        sys.exit(f"{system.script} failed:\n{done.stderr[-3000:]}")
+    if done.returncode:  # others go on: torch's bfloat16 has illegal instructions on some CPUs
+        print(f"{system.script}: {_cause(done.returncode)}\n{done.stderr[-2000:]}", file=sys.stderr)
+        return {"failed": _cause(done.returncode)}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _cause(code: int) -> str:
+    return f"exit {code}" if code > 0 else signal.Signals(-code).name
 
 
 def _environment(folder: pathlib.Path, name: str) -> str:
@@ -147,6 +153,9 @@ def _table(found: dict) -> str:
     ours = found["systems"].get("dpojax")
     lines = [f"\n{found['case']}: seconds per step, by round; the ratio to dpojax; peak GiB"]
     for title, rounds in found["systems"].items():
+        if failed := [x["failed"] for x in rounds if "failed" in x]:
+            lines.append(f"{title:<24}failed: {failed[0]}")
+            continue
         seconds = "  ".join(f"{x['median']:7.2f}" for x in rounds)
         line = f"{title:<24}{seconds}"
         if ours:

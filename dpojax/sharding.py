@@ -73,7 +73,10 @@ def start_distributed() -> None:
 
 
 def agreed(value: Flag) -> Flag:
-    """What process 0 holds, so that all processes take the same way; all wait for each other."""
+    """What process 0 holds, so that all processes take the same way; all wait for each other.
+
+    An int has to be of 32 bits.
+    """
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))

@@ -19,8 +19,7 @@ from torch_models import build
 
 
 class Timer(transformers.TrainerCallback):
-    """From the end of a step to the end of the next: loading and collating count, as they do for
-    the others."""
+    """From the end of a step to the end of the next; collating counts, which takes milliseconds."""
 
     def __init__(self, steps: int):
         self.clock, self.left = Clock(), WARM + steps
@@ -64,6 +63,7 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
             max_grad_norm=CLIP,
             weight_decay=0.0,
             max_steps=WARM + steps,
+            train_sampling_strategy="sequential",
             precompute_ref_log_probs=case.reference == "cached",
             dataloader_pin_memory=False,
         )

@@ -54,12 +54,16 @@ PANELS = (
 def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
     """Draw the evaluations of all members, a colour each, in the order given; all or nothing.
 
+    Nothing is drawn where nothing is finite.
+
     Args:
       members: name -> lines of its metrics file, of the split `eval`.
       path: .png, .pdf or .svg.
     """
     panels = [p for p in PANELS if any(_points(lines, p)[0] for lines in members.values())]
     panels = panels[-MOST:]
+    if not panels:
+        return
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     colors = [COLORS(0.92 * i / max(1, len(members) - 1)) for i in range(len(members))]

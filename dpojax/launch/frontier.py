@@ -35,7 +35,7 @@ from dpojax.launch.policy import load_policy
 from dpojax.launch.prefer import Settings, prefer
 from dpojax.launch.prompts import read_prompts
 from dpojax.launch.samples import SEED
-from dpojax.launch.together import same_program, train_together
+from dpojax.launch.together import digest, same_program, train_together
 from dpojax.sampling import build_sampler, generate
 from dpojax.training.loop import NonFiniteLoss
 
@@ -250,13 +250,14 @@ def _run_job(
     if len(own) == 1:
         start = lambda: _run(_config_of(config, run, folder), workdirs[0])
         return Job(run.name, workdirs[0] / runs.FINISHED, start, run.method, needs)
-    name = f"{run.method}-{len(own)}-runs"
-    done = folder / TOGETHER / f"{'+'.join(one.name for one in own)}.done"
+    key = digest([one.name for one in own])
+    name, done = f"{run.method}-{len(own)}-runs-{key[:4]}", folder / TOGETHER / f"{key}.done"
 
     def start():
         configs = [_config_of(config, one, folder) for one in own]
         if failed := train_together(configs, workdirs, folder / TOGETHER):
             raise NonFiniteLoss("\n".join(f"{name}: {why}" for name, why in failed.items()))
+        done.parent.mkdir(exist_ok=True)
         done.touch()
 
     return Job(name, done, start, run.method, needs)

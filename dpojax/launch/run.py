@@ -22,7 +22,7 @@ from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
 from dpojax.launch.ppo import PPOStage
 from dpojax.launch.setup import Setup
 from dpojax.launch.summary import summarise, summarise_classifier, summarise_reward
-from dpojax.launch.train import require_memory, train_stage
+from dpojax.launch.train import footprint, require_memory, train_stage
 from dpojax.training.checkpoints import CheckpointError
 from dpojax.training.loop import NonFiniteLoss, StopSignal
 from dpojax.training.metrics import read_metrics
@@ -56,6 +56,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         return
     setup = run_setup.prepare(config, folder)
     prepared = [prepare(name, setup) for name in config.stages]
+    require_memory_of(prepared)
     record(config, folder)
     with only_run(folder), jax.set_mesh(setup.mesh), StopSignal() as stop:
         announce(prepared)
@@ -69,17 +70,20 @@ def prepare(name: str, setup: Setup) -> stages.Stage | PPOStage:
     return ppo.prepare(setup) if name == ppo.NAME else stages.prepare(name, setup)
 
 
-def announce(prepared: Sequence[stages.Stage | PPOStage]) -> None:
-    """Say, and keep, what every stage is about to do.
+def require_memory_of(prepared: Sequence[stages.Stage | PPOStage]) -> None:
+    """Raise ConfigError if a stage will not fit into memory; PPO's is not predicted."""
+    for stage in prepared:
+        if not isinstance(stage, PPOStage):
+            require_memory(stage)
 
-    Raises:
-      ConfigError: a stage will not fit into memory.
-    """
+
+def announce(prepared: Sequence[stages.Stage | PPOStage]) -> None:
+    """Say, and keep, what every stage is about to do."""
     for stage in prepared:
         if isinstance(stage, PPOStage):
             said = f"\n{ppo.describe(stage)}"
         else:
-            wanted = require_memory(stage)
+            wanted = footprint(stage)
             said = f"\n{stages.report_of(stage)}\n{stages.describe(stage)}\n"
             said += f"{stage.name}: about {wanted} of each device"
         if jax.process_index() == 0:

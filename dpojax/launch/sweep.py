@@ -19,7 +19,14 @@ from dpojax.evaluation.sweep_figure import draw
 from dpojax.launch import run as runs
 from dpojax.launch.config import ConfigError, changes, check, fill_in, only_run
 from dpojax.launch.plan import write_json
-from dpojax.launch.together import same_program, share, train_together
+from dpojax.launch.together import (
+    failure_of,
+    same_program,
+    say_failed,
+    share,
+    train_together,
+)
+from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
 
 PLAN, GROUPS, TABLE, FIGURE = "sweep.json", "together", "sweep.csv", "sweep.png"
@@ -62,7 +69,8 @@ def names_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
     last = [key.rsplit(".", 1)[-1] for key in keys]
     short = {key: key if last.count(end) > 1 else end for key, end in zip(keys, last)}
     shown = lambda x: f"{x:g}" if isinstance(x, float) else str(x).replace("/", "_")
-    names = ["-".join(f"{short[k]}-{shown(x)}" for k, x in member.items()) for member in members]
+    named = lambda own: "-".join(f"{short[key]}-{shown(x)}" for key, x in own.items())
+    names = [named(member) or "unchanged" for member in members]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"sweep(): {twice[0]!r} is there {names.count(twice[0])} times")
     return names
@@ -82,26 +90,41 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
         another sweep.
       what `run` raises, and `Preempted`: the same call goes on.
     """
+    if "://" in workdir:
+        raise ConfigError(f"--workdir={workdir}: has to be a folder of a (shared) file system")
     folder = pathlib.Path(workdir).resolve()
     configs = {name: _of(config, own) for name, own in zip(names_of(members), members)}
     if config.distributed:
         sharding.start_distributed()
-    if jax.process_index() == 0:
-        _record(config, dict(zip(configs, members)), folder)
+    plan = _plan(config, dict(zip(configs, members)), folder)
     names, failed, trained = list(configs), {}, []
     with only_run(folder):
+        if jax.process_index() == 0:
+            write_json(folder / PLAN, plan)
         for group in same_program(list(configs.values())):
             own = {names[i]: configs[names[i]] for i in group}
             _begin_with_another(own, trained, configs, folder)
+            workdirs = [folder / name for name in own]
             if len(own) == 1:
-                runs.run(*own.values(), str(folder / next(iter(own))))
+                failed |= _alone(*own.values(), workdirs[0])
             else:
-                workdirs = [folder / name for name in own]
                 failed |= train_together(list(own.values()), workdirs, folder / GROUPS)
             trained += own
         if jax.process_index() == 0:
             print(f"\n{write(folder)}\n{folder}: {TABLE}, {FIGURE}")
     return failed
+
+
+def _alone(config: ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
+    """A run of its own; why it failed, by its name."""
+    if not failure_of(workdir):
+        try:
+            runs.run(config, str(workdir))
+        except NonFiniteLoss as error:
+            say_failed(workdir, str(error))
+            return {workdir.name: str(error)}
+    why = failure_of(workdir)
+    return {workdir.name: why} if why else {}
 
 
 def write(folder: pathlib.Path) -> str:
@@ -183,8 +206,8 @@ def _before_last(config: ConfigDict) -> dict:
     return {key: found[key] for key in kept}
 
 
-def _record(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Write sweep.json, or compare with the one there.
+def _plan(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path) -> dict:
+    """What sweep.json is to hold; members may be added to those that it has.
 
     Raises:
       ConfigError: it is of another config, or a member of that name had other changes.
@@ -198,6 +221,11 @@ def _record(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path
                 f"{folder} holds a sweep of another config; give this one its own --workdir, or "
                 "take back these changes:\n" + "\n".join(changed)
             )
-        now["members"] = then["members"] | now["members"]  # members may be added
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, now)
+        for name, own in now["members"].items():
+            if (before := then["members"].get(name, own)) != own:
+                raise ConfigError(
+                    f"{folder} holds a member {name} with {before}, which is now {own}; give this "
+                    "sweep its own --workdir"
+                )
+        now["members"] = then["members"] | now["members"]
+    return now

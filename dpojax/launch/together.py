@@ -68,7 +68,8 @@ def traced(config: ConfigDict) -> frozenset[str]:
         keys |= {f"dpo.{key}" for key, x in numbers if type(x) in (int, float)}
     if name == "reward":
         keys.add("reward.centring")
-    drawn = len(config.stages) > 1 or not config.model.path or stage.data.source == EMBEDDED
+    drawn = len(config.stages) > 1 or not config.model.path or name in stages.SCORING
+    drawn = drawn or EMBEDDED in (stage.data.source, stage.data.eval_source)
     adapted = "lora" in stage and stage.lora.rank
     return frozenset(keys if drawn or adapted else keys | {"seed"})
 
@@ -109,49 +110,60 @@ def train_together(
     if len(same_program(configs)) > 1:
         raise ConfigError("these runs differ in more than one program can vary")
     workdirs = [pathlib.Path(workdir).resolve() for workdir in workdirs]
-    left = [pair for pair in zip(configs, workdirs) if not _ended(pair[1])]
-    if left:
-        setup = run_setup.prepare(*left[0])
+    if not all(map(_ended, workdirs)):
+        # All of them, whatever is left: so a plan does not change when the call is repeated.
+        setup = run_setup.prepare(configs[0], workdirs[0])
         prepared = [runs.prepare(name, setup) for name in setup.config.stages]
-        for config, workdir in left:
+        runs.require_memory_of(prepared)
+        for config, workdir in zip(configs, workdirs):
             record(config, workdir)
         with contextlib.ExitStack() as during:
-            for _, workdir in left:
+            for workdir in workdirs:
                 during.enter_context(only_run(workdir))
             during.enter_context(jax.set_mesh(setup.mesh))
             stop = during.enter_context(StopSignal())
             runs.announce(prepared)
             start = runs.train(prepared[:-1], partial(run_setup.initial_params, setup), stop)
-            every = [stages.with_numbers(prepared[-1], *own) for own in left]
+            every = [stages.with_numbers(prepared[-1], *own) for own in zip(configs, workdirs)]
             for stage in every[1:]:
-                share(every[0].setup.workdir, stage.setup.workdir, but=(stage.name,))
+                share(workdirs[0], stage.setup.workdir, but=(stage.name,))
                 if jax.process_index() == 0:
                     stages.save_reports(stage)
             _Group(every, folder, stop).train(start)
     sharding.agreed(True)  # what the first process wrote is there
-    failed = {path.name: path / FAILED for path in workdirs if (path / FAILED).exists()}
-    return {name: path.read_text().strip() for name, path in failed.items()}
+    return {path.name: why for path in workdirs if (why := failure_of(path))}
+
+
+def failure_of(workdir: pathlib.Path) -> str:
+    """Why the run in a workdir failed while others went on; "" if it did not."""
+    path = workdir / FAILED
+    return path.read_text().strip() if path.exists() else ""
+
+
+def say_failed(workdir: pathlib.Path, why: str) -> None:
+    """Keep why a run failed; it is not tried again as long as that is there."""
+    if jax.process_index() == 0:
+        unfinished = workdir / f"{FAILED}.unfinished"
+        unfinished.write_text(why + "\n")
+        os.replace(unfinished, workdir / FAILED)
 
 
 class _Group:
     """Stages that differ in traced numbers alone, and what they share."""
 
     def __init__(self, every: Sequence[Stage], folder: pathlib.Path, stop: StopSignal):
-        self.stages, self.folder, self.stop = every, folder, stop
-        self.lead = every[0]
+        self.folder = folder / digest([stage.setup.workdir.name for stage in every])
+        self.stop = stop
         seeds = list(dict.fromkeys(stage.setup.config.seed for stage in every))
-        self.orders = [self._of_seed(seed) for seed in seeds]  # a stage that has each order
         self.order_of = [seeds.index(stage.setup.config.seed) for stage in every]
-        if len(seeds) > 1:
-            shape = stages.shape_of(self.lead, [stage.order for stage in self.orders])
-            self.stages = [stage._replace(shape=shape) for stage in every]
-            self.lead = self.stages[0]
+        longest = max(stage.steps for stage in every)
+        first = [next(s for s in every if s.setup.config.seed == seed) for seed in seeds]
+        # As long as the longest member: a shorter one's batches are the first of them.
+        self.orders = [stage._replace(steps=longest) for stage in first]
+        shape = stages.shape_of(every[0], [stage.order for stage in self.orders])
+        self.stages = [stage._replace(shape=shape) for stage in every]
+        self.lead = self.stages[0]
         self.optimizer = make_optimizer(self.lead.config.optimizer)
-
-    def _of_seed(self, seed: int) -> Stage:
-        """The longest run of this seed: the others' batches are its first."""
-        own = [stage for stage in self.stages if stage.setup.config.seed == seed]
-        return max(own, key=lambda stage: stage.steps)
 
     @property
     def own_rows(self) -> bool:
@@ -159,6 +171,14 @@ class _Group:
 
     def train(self, start) -> None:
         """All of them, as many at once as memory holds; start() -> parameters to begin with."""
+        if not all(map(self._trained, range(len(self.stages)))):
+            self._train(start)
+        self._end(range(len(self.stages)), {})
+        sharding.agreed(True)  # nobody reads there any more
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _train(self, start) -> None:
         lead, mesh = self.lead, self.lead.setup.mesh
         params = start()
         if lead.setup.model.config.scalar_head:
@@ -177,50 +197,61 @@ class _Group:
             indices = range(first, min(first + at_once, len(self.stages)))
             self._train_at_once(indices, lanes, trained, frozen, judge, used)
 
+    def _trained(self, index: int) -> bool:
+        """Whether a member has ended, or its final state is on disk already."""
+        stage = self.stages[index]
+        if _ended(stage.setup.workdir):
+            return True
+        with Checkpoints(stage.folder / "checkpoints") as saved:
+            return sharding.agreed(saved.latest == stage.steps)
+
     def _train_at_once(self, indices: range, lanes, trained, frozen, judge: Judge, used) -> None:
         """Some of them, from step 0 or from their checkpoint, to the end."""
         lead, config = self.lead, self.lead.setup.config
         names = [self.stages[i].setup.workdir.name for i in indices]
-        folder = self.folder / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-        batches = Orders([self._batches(stage, used) for stage in self.orders])
-        with contextlib.ExitStack() as during:
-            saved = during.enter_context(Checkpoints(folder, keep=1))
-            turns = -(-len(indices) // lanes.count)
-            found = resume(saved, lanes.abstract, turns, batches)
-            done = -1 if found is None else found[1]
-            members = [self._member(i, judge, during, done) for i in indices]
-            if found is None:
+        folder = self.folder / digest(names)
+        ended = {i for i in indices if self._trained(i)}
+        errors: dict[int, str] = {}
+        if len(ended) < len(indices):
+            with contextlib.ExitStack() as during:
+                saved = during.enter_context(Checkpoints(folder, keep=1))
+                batches = Orders([self._batches(stage, used) for stage in self.orders])
+                turns = -(-len(indices) // lanes.count)
+                found = resume(saved, lanes.abstract, turns, batches)
+                done = -1 if found is None else found[1]
+                members = [self._member(i, judge, during, done, i in ended) for i in indices]
                 for member, i in zip(members, indices):
-                    self._begin(member, self.stages[i], judge, trained, used)
-            else:
-                for member in members:
-                    member.error = found[2].get(member.name, "")
-            places = [range(len(indices))[t * lanes.count :][: lanes.count] for t in range(turns)]
-            at = [[indices[k] for k in place] for place in places]
-            numbers = [lanes.numbers(own) for own in at]
-            state = [lanes.new(trained, own) for own in numbers] if found is None else found[0]
-            fit = FitTogether(
-                stage=lead.name,
-                step=lambda lane, rows, own: lanes.step(lane, rows, own, frozen),
-                lane=lanes.lane,
-                batches=batches,
-                place=partial(lanes.place, at, used),
-                rows_of=lambda batch, t, lane: batch[self.order_of[at[t][lane]]],
-                every=Every(config.log_every, config.evaluate_every, config.checkpoint_every),
-                examples=lead.data.examples,
-                checkpoints=saved,
-                stop=self.stop,
-            )
-            groups = [[members[k] for k in place] for place in places]
-            fit([Turn(*own) for own in zip(groups, state, numbers)], max(done, 0))
-        for i, member in zip(indices, members):
-            self._end(self.stages[i], member)
-        sharding.agreed(True)  # nobody reads there any more
-        if jax.process_index() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+                    if found is not None:
+                        member.error = found[2].get(member.name, "")
+                    elif not member.ended:
+                        self._begin(member, self.stages[i], judge, trained, used)
+                places = [
+                    range(len(indices))[t * lanes.count :][: lanes.count] for t in range(turns)
+                ]
+                at = [[indices[k] for k in place] for place in places]
+                numbers = [lanes.numbers(own, ended) for own in at]
+                state = [lanes.new(trained, own) for own in numbers] if found is None else found[0]
+                fit = FitTogether(
+                    stage=lead.name,
+                    step=lambda lane, rows, own: lanes.step(lane, rows, own, frozen),
+                    lane=lanes.lane,
+                    batches=batches,
+                    place=partial(lanes.place, at, used),
+                    rows_of=lambda batch, t, lane: batch[self.order_of[at[t][lane]]],
+                    every=Every(config.log_every, config.evaluate_every, config.checkpoint_every),
+                    examples=lead.data.examples,
+                    checkpoints=saved,
+                    stop=self.stop,
+                )
+                groups = [[members[k] for k in place] for place in places]
+                fit([Turn(*own) for own in zip(groups, state, numbers)], max(done, 0))
+                errors = {i: member.error for i, member in zip(indices, members)}
+        self._end(indices, errors)
 
-    def _member(self, index: int, judge: Judge, during, done: int) -> Member:
+    def _member(self, index: int, judge: Judge, during, done: int, ended: bool) -> Member:
         stage = self.stages[index]
+        if ended:
+            return Member(stage.setup.workdir.name, stage.steps, ended=True)
         board = stage.setup.config.tensorboard
         writer = MetricWriter(stage.folder, tensorboard=board, resume_step=done)
         return Member(
@@ -237,6 +268,17 @@ class _Group:
             policy = policy_of(stage, judge.base, trained)
             member.writer.write(0, check_identity(stage, policy, used), split="identity")
 
+    def _end(self, indices: range, errors: dict[int, str]) -> None:
+        """Judge those that have not been judged, and say why others failed."""
+        for index in indices:
+            stage = self.stages[index]
+            if _ended(stage.setup.workdir):
+                continue
+            if why := errors.get(index):
+                say_failed(stage.setup.workdir, why)
+            else:
+                runs.finish(stage, run_setup.trained_params(stage.setup, stage.name))
+
     def _batches(self, stage: Stage, used: Reference):
         return train_batches(
             stage.data.examples,
@@ -246,19 +288,14 @@ class _Group:
             attach=used.attach,
         )
 
-    def _end(self, stage: Stage, member: Member) -> None:
-        workdir = stage.setup.workdir
-        if not member.error:
-            runs.finish(stage, run_setup.trained_params(stage.setup, stage.name))
-        elif jax.process_index() == 0:
-            (workdir / FAILED).write_text(member.error + "\n")
-
 
 class _Lanes:
     """The program of a group: how many lanes it has, where they lie, and what goes in and out."""
 
     def __init__(self, group: _Group, mesh: Mesh, members: int):
+        """members: of the whole sweep."""
         asked = group.lead.setup.config.sweep
+        members = min(members, asked.at_once or members)
         self.group, self.asked, self.members = group, asked, members
         axis = asked.axis or _largest_divisor(mesh.shape["data"], members)
         try:
@@ -284,12 +321,12 @@ class _Lanes:
                 self.abstract,
                 own_rows=self.group.own_rows,
             )
-            numbers = self.numbers(range(min(self.count, self.members)))
+            numbers = self.numbers(range(min(self.count, self.members)), set())
             with jax.set_mesh(self.mesh):
                 self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
             lanes = memory.bytes_per_device(self.abstract)
             beside = memory.temporary_bytes(self._step) + memory.bytes_per_device(frozen)
-            turns = sharding.agreed(int((memory.limit_bytes() - beside) // lanes))
+            turns = sharding.agreed(min(2**20, int((memory.limit_bytes() - beside) // lanes)))
             if turns >= 1 or self.vmapped == 1 or self.asked.vmapped:
                 break
             self.vmapped = -(-self.vmapped // 2)
@@ -311,11 +348,12 @@ class _Lanes:
         with jax.set_mesh(self.mesh):
             return self._step(lanes, rows, numbers, frozen)
 
-    def numbers(self, indices: Sequence[int]) -> Numbers:
-        """Of the members at `indices`; lanes to spare do no steps."""
+    def numbers(self, indices: Sequence[int], ended: set[int]) -> Numbers:
+        """Of the members at `indices`; those that have ended, and lanes to spare, do no steps."""
+        idle = lambda own: own._replace(steps=jnp.int32(0))
         own = [_numbers_of(self.group.stages[i]) for i in indices]
-        idle = own[-1]._replace(steps=jnp.int32(0))
-        return stack([*own, *[idle] * (self.count - len(own))], self.mesh)
+        own = [idle(x) if i in ended else x for i, x in zip(indices, own)]
+        return stack([*own, *[idle(own[-1])] * (self.count - len(own))], self.mesh)
 
     def new(self, trained: dict, numbers: Numbers):
         make_state = lambda params, seed: initial_state(params, self.group.optimizer, seed)
@@ -354,6 +392,11 @@ def _numbers_of(stage: Stage) -> Numbers:
     whole = lambda x: jnp.asarray(x, jnp.int32)
     warmup, seed = stage.config.warmup_steps, stage.setup.config.seed
     return Numbers(stage.hyper, whole(warmup), whole(stage.steps), whole(seed % 2**31))
+
+
+def digest(names: Sequence[str]) -> str:
+    """A short name of several runs."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
 def _largest_divisor(devices: int, members: int) -> int:

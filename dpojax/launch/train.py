@@ -228,28 +228,30 @@ def footprint(stage: Stage) -> Footprint:
     )
 
 
-def require_memory(stage: Stage) -> Footprint:
-    """The stage's footprint.
-
-    Raises:
-      ConfigError: it is more than a device has; it names what to change first.
-    """
-    wanted, limit = footprint(stage), sharding.agreed(limit_bytes())
+def require_memory(stage: Stage) -> None:
+    """Raise ConfigError if the stage's footprint is more than a device has; it names what to change
+    first."""
+    mebi = 2**20  # what processes agree on is an int32
+    wanted, limit = footprint(stage), mebi * sharding.agreed(min(limit_bytes() // mebi, 2**30))
     if stage.setup.config.check_memory and wanted.total > limit:
         shape, largest = stage.shape, max(wanted._asdict(), key=wanted._asdict().get)
-        smaller = "spread the model over more devices (config.mesh.fsdp), or train adapters alone"
+        spread = "spread the model over more devices (config.mesh.fsdp)"
+        if "lora" in stage.config and stage.lora is None:
+            spread += f", or train adapters alone (config.{stage.name}.lora.rank)"
+        frozen = f"store the base in bfloat16 (config.{stage.name}.lora.base_dtype)"
+        if stage.lora is None:
+            frozen = "cache the reference (config.dpo.reference.kind), or store it in bfloat16"
         change = {
             "activations": f"lower config.micro_rows (now {shape.rows} rows of {shape.length} "
             "tokens), or set config.model.remat to full",
             "logits": "lower config.max_logits",
-            "frozen": "cache the reference (config.dpo.reference.kind), or store it in bfloat16",
-        }.get(largest, f"{smaller} (config.{stage.name}.lora.rank)")
+            "frozen": frozen,
+        }.get(largest, spread)
         raise ConfigError(
             f"{stage.name}: a step will want about {wanted} of each device, which has "
             f"{gib(limit)} to give. Most are {largest}: {change}. config.check_memory=False tries "
             "all the same"
         )
-    return wanted
 
 
 def make_step(stage: Stage, optimizer) -> MakeStep:

@@ -113,6 +113,12 @@ class Fit:
           NonFiniteLoss: naming the examples; the last good checkpoint is untouched.
           Preempted: after a SIGTERM, once the state is saved.
         """
+        try:
+            return self._train(state)
+        finally:
+            self.spans.end()
+
+    def _train(self, state: State) -> State:
         done = int(state.step)
         best = self.checkpoints.best if self.keep_best else None
         highest = -math.inf if best is None else best.score
@@ -161,7 +167,6 @@ class Fit:
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
         with self.spans(CHECKPOINT):
             self.checkpoints.wait()
-        self.spans.end()
         return state
 
     def _warn(self, values: dict[str, float], step: int) -> None:

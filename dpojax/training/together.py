@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -26,19 +27,23 @@ class Member:
 
     evaluate: state -> values by metric name, on the held-out data.
     checkpoints: where its final state goes.
+    ended: by an earlier call; its lane is idle, and it has nothing of the above.
     error: why it failed; "" if it did not.
+    found: its last evaluation.
     """
 
     name: str
     steps: int
-    evaluate: Callable[[State], dict[str, float]]
-    writer: MetricWriter
-    checkpoints: Checkpoints
+    evaluate: Callable[[State], dict[str, float]] | None = None
+    writer: MetricWriter | None = None
+    checkpoints: Checkpoints | None = None
+    ended: bool = False
     error: str = ""
+    found: dict[str, float] = dataclasses.field(default_factory=dict)
     window: Window = dataclasses.field(default_factory=Window)
 
     def going(self, done: int) -> bool:
-        return not self.error and done < self.steps
+        return not self.ended and not self.error and done < self.steps
 
 
 @dataclasses.dataclass
@@ -55,6 +60,8 @@ class Turn:
         steps, self.unread = sharding.to_host(self.unread), []
         for metrics in steps:
             for lane, member in enumerate(self.members):
+                if member.ended:
+                    continue
                 member.window.add(jax.tree.map(lambda x, i=lane: x[i], metrics))
 
 
@@ -104,7 +111,7 @@ class FitTogether:
         Raises:
           Preempted: after a SIGTERM, once all lanes are saved.
         """
-        members = [member for turn in turns for member in turn.members]
+        members = [m for turn in turns for m in turn.members if not m.ended]
         last, pending = max(member.steps for member in members), None
         if done == 0:
             self._each(turns, members, self._evaluate, 0)
@@ -161,12 +168,14 @@ class FitTogether:
                     act(member, self.lane(turn.lanes, index), done)
 
     def _evaluate(self, member: Member, state: State, done: int) -> None:
-        values = member.evaluate(state)
+        values = member.found = member.evaluate(state)
         member.writer.write(done, values, split="eval")
         say_evaluation(f"{self.stage} {member.name}", done, member.steps, values)
 
     def _finish(self, member: Member, state: State, done: int) -> None:
-        member.checkpoints.save(done, state, metadata={"stage": self.stage})
+        finite = {name: x for name, x in member.found.items() if math.isfinite(x)}
+        metadata = {"stage": self.stage, "evaluation": finite}
+        member.checkpoints.save(done, state, metadata=metadata)
 
     def _check(self, turns, batch: list[Rows], reports: list, step: int) -> None:
         """Members whose loss was not finite at this step have failed."""

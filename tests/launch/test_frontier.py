@@ -98,25 +98,6 @@ def test_the_same_command_makes_nothing_again_and_runs_may_be_added(made):
     assert "simpo" in {p.method for p in frontier_results.collect(folder)[0]}
 
 
-def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job(made, tmp_path):
-    folder, _ = made
-    betas = [Run("dpo", f"beta={beta:g}", {"dpo.beta": beta}) for beta in (0.1, 0.3, 2.0)]
-    seeds = [Run("preferred_ft", f"seed={i}", {"dpo.loss": "sft", "seed": i}) for i in (1, 2, 3)]
-    planned = frontier.jobs(config(), [*betas, *seeds, ADDED], folder, together=True)
-    names = {"dpo-3-runs", "preferred_ft-3-runs"}
-    assert names <= {job.name for job in planned}
-    before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
-    frontier.make(config(), [*betas, *seeds, ADDED], str(folder), together=True)
-    assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
-    assert all(job.made.exists() for job in planned)
-    (own,) = frontier.configs(config(), betas[1:2], folder)
-    runs.run(own, str(tmp_path / "alone"))
-    of_run = lambda workdir: read_metrics(workdir / "dpo", "eval")[-1]
-    alone, member = of_run(tmp_path / "alone"), of_run(folder / "runs" / "dpo-beta-0.3")
-    assert member["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-    assert member["samples/reward"] == alone["samples/reward"]
-
-
 def test_another_config_in_the_same_folder_is_refused_by_key(made):
     with pytest.raises(ConfigError, match=r"frontier\.count: 24 -> 25"):
         frontier.make(config(**{"frontier.count": 25}), RUNS, str(made[0]))
@@ -218,3 +199,23 @@ def test_a_policy_that_never_ends_is_told_in_a_line():
 def test_the_papers_sweep_has_22_runs():
     runs = frontier.paper_runs()
     assert len(runs) == 22 == len({run.name for run in runs})
+
+
+def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job(made, tmp_path):
+    """The last of this file: it adds runs to what the others look at."""
+    folder, _ = made
+    betas = [Run("dpo", f"beta={beta:g}", {"dpo.beta": beta}) for beta in (0.1, 0.3, 2.0)]
+    seeds = [Run("preferred_ft", f"seed={i}", {"dpo.loss": "sft", "seed": i}) for i in (1, 2, 3)]
+    planned = frontier.jobs(config(), [*betas, *seeds, ADDED], folder, together=True)
+    names = [job.name.rsplit("-", 1)[0] for job in planned]
+    assert {"dpo-3-runs", "preferred_ft-3-runs"} <= {*names}
+    before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
+    frontier.make(config(), [*betas, *seeds, ADDED], str(folder), together=True)
+    assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
+    assert all(job.made.exists() for job in planned)
+    (own,) = frontier.configs(config(), betas[1:2], folder)
+    runs.run(own, str(tmp_path / "alone"))
+    of_run = lambda workdir: read_metrics(workdir / "dpo", "eval")[-1]
+    alone, member = of_run(tmp_path / "alone"), of_run(folder / "runs" / "dpo-beta-0.3")
+    assert member["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert member["samples/reward"] == alone["samples/reward"]

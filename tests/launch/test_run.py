@@ -300,7 +300,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, 
     monkeypatch.setattr(launch_train, "limit_bytes", lambda: 2**10)
     with pytest.raises(ConfigError, match=r"dpo: a step will want about .* config\.\w+.* tries"):
         run.run(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "dpo").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):

@@ -20,13 +20,13 @@ from dpojax.training.loop import Preempted, StopSignal
 from .conftest import lines, tiny_config
 
 MEMBERS = (
-    {"dpo.beta": 0.1},
     {"dpo.beta": 2.0, "dpo.learning_rate": 3e-3, "dpo.warmup_steps": 1, "dpo.steps": 4},
+    {},
     {"dpo.learning_rate": 1e30},
     {"dpo.label_smoothing": 0.2},
-)
+)  # the first, which all share their data with, is shorter than the others
 NAMES = tuple(sweep.names_of(MEMBERS))
-SHORT, BROKEN = NAMES[1], NAMES[2]
+SHORT, PLAIN, BROKEN, LAST = NAMES
 
 
 def base_config(**changes) -> ConfigDict:
@@ -71,7 +71,7 @@ def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path, index):
 
 
 def test_every_step_of_a_member_is_logged_once(swept):
-    for name, steps in ((NAMES[0], 6), (SHORT, 4), (NAMES[3], 6)):
+    for name, steps in ((SHORT, 4), (PLAIN, 6), (LAST, 6)):
         logged = [x["step"] for x in lines(swept[0] / name, "dpo") if x["split"] == "train"]
         assert logged == list(range(1, steps + 1))
 
@@ -102,20 +102,60 @@ def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-@pytest.mark.parametrize("changes", [{}, {"sweep.at_once": 2}], ids=["all", "two at once"])
-def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(swept, tmp_path, monkeypatch, changes):
-    agreed = lambda self, step=0: step == 5  # the short member has ended
+@pytest.mark.parametrize(
+    ("at_once", "stops"), [(0, 1), (2, 1), (2, 2)], ids=["all", "first two", "last two"]
+)
+def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
+    swept, tmp_path, monkeypatch, at_once, stops
+):
+    config, asked = base_config(**{"sweep.at_once": at_once}), []
+
+    def agreed(self, step=0):  # the short member has ended by then
+        asked.append(step)
+        return asked.count(5) == stops and step == 5
+
+    folder = tmp_path / "sweep"
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "agreed", agreed)
         with pytest.raises(Preempted, match="dpo: stopped at step 5 of 6"):
-            sweep.make(base_config(**changes), MEMBERS, str(tmp_path / "sweep"))
-    assert not list((tmp_path / "sweep").glob(f"*/{runs.FINISHED}"))
-    failed = sweep.make(base_config(**changes), MEMBERS, str(tmp_path / "sweep"))
-    assert set(failed) == {BROKEN}
+            sweep.make(config, MEMBERS, str(folder))
+    assert len(list(folder.glob(f"*/{runs.FINISHED}"))) == (2 if stops == 2 else 0)
+    assert set(sweep.make(config, MEMBERS, str(folder))) == {BROKEN}
     for name in {*NAMES} - {BROKEN}:
-        assert_same(tmp_path / "sweep" / name, swept[0] / name, atol=0 if not changes else 1e-6)
-    logged = [x["step"] for x in lines(tmp_path / "sweep" / NAMES[0], "dpo")]
-    assert sorted(logged) == sorted(x["step"] for x in lines(swept[0] / NAMES[0], "dpo"))
+        assert_same(folder / name, swept[0] / name, atol=1e-6 if at_once else 0)
+        steps = lambda of: sorted((x["step"], x["split"]) for x in lines(of, "dpo"))
+        assert steps(folder / name) == steps(swept[0] / name)
+
+
+def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
+    swept, tmp_path, monkeypatch
+):
+    folder, finish, judged = tmp_path / "sweep", runs.finish, []
+
+    def killed(stage, params):
+        if judged:
+            raise KeyboardInterrupt
+        judged.append(stage)
+        finish(stage, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.make(base_config(), MEMBERS[:2], str(folder))
+    assert len(list(folder.glob(f"*/{runs.FINISHED}"))) == 1
+    monkeypatch.setattr(together, "FitTogether", None)
+    assert sweep.make(base_config(), MEMBERS[:2], str(folder)) == {}
+    for name in NAMES[:2]:
+        assert_same(folder / name, swept[0] / name, atol=1e-6)
+    assert not list(folder.glob(f"{sweep.GROUPS}/*"))
+
+
+def test_a_member_of_its_own_that_fails_leaves_the_others(tmp_path):
+    members = [{"dpo.loss": "hinge", "dpo.learning_rate": 1e30}, {"dpo.loss": "dpo"}]
+    failed = sweep.make(base_config(), members, str(tmp_path / "sweep"))
+    assert ["hinge" in name for name in failed] == [True]
+    assert (tmp_path / "sweep" / "loss-dpo" / runs.FINISHED).exists()
+    assert sweep.make(base_config(), members, str(tmp_path / "sweep")) == failed
 
 
 def test_the_step_is_compiled_once_for_all_members(tmp_path, monkeypatch):
@@ -139,14 +179,14 @@ def test_seeds_see_batches_of_their_own(swept, tmp_path):
     pairs.write_text("\n".join(map(json.dumps, made)))
     changes = {"model.path": str(policy), "dpo.data.source": str(pairs), "dpo.steps": 3}
     config = base_config(stages=("dpo",), **changes)
-    members = [{"seed": seed} for seed in (0, 7)]
+    members = [{"seed": 0, "dpo.steps": 2}, {"seed": 7}]
     assert sweep.make(config, members, str(tmp_path / "sweep")) == {}
-    assert not (tmp_path / "sweep" / "seed-0" / "sft").exists()
+    assert not (tmp_path / "sweep" / "seed-0-steps-2" / "sft").exists()
     config.seed = 7
     runs.run(config, str(tmp_path / "alone"))
     assert_same(tmp_path / "sweep" / "seed-7", tmp_path / "alone", atol=1e-5)
     with pytest.raises(AssertionError):
-        assert_same(tmp_path / "sweep" / "seed-0", tmp_path / "alone", atol=1e-5)
+        assert_same(tmp_path / "sweep" / "seed-0-steps-2", tmp_path / "alone", atol=1e-5)
 
 
 def grouped(*members, **changes):
@@ -165,6 +205,10 @@ def test_one_program_trains_what_differs_in_traced_numbers_alone():
     dpo = {"stages": ("dpo",), "model.path": "policy", "dpo.data.source": "pairs.jsonl"}
     assert grouped({}, {"seed": 1}, **dpo) == [[0, 1]]
     assert grouped({}, {"seed": 1}, **dpo, **{"dpo.lora.rank": 2}) == [[0], [1]]
+    assert grouped({}, {"seed": 1}, **dpo, **{"dpo.data.eval_source": "reviews"}) == [[0], [1]]
+    scoring = {"stages": ("reward",), "model.path": "policy", "reward.keep_best": False}
+    scoring["reward.data.source"] = "pairs.jsonl"
+    assert grouped({}, {"reward.centring": 0.1}, {"seed": 1}, **scoring) == [[0, 1], [2]]
     assert grouped({}, {"reward.learning_rate": 1e-4}, stages=("reward",)) == [[0], [1]]
 
 
@@ -187,4 +231,6 @@ def test_the_folder_of_another_sweep_is_refused(swept):
     before = (swept[0] / sweep.PLAN).read_bytes()
     with pytest.raises(ConfigError, match=r"dpo\.batch_size: 8 -> 4"):
         sweep.make(base_config(**{"dpo.batch_size": 4}), MEMBERS, str(swept[0]))
+    with pytest.raises(ConfigError, match=r"unchanged with \{\}, which is now"):
+        sweep._plan(base_config(), {"unchanged": {"dpo.beta": 0.1}}, swept[0])
     assert (swept[0] / sweep.PLAN).read_bytes() == before

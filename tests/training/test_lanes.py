@@ -101,7 +101,7 @@ def test_members_together_equal_members_alone(
     model, objective, params, rows, optimizer, tolerance, axis, mesh
 ):
     make = make_step(model, objective, optimizer)
-    members = [member(beta, rate=0.01 * (i + 1)) for i, beta in enumerate(BETAS)]
+    members = [member(beta, rate=0.004 * (i + 1)) for i, beta in enumerate(BETAS)]
     together = Together(make, optimizer, params, members, axis=axis, mesh=mesh)
     states = together.train(rows)
     assert together.step._cache_size() == 1
