@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
     config.frontier = _frontier()
     config.sweep = _sweep()
     config.check_memory = True  # refuse a stage that, by prediction, does not fit on a device
-    config.profile = False  # a trace, and a table of where the time went; of all stages but PPO
+    config.profile = False  # a trace, and a table of where the time went; not of PPO or a sweep
     config.log_every = 10  # steps
     config.evaluate_every = 100
     config.checkpoint_every = 100

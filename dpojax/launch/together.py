@@ -1,7 +1,8 @@
 """Runs that differ in traced numbers alone, trained as one program over one pass of the data.
 
-Each has a workdir of its own, which in the end holds what scripts/train.py would have made there.
-While they train, one checkpoint holds all of them.
+Each has a workdir of its own, which in the end holds what scripts/train.py would have made there,
+but for speeds in the metrics and checkpoints before the last. While they train, one checkpoint
+holds all of them.
 """
 
 from __future__ import annotations
