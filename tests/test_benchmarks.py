@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.frontier_seeds import share_at
+from benchmarks.peers.cases import CASES, batches, read_case
 from benchmarks.train_step import COLUMNS, Case, measure
 from dpojax.evaluation.frontier_points import Point
 from dpojax.evaluation.optimum import optimum
@@ -88,3 +89,16 @@ def test_a_hull_is_straight_from_the_reference_to_its_points_and_flat_behind_the
     shares = [share_at(kl, [end], base, unknown, best=1.0) for kl in (2.0, 4.0, 9.0)]
     assert [float(share.value) for share in shares] == pytest.approx([0.25, 0.5, 0.5])
     assert [float(share.error) for share in shares] == pytest.approx([0.025, 0.0375, 0.0375])
+
+
+def test_every_system_gets_the_same_pairs_of_the_lengths_asked_for(tmp_path):
+    lengths = [[3, 4, 5], [6, 2, 7], [1, 1, 1], [2, 3, 4]]
+    (tmp_path / "lengths.json").write_text(json.dumps(lengths))
+    case = CASES["tiny"]._replace(lengths=str(tmp_path / "lengths.json"), pairs=2)
+    found = batches(read_case(json.dumps(case._asdict())), 2)
+    assert [[len(ids) for ids in pair] for batch in found for pair in batch] == lengths
+    assert found == batches(case, 2)
+    ids = {i for batch in found for pair in batch for i in (*pair.prompt, *pair.chosen[:-1])}
+    assert min(ids) >= 4
+    assert max(ids) < case.vocabulary
+    assert {pair.chosen[-1] for batch in found for pair in batch} == {1}

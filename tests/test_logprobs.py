@@ -12,6 +12,7 @@ from dpojax.logprobs import (
     token_logprobs,
     token_logprobs_plain,
     token_statistics,
+    weight_gradient,
 )
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 7, 8, 23
@@ -99,3 +100,15 @@ def test_sums_by_response_leave_padding_out_even_when_it_is_nan():
     values = jnp.array([[1.0, 2.0, 4.0, jnp.nan]])
     response = jnp.array([[0, 2, 2, -1]])
     np.testing.assert_array_equal(sum_by_response(values, response, 4), [[1.0, 0.0, 6.0, 0.0]])
+
+
+@pytest.mark.parametrize("shape", [(12, 6, 8), (7, 5, 3), (4, 1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_weights_gradient_is_the_sum_of_outer_products(shape, dtype):
+    rows, inward, outward = shape
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(rows, n)), dtype) for n in (inward, outward))
+    found = jax.jit(weight_gradient)(x, g)
+    assert found.dtype == jnp.float32
+    exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
+    np.testing.assert_allclose(found, exact, atol=1e-5)

@@ -30,6 +30,7 @@ from dpojax.launch import setup as run_setup
 from dpojax.launch import stages
 from dpojax.launch.config import ConfigError, check, fill_in, flat, loss_options, only_run, record
 from dpojax.launch.data import EMBEDDED
+from dpojax.launch.plan import write_json
 from dpojax.launch.references import Reference, check_identity
 from dpojax.launch.stages import Stage
 from dpojax.launch.train import Judge, abstract_of, make_step, open_judge, policy_of, reference_of
@@ -49,6 +50,7 @@ from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import initial_state, make_optimizer
 from dpojax.training.together import FitTogether, Member, Orders, Turn, resume
 
+LANES = "lanes.json"  # of a group, while it trains
 FAILED = "failed.txt"  # in the workdir of a run that failed while others went on
 PACE = ("learning_rate", "warmup_steps", "steps", "epochs")
 
@@ -314,29 +316,57 @@ class _Lanes:
         return self.vmapped * self.mesh.shape[SWEEP]
 
     def compile(self, frozen) -> int:
-        """Compile the step; returns how many members memory holds at once."""
+        """Compile the step; returns how many members memory holds at once.
+
+        What was chosen stays so as long as the members' checkpoints, which have its shape.
+
+        Raises:
+          ConfigError: not even one call's members fit.
+        """
+        path = self.group.folder / LANES
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = {name: sharding.agreed(kept.get(name, 0)) for name in ("vmapped", "at_once")}
+        self.vmapped = kept["vmapped"] or self.vmapped
+        fixed = kept["vmapped"] or self.asked.vmapped
         while True:
-            self.abstract = abstract_lanes(self.own, self.count, self.mesh)
-            step = build_lanes(
-                make_step(self.group.lead, self.group.optimizer),
-                self.abstract,
-                own_rows=self.group.own_rows,
-            )
-            numbers = self.numbers(range(min(self.count, self.members)), set())
-            with jax.set_mesh(self.mesh):
-                self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
-            lanes = memory.bytes_per_device(self.abstract)
-            beside = memory.temporary_bytes(self._step) + memory.bytes_per_device(frozen)
-            turns = sharding.agreed(min(2**20, int((memory.limit_bytes() - beside) // lanes)))
-            if turns >= 1 or self.vmapped == 1 or self.asked.vmapped:
+            lanes, beside, turns = self._compile(frozen)
+            if turns >= 1 or self.vmapped == 1 or fixed:
                 break
             self.vmapped = -(-self.vmapped // 2)
+        if turns < 1 and self.group.lead.setup.config.check_memory:
+            raise ConfigError(
+                f"config.sweep: {self.count} members in a call take {memory.gib(lanes)} of each "
+                f"device and {memory.gib(beside)} beside them, more than there is; lower "
+                "config.sweep.axis or config.sweep.vmapped (config.check_memory=False tries all "
+                "the same)"
+            )
         turns = min(max(1, turns), -(-self.members // self.count))
+        at_once = kept["at_once"] or self.asked.at_once or turns * self.count
         self.lane = build_lane(self.own)
-        at_once = self.asked.at_once or turns * self.count
         if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"vmapped": self.vmapped, "at_once": at_once})
             print(self._described(min(at_once, self.members), lanes, beside), flush=True)
         return at_once
+
+    def _compile(self, frozen) -> tuple[int, int, int]:
+        """Compile for the present lanes; bytes of a device for them and beside them, and how many
+        times such lanes fit."""
+        self.abstract = abstract_lanes(self.own, self.count, self.mesh)
+        step = build_lanes(
+            make_step(self.group.lead, self.group.optimizer),
+            self.abstract,
+            own_rows=self.group.own_rows,
+        )
+        numbers = self.numbers(range(min(self.count, self.members)), set())
+        with jax.set_mesh(self.mesh):
+            self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
+        lanes = memory.bytes_per_device(self.abstract)
+        # The weights that all start from stay, and an evaluation takes one member's state out.
+        beside = memory.temporary_bytes(self._step) + memory.bytes_per_device((self.own, frozen))
+        beside += memory.bytes_per_device(self.own.params)
+        fit = int((memory.limit_bytes() - beside) // lanes)
+        return lanes, beside, sharding.agreed(max(-1, min(2**20, fit)))
 
     def _described(self, at_once: int, lanes: int, beside: int) -> str:
         return (

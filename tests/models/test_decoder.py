@@ -12,6 +12,7 @@ from tiny_checkpoints import random_params, random_tokens
 from dpojax.models.attention import attend, attention_mask, plain_rows
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig, Rope
 from dpojax.models.decoder import REMAT, SHARDING_RULES, build, logits
+from dpojax.models.layers import product
 from dpojax.sharding import make_mesh, path_of, tree_shardings
 
 SIZES = {"vocab_size": 50, "width": 16, "layers": 2, "heads": 4, "mlp_width": 32}
@@ -179,6 +180,30 @@ def test_bfloat16_compute_is_near_float32_and_its_gradients_are_float32(family):
     assert 0 < float(error.mean()) < 0.02 * float(jnp.abs(exact).mean()) + 0.01
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "shapes"),
+    [("nd,df->nf", ((5, 6), (6, 4))), ("rgth,rgsh->rgts", ((2, 3, 4, 6), (2, 3, 5, 6)))],
+    ids=str,
+)
+def test_a_bfloat16_product_and_its_gradients_are_sums_in_float32(subscripts, shapes):
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=shape) for shape in shapes)
+    low = lambda a: jnp.asarray(a, jnp.bfloat16)
+    exact = lambda a: np.asarray(low(a), np.float64)
+    out = product(subscripts, low(x), jnp.float32(y), dtype=jnp.float32)
+    np.testing.assert_allclose(out, np.einsum(subscripts, exact(x), exact(y)), atol=1e-5)
+    g = rng.normal(size=out.shape)
+    _, pull = jax.vjp(lambda *a: product(subscripts, *a, dtype=jnp.float32), low(x), jnp.float32(y))
+    dx, dy = pull(jnp.float32(g))
+    inputs, to = subscripts.split("->")
+    of_x, of_y = inputs.split(",")
+    assert (dx.dtype, dy.dtype) == (jnp.bfloat16, jnp.float32)
+    want = np.einsum(f"{to},{of_y}->{of_x}", exact(g), exact(y))
+    np.testing.assert_allclose(dx.astype(jnp.float32), want, rtol=1e-2, atol=1e-3)
+    want = np.einsum(f"{of_x},{to}->{of_y}", exact(x), exact(g))
+    np.testing.assert_allclose(dy, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "gptj"])

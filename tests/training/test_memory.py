@@ -48,8 +48,6 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
     [
         {},
         {"remat": "full"},
-        {"remat": "none"},
-        {"rows": 32},
         {"length": 256},
         {"micro_batches": 3},
         {"family": LLAMA},
