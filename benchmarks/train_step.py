@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import sharding
-from dpojax.data.rows import Rows, collate, plan
+from dpojax.data.packing import plan
+from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example
 from dpojax.launch.defaults import default_config
 from dpojax.methods import preference

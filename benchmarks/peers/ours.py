@@ -10,7 +10,8 @@ import numpy as np
 from cases import BETA, CLIP, LEARNING_RATE, WARM, Case, batches, read_case, report
 
 from dpojax import sharding
-from dpojax.data.rows import collate, plan
+from dpojax.data.packing import Costs, plan
+from dpojax.data.rows import collate
 from dpojax.data.tokenise import Example
 from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
@@ -86,7 +87,7 @@ def _rows(case: Case, count: int) -> list:
         for i, p in enumerate(made)
     ]
     parts = [range(i, i + case.pairs) for i in range(0, len(made), case.pairs)]
-    shape = plan(examples, parts, attention=4 * case.width)
+    shape = plan(examples, parts, costs=Costs(attention=4 * case.width))
     return [collate(examples, part, shape) for part in parts]
 
 

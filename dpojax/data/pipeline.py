@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from dpojax.data.rows import Rows, Shape, collate
+from dpojax.data.packing import Shape
+from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example
 
 Attach = Callable[[Rows], Rows]

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from dpojax.data.packing import Shape, Size, first_fit, size_of
 from dpojax.data.records import Record
-from dpojax.data.rows import Rows, Shape, collate, first_fit, size_of
+from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example, Policy, tokenise
 from dpojax.evaluation.frontier import Estimate, mean_over_prompts
 from dpojax.evaluation.rewards import Reward
@@ -269,7 +270,8 @@ def _batches(
     shards = 1 if mesh is None else row_shards(mesh)
     count = -(-batch_size // (2 * shards)) * shards  # most rows hold two responses or more
     shape = _shape(prompts, max_new_tokens, count)
-    packed = first_fit([size_of(example) for example in examples], shape.length, shape.scored)
+    sizes = [size_of(example) for example in examples]
+    packed = first_fit(sizes, Size(shape.length, shape.scored))
     for start in range(0, len(packed), shape.rows):
         # Whole rows of a first fit are packed by it in the same way again.
         chosen = [index for row in packed[start : start + shape.rows] for index in row]

@@ -24,8 +24,8 @@ STAGES += (("ppo",), ("sft", "ppo"), ("classifier",), ("sft", "classifier"))
 # A resumed run may change these. With those of the second line sums come out in another order: the
 # result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
-MAY_CHANGE += ("distributed", "mesh", "micro_rows", "row_length", "max_logits", "model.remat")
-MAY_CHANGE += ("sweep", "check_memory", "profile")
+MAY_CHANGE += ("distributed", "mesh", "micro_rows", "micro_sizes", "row_length", "max_logits")
+MAY_CHANGE += ("model.remat", "sweep", "check_memory", "profile")
 
 LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 
@@ -36,6 +36,7 @@ RULES: tuple[Rule, ...] = (
     ("model.compute_dtype", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
     ("row_length", lambda x: x >= 0, "0 (chosen from the data) or more"),
     ("micro_rows", lambda x: x >= 0, "0 (chosen from the data) or more"),
+    ("micro_sizes", lambda x: x >= 1, "1 or more"),
     ("max_logits", lambda x: x >= 1, "1 or more"),
     ("log_every", lambda x: x >= 0, "0 (only at the end) or more steps"),
     ("evaluate_every", lambda x: x >= 0, "0 (only at the end) or more steps"),

@@ -21,6 +21,7 @@ def default_config() -> ConfigDict:
     config.tokens = _tokens()
     config.row_length = 0  # tokens of a row; 0 chooses from the data
     config.micro_rows = 0  # rows of a micro-batch on all devices together; 0 chooses the fastest
+    config.micro_sizes = 4  # most sizes at which micro-batches are compiled: less padding
     config.max_logits = 2**25  # float32 logits of a device at once (2**25 are 128 MiB)
     config.sft = _sft()
     config.dpo = _dpo()

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpojax import sharding
+from dpojax.data.packing import Shape
 from dpojax.data.prefixes import LONGEST
-from dpojax.data.rows import Shape
 from dpojax.launch import ppo, stages, train
 from dpojax.launch import setup as run_setup
 from dpojax.launch.config import check, naming

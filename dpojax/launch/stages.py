@@ -12,8 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax import sharding
+from dpojax.data.packing import Costs, Shape, plan
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
-from dpojax.data.rows import Rows, Shape, empty, plan
+from dpojax.data.rows import Rows, empty
 from dpojax.launch import classified
 from dpojax.launch import data as stage_data
 from dpojax.launch import setup as run_setup
@@ -24,6 +25,7 @@ from dpojax.launch.setup import Setup
 from dpojax.losses import RunningMean
 from dpojax.methods import classifier, preference, reward, sft
 from dpojax.training import forward as forwards
+from dpojax.training import throughput
 from dpojax.training.forward import (
     Forward,
     build_outputs,
@@ -193,11 +195,14 @@ def describe(stage: Stage) -> str:
     if stage.lora is not None:
         parameters += f" under adapters of {size(stage.lora.abstract)}"
     shape = stage.shape
+    sizes = ", ".join(f"{cut.rows} x {cut.length}" for cut in shape.cuts[:-1])
+    smaller = f", the less full ones of {sizes}" if sizes else ""
     return (
         f"{stage.name}: {parameters} on a mesh of {mesh}; {stage.data.train:,} "
         f"examples to train on and {len(stage.data.held_out):,} held out; {stage.steps:,} steps of "
         f"{stage.config.batch_size} examples in at most {shape.micro_batches} micro-batches of "
         f"{shape.rows} rows x {shape.length} tokens, {shape.scored} of them scored at most"
+        + smaller
     )
 
 
@@ -269,8 +274,21 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
             micro_rows=config.micro_rows or None,
             multiple=sharding.row_shards(stage.setup.mesh),
             score_prompt=stage.score_prompt,
-            attention=4 * stage.setup.model.config.width,
+            costs=costs_of(stage.setup),
+            most_cuts=config.micro_sizes,
         )
+
+
+def costs_of(setup: Setup) -> Costs:
+    """What decides how examples are packed for the model and the device."""
+    body, head = throughput.product_weights(setup.abstract_params)
+    platform = setup.mesh.devices.flat[0].platform
+    return Costs(
+        attention=4 * setup.model.config.width,
+        head=head / body,
+        overhead=64 if platform == "cpu" else 512,
+        step={"cpu": 16, "tpu": 128}.get(platform, 64),
+    )
 
 
 def abstract_rows(stage: Stage) -> Rows:

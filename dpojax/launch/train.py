@@ -292,10 +292,7 @@ def _sampled(stage: Stage, reference: dict) -> Callable:
 
 def _flops(abstract_params: dict) -> Callable[[Rows], float]:
     """Model FLOPs of a batch's forward and backward pass, from the parameters' shapes."""
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_params)[0]
-    sizes = {sharding.path_of(keys): leaf.size for keys, leaf in leaves}
-    body = sum(size for path, size in sizes.items() if path.startswith("blocks/"))
-    head = 0 if "score/kernel" in sizes else sizes.get("head/kernel", sizes["embed/tokens"])
+    body, head = throughput.product_weights(abstract_params)
 
     def of(rows: Rows) -> float:
         tokens, scored = int((rows.segment > 0).sum()), int((rows.response >= 0).sum())

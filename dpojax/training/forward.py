@@ -21,6 +21,7 @@ from dpojax.models import lora
 from dpojax.models.lora import LoraConfig
 from dpojax.models.scores import response_scores
 from dpojax.training.metrics import Metric
+from dpojax.training.micro_batches import map_present
 
 MAX_LOGITS = 2**25  # float32 logits that may exist at once: 128 MiB
 
@@ -148,23 +149,6 @@ def build_divergence(
         return Metric(total, jnp.sum(scored))
 
     return divergence
-
-
-def map_present(function: Callable[[Rows], Any], rows: Rows) -> Any:
-    """`function` of every micro-batch, stacked; zeros for those that hold nothing.
-
-    There is no loop, nor a choice, around a single one.
-    """
-    if len(rows.tokens) == 1:
-        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], rows)))
-    first = jax.tree.map(lambda x: x[0], rows)
-    shapes = jax.eval_shape(function, first)
-
-    def one_or_nothing(part: Rows):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(jnp.any(part.present), function, lambda _: zeros, part)
-
-    return jax.lax.map(one_or_nothing, rows)
 
 
 def _scored_hidden(model, params, rows: Rows) -> Array:

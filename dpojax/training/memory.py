@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dpojax.data.rows import Shape
+from dpojax.data.packing import Shape
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import row_shards
 

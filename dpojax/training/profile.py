@@ -17,6 +17,7 @@ from dpojax.data.rows import Rows
 from dpojax.training.forward import Forward, build_outputs
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.state import State
+from dpojax.training.step import build_gradient
 
 COMPILE, DATA, STEP = "compilation and first step", "waiting for data", "steps"
 EVALUATION, CHECKPOINT = "evaluation", "waiting for checkpoints"
@@ -78,13 +79,11 @@ def parts_of_step(
       step: (state, rows, hyper, frozen) -> (state, report), which donates the state.
     """
     outputs = build_outputs(forward)
-
-    def loss(params: dict):
-        return objective.terms(outputs(params, rows, frozen), rows, hyper).loss.sum()
-
+    loss = lambda params: objective.terms(outputs(params, rows, frozen), rows, hyper).loss.sum()
+    gradient = jax.jit(build_gradient(forward, objective))
     whole = lambda fresh: step(fresh, rows, hyper, frozen)
     first = _median(jax.jit(loss), lambda: state.params)
-    second = _median(jax.jit(jax.grad(loss)), lambda: state.params)
+    second = _median(lambda state: gradient(state, rows, hyper, frozen), lambda: state)
     third = _median(whole, lambda: jax.tree.map(jnp.copy, state))
     return {"forward": first, "backward": second - first, "update": third - second}
 

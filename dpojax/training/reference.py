@@ -18,7 +18,8 @@ import numpy as np
 from jax import Array
 
 from dpojax import sharding
-from dpojax.data.rows import Rows, size_of
+from dpojax.data.packing import size_of
+from dpojax.data.rows import Rows
 from dpojax.data.tokenise import Example
 
 FORMAT = "dpojax reference log-probs, version 1"  # changes when the same inputs give other numbers

@@ -14,8 +14,9 @@ from jax import Array
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics, of_response
 from dpojax.losses import RunningMean
-from dpojax.training.forward import Forward, map_present
+from dpojax.training.forward import Forward
 from dpojax.training.metrics import Metric
+from dpojax.training.micro_batches import add_up, map_present, part_like
 from dpojax.training.objective import Hyper, Objective, Terms
 from dpojax.training.state import State
 
@@ -51,11 +52,10 @@ def build_step(
     float32 numbers, `learning_rate` among them; `reference_params` are for objectives that need
     `kl`. Not jitted here: the caller adds donation, shardings or vmap.
     """
-    sums_of = _coupled_sums if objective.coupled else _summed
+    gradient_of = build_gradient(forward, objective)
 
     def step(state: State, rows: Rows, hyper: Hyper, reference_params=None):
-        run = lambda params, part: forward(params, part, reference_params)
-        sums, baseline = sums_of(run, objective, state, rows, hyper)
+        sums, baseline = gradient_of(state, rows, hyper, reference_params)
         metrics, weight = sums.metrics, jnp.maximum(sums.metrics["loss"].weight, 1e-30)
         gradient = jax.tree.map(lambda g: g / weight, sums.gradient)
         norm = optax.tree.norm(gradient)
@@ -71,6 +71,19 @@ def build_step(
         return new, Report(metrics, finite, sums.bad)
 
     return step
+
+
+def build_gradient(
+    forward: Forward, objective: Objective
+) -> Callable[..., tuple[Sums, RunningMean]]:
+    """(state, rows [M, R, ...], hyper, reference_params=None) -> (sums, the new baseline)."""
+    sums_of = _coupled_sums if objective.coupled else _summed
+
+    def gradient(state: State, rows: Rows, hyper: Hyper, reference_params=None):
+        run = lambda params, part: forward(params, part, reference_params)
+        return sums_of(run, objective, state, rows, hyper)
+
+    return gradient
 
 
 def _lost(before: dict, after: dict, updates: dict) -> Metric:
@@ -133,14 +146,11 @@ def _summed(run, objective, state: State, rows: Rows, hyper: Hyper) -> tuple[Sum
         metrics = _totals(terms)
         return metrics["loss"].total, (metrics, ~jnp.isfinite(terms.loss))
 
-    def micro_sums(i):
-        gradient, (metrics, bad) = jax.grad(micro_loss, has_aux=True)(state.params, _part(rows, i))
+    def micro_sums(part, _):
+        gradient, (metrics, bad) = jax.grad(micro_loss, has_aux=True)(state.params, part)
         return (gradient, metrics), bad
 
-    if len(rows.tokens) == 1:
-        (gradient, metrics), bad = micro_sums(0)
-        return Sums(gradient, metrics, bad[None]), state.baseline
-    (gradient, metrics), bad = _add_up(micro_sums, rows)
+    (gradient, metrics), bad = add_up(micro_sums, rows)
     return Sums(gradient, metrics, bad), state.baseline
 
 
@@ -149,10 +159,11 @@ def _coupled_sums(run, objective, state: State, rows: Rows, hyper: Hyper):
 
     A batch of one micro-batch needs one pass.
     """
-    single = len(rows.tokens) == 1
+    single = len(rows.tokens) == 1 and not rows.cuts
     if single:
-        outputs, pull = jax.vjp(lambda params: run(params, _part(rows, 0)), state.params)
-        outputs = jax.tree.map(lambda x: x[None], outputs)
+        outputs, pull = jax.vjp(
+            lambda params: map_present(partial(run, params), rows), state.params
+        )
     else:
         outputs = map_present(partial(run, state.params), rows)
     baseline = state.baseline
@@ -167,33 +178,11 @@ def _coupled_sums(run, objective, state: State, rows: Rows, hyper: Hyper):
 
     cotangent, (metrics, bad) = jax.grad(batch_loss, has_aux=True)(outputs)
     if single:
-        (gradient,) = pull(jax.tree.map(lambda x: x[0], cotangent))
-        return Sums(gradient, metrics, bad), baseline
+        return Sums(pull(cotangent)[0], metrics, bad), baseline
 
-    def micro_gradient(i):
-        _, pull = jax.vjp(lambda params: run(params, _part(rows, i)), state.params)
-        return pull(_part(cotangent, i))[0], ()
+    def micro_gradient(part, index):
+        own, pull = jax.vjp(lambda params: run(params, part), state.params)
+        return pull(part_like(cotangent, index, own))[0], ()
 
-    gradient, _ = _add_up(micro_gradient, rows)
+    gradient, _ = add_up(micro_gradient, rows)
     return Sums(gradient, metrics, bad), baseline
-
-
-def _part(tree, i):
-    """Micro-batch i."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-
-
-def _add_up(function, rows: Rows):
-    """Sum the first and stack the second result of `function(i)` over the used micro-batches."""
-
-    def body(i, carried):
-        sums, stacked = carried
-        more, own = function(i)
-        stacked = jax.tree.map(lambda xs, x: xs.at[i].set(x), stacked, own)
-        return jax.tree.map(jnp.add, sums, more), stacked
-
-    zeros = lambda x, *leading: jnp.zeros((*leading, *x.shape), x.dtype)
-    sums, own = jax.eval_shape(function, 0)
-    start = jax.tree.map(zeros, sums), jax.tree.map(lambda x: zeros(x, len(rows.tokens)), own)
-    used = jnp.sum(jnp.any(rows.present, axis=(1, 2, 3)))  # they are filled from the front
-    return jax.lax.fori_loop(0, used, body, start)

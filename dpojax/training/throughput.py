@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dpojax.sharding import make_mesh
+from dpojax.sharding import make_mesh, path_of
 
 
 def model_flops(
@@ -75,6 +75,15 @@ def _measured(dtype: str, size: int | None, seconds: float) -> float:
             multiply(x, w).block_until_ready()
             times.append(time.perf_counter() - began)
     return products * 2.0 * size**3 / min(times)
+
+
+def product_weights(params: dict) -> tuple[int, int]:
+    """Weights that a token is multiplied with: of the layers, and of the head that gives logits."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    sizes = {path_of(keys): leaf.size for keys, leaf in leaves}
+    body = sum(size for path, size in sizes.items() if path.startswith("blocks/"))
+    head = 0 if "score/kernel" in sizes else sizes.get("head/kernel", sizes["embed/tokens"])
+    return body, head
 
 
 def memory_bytes() -> dict[str, int]:

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpojax.data.packing import Costs, Size, cut_of, first_fit, plan, size_of
 from dpojax.data.records import DataError
-from dpojax.data.rows import Size, collate, first_fit, plan, size_of, utilisation
+from dpojax.data.rows import collate, cuts_of, needs_of, utilisation
 from dpojax.data.tokenise import Example
 
 tokens = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(np.int32)
@@ -114,16 +115,16 @@ def test_a_token_is_predicted_from_the_column_before_it_on_its_own_path(data):
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=30))
 def test_first_fit_fills_no_row_over_its_capacity_and_is_deterministic(sizes):
     sizes = [Size(tokens, min(scored, tokens)) for tokens, scored in sizes]
-    rows = first_fit(sizes, 20, 20)
+    rows = first_fit(sizes, Size(20, 20))
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     assert all(sum(sizes[i].tokens for i in row) <= 20 for row in rows)
     assert all(sum(sizes[i].scored for i in row) <= 20 for row in rows)
-    assert rows == first_fit(list(sizes), 20, 20)
+    assert rows == first_fit(list(sizes), Size(20, 20))
 
 
 def test_first_fit_decreasing_packs_a_known_case_without_waste():
     sizes = [Size(n, 1) for n in (3, 7, 5, 5, 6, 4)]
-    assert first_fit(sizes, 10, 10) == [[1, 0], [4, 5], [2, 3]]
+    assert first_fit(sizes, Size(10, 10)) == [[1, 0], [4, 5], [2, 3]]
 
 
 def pair(prompt, chosen, rejected, id="file:1"):
@@ -153,19 +154,50 @@ def test_one_pair_lies_in_its_row_as_the_docstring_says():
 
 def test_utilisation_counts_every_row_that_is_computed_and_no_empty_micro_batch():
     data = [pair(10, 10, 10) for _ in range(3)]
-    rows = collate(data, [0, 1, 2], plan(data, [range(3)], length=32, micro_rows=2))
+    shape = plan(data, [range(3)], length=32, micro_rows=2, most_cuts=1)
+    rows = collate(data, [0, 1, 2], shape)
     assert rows.tokens.shape == (2, 2, 32)
     assert utilisation(rows) == 90 / 128
-    assert (
-        utilisation(collate(data, [0], plan(data, [range(3)], length=32, micro_rows=2))) == 30 / 64
-    )
+    assert utilisation(collate(data, [0], shape)) == 30 / 64
 
 
-def test_micro_batches_are_cut_where_batches_need_different_numbers_of_rows():
+def test_a_micro_batch_that_is_not_full_is_computed_at_a_size_with_fewer_rows():
+    data = [pair(10, 10, 10) for _ in range(3)]
+    shape = plan(data, [range(3)], length=32, micro_rows=2)
+    assert utilisation(collate(data, [0, 1, 2], shape)) == 90 / 96
+    assert utilisation(collate(data, [0], shape)) == 30 / 32
+
+
+def test_batches_that_need_different_numbers_of_rows_compute_few_empty_ones():
     data = [pair(10, 10, 10) for _ in range(100)]
     batches = [range(10)] * 9 + [range(20)]
     shape = plan(data, batches, length=32)
-    assert (shape.rows, shape.micro_batches) == (10, 2)
+    assert [utilisation(collate(data, b, shape)) for b in batches] == [30 / 32] * 10
+
+
+def test_one_long_example_does_not_set_what_the_others_cost():
+    data = [pair(900, 50, 50)] + [pair(20, 20, 20) for _ in range(64)]
+    batches = [range(32), range(32, 65)]
+    shape = plan(data, batches)
+    assert shape.length >= 1000
+    assert min(utilisation(collate(data, batch, shape)) for batch in batches) > 0.9
+
+
+@given(st.lists(examples, min_size=2, max_size=24), st.integers(1, 3), st.integers(1, 4))
+def test_every_micro_batch_fits_the_size_that_it_is_computed_at(data, multiple, most_cuts):
+    batches = [range(len(data) // 2), range(len(data) // 2, len(data))]
+    fine = Costs(overhead=1, step=2)
+    shape = plan(data, batches, multiple=multiple, costs=fine, most_cuts=most_cuts)
+    assert len(shape.cuts) <= most_cuts
+    assert all(cut.rows % multiple == 0 for cut in shape.cuts)
+    for batch in batches:
+        rows = collate(data, batch, shape)
+        needs, cuts = needs_of(rows), cuts_of(rows)
+        assert (cut_of(needs, cuts) < len(cuts)).all()
+        for part, need in enumerate(needs):
+            used = np.argwhere(rows.segment[part] > 0).max(0, initial=-1) + 1
+            scored = np.argwhere(rows.response[part] >= 0).max(0, initial=-1)[1] + 1
+            assert need.tolist() == [*used, scored]
 
 
 def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
@@ -179,8 +211,8 @@ def test_micro_batches_take_the_rows_in_turn_and_empty_ones_come_last():
 def test_rows_are_short_where_attention_is_dear_and_well_filled_where_it_is_cheap():
     data = [pair(11, 11, 11) for _ in range(20)]
     # 64 columns hold one of 33 tokens, 192 hold five.
-    assert plan(data, [range(20)], attention=1).length == 64
-    assert plan(data, [range(20)], attention=1e9).length == 192
+    assert plan(data, [range(20)], costs=Costs(attention=1)).length == 64
+    assert plan(data, [range(20)], costs=Costs(attention=1e9)).length >= 192
 
 
 def test_an_example_longer_than_the_row_is_named():

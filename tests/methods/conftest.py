@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.data.rows import collate, plan
+from dpojax.data.packing import plan
+from dpojax.data.rows import collate
 from dpojax.data.tokenise import Example
 from dpojax.logprobs import TokenStatistics
 

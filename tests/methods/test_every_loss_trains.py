@@ -14,7 +14,8 @@ import pytest
 
 from dpojax import sharding
 from dpojax.data import records, reviews, unpaired
-from dpojax.data.rows import collate, plan
+from dpojax.data.packing import plan
+from dpojax.data.rows import collate
 from dpojax.data.tokenise import Policy, tokenise
 from dpojax.logprobs import Head
 from dpojax.losses import RunningMean

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from dpojax import sharding
-from dpojax.data.rows import collate, plan
+from dpojax.data.packing import plan
+from dpojax.data.rows import collate
 from dpojax.data.tokenise import Example
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPO

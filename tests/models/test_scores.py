@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_checkpoints as checkpoints
 
-from dpojax.data.rows import collate, plan
+from dpojax.data.packing import plan
+from dpojax.data.rows import collate
 from dpojax.data.tokenise import Example
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from dpojax import sharding
-from dpojax.data.rows import Shape, empty
+from dpojax.data.packing import Shape
+from dpojax.data.rows import empty
 from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dpojax import sharding
+from dpojax.data.packing import plan
 from dpojax.data.pipeline import fixed_batches, in_order
-from dpojax.data.rows import plan
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.reference import (
     ReferenceMismatch,

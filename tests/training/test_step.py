@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from dpojax import losses, sharding
-from dpojax.data.rows import collate, plan
+from dpojax.data.packing import USUAL, Costs, Cuts, plan
+from dpojax.data.rows import collate
 from dpojax.losses import Pair
 from dpojax.methods import sft
 from dpojax.models import decoder
@@ -110,18 +111,48 @@ def test_the_gradient_is_equation_seven(model, params, reference_params, pairs, 
     assert_close(gradient_of(stepped, params, hyper), jax.jit(jax.grad(weighted))(params))
 
 
-@pytest.mark.parametrize("micro_rows", [1, 2])
-def test_micro_batches_equal_one_batch(micro_rows, step, start, pairs, rows, hyper, stepped):
+FINE = Costs(overhead=0, step=4)  # shorter micro-batches wherever something fits into them
+
+
+@pytest.mark.parametrize(
+    ("micro_rows", "costs"), [(2, USUAL), (1, FINE), (3, FINE)], ids=["2", "1 fine", "3 fine"]
+)
+def test_micro_batches_equal_one_batch(micro_rows, costs, step, start, pairs, rows, hyper, stepped):
     from dpojax.training.reference import Store
 
     store = Store(pairs)
     store.write(rows, rows.reference)
-    shape = plan(pairs, [range(10)], length=32, micro_rows=micro_rows)
-    parts = store.attach(collate(pairs, range(10), shape._replace(micro_batches=shape[0] + 1)))
+    shape = plan(pairs, [range(10)], length=32, micro_rows=micro_rows, costs=costs)
+    shape = shape._replace(micro_batches=shape.micro_batches + 1)  # the last is empty
+    parts = store.attach(collate(pairs, range(10), shape))
     state, report = step(start(), parts, hyper)
     assert len(parts.tokens) > 2
+    assert len(parts.cuts) > 1 or costs == USUAL
     assert_close(state.params, stepped[0].params, atol=1e-6)
     assert_close(report.metrics, stepped[1].metrics, atol=1e-4)
+
+
+def test_scores_of_shorter_micro_batches_lie_where_those_of_whole_ones_do(
+    score, pairs, reference_params
+):
+    shape = plan(pairs, [range(10)], length=32, micro_rows=3, costs=FINE)
+    rows = collate(pairs, range(10), shape)
+    assert len(shape.cuts) > 1
+    got = score(reference_params, rows)
+    whole = score(reference_params, rows._replace(cuts=Cuts()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, whole)
+
+
+def test_a_bad_example_is_found_in_a_shorter_micro_batch(step, start, pairs, hyper):
+    shape = plan(pairs, [range(10)], length=32, micro_rows=1, costs=FINE)
+    rows = collate(pairs, range(10), shape._replace(micro_batches=shape.micro_batches + 1))
+    reference = np.zeros(rows.target.shape, np.float32)
+    worst = np.argmin([len(e.prompt) + sum(map(len, e.responses)) for e in pairs])
+    place = tuple(np.argwhere(rows.example == worst)[0])
+    reference[place[:2]][rows.response[place[:2]] // rows.present.shape[-1] == place[2]] = np.nan
+    _, report = step(start(), rows._replace(reference=reference), hyper)
+    assert rows.example[report.bad].tolist() == [worst]
+    assert not report.finite
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)

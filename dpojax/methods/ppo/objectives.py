@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax import rl
+from dpojax.data.packing import Cuts
 from dpojax.logprobs import TokenStatistics, token_logprobs, token_statistics
 from dpojax.models.decoder import Model, Params
 from dpojax.training.forward import MAX_LOGITS, Forward
@@ -35,6 +36,7 @@ class Experience(NamedTuple):
     values: Array  # of the value model then
     advantages: Array  # whitened over the batch
     returns: Array
+    cuts: Cuts = Cuts()  # as in `Rows`
 
 
 def hyper(

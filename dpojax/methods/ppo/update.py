@@ -23,8 +23,9 @@ from dpojax.methods.ppo.objectives import (
 from dpojax.methods.ppo.rollouts import PPOState, iteration_key, rows_of
 from dpojax.models.decoder import Model
 from dpojax.sharding import ROWS, constrain
-from dpojax.training.forward import MAX_LOGITS, language_model, map_present, row_logprobs
+from dpojax.training.forward import MAX_LOGITS, language_model, row_logprobs
 from dpojax.training.metrics import Metric
+from dpojax.training.micro_batches import map_present
 from dpojax.training.objective import Hyper
 from dpojax.training.state import State
 from dpojax.training.step import Report, build_step

@@ -1,0 +1,302 @@
+"""How examples share rows, rows share micro-batches, and at which sizes these are computed.
+
+A row holds several examples; a micro-batch holds several rows, the fullest first. Every
+micro-batch is computed at the cheapest of a handful of static sizes that holds it, so that neither
+one long example nor the last, half-empty row sets what all others cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax.data.records import DataError
+from dpojax.data.tokenise import Example
+
+GAIN = 0.02  # of the time that another size must save to be worth its compilation
+SAMPLED = 512  # examples of batches by which sizes are chosen
+
+
+class Size(NamedTuple):
+    """What one example takes of a row."""
+
+    tokens: int
+    scored: int
+
+
+class Cut(NamedTuple):
+    """A size at which a micro-batch may be computed: its first rows, columns and scored tokens."""
+
+    rows: int
+    length: int
+    scored: int
+
+
+@jax.tree_util.register_static
+class Cuts(tuple[Cut, ...]):
+    """The sizes at which micro-batches may be computed, the cheapest first; () is the whole only.
+
+    Part of the tree structure, not of the data: programs are compiled for it.
+    """
+
+
+class Costs(NamedTuple):
+    """What a micro-batch costs besides its tokens' products with the weights of the layers.
+
+    attention: at how many tokens a row's attention costs as much as all else of its layer.
+    head: the time of a scored token's logits, in that of a token's products.
+    overhead: the time of a micro-batch however small, in tokens: gradients are added up.
+    step: lengths are multiples of it.
+    """
+
+    attention: float = 4096
+    head: float = 0.3
+    overhead: float = 64
+    step: int = 32
+
+    def of(self, cut: Cut) -> float:
+        columns = cut.length * (1 + cut.length / self.attention)
+        return cut.rows * (columns + self.head * cut.scored) + self.overhead
+
+
+class Shape(NamedTuple):
+    """The static sizes of a batch: micro-batches M, rows R in each, T, S, E and K as in `Rows`.
+
+    `cuts` end with the whole of a micro-batch, or are (); `costs` decide how a batch is packed.
+    """
+
+    micro_batches: int
+    rows: int
+    length: int
+    scored: int
+    examples: int
+    responses: int
+    cuts: Cuts = Cuts()
+    costs: Costs = Costs()
+
+
+USUAL = Costs()
+
+
+def size_of(example: Example, *, score_prompt: bool = False) -> Size:
+    """Columns and scored tokens that `example` needs."""
+    scored = sum(map(len, example.responses)) + (len(example.prompt) - 1) * score_prompt
+    return Size(len(example.prompt) + sum(map(len, example.responses)), scored)
+
+
+def first_fit(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
+    """Rows as lists of indices: the largest example first, each into the first row with room.
+
+    A new row has the first of the `capacities` that holds its example. Deterministic: equal sizes
+    keep their order.
+
+    Raises:
+      ValueError: no capacity holds an example.
+    """
+    rows: list[list[int]] = []
+    room: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i].tokens, i)):
+        tokens, scored = sizes[index]
+        fitting = (i for i, left in enumerate(room) if tokens <= left[0] and scored <= left[1])
+        row = next(fitting, len(rows))
+        if row == len(rows):
+            fits = [c for c in capacities if tokens <= c.tokens and scored <= c.scored]
+            if not fits:
+                raise ValueError(f"an example of {sizes[index]} fits no row of {capacities}")
+            rows.append([])
+            room.append(list(fits[0]))
+        rows[row].append(index)
+        room[row][0] -= tokens
+        room[row][1] -= scored
+    return rows
+
+
+def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
+    """Micro-batches of at most `shape.rows` rows of indices, for the least time.
+
+    Rows are filled up to each of the lengths in turn; what computes least is taken.
+    """
+    cuts, most = shape.cuts or [Cut(shape.rows, shape.length, shape.scored)], shape.rows
+    time = lambda rows: _time(_needs(rows, sizes, most), cuts, shape.costs)
+    rows = min(_fillings(sizes, cuts), key=time)
+    return [rows[i : i + most] for i in range(0, len(rows), most)]
+
+
+def plan(
+    examples: Sequence[Example],
+    batches: Iterable[Sequence[int]],
+    *,
+    length: int | None = None,
+    micro_rows: int | None = None,
+    multiple: int = 1,
+    score_prompt: bool = False,
+    costs: Costs = USUAL,
+    most_cuts: int = 4,
+) -> Shape:
+    """The one shape into which every batch fits, chosen from the data for the least time.
+
+    Args:
+      examples: the whole data set.
+      batches: indices of the examples of each optimiser batch.
+      length: most tokens of a row; None tries a few.
+      micro_rows: most rows of a micro-batch; None tries a few. An empty one is not computed.
+      multiple: rows of a micro-batch are rounded up to a multiple of this (row shards of the mesh).
+      score_prompt: whether prompt tokens are scored as well.
+      most_cuts: at how many sizes micro-batches may be computed; each is compiled.
+
+    Raises:
+      DataError: an example is longer than `length`.
+      ValueError: `micro_rows` is not a multiple of `multiple`.
+    """
+    sizes = [size_of(example, score_prompt=score_prompt) for example in examples]
+    longest = max(range(len(sizes)), key=lambda i: sizes[i].tokens)
+    if length is not None and sizes[longest].tokens > length:
+        raise DataError(
+            f"{examples[longest].id}: prompt and responses have {sizes[longest].tokens} tokens, "
+            f"but a row has {length}; raise row_length, or lower tokens.max_length"
+        )
+    if micro_rows and micro_rows % multiple:
+        raise ValueError(
+            f"micro-batches of {micro_rows} rows cannot be spread over {multiple} row shards (mesh "
+            f"data x fsdp); make micro_rows a multiple of {multiple}"
+        )
+    batches = [[sizes[i] for i in batch] for batch in batches]
+    search = _Search(sizes, batches, multiple, costs)
+    cuts = search.best(length, micro_rows, most_cuts)
+    whole = cuts[-1]
+    shape = Shape(1, *whole, 1, max(len(e.responses) for e in examples), cuts, costs)
+    packed = [pack(batch, shape) for batch in batches]
+    return shape._replace(
+        micro_batches=max(map(len, packed)),
+        examples=max(len(row) for parts in packed for part in parts for row in part),
+        cuts=cuts if len(cuts) > 1 else Cuts(),
+    )
+
+
+class _Search:
+    """Sizes of micro-batches by what some of the batches cost with them."""
+
+    def __init__(self, sizes, batches, multiple, costs):
+        self.sizes, self.multiple, self.costs = sizes, multiple, costs
+        largest = max(batches, key=lambda batch: sum(size.tokens for size in batch))
+        count = max(4, SAMPLED // max(1, len(batches[0])))
+        self.batches = [largest, *batches[: count - 1]]
+        self.longest = _round_up(max(size.tokens for size in sizes), costs.step)
+        self.share = sum(s.scored for s in sizes) / sum(s.tokens for s in sizes)
+        self.needs: dict[tuple, list[np.ndarray]] = {}
+
+    def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
+        """Cuts of micro-batches of the fewest rows among those that take about the least time."""
+        found = []
+        for rows in [micro_rows] if micro_rows else self._row_counts(length or self.longest):
+            cuts = self._whole(length, rows)
+            cost = self.cost(cuts)
+            while len(cuts) < most_cuts:
+                more = [self._sorted({*cuts, cut}) for cut in self._shorter(cuts[-1])]
+                costs = [self.cost(each) for each in more]
+                if not costs or min(costs) > (1 - GAIN) * cost:
+                    break
+                cost, cuts = min(costs), more[int(np.argmin(costs))]
+            found.append((cost, cuts))
+        least = min(cost for cost, _ in found)
+        return next(cuts for cost, cuts in found if cost <= (1 + GAIN) * least)
+
+    def cost(self, cuts: Cuts) -> float:
+        """Of all sampled batches, each packed in the best way."""
+        packings = (self._packings(cuts, batch) for batch in range(len(self.batches)))
+        return sum(min(_time(needs, cuts, self.costs) for needs in each) for each in packings)
+
+    def _packings(self, cuts: Cuts, batch: int) -> list[np.ndarray]:
+        """What the micro-batches need, [M, 3], by each way to fill the rows."""
+        key = batch, cuts[-1].rows, *_capacities(cuts)
+        if key not in self.needs:
+            sizes = self.batches[batch]
+            fillings = _fillings(sizes, cuts)
+            self.needs[key] = [_needs(rows, sizes, cuts[-1].rows) for rows in fillings]
+        return self.needs[key]
+
+    def _whole(self, length: int | None, rows: int) -> Cuts:
+        """The size that holds all, whose length computes least."""
+        lengths = [length] if length else [self._length(k / 8) for k in (*range(8, 25), 32)]
+        most = max(size.scored for size in self.sizes)
+        wholes = [
+            Cuts([Cut(rows, n, min(n, max(_round_up(most, 8), self._scored(n, 1.05))))])
+            for n in dict.fromkeys(lengths)
+        ]
+        return min(wholes, key=self.cost)
+
+    def _shorter(self, whole: Cut) -> list[Cut]:
+        """Sizes within the whole that may be worth while."""
+        rows = {_round_up(max(1, whole.rows // k), self.multiple) for k in (1, 2, 4)}
+        lengths = {self._length(k / 16) for k in range(1, 16)} | {whole.length}
+        made = {
+            Cut(r, n, min(self._scored(n, slack), whole.scored))
+            for r in rows
+            for n in lengths
+            for slack in (1.05, 1.4)
+            if n <= whole.length
+        }
+        return sorted(cut for cut in made if self.costs.of(cut) < self.costs.of(whole))
+
+    def _row_counts(self, length: int) -> list[int]:
+        """Powers of two times the row shards, up to the largest batch as one micro-batch."""
+        tokens = sum(size.tokens for size in self.batches[0])
+        most = max(1, 2 * tokens // (length * self.multiple))
+        powers = itertools.takewhile(lambda n: n <= most, (2**i for i in range(20)))
+        return [self.multiple * n for n in powers]
+
+    def _length(self, factor: float) -> int:
+        return _round_up(int(factor * self.longest), self.costs.step)
+
+    def _scored(self, length: int, slack: float) -> int:
+        """A little more than a row's share: the LM head computes few paddings."""
+        return min(length, _round_up(int(slack * self.share * length), 8))
+
+    def _sorted(self, cuts: Iterable[Cut]) -> Cuts:
+        return Cuts(sorted(cuts, key=self.costs.of))
+
+
+def cut_of(needs: np.ndarray, cuts: Sequence[Cut]) -> np.ndarray:
+    """The first of `cuts` that holds each micro-batch, int [M]; len(cuts) where none does.
+
+    Args:
+      needs: rows, columns and scored tokens of every micro-batch, [M, 3], of NumPy or JAX.
+    """
+    too_small = (needs[:, None, :] > np.array(cuts)[None]).any(-1)
+    return too_small.cumprod(-1).sum(-1)
+
+
+def _capacities(cuts: Sequence[Cut]) -> list[Size]:
+    return sorted({Size(cut.length, cut.scored) for cut in cuts})
+
+
+def _fillings(sizes: Sequence[Size], cuts: Sequence[Cut]) -> list[list[list[int]]]:
+    """Rows filled up to each of the lengths, and further only where an example is longer.
+
+    The fullest row comes first.
+    """
+    capacities = _capacities(cuts)
+    fullness = lambda row: -sum(sizes[i].tokens for i in row)
+    fits = (first_fit(sizes, *capacities[i:]) for i in range(len(capacities)))
+    return [sorted(rows, key=fullness) for rows in fits]
+
+
+def _needs(rows: list[list[int]], sizes: Sequence[Size], most: int) -> np.ndarray:
+    """Rows, tokens and scored tokens of micro-batches of `most` rows in turn, [M, 3]."""
+    taken = [[sum(sizes[i][j] for i in row) for j in (0, 1)] for row in rows]
+    groups = [taken[i : i + most] for i in range(0, len(taken), most)]
+    return np.array([[len(group), *map(max, zip(*group))] for group in groups])
+
+
+def _time(needs: np.ndarray, cuts: Sequence[Cut], costs: Costs) -> float:
+    """Of micro-batches, each at the first size that holds it; infinite if none does."""
+    times = np.array([*map(costs.of, cuts), np.inf])
+    return float(times[cut_of(needs, cuts)].sum())
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
