@@ -1,0 +1,114 @@
+"""Tokenised examples in Arrow arrays: in memory, or mapped from the file that they were kept in.
+
+The file is an Arrow file with the SHA-256 of its bytes behind it. What is read back is not copied:
+token ids are slices of the mapped file, which the operating system loads and drops as it likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from dpojax.data.records import DataError
+from dpojax.data.tokenise import Example
+
+# One column for each field of an Example; what is None there is null here.
+SCHEMA = pa.schema(
+    {
+        "id": pa.large_string(),
+        "prompt": pa.large_list(pa.int32()),
+        "responses": pa.large_list(pa.large_list(pa.int32())),
+        "cut": pa.large_list(pa.bool_()),
+        "label": pa.bool_(),
+        "scores": pa.large_list(pa.float64()),
+        "rank": pa.large_list(pa.int32()),
+        "category": pa.int32(),
+    }
+)
+DIGEST = hashlib.sha256().digest_size
+ABOUT = b"about"
+
+
+class Examples(Sequence[Example]):
+    """Examples of which only the arrays are kept; an `Example` is made when it is asked for.
+
+    Its arrays are views, and not to be written to. A slice is a list.
+    """
+
+    def __init__(self, batch: pa.RecordBatch):
+        self.batch = batch
+        prompts, responses = batch.column("prompt"), batch.column("responses")
+        self._prompt = prompts.offsets.to_numpy(), prompts.values.to_numpy()
+        self._place = responses.offsets.to_numpy()
+        self._response = responses.values.offsets.to_numpy(), responses.values.values.to_numpy()
+        named = ("id", "cut", "label", "scores", "rank", "category")
+        self._others = {name: batch.column(name) for name in named}
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        columns = dict(zip(Example._fields, zip(*examples)))
+        return cls(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+
+    def __len__(self) -> int:
+        return self.batch.num_rows
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        starts, ids = self._prompt
+        begins, tokens = self._response
+        first, last = self._place[index], self._place[index + 1]
+        others = {name: column[index].as_py() for name, column in self._others.items()}
+        for name in ("cut", "scores", "rank"):
+            if others[name] is not None:
+                others[name] = tuple(others[name])
+        return Example(
+            prompt=ids[starts[index] : starts[index + 1]],
+            responses=tuple(tokens[begins[k] : begins[k + 1]] for k in range(first, last)),
+            **others,
+        )
+
+
+def save(path: pathlib.Path, examples: Examples, about: dict[str, Any]) -> None:
+    """Write a file that holds the examples, and `about` as JSON; it is there as a whole or not."""
+    schema = SCHEMA.with_metadata({ABOUT: json.dumps(about)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, name = tempfile.mkstemp(suffix=".unfinished", dir=path.parent)
+    try:
+        with os.fdopen(unfinished, "w+b") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(examples.batch.replace_schema_metadata(schema.metadata))
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.write(digest)
+        os.chmod(name, 0o644)  # mkstemp keeps others out of a cache that is to be shared
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: pathlib.Path) -> tuple[Examples, dict[str, Any]]:
+    """The examples in a file, mapped, and what was said about them.
+
+    Raises:
+      DataError: the file is not as it was written.
+    """
+    try:
+        content = pa.memory_map(str(path)).read_buffer()
+        arrow, digest = content[:-DIGEST], content[-DIGEST:]
+        if hashlib.sha256(arrow).digest() != digest.to_pybytes():
+            raise DataError("its bytes are not those that were written")
+        reader = pa.ipc.open_file(pa.BufferReader(arrow))
+        batch, about = reader.get_batch(0), json.loads(reader.schema.metadata[ABOUT])
+    except (DataError, pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a usable cache of tokens ({error}); delete it") from error
+    return Examples(batch), about
