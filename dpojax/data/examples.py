@@ -12,8 +12,9 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from dpojax.data.records import DataError
@@ -25,7 +26,7 @@ SCHEMA = pa.schema(
         "id": pa.large_string(),
         "prompt": pa.large_list(pa.int32()),
         "responses": pa.large_list(pa.large_list(pa.int32())),
-        "cut": pa.large_list(pa.bool_()),
+        "cut": pa.large_list(pa.uint8()),  # NumPy could not view single bits
         "label": pa.bool_(),
         "scores": pa.large_list(pa.float64()),
         "rank": pa.large_list(pa.int32()),
@@ -36,6 +37,23 @@ DIGEST = hashlib.sha256().digest_size
 ABOUT = b"about"
 
 
+class Ragged(NamedTuple):
+    """Arrays of different lengths, one behind another: the i-th is values[starts[i]:starts[i + 1]].
+
+    A null is empty.
+    """
+
+    starts: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def view(cls, lists: pa.LargeListArray) -> Ragged:
+        return cls(lists.offsets.to_numpy(), lists.values.to_numpy())
+
+    def at(self, index: int) -> np.ndarray:
+        return self.values[self.starts[index] : self.starts[index + 1]]
+
+
 class Examples(Sequence[Example]):
     """Examples of which only the arrays are kept; an `Example` is made when it is asked for.
 
@@ -44,16 +62,19 @@ class Examples(Sequence[Example]):
 
     def __init__(self, batch: pa.RecordBatch):
         self.batch = batch
-        prompts, responses = batch.column("prompt"), batch.column("responses")
-        self._prompt = prompts.offsets.to_numpy(), prompts.values.to_numpy()
-        self._place = responses.offsets.to_numpy()
-        self._response = responses.values.offsets.to_numpy(), responses.values.values.to_numpy()
-        named = ("id", "cut", "label", "scores", "rank", "category")
-        self._others = {name: batch.column(name) for name in named}
+        responses = batch.column("responses")
+        self._of_example = responses.offsets.to_numpy()
+        self._response = Ragged.view(responses.values)
+        ragged = ("prompt", "cut", "scores", "rank")
+        self._prompt, self._cut, self._scores, self._rank = (
+            Ragged.view(batch.column(name)) for name in ragged
+        )
+        self._single = {name: batch.column(name) for name in ("id", "label", "category")}
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
         columns = dict(zip(Example._fields, zip(*examples)))
+        columns["cut"] = [[int(x) for x in cut] for cut in columns["cut"]]
         return cls(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
 
     def __len__(self) -> int:
@@ -63,17 +84,14 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        starts, ids = self._prompt
-        begins, tokens = self._response
-        first, last = self._place[index], self._place[index + 1]
-        others = {name: column[index].as_py() for name, column in self._others.items()}
-        for name in ("cut", "scores", "rank"):
-            if others[name] is not None:
-                others[name] = tuple(others[name])
+        places = range(self._of_example[index], self._of_example[index + 1])
         return Example(
-            prompt=ids[starts[index] : starts[index + 1]],
-            responses=tuple(tokens[begins[k] : begins[k + 1]] for k in range(first, last)),
-            **others,
+            prompt=self._prompt.at(index),
+            responses=tuple(map(self._response.at, places)),
+            cut=tuple(map(bool, self._cut.at(index).tolist())),
+            scores=tuple(self._scores.at(index).tolist()) or None,
+            rank=tuple(self._rank.at(index).tolist()) or None,
+            **{name: column[index].as_py() for name, column in self._single.items()},
         )
 
 
