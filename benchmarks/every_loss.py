@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dpojax.data.pipeline import order, train_batches
 from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
-from dpojax.launch import references, setup, stages
+from dpojax.launch import references, setup, stages, token_cache
 from dpojax.launch.config import check
 from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
@@ -145,10 +145,12 @@ def _open(loss: str, args: argparse.Namespace):
     )
     config.dpo.data.update(source=str(_with_margins(args)), form=args.form, limit=0, eval_limit=0)
     config.dpo.reference.cache = str(args.out / "reference_logprobs")
+    config.token_cache = str(args.out / "tokens")
     for key, value in GIVEN.get(loss, {}).items():
         config.dpo.update_from_flattened_dict({key: value})
     check(config)
     stage = stages.prepare("dpo", setup.prepare(config, args.out / "runs" / loss))
+    token_cache.save(stage.data)
     start = setup.initial_params(stage.setup)
     with jax.set_mesh(stage.setup.mesh), StopSignal() as stop:
         needs = stage.objective.needs_reference

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 
@@ -59,8 +60,8 @@ class Report:
       kept: records that became examples (the cut ones included).
       tallies: outcome (`dropped`, `cut`, `noted`) -> cause -> Tally.
       lengths: name (`prompt`, `response`, `chosen`, `rejected`, `longest` = prompt + longest
-        response) -> tokens per record, before truncation, with BOS and EOS, of every record that
-        was encoded.
+        response) -> number of tokens, before truncation, with BOS and EOS -> how many of them had
+        so many, of every record that was encoded.
       starts: number of BOS tokens in the prompt -> number of kept examples.
       ends: `with EOS` or `without EOS` -> number of kept responses.
     """
@@ -69,7 +70,7 @@ class Report:
         self.read = 0
         self.kept = 0
         self.tallies: dict[str, dict[str, Tally]] = {name: {} for name in OUTCOMES}
-        self.lengths: dict[str, list[int]] = defaultdict(list)
+        self.lengths: dict[str, Counter[int]] = defaultdict(Counter)
         self.starts: dict[int, int] = defaultdict(int)
         self.ends: dict[str, int] = defaultdict(int)
 
@@ -97,6 +98,10 @@ class Report:
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Length statistics in tokens: name -> mean, median, 95th percentile and max."""
+        expanded = {
+            name: np.repeat(list(counts), list(counts.values()))
+            for name, counts in self.lengths.items()
+        }
         return {
             name: {
                 "count": len(values),
@@ -105,9 +110,35 @@ class Report:
                 "p95": float(np.percentile(values, 95)),
                 "max": int(np.max(values)),
             }
-            for name, values in self.lengths.items()
-            if values
+            for name, values in expanded.items()
+            if len(values)
         }
+
+    def to_content(self) -> dict[str, Any]:
+        """All that the report holds, as JSON can keep it; `from_content` reads it back."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "tallies": {
+                outcome: {cause: dataclasses.asdict(tally) for cause, tally in tallies.items()}
+                for outcome, tallies in self.tallies.items()
+            },
+            "lengths": {name: [*counts.items()] for name, counts in self.lengths.items()},
+            "starts": [*self.starts.items()],
+            "ends": dict(self.ends),
+        }
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> Report:
+        report = cls()
+        report.read, report.kept = content["read"], content["kept"]
+        for outcome, tallies in content["tallies"].items():
+            report.tallies[outcome] = {cause: Tally(**tally) for cause, tally in tallies.items()}
+        for name, counts in content["lengths"].items():
+            report.lengths[name] = Counter(dict(counts))
+        report.starts.update(content["starts"])
+        report.ends.update(content["ends"])
+        return report
 
     def to_json(self) -> str:
         """Everything in the report as JSON text; tallies, lengths, BOS and EOS by name."""

@@ -6,9 +6,11 @@ sets are read by `datasets`. Nothing is written beside the data.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -90,6 +92,31 @@ def read(path: Path | Sequence[Path], *, split: str | None = None) -> Iterator[R
             yield row, f"{name}:{number}"
     if empty:
         raise DataError(f"{', '.join(map(str, paths))}: the data set is empty")
+
+
+def fingerprint(path: Path | Sequence[Path], *, split: str | None = None) -> str:
+    """A hash of what `read` yields its rows from: names and bytes of all files, wherever they lie;
+    of a hub data set the fingerprint that `datasets` gives its version.
+
+    Raises:
+      DataError: for what is not there or cannot be opened.
+    """
+    digest, paths = hashlib.sha256(), _files(path)
+    for file, name in zip(paths, _names(paths)):
+        digest.update(f"{name}\n".encode())
+        if isinstance(file, str):
+            with _reading(file):
+                digest.update(_opened(file, split)._fingerprint.encode())
+            continue
+        inner = sorted(file.rglob("[!.]*")) if file.is_dir() else [file]  # `datasets` skips .names
+        for part in filter(pathlib.Path.is_file, inner):
+            try:
+                with open(part, "rb") as content:
+                    own = hashlib.file_digest(content, "sha256").hexdigest()
+            except OSError as error:
+                raise DataError(f"{part}: cannot be read: {error}") from error
+            digest.update(f"{part.relative_to(file)} {own}\n".encode())
+    return digest.hexdigest()
 
 
 def _files(path: Path | Sequence[Path]) -> list[pathlib.Path | str]:
@@ -279,22 +306,35 @@ def _with_class_names(found: Any) -> Iterator[dict]:
 
 def _data_set(path: pathlib.Path | str, split: str | None) -> Iterator[dict]:
     """Rows of a folder (saved by `datasets`, or of data files) or of a hub data set."""
+    with _reading(path):
+        yield from _with_class_names(_opened(path, split))
+
+
+def _opened(path: pathlib.Path | str, split: str | None) -> Any:
+    """What `datasets` makes of it: the split, or the whole where there are none."""
     import datasets
 
     saved = isinstance(path, pathlib.Path) and any(
         (path / name).exists() for name in ("state.json", "dataset_dict.json")
     )
+    if saved:
+        found = datasets.load_from_disk(str(path))
+    else:
+        found = datasets.load_dataset(str(path), streaming=isinstance(path, pathlib.Path))
+    if not isinstance(found, datasets.Dataset):
+        return found[_choose(found, split, str(path))]
+    if split is not None:
+        raise DataError(f"{path}: has no splits, but split {split!r} was asked for")
+    return found
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path | str) -> Iterator[None]:
+    """Raises what `datasets` raises as a DataError that names the path."""
+    import datasets
+
     try:
-        if saved:
-            found = datasets.load_from_disk(str(path))
-        else:
-            found = datasets.load_dataset(str(path), streaming=isinstance(path, pathlib.Path))
-        if isinstance(found, datasets.Dataset):
-            if split is not None:
-                raise DataError(f"{path}: has no splits, but split {split!r} was asked for")
-            yield from _with_class_names(found)
-        else:
-            yield from _with_class_names(found[_choose(found, split, str(path))])
+        yield
     except DataError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -282,12 +282,12 @@ class _Encoder:
     def _measure(self, prompt: Ids, responses: list[Ids]) -> None:
         lengths = [len(ids) for ids in responses]
         measured = self.report.lengths
-        measured["prompt"].append(len(prompt))
-        measured["response"] += lengths
+        measured["prompt"][len(prompt)] += 1
+        measured["response"].update(lengths)
         if len(lengths) == 2:
-            measured["chosen"].append(lengths[0])
-            measured["rejected"].append(lengths[1])
-        measured["longest"].append(len(prompt) + max(lengths))
+            measured["chosen"][lengths[0]] += 1
+            measured["rejected"][lengths[1]] += 1
+        measured["longest"][len(prompt) + max(lengths)] += 1
 
     def _cut_prompt(self, record: Record, prompt: Ids, responses: list[Ids]) -> Ids:
         """The prompt, without its start where the policy says so; raises _Drop."""

@@ -25,7 +25,7 @@ STAGES += (("ppo",), ("sft", "ppo"), ("classifier",), ("sft", "classifier"))
 # result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
 MAY_CHANGE += ("distributed", "mesh", "micro_rows", "micro_sizes", "row_length", "max_logits")
-MAY_CHANGE += ("model.remat", "sweep", "check_memory", "profile")
+MAY_CHANGE += ("model.remat", "sweep", "check_memory", "profile", "token_cache")
 
 LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 

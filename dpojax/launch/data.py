@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import pathlib
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ml_collections import ConfigDict
@@ -40,12 +42,18 @@ class Wants(NamedTuple):
 
 class StageData(NamedTuple):
     """Examples of one stage: the first `train` of them to train on, the others held out; and the
-    names of their classes, where they have any."""
+    names of their classes, where they have any.
 
-    examples: list[Example]
+    file: where they are kept for the next run, if anywhere; see `launch.token_cache`.
+    found: whether they were read from there.
+    """
+
+    examples: Sequence[Example]
     train: int
     reports: dict[str, Report]
     labels: tuple[str, ...] = ()
+    file: pathlib.Path | None = None
+    found: bool = False
 
     @property
     def training(self) -> range:

@@ -19,6 +19,9 @@ def default_config() -> ConfigDict:
     config.tokenizer = ""
     config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
     config.tokens = _tokens()
+    # Folder of tokenised examples, which any number of runs may share; "" is inside the workdir (of
+    # a sweep or frontier: inside its own).
+    config.token_cache = ""
     config.row_length = 0  # tokens of a row; 0 chooses from the data
     config.micro_rows = 0  # rows of a micro-batch on all devices together; 0 chooses the fastest
     config.micro_sizes = 4  # most sizes at which micro-batches are compiled: less padding

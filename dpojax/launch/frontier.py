@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from dpojax.evaluation.policies import encode_prompts, response_texts
 from dpojax.evaluation.rewards import open_reward
-from dpojax.launch import online, workers
+from dpojax.launch import online, token_cache, workers
 from dpojax.launch import run as runs
 from dpojax.launch.config import ConfigError, changes, check, only_run
 from dpojax.launch.export import export
@@ -136,7 +136,7 @@ def make(
     for planned_run in planned:
         check(_config_of(config, planned_run, folder))
     if config.frontier.reward == "classifier":
-        check(_stage(config, ("classifier",)))
+        check(_stage(config, folder, "classifier"))
     _check_samples(config)
     if at_once > 1 and not workers.on_cpu():
         raise ConfigError(f"{at_once} runs at once: only on a CPU, and in one process; take 1")
@@ -189,7 +189,7 @@ def jobs(
     sft, policy = folder / "sft", folder / POLICY
     reward_run, reward_model = folder / "reward", folder / REWARD_MODEL
     found = [
-        Job("sft", sft / runs.FINISHED, lambda: _run(_stage(config, ("sft",)), sft)),
+        Job("sft", sft / runs.FINISHED, lambda: _run(_stage(config, folder, "sft"), sft)),
         Job("policy", policy, lambda: export(str(sft), str(policy)), needs=("sft",)),
     ]
     rewarded = ("policy",)
@@ -202,7 +202,7 @@ def jobs(
     samples = lambda: _sample(config, folder)
     found.append(Job("reference_samples", folder / SAMPLES, samples, needs=rewarded))
     if any(run.method == "ppo" for run in planned):
-        of_reward = _from_policy(_stage(config, ("reward",)), folder)
+        of_reward = _from_policy(_stage(config, folder, "reward"), folder)
         of_reward.tokens.append_eos = True  # where the reward is read
         of_reward.reward.data.source = str(folder / PREFERENCES)
         found += [
@@ -271,7 +271,7 @@ def configs(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) ->
 def _classifier_jobs(config: ConfigDict, folder: pathlib.Path) -> list[Job]:
     """The true reward, from labelled texts."""
     workdir, exported = folder / "classifier", folder / CLASSIFIER
-    own = _from_policy(_stage(config, ("classifier",)), folder)
+    own = _from_policy(_stage(config, folder, "classifier"), folder)
     train = lambda: _run(own, workdir)
     give = lambda: export(str(workdir), str(exported))
     return [
@@ -307,7 +307,7 @@ def _true_reward(config: ConfigDict, folder: pathlib.Path) -> str:
 def _config_of(config: ConfigDict, run: Run, folder: pathlib.Path) -> ConfigDict:
     """What scripts/train.py would be given for this run."""
     stage = "dpo" if run.stage == online.STAGE else run.stage
-    own = _from_policy(_stage(config, (stage,)), folder)
+    own = _from_policy(_stage(config, folder, stage), folder)
     own.samples.reward = _true_reward(config, folder)
     if run.stage == "ppo":
         learned = f"reward_model:{folder / REWARD_MODEL}"
@@ -320,9 +320,10 @@ def _config_of(config: ConfigDict, run: Run, folder: pathlib.Path) -> ConfigDict
     return own
 
 
-def _stage(config: ConfigDict, stages: tuple[str, ...]) -> ConfigDict:
+def _stage(config: ConfigDict, folder: pathlib.Path, *stages: str) -> ConfigDict:
     own = copy.deepcopy(config)
     own.stages = stages
+    own.token_cache = own.token_cache or str(folder / token_cache.FOLDER)
     own.tensorboard = False
     return own
 

@@ -16,7 +16,7 @@ from dpojax.data.records import DataError
 from dpojax.evaluation import plots
 from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import RewardError
-from dpojax.launch import ppo, stages
+from dpojax.launch import ppo, stages, token_cache
 from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
 from dpojax.launch.ppo import PPOStage
@@ -85,10 +85,12 @@ def announce(prepared: Sequence[stages.Stage | PPOStage]) -> None:
         else:
             wanted = footprint(stage)
             said = f"\n{stages.report_of(stage)}\n{stages.describe(stage)}\n"
+            said += f"{stage.name}: tokens {token_cache.whereabouts(stage.data)}\n"
             said += f"{stage.name}: about {wanted} of each device"
         if jax.process_index() == 0:
             if not isinstance(stage, PPOStage):
                 stages.save_reports(stage)
+                token_cache.save(stage.data)
             print(said, flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from dpojax import sharding
 from dpojax.data.packing import Costs, Shape, plan
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
 from dpojax.data.rows import Rows, empty
-from dpojax.launch import classified
+from dpojax.launch import classified, token_cache
 from dpojax.launch import data as stage_data
 from dpojax.launch import setup as run_setup
 from dpojax.launch.adapters import Lora
@@ -207,14 +208,21 @@ def describe(stage: Stage) -> str:
 
 
 def _load(name: str, setup: Setup, wants: Wants) -> StageData:
-    config, shared = setup.config[name], setup.config
+    """From the cache of tokens, or made."""
+    config, shared, tokenizer = setup.config[name], setup.config, setup.tokenizer
+    data, seed = config.data, shared.seed
     if name == "classifier":
-        return classified.load(
-            config.data, setup.tokenizer, max_tokens=config.max_tokens, seed=shared.seed
-        )
-    return stage_data.load(
-        config.data, shared.tokens, setup.tokenizer, wants=wants, seed=shared.seed
-    )
+        own = {"max_tokens": config.max_tokens}
+        load = partial(classified.load, data, tokenizer, **own, seed=seed)
+        drawn = bool(data.limit or data.eval_limit)
+    else:
+        own = {"wants": wants._asdict(), "tokens": dict(shared.tokens)}
+        load = partial(stage_data.load, data, shared.tokens, tokenizer, wants=wants, seed=seed)
+        drawn = stage_data.EMBEDDED in (data.source, data.eval_source)
+    if drawn:
+        own["seed"] = seed
+    key = partial(token_cache.key_of, data, tokenizer, own)
+    return token_cache.cached(shared.token_cache or setup.workdir / token_cache.FOLDER, key, load)
 
 
 def _method(name: str, config: ConfigDict) -> tuple[Objective, dict, Wants]:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dpojax import sharding
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.launch import run as runs
+from dpojax.launch import token_cache
 from dpojax.launch.config import ConfigError, changes, check, fill_in, only_run
 from dpojax.launch.plan import write_json
 from dpojax.launch.together import (
@@ -96,6 +97,8 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
     configs = {name: _of(config, own) for name, own in zip(names_of(members), members)}
     if config.distributed:
         sharding.start_distributed()
+    for own in configs.values():
+        own.token_cache = own.token_cache or str(folder / token_cache.FOLDER)
     plan = _plan(config, dict(zip(configs, members)), folder)
     names, failed, trained = list(configs), {}, []
     with only_run(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -43,6 +45,21 @@ def load_tokenizer(config: ConfigDict, workdir: pathlib.Path):
         with naming("chat_template"):
             tokenizer.chat_template = pathlib.Path(config.chat_template).read_text()
     return tokenizer
+
+
+def content_hash(tokenizer) -> str | None:
+    """Of all that decides how it encodes a text or renders messages; None where that cannot be told
+    (a tokenizer written in Python)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    core = json.loads(backend.to_str())
+    for changed_by_every_call in ("truncation", "padding"):
+        core.pop(changed_by_every_call, None)
+    kind, special = type(tokenizer).__qualname__, tokenizer.special_tokens_map
+    options = [tokenizer.chat_template, tokenizer.split_special_tokens]
+    content = json.dumps([kind, core, special, options], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _made(config: ConfigDict, folder: pathlib.Path) -> str:

@@ -14,8 +14,8 @@ def report():
     """21 records of 2..22 prompt tokens, three of them dropped."""
     report = Report()
     report.read, report.kept = 21, 18
-    report.lengths["prompt"] = list(range(2, 23))
-    report.lengths["longest"] = list(range(1002, 1023))
+    report.lengths["prompt"].update(range(2, 23))
+    report.lengths["longest"].update(range(1002, 1023))
     report.starts[1] = 18
     report.ends["with EOS"] = 36
     for number in (19, 20, 21):

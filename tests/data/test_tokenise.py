@@ -212,7 +212,7 @@ def test_one_and_many_responses_keep_their_order(responses):
     example, report = one(Record("f:1", "the cat", responses, label=True))
     assert [PLAIN.decode(r[:-1]) for r in example.responses] == list(responses)
     assert example.label is True
-    assert len(report.lengths["response"]) == len(responses)
+    assert report.lengths["response"].total() == len(responses)
     assert "chosen" not in report.lengths
 
 
@@ -435,11 +435,11 @@ def test_lengths_are_counted_before_truncation_with_bos_and_eos():
     records = [LONG, pair("a", "b", "c")]
     _, report = tokenise(records, LETTER, Policy(max_length=12, truncation="cut_response_end"))
     assert report.lengths == {
-        "prompt": [11, 2],
-        "response": [5, 8, 2, 2],
-        "chosen": [5, 2],
-        "rejected": [8, 2],
-        "longest": [19, 4],
+        "prompt": {11: 1, 2: 1},
+        "response": {5: 1, 8: 1, 2: 2},
+        "chosen": {5: 1, 2: 1},
+        "rejected": {8: 1, 2: 1},
+        "longest": {19: 1, 4: 1},
     }
 
 

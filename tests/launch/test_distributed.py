@@ -55,6 +55,7 @@ def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone
     (tmp_path / "two" / "finished.json").unlink()
     resumed = train(tmp_path / "two")
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count(f"tokens read from {tmp_path / 'two' / 'tokens'}") == 2
     ours, theirs = (
         [(line["step"], line["split"]) for line in lines(folder, "dpo")]
         for folder in (tmp_path / "two", alone)

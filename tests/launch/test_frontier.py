@@ -78,6 +78,14 @@ def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_refer
     assert len(read_optimum(folder / "optimum.json").beta) == len(frontier_results.BETAS)
 
 
+def test_runs_on_the_same_data_tokenise_them_once(made):
+    folder, _ = made
+    assert len(list((folder / "tokens").iterdir())) == 2  # SFT's, and the preferences
+    logs = [(folder / "logs" / f"{run.name}.txt").read_text() for run in RUNS]
+    kept, *read = [text.count(f"tokens read from {folder / 'tokens'}") for text in logs]
+    assert (kept, read) == (0, [1] * len(read))
+
+
 def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     folder, text = made
     assert (folder / "frontier.png").stat().st_size > 10_000

@@ -65,8 +65,11 @@ def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path, index):
     got = json.loads((member / "finished.json").read_text())
     assert got["dpo"]["pairs"] == want["dpo"]["pairs"]
     assert got["dpo"]["values"]["after"] == pytest.approx(want["dpo"]["values"]["after"], abs=1e-4)
-    made = lambda folder: {str(path.relative_to(folder)) for path in folder.glob("*/*")}
+    made = lambda folder: {str(path.relative_to(folder)) for path in folder.glob("[!t]*/*")}
     assert made(member) == made(tmp_path / "alone")
+    kept = lambda folder: {path.name for path in folder.glob("tokens/*")}
+    assert kept(swept[0]) == kept(tmp_path / "alone")  # those of the sweep are all members'
+    assert len(kept(swept[0])) == 2
 
 
 def test_every_step_of_a_member_is_logged_once(swept):

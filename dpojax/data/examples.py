@@ -1,0 +1,132 @@
+"""Tokenised examples in Arrow arrays: in memory, or mapped from the file that they were kept in.
+
+The file is an Arrow file with the SHA-256 of its bytes behind it. What is read back is not copied:
+token ids are slices of the mapped file, which the operating system loads and drops as it likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from dpojax.data.records import DataError
+from dpojax.data.tokenise import Example
+
+# One column for each field of an Example; what is None there is null here.
+SCHEMA = pa.schema(
+    {
+        "id": pa.large_string(),
+        "prompt": pa.large_list(pa.int32()),
+        "responses": pa.large_list(pa.large_list(pa.int32())),
+        "cut": pa.large_list(pa.uint8()),  # NumPy could not view single bits
+        "label": pa.bool_(),
+        "scores": pa.large_list(pa.float64()),
+        "rank": pa.large_list(pa.int32()),
+        "category": pa.int32(),
+    }
+)
+DIGEST = hashlib.sha256().digest_size
+ABOUT = b"about"
+
+
+class Ragged(NamedTuple):
+    """Arrays of different lengths, one behind another: the i-th is values[starts[i]:starts[i + 1]].
+
+    A null is empty.
+    """
+
+    starts: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def view(cls, lists: pa.LargeListArray) -> Ragged:
+        return cls(lists.offsets.to_numpy(), lists.values.to_numpy())
+
+    def at(self, index: int) -> np.ndarray:
+        return self.values[self.starts[index] : self.starts[index + 1]]
+
+
+class Examples(Sequence[Example]):
+    """Examples of which only the arrays are kept; an `Example` is made when it is asked for.
+
+    Its arrays are views, and not to be written to. A slice is a list.
+    """
+
+    def __init__(self, batch: pa.RecordBatch):
+        self.batch = batch
+        responses = batch.column("responses")
+        self._of_example = responses.offsets.to_numpy()
+        self._response = Ragged.view(responses.values)
+        ragged = ("prompt", "cut", "scores", "rank")
+        self._prompt, self._cut, self._scores, self._rank = (
+            Ragged.view(batch.column(name)) for name in ragged
+        )
+        self._single = {name: batch.column(name) for name in ("id", "label", "category")}
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        columns = dict(zip(Example._fields, zip(*examples)))
+        columns["cut"] = [[int(x) for x in cut] for cut in columns["cut"]]
+        return cls(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+
+    def __len__(self) -> int:
+        return self.batch.num_rows
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        places = range(self._of_example[index], self._of_example[index + 1])
+        return Example(
+            prompt=self._prompt.at(index),
+            responses=tuple(map(self._response.at, places)),
+            cut=tuple(map(bool, self._cut.at(index).tolist())),
+            scores=tuple(self._scores.at(index).tolist()) or None,
+            rank=tuple(self._rank.at(index).tolist()) or None,
+            **{name: column[index].as_py() for name, column in self._single.items()},
+        )
+
+
+def save(path: pathlib.Path, examples: Examples, about: dict[str, Any]) -> None:
+    """Write a file that holds the examples, and `about` as JSON; it is there as a whole or not."""
+    schema = SCHEMA.with_metadata({ABOUT: json.dumps(about)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, name = tempfile.mkstemp(suffix=".unfinished", dir=path.parent)
+    try:
+        with os.fdopen(unfinished, "w+b") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                writer.write_batch(examples.batch.replace_schema_metadata(schema.metadata))
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.write(digest)
+        os.chmod(name, 0o644)  # mkstemp keeps others out of a cache that is to be shared
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: pathlib.Path) -> tuple[Examples, dict[str, Any]]:
+    """The examples in a file, mapped, and what was said about them.
+
+    Raises:
+      DataError: the file is not as it was written.
+    """
+    try:
+        content = pa.memory_map(str(path)).read_buffer()
+        arrow, digest = content[:-DIGEST], content[-DIGEST:]
+        if hashlib.sha256(arrow).digest() != digest.to_pybytes():
+            raise DataError("its bytes are not those that were written")
+        reader = pa.ipc.open_file(pa.BufferReader(arrow))
+        batch, about = reader.get_batch(0), json.loads(reader.schema.metadata[ABOUT])
+    except (DataError, pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a usable cache of tokens ({error}); delete it") from error
+    return Examples(batch), about
