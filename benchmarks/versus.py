@@ -272,7 +272,8 @@ def _table(found: dict) -> str:
         "loss (nats) and gradient norm (relative) are from the first system's"
     ]
     for title, rounds in found["systems"].items():
-        set_ = "".join(f"  {name}={value}" for name, value in found["variables"][title].items())
+        extra = found["variables"][title].items()
+        set_ = "".join(f"  (SIGILL without {name}={value})" for name, value in extra)
         if failed := _failed(rounds):
             lines.append(f"{title:<24}failed: {failed}{set_}")
             continue
