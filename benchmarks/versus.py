@@ -53,6 +53,7 @@ SYSTEMS = {
     "TRL, no checkpointing": System("trl_trainer.py", "torch"),
     "plain torch": System("plain_torch.py", "torch"),
     "tunix": System("tunix_trainer.py", "tunix", families=("llama",)),
+    "tunix, checkpointing": System("tunix_trainer.py", "tunix", ("--checkpointing",), ("llama",)),
 }
 PACKAGES = {
     "torch": ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0"),

@@ -1,4 +1,4 @@
-"""tunix's DPOTrainer on its Llama: python tunix_trainer.py CASE STEPS
+"""tunix's DPOTrainer on its Llama: python tunix_trainer.py CASE STEPS [--checkpointing]
 
 Every batch is padded to the longest prompt and the longest response of all, since every new shape
 would compile. In bfloat16 weights and moments are bfloat16 too: it computes in their dtype.
@@ -40,12 +40,12 @@ class Trainer(dpo_trainer.DPOTrainer):
         self.ref_model, self._ref_model_exists = None, False
 
 
-def main(case: Case, steps: int) -> None:
-    model = _model(case)
+def main(case: Case, steps: int, checkpointing: bool) -> None:
+    model = _model(case, checkpointing)
     adam = optax.adamw(case.learning_rate, weight_decay=0.0)
     trainer = Trainer(
         model=model,
-        ref_model=_model(case),
+        ref_model=_model(case, checkpointing),
         optimizer=optax.chain(optax.clip_by_global_norm(CLIP), adam),
         training_config=dpo_trainer.DPOTrainingConfig(
             eval_every_n_steps=10**9, max_steps=WARM + steps, beta=BETA, max_inflight_computations=1
@@ -75,7 +75,8 @@ def main(case: Case, steps: int) -> None:
     clock.report(list(map(Found, history("loss"), history("grad_norm"), scored)))
 
 
-def _model(case: Case) -> llama3.Llama3:
+def _model(case: Case, checkpointing: bool) -> llama3.Llama3:
+    kinds = llama3.RematConfig
     config = llama3.ModelConfig(
         num_layers=case.layers,
         vocab_size=case.vocabulary,
@@ -87,7 +88,7 @@ def _model(case: Case) -> llama3.Llama3:
         rope_theta=1_000_000,
         norm_eps=1e-5,
         weight_tying=False,
-        remat_config=llama3.RematConfig.NONE,
+        remat_config=kinds.DECODER if checkpointing else kinds.NONE,
     )
     return create_model_from_safe_tensors(case.weights, config, dtype=jnp.dtype(case.dtype))
 
@@ -109,4 +110,4 @@ def _padded(batch: list[Pair], prompt: int, response: int) -> dpo_trainer.Traini
 
 
 if __name__ == "__main__":
-    main(read_case(sys.argv[1]), int(sys.argv[2]))
+    main(read_case(sys.argv[1]), int(sys.argv[2]), "--checkpointing" in sys.argv)
