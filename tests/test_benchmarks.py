@@ -7,9 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from benchmarks import versus
 from benchmarks.frontier_seeds import share_at
 from benchmarks.peers.cases import CASES, batches, read_case
 from benchmarks.train_step import COLUMNS, Case, measure
@@ -102,3 +104,80 @@ def test_every_system_gets_the_same_pairs_of_the_lengths_asked_for(tmp_path):
     assert min(ids) >= 4
     assert max(ids) < case.vocabulary
     assert {pair.chosen[-1] for batch in found for pair in batch} == {1}
+
+
+def test_ours_and_a_plain_torch_step_compute_the_same_losses_and_gradients(
+    tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("torch", reason="the other side is torch")
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    place = tmp_path / "torch"
+    (place / "bin").mkdir(parents=True)
+    python = place / "bin" / "python"  # this environment in place of one that would be made
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (place / versus.COMPLETE).write_text(json.dumps(versus.PACKAGES["torch"]))
+    out = tmp_path / "versus.json"
+    what = ["--cases", "check-llama", "--systems", "dpojax", "plain torch", "--json", str(out)]
+    versus.main(["--environments", str(tmp_path), *what, "--rounds", "1", "--steps", "2"])
+    record = json.loads(out.read_text())
+    (found,) = record["cases"]
+    steps = {name: rounds[0]["computed"] for name, rounds in found["systems"].items()}
+    assert len(steps["dpojax"]) == len(steps["plain torch"]) == 3
+    assert steps["dpojax"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(steps["dpojax"][1]["loss"] - math.log(2)) > 1e-4  # an update that shows
+    for own, other in zip(steps["dpojax"], steps["plain torch"], strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert own["norm"] == pytest.approx(other["norm"], rel=1e-4)
+        assert own["scored"] == other["scored"]
+    assert record["environments"]["dpojax"]["packages"]["jax"] == jax.__version__
+    assert {"date", "cpu", "commit"} <= set(record["machine"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "of the machine" in line]
+    assert [row.split("  ")[0] for row in rows] == ["dpojax", "plain torch"]
+
+
+def ran(loss, norm, scored):
+    computed = [{"loss": math.log(2), "norm": 1.0, "scored": 7}]
+    computed += [{"loss": loss, "norm": norm, "scored": scored}]
+    samples = [{"seconds": 2.0, "others": 0.0}]
+    return [{"median": 2.0, "samples": samples, "peak_gib": 1.0, "computed": computed}]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ((0.69, 1.5, 9), True),
+        ((0.70, 1.5, 9), False),
+        ((0.69, 1.6, 9), False),
+        ((0.69, 1.5, 8), False),
+    ],
+)
+def test_a_system_that_computes_something_else_is_named(other, same):
+    systems = {"dpojax": ran(0.69, 1.5, 9), "other": ran(*other), "dead": [{"failed": "SIGILL"}]}
+    about = {"case": "a", "dtype": "float32", "variables": {key: {} for key in systems}}
+    table = versus._table(about | {"systems": systems})
+    assert ("other COMPUTES SOMETHING ELSE" in table) == (not same)
+    assert "dead                    failed: SIGILL" in table
+
+
+def test_an_environment_is_finished_once_and_again_when_it_is_for_other_packages(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    def interrupted(command, check):
+        calls.append(command[1:4])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(versus.subprocess, "run", interrupted)
+    (tmp_path / "torch").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        versus._python(tmp_path, "torch")
+    made = [["-m", "venv", str(tmp_path / "torch")], ["-m", "pip", "install"]]
+    for wanted in (made * 2, made * 2):
+        assert versus._python(tmp_path, "torch") == str(tmp_path / "torch" / "bin" / "python")
+        assert calls == wanted
+    monkeypatch.setitem(versus.PACKAGES, "torch", ("torch==3",))
+    versus._python(tmp_path, "torch")
+    assert calls == made * 3

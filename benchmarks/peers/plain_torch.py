@@ -11,8 +11,7 @@ import copy
 import sys
 
 import torch
-import transformers
-from cases import BETA, CLIP, LEARNING_RATE, WARM, Case, batches, read_case, report
+from cases import BETA, CLIP, WARM, Case, Found, Pair, batches, read_case, report
 from torch.nn import functional
 from torch_models import build
 
@@ -22,32 +21,33 @@ IGNORED = -100
 def main(case: Case, steps: int) -> None:
     policy = build(case).train()
     reference = copy.deepcopy(policy).eval()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    made = [_padded(batch) for batch in batches(case, WARM + steps)]
-    frozen = [None] * len(made)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=case.learning_rate, weight_decay=0.0)
+    given = batches(case, WARM + steps)
+    frozen = [None] * len(given)
     if case.reference == "cached":
         with torch.no_grad():
-            frozen = [_logprobs(reference, batch, case) for batch in made]
+            frozen = [_logprobs(reference, _padded(batch), case) for batch in given]
         del reference
 
-    def step(index: int) -> None:
-        logprobs, theirs = _logprobs(policy, made[index], case), frozen[index]
+    def step(index: int) -> Found:
+        batch = _padded(given[index])
+        logprobs, theirs = _logprobs(policy, batch, case), frozen[index]
         if theirs is None:
             with torch.no_grad():
-                theirs = _logprobs(reference, made[index], case)
+                theirs = _logprobs(reference, batch, case)
         chosen, rejected = (logprobs - theirs).chunk(2)
         loss = -functional.logsigmoid(BETA * (chosen - rejected)).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         assert torch.isfinite(loss.detach())
+        return Found(loss.item(), norm.item(), int((batch[2] != IGNORED).sum()))
 
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    report(step, steps, versions=versions)
+    report(step, steps)
 
 
-def _padded(batch) -> tuple[torch.Tensor, ...]:
+def _padded(batch: list[Pair]) -> tuple[torch.Tensor, ...]:
     """Ids, mask and labels of all chosen sequences, then all rejected ones."""
     rows = [(p.prompt, p.chosen) for p in batch] + [(p.prompt, p.rejected) for p in batch]
     longest = max(len(prompt) + len(response) for prompt, response in rows)

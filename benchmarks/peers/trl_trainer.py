@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import tempfile
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
-import torch
 import transformers
 import trl
-from cases import BETA, CLIP, LEARNING_RATE, SPECIAL, WARM, Case, Clock, batches, read_case
+from cases import BETA, CLIP, WARM, Case, Clock, Found, batches, read_case
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from torch_models import build
 
 
 class Timer(transformers.TrainerCallback):
-    """From the end of a step to the end of the next; collating counts, which takes milliseconds."""
+    """From the end of a step to the end of the next, without the line that is logged between."""
 
     def __init__(self, steps: int):
         self.clock, self.left = Clock(), WARM + steps
+        self.losses_and_norms: list[tuple[float, float]] = []
 
     def on_train_begin(self, args, state, control, **more):
         self.clock.start()
@@ -31,21 +30,34 @@ class Timer(transformers.TrainerCallback):
         self.clock.stop()
         self.left -= 1
         control.should_training_stop = self.left == 0
-        self.clock.start()
+
+    def on_log(self, args, state, control, logs=None, **more):
+        if "grad_norm" in logs:
+            self.losses_and_norms.append((logs["loss"], logs["grad_norm"]))
+            self.clock.start()
+
+
+class Trainer(trl.DPOTrainer):
+    """Of a data set that is token ids already; says how many tokens it scored."""
+
+    def __init__(self, *args, **more):
+        self.scored: list[int] = []
+        super().__init__(*args, **more)
+
+    def _prepare_dataset(self, dataset, *args):
+        return dataset
+
+    def compute_loss(self, model, inputs, *args, **more):
+        self.scored.append(int(inputs["completion_mask"].sum()))
+        return super().compute_loss(model, inputs, *args, **more)
 
 
 def main(case: Case, steps: int, checkpointing: bool) -> None:
     model = build(case)
-    reference = copy.deepcopy(model) if case.reference == "live" else None
-    text = lambda ids: " ".join("</s>" if i == 1 else f"t{i}" for i in ids)
+    reference = build(case) if case.reference == "live" else None
     pairs = [pair for batch in batches(case, WARM + steps) for pair in batch]
-    data = Dataset.from_dict(
-        {
-            "prompt": [text(pair.prompt) for pair in pairs],
-            "chosen": [f" {text(pair.chosen[:-1])}" for pair in pairs],  # it adds the end itself
-            "rejected": [f" {text(pair.rejected[:-1])}" for pair in pairs],
-        }
-    )
+    fields = {"prompt_ids": 0, "chosen_ids": 1, "rejected_ids": 2}
+    data = Dataset.from_dict({name: [pair[i] for pair in pairs] for name, i in fields.items()})
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
             output_dir=folder,
@@ -55,9 +67,9 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
             bf16=case.dtype == "bfloat16",
             use_cpu=True,
             report_to=[],
-            logging_steps=10**6,
+            logging_steps=1,
             save_strategy="no",
-            learning_rate=LEARNING_RATE,
+            learning_rate=case.learning_rate,
             beta=BETA,
             lr_scheduler_type="constant",
             max_grad_norm=CLIP,
@@ -68,27 +80,23 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
             dataloader_pin_memory=False,
         )
         timer = Timer(steps)
-        trainer = trl.DPOTrainer(
+        trainer = Trainer(
             model=model,
             ref_model=reference,
             args=config,
             train_dataset=data,
-            processing_class=_tokenizer(case),
+            processing_class=_tokenizer(),
             callbacks=[timer],
         )
-        first = trainer.train_dataset[0]
-        assert [len(first[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")] == [
-            len(ids) for ids in pairs[0]
-        ]
         trainer.train()
-    versions = f"trl {trl.__version__}, torch {torch.__version__}"
-    timer.clock.report(versions=f"{versions}, transformers {transformers.__version__}")
+    computed = zip(timer.losses_and_norms, trainer.scored, strict=True)
+    timer.clock.report([Found(loss, norm, scored) for (loss, norm), scored in computed])
 
 
-def _tokenizer(case: Case):
-    words = ["<pad>", "</s>", "<unk>", "<x>", *(f"t{i}" for i in range(SPECIAL, case.vocabulary))]
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def _tokenizer():
+    """Of which the trainer wants the padding and the end alone."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 

@@ -1,54 +1,82 @@
-"""tunix's DPOTrainer on its Llama: python tunix_trainer.py CASE STEPS
+"""tunix's DPOTrainer on its Llama: python tunix_trainer.py CASE STEPS [--checkpointing]
 
-It has no cached reference; without a reference model it does the same arithmetic.
+Every batch is padded to the longest prompt and the longest response of all, since every new shape
+would compile. In bfloat16 weights and moments are bfloat16 too: it computes in their dtype.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cases import BETA, CLIP, LEARNING_RATE, WARM, Case, Clock, batches, read_case
+from cases import BETA, CLIP, Case, Clock, Found, Pair, batches, read_case
 from flax import nnx
 from tunix.models.llama3 import model as llama3
+from tunix.models.llama3.params import create_model_from_safe_tensors
 from tunix.sft.dpo import dpo_trainer
 
+WARM = 2  # its second step compiles again
 
-def main(case: Case, steps: int) -> None:
-    model = _model(case)
-    reference = _model(case) if case.reference == "live" else None
-    config = dpo_trainer.DPOTrainingConfig(
-        eval_every_n_steps=10**9, max_steps=WARM + steps, beta=BETA, max_inflight_computations=1
-    )
-    adam = optax.adamw(LEARNING_RATE, weight_decay=0.0)
-    trainer = dpo_trainer.DPOTrainer(
+
+class Trainer(dpo_trainer.DPOTrainer):
+    """tunix scores the reference in every step; here its log-probs may also come with the batch."""
+
+    def _prepare_inputs(self, given):
+        batch, reference = given
+        made = super()._prepare_inputs(batch)
+        return made if reference is None else dataclasses.replace(made, **reference)
+
+    def references(self, batch) -> dict[str, jax.Array]:
+        """The reference's log-probs of both responses, to be given with `batch`."""
+        made = super()._prepare_inputs(batch)
+        names = "ref_chosen_logps", "ref_rejected_logps"
+        return {name: getattr(made, name) for name in names}
+
+    def forget_reference(self) -> None:
+        self.ref_model, self._ref_model_exists = None, False
+
+
+def main(case: Case, steps: int, checkpointing: bool) -> None:
+    model = _model(case, checkpointing)
+    adam = optax.adamw(case.learning_rate, weight_decay=0.0)
+    trainer = Trainer(
         model=model,
-        ref_model=reference,
+        ref_model=_model(case, checkpointing),
         optimizer=optax.chain(optax.clip_by_global_norm(CLIP), adam),
-        training_config=config,
+        training_config=dpo_trainer.DPOTrainingConfig(
+            eval_every_n_steps=10**9, max_steps=WARM + steps, beta=BETA, max_inflight_computations=1
+        ),
     )
-    made = batches(case, WARM + steps)
-    # One shape for all batches, or it would compile in every step.
-    prompt = max(len(pair.prompt) for batch in made for pair in batch)
-    response = max(len(ids) for batch in made for pair in batch for ids in pair[1:])
-    clock = Clock()
+    given = batches(case, WARM + steps)
+    prompt = max(len(pair.prompt) for batch in given for pair in batch)
+    response = max(len(ids) for batch in given for pair in batch for ids in pair[1:])
+    padded = lambda batch: _padded(batch, prompt, response)
+    frozen = [None] * len(given)
+    if case.reference == "cached":
+        frozen = [trainer.references(padded(batch)) for batch in given]
+        trainer.forget_reference()
+    clock, scored = Clock(WARM), []
 
-    def given():
-        for batch in made:
+    def timed():
+        for batch, reference in zip(given, frozen, strict=True):
             clock.start()
-            yield _padded(batch, prompt, response)
+            made = padded(batch)
+            scored.append(int(made.chosen_mask.sum() + made.rejected_mask.sum()))
+            yield made, reference
             jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
             clock.stop()
 
-    trainer.train(given())
-    clock.report(versions=f"tunix {version('google-tunix')}, jax {jax.__version__}")
+    trainer.train(timed())
+    history = lambda name: trainer.metrics_logger.get_metric_history("", name, "train").tolist()
+    clock.report(list(map(Found, history("loss"), history("grad_norm"), scored)))
 
 
-def _model(case: Case):
+def _model(case: Case, checkpointing: bool) -> llama3.Llama3:
+    kinds = llama3.RematConfig
     config = llama3.ModelConfig(
         num_layers=case.layers,
         vocab_size=case.vocabulary,
@@ -57,19 +85,15 @@ def _model(case: Case):
         num_heads=case.heads,
         head_dim=case.width // case.heads,
         num_kv_heads=case.kv_heads,
-        rope_theta=10000,
+        rope_theta=1_000_000,
         norm_eps=1e-5,
         weight_tying=False,
-        remat_config=llama3.RematConfig.NONE,
+        remat_config=kinds.DECODER if checkpointing else kinds.NONE,
     )
-    model = llama3.Llama3(config, rngs=nnx.Rngs(0))
-    if case.dtype == "bfloat16":  # it computes in the dtype of its weights
-        low = lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
-        nnx.update(model, jax.tree.map(low, nnx.state(model)))
-    return model
+    return create_model_from_safe_tensors(case.weights, config, dtype=jnp.dtype(case.dtype))
 
 
-def _padded(batch, prompt: int, response: int):
+def _padded(batch: list[Pair], prompt: int, response: int) -> dpo_trainer.TrainingInput:
     """Prompts padded on the left, responses on the right."""
 
     def side(rows, length, left):
@@ -86,4 +110,4 @@ def _padded(batch, prompt: int, response: int):
 
 
 if __name__ == "__main__":
-    main(read_case(sys.argv[1]), int(sys.argv[2]))
+    main(read_case(sys.argv[1]), int(sys.argv[2]), "--checkpointing" in sys.argv)
