@@ -153,6 +153,7 @@ def curves(records: Sequence[Record]) -> list[Curve]:
         own = [record for record in records if record["study"] == study]
         if study == "chunks":
             found.append(_curve(own, "collective bytes", _sum("collective_bytes"), *SENT, BYTES))
+            found.append(_curve(own, "flops", _of("flops"), *PRODUCTS, EXACT))
         else:
             found += _device_curves(own) if study == "devices" else _curves(study, own)
     return found
