@@ -54,11 +54,13 @@ class Case(NamedTuple):
     pairs: int = 4
     prompt: int = 128
     response: int = 128
+    responses: int = 2  # to each prompt
     dtype: str = "float32"  # of matrix products; weights and log-probs are float32
     reference: str = "cached"  # or live: scored in every step
     row_length: int = 0
     remat: str = default_config().model.remat
     max_logits: int = default_config().max_logits
+    max_positions: int = 1024
 
 
 CASES = {
@@ -175,10 +177,10 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
     """(one step, waited for; its model FLOPs; its rows; seconds to compile), as a run has them."""
     config = default_config().dpo
-    model, optimizer = _model(case), make_optimizer(config.optimizer)
+    model, optimizer = make_model(case), make_optimizer(config.optimizer)
     params = jax.jit(model.init)(jax.random.key(0))
     abstract = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)
-    rows = _synthetic_rows(case)
+    rows = synthetic_rows(case)
     flops = _flops(case, params, rows)
     score = jax.jit(build_score(model, max_logits=case.max_logits))
     cached = np.asarray(score(params, sharding.put_rows(rows, mesh)).logprob)
@@ -214,23 +216,22 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
     return step, flops, rows, compile_seconds
 
 
-def _model(case: Case) -> decoder.Model:
-    sizes = {"width": case.width, "mlp_width": 4 * case.width, "max_positions": 1024}
+def make_model(case: Case) -> decoder.Model:
+    sizes = {"width": case.width, "mlp_width": 4 * case.width, "max_positions": case.max_positions}
     config = DecoderConfig(
         **GPT2, **sizes, vocab_size=case.vocabulary, layers=case.layers, heads=case.heads
     )
     return decoder.build(config, compute_dtype=jnp.dtype(case.dtype), remat=case.remat)
 
 
-def _synthetic_rows(case: Case) -> Rows:
+def synthetic_rows(case: Case) -> Rows:
     """One optimiser batch of random tokens, all lengths equal, in one micro-batch."""
     rng = np.random.default_rng(0)
     ids = lambda length: rng.integers(0, case.vocabulary, length, np.int32)
-    responses = lambda: (ids(case.response), ids(case.response))
-    batch = range(case.pairs)
+    responses = lambda: tuple(ids(case.response) for _ in range(case.responses))
+    whole, batch = (False,) * case.responses, range(case.pairs)
     examples = [
-        Example(f"synthetic:{i + 1}", ids(case.prompt), responses(), (False, False), None)
-        for i in batch
+        Example(f"synthetic:{i + 1}", ids(case.prompt), responses(), whole, None) for i in batch
     ]
     return collate(examples, batch, plan(examples, [batch], length=case.row_length or None))
 

@@ -1,6 +1,5 @@
 """Members of a sweep side by side are what each would be alone."""
 
-import re
 from functools import partial
 
 import jax
@@ -10,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.hlo import collectives
 from dpojax import sharding
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import language_model
@@ -152,21 +152,6 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
         assert_same(state.params, want.params, 1e-6)
 
 
-def groups_of_devices(hlo: str):
-    """Those that a collective of the compiled program puts together, a list of ids each."""
-    for listed in re.findall(r"replica_groups=\{(\{[\d,{}]*\})\}", hlo):
-        yield from ([int(i) for i in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", listed))
-    # [groups,size]<=[dims]T(permutation): an iota of ids, reshaped, transposed, cut into groups.
-    pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-    for groups, size, dims, permutation in re.findall(pattern, hlo):
-        ids = np.arange(int(groups) * int(size)).reshape([int(d) for d in dims.split(",")])
-        if permutation:
-            ids = ids.transpose([int(p) for p in permutation.split(",")])
-        yield from ids.reshape(int(groups), int(size)).tolist()
-    for pairs in re.findall(r"source_target_pairs=\{(\{[\d,{}]*\})\}", hlo):
-        yield from ([int(i) for i in one.split(",")] for one in re.findall(r"\{([\d,]+)\}", pairs))
-
-
 @pytest.mark.parametrize(("members", "mesh"), [(4, (1, 2, 2))], ids=str)
 def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):
     make = make_step(model, objective, optax.scale_by_adam())
@@ -176,7 +161,8 @@ def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, me
     with jax.set_mesh(together.mesh):
         placed = together.place(rows)
         lowered = together.step.lower(together.lanes, placed, together.numbers, None)
-    groups = list(groups_of_devices(lowered.compile().as_text()))
+    found = collectives(lowered.compile().as_text())
+    groups = [group for collective in found for group in collective.groups]
     assert groups  # the other axes do communicate
     half = int(np.prod(mesh))  # devices of one place on the sweep axis
     crossing = [group for group in groups if len({device // half for device in group}) > 1]

@@ -1,0 +1,254 @@
+"""How time, memory and communication of a train step may grow: the mathematics, and the verdicts.
+
+A law is a sum of known terms with non-negative factors. The factors are fitted to all points but
+the largest, by relative errors, and foretell the largest: more than that, beyond a limit, is growth
+that the mathematics does not explain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from benchmarks.train_step import Case
+
+TIME, BYTES, EXACT = 1.25, 1.10, 1.02  # largest point / law: noise; XLA's buffers; none
+MIB = 2**20
+
+Record = dict[str, Any]  # of growth_programs.measure
+
+
+class Curve(NamedTuple):
+    """What was measured at the points of a study, and what the law says of them."""
+
+    study: str
+    mesh: str  # of `devices`; "" elsewhere
+    quantity: str
+    x: np.ndarray
+    measured: np.ndarray
+    expected: np.ndarray
+    law: str
+    limit: float
+    factors: np.ndarray
+
+    @property
+    def excess(self) -> float:
+        """Measured over expected, at the largest point; 1 where nothing is expected and found."""
+        found, wanted = self.measured[-1], self.expected[-1]
+        return 1.0 if found == wanted == 0 else float(found / max(wanted, 1e-30))
+
+    @property
+    def holds(self) -> bool:
+        return self.excess <= self.limit
+
+
+class Line(NamedTuple):
+    name: str
+    values: np.ndarray
+
+
+def fit(terms: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Non-negative factors [K] of terms [N, K], from all N points but the last."""
+    known = np.asarray(measured[:-1], float)
+    if not known.any():
+        return np.zeros(terms.shape[1])
+    scale = np.maximum(np.abs(terms[:-1]).max(axis=0), 1e-30)
+    rows = terms[:-1] / scale[None] / known[:, None]
+    return nnls(rows, np.ones(len(known)))[0] / scale
+
+
+def step_flops(record: Record) -> float:
+    """FLOPs of the products of one step, of all members, from the sizes alone.
+
+    Forward and twice backward: 2 for each token and weight of a layer (12 width^2 weights), and for
+    each scored token and weight of the head. A layer's scores and their mix cost 4 width for each
+    pair of columns of a row; they are computed again backward, which gives 4 passes and not 3, as
+    the head's logits are where they exceed the cap and go in chunks.
+    """
+    case = Case(**record["case"])
+    members = max(1, record["members"])
+    tokens = record["rows"] * case.row_length
+    layers = 3 * 2 * 12 * case.layers * case.width**2 * tokens
+    scores = 4 * 4 * case.layers * case.width * case.row_length * tokens
+    return members * (layers + scores + head_flops(record))
+
+
+def head_flops(record: Record) -> float:
+    """Of the LM head, whose last chunk is padded."""
+    case, count = Case(**record["case"]), chunks(record)
+    in_row = record["scored"] // record["rows"]
+    scored = record["rows"] * count * math.ceil(in_row / count)
+    return (3 if count == 1 else 4) * 2.0 * scored * case.width * case.vocabulary
+
+
+def head_traffic(record: Record) -> float:
+    """Numbers of the head's gradient that are added up: all of them for every chunk."""
+    case = Case(**record["case"])
+    return float(chunks(record) * case.vocabulary * case.width)
+
+
+def chunks(record: Record) -> int:
+    """Parts of the scored tokens whose logits do not exceed the cap, which every device has."""
+    case = Case(**record["case"])
+    return math.ceil(record["scored"] * case.vocabulary / (case.max_logits * record["devices"]))
+
+
+def vocabulary_bytes(record: Record, first: Record) -> float:
+    """Temporary bytes from those of the smallest vocabulary: at most two arrays of logits more, of
+    the cap's size, and three of the table's: its gradient as the head, as the embedding, and both.
+    """
+
+    def variable(one: Record) -> float:
+        case = Case(**one["case"])
+        logits = min(one["scored"] * case.vocabulary, case.max_logits)
+        return 2 * 4 * logits + 3 * 4 * case.vocabulary * case.width
+
+    return first["temporary"] + variable(record) - variable(first)
+
+
+def sent_bytes(record: Record) -> float:
+    """Bytes of the arrays that a step must reduce or gather, whatever the number of devices.
+
+    data: the gradient is reduced once. fsdp: a layer's weights are gathered forward and backward,
+    the tables once, and the gradient is reduced. tensor (Shoeybi et al. 2019): activations are
+    reduced twice a layer forward and twice backward, the embedding's once forward, the head's
+    hidden states once backward. sweep: nothing.
+    """
+    case = Case(**record["case"])
+    tokens, scored = record["rows"] * case.row_length, record["scored"]
+    return (
+        4.0
+        * {
+            "data": record["parameters"],
+            "fsdp": record["parameters"] + record["matrices"] + 12 * case.layers * case.width**2,
+            "tensor": case.width * ((4 * case.layers + 1) * tokens + scored),
+            "sweep": 0,
+        }[record["mesh"]]
+    )
+
+
+def held_bytes(record: Record) -> float:
+    """Bytes of a device's arguments: weights and two moments, float32, and the rows."""
+    count, mesh = record["devices"], record["mesh"]
+    weights = record["parameters"]
+    if mesh in ("fsdp", "tensor"):
+        weights += record["matrices"] * (1 / count - 1)
+    shared = count if mesh in ("data", "fsdp") else 1
+    return 12 * weights + record["row_bytes"] / shared
+
+
+SENT = "a x closed form", lambda r, c: [sent_bytes(r)]
+PRODUCTS = "a x closed form", lambda r, c: [step_flops(r) / r["devices"]]
+
+
+def curves(records: Sequence[Record]) -> list[Curve]:
+    """All of the studies that `records` hold."""
+    studies = list(dict.fromkeys(record["study"] for record in records))
+    found = []
+    for study in studies:
+        own = [record for record in records if record["study"] == study]
+        if study == "chunks":
+            found.append(_curve(own, "collective bytes", _sum("collective_bytes"), *SENT, BYTES))
+            found.append(_curve(own, "flops", _of("flops"), *PRODUCTS, EXACT))
+        else:
+            found += _device_curves(own) if study == "devices" else _curves(study, own)
+    return found
+
+
+def seconds(record: Record) -> float:
+    """The least of the rounds: other processes only ever add to it."""
+    return min(record["samples"])
+
+
+def terms(study: str) -> tuple[str, Callable[[Record, Case], list[float]]]:
+    """The law of a study's time, and its terms; also of its memory, but for the vocabulary."""
+    return {
+        "tokens": ("a + b T", lambda r, c: [1, r["x"]]),
+        "vocabulary": (
+            "a + b (FLOPs of the head) + c (chunks x V x width)",
+            lambda r, c: [1, head_flops(r), head_traffic(r)],
+        ),
+        "responses": (
+            "a + b (P + K R) + c (P + K R)^2",
+            lambda r, c: [1, c.row_length, c.row_length**2],
+        ),
+        "members": ("a + b members", lambda r, c: [1, r["x"]]),
+    }[study]
+
+
+def instead(curve: Curve, records: Sequence[Record]) -> Line | None:
+    """What the study's quantity would be without what keeps it small, where something does."""
+    if curve.study == "vocabulary" and curve.quantity == "temporary":
+        logits = [2 * 4 * r["scored"] * r["case"]["vocabulary"] for r in records]
+        kept = [min(size, 2 * 4 * r["case"]["max_logits"]) for size, r in zip(logits, records)]
+        return Line("all logits\nat once", curve.measured + np.subtract(logits, kept))
+    if curve.study == "responses":
+        table = [
+            [1, r["x"] * (c.prompt + c.response), r["x"] * (c.prompt + c.response) ** 2]
+            for r in records
+            for c in [Case(**r["case"])]
+        ]
+        return Line("a prompt for\neach response", np.array(table, float) @ curve.factors)
+    return None
+
+
+def _curves(study: str, records: Sequence[Record]) -> list[Curve]:
+    law, of = terms(study)
+    memory = _curve(records, "temporary", _of("temporary"), law, of, BYTES)
+    if study == "vocabulary":
+        most = np.array([vocabulary_bytes(record, records[0]) for record in records])
+        law_of_memory = "the first's + 2 x logits + 3 x table"
+        memory = memory._replace(expected=most, law=law_of_memory, factors=np.ones(1))
+    return [
+        _curve(records, "seconds", seconds, law, of, TIME),
+        memory,
+        _curve(records, "flops", _of("flops"), *PRODUCTS, EXACT),
+    ]
+
+
+def _device_curves(records: Sequence[Record]) -> list[Curve]:
+    found = []
+    shared_out = ("a + b / devices", lambda r, c: [1, 1 / r["devices"]])
+    held = ("a x closed form", lambda r, c: [held_bytes(r)])
+    same = ("a", lambda r, c: [1])
+    for mesh in dict.fromkeys(record["mesh"] for record in records):
+        on_many = [record for record in records if record["mesh"] == mesh and record["devices"] > 1]
+        own = on_many if mesh == "sweep" else [records[0] | {"mesh": mesh}, *on_many]
+        found += [
+            _curve(on_many, "collective bytes", _sum("collective_bytes"), *SENT, BYTES),
+            _curve(on_many, "collectives", _sum("collectives"), *same, BYTES),
+            _curve(own, "flops", _of("flops"), *PRODUCTS, EXACT),
+            _curve(own, "arguments", _of("arguments"), *held, BYTES),
+            _curve(own, "temporary", _of("temporary"), *shared_out, BYTES),
+        ]
+    return found
+
+
+def _curve(records: Sequence[Record], quantity: str, measure, law: str, of, limit: float) -> Curve:
+    measured = np.array([float(measure(record)) for record in records])
+    table = np.array([of(r, Case(**r["case"])) for r in records], float)
+    factors = fit(table, measured)
+    study = records[0]["study"]
+    return Curve(
+        study=study,
+        mesh=records[0]["mesh"] if study == "devices" else "",
+        quantity=quantity,
+        x=np.array([record["x"] for record in records]),
+        measured=measured,
+        expected=table @ factors,
+        law=law,
+        limit=limit,
+        factors=factors,
+    )
+
+
+def _of(name: str) -> Callable[[Record], float]:
+    return lambda record: record[name]
+
+
+def _sum(name: str) -> Callable[[Record], float]:
+    return lambda record: sum(record[name].values())

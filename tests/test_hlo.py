@@ -1,0 +1,115 @@
+"""Collectives and products of a compiled program are counted as they were written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.hlo import collectives, product_flops
+from dpojax.sharding import make_mesh
+
+WRITTEN = """HloModule by_hand
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %carry = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%carry), index=1
+  %w = f32[8,8]{1,0} constant({...})
+  %y = f32[4,8]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %r = f32[4,8]{1,0} all-reduce(%y), replica_groups=GROUPS, to_apply=%add
+  ROOT %next = (s32[], f32[4,8]{1,0}) tuple(%i, %r)
+}
+
+%condition (carry.1: (s32[], f32[4,8])) -> pred[] {
+  ROOT %go = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[4,8]) -> bf16[2,8] {
+  %loop = (s32[], f32[4,8]{1,0}) while(%start), condition=%condition, body=%body LOOP
+  %both = (f32[4,8]{1,0}, /*index=1*/bf16[2]{0}) all-reduce(%p, %q), replica_groups={{0,1,2,3}}
+  %s = bf16[2,8]{1,0} reduce-scatter(%q), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  ROOT %nothing = f32[] all-reduce(%l), replica_groups=[8,1]<=[8], to_apply=%add
+}
+"""
+THRICE = ', backend_config={"known_trip_count":{"n":"3"}}'
+
+
+def program(groups="{{0,1},{2,3}}", loop=THRICE) -> str:
+    return WRITTEN.replace("GROUPS", groups).replace(" LOOP", loop)
+
+
+def test_what_stands_in_a_loop_counts_as_often_as_the_loop_runs():
+    found = [(one.kind, one.times, one.size) for one in collectives(program())]
+    wanted = [
+        ("all-reduce", 1, 4 * 4 * 8 + 2 * 2),
+        ("reduce-scatter", 1, 4 * 2 * 2 * 8),  # of the whole array, of which a quarter comes out
+        ("all-reduce", 3, 4 * 4 * 8),
+    ]
+    assert sorted(found) == sorted(wanted)
+    assert product_flops(program()) == 3 * 2 * 4 * 8 * 8
+
+
+def test_a_loop_that_may_run_any_number_of_times_is_an_error():
+    with pytest.raises(ValueError, match="does not say how often"):
+        collectives(program(loop=""))
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,3},{1,2}}", [[0, 3], [1, 2]]),
+        ("[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_form(written, groups):
+    (found,) = {str(one.groups) for one in collectives(program(written)) if one.times == 3}
+    assert found == str(groups)
+
+
+def test_groups_that_are_not_understood_are_an_error():
+    with pytest.raises(ValueError, match="not understood"):
+        collectives(program("mesh['a'=8] {'a':(1)2}"))
+
+
+def test_known_collectives_of_a_compiled_program_are_found():
+    """The mesh numbers its devices in order: axis `tensor` is the fastest."""
+    mesh = make_mesh(2, 2, 2)
+
+    def each(x):  # [4, 6] on every device
+        return (
+            jax.lax.psum(x, "fsdp"),
+            jax.lax.all_gather(x, "tensor", tiled=True),
+            jax.lax.psum_scatter(x, "data", tiled=True),
+            jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]),
+        )
+
+    run = jax.shard_map(each, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    lowered = jax.jit(run).lower(jax.ShapeDtypeStruct((4, 6), jnp.float32))
+    found = {one.kind: one for one in collectives(lowered.compile().as_text())}
+    sizes = {kind: one.size for kind, one in found.items()}
+    array = 4 * 4 * 6
+    assert sizes == {
+        "all-reduce": array,
+        "all-gather": 2 * array,
+        "reduce-scatter": array,
+        "collective-permute": array,
+    }
+    ids = np.arange(8).reshape(2, 2, 2)
+    along = {
+        "all-reduce": ids.swapaxes(1, 2),
+        "all-gather": ids,
+        "reduce-scatter": ids.transpose(1, 2, 0),
+    }
+    for kind, groups in along.items():
+        assert sorted(found[kind].groups) == sorted(groups.reshape(-1, 2).tolist())
+    assert [0, 4] in found["collective-permute"].groups
