@@ -28,6 +28,7 @@ from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
 from dpojax.launch import references, setup, stages, token_cache
 from dpojax.launch.config import check
 from dpojax.launch.defaults import default_config
+from dpojax.launch.stages import shape_of
 from dpojax.methods import preference
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import build_divergence, language_model
@@ -84,10 +85,10 @@ def train(loss: str, seeds: list[int], args: argparse.Namespace):
     schedule = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     step = jax.jit(build_step(forward, stage.objective, optimizer, schedule), donate_argnums=0)
     judge = _judge("dpo", args)
-    for seed in seeds:
-        indices = order(
-            stage.data.train, batch_size=stage.config.batch_size, steps=stage.steps, seed=seed
-        )
+    size = {"batch_size": stage.config.batch_size, "steps": stage.steps}
+    orders = {seed: order(stage.data.train, **size, seed=seed) for seed in seeds}
+    stage = stage._replace(shape=shape_of(stage, [*orders.values()]))
+    for seed, indices in orders.items():
         state = new_state(jax.tree.map(np.array, start), optimizer, abstract, seed)
         batches = train_batches(stage.data.examples, indices, stage.shape, attach=used.attach)
         values = []

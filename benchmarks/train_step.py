@@ -45,7 +45,7 @@ BURST = 0.3  # seconds of matrix products after each step
 
 
 class Case(NamedTuple):
-    """What is trained on what; `row_length` 0 leaves the choice to `rows.plan`."""
+    """What is trained on what; `row_length` 0 leaves the choice to `packing.plan`."""
 
     layers: int = 12
     width: int = 768
@@ -123,7 +123,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=7, help="quiet samples wanted; twice as many are tried")
     add("--json", type=pathlib.Path, metavar="OUT", help="also write the results here")
     unset = {"default": argparse.SUPPRESS}  # the case's own value
-    add("--row-length", type=int, help="tokens of a row, 0: as rows.plan chooses", **unset)
+    add("--row-length", type=int, help="tokens of a row, 0: as packing.plan chooses", **unset)
     add("--remat", choices=list(decoder.REMAT), help="what is computed again backward", **unset)
     add("--max-logits", type=int, help="float32 logits that may exist at once", **unset)
     args = parser.parse_args(argv)

@@ -194,10 +194,11 @@ def _split(x: Array, chunks: int, axis: int = -1) -> Array:
     return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
 
 
-def _join(parts: Array, tokens: int) -> Array:
-    """The inverse of `_split` along the last axis."""
-    parts = jnp.moveaxis(parts, 0, -2)
-    return parts.reshape(*parts.shape[:-2], -1)[..., :tokens]
+def _join(parts: Array, tokens: int | None = None, axis: int = -1) -> Array:
+    """The inverse of `_split` along a last axis, of which `tokens` are kept (all by default)."""
+    parts = jnp.moveaxis(parts, 0, axis - 1)
+    shape = (*parts.shape[: axis - 1], -1, *parts.shape[parts.ndim + axis + 1 :])
+    return parts.reshape(shape)[(..., slice(tokens), *[slice(None)] * (-1 - axis))]
 
 
 def _by_chunks(one, arrays, targets, head, max_logits):
@@ -234,34 +235,74 @@ def _forward(static, hidden, weight, bias, targets):
 
 
 def _backward(static, saved, cotangent):
-    """d logits = cotangent (one-hot target - softmax), one chunk at a time."""
+    """d logits = cotangent (one-hot target - softmax), for a part of the vocabulary at a time.
+
+    The gradient of a part of the head is then final, and written once: over tokens it would have to
+    be added up, and between devices at every turn. Parts are taken in strides, so that each has the
+    same share of every device's vocabulary.
+    """
     hidden, weight, bias, targets, logsumexp, kept = saved
     head = Head(weight.astype(hidden.dtype), bias, *static)
-
-    def one(sums, part):
-        h, target, lse, g, logits = part
-        logits = logits_of(h, head) if logits is None else logits
-        hit = target[..., None] == jnp.arange(logits.shape[-1])[(None,) * target.ndim]
-        dz = g[..., None] * (hit - jnp.exp(logits - lse[..., None]))
-        if head.softcap is not None:
-            dz = dz * (1 - (logits / head.softcap) ** 2)
-        d_bias = None if bias is None else jnp.sum(dz, axis=range(dz.ndim - 1))
-        dz = (dz if head.scale is None else dz * head.scale).astype(h.dtype)
-        to_float32 = {"preferred_element_type": jnp.float32}
-        d_hidden = jnp.einsum("...v,vd->...d", dz, head.weight, **to_float32).astype(h.dtype)
-        flat = lambda a: a.reshape(-1, a.shape[-1])
-        d_weight = weight_gradient(flat(dz), flat(h))
-        return jax.tree.map(jnp.add, sums, (d_weight, d_bias)), d_hidden
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (weight, bias))
-    parts = (hidden, targets, logsumexp, cotangent, kept)
-    if len(targets) == 1:
-        sums, d_hidden = one(zeros, jax.tree.map(lambda x: x[0], parts))
+    if kept is not None:
+        hidden, targets, logsumexp, cotangent, kept = (
+            x[0] for x in (hidden, targets, logsumexp, cotangent, kept)
+        )
+        every = jnp.arange(len(weight))
+        d_hidden, *d_head = _pull(head, hidden, targets, logsumexp, cotangent, every, kept)
         d_hidden = d_hidden[None]
     else:
-        sums, d_hidden = jax.lax.scan(one, zeros, parts)
-    d_weight, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), sums, (weight, bias))
-    return d_hidden, d_weight, d_bias, None
+        tokens = (targets, logsumexp, cotangent)
+        whole = [_join(x) for x in tokens]
+        d_hidden, *d_head = _pull_by_parts(head, _join(hidden, axis=-2), *whole, len(targets))
+        d_hidden = _split(d_hidden, len(targets), axis=-2)
+    d_weight, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), tuple(d_head), (weight, bias))
+    return d_hidden.astype(hidden.dtype), d_weight, d_bias, None
+
+
+def _pull(head: Head, hidden, targets, logsumexp, cotangent, ids, logits=None):
+    """Float32 gradients of `hidden` and of the part of the vocabulary `ids` that `head` holds.
+
+    An id of -1 is padding: no token, whose logit means nothing.
+    """
+    logits = logits_of(hidden, head) if logits is None else logits
+    ids = ids[(None,) * targets.ndim]
+    probability = jnp.where(ids < 0, 0, jnp.exp(logits - logsumexp[..., None]))
+    dz = cotangent[..., None] * ((targets[..., None] == ids) - probability)
+    if head.softcap is not None:
+        dz = dz * (1 - (logits / head.softcap) ** 2)
+    d_bias = None if head.bias is None else jnp.sum(dz, axis=range(dz.ndim - 1))
+    dz = (dz if head.scale is None else dz * head.scale).astype(hidden.dtype)
+    d_hidden = jnp.einsum("...v,vd->...d", dz, head.weight, preferred_element_type=jnp.float32)
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    return d_hidden, weight_gradient(flat(dz), flat(hidden)), d_bias
+
+
+def _pull_by_parts(head: Head, hidden, targets, logsumexp, cotangent, parts: int):
+    """`_pull` of the whole vocabulary in so many parts: ids j, j + parts, j + 2 parts, ..."""
+    vocabulary = len(head.weight)
+    size = -(-vocabulary // parts)
+    size += -size % 128  # of which any usual number of devices takes an equal share
+    parts = -(-vocabulary // size)
+    padded = lambda x: jnp.pad(x, [(0, parts * size - vocabulary)] + [(0, 0)] * (x.ndim - 1))
+    strided = lambda x: padded(x).reshape(size, parts, *x.shape[1:])
+    weight, bias = jax.tree.map(strided, (head.weight, head.bias))
+    take = lambda x, j: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
+    put = lambda xs, x, j: jax.lax.dynamic_update_index_in_dim(xs, x, j, axis=1)
+
+    def one(j, carried):
+        d_hidden, *d_head = carried
+        part = Head(take(weight, j), None if bias is None else take(bias, j), *head[2:])
+        ids = jnp.arange(size) * parts + j
+        ids = jnp.where(ids < vocabulary, ids, -1)
+        more, *own = _pull(part, hidden, targets, logsumexp, cotangent, ids)
+        d_head = jax.tree.map(lambda xs, x: put(xs, x, j), tuple(d_head), tuple(own))
+        return d_hidden + more, *d_head
+
+    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+    carried = jax.tree.map(zeros, (hidden, weight, bias))
+    d_hidden, *d_head = jax.lax.fori_loop(0, parts, one, carried)
+    joined = lambda x: x.reshape(size * parts, *x.shape[2:])[:vocabulary]
+    return d_hidden, *jax.tree.map(joined, tuple(d_head))
 
 
 def _walk(one, parts):

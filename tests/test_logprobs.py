@@ -112,3 +112,19 @@ def test_a_weights_gradient_is_the_sum_of_outer_products(shape, dtype):
     assert found.dtype == jnp.float32
     exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
     np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+def test_what_fills_up_the_vocabulary_says_nothing_where_all_logits_are_far_below_zero():
+    keys = jax.random.split(jax.random.key(3), 4)
+    hidden, weight = jax.random.normal(keys[0], (2, 9, 8)), jax.random.normal(keys[1], (300, 8))
+    bias = jax.random.normal(keys[2], (300,)) - 200.0  # exp(200) is no float32
+    targets = jax.random.randint(keys[3], (2, 9), 0, 300)
+    total = lambda logprobs, **given: jax.jit(
+        jax.grad(
+            lambda *arrays: logprobs(arrays[0], Head(*arrays[1:]), targets, **given).sum(),
+            (0, 1, 2),
+        )
+    )(hidden, weight, bias)
+    got, want = total(token_logprobs, max_logits=18 * 100), total(token_logprobs_plain)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, atol=1e-4)

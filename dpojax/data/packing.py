@@ -120,7 +120,10 @@ def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
 
     Rows are filled up to each of the lengths in turn; what computes least is taken.
     """
-    cuts, most = shape.cuts or [Cut(shape.rows, shape.length, shape.scored)], shape.rows
+    whole, most = Cut(shape.rows, shape.length, shape.scored), shape.rows
+    cuts = shape.cuts or (whole,)
+    if cuts[-1] != whole:
+        raise ValueError(f"the last of the sizes has to be the whole of a micro-batch: {shape}")
     time = lambda rows: _time(_needs(rows, sizes, most), cuts, shape.costs)
     rows = min(_fillings(sizes, cuts), key=time)
     return [rows[i : i + most] for i in range(0, len(rows), most)]

@@ -57,9 +57,11 @@ def collate(
     """
     sizes = [size_of(examples[i], score_prompt=score_prompt) for i in indices]
     packed = pack(sizes, shape)
-    if len(packed) > shape.micro_batches:
+    most = max((len(row) for part in packed for row in part), default=0)
+    if len(packed) > shape.micro_batches or most > shape.examples:
         raise ValueError(
-            f"{len(packed)} micro-batches do not fit {shape}; plan the shape with these batches"
+            f"{len(packed)} micro-batches of at most {most} examples a row do not fit {shape}; "
+            "plan the shape with these batches"
         )
     rows = empty(shape)
     places = [(m, r) for m, part in enumerate(packed) for r in range(len(part))]

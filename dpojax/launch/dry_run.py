@@ -1,6 +1,6 @@
 """A frontier's programs from shapes alone: no weights, no data, no tokenizer.
 
-What is built is what the jobs would run: the train step of every stage and loss, the sampler, the
+What is built is what the jobs would run, at the largest size of a micro-batch: the train step of every stage and loss, the sampler, the
 classifier that is the reward, and PPO's update. A shape that does not fit fails here, in minutes.
 """
 

@@ -85,12 +85,11 @@ def announce(prepared: Sequence[stages.Stage | PPOStage]) -> None:
         else:
             wanted = footprint(stage)
             said = f"\n{stages.report_of(stage)}\n{stages.describe(stage)}\n"
-            said += f"{stage.name}: tokens {token_cache.whereabouts(stage.data)}\n"
-            said += f"{stage.name}: about {wanted} of each device"
+            said += f"{stage.name}: about {wanted} of each device\n{stage.name}: tokens "
         if jax.process_index() == 0:
             if not isinstance(stage, PPOStage):
                 stages.save_reports(stage)
-                token_cache.save(stage.data)
+                said += token_cache.save(stage.data)
             print(said, flush=True)
 
 

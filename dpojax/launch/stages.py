@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax import sharding
-from dpojax.data.packing import Costs, Shape, plan
+from dpojax.data.packing import Costs, Cuts, Shape, plan
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
 from dpojax.data.rows import Rows, empty
 from dpojax.launch import classified, token_cache
@@ -130,7 +130,7 @@ def prepare(name: str, setup: Setup) -> Stage:
     """Load the stage's data, choose its shape, and build its programs (compiled at first use).
 
     Raises:
-      DataError: see `launch.data.load` and `rows.plan`.
+      DataError: see `launch.data.load` and `packing.plan`.
     """
     config = setup.config[name]
     data = _load(name, setup, _method(name, config)[2])
@@ -270,12 +270,12 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
     """The shape that all batches fit into: of training in these orders, and of evaluation.
 
     Raises:
-      DataError, ConfigError: see `rows.plan`.
+      DataError, ConfigError: see `packing.plan`.
     """
     config, examples = stage.setup.config, stage.data.examples
     training = [[int(i) for i in batch] for order in orders for batch in order]
     with naming("micro_rows"):
-        return plan(
+        shape = plan(
             examples,
             [*training, *stage.in_order(stage.data.training), *stage.in_order(stage.data.held_out)],
             length=config.row_length or None,
@@ -285,6 +285,9 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
             costs=costs_of(stage.setup),
             most_cuts=config.micro_sizes,
         )
+    if stage.objective.coupled and shape.micro_batches == 1:
+        return shape._replace(cuts=Cuts())  # one pass, where several sizes would need two
+    return shape
 
 
 def costs_of(setup: Setup) -> Costs:

@@ -7,6 +7,7 @@ process of a run looks for itself, too, and only the first one writes.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -22,6 +23,7 @@ from dpojax.data import examples, sources
 from dpojax.data.examples import Examples
 from dpojax.data.report import Report
 from dpojax.launch import classified
+from dpojax.launch import config as launch_config
 from dpojax.launch import data as stage_data
 from dpojax.launch.data import EMBEDDED, StageData
 from dpojax.launch.tokenizers import content_hash
@@ -39,7 +41,7 @@ def cached(
       DataError: the file is damaged, and what key() and make() raise.
     """
     name = key()
-    file = None if name is None else pathlib.Path(folder) / f"{name}.arrow"
+    file = None if name is None else pathlib.Path(folder).expanduser() / f"{name}.arrow"
     if file is not None and file.exists():
         found, about = examples.load(file)
         reports = {part: Report.from_content(own) for part, own in about["reports"].items()}
@@ -50,19 +52,23 @@ def cached(
     return made._replace(examples=Examples.of(made.examples), file=file)
 
 
-def save(data: StageData) -> None:
-    """Keep the examples for the next run, with the reports on them, if they are not kept yet."""
-    if data.file is not None and not data.found:
-        reports = {part: report.to_content() for part, report in data.reports.items()}
-        about = {"train": data.train, "labels": data.labels, "reports": reports}
-        examples.save(data.file, data.examples, about)
+def save(data: StageData) -> str:
+    """Keep the examples for the next run, with the reports on them, if they are not kept yet.
 
-
-def whereabouts(data: StageData) -> str:
-    """Where the tokens come from and are kept, for a person."""
+    Returns where they come from or are kept, for a person. A folder that takes no file stops no
+    run: what it would have held is in memory.
+    """
     if data.file is None:
         return "not kept: the data changed meanwhile, or nothing tells what the tokenizer does"
-    return f"{'read from' if data.found else 'kept in'} {data.file}"
+    if data.found:
+        return f"read from {data.file}"
+    reports = {part: report.to_content() for part, report in data.reports.items()}
+    about = {"train": data.train, "labels": data.labels, "reports": reports}
+    try:
+        examples.save(data.file, data.examples, about)
+    except OSError as error:
+        return f"not kept: {error}"
+    return f"kept in {data.file}"
 
 
 def key_of(data: ConfigDict, tokenizer, own: dict[str, Any]) -> str | None:
@@ -82,7 +88,9 @@ def key_of(data: ConfigDict, tokenizer, own: dict[str, Any]) -> str | None:
         "source": _content(data.source, data.split),
         "eval_source": _content(data.eval_source, data.eval_split),
     }
-    content = json.dumps([given, own, encodes, _code()], sort_keys=True)
+    template = str(getattr(tokenizer, "chat_template", ""))
+    today = str(datetime.date.today()) if "strftime_now" in template else ""
+    content = json.dumps([given, own, encodes, today, _code()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -97,6 +105,6 @@ def _content(source: str, split: str) -> str:
 def _code() -> list[str]:
     """Hashes of the code that makes examples, and the versions of the libraries that it calls."""
     files = sorted(pathlib.Path(sources.__file__).parent.glob("*.py"))
-    files += [pathlib.Path(module.__file__) for module in (stage_data, classified)]
+    files += [pathlib.Path(module.__file__) for module in (stage_data, classified, launch_config)]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashes + [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]

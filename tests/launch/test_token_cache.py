@@ -58,15 +58,14 @@ def test_a_second_run_tokenises_nothing_and_finds_the_same(tiny, tmp_path, monke
     changes = {key: files.get(value, value) for key, value in changes.items()}
     config = tiny(**changes, token_cache=str(tmp_path / "tokens"))
     first = stage_of(config, tmp_path / "first", name)
-    token_cache.save(first.data)
-    assert token_cache.whereabouts(first.data) == f"kept in {first.data.file}"
+    assert token_cache.save(first.data) == f"kept in {first.data.file}"
     with monkeypatch.context() as without:
         without.setattr(transformers.PreTrainedTokenizerFast, "__call__", no_tokenizer)
         without.setattr(sources, "read", None)
         without.setattr(reviews, "preferences", None)
         without.setattr(reviews, "texts", None)
         again = stage_of(config, tmp_path / "again", name)
-    assert token_cache.whereabouts(again.data) == f"read from {first.data.file}"
+    assert token_cache.save(again.data) == f"read from {first.data.file}"
     assert stages.report_of(again) == stages.report_of(first)
     assert (again.shape, again.data.labels) == (first.shape, first.data.labels)
     in_json = lambda stage: {part: x.to_json() for part, x in stage.data.reports.items()}
@@ -253,9 +252,16 @@ def test_the_code_and_the_libraries_count(name_of, monkeypatch):
 def test_a_tokenizer_without_content_keeps_nothing(of_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "content_hash", lambda tokenizer: None)
     stage = stage_of(of_pairs, tmp_path / "run", "dpo")
-    token_cache.save(stage.data)
-    assert "not kept" in token_cache.whereabouts(stage.data)
+    assert "not kept" in token_cache.save(stage.data)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_takes_no_file_stops_no_run(of_pairs, tmp_path):
+    of_pairs.token_cache = str(tmp_path / "file" / "tokens")
+    (tmp_path / "file").write_text("")
+    stage = stage_of(of_pairs, tmp_path / "run", "dpo")
+    assert "not kept" in token_cache.save(stage.data)
+    assert len(stage.data.examples) > 0
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(of_pairs, tmp_path, monkeypatch):
