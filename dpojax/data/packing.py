@@ -246,11 +246,11 @@ class _Search:
         return sorted(cut for cut in made if self.costs.of(cut) < self.costs.of(whole))
 
     def _row_counts(self, length: int) -> list[int]:
-        """Powers of two times the row shards, up to the largest batch as one micro-batch."""
-        tokens = sum(size.tokens for size in self.batches[0])
-        most = max(1, 2 * tokens // (length * self.multiple))
-        powers = itertools.takewhile(lambda n: n <= most, (2**i for i in range(20)))
-        return [self.multiple * n for n in powers]
+        """Some numbers of rows, up to all that the largest batch needs."""
+        counts = sorted(len(first_fit(batch, Size(length, length))) for batch in self.batches)
+        usual, most = (_round_up(n, self.multiple) for n in (counts[len(counts) // 2], counts[-1]))
+        powers = itertools.takewhile(lambda n: n < most, (self.multiple * 2**i for i in range(20)))
+        return sorted({usual, most, *powers})
 
     def _length(self, factor: float) -> int:
         return _round_up(int(factor * self.longest), self.costs.step)
