@@ -1,4 +1,4 @@
-"""Attention on TPUs: JAX's splash kernel over rows that share prompts, memory linear in their length.
+"""Attention on TPUs: JAX's splash kernel for rows that share prompts, memory linear in length.
 
 In a row every token sees two stretches of columns: its own branch up to itself, and the prompt of
 its segment (a token of the prompt: nothing more). The kernel goes over each once, and the two
@@ -20,11 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jax.sharding import PartitionSpec as P
 
-from dpojax.sharding import ROWS, fit
+from dpojax.models.attention import Kernel, by_device, scaled
+from dpojax.models.layers import MIXED
 
 LONGEST = 2**16  # columns of a row: two of them are packed into an int32
 BLOCKS = (512, 256, 128)  # columns that the kernel works on at once; lanes of a TPU come by 128
@@ -78,26 +79,13 @@ def stretches(rows, window: int | None = None) -> tuple[Stretch, Stretch]:
 
 
 def attend(query, key, value, mask, scale, *, softcap=None, interpret: bool = False) -> Array:
-    """As `attention.attend`, with `stretches` as its mask; its devices share rows and heads.
+    """As `attention.attend`, with `stretches` as its mask.
 
     Args:
       interpret: run the kernel's program on a CPU, for tests.
     """
-    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     mix = functools.partial(_mix, softcap=softcap, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return mix(query, key, value, mask)
-    # By key heads: a device holds whole groups. Manual over all axes, as a kernel has to be.
-    spec = fit(P(ROWS, None, "tensor", None), key.shape, mesh)
-    by_device = jax.shard_map(
-        mix,
-        mesh=mesh,
-        in_specs=(spec, spec, spec, P(spec[0])),
-        out_specs=spec,
-        check_vma=False,
-    )
-    return by_device(query, key, value, mask)
+    return by_device(mix, scaled(query, scale), key, value, mask)
 
 
 def _padded(length: int) -> tuple[int, int]:
@@ -153,7 +141,8 @@ def _merged_forward(settings: Pass, query, key, value, mask):
     weights = [jnp.exp(x - total)[..., None] for x in sums]
     # What a pass gives a token that sees nothing in it may be NaN; its weight is exactly 0.
     parts = [jnp.where(w > 0, w * out, 0.0) for w, out in zip(weights, outs)]
-    mixed = sum(parts).astype(query.dtype)
+    mixed = checkpoint_name(sum(parts).astype(query.dtype), MIXED)
+    total = checkpoint_name(total, MIXED)
     return mixed, (query, key, value, mask, mixed, total)
 
 
@@ -220,3 +209,6 @@ def _infos(stretch: Stretch) -> tuple[MaskInfo, MaskInfo, MaskInfo]:
 
     by_query = info(2, (0, 1, 2), (1, rows * count, count))
     return by_query, by_query, info(1, (1, 0, 2), (1, count, rows * count))
+
+
+SPLASH = Kernel(stretches, attend)
