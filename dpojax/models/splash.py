@@ -4,7 +4,7 @@ In a row every token sees two stretches of columns: its own branch up to itself,
 its segment (a token of the prompt: nothing more). The kernel goes over each once, and the two
 softmaxes are merged through their logsumexp. Backward each pass gets the merged output and the
 merged logsumexp, with which its kernel gives exactly its part of the gradient, as in ring attention
-(Liu et al. 2023, appendix A).
+(Liu et al. 2023).
 
 Stretches are data, of any number of examples and branches; blocks of columns that no token of a
 block sees are skipped when the program runs. The rows of a device lie one after another on the
@@ -58,7 +58,8 @@ def stretches(rows, window: int | None = None) -> tuple[Stretch, Stretch]:
     """
     length, block = _padded(rows.tokens.shape[1])
     if length > LONGEST:
-        raise ValueError(f"attention: rows of {length} tokens; splash takes {LONGEST} at most")
+        given = f"model.attention: rows of {rows.tokens.shape[1]} tokens"
+        raise ValueError(f"{given}; splash takes {LONGEST} at most: shorten them, or set xla")
     pad = lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1])))
     segment, branch, positions = map(pad, (rows.segment, rows.branch, rows.positions))
     column = jax.lax.broadcasted_iota(jnp.int32, segment.shape, 1)
