@@ -21,11 +21,11 @@ from dpojax.training.state import make_optimizer, make_schedule
 
 STAGES = (("sft",), ("dpo",), ("sft", "dpo"), ("reward",), ("sft", "reward"))
 STAGES += (("ppo",), ("sft", "ppo"), ("classifier",), ("sft", "classifier"))
-# A resumed run may change these. With those of the second line sums come out in another order: the
-# result is the same to rounding, no longer to the bit.
+# A resumed run may change these. With those of the second line, and attention, sums come out in
+# another order: the result is the same to rounding, no longer to the bit.
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
 MAY_CHANGE += ("distributed", "mesh", "micro_rows", "micro_sizes", "row_length", "max_logits")
-MAY_CHANGE += ("model.remat", "sweep", "check_memory", "profile", "token_cache")
+MAY_CHANGE += ("model.remat", "model.attention", "sweep", "check_memory", "profile", "token_cache")
 
 LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 

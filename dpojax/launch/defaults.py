@@ -57,6 +57,9 @@ def _model() -> ConfigDict:
             max_positions=256,
             compute_dtype="float32",  # or bfloat16: matrix products; masters stay float32
             remat="dots",  # what a layer recomputes backward: nothing (none), all but dots, full
+            # xla; splash (TPU) and cudnn (NVIDIA GPU, bfloat16), which keep no scores; auto: the
+            # platform's, xla where it cannot do what the model needs.
+            attention="auto",
         )
     )
 

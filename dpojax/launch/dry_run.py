@@ -1,7 +1,8 @@
 """A frontier's programs from shapes alone: no weights, no data, no tokenizer.
 
-What is built is what the jobs would run, at the largest size of a micro-batch: the train step of every stage and loss, the sampler, the
-classifier that is the reward, and PPO's update. A shape that does not fit fails here, in minutes.
+What is built is what the jobs would run, at the largest size of a micro-batch: the train step of
+every stage and loss, the sampler, the classifier that is the reward, and PPO's update. A shape that
+does not fit fails here, in minutes.
 """
 
 from __future__ import annotations
@@ -67,8 +68,7 @@ def _train(config: ConfigDict, name: str, responses: int = 1, labels: tuple[str,
         length = PROMPT + responses * (config.samples.max_new_tokens + 1)
     shape = Shape(math.ceil(own.batch_size / micro), micro, length, length, 1, responses)
     stage = stages.without_data(name, setup, labels)._replace(shape=shape, steps=1)
-    with jax.set_mesh(setup.mesh):
-        train.lower(stage)
+    train.lower(stage)
     moments = 2 if own.optimizer.name == "adamw" else 1
     title = f"dpo, loss {own.loss}" if name == "dpo" else name
     rows = f"{shape.micro_batches} x {micro} rows of {length} tokens"
@@ -118,7 +118,7 @@ def _setup(config: ConfigDict) -> Setup:
         vocabulary = len(load_tokenizer(config, NOWHERE))
     with naming("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
-    model, raw = run_setup.open_model(config, vocabulary)
+    model, raw = run_setup.open_model(config, vocabulary, mesh)
     tokenizer = types.SimpleNamespace(eos_token_id=0)
     lora = dict.fromkeys(("sft", "dpo", "reward", "classifier"))
     return Setup(config, NOWHERE, mesh, tokenizer, model, raw, lora)

@@ -79,7 +79,7 @@ def _centre(setup: Setup, step: int | None) -> float | None:
 
 
 def read_config(run: pathlib.Path) -> ConfigDict:
-    """The config that a run was started with, with whatever mesh this machine has.
+    """The config that a run was started with, with whatever mesh and attention this machine has.
 
     Raises:
       ConfigError: there is none, or it is of another version of this library.
@@ -95,6 +95,7 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a config of this version ({error})") from error
     config.mesh.update(data=-1, fsdp=1, tensor=1)
+    config.model.attention = "auto"
     return config
 
 

@@ -19,7 +19,7 @@ from dpojax.launch import adapters
 from dpojax.launch.adapters import Lora
 from dpojax.launch.config import ConfigError, naming
 from dpojax.launch.tokenizers import load_tokenizer
-from dpojax.models import decoder, huggingface
+from dpojax.models import decoder, huggingface, kernels
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, Model
 from dpojax.models.scores import with_scalar_head
@@ -38,11 +38,12 @@ class Setup(NamedTuple):
     model: Model
     raw: dict | None  # config.json of the imported model
     lora: dict[str, Lora | None]  # by stage
+    vmapped: bool = False  # whether steps run under vmap, as those of a sweep
 
     @property
     def abstract_params(self):
         """Shapes, float32, and shardings of the parameters."""
-        shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: self.model.init(jax.random.key(0)))
         shardings = sharding.tree_shardings(shapes, self.mesh, SHARDING_RULES)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
@@ -60,8 +61,11 @@ class Setup(NamedTuple):
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+def prepare(config: ConfigDict, workdir: pathlib.Path, *, vmapped: bool = False) -> Setup:
     """Mesh, tokenizer and model from the config; no weights but given adapters are read yet.
+
+    Args:
+      vmapped: whether members of a sweep are trained together.
 
     Raises:
       ConfigError: tokenizer and model do not fit each other, the lengths do not fit the model, or
@@ -70,10 +74,10 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     with naming("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config, workdir)
-    model, raw = open_model(config, len(tokenizer))
+    model, raw = open_model(config, len(tokenizer), mesh, vmapped=vmapped)
     model_config = model.config
     _check_fit(config, model_config, tokenizer)
-    setup = Setup(config, workdir, mesh, tokenizer, model, raw, lora={})
+    setup = Setup(config, workdir, mesh, tokenizer, model, raw, lora={}, vmapped=vmapped)
     for name in config.stages:
         setup.lora[name] = adapters.prepare(
             name,
@@ -87,12 +91,15 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     return setup
 
 
-def open_model(config: ConfigDict, vocabulary: int) -> tuple[Model, dict | None]:
+def open_model(
+    config: ConfigDict, vocabulary: int, mesh: Mesh, *, vmapped: bool = False
+) -> tuple[Model, dict | None]:
     """The model, without weights, and config.json of an imported one; a new one has as many ids as
     `vocabulary` says.
 
     Raises:
-      ConfigError: a shape that cannot be; a config.json that cannot be read.
+      ConfigError: a shape that cannot be; a config.json that cannot be read; an attention that the
+        mesh's devices do not have.
     """
     if config.model.path:
         with naming("model.path"):
@@ -101,13 +108,13 @@ def open_model(config: ConfigDict, vocabulary: int) -> tuple[Model, dict | None]
         with naming("model"):
             model_config, raw = _fresh_config(config.model, vocabulary), None
     with naming("model"):
-        return _build(config.model, model_config), raw
+        return _build(config.model, model_config, mesh, vmapped), raw
 
 
 def scalar(setup: Setup, labels: tuple[str, ...] = ()) -> Setup:
     """The same with a scalar head on the model, for reward models; with labels, a classifier's."""
     config = dataclasses.replace(setup.model.config, scalar_head=True, labels=labels)
-    return setup._replace(model=_build(setup.config.model, config))
+    return setup._replace(model=_build(setup.config.model, config, setup.mesh, setup.vmapped))
 
 
 def scored(setup: Setup, params: dict) -> dict:
@@ -122,8 +129,11 @@ def scored(setup: Setup, params: dict) -> dict:
     return jax.jit(with_head, out_shardings=shardings)(params)
 
 
-def _build(model: ConfigDict, config: DecoderConfig) -> Model:
-    return decoder.build(config, compute_dtype=jnp.dtype(model.compute_dtype), remat=model.remat)
+def _build(model: ConfigDict, config: DecoderConfig, mesh: Mesh, vmapped: bool) -> Model:
+    dtype, device = jnp.dtype(model.compute_dtype), mesh.devices.flat[0]
+    with naming("model.attention"):
+        kernel = kernels.choose(model.attention, config, dtype, device, vmapped=vmapped)
+    return decoder.build(config, compute_dtype=dtype, remat=model.remat, kernel=kernel)
 
 
 def initial_params(setup: Setup) -> dict:

@@ -115,7 +115,7 @@ def train_together(
     workdirs = [pathlib.Path(workdir).resolve() for workdir in workdirs]
     if not all(map(_ended, workdirs)):
         # All of them, whatever is left: so a plan does not change when the call is repeated.
-        setup = run_setup.prepare(configs[0], workdirs[0])
+        setup = run_setup.prepare(configs[0], workdirs[0], vmapped=True)
         prepared = [runs.prepare(name, setup) for name in setup.config.stages]
         runs.require_memory_of(prepared)
         for config, workdir in zip(configs, workdirs):

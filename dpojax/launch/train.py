@@ -224,6 +224,7 @@ def footprint(stage: Stage) -> Footprint:
         frozen=frozen,
         remat=config.model.remat,
         dtype=config.model.compute_dtype,
+        kernel=setup.model.kernel,
         max_logits=setup.max_logits,
     )
 
@@ -273,7 +274,9 @@ def lower(stage: Stage) -> jax.stages.Lowered:
     abstract, rows = abstract_of(stage, optimizer), abstract_rows(stage)
     spread = NamedSharding(stage.setup.mesh, PartitionSpec(None, sharding.ROWS))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), rows)
-    return jitted_step(stage, optimizer, abstract).lower(abstract, rows, stage.hyper, None)
+    step, hyper = jitted_step(stage, optimizer, abstract), jax.eval_shape(lambda: stage.hyper)
+    with jax.set_mesh(stage.setup.mesh):  # whose devices need not be there
+        return step.lower(abstract, rows, hyper, None)
 
 
 def _sampled(stage: Stage, reference: dict) -> Callable:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from dpojax.models.config import DecoderConfig, Rope
 from dpojax.models.layers import Dense, Norm, product, residual_std
 from dpojax.models.rope import cos_sin, rotate
-from dpojax.sharding import ROWS, constrain
+from dpojax.sharding import ROWS, constrain, fit
 
 HIDDEN = -1e30  # added to the score of a token that is not attended to; its weight is exactly 0
 
@@ -199,3 +200,42 @@ def attend(
     mixed = product("rgts,rgsh->rgth", weights, value).astype(jnp.float32)
     mixed = mixed.reshape(rows, groups, each, columns, dim) / total
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, columns, heads, dim).astype(value.dtype)
+
+
+class Kernel(NamedTuple):
+    """A way to compute `attend` for whole rows; `models.kernels` chooses one.
+
+    mask(rows, window) -> what its `attend` takes in the place of `attention_mask`'s, an array or a
+      tree of them, each with rows in front.
+    attend(query, key, value, mask, scale, *, softcap=None) -> mixed: as `attend`; padding may come
+      out as any finite number.
+    scores: whether all scores of a layer exist at once, [R, heads, T, T].
+    """
+
+    mask: Callable[[Any, int | None], Any]
+    attend: Callable[..., Array]
+    scores: bool = False
+
+
+XLA = Kernel(attention_mask, attend, scores=True)
+
+
+def scaled(query: Array, scale: Array | float) -> Array:
+    """scale * query in its dtype, for kernels whose own scale cannot be traced."""
+    return (query.astype(jnp.float32) * scale).astype(query.dtype)
+
+
+def by_device(mix: Callable, query: Array, key: Array, value: Array, mask: Any) -> Array:
+    """mix(query, key, value, mask) of each device's rows and heads on the ambient mesh.
+
+    For kernels that XLA cannot divide. A device has whole groups of heads: where the `tensor` axis
+    does not divide the key heads, it has all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return mix(query, key, value, mask)
+    spec = fit(P(ROWS, None, "tensor", None), key.shape, mesh)
+    specs = spec, spec, spec, P(spec[0])
+    return jax.shard_map(mix, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+        query, key, value, mask
+    )

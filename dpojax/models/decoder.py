@@ -15,18 +15,19 @@ from jax.sharding import PartitionSpec as P
 from dpojax.logprobs import Head, logits_of
 from dpojax.models import cache
 from dpojax.models.attention import (
+    XLA,
     Attention,
     Context,
+    Kernel,
     Layer,
     PlainRows,
     attend_among,
-    attention_mask,
     context,
     layer_constants,
 )
 from dpojax.models.cache import Branches, Prompts
 from dpojax.models.config import DecoderConfig
-from dpojax.models.layers import ACTIVATIONS, DENSE, Mlp, Norm, product
+from dpojax.models.layers import ACTIVATIONS, DENSE, MIXED, Mlp, Norm, product
 from dpojax.sharding import ROWS, constrain
 
 Params = dict
@@ -46,7 +47,7 @@ SHARDING_RULES = (
 # What the backward pass of a layer finds stored; all else is computed again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(DENSE),
+    "dots": jax.checkpoint_policies.save_only_these_names(DENSE, MIXED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -67,6 +68,7 @@ class Model(NamedTuple):
       token in `slot` (int32 scalar, 0 first) of each of N branches (`cache.branch`) of B prompts.
     cast(params) -> params whose products' weights are in the compute dtype, to do once what the
       others do in every call; nothing that they compute changes.
+    kernel: how `apply` computes attention.
     """
 
     config: DecoderConfig
@@ -77,15 +79,23 @@ class Model(NamedTuple):
     prefill: Callable[..., tuple[Array, Prompts]] | None = None
     decode: Callable[..., tuple[Array, Branches]] | None = None
     cast: Callable[[Params], Params] | None = None
+    kernel: Kernel = XLA
 
 
-def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "none") -> Model:
+def build(
+    config: DecoderConfig,
+    *,
+    compute_dtype=jnp.float32,
+    remat: str = "none",
+    kernel: Kernel = XLA,
+) -> Model:
     """The decoder that `config` describes.
 
     Args:
       compute_dtype: of activations and products; norms and softmax stay in float32.
       remat: a name of REMAT: `none` stores all that the backward pass wants, `dots` the products
-        with weights, `full` only every layer's input.
+        with weights (and what a kernel kept), `full` only every layer's input.
+      kernel: of attention in `apply`, see `models.kernels`; the sampler's goes through XLA.
 
     Raises:
       ValueError: an unknown remat policy or activation.
@@ -97,7 +107,7 @@ def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "non
         raise ValueError(f"activation: {config.activation!r} is not one of {known}")
 
     def make(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(config, jnp.dtype(compute_dtype), remat, rngs)
+        return Decoder(config, jnp.dtype(compute_dtype), remat, kernel, rngs)
 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
@@ -129,14 +139,16 @@ def build(config: DecoderConfig, *, compute_dtype=jnp.float32, remat: str = "non
     ) -> tuple[Array, Branches]:
         return nnx.merge(graphdef, params).decode(tokens, branches, slot)
 
-    def cast(params: Params) -> Params:
-        def one(keys, leaf):
-            in_product = keys[-1].key in ("kernel", "tokens", "positions")
-            return leaf.astype(compute_dtype) if in_product else leaf
+    cast = partial(_cast, compute_dtype)
+    return Model(config, init, apply, head, scores, prefill, decode, cast, kernel)
 
-        return jax.tree_util.tree_map_with_path(one, params)
 
-    return Model(config, init, apply, head, scores, prefill, decode, cast)
+def _cast(dtype, params: Params) -> Params:
+    def one(keys, leaf):
+        in_product = keys[-1].key in ("kernel", "tokens", "positions")
+        return leaf.astype(dtype) if in_product else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def logits(model: Model, params: Params, rows) -> Array:
@@ -215,8 +227,9 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, one stacked block scanned over the layers, final norm."""
 
-    def __init__(self, config: DecoderConfig, dtype, remat: str, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, dtype, remat: str, kernel: Kernel, rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, dtype, remat
+        self.mask_of, self.attend = kernel.mask, kernel.attend
         self.embed = Embed(config, rngs)
         self.blocks = nnx.vmap(lambda rngs: Block(config, rngs))(rngs.split(config.layers))
         self.final_norm = Norm(config)
@@ -229,11 +242,14 @@ class Decoder(nnx.Module):
         self.score = Output(outputs, config, rngs) if config.scalar_head else None
 
     def __call__(self, rows) -> Array:
-        shared = self._context(rows)
+        shared = context(self.config, rows.positions, partial(self.mask_of, rows))
+
+        def attend(*args, **kwargs):
+            return self.attend(*args, **kwargs), None
 
         def body(x, block_and_layer):
             block, layer = block_and_layer
-            return block(x, shared, layer)[0], None
+            return block(x, shared, layer, attend)
 
         # The scan is itself the barrier that prevent_cse would add.
         body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
@@ -248,11 +264,11 @@ class Decoder(nnx.Module):
         # Padding is token 0 at position 0: both are in their tables, so it cannot be NaN.
         tokens, positions = jnp.where(real, tokens, 0), jnp.where(real, column, 0)
         rows = PlainRows(tokens, positions, real.astype(jnp.int32), jnp.zeros_like(tokens))
-        shared = self._context(rows)
+        shared = context(self.config, rows.positions, partial(XLA.mask, rows))
 
         def body(x, block_and_layer):
             block, layer = block_and_layer
-            x, (key, value) = block(x, shared, layer)
+            x, (key, value) = block(x, shared, layer, attend_among)
             return x, (cache.by_head(key), cache.by_head(value))
 
         x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
@@ -279,6 +295,3 @@ class Decoder(nnx.Module):
         layers = (self.blocks, layer_constants(self.config), indices)
         (x, branches), _ = jax.lax.scan(body, (x, branches), layers)
         return self.final_norm(x), branches
-
-    def _context(self, rows) -> Context:
-        return context(self.config, rows.positions, partial(attention_mask, rows))

@@ -22,6 +22,7 @@ def _gelu_tanh(x: Array) -> Array:
 
 MATRICES = ("nd", "df", "nf")  # of a product of two: rows of numbers, a weight, what they give
 DENSE = "dense"  # what a product with a weight gives, to rematerialisation policies
+MIXED = "mixed"  # what a kernel of attention keeps for its backward pass, to the same
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

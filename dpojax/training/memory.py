@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpojax.data.packing import Shape
+from dpojax.models.attention import XLA, Kernel
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import row_shards
 
@@ -45,6 +46,7 @@ def predict(
     frozen: Any = None,
     remat: str = "dots",
     dtype: str = "float32",
+    kernel: Kernel = XLA,
     max_logits: int,
 ) -> Footprint:
     """What a step will want, from shapes alone; within a third of what XLA reports on a CPU.
@@ -53,7 +55,7 @@ def predict(
       shape: of a batch.
       state: shapes and shardings of the train state.
       frozen: those of a live reference or of adapters' base; None without.
-      remat, dtype: as `models.decoder.build` takes them.
+      remat, dtype, kernel: as `models.decoder.build` takes them.
       max_logits: float32 logits that may exist at once on all devices together.
     """
     weights = bytes_per_device(state.params)
@@ -63,8 +65,9 @@ def predict(
     inner = config.mlp_width // tensor * (2 if config.gated_mlp else 1)
     heads = config.heads * config.head_dim // tensor
     keys = 2 * config.kv_heads * config.head_dim // tensor
-    scores = config.heads // tensor * shape.length  # of one token with a row
-    products = 2 * width + heads + keys + inner
+    # Of one token with a row; a kernel without them keeps what it made of the heads.
+    scores = config.heads // tensor * shape.length if kernel.scores else 0
+    products = 2 * width + heads + keys + inner + (0 if kernel.scores else heads)
     stored = {
         "full": width,
         "dots": products,

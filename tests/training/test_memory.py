@@ -11,7 +11,9 @@ from dpojax.data.packing import Shape
 from dpojax.data.rows import empty
 from dpojax.methods import preference
 from dpojax.models import decoder
+from dpojax.models.attention import XLA
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
+from dpojax.models.splash import SPLASH
 from dpojax.training import memory
 from dpojax.training.forward import language_model
 from dpojax.training.state import abstract_state, make_schedule
@@ -59,6 +61,19 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
 def test_the_prediction_is_within_a_third_of_the_program(changes):
     predicted, real = predicted_and_real(optax.scale_by_adam(), **changes)
     assert real / 1.34 < predicted < real * 1.34
+
+
+def test_activations_are_linear_in_the_row_only_where_no_scores_are_kept():
+    config = DecoderConfig(**GPT2, **SIZES | {"heads": 16}, vocab_size=8)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = abstract_state({}, optax.sgd(1.0), mesh, decoder.SHARDING_RULES)
+
+    def activations(kernel, length):
+        shape, given = SHAPE._replace(length=length), {"state": state, "max_logits": MANY}
+        return memory.predict(config, shape, mesh, kernel=kernel, **given).activations
+
+    assert activations(SPLASH, 8192) == 2 * activations(SPLASH, 4096)
+    assert activations(XLA, 8192) > 3 * activations(XLA, 4096)
 
 
 def test_bytes_of_a_device_are_those_of_its_shards():

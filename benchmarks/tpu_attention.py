@@ -1,0 +1,104 @@
+"""Programs compiled for TPUs that are not there: their memory with splash and with XLA's attention.
+
+    pip install 'jax[tpu]'
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu_attention.py
+
+Compiles ahead of time the gradient of one layer's attention, and the whole DPO step of a run (Llama
+shape, bfloat16 products, remat dots, fsdp over all chips, one row a chip), and prints what the
+compiler says that a chip needs beside arguments and results. A minute or two for each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import time
+import types
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpojax import sharding
+from dpojax.data.packing import Shape
+from dpojax.launch import setup, stages, train
+from dpojax.launch.defaults import default_config
+from dpojax.models.attention import PlainRows
+from dpojax.models.kernels import KERNELS
+from dpojax.training.memory import gib, temporary_bytes
+
+MODEL = {"width": 1024, "layers": 12, "heads": 16, "kv_heads": 8, "mlp_width": 2816}
+VOCABULARY = 32_000
+EXAMPLE = 512  # columns of a prompt and its two responses, half of them scored
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--attention", nargs="+", default=["xla", "splash"])
+    parser.add_argument("--layer", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--step", type=int, nargs="*", default=[2048, 4096, 8192])
+    parser.add_argument("--remat", default="dots")
+    args = parser.parse_args(argv)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    print(f"{args.topology}, {len(chips)} x {chips[0].device_kind}, jax {jax.__version__}")
+    print(f"{'program':>10}{'attention':>11}{'tokens a row':>14}{'temporary':>12}{'compile s':>11}")
+    programs = [("layer", args.layer, lower_layer), ("step", args.step, lower_step)]
+    for name, lengths, lower in programs:
+        for length in lengths:
+            for attention in args.attention:
+                given = (args.remat,) if name == "step" else ()
+                found = _compiled(lambda: lower(chips, attention, length, *given))  # noqa: B023
+                print(f"{name:>10}{attention:>11}{length:>14,}{found}", flush=True)
+
+
+def _compiled(lower: Callable[[], jax.stages.Lowered]) -> str:
+    began = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return f"  does not fit: {re.search('[0-9.]+[MG]', str(error))[0]} wanted"
+    return f"{gib(temporary_bytes(compiled)):>12}{time.perf_counter() - began:>11.0f}"
+
+
+def lower_layer(chips, attention: str, length: int) -> jax.stages.Lowered:
+    """The gradient of one layer's attention by its queries, keys and values."""
+    kernel, dim = KERNELS[attention], MODEL["width"] // MODEL["heads"]
+    mesh = sharding.make_mesh(data=1, fsdp=len(chips), devices=chips)
+    by_row = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(
+        (len(chips), length, *shape), dtype, sharding=by_row
+    )
+    query = array(jnp.bfloat16, MODEL["heads"], dim)
+    key = array(jnp.bfloat16, MODEL["kv_heads"], dim)
+
+    def loss(query, key, value, rows):
+        mixed = kernel.attend(query, key, value, kernel.mask(rows, None), dim**-0.5)
+        return mixed.astype(jnp.float32).sum()
+
+    rows = PlainRows(*[array(jnp.int32)] * 4)
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key, rows)
+
+
+def lower_step(chips, attention: str, length: int, remat: str = "dots") -> jax.stages.Lowered:
+    """The step of `config.dpo`, its reference cached, for one row of `length` tokens a chip."""
+    config = default_config()
+    config.model.update(MODEL, max_positions=length)
+    config.model.update(attention=attention, compute_dtype="bfloat16", remat=remat)
+    mesh = sharding.make_mesh(data=1, fsdp=len(chips), devices=chips)
+    model, raw = setup.open_model(config, VOCABULARY, mesh)
+    tokenizer = types.SimpleNamespace(eos_token_id=0)
+    lora = dict.fromkeys(("sft", "dpo", "reward", "classifier"))
+    own = setup.Setup(config, pathlib.Path("nowhere"), mesh, tokenizer, model, raw, lora)
+    shape = Shape(1, len(chips), length, length // 2, max(1, length // EXAMPLE), 2)
+    return train.lower(stages.without_data("dpo", own)._replace(shape=shape, steps=1))
+
+
+if __name__ == "__main__":
+    main()
