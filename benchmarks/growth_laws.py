@@ -78,17 +78,15 @@ def step_flops(record: Record) -> float:
 
 
 def head_flops(record: Record) -> float:
-    """Of the LM head, whose last chunk is padded."""
+    """Of the LM head. In chunks both the tokens (forward) and the vocabulary (backward) are padded
+    to equal parts, these of whole 128s."""
     case, count = Case(**record["case"]), chunks(record)
     in_row = record["scored"] // record["rows"]
     scored = record["rows"] * count * math.ceil(in_row / count)
-    return (3 if count == 1 else 4) * 2.0 * scored * case.width * case.vocabulary
-
-
-def head_traffic(record: Record) -> float:
-    """Numbers of the head's gradient that are added up: all of them for every chunk."""
-    case = Case(**record["case"])
-    return float(chunks(record) * case.vocabulary * case.width)
+    part = 128 * math.ceil(case.vocabulary / count / 128)
+    padded = part * math.ceil(case.vocabulary / part)
+    words = 3 * case.vocabulary if count == 1 else case.vocabulary + 3 * padded
+    return 2.0 * scored * case.width * words
 
 
 def chunks(record: Record) -> int:
@@ -169,8 +167,8 @@ def terms(study: str) -> tuple[str, Callable[[Record, Case], list[float]]]:
     return {
         "tokens": ("a + b T", lambda r, c: [1, r["x"]]),
         "vocabulary": (
-            "a + b (FLOPs of the head) + c (chunks x V x width)",
-            lambda r, c: [1, head_flops(r), head_traffic(r)],
+            "a + b (FLOPs of the head)",
+            lambda r, c: [1, head_flops(r)],
         ),
         "responses": (
             "a + b (P + K R) + c (P + K R)^2",

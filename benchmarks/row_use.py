@@ -1,0 +1,96 @@
+"""What share of the columns that are computed hold tokens, on data of one's own.
+
+    python benchmarks/row_use.py --tokenizer FOLDER --source auto:PAIRS.jsonl hh:FOLDER
+
+A table of batch sizes and row shards: use of columns and of scored slots with micro-batches of
+several sizes, use with one size for all, and the time that the planner foretells, as a ratio. Costs
+are those of the given width; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+from dpojax.data.packing import Costs, Shape, cut_of, plan
+from dpojax.data.rows import collate, cuts_of, needs_of
+from dpojax.data.tokenise import Example
+from dpojax.launch import data as stage_data
+from dpojax.launch.defaults import default_config
+
+LAYOUTS = ((8, 1), (16, 1), (64, 1), (64, 8))  # examples of a batch, row shards
+HEAD = 0.45  # of GPT-2 small: weights of the head / those of the layers
+
+
+class Use(NamedTuple):
+    columns: float
+    scored: float
+    cost: float  # in tokens, of all batches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True, help="a Hugging Face folder")
+    parser.add_argument("--source", nargs="+", required=True, help="FORM:PATH")
+    parser.add_argument("--width", type=int, default=768, help="of the model")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    print("| data | pairs | batch x shards | use | scored | one size | time | sizes |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for source in args.source:
+        form, path = source.split(":", 1)
+        examples = _examples(form, path, tokenizer)
+        for batch_size, shards in LAYOUTS:
+            print(_line(pathlib.Path(path), examples, batch_size, shards, args.width), flush=True)
+
+
+def _examples(form: str, path: str, tokenizer) -> list[Example]:
+    """All usable pairs or rankings, in random order."""
+    config = default_config()
+    config.dpo.data.update(source=path, form=form, limit=0, eval_limit=1)
+    config.tokens.update(max_length=1024, truncation="drop")
+    found = stage_data.load(
+        config.dpo.data, config.tokens, tokenizer, wants=stage_data.Wants(), seed=0
+    )
+    examples = list(found.examples)
+    random.Random(0).shuffle(examples)
+    return examples
+
+
+def _line(path: pathlib.Path, examples: list[Example], batch: int, shards: int, width: int) -> str:
+    batches = [range(i, i + batch) for i in range(0, len(examples) - batch + 1, batch)]
+    costs = Costs(4 * width, HEAD, *((64, 16) if shards == 1 else (512, 128)))
+    given = {"multiple": shards, "costs": costs}
+    shape = plan(examples, batches, **given)
+    found = _use(examples, batches, shape)
+    one = _use(examples, batches, plan(examples, batches, most_cuts=1, **given))
+    sizes = ", ".join(f"{cut.rows} x {cut.length}" for cut in shape.cuts)
+    return (
+        f"| {path.stem} | {len(examples)} | {batch} x {shards} | {found.columns:.1%} "
+        f"| {found.scored:.1%} | {one.columns:.1%} | {found.cost / one.cost:.2f} "
+        f"| {sizes or f'{shape.rows} x {shape.length}'} |"
+    )
+
+
+def _use(examples: list[Example], batches: Sequence[range], shape: Shape) -> Use:
+    """Of all batches together."""
+    tokens = columns = scored = slots = cost = 0
+    for batch in batches:
+        rows = collate(examples, batch, shape)
+        cuts, needs = cuts_of(rows), needs_of(rows)
+        used = [cuts[i] for i in cut_of(needs[needs[:, 0] > 0], cuts)]
+        tokens += (rows.segment > 0).sum()
+        scored += (rows.response >= 0).sum()
+        columns += sum(cut.rows * cut.length for cut in used)
+        slots += sum(cut.rows * cut.scored for cut in used)
+        cost += sum(map(shape.costs.of, used))
+    return Use(tokens / columns, scored / slots, cost)
+
+
+if __name__ == "__main__":
+    main()
