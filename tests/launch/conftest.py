@@ -32,6 +32,7 @@ TINY = {
     "dpo.data.eval_limit": 10,
     "dpo.batch_size": 8,
     "dpo.steps": 6,
+    "micro_sizes": 1,
     "log_every": 1,
     "evaluate_every": 3,
     "checkpoint_every": 2,

@@ -11,6 +11,7 @@ def get_config():
     config = default_config()
     config.model.update(width=64, layers=2, heads=2, kv_heads=2, mlp_width=192, max_positions=128)
     config.tokens.max_length = 96
+    config.micro_sizes = 1
     config.sft.data.update(limit=8_000, eval_limit=20)
     config.sft.schedule = "cosine"
     config.dpo.data.update(limit=0, eval_limit=20)

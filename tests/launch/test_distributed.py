@@ -40,7 +40,9 @@ def in_two_processes(arguments: list[str]) -> list[tuple[int, str]]:
 
 
 def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone):
-    found = in_two_processes(command(tmp_path / "two", **{"distributed": True, "mesh.fsdp": 2}))
+    found = in_two_processes(
+        command(tmp_path / "two", **{"distributed": True, "mesh.fsdp": 2, "micro_sizes": 4})
+    )
     assert [code for code, _ in found] == [0, 0], found
     printed = [text for _, text in found]
     assert "held-out pairs" in printed[0]
