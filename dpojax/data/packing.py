@@ -173,8 +173,11 @@ def plan(
     whole = cuts[-1]
     shape = Shape(1, *whole, 1, max(len(e.responses) for e in examples), cuts, costs)
     packed = [pack(batch, shape) for batch in batches]
+    # Of a single micro-batch XLA would compute all sizes: what is the same in every turn of a loop
+    # it takes out of the loop. With a second one, empty, it cannot.
+    fewest = 2 if len(cuts) > 1 else 1
     return shape._replace(
-        micro_batches=max(map(len, packed)),
+        micro_batches=max(fewest, *map(len, packed)),
         examples=max(len(row) for parts in packed for part in parts for row in part),
         cuts=cuts if len(cuts) > 1 else Cuts(),
     )

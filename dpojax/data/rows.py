@@ -98,8 +98,9 @@ def empty(shape: Shape) -> Rows:
 
 
 def cuts_of(rows: Rows) -> tuple[Cut, ...]:
-    """The sizes at which the micro-batches of `rows` [M, R, ...] may be computed."""
-    return rows.cuts or (Cut(*rows.tokens.shape[1:], rows.target.shape[-1]),)
+    """The sizes at which micro-batches [M, R, ...] are computed; a single one is, whole."""
+    whole = (Cut(*rows.tokens.shape[1:], rows.target.shape[-1]),)
+    return rows.cuts if rows.cuts and len(rows.tokens) > 1 else whole
 
 
 def needs_of(rows: Rows) -> np.ndarray:

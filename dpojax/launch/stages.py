@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax import sharding
-from dpojax.data.packing import Costs, Cuts, Shape, plan
+from dpojax.data.packing import Costs, Shape, plan
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in
 from dpojax.data.rows import Rows, empty
 from dpojax.launch import classified, token_cache
@@ -274,20 +274,22 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
     """
     config, examples = stage.setup.config, stage.data.examples
     training = [[int(i) for i in batch] for order in orders for batch in order]
+    best = partial(
+        plan,
+        examples,
+        [*training, *stage.in_order(stage.data.training), *stage.in_order(stage.data.held_out)],
+        length=config.row_length or None,
+        micro_rows=config.micro_rows or None,
+        multiple=sharding.row_shards(stage.setup.mesh),
+        score_prompt=stage.score_prompt,
+        costs=costs_of(stage.setup),
+    )
     with naming("micro_rows"):
-        shape = plan(
-            examples,
-            [*training, *stage.in_order(stage.data.training), *stage.in_order(stage.data.held_out)],
-            length=config.row_length or None,
-            micro_rows=config.micro_rows or None,
-            multiple=sharding.row_shards(stage.setup.mesh),
-            score_prompt=stage.score_prompt,
-            costs=costs_of(stage.setup),
-            most_cuts=config.micro_sizes,
-        )
-    if stage.objective.coupled and shape.micro_batches == 1:
-        return shape._replace(cuts=Cuts())  # one pass, where several sizes would need two
-    return shape
+        if stage.objective.coupled:  # one micro-batch takes one pass, several take two
+            whole = best(most_cuts=1)
+            if whole.micro_batches == 1:
+                return whole
+        return best(most_cuts=config.micro_sizes)
 
 
 def costs_of(setup: Setup) -> Costs:

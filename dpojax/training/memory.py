@@ -81,7 +81,7 @@ def predict(
     return Footprint(
         weights=weights,
         optimizer=bytes_per_device(state.opt_state),
-        gradient=weights * (2 if shape.micro_batches > 1 or shape.cuts else 1),
+        gradient=weights * (2 if shape.micro_batches > 1 else 1),
         frozen=bytes_per_device(frozen),
         activations=size * config.layers * tokens * stored + own,
         logits=2 * 4 * at_once + head,

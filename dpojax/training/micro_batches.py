@@ -19,14 +19,14 @@ BY_SCORED = ("source", "target", "response", "reference")
 def add_up(function: Callable[[Rows, Array], tuple[Any, Any]], rows: Rows) -> tuple[Any, Any]:
     """Over micro-batches: the sum of the first results, and the second ones stacked [M, ...].
 
-    There is no loop around a single one of a single size. What is not computed is zero.
+    There is no loop around a single one, which is computed whole. What is not computed is zero.
 
     Args:
       function: (rows [R, ...] of micro-batch m, m) -> two trees of arrays. It may get fewer rows,
         columns and scored tokens than there are (see `Rows.cuts`), and its second result may be as
         much smaller.
     """
-    if len(rows.tokens) == 1 and not rows.cuts:
+    if len(rows.tokens) == 1:
         sums, own = function(_part(rows, 0), jnp.int32(0))
         return sums, jax.tree.map(lambda x: x[None], own)
     zeros = lambda x, *leading: jnp.zeros((*leading, *x.shape), x.dtype)

@@ -157,9 +157,9 @@ def _summed(run, objective, state: State, rows: Rows, hyper: Hyper) -> tuple[Sum
 def _coupled_sums(run, objective, state: State, rows: Rows, hyper: Hyper):
     """Two passes: all outputs first, then d loss / d outputs as the cotangent of the second.
 
-    A batch of one micro-batch of one size needs one pass.
+    A batch of one micro-batch needs one pass.
     """
-    single = len(rows.tokens) == 1 and not rows.cuts
+    single = len(rows.tokens) == 1
     if single:
         outputs, pull = jax.vjp(
             lambda params: map_present(partial(run, params), rows), state.params
