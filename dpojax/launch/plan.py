@@ -145,14 +145,14 @@ def seconds_left(
     found: dict[str, list[float]] = {}
     for job in jobs:
         if job.name in seconds and job.made.exists():
-            found.setdefault(_kind(job), []).append(seconds[job.name])
+            found.setdefault(kind_of(job), []).append(seconds[job.name])
     if not found:
         return None
     mean = lambda values: sum(values) / len(values)
     of_all = mean([x for own in found.values() for x in own])
     expected = {kind: mean(own) for kind, own in found.items()}
     each = [
-        max(0.0, expected.get(_kind(job), of_all) - seconds.get(job.name, 0.0))
+        max(0.0, expected.get(kind_of(job), of_all) - seconds.get(job.name, 0.0))
         for job in jobs
         if not job.made.exists()
     ]
@@ -183,7 +183,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     os.replace(unfinished, path)
 
 
-def _kind(job: Job) -> str:
+def kind_of(job: Job) -> str:
     return job.kind or job.name
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from dpojax import sharding
 from dpojax.data.rows import Rows
@@ -91,12 +92,11 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
     """
     rows = used.to_device(next(stage.held_out(used.attach)), stage.setup.mesh)
     tokens = stage.score(params, rows, used.params)
-    scored = rows.response >= 0
-    drift = float(jnp.max(jnp.where(scored, jnp.abs(tokens.logprob - rows.reference), 0)))
+    drift = float(_largest(tokens.logprob, rows))
     loss = stage.metrics(tokens, rows, stage.hyper)["loss"].value
     same = stage.metrics(tokens._replace(logprob=rows.reference), rows, stage.hyper)["loss"].value
     closed = stage.objective.at_reference
-    expected = float(same if closed is None else closed(stage.hyper))
+    expected = float(same if closed is None else jax.jit(closed)(stage.hyper))
     if not (drift <= used.tolerance and abs(same - expected) <= EXACT * max(1.0, expected)):
         raise ReferenceMismatch(
             f"{stage.name}: at step 0 the policy is not the reference: a token's log-prob differs "
@@ -106,6 +106,12 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
         )
     found = {"drift/reference_identity": drift, "loss": loss}
     return found if closed is None else found | {"loss/at_reference": expected}
+
+
+@jax.jit
+def _largest(logprob: Array, rows: Rows) -> Array:
+    """How far a scored token's log-prob is from the reference's, at most; nats."""
+    return jnp.max(jnp.where(rows.response >= 0, jnp.abs(logprob - rows.reference), 0))
 
 
 def weights_of(stage: Stage, start: dict | None, base: dict | None) -> dict:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +45,7 @@ class Setup(NamedTuple):
     @property
     def abstract_params(self):
         """Shapes, float32, and shardings of the parameters."""
-        shapes = jax.eval_shape(lambda: self.model.init(jax.random.key(0)))
+        shapes = _shapes(self.model.init)
         shardings = sharding.tree_shardings(shapes, self.mesh, SHARDING_RULES)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
@@ -59,6 +61,12 @@ class Setup(NamedTuple):
         """Of the vocabulary with its ids."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(init: Callable[[jax.Array], dict]) -> dict:
+    """Of what `init` would make: runs ask often, and it is traced each time."""
+    return jax.eval_shape(lambda: init(jax.random.key(0)))
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, *, vmapped: bool = False) -> Setup:

@@ -167,7 +167,7 @@ def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage
         hyper=_hyper(name, config),
         forward=forward,
         keep_best=reward.ACCURACY if name == "reward" and config.keep_best else "",
-        score=jax.jit(score),
+        score=_scoring(score),
         metrics=jax.jit(build_evaluate(objective)),
     )
 
@@ -253,6 +253,16 @@ def _programs(setup: Setup, objective: Objective) -> tuple[Forward, Callable]:
     given = {"max_logits": setup.max_logits}
     forward = language_model(setup.model, statistics=objective.statistics, **given)
     return forward, build_score(setup.model, **given)
+
+
+def _scoring(score: Callable) -> Callable:
+    """`score` jitted: one program for rows with and without the reference's log-probs."""
+    program = jax.jit(score)
+
+    def run(params, rows: Rows, reference_params=None):
+        return program(params, rows._replace(reference=None), reference_params)
+
+    return run
 
 
 def _wants(loss: str) -> Wants:

@@ -14,14 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import jax
 
-from dpojax.launch.plan import Clock, Job, shown, stoppable
+from dpojax.launch.plan import Clock, Job, kind_of, shown, stoppable
 
 
 def default_workers() -> int:
@@ -56,10 +56,9 @@ def carry_out(
         running: dict[Future, Job] = {}
         try:
             while True:
-                for job in _ready(jobs):
-                    if len(running) < workers and job not in running.values():
-                        running[pool.submit(run, job.name)] = job
-                        clock.start(job.name)
+                while len(running) < workers and (job := _next(jobs, running.values())):
+                    running[pool.submit(run, job.name)] = job
+                    clock.start(job.name)
                 if not running:
                     return
                 _wait(running, clock)
@@ -72,10 +71,21 @@ def carry_out(
             ) from broken
 
 
-def _ready(jobs: Sequence[Job]) -> list[Job]:
-    """Those that are not done, and need none that is not."""
+def _next(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
+    """The first that is not done and needs none that is not; None if there is none.
+
+    The first job of a kind compiles what the others of the kind then find on disk: beside it, jobs
+    of another kind come first.
+    """
     missing = {job.name for job in jobs if not job.made.exists()}
-    return [job for job in jobs if job.name in missing and missing.isdisjoint(job.needs)]
+    done = {kind_of(job) for job in jobs if job.name not in missing}
+    compiling = {kind_of(job) for job in running} - done
+    ready = [
+        job
+        for job in jobs
+        if job.name in missing and job not in running and missing.isdisjoint(job.needs)
+    ]
+    return min(ready, key=lambda job: kind_of(job) in compiling, default=None)
 
 
 def _wait(running: dict[Future, Job], clock: Clock) -> None:

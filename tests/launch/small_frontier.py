@@ -12,19 +12,19 @@ def get_config():
     config.model.update(width=64, layers=2, heads=2, kv_heads=2, mlp_width=192, max_positions=128)
     config.tokens.max_length = 96
     config.micro_sizes = 1
-    config.sft.data.update(limit=8_000, eval_limit=20)
+    config.sft.data.update(limit=6_000, eval_limit=20)
     config.sft.schedule = "cosine"
     config.dpo.data.update(limit=0, eval_limit=20)
     config.dpo.batch_size = 32
-    config.dpo.steps = 75
+    config.dpo.steps = 60
     config.dpo.warmup_steps = 10
-    config.ppo.update(steps=16, batch_size=64, limit=512, kl_target=2.0, kl_horizon=128.0)
+    config.ppo.update(steps=14, batch_size=64, limit=512, kl_target=2.0, kl_horizon=128.0)
     config.ppo.max_new_tokens = 48
-    config.log_every = 25
-    config.evaluate_every = 25
+    config.log_every = 30
+    config.evaluate_every = 30
     config.checkpoint_every = 0
     config.samples.update(count=32, per_prompt=8, max_new_tokens=48)
-    config.frontier.update(count=1_000, reference_samples=256, best_of_n=(2, 4, 16, 64))
+    config.frontier.update(count=800, reference_samples=256, best_of_n=(2, 4, 16, 64))
     config.tensorboard = False
     return config
 
@@ -33,7 +33,7 @@ def frontier(config):
     return [
         Run("dpo", "beta=0.3", {"dpo.beta": 0.3}),
         Run("dpo", "beta=1", {"dpo.beta": 1.0}),
-        Run("ppo_gt", "kl=2", {"evaluate_every": 16}, "ppo"),
+        Run("ppo_gt", "kl=2", {"evaluate_every": 14}, "ppo"),
         Run("unlikelihood", "alpha=0.5", {"dpo.loss": "unlikelihood", "dpo.alpha": 0.5}),
         Run("preferred_ft", "seed=0", {"dpo.loss": "sft"}),
     ]

@@ -1,5 +1,6 @@
 """Two processes on this machine make the run that one process makes."""
 
+import runpy
 import shutil
 import socket
 import subprocess
@@ -7,15 +8,23 @@ import subprocess
 import numpy as np
 import pytest
 
-from .conftest import ROOT, command, environment, lines, train
+from dpojax.launch import run
+
+from .conftest import ROOT, TINY, command, environment, lines
+
+
+def tiny_reviews():
+    """The config that `command` gives to scripts/train.py."""
+    config = runpy.run_path(str(ROOT / "configs" / "reviews.py"))["get_config"]()
+    config.update_from_flattened_dict(TINY)
+    return config
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run in one process."""
+    """The run in one process, this one."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = train(workdir)
-    assert done.returncode == 0, done.stderr
+    run.run(tiny_reviews(), str(workdir))
     return workdir
 
 
@@ -39,9 +48,9 @@ def in_two_processes(arguments: list[str]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, printed)]
 
 
-def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone):
+def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone, capsys):
     found = in_two_processes(
-        command(tmp_path / "two", **{"distributed": True, "mesh.fsdp": 2, "micro_sizes": 4})
+        command(tmp_path / "two", **{"distributed": True, "mesh.fsdp": 2, "micro_sizes": 2})
     )
     assert [code for code, _ in found] == [0, 0], found
     printed = [text for _, text in found]
@@ -55,9 +64,9 @@ def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone
     np.testing.assert_allclose(values(tmp_path / "two"), values(alone), rtol=1e-4)
     shutil.rmtree(tmp_path / "two" / "dpo" / "checkpoints" / "6")
     (tmp_path / "two" / "finished.json").unlink()
-    resumed = train(tmp_path / "two")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count(f"tokens read from {tmp_path / 'two' / 'tokens'}") == 2
+    capsys.readouterr()
+    run.run(tiny_reviews(), str(tmp_path / "two"))
+    assert capsys.readouterr().out.count(f"tokens read from {tmp_path / 'two' / 'tokens'}") == 2
     ours, theirs = (
         [(line["step"], line["split"]) for line in lines(folder, "dpo")]
         for folder in (tmp_path / "two", alone)
