@@ -9,10 +9,10 @@ clipping; a step is all from a batch of token ids to updated weights. Every step
 norm and number of scored tokens are compared: a system that computes something else is named, and
 the exit status is 1. `check...` are cases of seconds for that alone.
 
-They take turns: in every round each system runs once, in a new process, and its first step
-(compilation) does not count. Times on one machine drift, so only the ratios of one call mean
-something. Environments that are not there are made (a virtual environment each; they are large and
-may be kept).
+They take turns: in every round each system runs once, in a new process, and its first step (of
+tunix its first two), which compiles, does not count. Times on one machine drift, so only the
+ratios of one call mean something. Environments that are not there are made (a virtual environment
+each; they are large and may be kept).
 """
 
 from __future__ import annotations
@@ -229,7 +229,9 @@ class Gap(NamedTuple):
 
 
 def _gap(rounds: list[dict], against: list[dict]) -> Gap:
-    """Over the steps that both made: a system may need one more to compile."""
+    """Over the steps of the first system; another may need one more to compile."""
+    if any(len(result["computed"]) < len(against[0]["computed"]) for result in rounds):
+        return Gap(math.nan, math.nan, 0)
     both = [
         (own, other)
         for result in rounds

@@ -153,11 +153,16 @@ def ran(loss, norm, scored):
     ],
 )
 def test_a_system_that_computes_something_else_is_named(other, same):
-    systems = {"dpojax": ran(0.69, 1.5, 9), "other": ran(*other), "dead": [{"failed": "SIGILL"}]}
+    """The other needs one step more to compile."""
+    longer = ran(*other)
+    longer[0]["computed"].append({"loss": 0.1, "norm": 9.0, "scored": 1})
+    systems = {"dpojax": ran(0.69, 1.5, 9), "other": longer, "dead": [{"failed": "SIGILL"}]}
     about = {"case": "a", "dtype": "float32", "variables": {key: {} for key in systems}}
     table = versus._table(about | {"systems": systems})
     assert ("other COMPUTES SOMETHING ELSE" in table) == (not same)
     assert "dead                    failed: SIGILL" in table
+    del longer[0]["computed"][1:]  # what is missing is not the same
+    assert "other COMPUTES SOMETHING ELSE" in versus._table(about | {"systems": systems})
 
 
 def test_an_environment_is_finished_once_and_again_when_it_is_for_other_packages(

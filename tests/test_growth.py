@@ -44,6 +44,21 @@ def test_linear_times_hold_and_quadratic_ones_do_not():
     assert [curve.holds for curve in quadratic] == [False, True, True]
 
 
+@pytest.mark.parametrize(("reduced", "holds"), [(lambda n: 1.0, True), (lambda n: n / 64, False)])
+def test_a_table_may_be_reduced_once_more_but_not_once_for_each_chunk(reduced, holds):
+    records = []
+    for size in (64, 128, 256, 512):
+        case = TINY._replace(vocabulary=size, max_logits=512)
+        table = 4 * size * case.width
+        own = {"study": "chunks", "case": case._asdict(), "x": size, "mesh": "data", "devices": 1}
+        own |= {"rows": 2, "scored": 8, "members": 0, "matrices": 0}
+        own["parameters"] = 9_000 + size * case.width
+        own |= {"collective_bytes": {"all-reduce": 36_000 + table + reduced(size) * table}}
+        records.append(own | {"flops": step_flops(own)})
+    bytes_, flops = curves(records)
+    assert (bytes_.quantity, bytes_.holds, flops.holds) == ("collective bytes", holds, True)
+
+
 def test_growth_beyond_the_law_is_said_and_is_the_exit_code(capsys, monkeypatch):
     class Here:
         def __init__(self, *_, **__): ...

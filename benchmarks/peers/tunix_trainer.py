@@ -72,7 +72,8 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
 
     trainer.train(timed())
     history = lambda name: trainer.metrics_logger.get_metric_history("", name, "train").tolist()
-    clock.report(list(map(Found, history("loss"), history("grad_norm"), scored)))
+    found = zip(history("loss"), history("grad_norm"), scored, strict=True)
+    clock.report([Found(*values) for values in found])
 
 
 def _model(case: Case, checkpointing: bool) -> llama3.Llama3:

@@ -8,6 +8,7 @@ one long example nor the last, half-empty row sets what all others cost.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from dpojax.data.records import DataError
 from dpojax.data.tokenise import Example
 
 GAIN = 0.02  # of the time that another size must save to be worth its compilation
+DOUBLING = 0.03  # of the time that twice the tokens at once, with twice the activations, must save
 SAMPLED = 512  # examples of batches by which sizes are chosen
 
 
@@ -176,10 +178,10 @@ def plan(
     # Of a single micro-batch XLA would compute all sizes: what is the same in every turn of a loop
     # it takes out of the loop. With a second one, empty, it cannot.
     fewest = 2 if len(cuts) > 1 else 1
-    examples = max(len(row) for parts in packed for part in parts for row in part)
+    in_row = max(len(row) for parts in packed for part in parts for row in part)
     return shape._replace(
         micro_batches=_coarse(max(fewest, *map(len, packed))),
-        examples=_coarse(examples),
+        examples=_coarse(in_row),
         cuts=cuts if len(cuts) > 1 else Cuts(),
     )
 
@@ -197,7 +199,7 @@ class _Search:
         self.needs: dict[tuple, list[np.ndarray]] = {}
 
     def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
-        """Cuts of micro-batches of the fewest rows among those that take about the least time."""
+        """Cuts of micro-batches of few tokens, unless more at once save enough time."""
         found = []
         for rows in [micro_rows] if micro_rows else self._row_counts(length or self.longest):
             cuts = self._whole(length, rows)
@@ -208,9 +210,9 @@ class _Search:
                 if not costs or min(costs) > (1 - GAIN) * cost:
                     break
                 cost, cuts = min(costs), more[int(np.argmin(costs))]
-            found.append((cost, cuts))
-        least = min(cost for cost, _ in found)
-        return next(cuts for cost, cuts in found if cost <= (1 + GAIN) * least)
+            at_once = math.log2(cuts[-1].rows * cuts[-1].length)
+            found.append((cost * (1 + DOUBLING) ** at_once, cuts))
+        return min(found, key=lambda each: each[0])[1]
 
     def cost(self, cuts: Cuts) -> float:
         """Of all sampled batches, each packed in the best way."""
@@ -306,7 +308,10 @@ def _time(needs: np.ndarray, cuts: Sequence[Cut], costs: Costs) -> float:
 
 
 def _coarse(n: int) -> int:
-    """A little more: runs with other seeds then have the same shapes, and share their programs."""
+    """Rounded up: runs with other seeds then more often have the same shape and share programs.
+
+    What is too much is not computed (micro-batches) or takes a few sums (examples of a row).
+    """
     return n if n <= 4 else _round_up(n, 4)
 
 

@@ -295,7 +295,7 @@ def _preference_jobs(
             prefer(_settings(config, folder), process=(part, parts), log=print)
             made.touch()
 
-        found.append(Job(name, made, make, PREFERENCES, needs))
+        found.append(Job(name, made, make, PREFERENCES, needs, part=True))
     return found
 
 

@@ -31,8 +31,9 @@ class Job(NamedTuple):
     name: str
     made: pathlib.Path
     make: Callable[[], None]
-    kind: str = ""  # jobs of a kind last about as long as each other; "" is a kind of its own
+    kind: str = ""  # jobs of a kind last equally long and compile the same; "": of its own kind
     needs: tuple[str, ...] = ()  # the names of those before it that have to be done
+    part: bool = False  # of a job that was cut so that several can be done at once
 
 
 def carry_out(jobs: Sequence[Job], folder: pathlib.Path, what: str) -> None:
@@ -184,6 +185,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def kind_of(job: Job) -> str:
+    """The kind's name, also of a job that is alone in its kind."""
     return job.kind or job.name
 
 

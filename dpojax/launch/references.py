@@ -92,7 +92,7 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
     """
     rows = used.to_device(next(stage.held_out(used.attach)), stage.setup.mesh)
     tokens = stage.score(params, rows, used.params)
-    drift = float(_largest(tokens.logprob, rows))
+    drift = float(_drift(tokens.logprob, rows))
     loss = stage.metrics(tokens, rows, stage.hyper)["loss"].value
     same = stage.metrics(tokens._replace(logprob=rows.reference), rows, stage.hyper)["loss"].value
     closed = stage.objective.at_reference
@@ -109,7 +109,7 @@ def check_identity(stage: Stage, params: dict, used: Reference) -> dict[str, flo
 
 
 @jax.jit
-def _largest(logprob: Array, rows: Rows) -> Array:
+def _drift(logprob: Array, rows: Rows) -> Array:
     """How far a scored token's log-prob is from the reference's, at most; nats."""
     return jnp.max(jnp.where(rows.response >= 0, jnp.abs(logprob - rows.reference), 0))
 

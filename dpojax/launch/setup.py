@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +43,8 @@ class Setup(NamedTuple):
     @property
     def abstract_params(self):
         """Shapes, float32, and shardings of the parameters."""
-        shapes = _shapes(self.model.init)
+        # Of the function itself, which JAX then traces once: runs ask often.
+        shapes = jax.eval_shape(self.model.init, jax.eval_shape(lambda: jax.random.key(0)))
         shardings = sharding.tree_shardings(shapes, self.mesh, SHARDING_RULES)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, shardings
@@ -61,12 +60,6 @@ class Setup(NamedTuple):
         """Of the vocabulary with its ids."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=16)
-def _shapes(init: Callable[[jax.Array], dict]) -> dict:
-    """Of what `init` would make: runs ask often, and it is traced each time."""
-    return jax.eval_shape(lambda: init(jax.random.key(0)))
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, *, vmapped: bool = False) -> Setup:

@@ -72,14 +72,15 @@ def carry_out(
 
 
 def _next(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
-    """The first that is not done and needs none that is not; None if there is none.
+    """The next to begin: one that is not under way and needs none that is not done; None if there
+    is none.
 
-    The first job of a kind compiles what the others of the kind then find on disk: beside it, jobs
-    of another kind come first.
+    The first job of a kind compiles what the others of the kind then find on disk, so beside it
+    those of another kind go first. Otherwise they go in order.
     """
     missing = {job.name for job in jobs if not job.made.exists()}
     done = {kind_of(job) for job in jobs if job.name not in missing}
-    compiling = {kind_of(job) for job in running} - done
+    compiling = {kind_of(job) for job in running if not job.part} - done
     ready = [
         job
         for job in jobs

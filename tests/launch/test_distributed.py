@@ -22,7 +22,7 @@ def tiny_reviews():
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run in one process, this one."""
+    """The run in one process: this one, on eight devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     run.run(tiny_reviews(), str(workdir))
     return workdir

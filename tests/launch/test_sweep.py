@@ -19,7 +19,13 @@ from dpojax.training.loop import Preempted, StopSignal
 from .conftest import lines, tiny_config
 
 MEMBERS = (
-    {"dpo.beta": 2.0, "dpo.learning_rate": 3e-3, "dpo.warmup_steps": 1, "dpo.steps": 4},
+    {
+        "dpo.beta": 2.0,
+        "dpo.label_smoothing": 0.1,
+        "dpo.learning_rate": 3e-3,
+        "dpo.warmup_steps": 1,
+        "dpo.steps": 4,
+    },
     {},
     {"dpo.learning_rate": 1e30},
     {"dpo.label_smoothing": 0.2},
@@ -53,8 +59,8 @@ def swept(tmp_path_factory):
 
 
 def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
-    """The last, in a program with a shorter one and one that fails."""
-    config, index = base_config(), 3
+    """The first, which differs in all numbers and ends before the others."""
+    config, index = base_config(), 0
     config.update_from_flattened_dict(MEMBERS[index])
     runs.run(config, str(tmp_path / "alone"))
     member = swept[0] / NAMES[index]

@@ -122,22 +122,33 @@ def test_jobs_run_beside_each_other_on_cores_of_their_own_and_after_what_they_ne
 
 
 def see_who_began(folder: pathlib.Path, name: str) -> None:
-    """b1, the first of its kind, lasts until c has begun."""
-    begun = sorted(path.stem for path in folder.glob("*.begun"))
-    (folder / f"{name}.begun").write_text(" ".join(begun))
+    """b1, the first of its kind, lasts until another job has begun."""
+    begun = lambda: sorted(path.stem for path in folder.glob("*.begun"))
+    (folder / f"{name}.begun").write_text(" ".join(begun()))
     if name == "b1":
-        wait_for(folder / "c.begun")
+        assert wait_until(lambda: len(begun()) > 1)
     (folder / name).touch()
 
 
-def test_beside_the_first_job_of_a_kind_one_of_another_kind_comes_first(tmp_path):
+@pytest.mark.parametrize(
+    ("kinds", "parts", "second"),
+    [
+        ({"b1": "b", "b2": "b", "c": "c"}, False, "c"),
+        ({"b1": "b", "b2": "b"}, False, "b2"),  # no core waits for a compilation
+        ({"b1": "b", "b2": "b", "c": "c"}, True, "b2"),
+    ],
+    ids=["another kind", "no other kind", "parts of one job"],
+)
+def test_beside_the_first_job_of_a_kind_one_of_another_kind_goes_first(
+    tmp_path, kinds, parts, second
+):
     """It compiles what the others of its kind read from disk."""
-    kinds = {"b1": "b", "b2": "b", "c": "c"}
-    planned = [Job(name, tmp_path / name, None, kind) for name, kind in kinds.items()]
+    planned = [Job(x, tmp_path / x, None, kind, part=parts) for x, kind in kinds.items()]
     run = functools.partial(see_who_began, tmp_path)
     carry_out(planned, tmp_path, "frontier", run=run, workers=2)
-    assert "c" in (tmp_path / "b2.begun").read_text()
     assert all(job.made.exists() for job in planned)
+    others = {*kinds} - {"b1", second}
+    assert all(second in (tmp_path / f"{name}.begun").read_text() for name in others)
 
 
 def test_what_a_job_raises_comes_out_and_the_same_call_goes_on(tmp_path):
