@@ -142,7 +142,9 @@ def plan(
     costs: Costs = USUAL,
     most_cuts: int = 4,
 ) -> Shape:
-    """The one shape into which every batch fits, chosen from the data for the least time.
+    """The one shape into which every batch fits, chosen from the data for little time.
+
+    Among numbers of rows, a larger one has to save enough: its activations are larger, too.
 
     Args:
       examples: the whole data set.

@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
     # a sweep or frontier: inside its own).
     config.token_cache = ""
     config.row_length = 0  # most tokens of a row; 0 chooses from the data
-    config.micro_rows = 0  # most rows of a micro-batch on all devices; 0 chooses the fastest
+    config.micro_rows = 0  # most rows of a micro-batch on all devices; 0 chooses a fast one
     config.micro_sizes = 4  # most sizes at which micro-batches are compiled: less padding
     config.max_logits = 2**25  # float32 logits of a device at once (2**25 are 128 MiB)
     config.sft = _sft()

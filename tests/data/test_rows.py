@@ -216,6 +216,23 @@ def test_rows_are_short_where_attention_is_dear_and_well_filled_where_it_is_chea
     assert plan(data, [range(20)], costs=Costs(attention=1e9)).length >= 192
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 8), (1024, 1)])
+def test_more_rows_at_once_have_to_save_their_share_of_the_time(tokens, rows):
+    """A micro-batch costs 64 tokens more than its rows: much for short ones. Where a row costs as
+    much as 1,400, two rows at once save 2 % of two micro-batches."""
+    half = tokens // 4
+    data = [pair(2 * half, half, half, id=f"file:{i}") for i in range(8)]
+    assert plan(data, [range(8)], length=tokens, most_cuts=1).rows == rows
+
+
+def test_batches_that_fill_a_row_with_a_few_more_examples_have_the_same_shape():
+    """So that runs with other seeds share compiled programs."""
+    data = [pair(4, 2, 2, id=f"file:{i}") for i in range(8)]
+    shapes = {plan(data, [range(n)], length=64, micro_rows=1, most_cuts=1) for n in (5, 6, 7, 8)}
+    assert {(shape.micro_batches, shape.examples) for shape in shapes} == {(1, 8)}
+    assert len(shapes) == 1
+
+
 def test_an_example_longer_than_the_row_is_named():
     with pytest.raises(DataError, match=r"hh.jsonl:7.*40 tokens.*raise row_length"):
         plan([pair(1, 1, 1), pair(20, 10, 10, id="hh.jsonl:7")], [[0, 1]], length=32)
