@@ -32,12 +32,14 @@ class Wants(NamedTuple):
       mismatched: give every example an unrelated second response, see `unpaired.with_mismatched`.
       scores: every record must have scores.
       ties: keep ranked records whose responses are all tied, which are dropped otherwise.
+      chosen: of a ranked record to train on, the best response is all that is computed.
     """
 
     form: Literal["best", "ranked", "labelled"] = "ranked"
     mismatched: bool = False
     scores: bool = False
     ties: bool = False
+    chosen: bool = False
 
 
 class StageData(NamedTuple):
@@ -110,6 +112,8 @@ def load(data: ConfigDict, tokens: ConfigDict, tokenizer, *, wants: Wants, seed:
     require_both(data.source, examples, held_out, report)
     if wants.form == "labelled":
         _require_both_labels(data.source, examples)
+    if wants.chosen:
+        examples = [_chosen(example) for example in examples]
     if wants.mismatched:
         examples, held_out = (
             unpaired.with_mismatched(part, policy.max_length) for part in (examples, held_out)
@@ -183,6 +187,13 @@ def _best(record: Record) -> Record:
     return dataclasses.replace(
         record, responses=record.responses[:1], label=None, scores=scores, rank=None
     )
+
+
+def _chosen(example: Example) -> Example:
+    """Its best response alone."""
+    first = lambda values: None if values is None else values[:1]
+    lists = {name: first(getattr(example, name)) for name in ("responses", "cut", "scores", "rank")}
+    return example._replace(**lists)
 
 
 def _labelled(found: list[Record], identical: str, report: Report) -> list[Record]:

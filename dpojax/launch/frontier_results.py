@@ -21,7 +21,7 @@ from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
 from dpojax.launch import online
 from dpojax.launch.frontier import PLAN, SAMPLES
 from dpojax.launch.plan import read_seconds
-from dpojax.launch.samples import FILE
+from dpojax.launch.samples import last_samples
 from dpojax.training.metrics import read_metrics
 
 BETAS = (np.inf, *np.geomspace(10, 0.02, 40))
@@ -90,9 +90,6 @@ def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
     """The last checkpoint's responses of every run, one line per prompt."""
     found = []
     for run in plan["runs"]:
-        path = _parts(folder, plan, run)[-1] / FILE
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        last = {line["prompt"]: line for line in lines if line["step"] == lines[-1]["step"]}
         found += [
             {
                 "method": run["method"],
@@ -102,7 +99,7 @@ def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
                 "reward": line["reward"],
                 "logprob_ratio": line["log_ratio"],
             }
-            for line in last.values()
+            for line in last_samples(_parts(folder, plan, run)[-1])
         ]
     return found
 

@@ -101,3 +101,10 @@ def append(folder: pathlib.Path, step: int, found: PolicyEvaluation) -> None:
             for text, ratio in zip(found.texts, ratios):
                 line = {"step": step} | text._asdict() | {"log_ratio": ratio}
                 file.write(json.dumps(line) + "\n")
+
+
+def last_samples(folder: pathlib.Path) -> list[dict]:
+    """What the last evaluation appended: a line per prompt, once if a resumed run repeated it."""
+    lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    return list({line["prompt"]: line for line in last}.values())

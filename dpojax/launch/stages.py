@@ -273,6 +273,7 @@ def _wants(loss: str) -> Wants:
         mismatched=wanted.form == "labelled" and "kl" in wanted.inputs,
         scores=bool(wanted.inputs & {"scores", "offset", "probability"}),
         ties=bool(wanted.inputs & {"tie", "ranks"}),
+        chosen=wanted.chosen,
     )
 
 

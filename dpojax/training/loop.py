@@ -258,5 +258,7 @@ class _Pace:
 def _postfix(values: dict[str, float]) -> str:
     shown = {"loss": "loss", "rewards/accuracies": "accuracy", "accuracy": "accuracy"}
     return ", ".join(
-        f"{short} {values[name]:.3f}" for name, short in shown.items() if name in values
+        f"{short} {values[name]:.3f}"
+        for name, short in shown.items()
+        if math.isfinite(values.get(name, math.nan))
     )

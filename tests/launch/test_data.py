@@ -70,6 +70,21 @@ def test_sft_on_preference_data_takes_the_best_response(tiny, tmp_path):
     assert texts == {"was good"}
 
 
+def test_what_imitates_the_best_response_trains_on_it_alone_and_is_judged_on_all(tiny, tmp_path):
+    rows = [
+        {"prompt": f"the {word}", "responses": [" was good", " was slow", " was bad"]}
+        for word in ("film", "plot", "acting", "music", "cast", "story")
+    ]
+    config = tiny(**{"dpo.data.source": write(tmp_path / "ranked.jsonl", rows)})
+    given = config.dpo.data, config.tokens, reviews.tokenizer()
+    data = load(*given, wants=Wants(chosen=True), seed=0)
+    ranked = load(*given, wants=RANKED, seed=0)
+    for i, (one, whole) in enumerate(zip(data.examples, ranked.examples, strict=True)):
+        kept = 1 if i in data.training else 3
+        assert [list(x) for x in one.responses] == [list(x) for x in whole.responses[:kept]]
+        assert len(one.cut) == kept
+
+
 def write(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)

@@ -161,8 +161,17 @@ def test_only_the_best_of_several_responses_is_imitated():
     objective, hyper = make("sft", nll_norm="sum")
     gradient = jax.grad(lambda p: objective.terms(p, rows, hyper).loss.sum())(policy).logprob
     found = by_response(gradient, rows)
-    assert all(g == -3 for g in found[0, 0])  # once for each pair; the mean over pairs is -1
+    assert all(g == -1 for g in found[0, 0])
     assert not any(found[0, 1] + found[0, 2])
+
+
+def test_imitation_is_the_mean_over_prompts_and_needs_no_response_but_the_best():
+    policy, rows = pairs_of([example(3, 4, 2), example(2, 6, rank=(0, 0)), example(5)])
+    objective, hyper = make("sft", nll_norm="mean")
+    terms = objective.terms(policy, rows, hyper)
+    p = sums(policy.logprob, rows)
+    assert value(terms) == pytest.approx(-(p[0, 0] / 3 + p[1, 0] / 2 + p[2, 0] / 5) / 3, rel=1e-5)
+    assert int(terms.weight.sum()) == 3
 
 
 @pytest.mark.parametrize("norm", ["sum", "mean"])
@@ -364,6 +373,8 @@ def test_resolved_options_resolve_to_themselves():
         ("dpo+dpo_ties", {"weights": (1.0, 1.0)}, "loss: dpo_ties counts tied pairs"),
         ("simpo", {"ld_alpha": 0.5}, "ld_alpha: simpo has no reference"),
         ("aot", {"wpo": "plain"}, "wpo: aot sorts the batch"),
+        ("sft", {"wpo": "plain"}, "wpo: sft alone looks at no pair"),
+        ("sft", {"divergence": "js"}, "divergence: sft alone looks at no pair"),
         ("dpo", {"beta": float("inf")}, "beta = inf: must be greater than 0"),
         ("dpo", {"divergence": "alpha"}, "divergence_alpha: divergence 'alpha' takes it"),
         ("dpo", {"wpo_clamp": 1.0}, "wpo_clamp: means nothing without wpo"),

@@ -27,7 +27,8 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
     """The mean of a loss over all pairs, rankings or labelled responses of the optimiser batch.
 
     A prompt with K > 2 ranked responses gives a pair loss all its K (K - 1) / 2 pairs without the
-    ties among them. Of a mixture's losses each pair gets the weighted sum.
+    ties among them. Of a mixture's losses each pair gets the weighted sum. `sft` alone is the mean
+    over prompts, and learns from the best response, so rows may lack the others.
 
     Args:
       loss: a name of `options.LOSSES`, or several joined by +.
@@ -39,6 +40,8 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
         view = _VIEWS[wants.form](tokens, rows, hyper, options)
         value, counted = _values(names, view), _counted(names, view)
+        if wants.chosen:
+            value = value[..., :1]
         if wants.form == "pairs" and view.weight is not None:
             value = value * view.weight
         value = jnp.where(counted, value, 0.0)
@@ -82,9 +85,12 @@ def _argument(name: str, view: View) -> Any:
 
 
 def _counted(names: list[str], view: View) -> Array:
-    """What has a loss: pairs with a preference (or a tie, if told), rankings, responses."""
+    """What has a loss: pairs with a preference (or a tie, if told), best responses, rankings,
+    responses."""
     if isinstance(view, RankedView):
         return view.rows.present.sum(-1) > 1
+    if names == ["sft"]:
+        return view.rows.present[..., :1]
     return view.present if "dpo_ties" in names else view.mask
 
 

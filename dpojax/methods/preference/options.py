@@ -102,6 +102,7 @@ class Wanted(NamedTuple):
     inputs: frozenset[str]  # keys of FROM_ROWS
     reference: bool
     live: bool  # the reference's whole distributions, which no cache holds
+    chosen: bool  # it learns from the best response alone
 
 
 def wanted(loss: str) -> Wanted:
@@ -120,7 +121,8 @@ def wanted(loss: str) -> Wanted:
         raise ValueError(f"loss: {loss} mixes losses of {' and '.join(sorted(found))} data")
     (form,) = found
     inputs = frozenset(x for name in names for x in arguments(name) if x in FROM_ROWS)
-    return Wanted(form, inputs, "reference" in inputs, "kl" in inputs and form == "pairs")
+    live = "kl" in inputs and form == "pairs"
+    return Wanted(form, inputs, "reference" in inputs, live, inputs == {"nll"})
 
 
 def resolve(loss: str, given: Mapping[str, Any], preset: str = "") -> dict[str, Any]:
@@ -174,6 +176,8 @@ def _check_company(names: list[str], around: Mapping[str, Any]) -> None:
         raise ValueError("loss: a mixture names each loss once")
     if "dpo_ties" in names and len(names) > 1:
         raise ValueError("loss: dpo_ties counts tied pairs, so it mixes with no other")
+    if around and names == ["sft"]:
+        raise ValueError(f"{min(around)}: sft alone looks at no pair, only at the best response")
     if "divergence" in around and not set(names) <= {*MARGIN_LOSSES, "sft"}:
         raise ValueError(f"divergence: only for losses of the margin: {', '.join(MARGIN_LOSSES)}")
     for name in names:
