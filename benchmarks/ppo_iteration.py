@@ -86,11 +86,11 @@ def measure(
         clock = [time.perf_counter()]
         samples = jax.device_get(ppo.draw(sampler, state, prompts))
         clock.append(time.perf_counter())
-        responses = [tokenizer.decode(own[0]) for own in samples.tokens]
-        scores = np.float32(reviews.reward([f"{x} {y}" for x, y in zip(texts, responses)]))
+        said = [tokenizer.decode(own[0]) for own in samples.tokens]
+        scores = np.float32(reviews.reward([f"{x} {y}" for x, y in zip(texts, said)]))
         clock.append(time.perf_counter())
-        given = reference, prompts, samples, scores[:, None]
-        experience = jax.block_until_ready(prepare(state, *given, hyper)[0])
+        responses = ppo.pack(prompts, samples, multiple=minibatches)
+        experience = jax.block_until_ready(prepare(state, reference, responses, scores, hyper)[0])
         clock.append(time.perf_counter())
         state = jax.block_until_ready(optimise(state, experience, hyper)[0])
         clock.append(time.perf_counter())

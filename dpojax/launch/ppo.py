@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dpojax import sharding
 from dpojax.data.pipeline import order
+from dpojax.data.rows import empty
 from dpojax.evaluation.policies import encode_prompts, response_texts
 from dpojax.evaluation.rewards import Reward, open_reward
 from dpojax.launch import setup as run_setup
@@ -29,7 +30,7 @@ from dpojax.methods import ppo
 from dpojax.methods.ppo import PPO, PPOState
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.rl import AdaptiveKL
-from dpojax.sampling import Prompts, Sample, Sampler, Samples, build_sampler
+from dpojax.sampling import Prompts, Sample, Sampler, build_sampler
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import build_score
@@ -73,6 +74,12 @@ class PPOStage(NamedTuple):
     @property
     def steps(self) -> int:
         return self.config.steps
+
+    @property
+    def rows_of_update(self) -> int:
+        """What the rows of an update are a multiple of."""
+        parts = self.settings.minibatches * self.settings.micro_batches
+        return parts * sharding.row_shards(self.setup.mesh)
 
     def batch(self, iteration: int) -> tuple[list[str], Prompts]:
         """The prompts of an iteration: as texts, and in arrays of the one width of all batches."""
@@ -133,15 +140,15 @@ def programs(setup: Setup) -> PPOStage:
 def lower(stage: PPOStage, prompt: int) -> jax.stages.Lowered:
     """The update for prompts of so many tokens, from shapes alone."""
     batch, count, new = (stage.config[key] for key in ("batch_size", "samples", "max_new_tokens"))
-    ids = lambda *size: jax.ShapeDtypeStruct(size, jnp.int32)
-    real = lambda *size: jax.ShapeDtypeStruct(size, jnp.float32)
-    prompts = Prompts(ids(batch, prompt), ids(batch), ids(batch))
-    each = batch, count
-    stopped = jax.ShapeDtypeStruct(each, bool)
-    samples = Samples(ids(*each, new), real(*each, new), real(*each, new), ids(*each), stopped)
+    each, multiple = batch * count, stage.rows_of_update
+    shape = ppo.row_shape(prompt, new)._replace(rows=-(-each // multiple) * multiple)
+    rows = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x[0]), empty(shape)))
+    one = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
+    place, lengths = one(jnp.int32, shape.rows, new), one(jnp.int32, each)
+    responses = ppo.Responses(rows, place, lengths, one(bool, each))
     state = _abstract(stage)
-    reference = state.policy.params
-    return stage.update.lower(state, reference, prompts, samples, real(*each), stage.hyper)
+    scores = one(jnp.float32, each)
+    return stage.update.lower(state, state.policy.params, responses, scores, stage.hyper)
 
 
 def describe(stage: PPOStage) -> str:
@@ -253,13 +260,14 @@ def _iteration(
     clock = [time.perf_counter()]
     texts, prompts = stage.batch(iteration)
     drawn = ppo.draw(stage.sampler, state, prompts, samples=stage.config.samples)
-    samples = sharding.to_host(ppo.trim(drawn))
+    samples = sharding.to_host(drawn)
     clock.append(time.perf_counter())
     scores = _scores(stage, texts, prompts, samples)
     clock.append(time.perf_counter())
     factor = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)(iteration)
     hyper = stage.hyper | {"learning_rate": stage.hyper["learning_rate"] * factor}
-    state, report = stage.update(state, reference, prompts, samples, scores, hyper)
+    responses = ppo.pack(prompts, samples, multiple=stage.rows_of_update)
+    state, report = stage.update(state, reference, responses, scores.ravel(), hyper)
     jax.block_until_ready(report.finite)
     clock.append(time.perf_counter())
     return state, report, np.diff(clock)

@@ -3,9 +3,9 @@
 An iteration has three parts, and the caller does the second, which is where PPO with a learned
 reward and PPO with the true one (PPO-GT) differ:
 
-    samples = draw(sampler, state, prompts)                        # responses of the policy
-    scores = ...                                                   # any numbers [B, N]
-    state, report = update(state, reference, prompts, samples, scores, hyper)
+    samples = draw(sampler, state, prompts)                 # responses of the policy
+    scores = ...                                            # any numbers, one for each
+    state, report = update(state, reference, pack(prompts, samples), scores, hyper)
 
 `update` (see `build_update`) computes log-probs and values, shapes rewards by the KL to the
 reference, estimates advantages and takes several epochs of minibatch steps; its mathematics is
@@ -16,10 +16,11 @@ et al. 2019.
 from dpojax.methods.ppo.objectives import Experience, hyper
 from dpojax.methods.ppo.rollouts import (
     PPOState,
+    Responses,
     draw,
     new_ppo_state,
-    rows_of,
-    trim,
+    pack,
+    row_shape,
     with_value_head,
 )
 from dpojax.methods.ppo.update import PPO, build_experience, build_optimise, build_update
@@ -28,13 +29,14 @@ __all__ = [
     "PPO",
     "Experience",
     "PPOState",
+    "Responses",
     "build_experience",
     "build_optimise",
     "build_update",
     "draw",
     "hyper",
     "new_ppo_state",
-    "rows_of",
-    "trim",
+    "pack",
+    "row_shape",
     "with_value_head",
 ]

@@ -21,7 +21,7 @@ from dpojax.training.objective import Hyper, Objective, Terms
 class Experience(NamedTuple):
     """The responses of an iteration, [R, ...]: the first fields of `Rows`, and what was made of it.
 
-    Float arrays are [R, T], one number per token of the response, 0 at padding.
+    Float arrays are [R, T], one number per scored token, 0 at padding.
     """
 
     tokens: Array
@@ -129,7 +129,7 @@ def value_objective() -> Objective:
 
 
 def _terms(loss: Array, mask: Array, metrics: dict[str, Metric]) -> Terms:
-    """Sums [..., R, 1] over the tokens of each response."""
+    """Sums [..., R, 1] over the scored tokens of each row."""
     total = jnp.where(mask, loss, 0.0).sum(-1, keepdims=True)
     return Terms(total, mask.sum(-1, keepdims=True).astype(jnp.float32), metrics)
 

@@ -6,17 +6,39 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
-from dpojax.data.rows import Rows
+from dpojax.data.packing import Shape, Size, first_fit, size_of
+from dpojax.data.rows import Rows, collate
+from dpojax.data.tokenise import Example
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import Params
 from dpojax.models.scores import with_scalar_head
 from dpojax.rl import AdaptiveKL
 from dpojax.sampling import Prompts, Sampler, Samples
-from dpojax.sharding import ROWS, constrain, replicated
+from dpojax.sharding import replicated
 from dpojax.training.state import State, abstract_state, new_state
+
+
+class Responses(NamedTuple):
+    """The N responses of an iteration, of up to T tokens each, packed into rows by `pack`."""
+
+    rows: Rows  # [R, ...], each response alone behind its prompt; `example` is its number
+    place: Array  # [R, T] int32, of each scored token: response * T + its place in it; else N T
+    lengths: Array  # [N] int32, 0 where there is none
+    stopped: Array  # [N] bool
+
+    def by_response(self, values: Array) -> Array:
+        """By scored token [R, T] as by response [N, T], zero behind its end."""
+        size = len(self.lengths) * self.place.shape[1]
+        flat = jnp.zeros(size + 1, values.dtype).at[self.place].set(values)
+        return flat[:-1].reshape(len(self.lengths), -1)
+
+    def by_token(self, values: Array) -> Array:
+        """By response [N, T] as by scored token [R, T], zero at padding."""
+        return jnp.take(values.ravel(), self.place, mode="fill", fill_value=0)
 
 
 class PPOState(NamedTuple):
@@ -68,17 +90,6 @@ def draw(sampler: Sampler, state: PPOState, prompts: Prompts, *, samples: int = 
     return sampler(state.policy.params, prompts, seed=_sampler_seed(state), samples=samples)
 
 
-def trim(samples: Samples, multiple: int = 16) -> Samples:
-    """On the host: without the columns that no response reaches, down to a multiple of `multiple`.
-
-    Few widths, so few compilations; and `update` computes no more columns than it has to.
-    """
-    longest = max(1, int(jnp.max(samples.lengths)))
-    width = min(-(-longest // multiple) * multiple, samples.tokens.shape[-1])
-    tokens, logprobs, behaviour = (x[..., :width] for x in samples[:3])
-    return samples._replace(tokens=tokens, logprobs=logprobs, behaviour=behaviour)
-
-
 @jax.jit
 def _sampler_seed(state: PPOState) -> Array:
     return jax.random.bits(jax.random.fold_in(iteration_key(state), 0), dtype=jnp.uint32)
@@ -89,37 +100,39 @@ def iteration_key(state: PPOState) -> Array:
     return jax.random.fold_in(jax.random.wrap_key_data(state.policy.rng), state.iteration)
 
 
-def rows_of(prompts: Prompts, samples: Samples) -> Rows:
-    """One row [P + T] for each response, those of a prompt one after the other: R = B N.
+def pack(prompts: Prompts, samples: Samples, *, multiple: int = 1) -> Responses:
+    """On the host: the responses behind their prompts, as many to a row as it holds.
 
-    The prompt stands in the first P columns and the response in the last T, each with its padding
-    behind it. `training.forward.reward_model` scores these rows, [R, 1, 1].
+    The number of rows is one of at most eight, each a multiple of `multiple`, so that `update` is
+    compiled for few; which responses share a row depends on their lengths alone.
+
+    Args:
+      prompts, samples: NumPy arrays, as `draw` gives them; a response of no token is left out.
+      multiple: of the rows: minibatches x micro-batches of an update, times `sharding.row_shards`.
     """
-    count = samples.tokens.shape[1]
-    by_response = lambda x: x.reshape(-1, *x.shape[2:])
-    prompt, length = (jnp.repeat(x, count, axis=0) for x in prompts[:2])
-    tokens, own_length = by_response(samples.tokens), by_response(samples.lengths)
-    before, after = (jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) for x in (prompt, tokens))
-    length, own_length = length[:, None], own_length[:, None]
-    in_prompt, in_response = before < length, after < own_length
-    join = lambda a, b: jnp.concatenate([a, b], axis=1)
-    both = join(in_prompt, in_response)
-    present = (own_length > 0)[..., None]
-    one = (len(tokens), 1)
-    rows = Rows(
-        tokens=jnp.where(both, join(prompt, tokens), 0),
-        positions=jnp.where(both, join(before, length + after), 0),
-        segment=both.astype(jnp.int32),
-        branch=join(jnp.zeros_like(before), in_response.astype(jnp.int32)),
-        source=jnp.where(
-            in_response, jnp.where(after == 0, length - 1, len(prompt[0]) + after - 1), 0
-        ),
-        target=jnp.where(in_response, tokens, 0),
-        response=jnp.where(in_response, 0, -1),
-        present=present,
-        example=jnp.where(present[..., 0], jnp.arange(len(tokens))[:, None], -1),
-        rank=jnp.zeros((*one, 1), jnp.int32),
-        scores=jnp.zeros((*one, 1), jnp.float32),
-        desirable=jnp.zeros(one, bool),
-    )
-    return jax.tree.map(lambda x: constrain(x, ROWS), rows)
+    count, new = samples.tokens.shape[1:]
+    tokens, lengths = samples.tokens.reshape(-1, new), samples.lengths.reshape(-1)
+    prompt = lambda n: prompts.tokens[n // count, : prompts.lengths[n // count]]
+    examples = [
+        Example("", prompt(n), (tokens[n, :length],), (False,), None)
+        for n, length in enumerate(lengths)
+    ]
+    present = np.flatnonzero(lengths).tolist()
+    shape = row_shape(prompts.tokens.shape[1], new)
+    sizes = [size_of(examples[n]) for n in present]
+    needed = len(first_fit(sizes, Size(shape.length, shape.scored)))
+    step = multiple * -(-len(examples) // (8 * multiple))
+    rows = collate(examples, present, shape._replace(rows=max(1, -(-needed // step)) * step))
+    rows = jax.tree.map(lambda x: x[0], rows)
+    scored = rows.response >= 0
+    owner = np.take_along_axis(rows.example, np.maximum(rows.response, 0), axis=-1)
+    before = np.take_along_axis(rows.positions, rows.source, axis=-1)  # the predicted token
+    place = owner * new + before + 1 - prompts.lengths[owner // count]
+    place = np.where(scored, place, len(examples) * new).astype(np.int32)
+    return Responses(rows, place, lengths, samples.stopped.reshape(-1))
+
+
+def row_shape(prompt: int, new: int) -> Shape:
+    """One row that holds any prompt of up to `prompt` tokens and a response of up to `new`."""
+    length = -(-(prompt + new) // 16) * 16
+    return Shape(1, 1, length, scored=new, examples=length // 2, responses=1)

@@ -20,7 +20,7 @@ from dpojax.methods.ppo.objectives import (
     value_objective,
     with_entropy,
 )
-from dpojax.methods.ppo.rollouts import PPOState, iteration_key, rows_of
+from dpojax.methods.ppo.rollouts import PPOState, Responses, iteration_key
 from dpojax.models.decoder import Model
 from dpojax.sharding import ROWS, constrain
 from dpojax.training.forward import MAX_LOGITS, language_model, row_logprobs
@@ -45,7 +45,7 @@ class PPO:
 
     Attributes:
       epochs: how often the responses of an iteration are gone through.
-      minibatches: optimiser steps of an epoch; they divide the number of responses.
+      minibatches: optimiser steps of an epoch, each on rows of its own.
       micro_batches: parts of a minibatch whose gradients are added up, to save memory.
       entropy: weight of the entropy bonus, in reward per nat and token; 0 computes none.
       kl_estimator: of the penalty in the rewards, see `rl.shape_rewards`.
@@ -76,9 +76,9 @@ def build_update(
     *,
     max_logits: int = MAX_LOGITS,
 ) -> Callable[..., tuple[PPOState, Report]]:
-    """(state, reference_params, prompts, samples, scores [B, N], hyper) -> (new state, report).
+    """(state, reference_params, responses, scores [N], hyper) -> (new state, report).
 
-    The report's `bad` [B, N] marks scores that are not finite: one of them, and neither model is
+    The report's `bad` [N] marks scores that are not finite: one of them, and neither model is
     trained. Not jitted here: the caller adds donation and shardings.
 
     Args:
@@ -88,8 +88,8 @@ def build_update(
     prepare = build_experience(policy, value, settings, max_logits=max_logits)
     optimise = build_optimise(policy, value, settings, optimizer, max_logits=max_logits)
 
-    def update(state, reference_params, prompts, samples, scores, hyper):
-        experience, metrics = prepare(state, reference_params, prompts, samples, scores, hyper)
+    def update(state, reference_params, responses, scores, hyper):
+        experience, metrics = prepare(state, reference_params, responses, scores, hyper)
         state, more, finite = optimise(state, experience, hyper)
         kl, count = metrics["objective/kl"]
         coefficient = rl.update_kl(
@@ -102,7 +102,7 @@ def build_update(
         trains = state.iteration >= hyper["value_warmup"]
         kl_state = jax.tree.map(lambda a, b: jnp.where(trains, a, b), coefficient, state.kl)
         state = state._replace(kl=kl_state, iteration=state.iteration + 1)
-        bad = ~jnp.isfinite(scores) & (samples.lengths > 0)
+        bad = ~jnp.isfinite(scores) & (responses.lengths > 0)
         return state, Report(metrics | more, finite, bad)
 
     return update
@@ -111,40 +111,45 @@ def build_update(
 def build_experience(
     policy: Model, value: Model, settings: PPO, *, max_logits: int = MAX_LOGITS
 ) -> Callable[..., tuple[Experience, dict[str, Metric]]]:
-    """(state, reference_params, prompts, samples, scores [B, N], hyper) -> (experience, metrics).
+    """(state, reference_params, responses, scores [N], hyper) -> (experience, metrics).
 
     Log-probs and values come from the forward passes that train, in parts of the same size, so
     that the first minibatch finds ratios of 1.
     """
 
-    def prepare(state: PPOState, reference_params, prompts, samples, scores, hyper):
-        rows = rows_of(prompts, samples)
+    def prepare(state: PPOState, reference_params, responses: Responses, scores, hyper):
+        rows = jax.tree.map(lambda x: constrain(x, ROWS), responses.rows)
         parts = settings.minibatches * settings.micro_batches
         if len(rows.tokens) % parts:
             raise ValueError(
-                f"{len(rows.tokens)} responses cannot be cut into {settings.minibatches} "
-                f"minibatches of {settings.micro_batches} micro-batches; make it a multiple"
+                f"{len(rows.tokens)} rows cannot be cut into {settings.minibatches} minibatches of "
+                f"{settings.micro_batches} micro-batches; pack them with multiple={parts}"
             )
         # Every `parts`-th row, so that the devices' rows stay where they are.
         cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
         cut = _over_rows(cut)
-        mask = rows.response >= 0
+        scored = rows.response >= 0
 
         def each(function, params):
             found = map_present(partial(function, params), cut)
-            return jnp.where(mask, found.swapaxes(0, 1).reshape(mask.shape), 0.0)
+            return jnp.where(scored, found.swapaxes(0, 1).reshape(scored.shape), 0.0)
 
         logprobs_of = lambda params, part: row_logprobs(policy, params, part, max_logits=max_logits)
-        logprobs = each(logprobs_of, state.policy.params)
-        reference = each(logprobs_of, reference_params)
-        values = each(token_values(value), state.value.params)
-        scores, stopped = scores.reshape(-1).astype(jnp.float32), samples.stopped.reshape(-1)
+        by_token = [
+            each(logprobs_of, state.policy.params),
+            each(logprobs_of, reference_params),
+            each(token_values(value), state.value.params),
+        ]
+        logprobs, reference, values = map(responses.by_response, by_token)
+        mask = jnp.arange(values.shape[1])[None] < responses.lengths[:, None]
+        scores, stopped = scores.astype(jnp.float32), responses.stopped
         kept = rl.missing_eos_penalty(scores, stopped, hyper["missing_eos_penalty"])
         penalty = {"kl_coefficient": state.kl.coefficient, "kl_estimator": settings.kl_estimator}
         rewards = rl.shape_rewards(kept, logprobs, reference, mask, **penalty)
         horizon = {name: hyper[name] for name in ("discount", "decay")}
         advantages, returns = rl.gae(rewards, values, mask, **horizon)
-        experience = Experience(*rows[:8], logprobs, values, rl.whiten(advantages, mask), returns)
+        learned = map(responses.by_token, (rl.whiten(advantages, mask), returns))
+        experience = Experience(*rows[:8], by_token[0], by_token[2], *learned)
         by_response = {
             "objective/kl": rl.sequence_kl(logprobs, reference, mask),
             "objective/scores": scores,
@@ -152,7 +157,7 @@ def build_experience(
             "val/stopped": stopped,
             "val/response_length": mask.sum(-1),
         }
-        metrics = {k: masked(x, rows.present[:, 0, 0]) for k, x in by_response.items()}
+        metrics = {k: masked(x, responses.lengths > 0) for k, x in by_response.items()}
         metrics["objective/kl_coef"] = Metric(state.kl.coefficient, jnp.float32(1))
         return experience, metrics | {"val/unexplained": _unexplained(values, returns, mask)}
 
@@ -212,16 +217,21 @@ def build_optimise(
 
 
 def _minibatches(state: PPOState, present: Array, settings: PPO) -> Array:
-    """Rows of each step, int32 [epochs * minibatches, micro_batches, R / both], dummies last."""
-    shuffled = lambda epoch: jax.random.permutation(
-        jax.random.fold_in(iteration_key(state), 1 + epoch), len(present)
-    )
-    order = jax.vmap(shuffled)(jnp.arange(settings.epochs))
-    order = order.reshape(settings.epochs * settings.minibatches, -1)
-    # The step leaves out empty micro-batches, which it looks for at the end.
-    missing = ~present[:, 0, 0][order]
-    order = jnp.take_along_axis(order, jnp.argsort(missing, axis=-1, stable=True), axis=-1)
-    return order.reshape(len(order), settings.micro_batches, -1)
+    """Rows of each step, int32 [epochs * minibatches, micro_batches, R / both].
+
+    The rows are shuffled and dealt to the minibatches in turn, dummies last: whatever their number,
+    the others fall in the same way, and the step leaves out empty micro-batches.
+    """
+    missing = ~present[:, 0, 0]
+
+    def dealt(epoch):
+        key = jax.random.fold_in(iteration_key(state), 1 + epoch)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(missing)))
+        shuffled = jnp.lexsort((jax.vmap(jax.random.bits)(keys), missing))
+        return shuffled.reshape(-1, settings.minibatches).T
+
+    order = jax.vmap(dealt)(jnp.arange(settings.epochs)).astype(jnp.int32)
+    return order.reshape(settings.epochs * settings.minibatches, settings.micro_batches, -1)
 
 
 def _over_rows(tree):
