@@ -28,7 +28,7 @@ def get_config():
     config.reward.data.limit = 8_000
     config.ppo.update(steps=48, learning_rate=1e-3)
     config.samples.update(count=128, per_prompt=6)
-    config.frontier.update(count=6_500)
+    config.frontier.update(count=6_500, online_beta=1.0)
     return config
 
 

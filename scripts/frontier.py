@@ -49,7 +49,8 @@ def main(_) -> int:
             raise ConfigError(f"--methods: {names}: not among the runs of {path}")
         common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
         runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
-        runs += [frontier.of_loss(name, common) for name in ADD.value]
+        online = {"online_beta": CONFIG.value.frontier.online_beta}
+        runs += [frontier.of_loss(name, common, **online) for name in ADD.value]
         if DRY_RUN.value:
             for line in dry_run.dry_run(CONFIG.value, runs):
                 print(line, flush=True)

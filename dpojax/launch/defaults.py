@@ -299,6 +299,7 @@ def _frontier() -> ConfigDict:
             reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
             best_of_n=(2, 4, 8, 16, 32, 64, 128),
             online_rounds=4,  # of online DPO, which share `count`
+            online_beta=0.1,  # of --add=online_dpo
         )
     )
 

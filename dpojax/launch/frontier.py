@@ -92,10 +92,10 @@ def online_runs(
     return [of(b) for b in beta]
 
 
-def of_loss(loss: str, common: Mapping[str, Any] | None = None) -> Run:
+def of_loss(loss: str, common: Mapping[str, Any] | None = None, *, online_beta: float = 0.1) -> Run:
     """A run of any loss of the library, with its default options; or of "online_dpo"."""
     if loss == "online_dpo":
-        return online_runs(common=common)[0]
+        return online_runs(beta=(online_beta,), common=common)[0]
     return Run(loss, "default", dict(common or {}) | {"dpo.loss": loss})
 
 

@@ -160,3 +160,9 @@ def test_prompts_that_do_not_suffice_for_a_round_are_refused(made, tmp_path):
     with pytest.raises(DataError, match=r"prompts\.txt: holds 2 prompts, and skip = 2 leaves none"):
         prefer(settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_online_dpo_is_added_with_the_beta_that_the_config_gives_it():
+    run = frontier.of_loss("online_dpo", {"dpo.steps": 2}, online_beta=0.5)
+    assert run.changes == {"dpo.steps": 2, "dpo.beta": 0.5}
+    assert run.name == "online_dpo-beta-0.5"
