@@ -59,8 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        _make_inputs(folder, SHAPES[args.shape], args.steps)
-        config = _config(folder, SHAPES[args.shape], args.steps, BETAS[: args.members])
+        make_inputs(folder, SHAPES[args.shape], args.steps)
+        config = write_config(folder, SHAPES[args.shape], args.steps, BETAS[: args.members])
         result = _timed(folder, config, args)
     result |= {"shape": args.shape, "members": args.members, "steps": args.steps}
     separate, sweep = statistics.mean(result["separate"]), result["sweep"]
@@ -100,7 +100,7 @@ def _run(script: str, config: pathlib.Path, workdir: pathlib.Path, *more: str) -
     return time.perf_counter() - began
 
 
-def _make_inputs(folder: pathlib.Path, shape: Shape, steps: int) -> None:
+def make_inputs(folder: pathlib.Path, shape: Shape, steps: int) -> None:
     """A model of random weights, a tokenizer of as many words, and pairs of random words."""
     words = ["<pad>", "</s>", "<unk>", *(f"t{i}" for i in range(3, shape.vocabulary))]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
@@ -126,7 +126,7 @@ def _make_inputs(folder: pathlib.Path, shape: Shape, steps: int) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
-def _config(folder: pathlib.Path, shape: Shape, steps: int, betas: tuple) -> pathlib.Path:
+def write_config(folder: pathlib.Path, shape: Shape, steps: int, betas: tuple) -> pathlib.Path:
     """Half of the steps lie between two evaluations."""
     path = folder / "config.py"
     path.write_text(f"""

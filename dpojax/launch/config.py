@@ -26,6 +26,7 @@ STAGES += (("ppo",), ("sft", "ppo"), ("classifier",), ("sft", "classifier"))
 MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "tensorboard")
 MAY_CHANGE += ("distributed", "mesh", "micro_rows", "micro_sizes", "row_length", "max_logits")
 MAY_CHANGE += ("model.remat", "model.attention", "sweep", "check_memory", "profile", "token_cache")
+MAY_CHANGE += ("compilation_cache",)
 
 LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 

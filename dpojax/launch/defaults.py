@@ -22,6 +22,9 @@ def default_config() -> ConfigDict:
     # Folder of tokenised examples, which any number of runs may share; "" is inside the workdir (of
     # a sweep or frontier: inside its own).
     config.token_cache = ""
+    # Folder of compiled programs, which any number of runs may share: a later one starts sooner. ""
+    # is JAX_COMPILATION_CACHE_DIR (of a frontier: inside the workdir).
+    config.compilation_cache = ""
     config.row_length = 0  # most tokens of a row; 0 chooses from the data
     config.micro_rows = 0  # most rows of a micro-batch on all devices; 0 chooses a fast one
     config.micro_sizes = 4  # most sizes at which micro-batches are compiled: less padding

@@ -8,7 +8,6 @@ at, exported and resumed alone; a job that is done is skipped when the same comm
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -16,7 +15,8 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ from dpojax.launch.policy import load_policy
 from dpojax.launch.prefer import Settings, prefer
 from dpojax.launch.prompts import read_prompts
 from dpojax.launch.samples import SEED
+from dpojax.launch.setup import compiled_once
 from dpojax.launch.together import digest, same_program, train_together
 from dpojax.sampling import build_sampler, generate
 from dpojax.training.loop import NonFiniteLoss
@@ -148,9 +149,14 @@ def make(
             run = functools.partial(_do, config, planned, folder, at_once, together)
             workers.carry_out(todo, folder, "frontier", run=run, workers=at_once)
         else:
-            with _compiled_once(folder / "compiled"):
+            with _compiled(config, folder):
                 carry_out(todo, folder, "frontier")
     return folder
+
+
+def _compiled(config: ConfigDict, folder: pathlib.Path) -> AbstractContextManager:
+    """Runs that differ in traced numbers alone share their compiled programs."""
+    return compiled_once(config.compilation_cache or folder / "compiled")
 
 
 def _check_samples(config: ConfigDict) -> None:
@@ -174,7 +180,7 @@ def _do(
     """The job of that name, in a process of its own."""
     logging.set_verbosity(logging.WARNING)
     (job,) = [job for job in jobs(config, planned, folder, at_once, together) if job.name == name]
-    with _compiled_once(folder / "compiled"), stoppable("frontier"):
+    with _compiled(config, folder), stoppable("frontier"):
         do(job, folder)
 
 
@@ -421,20 +427,3 @@ def _record(config: ConfigDict, planned: Sequence[Run], folder: pathlib.Path) ->
             lines = "\n".join(changed)
             raise ConfigError(f"{folder} holds {run['name']} with other settings:\n{lines}")
     write_json(path, plan)  # runs may be added
-
-
-@contextlib.contextmanager
-def _compiled_once(folder: pathlib.Path) -> Iterator[None]:
-    """Runs that differ in traced numbers alone share their compiled programs."""
-    mine = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in mine}
-    for name, value in mine.items():
-        jax.config.update(name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)

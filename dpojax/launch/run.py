@@ -54,6 +54,12 @@ def run(config: ConfigDict, workdir: str) -> None:
         record(config, folder)
         _show(folder)
         return
+    with run_setup.compiled_once(config.compilation_cache):
+        _run(config, folder)
+    _show(folder)
+
+
+def _run(config: ConfigDict, folder: pathlib.Path) -> None:
     setup = run_setup.prepare(config, folder)
     prepared = [prepare(name, setup) for name in config.stages]
     require_memory_of(prepared)
@@ -62,7 +68,6 @@ def run(config: ConfigDict, workdir: str) -> None:
         announce(prepared)
         params = train(prepared, partial(run_setup.initial_params, setup), stop)()
         finish(prepared[-1], params)
-    _show(folder)
 
 
 def prepare(name: str, setup: Setup) -> stages.Stage | PPOStage:

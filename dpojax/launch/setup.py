@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -60,6 +64,33 @@ class Setup(NamedTuple):
         """Of the vocabulary with its ids."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def compiled_once(folder: str | os.PathLike) -> Iterator[None]:
+    """What is compiled meanwhile is kept in a folder, and read from there by any later run.
+
+    "" changes nothing: JAX keeps programs where JAX_COMPILATION_CACHE_DIR says.
+    """
+    if not folder:
+        yield
+        return
+    mine = {
+        "jax_compilation_cache_dir": os.path.expanduser(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in mine}
+    _use_cache(mine)
+    try:
+        yield
+    finally:
+        _use_cache(before)
+
+
+def _use_cache(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # what has compiled before has opened another, or none
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path, *, vmapped: bool = False) -> Setup:

@@ -20,6 +20,7 @@ from dpojax.launch import run as runs
 from dpojax.launch import token_cache
 from dpojax.launch.config import ConfigError, changes, check, fill_in, only_run
 from dpojax.launch.plan import write_json
+from dpojax.launch.setup import compiled_once
 from dpojax.launch.together import (
     failure_of,
     same_program,
@@ -101,7 +102,7 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
         own.token_cache = own.token_cache or str(folder / token_cache.FOLDER)
     plan = _plan(config, dict(zip(configs, members)), folder)
     names, failed, trained = list(configs), {}, []
-    with only_run(folder):
+    with only_run(folder), compiled_once(config.compilation_cache):
         if jax.process_index() == 0:
             write_json(folder / PLAN, plan)
         for group in same_program(list(configs.values())):

@@ -8,8 +8,10 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from dpojax import sharding
 from dpojax.launch.defaults import default_config
 
 from .. import QUICK_COMPILES
@@ -38,6 +40,20 @@ TINY = {
     "checkpoint_every": 2,
     "tensorboard": False,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_devices(request):
+    """Runs of this process are on two devices, or on as many as the file's DEVICES: eight of them
+    on two cores mostly wait for each other, and for what is saved of each."""
+    count, make = getattr(request.module, "DEVICES", 2), sharding.make_mesh
+
+    def make_mesh(*sizes, devices=None, **named):
+        return make(*sizes, devices=(devices or jax.devices())[:count], **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make_mesh)
+        yield
 
 
 def tiny_config(**changes):

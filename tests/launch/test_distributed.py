@@ -12,6 +12,8 @@ from dpojax.launch import run
 
 from .conftest import ROOT, TINY, command, environment, lines
 
+DEVICES = 8
+
 
 def tiny_reviews():
     """The config that `command` gives to scripts/train.py."""

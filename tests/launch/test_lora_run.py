@@ -26,6 +26,8 @@ from dpojax.training.state import abstract_state, make_optimizer
 
 from .conftest import lines, tiny_config
 
+DEVICES = 8
+
 # peft reads a name of transformers' that has since been deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -26,6 +26,8 @@ from dpojax.training.state import abstract_state, make_optimizer
 
 from .conftest import command, environment, lines, tiny_config, train
 
+DEVICES = 8
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -184,6 +186,22 @@ def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished)
     ]
     np.testing.assert_allclose(values(workdir), values(finished[0]), rtol=1e-4)
     assert not (workdir / "dpo" / "reference_logprobs").exists()
+
+
+def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    make = lambda: jax.jit(lambda x: x @ x + 1)(np.eye(3, dtype=np.float32)).block_until_ready()
+    with run_setup.compiled_once(""):
+        assert jax.config.jax_compilation_cache_dir == before
+    with run_setup.compiled_once(tmp_path / "compiled"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        make()
+        kept = sorted(tmp_path.glob("compiled/*-cache"))
+        jax.clear_caches()
+        make()
+    assert kept
+    assert sorted(tmp_path.glob("compiled/*-cache")) == kept
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
