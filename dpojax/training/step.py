@@ -59,16 +59,21 @@ def build_step(
         metrics, weight = sums.metrics, jnp.maximum(sums.metrics["loss"].weight, 1e-30)
         gradient = jax.tree.map(lambda g: g / weight, sums.gradient)
         norm = optax.tree.norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         rate = hyper["learning_rate"] * schedule(state.step)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
         finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(norm)
-        new = State(state.step + 1, params, opt_state, state.rng, baseline)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+
+        def updated(state: State) -> tuple[State, Metric]:
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params = jax.tree.map(partial(_moved, rate), state.params, updates)
+            new = State(state.step + 1, params, opt_state, state.rng, baseline)
+            return new, _lost(state.params, updates, rate)
+
+        # A branch: to choose between two states both would have to exist.
+        kept = lambda state: (state, Metric(jnp.float32(0), jnp.float32(0)))
+        new, lost = jax.lax.cond(finite, updated, kept, state)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
-        metrics |= {LOST: _lost(state.params, params, updates)}
-        return new, Report(metrics, finite, sums.bad)
+        return new, Report(metrics | {LOST: lost}, finite, sums.bad)
 
     return step
 
@@ -86,7 +91,11 @@ def build_gradient(
     return gradient
 
 
-def _lost(before: dict, after: dict, updates: dict) -> Metric:
+def _moved(rate: Array, param: Array, update: Array) -> Array:
+    return (param - rate * update).astype(param.dtype)
+
+
+def _lost(params: dict, updates: dict, rate: Array) -> Metric:
     """How many updates are too small for the weight that they are added to, of all that are not 0.
 
     Counted in the first layer, which stands for the others: its slice of a stacked array costs
@@ -94,10 +103,11 @@ def _lost(before: dict, after: dict, updates: dict) -> Metric:
     """
     first = lambda x: x[0] if x.ndim > 2 else x[:0]
     count = lambda found: jnp.sum(found, dtype=jnp.float32)
-    moved = jax.tree.map(lambda u: first(u) != 0, updates)
-    stuck = jax.tree.map(lambda m, p, q: m & (first(p) == first(q)), moved, before, after)
+    params, updates = jax.tree.map(first, (params, updates))
+    wanted = jax.tree.map(lambda u: u != 0, updates)
+    stuck = jax.tree.map(lambda w, p, u: w & (_moved(rate, p, u) == p), wanted, params, updates)
     total = lambda tree: sum(map(count, jax.tree.leaves(tree)))
-    return Metric(total(stuck), total(moved))
+    return Metric(total(stuck), total(wanted))
 
 
 def build_evaluate(objective: Objective) -> Callable[[Any, Rows, Hyper], dict[str, Metric]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -44,15 +45,18 @@ TINY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def few_devices(request):
-    """Runs of this process are on two devices, or on as many as the file's DEVICES: eight of them
-    on two cores mostly wait for each other, and for what is saved of each."""
+    """Runs are on two devices, or on as many as the file's DEVICES, and those of processes that it
+    starts: eight of them on two cores mostly wait for each other, and for what is saved of each."""
     count, make = getattr(request.module, "DEVICES", 2), sharding.make_mesh
+    there = jax.devices()  # eight of them, before a flag says otherwise
 
     def make_mesh(*sizes, devices=None, **named):
-        return make(*sizes, devices=(devices or jax.devices())[:count], **named)
+        return make(*sizes, devices=(devices or there)[:count], **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", make_mesh)
+        flags = re.sub(r"(device_count)=\d+", rf"\1={count}", os.environ["XLA_FLAGS"])
+        patch.setenv("XLA_FLAGS", flags)
         yield
 
 

@@ -78,14 +78,6 @@ def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_refer
     assert len(read_optimum(folder / "optimum.json").beta) == len(frontier_results.BETAS)
 
 
-def test_runs_on_the_same_data_tokenise_them_once(made):
-    folder, _ = made
-    assert len(list((folder / "tokens").iterdir())) == 2  # SFT's, and the preferences
-    logs = [(folder / "logs" / f"{run.name}.txt").read_text() for run in RUNS]
-    kept, *read = [text.count(f"tokens read from {folder / 'tokens'}") for text in logs]
-    assert (kept, read) == (0, [1] * len(read))
-
-
 def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     folder, text = made
     assert (folder / "frontier.png").stat().st_size > 10_000
@@ -96,10 +88,16 @@ def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     assert len(lines) == 2 * 8
 
 
-def test_the_same_command_makes_nothing_again_and_runs_may_be_added(made):
+def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_nothing(made):
     folder, _ = made
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
+    tokens = folder / "tokens"
+    kept = {*tokens.iterdir()}  # of SFT, of the preferences, and of the best of each
     frontier.make(config(), [*RUNS, ADDED], str(folder))
+    log = (folder / "logs" / "simpo-default.txt").read_text()
+    assert log.count(f"tokens read from {tokens}") == 1
+    assert len(kept) == 3
+    assert {*tokens.iterdir()} == kept
     after = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
     assert before.items() <= after.items()
     assert (folder / "runs" / "simpo-default" / "finished.json").is_file()
