@@ -75,12 +75,9 @@ def compiled_once(folder: str | os.PathLike) -> Iterator[None]:
     if not folder:
         yield
         return
-    mine = {
-        "jax_compilation_cache_dir": os.path.expanduser(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in mine}
-    _use_cache(mine)
+    directory, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in (directory, least)}
+    _use_cache({directory: os.path.expanduser(folder), least: min(0.5, before[least])})
     try:
         yield
     finally:

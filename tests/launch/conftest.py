@@ -40,6 +40,7 @@ TINY = {
     "evaluate_every": 3,
     "checkpoint_every": 2,
     "tensorboard": False,
+    "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],  # of this session, see above
 }
 
 
