@@ -137,7 +137,7 @@ class Fit:
                     done += 1
                     if pending is not None:  # one step behind: the device never waits for us
                         self._check(*pending, done - 1)
-                self.spans.stepped()
+                self.spans.stepped(report)
                 pending = rows, report
                 pace.add(rows, report)
                 bar.update()

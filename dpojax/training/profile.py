@@ -45,13 +45,14 @@ class Spans:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def stepped(self) -> None:
-        """One more step is under way."""
+    def stepped(self, report: Any) -> None:
+        """One more step is under way and will give `report`; the last one traced is waited for."""
         self.steps += 1
         if self.folder is not None and self.steps == TRACED.start - 1:
             jax.profiler.start_trace(str(self.folder / TRACE))
             self._tracing = True
-        elif self.steps >= TRACED.stop:
+        elif self._tracing and self.steps >= TRACED.stop:
+            jax.block_until_ready(report)
             self.end()
 
     def end(self) -> None:

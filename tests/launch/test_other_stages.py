@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from dpojax.data.packing import Shape
+from dpojax.data.rows import empty
 from dpojax.evaluation.rewards import open_reward
 from dpojax.launch import stages
 from dpojax.launch.config import ConfigError, check
@@ -115,3 +117,18 @@ def test_a_run_of_labelled_responses_or_without_a_reference_ends_with_its_summar
 def test_a_loss_that_cannot_run_as_configured_is_refused_by_key(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(tiny_config(**changes))
+
+
+def test_rows_with_and_without_the_references_log_probs_are_scored_by_one_program():
+    traced = []
+
+    def score(params, rows, reference_params=None):
+        traced.append(rows)
+        return params + rows.target
+
+    run = stages._scoring(score)
+    rows = empty(Shape(1, 2, 8, 4, 1, 2))
+    attached = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+    for given in (rows, attached):
+        np.testing.assert_array_equal(run(np.int32(3), given), rows.target + 3)
+    assert len(traced) == 1
