@@ -24,7 +24,7 @@ from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError, naming
 from dpojax.launch.policy import stop_tokens
 from dpojax.launch.prompts import read_prompts
-from dpojax.launch.samples import append, last_samples, open_samples
+from dpojax.launch.samples import SEED, append, last_samples, open_samples
 from dpojax.launch.setup import Setup
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPO, PPOState
@@ -389,7 +389,9 @@ def summarise(stage: PPOStage, params: dict) -> dict:
     of = lambda line: {name: x for name, x in line.items() if name.startswith("samples/")}
     values = {"before": of(lines[0]), "after": of(lines[-1])}
     shown, asked = last_samples(stage.folder), stage.setup.config.samples
-    result = {"prompts": len(shown), "per_prompt": asked.per_prompt, "values": values}
+    how = {"split": "eval", "limit": asked.count, "seed": SEED, "tokenizer": stage.setup.tokenizer}
+    count = len(read_prompts(asked.prompts, **how))  # of which some may be the same
+    result = {"prompts": count, "per_prompt": asked.per_prompt, "values": values}
     text = _table(result, asked.reward)
     for one in shown[:SHOWN]:
         cut = "" if one["stopped"] else " [...]"

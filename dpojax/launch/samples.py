@@ -104,7 +104,8 @@ def append(folder: pathlib.Path, step: int, found: PolicyEvaluation) -> None:
 
 
 def last_samples(folder: pathlib.Path) -> list[dict]:
-    """What the last evaluation appended: a line per prompt, once if a resumed run repeated it."""
+    """What the last evaluation appended: one line for each different prompt, and once if a resumed
+    run repeated it."""
     lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
     last = [line for line in lines if line["step"] == lines[-1]["step"]]
     return list({line["prompt"]: line for line in last}.values())
