@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens without ever holding the logits of a whole batch.
 
 `token_logprobs` is the only path from hidden states to log-probs: the policy, the reference,
-evaluation and rewards all use it. It applies the head to the scored tokens only, in as many chunks
-as memory asks for, and in float32 from the logits on. `token_logprobs_plain` is its twin for tests.
+evaluation and rewards all use it. It applies the head to the scored tokens only, a part of the
+vocabulary at a time, and in float32 from the logits on. `token_logprobs_plain` is its twin for
+tests.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+CACHED = 2**21  # float32 logits of a part that stay in a CPU's caches
+NARROWEST = 1024  # tokens of the vocabulary in such a part: thinner products are slower
 
 
 class Head(NamedTuple):
@@ -38,7 +42,7 @@ class TokenStatistics(NamedTuple):
     logprob: Array  # of the target, nats
     entropy: Array | None = None  # nats
     mean_logit: Array | None = None  # over the vocabulary
-    correct: Array | None = None  # 1.0 where the target is the most probable token
+    correct: Array | None = None  # 1.0 where no token is more probable than the target
     log_collision: Array | None = None  # log sum_v p_v^2, nats
     kl: Array | None = None  # KL(reference || p), nats
 
@@ -61,22 +65,22 @@ def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int
     """log p(target | hidden) in nats, float32.
 
     Forward, it is the target's logit (a dot product, not a gather from all logits) minus the
-    logsumexp. If all logits fit into `max_logits` they are kept for the backward pass; otherwise
-    the tokens are walked in chunks that fit, and each chunk's logits are computed again backward.
+    logsumexp, which is gathered over parts of the vocabulary (Milakov and Gimelshein 2018,
+    algorithm 3). If all logits fit into `max_logits` they are kept for the backward pass; otherwise
+    each part's are computed again.
 
     Args:
       hidden: [..., tokens, width], any float dtype; products run in it, sums in float32.
       head: the language-model head; a float32 master weight is cast to hidden's dtype here.
       targets: [..., tokens], int.
-      max_logits: how many float32 logits may exist at once.
+      max_logits: how many float32 logits may exist at once. On a CPU a part has fewer: what stays
+        in its cache.
 
     Returns:
       [..., tokens].
     """
-    chunks = _chunks(targets, head, max_logits)
-    hidden, wanted = _split(hidden, chunks, axis=targets.ndim - 1), _split(targets, chunks)
-    static = (head.scale, head.softcap)
-    return _join(_logprobs(static, hidden, head.weight, head.bias, wanted), targets.shape[-1])
+    static = head.scale, head.softcap, _parts(targets, head, max_logits), max_logits
+    return _logprobs(static, hidden, head.weight, head.bias, targets)
 
 
 def token_statistics(
@@ -86,20 +90,36 @@ def token_statistics(
 
     For evaluation: meant to be called without differentiation.
     """
+    parts = _parts(targets, head, max_logits)
+    head = head._replace(weight=head.weight.astype(hidden.dtype))
 
-    def one(part):
-        logits = logits_of(part[0], head)
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        target = jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0]
-        return TokenStatistics(
-            target,
-            -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1),
-            jnp.mean(logits, axis=-1),
-            (jnp.argmax(logits, axis=-1) == part[1]).astype(jnp.float32),
-            jax.nn.logsumexp(2 * logprobs, axis=-1),
-        )
+    def one(sums: _Moments, part: Head, ids: _Ids, _) -> tuple[_Moments, None]:
+        logits, fresh = logits_of(hidden, part), ids.fresh[_leading(targets)]
+        own = ids.number[_leading(targets)] == targets[..., None]
+        top = jnp.maximum(sums.top, jnp.where(fresh, logits, -jnp.inf).max(-1))
+        scale, above = jnp.exp(sums.top - top), jnp.where(fresh, logits - top[..., None], -jnp.inf)
+        share, distance = jnp.exp(above), jnp.where(fresh, above, 0)
+        moved = jnp.where(sums.total > 0, sums.total * (sums.top - top), 0)
+        return _Moments(
+            top,
+            scale * sums.total + share.sum(-1),
+            scale * (sums.distance + moved) + (share * distance).sum(-1),
+            scale**2 * sums.squares + jnp.square(share).sum(-1),
+            sums.logits + jnp.where(fresh, logits, 0).sum(-1),
+            sums.target + jnp.where(own & fresh, logits, 0).sum(-1),
+        ), None
 
-    return _by_chunks(one, (hidden, targets), targets, head, max_logits)
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    none = _Moments(jnp.full(targets.shape, -jnp.inf), *[zero] * 5)
+    sums, _ = _over_parts(one, none, head, parts)
+    log_total = jnp.log(sums.total)
+    return TokenStatistics(
+        _logit_of_target(hidden, head, targets) - (sums.top + log_total),
+        log_total - sums.distance / sums.total,
+        sums.logits / len(head.weight),
+        (sums.target >= sums.top).astype(jnp.float32),
+        jnp.log(sums.squares) - 2 * log_total,
+    )
 
 
 def token_kl(
@@ -207,10 +227,129 @@ def _by_chunks(one, arrays, targets, head, max_logits):
     return jax.tree.map(lambda x: _join(x, targets.shape[-1]), parts)
 
 
+def _walk(one, parts):
+    """lax.map, but without a loop around a single chunk."""
+    if len(parts[0]) > 1:
+        return jax.lax.map(one, parts)
+    return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], parts)))
+
+
 def _shape_logits(z: Array, head: Head, bias: Array | None) -> Array:
     z = z if head.scale is None else z * head.scale
     z = z if bias is None else z + bias.astype(jnp.float32)
     return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+
+
+class _Parts(NamedTuple):
+    """How a vocabulary is walked, a part of equal size at a time.
+
+    A part is a stretch, the last of which repeats some of the one before; or, where the vocabulary
+    is divided among devices, every count-th token, so that each part has the same share of every
+    device's.
+    """
+
+    count: int
+    size: int
+    strided: bool
+
+
+class _Ids(NamedTuple):
+    """The tokens of a part: their numbers, and whether they stand in no other; [size] each."""
+
+    number: Array
+    fresh: Array
+
+
+class _Moments(NamedTuple):
+    """Sums over the vocabulary as far as it was walked, of logits z and their largest, `top`."""
+
+    top: Array
+    total: Array  # of exp(z - top)
+    distance: Array  # of exp(z - top) (z - top)
+    squares: Array  # of exp(2 (z - top))
+    logits: Array
+    target: Array  # the target's logit
+
+
+def _parts(targets: Array, head: Head, max_logits: int) -> _Parts:
+    """As few parts as memory and, on a CPU, its cache ask for."""
+    mesh, vocabulary = jax.sharding.get_abstract_mesh(), len(head.weight)
+    tokens, alone = max(1, math.prod(targets.shape)), mesh.empty or mesh.size == 1
+    if alone and jax.default_backend() == "cpu":
+        max_logits = min(max_logits, max(CACHED, NARROWEST * tokens))
+    size = max(1, min(vocabulary, int(max_logits // tokens)))
+    strided = size < vocabulary and mesh.shape.get("tensor", 1) > 1
+    if strided:
+        size += -size % 128  # of which any usual number of devices takes an equal share
+    count = -(-vocabulary // size)
+    return _Parts(count, size if strided else -(-vocabulary // count), strided)
+
+
+def _over_parts(function, carried, head: Head, parts: _Parts, given=None):
+    """(carried, part of the head, its ids, given[part]) -> (carried, more), over all parts.
+
+    `more` comes out stacked; there is no loop around a single part.
+    """
+    vocabulary = len(head.weight)
+    if parts.count == 1:
+        every = _Ids(jnp.arange(vocabulary), jnp.ones(vocabulary, bool))
+        first = jax.tree.map(lambda x: x[0], given)
+        carried, more = function(carried, head, every, first)
+        return carried, jax.tree.map(lambda x: x[None], more)
+    weight, bias = jax.tree.map(partial(_view, parts), (head.weight, head.bias))
+
+    def one(carried, index_and_given):
+        j, own = index_and_given
+        take = partial(_take, parts, j, vocabulary)
+        part = Head(take(weight), None if bias is None else take(bias), *head[2:])
+        return function(carried, part, _ids(parts, j, vocabulary), own)
+
+    return jax.lax.scan(one, carried, (jnp.arange(parts.count), given))
+
+
+def _ids(parts: _Parts, j: Array, vocabulary: int) -> _Ids:
+    within = jnp.arange(parts.size)
+    if parts.strided:
+        number = within * parts.count + j
+        return _Ids(number, number < vocabulary)
+    number = _start(parts, j, vocabulary) + within
+    return _Ids(number, number >= j * parts.size)
+
+
+def _start(parts: _Parts, j: Array, vocabulary: int) -> Array:
+    return jnp.minimum(j * parts.size, vocabulary - parts.size)
+
+
+def _view(parts: _Parts, x: Array) -> Array:
+    """What `_take` takes parts of: [vocabulary, ...], or [size, count, ...] of a padded one."""
+    if not parts.strided:
+        return x
+    padding = [(0, parts.size * parts.count - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(parts.size, parts.count, *x.shape[1:])
+
+
+def _take(parts: _Parts, j: Array, vocabulary: int, x: Array) -> Array:
+    if parts.strided:
+        return jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
+    return jax.lax.dynamic_slice_in_dim(x, _start(parts, j, vocabulary), parts.size)
+
+
+def _add(parts: _Parts, j: Array, vocabulary: int, xs: Array, x: Array) -> Array:
+    """The view `xs` with `x` added to one of its parts."""
+    if parts.strided:
+        return jax.lax.dynamic_update_index_in_dim(xs, x, j, axis=1)
+    x = x + _take(parts, j, vocabulary, xs)  # not zero where the last part repeats the one before
+    return jax.lax.dynamic_update_slice_in_dim(xs, x, _start(parts, j, vocabulary), axis=0)
+
+
+def _leading(targets: Array) -> tuple:
+    return (None,) * targets.ndim
+
+
+def _logit_of_target(hidden: Array, head: Head, targets: Array) -> Array:
+    own = head.weight[targets]
+    z = jnp.einsum("...d,...d->...", hidden, own, preferred_element_type=jnp.float32)
+    return _shape_logits(z, head, None if head.bias is None else head.bias[targets])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -219,97 +358,73 @@ def _logprobs(static, hidden, weight, bias, targets):
 
 
 def _forward(static, hidden, weight, bias, targets):
-    """hidden [chunks, ..., tokens, width], targets [chunks, ..., tokens]; one log-prob a target."""
-    head = Head(weight.astype(hidden.dtype), bias, *static)
+    """hidden [..., tokens, width], targets [..., tokens]; one log-prob a target."""
+    *shaping, parts, max_logits = static
+    head = Head(weight.astype(hidden.dtype), bias, *shaping)
+    kept = parts.count == 1 or math.prod(targets.shape) * len(weight) <= max_logits
 
-    def one(part):
-        h, target = part
-        logits = logits_of(h, head)
-        z = jnp.einsum("...d,...d->...", h, head.weight[target], preferred_element_type=jnp.float32)
-        z = _shape_logits(z, head, None if bias is None else bias[target])
-        logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        return z - logsumexp, logsumexp, logits if len(targets) == 1 else None
+    def one(carried, part: Head, ids: _Ids, _):
+        top, total = carried
+        logits = jnp.where(ids.fresh[_leading(targets)], logits_of(hidden, part), -jnp.inf)
+        higher = jnp.maximum(top, logits.max(-1))
+        total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
+        return (higher, total), logits if kept else None
 
-    logprobs, logsumexp, logits = _walk(one, (hidden, targets))
-    return logprobs, (hidden, weight, bias, targets, logsumexp, logits)
+    none = jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32)
+    (top, total), logits = _over_parts(one, none, head, parts)
+    logsumexp = top + jnp.log(total)
+    found = _logit_of_target(hidden, head, targets) - logsumexp
+    return found, (hidden, weight, bias, targets, logsumexp, logits)
 
 
 def _backward(static, saved, cotangent):
     """d logits = cotangent (one-hot target - softmax), for a part of the vocabulary at a time.
 
     The gradient of a part of the head is then final, and written once: over tokens it would have to
-    be added up, and between devices at every turn. Parts are taken in strides, so that each has the
-    same share of every device's vocabulary.
+    be added up, and between devices at every turn.
     """
     hidden, weight, bias, targets, logsumexp, kept = saved
-    head = Head(weight.astype(hidden.dtype), bias, *static)
-    if kept is not None:
-        hidden, targets, logsumexp, cotangent, kept = (
-            x[0] for x in (hidden, targets, logsumexp, cotangent, kept)
-        )
-        every = jnp.arange(len(weight))
-        d_hidden, *d_head = _pull(head, hidden, targets, logsumexp, cotangent, every, kept)
-        d_hidden = d_hidden[None]
+    *shaping, parts, _ = static
+    head = Head(weight.astype(hidden.dtype), bias, *shaping)
+    pull = partial(_pull, hidden, targets, logsumexp, cotangent)
+    if parts.count == 1:
+        _, found = _over_parts(lambda _, *part: ((), pull(*part)), (), head, parts, kept)
+        d_hidden, *d_head = jax.tree.map(lambda x: x[0], found)
     else:
-        tokens = (targets, logsumexp, cotangent)
-        whole = [_join(x) for x in tokens]
-        d_hidden, *d_head = _pull_by_parts(head, _join(hidden, axis=-2), *whole, len(targets))
-        d_hidden = _split(d_hidden, len(targets), axis=-2)
+
+        def one(carried, part: Head, ids: _Ids, index_and_logits):
+            j, logits = index_and_logits
+            d_hidden, *d_head = carried
+            more, *own = pull(part, ids, logits)
+            add = partial(_add, parts, j, len(weight))
+            return (d_hidden + more, *jax.tree.map(add, tuple(d_head), tuple(own))), None
+
+        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+        d_head = jax.tree.map(lambda x: _view(parts, zeros(x)), (weight, bias))
+        given = jnp.arange(parts.count), kept
+        (d_hidden, *d_head), _ = _over_parts(one, (zeros(hidden), *d_head), head, parts, given)
+        if parts.strided:
+            whole = lambda x: x.reshape(-1, *x.shape[2:])[: len(weight)]
+            d_head = jax.tree.map(whole, d_head)
     d_weight, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), tuple(d_head), (weight, bias))
     return d_hidden.astype(hidden.dtype), d_weight, d_bias, None
 
 
-def _pull(head: Head, hidden, targets, logsumexp, cotangent, ids, logits=None):
-    """Float32 gradients of `hidden` and of the part of the vocabulary `ids` that `head` holds.
-
-    An id of -1 is padding: no token, whose logit means nothing.
-    """
+def _pull(hidden, targets, logsumexp, cotangent, head: Head, ids: _Ids, logits=None):
+    """Float32 gradients of `hidden` and of the part of the vocabulary that `head` holds."""
     logits = logits_of(hidden, head) if logits is None else logits
-    ids = ids[(None,) * targets.ndim]
-    probability = jnp.where(ids < 0, 0, jnp.exp(logits - logsumexp[..., None]))
-    dz = cotangent[..., None] * ((targets[..., None] == ids) - probability)
+    number, fresh = (x[_leading(targets)] for x in ids)
+    dz = cotangent[..., None] * (
+        (targets[..., None] == number) - jnp.exp(logits - logsumexp[..., None])
+    )
     if head.softcap is not None:
         dz = dz * (1 - (logits / head.softcap) ** 2)
+    dz = jnp.where(fresh, dz, 0)
     d_bias = None if head.bias is None else jnp.sum(dz, axis=range(dz.ndim - 1))
     dz = (dz if head.scale is None else dz * head.scale).astype(hidden.dtype)
     d_hidden = jnp.einsum("...v,vd->...d", dz, head.weight, preferred_element_type=jnp.float32)
     flat = lambda a: a.reshape(-1, a.shape[-1])
     return d_hidden, weight_gradient(flat(dz), flat(hidden)), d_bias
-
-
-def _pull_by_parts(head: Head, hidden, targets, logsumexp, cotangent, parts: int):
-    """`_pull` of the whole vocabulary in so many parts: ids j, j + parts, j + 2 parts, ..."""
-    vocabulary = len(head.weight)
-    size = -(-vocabulary // parts)
-    size += -size % 128  # of which any usual number of devices takes an equal share
-    parts = -(-vocabulary // size)
-    padded = lambda x: jnp.pad(x, [(0, parts * size - vocabulary)] + [(0, 0)] * (x.ndim - 1))
-    strided = lambda x: padded(x).reshape(size, parts, *x.shape[1:])
-    weight, bias = jax.tree.map(strided, (head.weight, head.bias))
-    take = lambda x, j: jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
-    put = lambda xs, x, j: jax.lax.dynamic_update_index_in_dim(xs, x, j, axis=1)
-
-    def one(j, carried):
-        d_hidden, *d_head = carried
-        part = Head(take(weight, j), None if bias is None else take(bias, j), *head[2:])
-        ids = jnp.arange(size) * parts + j
-        ids = jnp.where(ids < vocabulary, ids, -1)
-        more, *own = _pull(part, hidden, targets, logsumexp, cotangent, ids)
-        d_head = jax.tree.map(lambda xs, x: put(xs, x, j), tuple(d_head), tuple(own))
-        return d_hidden + more, *d_head
-
-    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-    carried = jax.tree.map(zeros, (hidden, weight, bias))
-    d_hidden, *d_head = jax.lax.fori_loop(0, parts, one, carried)
-    joined = lambda x: x.reshape(size * parts, *x.shape[2:])[:vocabulary]
-    return d_hidden, *jax.tree.map(joined, tuple(d_head))
-
-
-def _walk(one, parts):
-    """lax.map, but without a loop around a single chunk."""
-    if len(parts[0]) > 1:
-        return jax.lax.map(one, parts)
-    return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], parts)))
 
 
 _logprobs.defvjp(_forward, _backward)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from dpojax import sharding
 from dpojax.logprobs import (
     Head,
     sum_by_response,
@@ -128,3 +130,29 @@ def test_what_fills_up_the_vocabulary_says_nothing_where_all_logits_are_far_belo
     got, want = total(token_logprobs, max_logits=18 * 100), total(token_logprobs_plain)
     for a, b in zip(got, want):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_logits", [10**9, 14 * 128, 14 * 256], ids=["one", "three", "two"])
+def test_parts_of_a_vocabulary_that_devices_share_equal_the_plain_twin(max_logits):
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    hidden, head, targets = problem(4)
+    keys = jax.random.split(jax.random.key(5))
+    head = head._replace(
+        weight=jax.random.normal(keys[0], (300, WIDTH)), bias=jax.random.normal(keys[1], (300,))
+    )
+    want = value_and_gradients(token_logprobs_plain, hidden, head, targets)
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    head = head._replace(weight=place(head.weight, "tensor"), bias=place(head.bias, "tensor"))
+    hidden, targets = place(hidden, "data"), place(targets, "data")
+    by_parts = lambda *a: token_logprobs(*a, max_logits=max_logits)
+
+    @jax.jit
+    def both(hidden, weight, bias, targets):
+        given = hidden, head._replace(weight=weight, bias=bias), targets
+        statistics = token_statistics(*given, max_logits=max_logits)
+        return value_and_gradients(by_parts, *given), statistics.logprob
+
+    with jax.set_mesh(mesh):
+        got, logprob = both(hidden, head.weight, head.bias, targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5), got, want)
+    np.testing.assert_allclose(logprob, want[0], atol=3e-6, rtol=1e-5)
