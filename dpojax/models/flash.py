@@ -33,10 +33,12 @@ from dpojax.models.spans import Spans, blocks_seen, spans
 
 BLOCK = 64  # columns; what the lists of blocks name
 LEAST = 16  # of each dimension of a matrix that tensor cores multiply
-# A program holds up to four tiles of queries, keys, values and their cotangents: 64 KiB of the 99
-# KiB of shared memory that every GPU since Ampere has. Forward the next keys and values are copied
-# while these are used, which makes 80 KiB.
+# A program holds up to four tiles, of queries, keys, values and a cotangent: 64 KiB of the 99 KiB of
+# shared memory that every GPU since Ampere has. Forward the next keys and values are copied while
+# these are used, which makes 80 KiB.
 TILE_BYTES = 16 * 1024
+# Without tensor cores, as full float32 is multiplied, scores of 64 by 64 overflow the registers.
+FLOAT32_TILE = 32
 LARGEST = 256  # head_dim, at which a tile of float32 has the least columns
 
 
@@ -70,8 +72,8 @@ def seen(rows, window: int | None = None, *, block: int = BLOCK) -> Seen:
 def attend(
     query, key, value, mask, scale, *, softcap=None, tile: int | None = None, interpret=False
 ) -> Array:
-    """As `attention.attend`, with `seen` as its mask. Products of float32 are of full float32,
-    unless `jax_default_matmul_precision` asks for less.
+    """As `attention.attend`, with `seen` as its mask. Like XLA's on a GPU, products of float32 are
+    of TF32 unless `jax_default_matmul_precision` asks for more.
 
     Args:
       tile: columns that a program works on at once, a power of two from 16 to the mask's block; by
@@ -85,8 +87,9 @@ def attend(
 
 
 def _tile(dim: int, dtype) -> int:
-    bytes_per_column = pl.next_power_of_2(dim) * jnp.dtype(dtype).itemsize
-    return max(LEAST, min(BLOCK, TILE_BYTES // bytes_per_column))
+    bytes_each = jnp.dtype(dtype).itemsize
+    most = FLOAT32_TILE if bytes_each > 2 else BLOCK
+    return max(LEAST, min(most, TILE_BYTES // (pl.next_power_of_2(dim) * bytes_each)))
 
 
 def _visits(blocks: Array) -> Visits:

@@ -52,10 +52,7 @@ def flash_forward(
     logsumexp[...] = top + jnp.log(total)
 
 
-def flash_query_gradient(
-    settings: Settings,
-    *refs,
-):
+def flash_query_gradient(settings: Settings, *refs):
     """The gradient of a tile of queries, from all keys that it sees."""
     count, blocks, own, first, last, query, key, value, cotangent, logsumexp, delta, out = refs
     queries, to_mixed, tile = query[...], cotangent[...], settings.tile
