@@ -101,11 +101,16 @@ def flash_key_gradient(settings: Settings, *refs):
             delta[head, at][None, :],
         )
         value_gradient += _product(weights.astype(to_mixed.dtype), to_mixed, 1, 0)
-        return key_gradient + _product(to_scores.astype(queries.dtype), queries, 1, 0), value_gradient
+        return key_gradient + _product(
+            to_scores.astype(queries.dtype), queries, 1, 0
+        ), value_gradient
 
     start, heads = (_zeros(keys), _zeros(values)), query.shape[1]
     key_gradient, value_gradient = jax.lax.fori_loop(0, heads * visits, visit, start)
-    to_key[...], to_value[...] = key_gradient.astype(keys.dtype), value_gradient.astype(values.dtype)
+    to_key[...], to_value[...] = (
+        key_gradient.astype(keys.dtype),
+        value_gradient.astype(values.dtype),
+    )
 
 
 def _visits(settings: Settings, count) -> Array:
