@@ -33,9 +33,9 @@ from dpojax.models.spans import Spans, blocks_seen, spans
 
 BLOCK = 64  # columns; what the lists of blocks name
 LEAST = 16  # of each dimension of a matrix that tensor cores multiply
-# A program holds up to four tiles, of queries, keys, values and a cotangent: 64 KiB of the 99 KiB of
-# shared memory that every GPU since Ampere has. Forward the next keys and values are copied while
-# these are used, which makes 80 KiB.
+# A program holds up to four tiles, of queries, keys, values and a cotangent: 64 KiB of the shared
+# memory, of which every GPU since Ampere has 99 KiB or more. Forward the next keys and values are
+# copied while these are used, which makes 80 KiB.
 TILE_BYTES = 16 * 1024
 # Without tensor cores, as full float32 is multiplied, scores of 64 by 64 overflow the registers.
 FLOAT32_TILE = 32

@@ -1,4 +1,4 @@
-"""What `attention.attention_mask` says in memory linear in the row: two spans of columns a token."""
+"""`attention.attention_mask` in memory linear in the row: two spans of columns a token."""
 
 from __future__ import annotations
 

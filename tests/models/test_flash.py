@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from test_kernels import LAYOUTS, lowered, rows_of
 
 from dpojax.models import flash
@@ -55,7 +56,7 @@ def values_and_gradients(kernel, given, *, window=None, softcap=None, scale=0.3)
     [
         ({}, {}, None),
         ({}, {"window": 10, "softcap": 1.5}, 16),
-        ({"heads": 6, "kv_heads": 1, "dim": 12}, {"window": 1}, 16),
+        ({"heads": 6, "kv_heads": 1, "dim": 12}, {"window": 2}, 16),
         ({"heads": 2, "kv_heads": 2, "dim": 24}, {"softcap": 0.5}, 32),
     ],
 )
@@ -65,7 +66,7 @@ def test_flash_equals_plain_attention_in_values_and_gradients(given, options, ti
     expected = values_and_gradients(XLA, given, **options)
     np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
     for a, b in zip(found[1:], expected[1:]):
-        # Sums of up to 200 products in another order: a few units in the last place of the largest.
+        # Sums of up to thousands of products, in another order: a few roundings of the largest.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * max(1, np.abs(b).max()))
 
 
@@ -111,17 +112,16 @@ def test_the_spans_are_the_plain_mask_and_padding_sees_itself(window):
 def test_blocks_are_visited_if_and_only_if_a_token_sees_a_column(window):
     rows = small_rows()
     mask = np.asarray(attention_mask(rows, window)) & (rows.segment > 0)[..., None]
-    mask |= np.eye(LENGTH, dtype=bool)
-    mask = np.pad(mask, ((0, 0), (0, 128 - LENGTH), (0, 128 - LENGTH)))
-    mask[:, range(LENGTH, 128), range(LENGTH, 128)] = True
+    mask = np.pad(mask, ((0, 0), (0, 112 - LENGTH), (0, 112 - LENGTH)))
+    mask |= np.eye(112, dtype=bool)  # padding sees itself
     seen = flash.seen(rows, window, block=16)
-    needed = mask.reshape(2, 8, 16, 8, 16).any((2, 4))
+    needed = mask.reshape(2, 7, 16, 7, 16).any((2, 4))
     for visits, expected in ((seen.keys, needed), (seen.queries, needed.swapaxes(1, 2))):
         for row in range(2):
-            for block in range(8):
+            for block in range(7):
                 listed = visits.blocks[row, block, : visits.count[row, block]]
                 np.testing.assert_array_equal(listed, np.flatnonzero(expected[row, block]))
-    assert needed.sum() < 2 * 8 * 9 / 2  # fewer than a causal mask alone would have
+    assert needed.sum() < 2 * 7 * 8 / 2  # fewer than a causal mask alone would have
 
 
 def test_what_nobody_sees_is_never_read():
@@ -173,7 +173,7 @@ def test_outside_the_kernels_no_array_is_quadratic_in_the_row():
         for equation in jaxpr.eqns:
             yield from (x.aval.size for x in equation.outvars)
             if equation.primitive.name != "pallas_call":
-                for inner in jax.core.jaxprs_in_params(equation.params):
+                for inner in jaxprs_in_params(equation.params):
                     yield from sizes(inner)
 
     def largest(kernel):
