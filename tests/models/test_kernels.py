@@ -20,6 +20,7 @@ from dpojax.models.decoder import SHARDING_RULES, build
 from dpojax.sharding import ROWS, SWEEP, make_mesh, sweep_mesh, tree_shardings
 
 INTERPRETED = Kernel(splash.stretches, functools.partial(splash.attend, interpret=True))
+FLASH_INTERPRETED = Kernel(flash.seen, functools.partial(flash.attend, interpret=True))
 LENGTH = 300  # of three blocks of 128, once padded
 # The examples of each row, (prompt, responses) in tokens: K = 1, 2, 3; no prompt; beyond a block.
 LAYOUTS = (
@@ -88,7 +89,7 @@ def test_splash_equals_plain_attention_in_values_and_gradients():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_model_with_splash_over_devices_and_members_of_a_sweep_has_the_plain_gradients():
+def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_each_kernel():
     sizes = {"vocab_size": 50, "width": 16, "layers": 2, "heads": 4, "mlp_width": 16}
     config = DecoderConfig(**LLAMA, **sizes, max_positions=512, kv_heads=2, windows=(25, None))
     mesh = sweep_mesh(make_mesh(data=4, tensor=2), 2)
@@ -108,8 +109,12 @@ def test_a_model_with_splash_over_devices_and_members_of_a_sweep_has_the_plain_g
         with jax.set_mesh(mesh):
             return jax.jit(by_member)(placed, jnp.array([2.0, 3.0]), jax.device_put(rows, spread))
 
-    plain, found = gradients(XLA), gradients(INTERPRETED)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), found, plain)
+    plain, close = (
+        gradients(XLA),
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-3),
+    )
+    for kernel in (INTERPRETED, FLASH_INTERPRETED):
+        jax.tree.map(close, gradients(kernel), plain)
 
 
 def lowered(kernel, platform, dtype=jnp.bfloat16, length=1024) -> str:
