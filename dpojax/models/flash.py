@@ -3,7 +3,7 @@
 The mask is computed where it is used, from two spans of columns a token (`spans`). Blocks of
 columns that no token of a block sees are not computed: of every block there is a list of those to
 visit, as in FlexAttention (Dong et al. 2024), which is data and may differ from row to row. The
-lists are all that grows with T^2: (T / 64)^2 numbers a row, 1 MiB at 32,768 columns.
+lists are all that is kept and grows with T^2: 2 (T / 64)^2 int32 a row, 2 MiB at 32,768 columns.
 
 Forward is algorithm 1 of FlashAttention-2 (Dao 2023), backward its algorithm 2 as two kernels, one
 for the gradient of the queries and one for that of keys and values, so that each number has one
