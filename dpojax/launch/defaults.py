@@ -60,8 +60,9 @@ def _model() -> ConfigDict:
             max_positions=256,
             compute_dtype="float32",  # or bfloat16: matrix products; masters stay float32
             remat="dots",  # what a layer recomputes backward: nothing (none), all but dots, full
-            # xla; splash (TPU) and cudnn (NVIDIA GPU, bfloat16), which keep no scores; auto: the
-            # platform's, xla where it cannot do what the model needs.
+            # xla; splash (TPU), cudnn (NVIDIA GPU, bfloat16) and flash (NVIDIA GPU), which keep no
+            # scores; auto: the platform's, on GPUs cudnn before flash, that can do what the model
+            # needs, else xla.
             attention="auto",
         )
     )

@@ -11,6 +11,7 @@ from jax import Array
 
 from dpojax.models.attention import XLA, Kernel, attend, attention_mask, by_device, scaled
 from dpojax.models.config import DecoderConfig
+from dpojax.models.flash import FLASH, LARGEST
 from dpojax.models.splash import SPLASH
 
 
@@ -35,14 +36,19 @@ def attend_cudnn(query, key, value, mask, scale, *, softcap=None, implementation
 
 
 CUDNN = Kernel(attention_mask, attend_cudnn)
-KERNELS = {"xla": XLA, "cudnn": CUDNN, "splash": SPLASH}
-PLATFORM = {"gpu": "cudnn", "tpu": "splash"}  # what `auto` means there; xla elsewhere
+KERNELS = {"xla": XLA, "cudnn": CUDNN, "flash": FLASH, "splash": SPLASH}
+PLATFORM = {"gpu": ("cudnn", "flash"), "tpu": ("splash",)}  # what `auto` tries there, before xla
 
 
 def choose(
     name: str, config: DecoderConfig, dtype, device: jax.Device, *, vmapped: bool = False
 ) -> Kernel:
-    """The kernel of that name; `auto`: the platform's, or xla where that cannot do what is asked.
+    """The kernel of that name; `auto`: the first of the platform's that can do what is asked, or
+    xla.
+
+    On GPUs cuDNN comes first, which its vendor tunes for each of them; `flash` does what it cannot.
+    cuDNN's mask takes 2 T^2 bytes a row of T tokens, and it computes all T^2 scores: for long rows,
+    and for rows of many examples, of which `flash` skips most, set `flash`.
 
     Args:
       dtype: the compute dtype. device: one of those that it is to run on.
@@ -51,27 +57,35 @@ def choose(
     Raises:
       ValueError: an unknown name, or a kernel that cannot do this here.
     """
-    wanted = PLATFORM.get(device.platform, "xla") if name == "auto" else name
-    if wanted not in KERNELS:
+    if name != "auto" and name not in KERNELS:
         raise ValueError(f"{name!r} is not one of auto, {', '.join(KERNELS)}")
-    if reason := obstacle(wanted, config, dtype, device, vmapped=vmapped):
+    wanted = (*PLATFORM.get(device.platform, ()), "xla") if name == "auto" else (name,)
+    reasons = {}
+    for candidate in wanted:
+        reason = obstacle(candidate, config, dtype, device, vmapped=vmapped)
+        if not reason:
+            break
         if name != "auto":
             raise ValueError(f"{name!r}: {reason}; set it to auto or xla")
-        _say_once(f"attention goes through xla and not {wanted}: {reason}")
-        return XLA
-    return KERNELS[wanted]
+        reasons[candidate] = reason
+    for other, reason in reasons.items():
+        _say_once(f"attention goes through {candidate} and not {other}: {reason}")
+    return KERNELS[candidate]
 
 
 def obstacle(name: str, config: DecoderConfig, dtype, device, *, vmapped: bool = False) -> str:
     """Why the kernel cannot do this, for a person to read; empty if it can."""
     if name == "splash" and device.platform != "tpu":
         return f"it runs on TPUs, and this is a {device.platform}"
-    if name != "cudnn":
+    if name not in ("cudnn", "flash"):
         return ""
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return f"it runs on GPUs of NVIDIA, and this is a {device.platform}"
     if float(getattr(device, "compute_capability", "0")) < 8:
         return "it wants compute capability 8.0 or more"
+    if name == "flash":
+        wide = config.head_dim > LARGEST
+        return f"heads are to have up to {LARGEST} dimensions, not {config.head_dim}" * wide
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16, not {jnp.dtype(dtype).name}"
     if config.head_dim % 8 or config.head_dim > 128:

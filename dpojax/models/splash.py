@@ -26,6 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from dpojax.models.attention import Kernel, by_device, scaled
 from dpojax.models.layers import MIXED
+from dpojax.models.spans import blocks_seen, spans
 
 LONGEST = 2**16  # columns of a row: two of them are packed into an int32
 BLOCKS = (512, 256, 128)  # columns that the kernel works on at once; lanes of a TPU come by 128
@@ -48,10 +49,7 @@ class Pass(NamedTuple):
 
 
 def stretches(rows, window: int | None = None) -> tuple[Stretch, Stretch]:
-    """What `attention.attention_mask` says, as own branch and prompt; padding sees itself alone.
-
-    Tokens of one branch have to stand next to each other, and behind their prompt, as in
-    `data.rows`; padding may stand anywhere between.
+    """The two spans of `spans.spans`, a pass each.
 
     Raises:
       ValueError: a row has more than 65,536 columns.
@@ -60,23 +58,9 @@ def stretches(rows, window: int | None = None) -> tuple[Stretch, Stretch]:
     if length > LONGEST:
         given = f"model.attention: rows of {rows.tokens.shape[1]} tokens"
         raise ValueError(f"{given}; splash takes {LONGEST} at most: shorten them, or set xla")
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, length - x.shape[1])))
-    segment, branch, positions = map(pad, (rows.segment, rows.branch, rows.positions))
-    column = jax.lax.broadcasted_iota(jnp.int32, segment.shape, 1)
-    latest = lambda where: jax.lax.cummax(jnp.where(where, column, 0), axis=1)
-    at = lambda x, columns: jnp.take_along_axis(x, columns, axis=1)
-    before = lambda x: jnp.pad(x, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    new = (segment != before(segment)) | (branch != before(branch))
-    prompt = (branch == 0) & (segment > 0)
-
-    own = jnp.where(segment > 0, latest(new), column)
-    first, last = latest(prompt & new), latest(prompt)
-    shared = (branch > 0) & at(prompt, last) & (at(segment, last) == segment)
-    if window is not None:
-        own = jnp.maximum(own, column - window + 1)
-        first = jnp.maximum(first, first + positions - at(positions, first) - window + 1)
-    first = jnp.where(shared, jnp.minimum(first, last + 1), 1)
-    return _stretch(own, column, block), _stretch(first, jnp.where(shared, last, 0), block)
+    own, first, last = spans(rows, window, length)
+    column = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
+    return _stretch(own, column, block), _stretch(first, last, block)
 
 
 def attend(query, key, value, mask, scale, *, softcap=None, interpret: bool = False) -> Array:
@@ -97,10 +81,7 @@ def _padded(length: int) -> tuple[int, int]:
 
 
 def _stretch(first: Array, last: Array, block: int) -> Stretch:
-    starts = block * jnp.arange(first.shape[1] // block)[None, None]
-    low, high = first[..., None], last[..., None]
-    sees = (low <= high) & (low < starts + block) & (high >= starts)
-    blocks = sees.reshape(len(first), -1, block, starts.size).any(axis=2)
+    blocks = blocks_seen(first, last, block)
     return Stretch(first | (last << 16), blocks)
 
 

@@ -13,13 +13,14 @@ from tiny_checkpoints import random_params, random_tokens
 from dpojax.launch import setup
 from dpojax.launch.config import ConfigError
 from dpojax.launch.defaults import default_config
-from dpojax.models import kernels, splash
+from dpojax.models import flash, kernels, splash
 from dpojax.models.attention import XLA, Kernel, PlainRows, attention_mask, plain_rows
 from dpojax.models.config import LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, build
 from dpojax.sharding import ROWS, SWEEP, make_mesh, sweep_mesh, tree_shardings
 
 INTERPRETED = Kernel(splash.stretches, functools.partial(splash.attend, interpret=True))
+FLASH_INTERPRETED = Kernel(flash.seen, functools.partial(flash.attend, interpret=True))
 LENGTH = 300  # of three blocks of 128, once padded
 # The examples of each row, (prompt, responses) in tokens: K = 1, 2, 3; no prompt; beyond a block.
 LAYOUTS = (
@@ -88,7 +89,7 @@ def test_splash_equals_plain_attention_in_values_and_gradients():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_model_with_splash_over_devices_and_members_of_a_sweep_has_the_plain_gradients():
+def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_each_kernel():
     sizes = {"vocab_size": 50, "width": 16, "layers": 2, "heads": 4, "mlp_width": 16}
     config = DecoderConfig(**LLAMA, **sizes, max_positions=512, kv_heads=2, windows=(25, None))
     mesh = sweep_mesh(make_mesh(data=4, tensor=2), 2)
@@ -108,8 +109,12 @@ def test_a_model_with_splash_over_devices_and_members_of_a_sweep_has_the_plain_g
         with jax.set_mesh(mesh):
             return jax.jit(by_member)(placed, jnp.array([2.0, 3.0]), jax.device_put(rows, spread))
 
-    plain, found = gradients(XLA), gradients(INTERPRETED)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), found, plain)
+    plain, close = (
+        gradients(XLA),
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-3),
+    )
+    for kernel in (INTERPRETED, FLASH_INTERPRETED):
+        jax.tree.map(close, gradients(kernel), plain)
 
 
 def lowered(kernel, platform, dtype=jnp.bfloat16, length=1024) -> str:
@@ -164,6 +169,7 @@ MODEL = {"vocab_size": 50, "width": 128, "layers": 1, "heads": 2, "mlp_width": 8
 PLAIN = DecoderConfig(**LLAMA, **MODEL, max_positions=8)
 GEMMA = DecoderConfig(**LLAMA, **MODEL, max_positions=8, attention_softcap=50.0, windows=(4,))
 WIDE = DecoderConfig(**LLAMA, **MODEL, max_positions=8, head_dim=256)
+WIDER = DecoderConfig(**LLAMA, **MODEL, max_positions=8, head_dim=512)
 
 
 def test_auto_takes_the_kernel_of_the_platform():
@@ -171,28 +177,39 @@ def test_auto_takes_the_kernel_of_the_platform():
     assert choose(PLAIN, "bfloat16", device("cpu")) is XLA
     assert choose(PLAIN, "bfloat16", device("gpu")) is kernels.CUDNN
     for config in (PLAIN, GEMMA, WIDE):
+        assert choose(config, "float32", device("gpu"), vmapped=True) is flash.FLASH
+    for config in (PLAIN, GEMMA, WIDE):
         assert choose(config, "float32", device("tpu"), vmapped=True) is splash.SPLASH
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype", "where", "vmapped", "reason"),
+    ("config", "dtype", "where", "vmapped", "reason", "instead"),
     [
-        (PLAIN, "float32", device("gpu"), False, "bfloat16, not float32"),
-        (PLAIN, "bfloat16", device("gpu", "7.5"), False, "capability 8.0"),
-        (PLAIN, "bfloat16", device("gpu"), True, "vmap"),
-        (GEMMA, "bfloat16", device("gpu"), False, "softcap"),
-        (WIDE, "bfloat16", device("gpu"), False, "up to 128, not 256"),
+        (PLAIN, "float32", device("gpu"), False, "bfloat16, not float32", flash.FLASH),
+        (PLAIN, "bfloat16", device("gpu", "7.5"), False, "capability 8.0", XLA),
+        (PLAIN, "bfloat16", device("gpu"), True, "vmap", flash.FLASH),
+        (GEMMA, "bfloat16", device("gpu"), False, "softcap", flash.FLASH),
+        (WIDE, "bfloat16", device("gpu"), False, "up to 128, not 256", flash.FLASH),
+        (WIDER, "bfloat16", device("gpu"), False, "up to 128, not 512", XLA),
     ],
 )
-def test_what_cudnn_cannot_do_auto_gives_to_xla_and_a_name_refuses(
-    config, dtype, where, vmapped, reason, caplog
+def test_what_cudnn_cannot_do_auto_gives_to_another_and_a_name_refuses(
+    config, dtype, where, vmapped, reason, instead, caplog
 ):
     kernels._say_once.cache_clear()
     for _ in range(2):
-        assert kernels.choose("auto", config, dtype, where, vmapped=vmapped) is XLA
-    assert [reason in message for message in caplog.messages] == [True]
+        assert kernels.choose("auto", config, dtype, where, vmapped=vmapped) is instead
+    skipped = ["cudnn", "flash"] if instead is XLA else ["cudnn"]
+    found = [message.split(":")[0].split()[-1] for message in caplog.messages]
+    assert found == skipped
+    assert reason in caplog.messages[0]
     with pytest.raises(ValueError, match=f"'cudnn': .*{reason}.*; set it to auto or xla"):
         kernels.choose("cudnn", config, dtype, where, vmapped=vmapped)
+
+
+def test_what_flash_cannot_do_is_refused_by_name():
+    with pytest.raises(ValueError, match="'flash': heads are to have up to 256 dimensions"):
+        kernels.choose("flash", WIDER, "bfloat16", device("gpu"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +217,8 @@ def test_what_cudnn_cannot_do_auto_gives_to_xla_and_a_name_refuses(
     [
         ("splash", "config.model.attention: 'splash': it runs on TPUs, and this is a cpu"),
         ("cudnn", "config.model.attention: 'cudnn': it runs on GPUs of NVIDIA, and this is a cpu"),
-        ("flash", "config.model.attention: 'flash' is not one of auto, xla, cudnn, splash"),
+        ("flash", "config.model.attention: 'flash': it runs on GPUs of NVIDIA, and this is a cpu"),
+        ("flesh", "attention: 'flesh' is not one of auto, xla, cudnn, flash, splash"),
     ],
 )
 def test_an_attention_that_the_devices_do_not_have_names_its_key(name, message):
