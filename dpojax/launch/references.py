@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import jax
@@ -59,7 +60,11 @@ def folder_of(stage: Stage) -> str:
 
 
 def open_reference(
-    stage: Stage, start: dict | None, stop: StopSignal, base: dict | None = None
+    stage: Stage,
+    start: dict | None,
+    stop: StopSignal,
+    base: dict | None = None,
+    writing: ExitStack | None = None,
 ) -> Reference:
     """The reference of a stage that starts from `start`, or resumes (`start` is None).
 
@@ -67,13 +72,16 @@ def open_reference(
     copied. Cached log-probs are looked up under their hash or computed; those that were found are
     checked against a recomputation of two batches.
 
+    Args:
+      writing: when it is left, the weights are complete on disk; None: when this returns.
+
     Raises:
       ReferenceMismatch: the check fails.
       CheckpointError: the workdir holds the weights of another reference.
       Preempted: `stop` was asked for while log-probs were computed.
     """
     config, compute = stage.config.reference, stage.setup.config.model.compute_dtype
-    weights, tolerance = weights_of(stage, start, base), EXACT
+    weights, tolerance = weights_of(stage, start, base, writing), EXACT
     params = weights.params
     if params is base and stage.config.lora.base_dtype != "float32":
         tolerance = TOLERANCE[compute]  # the merged policy's equal weights are float32
@@ -143,14 +151,16 @@ def _drift(logprob: Array, rows: Rows) -> Array:
     return jnp.max(jnp.where(rows.response >= 0, jnp.abs(logprob - rows.reference), 0))
 
 
-def weights_of(stage: Stage, start: dict | None, base: dict | None) -> Weights:
+def weights_of(
+    stage: Stage, start: dict | None, base: dict | None, writing: ExitStack | None = None
+) -> Weights:
     """The reference's weights: of adapters their base, where the config names no other model."""
     if base is not None and not stage.config.reference.path:
         return Weights(base)
-    return keep_weights(stage, start)
+    return keep_weights(stage, start, writing)
 
 
-def keep_weights(stage: Stage, start: dict | None) -> Weights:
+def keep_weights(stage: Stage, start: dict | None, writing: ExitStack | None = None) -> Weights:
     """The reference's float32 weights, read back or saved for the first time (see `folder_of`).
 
     A loss without a reference has them, too: its policy is compared with them at the end.
@@ -161,7 +171,9 @@ def keep_weights(stage: Stage, start: dict | None) -> Weights:
     path = stage.config.reference.path
     params = load_weights(stage.setup, path) if path else start
     fingerprint = reference.fingerprint(params)
-    checkpoints.save_tree(folder, params, {"fingerprint": fingerprint})
+    with ExitStack() as here:
+        saving = checkpoints.saving_tree(folder, params, {"fingerprint": fingerprint})
+        (here if writing is None else writing).enter_context(saving)
     return Weights(params, fingerprint)
 
 

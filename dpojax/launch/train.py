@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
     """
     setup, config = stage.setup, stage.setup.config
     folder = stage.folder / "checkpoints"
-    with Checkpoints(folder, keep=config.keep) as saved:
+    with Checkpoints(folder, keep=config.keep) as saved, ExitStack() as writing:
         done = saved.latest
         if done == stage.steps:
             return trained_params(setup, stage.name)
@@ -60,7 +61,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
         if params is not None and setup.model.config.scalar_head:
             params = scored(setup, params)
         base = None if stage.lora is None else stage.lora.keep_base(params)
-        used = reference_of(stage, params, base, stop)
+        used = reference_of(stage, params, base, stop, writing)
         optimizer = make_optimizer(stage.config.optimizer)
         abstract = abstract_of(stage, optimizer)
         batches = train_batches(
@@ -82,6 +83,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
                     first = first_scores(stage, policy_of(stage, base, trained), used)
                     writer.write(0, check_identity(stage, first, used), split="identity")
                 state = new_state(trained, optimizer, abstract, config.seed)
+            writing.close()  # no checkpoint without the reference's weights
             judge = open_judge(stage, base, used)._replace(first=first)
             fit = _fit(stage, judge, optimizer, abstract, batches, saved, writer, stop)
             finished = fit(state)
@@ -138,12 +140,19 @@ def abstract_of(stage: Stage, optimizer) -> State:
     return abstract_state(lora.abstract, optimizer, setup.mesh, LORA_RULES)
 
 
-def reference_of(stage: Stage, start: dict | None, base: dict | None, stop: StopSignal):
-    """What gives rows their reference log-probs, if the stage wants them; its weights are saved."""
+def reference_of(
+    stage: Stage,
+    start: dict | None,
+    base: dict | None,
+    stop: StopSignal,
+    writing: ExitStack | None = None,
+) -> Reference:
+    """What gives rows their reference log-probs, if the stage wants them; its weights are saved, on
+    disk as `open_reference` says."""
     if stage.objective.needs_reference:
-        return open_reference(stage, start, stop, base)
+        return open_reference(stage, start, stop, base, writing)
     if stage.name == "dpo":
-        weights_of(stage, start, base)
+        weights_of(stage, start, base, writing)
     return Reference()
 
 

@@ -269,8 +269,8 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
 def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
     original = references.keep_weights
 
-    def nudged(stage, start):
-        kept = original(stage, start)
+    def nudged(*args):
+        kept = original(*args)
         return kept._replace(params=jax.tree.map(lambda x: 1.05 * x, kept.params))
 
     monkeypatch.setattr(references, "keep_weights", nudged)
