@@ -1,11 +1,17 @@
 """How long a run takes from its command to its first step: cold, and with its programs compiled.
 
     python benchmarks/first_step.py --shape gpt2-small --warm 3
+    python benchmarks/first_step.py --shape gpt2-small --warm 3 --apart
 
 Every run is a new process of scripts/train.py with a model folder, pairs and `compilation_cache`;
-the first finds the cache empty. Counted from the start of the process to the line of metrics.jsonl
-that holds the first step's loss; before it come reading weights and data, tokenising (kept by the
-first run), the identity check, and the evaluation of one batch.
+the first finds the cache empty, and keeps tokens and the reference's log-probs for the others
+(--apart: every run computes its own). Seconds are counted from the start of the process to
+
+    prepared   config.json is written: Python is up, data, model config and programs are prepared
+    weights    the reference's weights, read and hashed, are in the workdir
+    identity   its log-probs are there and checked, and the policy scores as it does
+    eval       one batch is evaluated; the first step starts here
+    train      the line of metrics.jsonl that holds the first step's loss
 """
 
 from __future__ import annotations
@@ -22,13 +28,15 @@ import time
 
 from sweep import ROOT, SHAPES, make_inputs, write_config
 
-PARTS = ("identity", "eval", "train")  # splits of metrics.jsonl, in the order of their first lines
+SPLITS = ("identity", "eval", "train")  # of metrics.jsonl, in the order of their first lines
+PARTS = ("prepared", "weights", *SPLITS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--warm", type=int, default=3, help="runs that find the programs compiled")
+    parser.add_argument("--apart", action="store_true", help="share no reference log-probs")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
@@ -36,23 +44,25 @@ def main() -> None:
         folder = pathlib.Path(name)
         make_inputs(folder, shape, 8)
         config = write_config(folder, shape, 8, (0.1,))
-        runs = [_run(config, folder, number, shape.pairs) for number in range(1 + args.warm)]
+        keys = {"dpo.steps": 1, "dpo.data.eval_limit": shape.pairs, "log_every": 1}
+        keys |= {"token_cache": folder / "tokens", "compilation_cache": folder / "compiled"}
+        if not args.apart:
+            keys["dpo.reference.cache"] = folder / "log-probs"
+        runs = [_run(config, folder / f"run-{n}", keys) for n in range(1 + args.warm)]
     warm = {part: statistics.median(run[part] for run in runs[1:]) for part in PARTS}
     for name, run in (("cold", runs[0]), ("warm", warm)):
         print(
-            f"{args.shape}, {name}: checked against the reference after {run['identity']:.1f} s, "
-            f"evaluated after {run['eval']:.1f} s, first step after {run['train']:.1f} s"
+            f"{args.shape}, {name}: prepared after {run['prepared']:.1f} s, the weights of the "
+            f"reference kept after {run['weights']:.1f} s, checked after {run['identity']:.1f} s, "
+            f"first step starts after {run['eval']:.1f} s, has ended after {run['train']:.1f} s"
         )
     if args.json:
         args.json.write_text(json.dumps({"shape": args.shape, "runs": runs}, indent=2) + "\n")
 
 
-def _run(config: pathlib.Path, folder: pathlib.Path, number: int, pairs: int) -> dict[str, float]:
-    """Seconds from the command to the first line of each split."""
-    workdir = folder / f"run-{number}"
+def _run(config: pathlib.Path, workdir: pathlib.Path, keys: dict) -> dict[str, float]:
+    """Seconds from the command to each of PARTS."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--config={config}"]
-    keys = {"dpo.steps": 1, "dpo.data.eval_limit": pairs, "log_every": 1}
-    keys |= {"token_cache": folder / "tokens", "compilation_cache": folder / "compiled"}
     began = time.time()
     subprocess.run(
         [*command, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())],
@@ -62,7 +72,10 @@ def _run(config: pathlib.Path, folder: pathlib.Path, number: int, pairs: int) ->
     )
     lines = [json.loads(x) for x in (workdir / "dpo" / "metrics.jsonl").read_text().splitlines()]
     first = lambda split: next(line["time"] for line in lines if line["split"] == split)
-    return {part: first(part) - began for part in PARTS}
+    at = {"prepared": (workdir / "config.json").stat().st_mtime}
+    at["weights"] = (workdir / "dpo" / "reference" / "0").stat().st_mtime
+    at |= {split: first(split) for split in SPLITS}
+    return {part: at[part] - began for part in PARTS}
 
 
 if __name__ == "__main__":

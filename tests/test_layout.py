@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ORDER = [
@@ -62,3 +64,10 @@ def test_files_and_functions_stay_small():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_a_run_starts_without_libraries_that_it_does_not_need_yet():
+    slow = ("torch", "datasets", "matplotlib", "scipy.stats", "tensorboardX")
+    code = f"import sys, dpojax.launch.run; print(*(x for x in {slow} if x in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

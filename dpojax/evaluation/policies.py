@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from dpojax.data.packing import Shape, Size, first_fit, size_of
 from dpojax.data.records import Record
@@ -348,6 +347,8 @@ def rank_correlation(
 
 def _spearman(pair: np.ndarray) -> float:
     """Of two rows [2, n]: the correlation of their ranks, equal values sharing their mean rank."""
+    from scipy.stats import rankdata  # takes a second, which no run waits for at its start
+
     ranks = rankdata(pair, axis=1)
     a, b = ranks - ranks.mean(axis=1, keepdims=True)
     norm = np.sqrt((a @ a) * (b @ b))

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
-from transformers import AutoConfig, AutoTokenizer
 
 from dpojax.data import reviews
 from dpojax.data.records import Record
@@ -96,6 +95,8 @@ def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) ->
             folder, label = rest, "POSITIVE"
         return classifier(folder, label, mesh=mesh, batch_size=batch_size)
     if kind == "reward_model" and rest:
+        from transformers import AutoTokenizer  # takes seconds, and brings torch where it is
+
         config, params, _ = huggingface.load(rest, mesh=mesh)
         tokenizer = AutoTokenizer.from_pretrained(rest)
         model = decoder.build(config)
@@ -136,6 +137,8 @@ def classifier(
       RewardError: the model has no such label.
       OSError, ValueError: see `huggingface.load_classifier` and `huggingface.load`.
     """
+    from transformers import AutoConfig, AutoTokenizer  # as in `open_reward`
+
     name = f"classifier:{folder}"
     known = AutoConfig.from_pretrained(folder)
     labels = [known.id2label[i] for i in sorted(known.id2label)]

@@ -6,7 +6,6 @@ import json
 import pathlib
 
 from ml_collections import ConfigDict
-from transformers import GenerationConfig
 
 from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError
@@ -118,8 +117,13 @@ def _export_adapters(setup: Setup, folder: str, stage: str, step: int | None) ->
     )
 
 
-def _generation_config(path: str) -> GenerationConfig | None:
+def _generation_config(path: str):
+    """transformers' GenerationConfig of a model that has one."""
+    if not path:
+        return None
+    from transformers import GenerationConfig  # brings torch where that is installed
+
     try:
-        return GenerationConfig.from_pretrained(path) if path else None
+        return GenerationConfig.from_pretrained(path)
     except OSError:
         return None  # the model came without one

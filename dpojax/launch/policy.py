@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, GenerationConfig
 
 from dpojax import sharding
 from dpojax.launch import setup as run_setup
@@ -42,6 +41,8 @@ def load_policy(name: str) -> Policy:
     workdir, colon, stage = (name, "", "") if pathlib.Path(name).is_dir() else name.rpartition(":")
     if colon or _is_run(pathlib.Path(name)):
         return _load_stage(pathlib.Path(workdir).resolve(), stage, mesh)
+    from transformers import AutoTokenizer  # brings torch where that is installed
+
     config, params, _ = huggingface.load(name, mesh=mesh)
     tokenizer = AutoTokenizer.from_pretrained(name)
     return Policy(mesh, decoder.build(config), params, tokenizer, stop_tokens(tokenizer, name))
@@ -67,6 +68,8 @@ def _load_stage(run: pathlib.Path, stage: str, mesh: Mesh) -> Policy:
 
 def stop_tokens(tokenizer, path: str) -> tuple[int, ...]:
     """The tokenizer's EOS, and what the generation config at `path`, if any, names beside it."""
+    from transformers import GenerationConfig  # brings torch where that is installed
+
     try:
         given = GenerationConfig.from_pretrained(path).eos_token_id if path else None
     except OSError:

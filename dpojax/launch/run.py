@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from dpojax import sharding
 from dpojax.data.records import DataError
-from dpojax.evaluation import plots
 from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import RewardError
 from dpojax.launch import ppo, stages, token_cache
@@ -116,6 +115,8 @@ def finish(last: stages.Stage | PPOStage, params: dict) -> None:
     judge = judges.get(last.name)
     summaries = {} if judge is None else {last.name: judge(last, params)}
     if jax.process_index() == 0:
+        from dpojax.evaluation import plots  # matplotlib, which only a run's end wants
+
         workdir = last.setup.workdir
         curves = {name: read_metrics(workdir / name) for name in last.setup.config.stages}
         plots.training_curves(curves, workdir / "training_curves.png")

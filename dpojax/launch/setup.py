@@ -30,6 +30,7 @@ from dpojax.models.scores import with_scalar_head
 from dpojax.training import checkpoints
 
 VOCABULARY_PADDING = 1024  # rows that a model may have beyond its tokenizer's ids
+LEAST_COMPILE_SECONDS = 0.05  # of a program that is kept: to read one back takes a tenth of that
 
 
 class Setup(NamedTuple):
@@ -77,7 +78,9 @@ def compiled_once(folder: str | os.PathLike) -> Iterator[None]:
         return
     directory, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in (directory, least)}
-    _use_cache({directory: os.path.expanduser(folder), least: min(0.5, before[least])})
+    _use_cache(
+        {directory: os.path.expanduser(folder), least: min(LEAST_COMPILE_SECONDS, before[least])}
+    )
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from dpojax.launch.adapters import Lora
 from dpojax.launch.config import loss_options, naming
 from dpojax.launch.data import StageData, Wants
 from dpojax.launch.setup import Setup
+from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean
 from dpojax.methods import classifier, preference, reward, sft
 from dpojax.training import forward as forwards
@@ -112,16 +113,20 @@ class Stage(NamedTuple):
         *,
         baseline: RunningMean | None = None,
         reference_params=None,
+        first: TokenStatistics | None = None,
     ) -> dict[str, float]:
         """Metrics on batches that lie on the mesh: sums over all of them, divided once.
 
-        `baseline` is the state's, for the objectives that keep one.
+        Args:
+          baseline: the state's, for the objectives that keep one.
+          first: what `score` gives on the first batch, where that is known.
         """
         kept = baseline is not None and self.objective.baseline is not None
         hyper = self.hyper | ({"delta": baseline.mean} if kept else {})
         window = Window()
         for rows in batches:
-            outputs = self.score(params, rows, reference_params)
+            outputs = self.score(params, rows, reference_params) if first is None else first
+            first = None
             window.add(self.metrics(outputs, rows, hyper))
         return window.flush()
 

@@ -6,7 +6,6 @@ import itertools
 import json
 
 import jax
-from scipy.stats import binomtest
 
 from dpojax import sharding
 from dpojax.launch.references import folder_of
@@ -97,6 +96,8 @@ def summarise_classifier(stage: Stage, params: dict) -> dict:
 
 def interval(share: float, count: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share of `count` independent pairs or texts."""
+    from scipy.stats import binomtest  # takes a second, which no run waits for at its start
+
     found = binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
     return float(found.low), float(found.high)
 

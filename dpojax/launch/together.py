@@ -31,7 +31,7 @@ from dpojax.launch import stages
 from dpojax.launch.config import ConfigError, check, fill_in, flat, loss_options, only_run, record
 from dpojax.launch.data import EMBEDDED
 from dpojax.launch.plan import write_json
-from dpojax.launch.references import Reference, check_identity
+from dpojax.launch.references import Reference, check_identity, first_scores
 from dpojax.launch.stages import Stage
 from dpojax.launch.train import Judge, abstract_of, make_step, open_judge, policy_of, reference_of
 from dpojax.sharding import ROWS, SWEEP
@@ -269,7 +269,8 @@ class _Group:
         """Step 0: each starts from the reference, if it has one."""
         if stage.objective.needs_reference and stage.starts_at_reference:
             policy = policy_of(stage, judge.base, trained)
-            member.writer.write(0, check_identity(stage, policy, used), split="identity")
+            tokens = first_scores(stage, policy, used)
+            member.writer.write(0, check_identity(stage, tokens, used), split="identity")
 
     def _end(self, indices: range, errors: dict[int, str]) -> None:
         """Judge those that have not been judged, and say why others failed."""

@@ -10,7 +10,6 @@ import shutil
 
 import jax
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer
 
 from dpojax import sharding
 from dpojax.data import reviews, sources
@@ -36,7 +35,7 @@ def load_tokenizer(config: ConfigDict, workdir: pathlib.Path):
     if config.tokenizer.startswith(TRAINED):
         path = _made(config, workdir / FOLDER)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path) if path else reviews.tokenizer()
+        tokenizer = _read(path) if path else reviews.tokenizer()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer in {path!r} ({error}); set config.tokenizer to a folder or hub name"
@@ -45,6 +44,12 @@ def load_tokenizer(config: ConfigDict, workdir: pathlib.Path):
         with naming("chat_template"):
             tokenizer.chat_template = pathlib.Path(config.chat_template).read_text()
     return tokenizer
+
+
+def _read(path: str):
+    from transformers import AutoTokenizer  # brings torch where that is installed
+
+    return AutoTokenizer.from_pretrained(path)
 
 
 def content_hash(tokenizer) -> str | None:

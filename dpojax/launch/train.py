@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,12 +19,14 @@ from dpojax.launch.config import ConfigError
 from dpojax.launch.references import (
     Reference,
     check_identity,
+    first_scores,
     open_reference,
     weights_of,
 )
 from dpojax.launch.samples import append, open_ranks, open_samples
-from dpojax.launch.setup import scored, trained_params
+from dpojax.launch.setup import Setup, scored, trained_params
 from dpojax.launch.stages import Stage, abstract_rows
+from dpojax.logprobs import TokenStatistics
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.training import profile, throughput
@@ -49,7 +53,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
     """
     setup, config = stage.setup, stage.setup.config
     folder = stage.folder / "checkpoints"
-    with Checkpoints(folder, keep=config.keep) as saved:
+    with Checkpoints(folder, keep=config.keep) as saved, ExitStack() as writing:
         done = saved.latest
         if done == stage.steps:
             return trained_params(setup, stage.name)
@@ -57,7 +61,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
         if params is not None and setup.model.config.scalar_head:
             params = scored(setup, params)
         base = None if stage.lora is None else stage.lora.keep_base(params)
-        used = reference_of(stage, params, base, stop)
+        used = reference_of(stage, params, base, stop, writing)
         optimizer = make_optimizer(stage.config.optimizer)
         abstract = abstract_of(stage, optimizer)
         batches = train_batches(
@@ -67,7 +71,7 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
             score_prompt=stage.score_prompt,
             attach=used.attach,
         )
-        resumed = -1 if done is None else done
+        resumed, first = -1 if done is None else done, None
         with MetricWriter(
             stage.folder, tensorboard=config.tensorboard, resume_step=resumed
         ) as writer:
@@ -76,11 +80,12 @@ def train_stage(stage: Stage, start: Callable[[], dict], stop: StopSignal) -> di
             else:
                 trained = params if base is None else stage.lora.start(config.seed)
                 if stage.objective.needs_reference and stage.starts_at_reference:
-                    policy = policy_of(stage, base, trained)
-                    writer.write(0, check_identity(stage, policy, used), split="identity")
-                    del policy
+                    first = first_scores(stage, policy_of(stage, base, trained), used)
+                    writer.write(0, check_identity(stage, first, used), split="identity")
                 state = new_state(trained, optimizer, abstract, config.seed)
-            fit = _fit(stage, base, used, optimizer, abstract, batches, saved, writer, stop)
+            writing.close()  # no checkpoint without the reference's weights
+            judge = open_judge(stage, base, used)._replace(first=first)
+            fit = _fit(stage, judge, optimizer, abstract, batches, saved, writer, stop)
             finished = fit(state)
             if config.profile:
                 _profile(stage, fit, finished, base, used, abstract)
@@ -94,29 +99,32 @@ class Judge(NamedTuple):
 
     held_out: NumPy rows, with reference log-probs where they are cached.
     sampled: (params, step, folder) -> metrics of what the policy says; None where nobody asks.
+    first: what the policy at step 0 scores on the first of them, where that is known.
     """
 
     base: dict | None
     used: Reference
     held_out: list[Rows]
     sampled: Callable[[dict, int, pathlib.Path], dict[str, float]] | None
+    first: TokenStatistics | None = None
 
     def __call__(self, stage: Stage, state: State) -> dict[str, float]:
-        policy = policy_of(stage, self.base, state.params)
+        policy, step = policy_of(stage, self.base, state.params), int(state.step)
         found = stage.evaluate(
             policy,
             (self.used.to_device(rows, stage.setup.mesh) for rows in self.held_out),
             baseline=state.baseline,
             reference_params=self.used.params,
+            first=self.first if step == 0 else None,
         )
         if self.sampled is None:
             return found
-        return found | self.sampled(policy, int(state.step), stage.folder)
+        return found | self.sampled(policy, step, stage.folder)
 
 
 def open_judge(stage: Stage, base: dict | None, used: Reference) -> Judge:
     ask = stage.setup.config.samples.reward and stage.name == "dpo"
-    sampled = _sampled(stage, weights_of(stage, None, base)) if ask else None
+    sampled = _sampled(stage, weights_of(stage, None, base).params) if ask else None
     return Judge(base, used, list(stage.held_out(used.attach)), sampled)
 
 
@@ -132,19 +140,25 @@ def abstract_of(stage: Stage, optimizer) -> State:
     return abstract_state(lora.abstract, optimizer, setup.mesh, LORA_RULES)
 
 
-def reference_of(stage: Stage, start: dict | None, base: dict | None, stop: StopSignal):
-    """What gives rows their reference log-probs, if the stage wants them; its weights are saved."""
+def reference_of(
+    stage: Stage,
+    start: dict | None,
+    base: dict | None,
+    stop: StopSignal,
+    writing: ExitStack | None = None,
+) -> Reference:
+    """What gives rows their reference log-probs, if the stage wants them; its weights are saved, on
+    disk as `open_reference` says."""
     if stage.objective.needs_reference:
-        return open_reference(stage, start, stop, base)
+        return open_reference(stage, start, stop, base, writing)
     if stage.name == "dpo":
-        weights_of(stage, start, base)
+        weights_of(stage, start, base, writing)
     return Reference()
 
 
 def _fit(
     stage: Stage,
-    base: dict | None,
-    used: Reference,
+    judge: Judge,
     optimizer,
     abstract: State,
     batches,
@@ -153,17 +167,18 @@ def _fit(
     stop,
 ) -> Fit:
     setup, config = stage.setup, stage.setup.config
-    frozen = used.params if base is None else base
-    step, judge = jitted_step(stage, optimizer, abstract), open_judge(stage, base, used)
-    ceiling = throughput.matmul_flops_per_second(config.model.compute_dtype)
+    frozen = judge.used.params if judge.base is None else judge.base
+    step = jitted_step(stage, optimizer, abstract)
+    if config.profile:
+        _ceiling(setup)  # now, and not among the steps that the trace shows
     return Fit(
         stage=stage.name,
         step=lambda state, rows, hyper: step(state, rows, hyper, frozen),
         batches=batches,
-        to_device=lambda rows: used.to_device(rows, setup.mesh),
+        to_device=lambda rows: judge.used.to_device(rows, setup.mesh),
         evaluate=lambda state: judge(stage, state),
         flops=_flops(setup.abstract_params),
-        ceiling=ceiling * _independent_devices(setup.mesh),
+        ceiling=partial(_ceiling, setup),
         hyper=stage.hyper,
         steps=stage.steps,
         every=Every(config.log_every, config.evaluate_every, config.checkpoint_every),
@@ -193,7 +208,7 @@ def _profile(
         stage.hyper,
         frozen,
     )
-    utilisation = fit.flops(batch) / sum(parts.values()) / fit.ceiling
+    utilisation = fit.flops(batch) / sum(parts.values()) / fit.ceiling()
     if jax.process_index() == 0:
         print(f"\n{stage.name}\n{profile.write(stage.folder, fit.spans, parts, utilisation)}")
 
@@ -302,6 +317,12 @@ def _flops(abstract_params: dict) -> Callable[[Rows], float]:
         return throughput.model_flops(body, head, tokens, scored)
 
     return of
+
+
+def _ceiling(setup: Setup) -> float:
+    """FLOP/s of a matmul on all devices of the run together."""
+    of_one = throughput.matmul_flops_per_second(setup.config.model.compute_dtype)
+    return of_one * _independent_devices(setup.mesh)
 
 
 def _independent_devices(mesh) -> int:

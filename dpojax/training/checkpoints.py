@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -235,6 +235,19 @@ def save_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> None:
     Raises:
       CheckpointError: the folder holds a tree with other metadata; too little disk space.
     """
+    with saving_tree(folder, tree, metadata):
+        pass
+
+
+@contextlib.contextmanager
+def saving_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> Iterator[None]:
+    """`save_tree` beside what is done meanwhile: complete when this is left, or not there.
+
+    The arrays of `tree` may be donated as soon as this is entered.
+
+    Raises:
+      CheckpointError: as `save_tree`; of a write that failed when this is left.
+    """
     with Checkpoints(folder, keep=1) as checkpoints:
         if not checkpoints.save(0, tree, metadata=metadata):
             there = checkpoints.metadata()
@@ -243,6 +256,7 @@ def save_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> None:
                     f"{checkpoints.folder}: holds a tree with metadata {there}, not {metadata}; "
                     "use another workdir, or delete this folder if no run needs it"
                 )
+        yield
 
 
 def load_tree(folder: str | os.PathLike, abstract: Any) -> Any:

@@ -85,7 +85,8 @@ class Fit:
     spans: add up where the time goes.
     keep_best: a metric of `evaluate`; whenever it is higher than before, the state is saved and
       stays on disk until one is better. Step 0 does not count; "" keeps no best.
-    flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together.
+    flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together; it is
+      asked when a speed is first logged, since measuring it takes a second.
     """
 
     stage: str
@@ -94,7 +95,7 @@ class Fit:
     to_device: Callable[[Rows], Rows]
     evaluate: Callable[[State], dict[str, float]]
     flops: Callable[[Rows], float]
-    ceiling: float
+    ceiling: Callable[[], float]
     hyper: Hyper
     steps: int
     every: Every
@@ -247,7 +248,7 @@ class _Pace:
             values |= {
                 "perf/tokens_per_second": self.tokens / seconds,
                 "perf/steps_per_second": len(self.fill) / seconds,
-                "perf/model_flops_utilisation": self.flops / seconds / self.ceiling,
+                "perf/model_flops_utilisation": self.flops / seconds / self.ceiling(),
                 "perf/row_utilisation": float(np.mean(self.fill)),
             }
         values |= {f"memory/{name}": float(n) for name, n in memory_bytes().items()}

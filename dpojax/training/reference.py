@@ -109,17 +109,17 @@ def cached(
 
 def verify(
     store: Store,
-    score: Callable[[Rows], Array],
+    recomputed: Array,
     rows: Rows,
     examples: Sequence[Example],
     dtype: str,
 ) -> float:
-    """The largest |stored - recomputed| log-prob in nats over the examples of `rows`.
+    """The largest |stored - recomputed| log-prob [..., S] in nats over the examples of `rows`.
 
     Raises:
       ReferenceMismatch: it exceeds what packing and hardware explain; it names the example.
     """
-    difference = np.abs(sharding.to_host(score(rows)) - store.attach(rows).reference)
+    difference = np.abs(sharding.to_host(recomputed) - store.attach(rows).reference)
     difference = np.where(rows.response >= 0, difference, 0.0)
     worst = np.unravel_index(np.argmax(difference), difference.shape)
     if not difference[worst] <= TOLERANCE[dtype]:

@@ -12,7 +12,7 @@ import pytest
 
 from dpojax.data import reviews
 from dpojax.data.records import DataError
-from dpojax.launch import references, run
+from dpojax.launch import references, run, stages
 from dpojax.launch import setup as run_setup
 from dpojax.launch import train as launch_train
 from dpojax.launch.config import ConfigError
@@ -20,7 +20,7 @@ from dpojax.launch.export import export, read_config
 from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
-from dpojax.training import checkpoints
+from dpojax.training import checkpoints, reference
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.state import abstract_state, make_optimizer
 
@@ -188,12 +188,46 @@ def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished)
     assert not (workdir / "dpo" / "reference_logprobs").exists()
 
 
+def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, monkeypatch):
+    """In another workdir; those of other weights are not taken."""
+    cache, computed, scored = tmp_path / "kept", [], []
+    compute, build = reference.compute, stages._scoring
+
+    def counted(score):
+        program = build(score)
+        return lambda *args: scored.append(args) or program(*args)
+
+    monkeypatch.setattr(reference, "compute", lambda *args: computed.append(args) or compute(*args))
+    monkeypatch.setattr(stages, "_scoring", counted)
+
+    def start(name, **changes):
+        scored.clear()
+        given = {"dpo.reference.cache": str(cache), "dpo.steps": 1, "dpo.data.eval_limit": 4}
+        config = tiny_config(**given | changes)
+        config.stages = ("dpo",)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "finish", lambda *_: None)
+            run.run(config, str(tmp_path / name))
+        return len(computed), len(scored), lines(tmp_path / name, "dpo")[:2]
+
+    made, _, first = start("first")
+    found, batches, second = start("second")
+    # A training batch, the held-out one for the cache, step 0 and its evaluation, and after step 1.
+    assert (made, found, batches) == (1, 1, 3)
+    assert [line["split"] for line in second] == ["identity", "eval"]
+    values = lambda found: [{k: v for k, v in x.items() if k != "time"} for x in found]
+    assert values(first) == values(second)
+    assert start("other", seed=1)[0] == 2
+    assert len(list(cache.glob("*.npy"))) == 2
+
+
 def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     make = lambda: jax.jit(lambda x: x @ x + 1)(np.eye(3, dtype=np.float32)).block_until_ready()
     with run_setup.compiled_once(""):
         assert jax.config.jax_compilation_cache_dir == before
     with run_setup.compiled_once(tmp_path / "compiled"):
+        assert jax.config.jax_persistent_cache_min_compile_time_secs <= 0.05
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         make()
         kept = sorted(tmp_path.glob("compiled/*-cache"))
@@ -235,8 +269,9 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
 def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
     original = references.keep_weights
 
-    def nudged(stage, start):
-        return jax.tree.map(lambda x: 1.05 * x, original(stage, start))
+    def nudged(*args):
+        kept = original(*args)
+        return kept._replace(params=jax.tree.map(lambda x: 1.05 * x, kept.params))
 
     monkeypatch.setattr(references, "keep_weights", nudged)
     with pytest.raises(

@@ -26,6 +26,7 @@ from dpojax.training.checkpoints import (
     load_params,
     load_tree,
     save_tree,
+    saving_tree,
 )
 from tests import QUICK_COMPILES
 
@@ -382,3 +383,18 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_there_also_after_a_resu
         save(7, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
     assert best(tmp_path) == (0.9, 6)
+
+
+def test_a_tree_is_complete_once_what_ran_beside_its_writing_has_ended(mesh, tmp_path):
+    """Also where that failed, and where it took over the arrays."""
+    params = state_on(mesh, 1).params
+    overwrite = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+
+    def fail():
+        jax.block_until_ready(overwrite(params))
+        raise KeyError("meanwhile")
+
+    with pytest.raises(KeyError, match="meanwhile"), saving_tree(tmp_path / "tree", params, {}):
+        fail()
+    found = load_tree(tmp_path / "tree", abstract_on(mesh).params)
+    assert bits(found) == bits(new_state(1).params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints, best, load_params
 from dpojax.training.loop import Every, Fit, StopSignal
 from dpojax.training.metrics import MetricWriter
@@ -76,7 +77,7 @@ def fit(monkeypatch):
                 to_device=lambda rows: rows,
                 evaluate=evaluate,
                 flops=lambda rows: 0.0,
-                ceiling=1.0,
+                ceiling=lambda: 1.0,
                 hyper={},
                 steps=11,
                 every=Every(log=0, evaluate=2, checkpoint=5),
@@ -120,3 +121,13 @@ def test_a_run_that_is_killed_anywhere_keeps_the_same_best(fit, tmp_path):
         assert best(folder / "checkpoints") == (0.9, 4)
         np.testing.assert_array_equal(load_params(folder / "checkpoints", SHAPE, 4), kept)
         np.testing.assert_array_equal(again.params, whole.params)
+
+
+def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():
+    asked = []
+    pace = loop._Pace(lambda rows: 6.0, lambda: asked.append(True) or 2.0)
+    assert "perf/model_flops_utilisation" not in pace.flush()
+    assert not asked
+    pace.flops, pace.fill = 6.0, [1.0]
+    assert pace.flush()["perf/model_flops_utilisation"] > 0
+    assert asked

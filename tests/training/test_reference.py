@@ -66,11 +66,11 @@ def test_a_store_cut_short_is_refused_with_its_path(tmp_path, store, pairs):
 
 def test_a_changed_value_is_found_and_the_example_is_named(store, score_rows, pairs, batches):
     rows = next(batches())
-    assert verify(store, score_rows, rows, pairs, "float32") < 1e-5
+    assert verify(store, score_rows(rows), rows, pairs, "float32") < 1e-5
     values = store.values.copy()
     values[store.starts[2]] += 0.1
     with pytest.raises(ReferenceMismatch, match=r"file:3: .*differ by 0\.1 nats"):
-        verify(Store(pairs, values), score_rows, rows, pairs, "float32")
+        verify(Store(pairs, values), score_rows(rows), rows, pairs, "float32")
 
 
 def test_a_reference_that_gives_nan_is_refused_and_the_example_is_named(score_rows, pairs, batches):
