@@ -122,6 +122,16 @@ def token_statistics(
     )
 
 
+def logits_at_once(tokens: int, vocabulary: int, *, max_logits: int, devices: int = 1) -> int:
+    """How many float32 numbers `token_logprobs` holds in the place of logits, on all devices.
+
+    Those that it keeps, if it does, and those of a part under way, with their gradient.
+    """
+    every = tokens * vocabulary
+    part = min(every, _most_of_a_part(tokens, max_logits, devices))
+    return part + (every if every <= max_logits else part)
+
+
 def token_kl(
     hidden: Array,
     head: Head,
@@ -274,15 +284,20 @@ class _Moments(NamedTuple):
 def _parts(targets: Array, head: Head, max_logits: int) -> _Parts:
     """As few parts as memory and, on a CPU, its cache ask for."""
     mesh, vocabulary = jax.sharding.get_abstract_mesh(), len(head.weight)
-    tokens, alone = max(1, math.prod(targets.shape)), mesh.empty or mesh.size == 1
-    if alone and jax.default_backend() == "cpu":
-        max_logits = min(max_logits, max(CACHED, NARROWEST * tokens))
-    size = max(1, min(vocabulary, int(max_logits // tokens)))
+    tokens = max(1, math.prod(targets.shape))
+    most = _most_of_a_part(tokens, max_logits, 1 if mesh.empty else mesh.size)
+    size = max(1, min(vocabulary, int(most // tokens)))
     strided = size < vocabulary and mesh.shape.get("tensor", 1) > 1
     if strided:
         size += -size % 128  # of which any usual number of devices takes an equal share
     count = -(-vocabulary // size)
     return _Parts(count, size if strided else -(-vocabulary // count), strided)
+
+
+def _most_of_a_part(tokens: int, max_logits: int, devices: int) -> int:
+    if devices > 1 or jax.default_backend() != "cpu":
+        return max_logits
+    return min(max_logits, max(CACHED, NARROWEST * tokens))
 
 
 def _over_parts(function, carried, head: Head, parts: _Parts, given=None):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpojax.data.packing import Shape
+from dpojax.logprobs import logits_at_once
 from dpojax.models.attention import XLA, Kernel
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import row_shards
@@ -76,7 +77,8 @@ def predict(
     size = jnp.dtype(dtype).itemsize
     own = 4 * tokens * (3 * inner + scores)  # of the layer under way, in float32
     vocabulary = config.vocab_size if not config.scalar_head else 0
-    at_once = min(rows * shape.scored * vocabulary, max_logits // mesh.size)
+    scored = rows * shape.scored * mesh.size
+    logits = logits_at_once(scored, vocabulary, max_logits=max_logits, devices=mesh.size)
     head = 4 * vocabulary * width // (tensor * mesh.shape["fsdp"])
     return Footprint(
         weights=weights,
@@ -84,7 +86,7 @@ def predict(
         gradient=weights * (2 if shape.micro_batches > 1 else 1),
         frozen=bytes_per_device(frozen),
         activations=size * config.layers * tokens * stored + own,
-        logits=2 * 4 * at_once + head,
+        logits=4 * logits // mesh.size + head,
     )
 
 
