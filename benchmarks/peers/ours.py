@@ -17,6 +17,7 @@ from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
 from dpojax.training.forward import build_score, language_model
+from dpojax.training.memory import gradient_in_tokens
 from dpojax.training.reference import compute
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
@@ -33,7 +34,14 @@ def main(case: Case, steps: int) -> None:
         examples = [_example(f"pair {i}", pair) for i, pair in enumerate(given)]
         parts = [range(i, i + case.pairs) for i in range(0, len(given), case.pairs)]
         body, head = product_weights(params)
-        costs = Costs(attention=4 * case.width, head=head / body, step=16)  # as a run's on a CPU
+        costs = Costs(  # as a run's on a CPU
+            attention=4 * case.width,
+            head=head / body,
+            step=16,
+            gradient=gradient_in_tokens(
+                shape, params, mesh, remat=config.model.remat, dtype=case.dtype
+            ),
+        )
         planned = plan(examples, parts, costs=costs)
         collated = lambda part: collate(examples, part, planned)
 

@@ -53,12 +53,15 @@ class Costs(NamedTuple):
     head: the time of a scored token's logits, in that of a token's products.
     overhead: the time of a micro-batch however small, in tokens: gradients are added up.
     step: lengths are multiples of it.
+    gradient: the memory of a gradient, in that of a token's activations; a batch of several
+      micro-batches holds two.
     """
 
     attention: float = 4096
     head: float = 0.3
     overhead: float = 64
     step: int = 32
+    gradient: float = 0
 
     def of(self, cut: Cut) -> float:
         columns = cut.length * (1 + cut.length / self.attention)

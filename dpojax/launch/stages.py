@@ -27,7 +27,7 @@ from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean
 from dpojax.methods import classifier, preference, reward, sft
 from dpojax.training import forward as forwards
-from dpojax.training import throughput
+from dpojax.training import memory, throughput
 from dpojax.training.forward import (
     Forward,
     build_outputs,
@@ -298,7 +298,7 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
         micro_rows=config.micro_rows or None,
         multiple=sharding.row_shards(stage.setup.mesh),
         score_prompt=stage.score_prompt,
-        costs=costs_of(stage.setup),
+        costs=costs_of(stage.setup, stage.lora),
     )
     with naming("micro_rows"):
         if stage.objective.coupled:  # one micro-batch takes one pass, several take two
@@ -308,8 +308,8 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
         return best(most_cuts=config.micro_sizes)
 
 
-def costs_of(setup: Setup) -> Costs:
-    """What decides how examples are packed for the model and the device."""
+def costs_of(setup: Setup, lora: Lora | None = None) -> Costs:
+    """What decides how examples are packed for the model, its adapters and the device."""
     body, head = throughput.product_weights(setup.abstract_params)
     platform = setup.mesh.devices.flat[0].platform
     return Costs(
@@ -317,6 +317,13 @@ def costs_of(setup: Setup) -> Costs:
         head=head / body,
         overhead=64 if platform == "cpu" else 512,
         step={"cpu": 16, "tpu": 128}.get(platform, 64),
+        gradient=memory.gradient_in_tokens(
+            setup.model.config,
+            setup.abstract_params if lora is None else lora.abstract,
+            setup.mesh,
+            remat=setup.config.model.remat,
+            dtype=setup.config.model.compute_dtype,
+        ),
     )
 
 

@@ -62,24 +62,16 @@ def predict(
     weights = bytes_per_device(state.params)
     rows = -(-shape.rows // row_shards(mesh))
     tensor = mesh.shape["tensor"]
-    tokens, width = rows * shape.length, config.width
-    inner = config.mlp_width // tensor * (2 if config.gated_mlp else 1)
-    heads = config.heads * config.head_dim // tensor
-    keys = 2 * config.kv_heads * config.head_dim // tensor
-    # Of one token with a row; a kernel without them keeps what it made of the heads.
+    tokens = rows * shape.length
+    inner = _inner(config, tensor)
     scores = config.heads // tensor * shape.length if kernel.scores else 0
-    products = 2 * width + heads + keys + inner + (0 if kernel.scores else heads)
-    stored = {
-        "full": width,
-        "dots": products,
-        "none": products + 12 * width + 3 * inner + 3 * scores,
-    }[remat]
+    stored = stored_of(config, remat, tensor=tensor, kernel=kernel, length=shape.length)
     size = jnp.dtype(dtype).itemsize
     own = 4 * tokens * (3 * inner + scores)  # of the layer under way, in float32
     vocabulary = config.vocab_size if not config.scalar_head else 0
     scored = rows * shape.scored * mesh.size
     logits = logits_at_once(scored, vocabulary, max_logits=max_logits, devices=mesh.size)
-    head = 4 * vocabulary * width // (tensor * mesh.shape["fsdp"])
+    head = 4 * vocabulary * config.width // (tensor * mesh.shape["fsdp"])
     return Footprint(
         weights=weights,
         optimizer=bytes_per_device(state.opt_state),
@@ -88,6 +80,34 @@ def predict(
         activations=size * config.layers * tokens * stored + own,
         logits=4 * logits // mesh.size + head,
     )
+
+
+def stored_of(
+    config: DecoderConfig, remat: str, *, tensor: int = 1, kernel: Kernel = XLA, length: int = 0
+) -> int:
+    """How many numbers of a token a layer stores for its backward pass, in a row of `length`."""
+    inner, heads = _inner(config, tensor), config.heads * config.head_dim // tensor
+    keys = 2 * config.kv_heads * config.head_dim // tensor
+    # A kernel that has no scores keeps what it made of the heads.
+    scores = config.heads // tensor * length if kernel.scores else 0
+    products = 2 * config.width + heads + keys + inner + (0 if kernel.scores else heads)
+    return {
+        "full": config.width,
+        "dots": products,
+        "none": products + 12 * config.width + 3 * inner + 3 * scores,
+    }[remat]
+
+
+def gradient_in_tokens(
+    config: DecoderConfig, params: Any, mesh: Mesh, *, remat: str, dtype: str
+) -> float:
+    """How many tokens' stored activations, of all devices together, take a gradient's memory."""
+    of_token = jnp.dtype(dtype).itemsize * config.layers * stored_of(config, remat)
+    return row_shards(mesh) * bytes_per_device(params) / of_token
+
+
+def _inner(config: DecoderConfig, tensor: int) -> int:
+    return config.mlp_width // tensor * (2 if config.gated_mlp else 1)
 
 
 def bytes_per_device(tree: Any) -> int:
