@@ -7,6 +7,7 @@ one long example nor the last, half-empty row sets what all others cost.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from dpojax.data.tokenise import Example
 GAIN = 0.02  # of the time that another size must save to be worth its compilation
 DOUBLING = 0.03  # of the time that twice the tokens at once, with twice the activations, must save
 SAMPLED = 512  # examples of batches by which sizes are chosen
+TRIES = 8  # fullest sums of tokens whose scored tokens are looked at
 
 
 class Size(NamedTuple):
@@ -117,6 +119,38 @@ def first_fit(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
     return rows
 
 
+def best_fill(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
+    """Rows as `first_fit`'s, each of the largest example left and what best fills up its row.
+
+    Raises:
+      ValueError: no capacity holds an example.
+    """
+    left = sorted(range(len(sizes)), key=lambda i: (sizes[i].tokens, -i))
+    rows = []
+    while left:
+        first = left.pop()
+        tokens, scored = sizes[first]
+        fits = [c for c in capacities if tokens <= c.tokens and scored <= c.scored]
+        if not fits:
+            raise ValueError(f"an example of {sizes[first]} fits no row of {capacities}")
+        room = Size(fits[0].tokens - tokens, fits[0].scored - scored)
+        more = _fullest([i for i in left if _holds(room, sizes[i])], sizes, room)
+        rows.append([first, *more])
+        left = [i for i in left if i not in more]
+    return rows
+
+
+def level(sizes: Sequence[Size], rows: int) -> list[list[int]]:
+    """At most `rows` rows of about the same length: the largest first, to the shortest row."""
+    shared: list[list[int]] = [[] for _ in range(rows)]
+    shortest = [(0, row) for row in range(rows)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i].tokens, i)):
+        tokens, row = shortest[0]
+        shared[row].append(index)
+        heapq.heapreplace(shortest, (tokens + sizes[index].tokens, row))
+    return [row for row in shared if row]
+
+
 def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
     """Micro-batches of at most `shape.rows` rows of indices, for the least time.
 
@@ -127,7 +161,9 @@ def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
     if cuts[-1] != whole:
         raise ValueError(f"the last of the sizes has to be the whole of a micro-batch: {shape}")
     time = lambda rows: _time(_needs(rows, sizes, most), cuts, shape.costs)
-    rows = min(_fillings(sizes, cuts), key=time)
+    capacities = _capacities(cuts)
+    tried = [_fillings(sizes, cuts, capacities[i:]) for i in range(len(capacities))]
+    rows = min(itertools.chain(*tried), key=time)
     return [rows[i : i + most] for i in range(0, len(rows), most)]
 
 
@@ -198,7 +234,7 @@ class _Search:
         self.batches = [largest, *batches[: count - 1]]
         self.longest = _round_up(max(size.tokens for size in sizes), costs.step)
         self.share = sum(s.scored for s in sizes) / sum(s.tokens for s in sizes)
-        self.needs: dict[tuple, list[np.ndarray]] = {}
+        self.needs: dict[tuple, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
         """Cuts of micro-batches of few tokens, unless more at once save enough time."""
@@ -218,16 +254,27 @@ class _Search:
 
     def cost(self, cuts: Cuts) -> float:
         """Of all sampled batches, each packed in the best way."""
-        packings = (self._packings(cuts, batch) for batch in range(len(self.batches)))
-        return sum(min(_time(needs, cuts, self.costs) for needs in each) for each in packings)
+        capacities, heights = _capacities(cuts), tuple(_heights(cuts))
+        times = []
+        for i in range(len(capacities)):
+            needs, owners, ways = self._needs(cuts, tuple(capacities[i:]), heights)
+            each = np.array([*map(self.costs.of, cuts), np.inf])[cut_of(needs, cuts)]
+            count = len(self.batches) * ways
+            times.append(np.bincount(owners, each, count).reshape(-1, ways).min(-1))
+        return float(np.min(times, axis=0).sum())
 
-    def _packings(self, cuts: Cuts, batch: int) -> list[np.ndarray]:
-        """What the micro-batches need, [M, 3], by each way to fill the rows."""
-        key = batch, cuts[-1].rows, *_capacities(cuts)
+    def _needs(self, cuts: Cuts, capacities: tuple[Size, ...], heights: tuple[int, ...]):
+        """What all micro-batches need, [M, 3], of which batch and filling, [M], and of how many."""
+        key = cuts[-1].rows, heights, capacities
         if key not in self.needs:
-            sizes = self.batches[batch]
-            fillings = _fillings(sizes, cuts)
-            self.needs[key] = [_needs(rows, sizes, cuts[-1].rows) for rows in fillings]
+            filled = [_fillings(sizes, cuts, capacities) for sizes in self.batches]
+            needs = [
+                _needs(rows, sizes, cuts[-1].rows)
+                for ways, sizes in zip(filled, self.batches)
+                for rows in ways
+            ]
+            owners = np.repeat(np.arange(len(needs)), list(map(len, needs)))
+            self.needs[key] = np.concatenate(needs), owners, len(filled[0])
         return self.needs[key]
 
     def _whole(self, length: int | None, rows: int) -> Cuts:
@@ -248,7 +295,7 @@ class _Search:
             Cut(r, n, min(self._scored(n, slack), whole.scored))
             for r in rows
             for n in lengths
-            for slack in (1.05, 1.4)
+            for slack in (1.05, 1.15, 1.4)
             if n <= whole.length
         }
         return sorted(cut for cut in made if self.costs.of(cut) < self.costs.of(whole))
@@ -285,15 +332,64 @@ def _capacities(cuts: Sequence[Cut]) -> list[Size]:
     return sorted({Size(cut.length, cut.scored) for cut in cuts})
 
 
-def _fillings(sizes: Sequence[Size], cuts: Sequence[Cut]) -> list[list[list[int]]]:
-    """Rows filled up to each of the lengths, and further only where an example is longer.
+def _heights(cuts: Sequence[Cut]) -> list[int]:
+    """Numbers of rows, without one: a single row cannot be levelled."""
+    return sorted({cut.rows for cut in cuts} - {1})
 
-    The fullest row comes first.
+
+def _fillings(
+    sizes: Sequence[Size], cuts: Sequence[Cut], capacities: Sequence[Size]
+) -> list[list[list[int]]]:
+    """Rows filled up to the first capacity, and further only where an example is longer.
+
+    The fullest row comes first. The rows of the last micro-batch may also be levelled, so that more
+    and shorter ones, which are computed in any case, hold its examples.
     """
-    capacities = _capacities(cuts)
     fullness = lambda row: -sum(sizes[i].tokens for i in row)
-    fits = (first_fit(sizes, *capacities[i:]) for i in range(len(capacities)))
-    return [sorted(rows, key=fullness) for rows in fits]
+    filled = [
+        sorted(fill(sizes, *capacities), key=fullness) for fill in (first_fit, best_fill)
+    ]
+    rows, most = filled[1], cuts[-1].rows
+    full = max(0, len(rows) - 1) // most * most
+    last = [i for row in rows[full:] for i in row]
+    for height in _heights(cuts):
+        levelled = level([sizes[i] for i in last], height)
+        shared = sorted(([last[i] for i in row] for row in levelled), key=fullness)
+        filled.append([*rows[:full], *shared])
+    return filled
+
+
+def _holds(room: Size, size: Size) -> bool:
+    return size.tokens <= room.tokens and size.scored <= room.scored
+
+
+def _fullest(items: Sequence[int], sizes: Sequence[Size], room: Size) -> list[int]:
+    """Of `items`, smallest first, those whose tokens fill the room best, of the large ones first.
+
+    Sums of tokens that can be reached are bits of an integer. Of the fullest sums the first is taken
+    whose scored tokens, of one choice of items, fit as well; if none does, the largest that fit.
+    """
+    reached = [1]
+    for item in items:
+        reached.append((reached[-1] | reached[-1] << sizes[item].tokens) & ((2 << room.tokens) - 1))
+    sums = reached[-1]
+    for _ in range(min(TRIES, sums.bit_count() - 1)):
+        left = sums.bit_length() - 1
+        sums ^= 1 << left
+        chosen = []
+        for item, before in zip(reversed(items), reversed(reached[:-1])):
+            rest = left - sizes[item].tokens
+            if rest >= 0 and before >> rest & 1:
+                chosen.append(item)
+                left = rest
+        if sum(sizes[item].scored for item in chosen) <= room.scored:
+            return chosen
+    chosen = []
+    for item in reversed(items):
+        if _holds(room, sizes[item]):
+            chosen.append(item)
+            room = Size(room.tokens - sizes[item].tokens, room.scored - sizes[item].scored)
+    return chosen
 
 
 def _needs(rows: list[list[int]], sizes: Sequence[Size], most: int) -> np.ndarray:
