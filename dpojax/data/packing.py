@@ -22,6 +22,8 @@ from dpojax.data.tokenise import Example
 GAIN = 0.02  # of the time that another size must save to be worth its compilation
 DOUBLING = 0.03  # of the time that twice the tokens at once, with twice the activations, must save
 SAMPLED = 512  # examples of batches by which sizes are chosen
+SHORT = tuple(k / 16 for k in range(1, 16))  # lengths that are tried, in the longest example's
+LONG = tuple(k / 8 for k in (*range(8, 25), 32))
 TRIES = 8  # fullest sums of tokens whose scored tokens are looked at
 
 
@@ -154,16 +156,21 @@ def level(sizes: Sequence[Size], rows: int) -> list[list[int]]:
 def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
     """Micro-batches of at most `shape.rows` rows of indices, for the least time.
 
-    Rows are filled up to each of the lengths in turn; what computes least is taken.
+    Rows are filled up to each of the lengths in turn, and further only where an example is longer,
+    the fullest row first; what computes least is taken.
     """
     whole, most = Cut(shape.rows, shape.length, shape.scored), shape.rows
     cuts = shape.cuts or (whole,)
     if cuts[-1] != whole:
         raise ValueError(f"the last of the sizes has to be the whole of a micro-batch: {shape}")
     time = lambda rows: _time(_needs(rows, sizes, most), cuts, shape.costs)
-    capacities = _capacities(cuts)
-    tried = [_fillings(sizes, cuts, capacities[i:]) for i in range(len(capacities))]
-    rows = min(itertools.chain(*tried), key=time)
+    capacities, tried = _capacities(cuts), []
+    for i in range(len(capacities)):
+        plain, filled = (
+            _sorted(fill(sizes, *capacities[i:]), sizes) for fill in (first_fit, best_fill)
+        )
+        tried += [plain, filled, *_levelled(filled, sizes, cuts)]
+    rows = min(tried, key=time)
     return [rows[i : i + most] for i in range(0, len(rows), most)]
 
 
@@ -234,52 +241,57 @@ class _Search:
         self.batches = [largest, *batches[: count - 1]]
         self.longest = _round_up(max(size.tokens for size in sizes), costs.step)
         self.share = sum(s.scored for s in sizes) / sum(s.tokens for s in sizes)
+        self.filled: dict[tuple, list[list[list[int]]]] = {}
         self.needs: dict[tuple, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
         """Cuts of micro-batches of few tokens, unless more at once save enough time."""
-        found = []
+        found = None
         for rows in [micro_rows] if micro_rows else self._row_counts(length or self.longest):
             cuts = self._whole(length, rows)
-            cost = self.cost(cuts)
-            while len(cuts) < most_cuts:
+            tried = [(self.cost(cuts), cuts)]
+            for _ in range(most_cuts - 1):  # two sizes may save what neither does alone
                 more = [self._sorted({*cuts, cut}) for cut in self._shorter(cuts[-1])]
-                costs = [self.cost(each) for each in more]
-                if not costs or min(costs) > (1 - GAIN) * cost:
-                    break
-                cost, cuts = min(costs), more[int(np.argmin(costs))]
-            at_once = math.log2(cuts[-1].rows * cuts[-1].length)
-            found.append((cost * (1 + DOUBLING) ** at_once, cuts))
-        return min(found, key=lambda each: each[0])[1]
+                cost, cuts = min(((self.cost(each), each) for each in more), default=tried[-1])
+                tried.append((cost, cuts))
+            cost, cuts = min(tried, key=lambda each: each[0] / (1 - GAIN) ** len(each[1]))
+            cost *= (1 + DOUBLING) ** math.log2(cuts[-1].rows * cuts[-1].length)
+            if found and cost >= found[0]:
+                break
+            found = cost, cuts
+        return found[1]
 
     def cost(self, cuts: Cuts) -> float:
         """Of all sampled batches, each packed in the best way."""
         capacities, heights = _capacities(cuts), tuple(_heights(cuts))
         times = []
         for i in range(len(capacities)):
-            needs, owners, ways = self._needs(cuts, tuple(capacities[i:]), heights)
+            needs, owners, ways = self._needed(cuts, tuple(capacities[i:]), heights)
             each = np.array([*map(self.costs.of, cuts), np.inf])[cut_of(needs, cuts)]
             count = len(self.batches) * ways
             times.append(np.bincount(owners, each, count).reshape(-1, ways).min(-1))
         return float(np.min(times, axis=0).sum())
 
-    def _needs(self, cuts: Cuts, capacities: tuple[Size, ...], heights: tuple[int, ...]):
+    def _needed(self, cuts: Cuts, capacities: tuple[Size, ...], heights: tuple[int, ...]):
         """What all micro-batches need, [M, 3], of which batch and filling, [M], and of how many."""
         key = cuts[-1].rows, heights, capacities
         if key not in self.needs:
-            filled = [_fillings(sizes, cuts, capacities) for sizes in self.batches]
+            if capacities not in self.filled:
+                self.filled[capacities] = [
+                    _sorted(best_fill(sizes, *capacities), sizes) for sizes in self.batches
+                ]
             needs = [
                 _needs(rows, sizes, cuts[-1].rows)
-                for ways, sizes in zip(filled, self.batches)
-                for rows in ways
+                for filled, sizes in zip(self.filled[capacities], self.batches)
+                for rows in (filled, *_levelled(filled, sizes, cuts))
             ]
             owners = np.repeat(np.arange(len(needs)), list(map(len, needs)))
-            self.needs[key] = np.concatenate(needs), owners, len(filled[0])
+            self.needs[key] = np.concatenate(needs), owners, len(needs) // len(self.batches)
         return self.needs[key]
 
     def _whole(self, length: int | None, rows: int) -> Cuts:
         """The size that holds all, whose length computes least."""
-        lengths = [length] if length else [self._length(k / 8) for k in (*range(8, 25), 32)]
+        lengths = [length] if length else map(self._length, LONG)
         most = max(size.scored for size in self.sizes)
         wholes = [
             Cuts([Cut(rows, n, min(n, max(_round_up(most, 8), self._scored(n, 1.05))))])
@@ -290,12 +302,12 @@ class _Search:
     def _shorter(self, whole: Cut) -> list[Cut]:
         """Sizes within the whole that may be worth while."""
         rows = {_round_up(max(1, whole.rows // k), self.multiple) for k in (1, 2, 4)}
-        lengths = {self._length(k / 16) for k in range(1, 16)} | {whole.length}
+        lengths = {*map(self._length, SHORT + LONG), whole.length}
         made = {
             Cut(r, n, min(self._scored(n, slack), whole.scored))
             for r in rows
             for n in lengths
-            for slack in (1.05, 1.15, 1.4)
+            for slack in (1.05, 1.4)
             if n <= whole.length
         }
         return sorted(cut for cut in made if self.costs.of(cut) < self.costs.of(whole))
@@ -337,26 +349,21 @@ def _heights(cuts: Sequence[Cut]) -> list[int]:
     return sorted({cut.rows for cut in cuts} - {1})
 
 
-def _fillings(
-    sizes: Sequence[Size], cuts: Sequence[Cut], capacities: Sequence[Size]
+def _levelled(
+    rows: list[list[int]], sizes: Sequence[Size], cuts: Sequence[Cut]
 ) -> list[list[list[int]]]:
-    """Rows filled up to the first capacity, and further only where an example is longer.
-
-    The fullest row comes first. The rows of the last micro-batch may also be levelled, so that more
-    and shorter ones, which are computed in any case, hold its examples.
-    """
-    fullness = lambda row: -sum(sizes[i].tokens for i in row)
-    filled = [
-        sorted(fill(sizes, *capacities), key=fullness) for fill in (first_fit, best_fill)
-    ]
-    rows, most = filled[1], cuts[-1].rows
+    """The examples of the last micro-batch over all rows that are computed anyway: shorter ones."""
+    most = cuts[-1].rows
     full = max(0, len(rows) - 1) // most * most
     last = [i for row in rows[full:] for i in row]
-    for height in _heights(cuts):
-        levelled = level([sizes[i] for i in last], height)
-        shared = sorted(([last[i] for i in row] for row in levelled), key=fullness)
-        filled.append([*rows[:full], *shared])
-    return filled
+    shared = (level([sizes[i] for i in last], height) for height in _heights(cuts))
+    return [
+        [*rows[:full], *_sorted([[last[i] for i in row] for row in each], sizes)] for each in shared
+    ]
+
+
+def _sorted(rows: list[list[int]], sizes: Sequence[Size]) -> list[list[int]]:
+    return sorted(rows, key=lambda row: -sum(sizes[i].tokens for i in row))
 
 
 def _holds(room: Size, size: Size) -> bool:
@@ -366,8 +373,9 @@ def _holds(room: Size, size: Size) -> bool:
 def _fullest(items: Sequence[int], sizes: Sequence[Size], room: Size) -> list[int]:
     """Of `items`, smallest first, those whose tokens fill the room best, of the large ones first.
 
-    Sums of tokens that can be reached are bits of an integer. Of the fullest sums the first is taken
-    whose scored tokens, of one choice of items, fit as well; if none does, the largest that fit.
+    Sums of tokens that can be reached are bits of an integer. Of the fullest sums the first is
+    taken whose scored tokens, of one choice of items, fit as well; if none does, the largest items
+    that fit.
     """
     reached = [1]
     for item in items:
