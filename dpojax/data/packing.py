@@ -7,6 +7,7 @@ one long example nor the last, half-empty row sets what all others cost.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,9 @@ from dpojax.data.tokenise import Example
 GAIN = 0.02  # of the time that another size must save to be worth its compilation
 DOUBLING = 0.03  # of the time that twice the tokens at once, with twice the activations, must save
 SAMPLED = 512  # examples of batches by which sizes are chosen
+SHORT = tuple(k / 16 for k in range(1, 16))  # lengths that are tried, in the longest example's
+LONG = tuple(k / 8 for k in (*range(8, 25), 32))
+TRIES = 8  # fullest sums of tokens whose scored tokens are looked at
 
 
 class Size(NamedTuple):
@@ -120,17 +124,56 @@ def first_fit(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
     return rows
 
 
+def best_fill(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
+    """Rows as `first_fit`'s, each of the largest example left and what best fills up its row.
+
+    Raises:
+      ValueError: no capacity holds an example.
+    """
+    left = sorted(range(len(sizes)), key=lambda i: (sizes[i].tokens, -i))
+    rows = []
+    while left:
+        first = left.pop()
+        tokens, scored = sizes[first]
+        fits = [c for c in capacities if tokens <= c.tokens and scored <= c.scored]
+        if not fits:
+            raise ValueError(f"an example of {sizes[first]} fits no row of {capacities}")
+        room = Size(fits[0].tokens - tokens, fits[0].scored - scored)
+        more = _fullest([i for i in left if _holds(room, sizes[i])], sizes, room)
+        rows.append([first, *more])
+        left = [i for i in left if i not in more]
+    return rows
+
+
+def level(sizes: Sequence[Size], rows: int) -> list[list[int]]:
+    """At most `rows` rows of about the same length: the largest first, to the shortest row."""
+    shared: list[list[int]] = [[] for _ in range(rows)]
+    shortest = [(0, row) for row in range(rows)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i].tokens, i)):
+        tokens, row = shortest[0]
+        shared[row].append(index)
+        heapq.heapreplace(shortest, (tokens + sizes[index].tokens, row))
+    return [row for row in shared if row]
+
+
 def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
     """Micro-batches of at most `shape.rows` rows of indices, for the least time.
 
-    Rows are filled up to each of the lengths in turn; what computes least is taken.
+    Rows are filled up to each of the lengths in turn, and further only where an example is longer,
+    the fullest row first; what computes least is taken.
     """
     whole, most = Cut(shape.rows, shape.length, shape.scored), shape.rows
     cuts = shape.cuts or (whole,)
     if cuts[-1] != whole:
         raise ValueError(f"the last of the sizes has to be the whole of a micro-batch: {shape}")
     time = lambda rows: _time(_needs(rows, sizes, most), cuts, shape.costs)
-    rows = min(_fillings(sizes, cuts), key=time)
+    capacities, tried = _capacities(cuts), []
+    for i in range(len(capacities)):
+        plain, filled = (
+            _sorted(fill(sizes, *capacities[i:]), sizes) for fill in (first_fit, best_fill)
+        )
+        tried += [plain, filled, *_levelled(filled, sizes, cuts)]
+    rows = min(tried, key=time)
     return [rows[i : i + most] for i in range(0, len(rows), most)]
 
 
@@ -201,41 +244,57 @@ class _Search:
         self.batches = [largest, *batches[: count - 1]]
         self.longest = _round_up(max(size.tokens for size in sizes), costs.step)
         self.share = sum(s.scored for s in sizes) / sum(s.tokens for s in sizes)
-        self.needs: dict[tuple, list[np.ndarray]] = {}
+        self.filled: dict[tuple, list[list[list[int]]]] = {}
+        self.needs: dict[tuple, tuple[np.ndarray, np.ndarray, int]] = {}
 
     def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
         """Cuts of micro-batches of few tokens, unless more at once save enough time."""
-        found = []
+        found = None
         for rows in [micro_rows] if micro_rows else self._row_counts(length or self.longest):
             cuts = self._whole(length, rows)
-            cost = self.cost(cuts)
-            while len(cuts) < most_cuts:
+            tried = [(self.cost(cuts), cuts)]
+            for _ in range(most_cuts - 1):  # two sizes may save what neither does alone
                 more = [self._sorted({*cuts, cut}) for cut in self._shorter(cuts[-1])]
-                costs = [self.cost(each) for each in more]
-                if not costs or min(costs) > (1 - GAIN) * cost:
-                    break
-                cost, cuts = min(costs), more[int(np.argmin(costs))]
-            at_once = math.log2(cuts[-1].rows * cuts[-1].length)
-            found.append((cost * (1 + DOUBLING) ** at_once, cuts))
-        return min(found, key=lambda each: each[0])[1]
+                cost, cuts = min(((self.cost(each), each) for each in more), default=tried[-1])
+                tried.append((cost, cuts))
+            cost, cuts = min(tried, key=lambda each: each[0] / (1 - GAIN) ** len(each[1]))
+            cost *= (1 + DOUBLING) ** math.log2(cuts[-1].rows * cuts[-1].length)
+            if found and cost >= found[0]:
+                break
+            found = cost, cuts
+        return found[1]
 
     def cost(self, cuts: Cuts) -> float:
         """Of all sampled batches, each packed in the best way."""
-        packings = (self._packings(cuts, batch) for batch in range(len(self.batches)))
-        return sum(min(_time(needs, cuts, self.costs) for needs in each) for each in packings)
+        capacities, heights = _capacities(cuts), tuple(_heights(cuts))
+        times = []
+        for i in range(len(capacities)):
+            needs, owners, ways = self._needed(cuts, tuple(capacities[i:]), heights)
+            each = np.array([*map(self.costs.of, cuts), np.inf])[cut_of(needs, cuts)]
+            count = len(self.batches) * ways
+            times.append(np.bincount(owners, each, count).reshape(-1, ways).min(-1))
+        return float(np.min(times, axis=0).sum())
 
-    def _packings(self, cuts: Cuts, batch: int) -> list[np.ndarray]:
-        """What the micro-batches need, [M, 3], by each way to fill the rows."""
-        key = batch, cuts[-1].rows, *_capacities(cuts)
+    def _needed(self, cuts: Cuts, capacities: tuple[Size, ...], heights: tuple[int, ...]):
+        """What all micro-batches need, [M, 3], of which batch and filling, [M], and of how many."""
+        key = cuts[-1].rows, heights, capacities
         if key not in self.needs:
-            sizes = self.batches[batch]
-            fillings = _fillings(sizes, cuts)
-            self.needs[key] = [_needs(rows, sizes, cuts[-1].rows) for rows in fillings]
+            if capacities not in self.filled:
+                self.filled[capacities] = [
+                    _sorted(best_fill(sizes, *capacities), sizes) for sizes in self.batches
+                ]
+            needs = [
+                _needs(rows, sizes, cuts[-1].rows)
+                for filled, sizes in zip(self.filled[capacities], self.batches)
+                for rows in (filled, *_levelled(filled, sizes, cuts))
+            ]
+            owners = np.repeat(np.arange(len(needs)), list(map(len, needs)))
+            self.needs[key] = np.concatenate(needs), owners, len(needs) // len(self.batches)
         return self.needs[key]
 
     def _whole(self, length: int | None, rows: int) -> Cuts:
         """The size that holds all, whose length computes least."""
-        lengths = [length] if length else [self._length(k / 8) for k in (*range(8, 25), 32)]
+        lengths = [length] if length else map(self._length, LONG)
         most = max(size.scored for size in self.sizes)
         wholes = [
             Cuts([Cut(rows, n, min(n, max(_round_up(most, 8), self._scored(n, 1.05))))])
@@ -246,7 +305,7 @@ class _Search:
     def _shorter(self, whole: Cut) -> list[Cut]:
         """Sizes within the whole that may be worth while."""
         rows = {_round_up(max(1, whole.rows // k), self.multiple) for k in (1, 2, 4)}
-        lengths = {self._length(k / 16) for k in range(1, 16)} | {whole.length}
+        lengths = {*map(self._length, SHORT + LONG), whole.length}
         made = {
             Cut(r, n, min(self._scored(n, slack), whole.scored))
             for r in rows
@@ -288,15 +347,60 @@ def _capacities(cuts: Sequence[Cut]) -> list[Size]:
     return sorted({Size(cut.length, cut.scored) for cut in cuts})
 
 
-def _fillings(sizes: Sequence[Size], cuts: Sequence[Cut]) -> list[list[list[int]]]:
-    """Rows filled up to each of the lengths, and further only where an example is longer.
+def _heights(cuts: Sequence[Cut]) -> list[int]:
+    """Numbers of rows, without one: a single row cannot be levelled."""
+    return sorted({cut.rows for cut in cuts} - {1})
 
-    The fullest row comes first.
+
+def _levelled(
+    rows: list[list[int]], sizes: Sequence[Size], cuts: Sequence[Cut]
+) -> list[list[list[int]]]:
+    """The examples of the last micro-batch over all rows that are computed anyway: shorter ones."""
+    most = cuts[-1].rows
+    full = max(0, len(rows) - 1) // most * most
+    last = [i for row in rows[full:] for i in row]
+    shared = (level([sizes[i] for i in last], height) for height in _heights(cuts))
+    return [
+        [*rows[:full], *_sorted([[last[i] for i in row] for row in each], sizes)] for each in shared
+    ]
+
+
+def _sorted(rows: list[list[int]], sizes: Sequence[Size]) -> list[list[int]]:
+    return sorted(rows, key=lambda row: -sum(sizes[i].tokens for i in row))
+
+
+def _holds(room: Size, size: Size) -> bool:
+    return size.tokens <= room.tokens and size.scored <= room.scored
+
+
+def _fullest(items: Sequence[int], sizes: Sequence[Size], room: Size) -> list[int]:
+    """Of `items`, smallest first, those whose tokens fill the room best, of the large ones first.
+
+    Sums of tokens that can be reached are bits of an integer. Of the fullest sums the first is
+    taken whose scored tokens, of one choice of items, fit as well; if none does, the largest items
+    that fit.
     """
-    capacities = _capacities(cuts)
-    fullness = lambda row: -sum(sizes[i].tokens for i in row)
-    fits = (first_fit(sizes, *capacities[i:]) for i in range(len(capacities)))
-    return [sorted(rows, key=fullness) for rows in fits]
+    reached = [1]
+    for item in items:
+        reached.append((reached[-1] | reached[-1] << sizes[item].tokens) & ((2 << room.tokens) - 1))
+    sums = reached[-1]
+    for _ in range(min(TRIES, sums.bit_count() - 1)):
+        left = sums.bit_length() - 1
+        sums ^= 1 << left
+        chosen = []
+        for item, before in zip(reversed(items), reversed(reached[:-1])):
+            rest = left - sizes[item].tokens
+            if rest >= 0 and before >> rest & 1:
+                chosen.append(item)
+                left = rest
+        if sum(sizes[item].scored for item in chosen) <= room.scored:
+            return chosen
+    chosen = []
+    for item in reversed(items):
+        if _holds(room, sizes[item]):
+            chosen.append(item)
+            room = Size(room.tokens - sizes[item].tokens, room.scored - sizes[item].scored)
+    return chosen
 
 
 def _needs(rows: list[list[int]], sizes: Sequence[Size], most: int) -> np.ndarray:

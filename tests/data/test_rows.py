@@ -5,7 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpojax.data.packing import Costs, Size, cut_of, first_fit, plan, size_of
+from dpojax.data.packing import (
+    Costs,
+    Cut,
+    Cuts,
+    Shape,
+    Size,
+    best_fill,
+    cut_of,
+    first_fit,
+    level,
+    pack,
+    plan,
+    size_of,
+)
 from dpojax.data.records import DataError
 from dpojax.data.rows import collate, cuts_of, needs_of, utilisation
 from dpojax.data.tokenise import Example
@@ -112,14 +125,74 @@ def test_a_token_is_predicted_from_the_column_before_it_on_its_own_path(data):
         assert branch[source] in (0, rank + 1)
 
 
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=30))
-def test_first_fit_fills_no_row_over_its_capacity_and_is_deterministic(sizes):
-    sizes = [Size(tokens, min(scored, tokens)) for tokens, scored in sizes]
-    rows = first_fit(sizes, Size(20, 20))
+some_sizes = st.lists(
+    st.builds(lambda n, scored: Size(n, min(scored, n)), st.integers(1, 20), st.integers(0, 20)),
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("fill", [first_fit, best_fill])
+@given(some_sizes)
+def test_no_row_is_filled_over_its_capacity_and_all_are_filled_the_same_again(fill, sizes):
+    sizes = [Size(tokens, min(scored, 15)) for tokens, scored in sizes]
+    rows = fill(sizes, Size(20, 15))
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     assert all(sum(sizes[i].tokens for i in row) <= 20 for row in rows)
-    assert all(sum(sizes[i].scored for i in row) <= 20 for row in rows)
-    assert rows == first_fit(list(sizes), Size(20, 20))
+    assert all(sum(sizes[i].scored for i in row) <= 15 for row in rows)
+    assert rows == fill(list(sizes), Size(20, 15))
+
+
+@given(some_sizes.filter(bool))
+def test_packed_rows_are_never_more_than_those_of_first_fit(sizes):
+    shape = Shape(1, 1, 24, 20, 1, 1)
+    parts = pack(sizes, shape)
+    assert sorted(i for part in parts for row in part for i in row) == list(range(len(sizes)))
+    assert len(parts) <= len(first_fit(sizes, Size(24, 20)))
+
+
+@given(some_sizes.filter(bool), st.integers(1, 3))
+def test_packing_never_takes_more_time_than_first_fit_at_any_length(sizes, height):
+    cuts = Cuts([Cut(height, 20, 20), Cut(2 * height, 20, 20), Cut(2 * height, 40, 30)])
+    costs = Costs(attention=100, overhead=5)
+
+    def time(parts):
+        taken = lambda part: [[sum(sizes[i][j] for i in row) for j in (0, 1)] for row in part]
+        needs = np.array([[len(part), *np.max(taken(part), axis=0)] for part in parts])
+        return sum(costs.of(cuts[i]) for i in cut_of(needs, cuts))
+
+    parts = pack(sizes, Shape(1, *cuts[-1], 1, 1, cuts, costs))
+    for capacities in ([Size(20, 20), Size(40, 30)], [Size(40, 30)]):
+        rows = first_fit(sizes, *capacities)
+        rows.sort(key=lambda row: -sum(sizes[i].tokens for i in row))
+        plain = [rows[i : i + 2 * height] for i in range(0, len(rows), 2 * height)]
+        assert time(parts) <= time(plain)
+
+
+@given(some_sizes, st.integers(1, 8))
+def test_no_levelled_row_is_longer_than_the_mean_by_an_example(sizes, count):
+    rows = level(sizes, count)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    assert len(rows) == min(count, len(sizes))
+    lengths = [sum(sizes[i].tokens for i in row) for row in rows]
+    largest = max((size.tokens for size in sizes), default=0)
+    assert max(lengths, default=0) <= sum(lengths) / count + largest
+
+
+def test_a_row_is_filled_by_a_sum_where_first_fit_leaves_gaps():
+    sizes = [Size(n, 1) for n in (5, 4, 3, 3, 3, 2)]
+    assert len(first_fit(sizes, Size(10, 10))) == 3
+    filled = [sorted(sizes[i].tokens for i in row) for row in best_fill(sizes, Size(10, 10))]
+    assert filled == [[2, 3, 5], [3, 3, 4]]
+
+
+def test_rows_that_row_shards_compute_anyway_share_what_few_would_hold():
+    """Sixteen examples fill four rows of 128; eight shards compute eight rows: short ones do."""
+    data = [pair(10, 10, 10) for _ in range(16)]
+    cuts = Cuts([Cut(8, 64, 64), Cut(8, 128, 128)])
+    shape = Shape(2, 8, 128, 128, 4, 2, cuts, Costs())
+    rows = collate(data, range(16), shape)
+    assert needs_of(rows)[0].tolist() == [8, 60, 40]
+    assert utilisation(rows) == 60 / 64
 
 
 def test_first_fit_decreasing_packs_a_known_case_without_waste():
