@@ -249,20 +249,32 @@ class _Search:
 
     def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
         """Cuts of micro-batches of few tokens, unless more at once save enough time."""
-        found = None
-        for rows in [micro_rows] if micro_rows else self._row_counts(length or self.longest):
-            cuts = self._whole(length, rows)
-            tried = [(self.cost(cuts), cuts)]
-            for _ in range(most_cuts - 1):  # two sizes may save what neither does alone
-                more = [self._sorted({*cuts, cut}) for cut in self._shorter(cuts[-1])]
-                cost, cuts = min(((self.cost(each), each) for each in more), default=tried[-1])
-                tried.append((cost, cuts))
-            cost, cuts = min(tried, key=lambda each: each[0] / (1 - GAIN) ** len(each[1]))
-            cost *= (1 + DOUBLING) ** math.log2(cuts[-1].rows * cuts[-1].length)
-            if found and cost >= found[0]:
-                break
-            found = cost, cuts
-        return found[1]
+        counts = [micro_rows] if micro_rows else self._row_counts(length or self.longest)
+        found: list[tuple[float, Cuts]] = []
+        while counts:
+            cost, cuts = self._with_rows(counts.pop(0), length, most_cuts)
+            found.append((cost * (1 + DOUBLING) ** math.log2(self._at_once(cuts)), cuts))
+            if len(found) > 1 and found[-1][0] >= found[-2][0]:
+                counts = counts[-1:]  # with all rows at once there is no second gradient
+        return min(found, key=lambda each: each[0])[1]
+
+    def _with_rows(self, rows: int, length: int | None, most_cuts: int) -> tuple[float, Cuts]:
+        """Cuts of micro-batches of so many rows at most, and what they cost."""
+        cuts = self._whole(length, rows)
+        tried = [(self.cost(cuts), cuts)]
+        for _ in range(most_cuts - 1):  # two sizes may save what neither does alone
+            more = [self._sorted({*cuts, cut}) for cut in self._shorter(cuts[-1])]
+            cost, cuts = min(((self.cost(each), each) for each in more), default=tried[-1])
+            tried.append((cost, cuts))
+        return min(tried, key=lambda each: each[0] / (1 - GAIN) ** len(each[1]))
+
+    def _at_once(self, cuts: Cuts) -> float:
+        """Memory besides the state and a gradient, in that of a token's activations."""
+        whole = cuts[-1]
+        room = Size(whole.length, whole.scored)
+        rows = max(len(first_fit(batch, room)) for batch in self.batches)
+        single = len(cuts) == 1 and rows <= whole.rows  # see `plan`
+        return whole.rows * whole.length + (0 if single else self.costs.gradient)
 
     def cost(self, cuts: Cuts) -> float:
         """Of all sampled batches, each packed in the best way."""

@@ -319,3 +319,13 @@ def test_micro_rows_that_the_mesh_does_not_divide_are_refused():
 def test_size_counts_prompt_tokens_as_scored_only_when_asked():
     assert size_of(pair(5, 2, 3)) == (10, 5)
     assert size_of(pair(5, 2, 3), score_prompt=True) == (10, 9)
+
+
+def test_a_second_gradient_counts_as_memory_that_all_rows_at_once_do_without():
+    data = [pair(40, 30, 30) for _ in range(16)]
+    batches = [range(i, i + 4) for i in range(0, 16, 4)]
+    shape = lambda gradient: plan(data, batches, costs=Costs(gradient=gradient, overhead=0))
+    light, heavy = shape(0), shape(10_000)
+    assert light.micro_batches * light.rows == heavy.rows
+    assert light.micro_batches > 1
+    assert heavy.micro_batches == 1
