@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.train_step import Case
+from dpojax.logprobs import CACHED, NARROWEST
 
 TIME, BYTES, EXACT = 1.25, 1.10, 1.02  # largest point / law: noise; XLA's buffers; none
 MIB = 2**20
@@ -67,7 +68,7 @@ def step_flops(record: Record) -> float:
     Forward and twice backward: 2 for each token and weight of a layer (12 width^2 weights), and for
     each scored token and weight of the head. A layer's scores and their mix cost 4 width for each
     pair of columns of a row; they are computed again backward, which gives 4 passes and not 3, as
-    the head's logits are where they exceed the cap and go in chunks.
+    the head's logits are where they exceed the cap.
     """
     case = Case(**record["case"])
     members = max(1, record["members"])
@@ -78,21 +79,24 @@ def step_flops(record: Record) -> float:
 
 
 def head_flops(record: Record) -> float:
-    """Of the LM head. In chunks both the tokens (forward) and the vocabulary (backward) are padded
-    to equal parts, these of whole 128s."""
+    """Of the LM head, in parts of the vocabulary that are padded to the same size."""
     case, count = Case(**record["case"]), chunks(record)
-    in_row = record["scored"] // record["rows"]
-    scored = record["rows"] * count * math.ceil(in_row / count)
-    part = 128 * math.ceil(case.vocabulary / count / 128)
-    padded = part * math.ceil(case.vocabulary / part)
-    words = 3 * case.vocabulary if count == 1 else case.vocabulary + 3 * padded
-    return 2.0 * scored * case.width * words
+    padded = count * math.ceil(case.vocabulary / count)
+    again = count > 1 and record["scored"] * case.vocabulary > _cap(record)
+    return 2.0 * record["scored"] * case.width * (4 if again else 3) * padded
 
 
 def chunks(record: Record) -> int:
-    """Parts of the scored tokens whose logits do not exceed the cap, which every device has."""
-    case = Case(**record["case"])
-    return math.ceil(record["scored"] * case.vocabulary / (case.max_logits * record["devices"]))
+    """Parts of the vocabulary whose logits do not exceed the cap, which every device has, nor, on
+    one CPU, its cache."""
+    case, most = Case(**record["case"]), _cap(record)
+    if record["devices"] == 1:
+        most = min(most, max(CACHED, NARROWEST * record["scored"]))
+    return math.ceil(case.vocabulary / (most // record["scored"]))
+
+
+def _cap(record: Record) -> int:
+    return Case(**record["case"]).max_logits * record["devices"]
 
 
 def vocabulary_bytes(record: Record, first: Record) -> float:
