@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.train_step import Case
-from dpojax.logprobs import CACHED, NARROWEST
+from dpojax.head import CACHED, NARROWEST
 
 TIME, BYTES, EXACT = 1.25, 1.10, 1.02  # largest point / law: noise; XLA's buffers; none
 MIB = 2**20

@@ -15,22 +15,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AbstractMesh, Mesh
 
-CACHED = 2**21  # float32 logits of a part that stay in a CPU's caches
-NARROWEST = 1024  # tokens of the vocabulary in such a part: thinner products are slower
-
-
-class Head(NamedTuple):
-    """A language-model head: logits = softcap(scale * (hidden @ weight.T) + bias).
-
-    weight: [vocabulary, width]; bias: [vocabulary] or None; scale and softcap: numbers or None
-    (softcap c maps a logit z to c * tanh(z / c)).
-    """
-
-    weight: Array
-    bias: Array | None = None
-    scale: float | None = None
-    softcap: float | None = None
+from dpojax.head import (
+    Head,
+    Ids,
+    Parts,
+    logit_of_target,
+    logits_of,
+    over_parts,
+    parts_of,
+    pulled_over_parts,
+)
 
 
 class TokenStatistics(NamedTuple):
@@ -45,14 +41,6 @@ class TokenStatistics(NamedTuple):
     correct: Array | None = None  # 1.0 where no token is more probable than the target
     log_collision: Array | None = None  # log sum_v p_v^2, nats
     kl: Array | None = None  # KL(reference || p), nats
-
-
-def logits_of(hidden: Array, head: Head) -> Array:
-    """Float32 logits [..., vocabulary] of hidden states [..., width]."""
-    weight = head.weight.astype(hidden.dtype)
-    z = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-    bias = None if head.bias is None else head.bias[(None,) * (z.ndim - 1)]
-    return _shape_logits(z, head, bias)
 
 
 def token_logprobs_plain(hidden: Array, head: Head, targets: Array) -> Array:
@@ -73,14 +61,27 @@ def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int
       hidden: [..., tokens, width], any float dtype; products run in it, sums in float32.
       head: the language-model head; a float32 master weight is cast to hidden's dtype here.
       targets: [..., tokens], int.
-      max_logits: how many float32 logits may exist at once. On a CPU a part has fewer: what stays
-        in its cache.
+      max_logits: how many float32 logits of a part may exist at once, on all devices together;
+        backward, as many numbers again for their gradient. One CPU has fewer: what stays in its
+        cache. On a mesh with a `tensor` axis a part is rounded up to a multiple of 128 tokens of
+        the vocabulary, so that it may have up to 127 logits more for each target.
 
     Returns:
       [..., tokens].
     """
-    static = head.scale, head.softcap, _parts(targets, head, max_logits), max_logits
-    return _logprobs(static, hidden, head.weight, head.bias, targets)
+    return _walked(hidden, head, targets, max_logits, entropy=False).logprob
+
+
+def token_logprobs_and_entropy(
+    hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25
+) -> TokenStatistics:
+    """`token_logprobs`, and the entropy of the same distributions, from the same walk, with a
+    gradient of as little memory.
+
+    Returns:
+      `TokenStatistics` with these two, [..., tokens] each.
+    """
+    return TokenStatistics(*_walked(hidden, head, targets, max_logits, entropy=True))
 
 
 def token_statistics(
@@ -88,12 +89,14 @@ def token_statistics(
 ) -> TokenStatistics:
     """All but the KL of `TokenStatistics` of each target; shapes as `token_logprobs`.
 
-    For evaluation: meant to be called without differentiation.
+    For evaluation. Differentiated, it keeps every part's logits and a copy of every part of the
+    head, and adds up gradients of the size of the whole head, one for each part: for the log-prob
+    and the entropy see `token_logprobs_and_entropy`.
     """
-    parts = _parts(targets, head, max_logits)
+    parts = parts_of(targets.size, len(head.weight), max_logits)
     head = head._replace(weight=head.weight.astype(hidden.dtype))
 
-    def one(sums: _Moments, part: Head, ids: _Ids, _) -> tuple[_Moments, None]:
+    def one(sums: _Moments, part: Head, ids: Ids, _) -> tuple[_Moments, None]:
         logits, fresh = logits_of(hidden, part), ids.fresh[_leading(targets)]
         own = ids.number[_leading(targets)] == targets[..., None]
         top = jnp.maximum(sums.top, jnp.where(fresh, logits, -jnp.inf).max(-1))
@@ -111,10 +114,10 @@ def token_statistics(
 
     zero = jnp.zeros(targets.shape, jnp.float32)
     none = _Moments(jnp.full(targets.shape, -jnp.inf), *[zero] * 5)
-    sums, _ = _over_parts(one, none, head, parts)
+    sums, _ = over_parts(one, none, head, parts)
     log_total = jnp.log(sums.total)
     return TokenStatistics(
-        _logit_of_target(hidden, head, targets) - (sums.top + log_total),
+        logit_of_target(hidden, head, targets) - (sums.top + log_total),
         log_total - sums.distance / sums.total,
         sums.logits / len(head.weight),
         (sums.target >= sums.top).astype(jnp.float32),
@@ -122,14 +125,17 @@ def token_statistics(
     )
 
 
-def logits_at_once(tokens: int, vocabulary: int, *, max_logits: int, devices: int = 1) -> int:
+def logits_at_once(
+    tokens: int, vocabulary: int, *, max_logits: int, mesh: Mesh | AbstractMesh | None = None
+) -> int:
     """How many float32 numbers `token_logprobs` holds in the place of logits, on all devices.
 
-    Those that it keeps, if it does, and those of a part under way, with their gradient.
+    Those that it keeps, if it does, and those of a part under way, with their gradient. A part can
+    have more than `max_logits` of them, see there. The mesh is the ambient one by default.
     """
-    every = tokens * vocabulary
-    part = min(every, _most_of_a_part(tokens, max_logits, devices))
-    return part + (every if every <= max_logits else part)
+    parts, every = parts_of(tokens, vocabulary, max_logits, mesh), tokens * vocabulary
+    kept = parts.count == 1 or every <= max_logits
+    return tokens * parts.size + (every if kept else tokens * parts.size)
 
 
 def token_kl(
@@ -244,194 +250,107 @@ def _walk(one, parts):
     return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], parts)))
 
 
-def _shape_logits(z: Array, head: Head, bias: Array | None) -> Array:
-    z = z if head.scale is None else z * head.scale
-    z = z if bias is None else z + bias.astype(jnp.float32)
-    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+class _Static(NamedTuple):
+    """What a program of `_found` is compiled for."""
+
+    shaping: tuple[float | None, float | None]  # scale and softcap of the head
+    parts: Parts
+    max_logits: int
+    entropy: bool  # whether it is wanted
 
 
-class _Parts(NamedTuple):
-    """How a vocabulary is walked, a part of equal size at a time.
+class _Found(NamedTuple):
+    """Of each target, nats."""
 
-    A part is a stretch, the last of which repeats some of the one before; or, where the vocabulary
-    is divided among devices, every count-th token, so that each part has the same share of every
-    device's.
-    """
-
-    count: int
-    size: int
-    strided: bool
+    logprob: Array
+    entropy: Array | None
 
 
-class _Ids(NamedTuple):
-    """The tokens of a part: their numbers, and whether they stand in no other; [size] each."""
-
-    number: Array
-    fresh: Array
-
-
-class _Moments(NamedTuple):
+class _Sums(NamedTuple):
     """Sums over the vocabulary as far as it was walked, of logits z and their largest, `top`."""
 
     top: Array
     total: Array  # of exp(z - top)
-    distance: Array  # of exp(z - top) (z - top)
+    distance: Array | None  # of exp(z - top) (z - top)
+
+
+class _Moments(NamedTuple):
+    """As `_Sums`, and more."""
+
+    top: Array
+    total: Array
+    distance: Array
     squares: Array  # of exp(2 (z - top))
     logits: Array
     target: Array  # the target's logit
 
 
-def _parts(targets: Array, head: Head, max_logits: int) -> _Parts:
-    """As few parts as memory and, on a CPU, its cache ask for."""
-    mesh, vocabulary = jax.sharding.get_abstract_mesh(), len(head.weight)
-    tokens = max(1, math.prod(targets.shape))
-    most = _most_of_a_part(tokens, max_logits, 1 if mesh.empty else mesh.size)
-    size = max(1, min(vocabulary, int(most // tokens)))
-    strided = size < vocabulary and mesh.shape.get("tensor", 1) > 1
-    if strided:
-        size += -size % 128  # of which any usual number of devices takes an equal share
-    count = -(-vocabulary // size)
-    return _Parts(count, size if strided else -(-vocabulary // count), strided)
-
-
-def _most_of_a_part(tokens: int, max_logits: int, devices: int) -> int:
-    if devices > 1 or jax.default_backend() != "cpu":
-        return max_logits
-    return min(max_logits, max(CACHED, NARROWEST * tokens))
-
-
-def _over_parts(function, carried, head: Head, parts: _Parts, given=None):
-    """(carried, part of the head, its ids, given[part]) -> (carried, more), over all parts.
-
-    `more` comes out stacked; there is no loop around a single part.
-    """
-    vocabulary = len(head.weight)
-    if parts.count == 1:
-        every = _Ids(jnp.arange(vocabulary), jnp.ones(vocabulary, bool))
-        first = jax.tree.map(lambda x: x[0], given)
-        carried, more = function(carried, head, every, first)
-        return carried, jax.tree.map(lambda x: x[None], more)
-    weight, bias = jax.tree.map(partial(_view, parts), (head.weight, head.bias))
-
-    def one(carried, index_and_given):
-        j, own = index_and_given
-        take = partial(_take, parts, j, vocabulary)
-        part = Head(take(weight), None if bias is None else take(bias), *head[2:])
-        return function(carried, part, _ids(parts, j, vocabulary), own)
-
-    return jax.lax.scan(one, carried, (jnp.arange(parts.count), given))
-
-
-def _ids(parts: _Parts, j: Array, vocabulary: int) -> _Ids:
-    within = jnp.arange(parts.size)
-    if parts.strided:
-        number = within * parts.count + j
-        return _Ids(number, number < vocabulary)
-    number = _start(parts, j, vocabulary) + within
-    return _Ids(number, number >= j * parts.size)
-
-
-def _start(parts: _Parts, j: Array, vocabulary: int) -> Array:
-    return jnp.minimum(j * parts.size, vocabulary - parts.size)
-
-
-def _view(parts: _Parts, x: Array) -> Array:
-    """What `_take` takes parts of: [vocabulary, ...], or [size, count, ...] of a padded one."""
-    if not parts.strided:
-        return x
-    padding = [(0, parts.size * parts.count - len(x))] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(parts.size, parts.count, *x.shape[1:])
-
-
-def _take(parts: _Parts, j: Array, vocabulary: int, x: Array) -> Array:
-    if parts.strided:
-        return jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
-    return jax.lax.dynamic_slice_in_dim(x, _start(parts, j, vocabulary), parts.size)
-
-
-def _add(parts: _Parts, j: Array, vocabulary: int, xs: Array, x: Array) -> Array:
-    """The view `xs` with `x` added to one of its parts."""
-    if parts.strided:
-        return jax.lax.dynamic_update_index_in_dim(xs, x, j, axis=1)
-    x = x + _take(parts, j, vocabulary, xs)  # not zero where the last part repeats the one before
-    return jax.lax.dynamic_update_slice_in_dim(xs, x, _start(parts, j, vocabulary), axis=0)
+def _walked(hidden, head: Head, targets, max_logits: int, *, entropy: bool) -> _Found:
+    parts = parts_of(targets.size, len(head.weight), max_logits)
+    static = _Static((head.scale, head.softcap), parts, max_logits, entropy)
+    return _found(static, hidden, head.weight, head.bias, targets)
 
 
 def _leading(targets: Array) -> tuple:
     return (None,) * targets.ndim
 
 
-def _logit_of_target(hidden: Array, head: Head, targets: Array) -> Array:
-    own = head.weight[targets]
-    z = jnp.einsum("...d,...d->...", hidden, own, preferred_element_type=jnp.float32)
-    return _shape_logits(z, head, None if head.bias is None else head.bias[targets])
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logprobs(static, hidden, weight, bias, targets):
+def _found(static: _Static, hidden, weight, bias, targets) -> _Found:
     return _forward(static, hidden, weight, bias, targets)[0]
 
 
-def _forward(static, hidden, weight, bias, targets):
+def _forward(static: _Static, hidden, weight, bias, targets):
     """hidden [..., tokens, width], targets [..., tokens]; one log-prob a target."""
-    *shaping, parts, max_logits = static
-    head = Head(weight.astype(hidden.dtype), bias, *shaping)
-    kept = parts.count == 1 or math.prod(targets.shape) * len(weight) <= max_logits
+    head = Head(weight.astype(hidden.dtype), bias, *static.shaping)
+    kept = static.parts.count == 1 or targets.size * len(weight) <= static.max_logits
 
-    def one(carried, part: Head, ids: _Ids, _):
-        top, total = carried
-        logits = jnp.where(ids.fresh[_leading(targets)], logits_of(hidden, part), -jnp.inf)
-        higher = jnp.maximum(top, logits.max(-1))
-        total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
-        return (higher, total), logits if kept else None
+    def one(sums: _Sums, part: Head, ids: Ids, _) -> tuple[_Sums, Array | None]:
+        fresh = ids.fresh[_leading(targets)]
+        logits = jnp.where(fresh, logits_of(hidden, part), -jnp.inf)
+        top = jnp.maximum(sums.top, logits.max(-1))
+        above, scale = logits - top[..., None], jnp.exp(sums.top - top)
+        share, distance = jnp.exp(above), None
+        if static.entropy:
+            moved = jnp.where(sums.total > 0, sums.total * (sums.top - top), 0)
+            distance = scale * (sums.distance + moved)
+            distance += (share * jnp.where(fresh, above, 0)).sum(-1)
+        total = sums.total * scale + share.sum(-1)
+        return _Sums(top, total, distance), logits if kept else None
 
-    none = jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32)
-    (top, total), logits = _over_parts(one, none, head, parts)
-    logsumexp = top + jnp.log(total)
-    found = _logit_of_target(hidden, head, targets) - logsumexp
-    return found, (hidden, weight, bias, targets, logsumexp, logits)
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    none = _Sums(jnp.full(targets.shape, -jnp.inf), zero, zero if static.entropy else None)
+    sums, logits = over_parts(one, none, head, static.parts)
+    log_total = jnp.log(sums.total)
+    logsumexp = sums.top + log_total
+    entropy = log_total - sums.distance / sums.total if static.entropy else None
+    found = _Found(logit_of_target(hidden, head, targets) - logsumexp, entropy)
+    return found, (hidden, weight, bias, targets, logsumexp, entropy, logits)
 
 
-def _backward(static, saved, cotangent):
-    """d logits = cotangent (one-hot target - softmax), for a part of the vocabulary at a time.
-
-    The gradient of a part of the head is then final, and written once: over tokens it would have to
-    be added up, and between devices at every turn.
-    """
-    hidden, weight, bias, targets, logsumexp, kept = saved
-    *shaping, parts, _ = static
-    head = Head(weight.astype(hidden.dtype), bias, *shaping)
-    pull = partial(_pull, hidden, targets, logsumexp, cotangent)
-    if parts.count == 1:
-        _, found = _over_parts(lambda _, *part: ((), pull(*part)), (), head, parts, kept)
-        d_hidden, *d_head = jax.tree.map(lambda x: x[0], found)
-    else:
-
-        def one(carried, part: Head, ids: _Ids, index_and_logits):
-            j, logits = index_and_logits
-            d_hidden, *d_head = carried
-            more, *own = pull(part, ids, logits)
-            add = partial(_add, parts, j, len(weight))
-            return (d_hidden + more, *jax.tree.map(add, tuple(d_head), tuple(own))), None
-
-        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-        d_head = jax.tree.map(lambda x: _view(parts, zeros(x)), (weight, bias))
-        given = jnp.arange(parts.count), kept
-        (d_hidden, *d_head), _ = _over_parts(one, (zeros(hidden), *d_head), head, parts, given)
-        if parts.strided:
-            whole = lambda x: x.reshape(-1, *x.shape[2:])[: len(weight)]
-            d_head = jax.tree.map(whole, d_head)
+def _backward(static: _Static, saved, cotangent: _Found):
+    """The gradient of the logits, a part of the vocabulary at a time, and through the head."""
+    hidden, weight, bias, targets, logsumexp, entropy, kept = saved
+    head = Head(weight.astype(hidden.dtype), bias, *static.shaping)
+    pull = partial(_pull, hidden, targets, logsumexp, entropy, cotangent)
+    d_hidden, *d_head = pulled_over_parts(pull, hidden, head, static.parts, kept)
     d_weight, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), tuple(d_head), (weight, bias))
     return d_hidden.astype(hidden.dtype), d_weight, d_bias, None
 
 
-def _pull(hidden, targets, logsumexp, cotangent, head: Head, ids: _Ids, logits=None):
-    """Float32 gradients of `hidden` and of the part of the vocabulary that `head` holds."""
+def _pull(hidden, targets, logsumexp, entropy, cotangent: _Found, head: Head, ids: Ids, logits):
+    """Float32 gradients of `hidden` and of the part of the vocabulary that `head` holds.
+
+    With log p = logits - logsumexp, d logprob / d logits = one-hot target - p, and
+    d entropy / d logits = -p (log p + entropy).
+    """
     logits = logits_of(hidden, head) if logits is None else logits
     number, fresh = (x[_leading(targets)] for x in ids)
-    dz = cotangent[..., None] * (
-        (targets[..., None] == number) - jnp.exp(logits - logsumexp[..., None])
-    )
+    log_p = logits - logsumexp[..., None]
+    p = jnp.exp(log_p)
+    dz = cotangent.logprob[..., None] * ((targets[..., None] == number) - p)
+    if entropy is not None:
+        dz = dz - cotangent.entropy[..., None] * p * (log_p + entropy[..., None])
     if head.softcap is not None:
         dz = dz * (1 - (logits / head.softcap) ** 2)
     dz = jnp.where(fresh, dz, 0)
@@ -442,4 +361,4 @@ def _pull(hidden, targets, logsumexp, cotangent, head: Head, ids: _Ids, logits=N
     return d_hidden, weight_gradient(flat(dz), flat(hidden)), d_bias
 
 
-_logprobs.defvjp(_forward, _backward)
+_found.defvjp(_forward, _backward)

@@ -1,5 +1,7 @@
 """The chunked path against its plain twin, and the twin against torch."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpojax import sharding
 from dpojax.logprobs import (
     Head,
+    logits_of,
     sum_by_response,
     token_kl,
     token_logprobs,
+    token_logprobs_and_entropy,
     token_logprobs_plain,
     token_statistics,
     weight_gradient,
@@ -29,26 +33,73 @@ def problem(seed=0, *, bias=True, scale=0.5, softcap=3.0):
 
 
 def value_and_gradients(function, hidden, head, targets):
-    weights = jnp.linspace(-1, 1, targets.size).reshape(targets.shape)
-
     def total(hidden, weight, bias):
-        return jnp.sum(weights * function(hidden, head._replace(weight=weight, bias=bias), targets))
+        found = function(hidden, head._replace(weight=weight, bias=bias), targets)
+        return jnp.sum(jnp.linspace(-1, 1, found.size).reshape(found.shape) * found)
 
     arguments = (hidden, head.weight, head.bias)
     wanted = (0, 1) if head.bias is None else (0, 1, 2)
     return function(hidden, head, targets), jax.grad(total, wanted)(*arguments)
 
 
+def with_entropy_plain(hidden, head, targets):
+    """Log-prob and entropy, [2, rows, tokens], through the full logits."""
+    logprobs = jax.nn.log_softmax(logits_of(hidden, head), axis=-1)
+    own = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    return jnp.stack([own, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)])
+
+
+def with_entropy(hidden, head, targets, **given):
+    return jnp.stack(token_logprobs_and_entropy(hidden, head, targets, **given)[:2])
+
+
+TWINS = pytest.mark.parametrize(
+    ("by_parts", "plain"),
+    [(token_logprobs, token_logprobs_plain), (with_entropy, with_entropy_plain)],
+    ids=["log-probs", "with entropies"],
+)
+
+
+@TWINS
 @pytest.mark.parametrize("max_logits", [10**9, 100, 1], ids=["one chunk", "several", "one token"])
 @pytest.mark.parametrize(
     "kind", [{}, {"bias": False, "scale": None, "softcap": None}], ids=["full head", "plain head"]
 )
-def test_chunked_log_probs_and_gradients_equal_the_plain_twin(max_logits, kind):
+def test_chunked_values_and_gradients_equal_the_plain_twin(max_logits, kind, by_parts, plain):
     hidden, head, targets = problem(**kind)
-    chunked = lambda *a: token_logprobs(*a, max_logits=max_logits)
-    want = value_and_gradients(token_logprobs_plain, hidden, head, targets)
-    got = value_and_gradients(chunked, hidden, head, targets)
+    want = value_and_gradients(plain, hidden, head, targets)
+    got = value_and_gradients(partial(by_parts, max_logits=max_logits), hidden, head, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), got, want)
+
+
+def test_parts_that_fit_a_cpus_cache_equal_the_plain_twin():
+    """Three of 1,024 words, the last of which repeats some; their logits are kept."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    hidden = jax.random.normal(keys[0], (2, 1024, WIDTH))
+    head = Head(jax.random.normal(keys[1], (3000, WIDTH)), softcap=5.0)
+    targets = jax.random.randint(keys[2], (2, 1024), 0, 3000)
+    of_weight = lambda weight: with_entropy(hidden, head._replace(weight=weight), targets)
+    assert "scan" in str(jax.make_jaxpr(of_weight)(head.weight))
+    want = value_and_gradients(with_entropy_plain, hidden, head, targets)
+    got = value_and_gradients(with_entropy, hidden, head, targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), got, want)
+
+
+def test_the_gradient_of_an_entropy_keeps_no_copies_of_parts_of_the_head():
+    hidden, head, targets = problem(bias=False, softcap=None)
+    weight = jnp.tile(head.weight, (2, 1))[:24]
+
+    def program(function) -> str:  # of four parts of six words
+        total = lambda h, w: function(h, Head(w), targets, max_logits=targets.size * 6).entropy
+        return str(jax.make_jaxpr(jax.grad(lambda h, w: total(h, w).sum(), (0, 1)))(hidden, weight))
+
+    copies, kept = f"f32[4,6,{WIDTH}]", f"f32[4,{ROWS},{TOKENS},6]"
+    plainly = program(token_statistics)
+    assert copies in plainly
+    assert kept in plainly
+    ours = program(token_logprobs_and_entropy)
+    assert copies not in ours
+    assert kept not in ours
 
 
 def test_log_probs_equal_torch():
@@ -132,19 +183,21 @@ def test_what_fills_up_the_vocabulary_says_nothing_where_all_logits_are_far_belo
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@TWINS
 @pytest.mark.parametrize("max_logits", [10**9, 14 * 128, 14 * 256], ids=["one", "three", "two"])
-def test_parts_of_a_vocabulary_that_devices_share_equal_the_plain_twin(max_logits):
+def test_parts_of_a_vocabulary_that_devices_share_equal_the_plain_twin(max_logits, by_parts, plain):
     mesh = sharding.make_mesh(data=2, tensor=4)
     hidden, head, targets = problem(4)
     keys = jax.random.split(jax.random.key(5))
     head = head._replace(
         weight=jax.random.normal(keys[0], (300, WIDTH)), bias=jax.random.normal(keys[1], (300,))
     )
-    want = value_and_gradients(token_logprobs_plain, hidden, head, targets)
+    want = value_and_gradients(plain, hidden, head, targets)
+    alone = token_logprobs_plain(hidden, head, targets)
     place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     head = head._replace(weight=place(head.weight, "tensor"), bias=place(head.bias, "tensor"))
     hidden, targets = place(hidden, "data"), place(targets, "data")
-    by_parts = lambda *a: token_logprobs(*a, max_logits=max_logits)
+    by_parts = partial(by_parts, max_logits=max_logits)
 
     @jax.jit
     def both(hidden, weight, bias, targets):
@@ -155,4 +208,4 @@ def test_parts_of_a_vocabulary_that_devices_share_equal_the_plain_twin(max_logit
     with jax.set_mesh(mesh):
         got, logprob = both(hidden, head.weight, head.bias, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5), got, want)
-    np.testing.assert_allclose(logprob, want[0], atol=3e-6, rtol=1e-5)
+    np.testing.assert_allclose(logprob, alone, atol=3e-6, rtol=1e-5)

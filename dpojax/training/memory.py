@@ -70,7 +70,7 @@ def predict(
     own = 4 * tokens * (3 * inner + scores)  # of the layer under way, in float32
     vocabulary = config.vocab_size if not config.scalar_head else 0
     scored = rows * shape.scored * mesh.size
-    logits = logits_at_once(scored, vocabulary, max_logits=max_logits, devices=mesh.size)
+    logits = logits_at_once(scored, vocabulary, max_logits=max_logits, mesh=mesh)
     head = 4 * vocabulary * config.width // (tensor * mesh.shape["fsdp"])
     return Footprint(
         weights=weights,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from dpojax import rl
 from dpojax.data.packing import Cuts
-from dpojax.logprobs import TokenStatistics, token_logprobs, token_statistics
+from dpojax.logprobs import TokenStatistics, token_logprobs_and_entropy
 from dpojax.models.decoder import Model, Params
 from dpojax.training.forward import MAX_LOGITS, Forward
 from dpojax.training.metrics import Metric
@@ -76,13 +75,7 @@ def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
     def forward(params, rows, reference_params=None) -> TokenStatistics:
         del reference_params
         hidden, head = _source_hidden(model, params, rows), model.head(params)
-
-        @jax.checkpoint
-        def entropies(hidden, head):
-            return token_statistics(hidden, head, rows.target, max_logits=max_logits).entropy
-
-        logprob = token_logprobs(hidden, head, rows.target, max_logits=max_logits)
-        return TokenStatistics(logprob, entropies(hidden, head))
+        return token_logprobs_and_entropy(hidden, head, rows.target, max_logits=max_logits)
 
     return forward
 
