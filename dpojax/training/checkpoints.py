@@ -256,6 +256,7 @@ def saving_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> Iterato
                     f"{checkpoints.folder}: holds a tree with metadata {there}, not {metadata}; "
                     "use another workdir, or delete this folder if no run needs it"
                 )
+        del tree  # or the arrays would stay until the writing has ended
         yield
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from typing import NamedTuple
 
 import grain
@@ -398,3 +399,14 @@ def test_a_tree_is_complete_once_what_ran_beside_its_writing_has_ended(mesh, tmp
         fail()
     found = load_tree(tmp_path / "tree", abstract_on(mesh).params)
     assert bits(found) == bits(new_state(1).params)
+
+
+def test_the_arrays_of_a_tree_are_free_before_what_runs_beside_its_writing_ends(mesh, tmp_path):
+    params = state_on(mesh, 1).params
+    arrays = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+    with saving_tree(tmp_path / "tree", params, {}):
+        del params
+        deadline = time.monotonic() + 20  # Orbax's threads let go once they have written
+        while any(array() is not None for array in arrays) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [array() for array in arrays] == [None] * len(arrays)
