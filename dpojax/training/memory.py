@@ -69,8 +69,10 @@ def predict(
     size = jnp.dtype(dtype).itemsize
     own = 4 * tokens * (3 * inner + scores)  # of the layer under way, in float32
     vocabulary = config.vocab_size if not config.scalar_head else 0
-    scored = rows * shape.scored * mesh.size
+    scored = rows * row_shards(mesh) * shape.scored
     logits = logits_at_once(scored, vocabulary, max_logits=max_logits, mesh=mesh)
+    # A vocabulary that `tensor` does not divide lies whole on every device of it.
+    sharers = row_shards(mesh) * (1 if vocabulary % tensor else tensor)
     head = 4 * vocabulary * config.width // (tensor * mesh.shape["fsdp"])
     return Footprint(
         weights=weights,
@@ -78,7 +80,7 @@ def predict(
         gradient=weights * (2 if shape.micro_batches > 1 else 1),
         frozen=bytes_per_device(frozen),
         activations=size * config.layers * tokens * stored + own,
-        logits=4 * logits // mesh.size + head,
+        logits=4 * logits // sharers + head,
     )
 
 
@@ -99,10 +101,15 @@ def stored_of(
 
 
 def gradient_in_tokens(
-    config: DecoderConfig, params: Any, mesh: Mesh, *, remat: str, dtype: str
+    config: DecoderConfig, params: Any, mesh: Mesh, *, remat: str, dtype: str, kernel: Kernel = XLA
 ) -> float:
-    """How many tokens' stored activations, of all devices together, take a gradient's memory."""
-    of_token = jnp.dtype(dtype).itemsize * config.layers * stored_of(config, remat)
+    """How many tokens' stored activations, of all devices together, take a gradient's memory.
+
+    Scores, which only remat `none` stores, are left out: how many a token has is the length of its
+    row, and that is chosen by this number.
+    """
+    stored = stored_of(config, remat, tensor=mesh.shape["tensor"], kernel=kernel)
+    of_token = jnp.dtype(dtype).itemsize * config.layers * stored
     return row_shards(mesh) * bytes_per_device(params) / of_token
 
 

@@ -1,5 +1,7 @@
 """What a step is predicted to want of a device is what its program wants, to a third."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +27,16 @@ MANY = 2**30
 
 
 def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY, **changes):
-    vocabulary = changes.pop("vocabulary", 2048)
+    vocabulary, axes = changes.pop("vocabulary", 2048), changes.pop("mesh", (1, 1, 1))
     config = DecoderConfig(**family, **SIZES, vocab_size=vocabulary)
     shape = SHAPE._replace(**changes)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
     model = decoder.build(config, remat=remat)
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)
     rows = empty(shape)
     rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+    rows = sharding.put_rows(rows, mesh)
     objective = preference.objective("dpo", {})
     hyper = {"learning_rate": jnp.float32(1), "beta": jnp.float32(0.1)}
     hyper["label_smoothing"] = jnp.float32(0)
@@ -55,6 +58,9 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
         {"micro_batches": 3},
         {"family": LLAMA},
         {"vocabulary": 32768, "max_logits": 2**22},
+        {"vocabulary": 32768, "mesh": (1, 1, 4)},
+        {"vocabulary": 32768, "mesh": (2, 1, 2), "max_logits": 2**23},
+        {"vocabulary": 32768, "mesh": (1, 2, 2), "max_logits": 2**23},
     ],
     ids=str,
 )
@@ -86,3 +92,23 @@ def test_bytes_of_a_device_are_those_of_its_shards():
 
 def test_the_host_has_memory_to_give():
     assert 2**28 < 8 * memory.limit_bytes() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("kernel", "axes", "tokens"),
+    [
+        # Of a layer's 128 x 512 weights a token stores 2 x 128 numbers, those of 4 heads, their
+        # keys and values, and 512: 1,152 in all, of which a tensor axis divides the last 896.
+        (XLA, (1, 1, 1), 128 * 512 / 1152),
+        (XLA, (2, 1, 4), 2 * (128 * 512 / 4) / (256 + 896 / 4)),
+        (SPLASH, (2, 1, 4), 2 * (128 * 512 / 4) / (256 + (896 + 128) / 4)),
+    ],
+)
+def test_a_gradient_is_as_large_as_the_activations_of_so_many_tokens(kernel, axes, tokens):
+    config = DecoderConfig(**GPT2, **SIZES, vocab_size=8)
+    mesh = sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
+    params = {"blocks": {"mlp": {"up": {"kernel": jnp.zeros((3, 128, 512))}}}}
+    shardings = sharding.tree_shardings(params, mesh, decoder.SHARDING_RULES)
+    params = jax.device_put(params, shardings)
+    given = {"remat": "dots", "dtype": "float32", "kernel": kernel}
+    assert memory.gradient_in_tokens(config, params, mesh, **given) == pytest.approx(tokens)
