@@ -4,7 +4,7 @@
 
 A table of batch sizes and row shards: use of columns and of scored slots with micro-batches of
 several sizes, use with one size for all, and the time that the planner foretells, as a ratio. Costs
-are those of the given width; nothing is trained.
+are a run's for GPT-2 small at the given width, on one CPU or on several TPUs; nothing is trained.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh
 from transformers import AutoTokenizer
 
 from dpojax.data.packing import Costs, Shape, cut_of, plan
@@ -22,9 +24,15 @@ from dpojax.data.rows import collate, cuts_of, needs_of
 from dpojax.data.tokenise import Example
 from dpojax.launch import data as stage_data
 from dpojax.launch.defaults import default_config
+from dpojax.models import decoder
+from dpojax.models.attention import XLA
+from dpojax.models.config import GPT2, DecoderConfig
+from dpojax.models.splash import SPLASH
+from dpojax.sharding import AXES
+from dpojax.training.costs import packing_costs
 
 LAYOUTS = ((8, 1), (16, 1), (64, 1), (64, 8))  # examples of a batch, row shards
-HEAD = 0.45  # of GPT-2 small: weights of the head / those of the layers
+CONFIG = default_config().model
 
 
 class Use(NamedTuple):
@@ -64,8 +72,7 @@ def _examples(form: str, path: str, tokenizer) -> list[Example]:
 
 def _line(path: pathlib.Path, examples: list[Example], batch: int, shards: int, width: int) -> str:
     batches = [range(i, i + batch) for i in range(0, len(examples) - batch + 1, batch)]
-    costs = Costs(4 * width, HEAD, *((64, 16) if shards == 1 else (512, 128)))
-    given = {"multiple": shards, "costs": costs}
+    given = {"multiple": shards, "costs": _costs(width, shards)}
     shape = plan(examples, batches, **given)
     found = _use(examples, batches, shape)
     one = _use(examples, batches, plan(examples, batches, most_cuts=1, **given))
@@ -75,6 +82,17 @@ def _line(path: pathlib.Path, examples: list[Example], batch: int, shards: int, 
         f"| {found.scored:.1%} | {one.columns:.1%} | {found.cost / one.cost:.2f} "
         f"| {sizes or f'{shape.rows} x {shape.length}'} |"
     )
+
+
+def _costs(width: int, shards: int) -> Costs:
+    sizes = {"layers": 12, "width": width, "heads": width // 64, "mlp_width": 4 * width}
+    config = DecoderConfig(**GPT2, **sizes, vocab_size=50257, max_positions=1024)
+    params = jax.eval_shape(decoder.build(config).init, jax.random.key(0))
+    platform, kernel = ("cpu", XLA) if shards == 1 else ("tpu", SPLASH)
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    mesh = AbstractMesh((shards, 1, 1), AXES, abstract_device=device)
+    given = {"remat": CONFIG.remat, "dtype": CONFIG.compute_dtype, "kernel": kernel}
+    return packing_costs(config, params, mesh, **given)
 
 
 def _use(examples: list[Example], batches: Sequence[range], shape: Shape) -> Use:

@@ -10,18 +10,17 @@ import numpy as np
 from cases import BETA, CLIP, WARM, Case, Found, Pair, batches, read_case, report
 
 from dpojax import sharding
-from dpojax.data.packing import Costs, plan
+from dpojax.data.packing import plan
 from dpojax.data.rows import collate
 from dpojax.data.tokenise import Example
 from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
+from dpojax.training.costs import packing_costs
 from dpojax.training.forward import build_score, language_model
-from dpojax.training.memory import gradient_in_tokens
 from dpojax.training.reference import compute
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
-from dpojax.training.throughput import product_weights
 
 
 def main(case: Case, steps: int) -> None:
@@ -33,15 +32,7 @@ def main(case: Case, steps: int) -> None:
         given = [pair for batch in batches(case, WARM + steps) for pair in batch]
         examples = [_example(f"pair {i}", pair) for i, pair in enumerate(given)]
         parts = [range(i, i + case.pairs) for i in range(0, len(given), case.pairs)]
-        body, head = product_weights(params)
-        costs = Costs(  # as a run's on a CPU
-            attention=4 * case.width,
-            head=head / body,
-            step=16,
-            gradient=gradient_in_tokens(
-                shape, params, mesh, remat=config.model.remat, dtype=case.dtype
-            ),
-        )
+        costs = packing_costs(shape, params, mesh, remat=config.model.remat, dtype=case.dtype)
         planned = plan(examples, parts, costs=costs)
         collated = lambda part: collate(examples, part, planned)
 

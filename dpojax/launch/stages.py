@@ -27,7 +27,7 @@ from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean
 from dpojax.methods import classifier, preference, reward, sft
 from dpojax.training import forward as forwards
-from dpojax.training import memory, throughput
+from dpojax.training.costs import packing_costs
 from dpojax.training.forward import (
     Forward,
     build_outputs,
@@ -310,20 +310,14 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
 
 def costs_of(setup: Setup, lora: Lora | None = None) -> Costs:
     """What decides how examples are packed for the model, its adapters and the device."""
-    body, head = throughput.product_weights(setup.abstract_params)
-    platform = setup.mesh.devices.flat[0].platform
-    return Costs(
-        attention=4 * setup.model.config.width,
-        head=head / body,
-        overhead=64 if platform == "cpu" else 512,
-        step={"cpu": 16, "tpu": 128}.get(platform, 64),
-        gradient=memory.gradient_in_tokens(
-            setup.model.config,
-            setup.abstract_params if lora is None else lora.abstract,
-            setup.mesh,
-            remat=setup.config.model.remat,
-            dtype=setup.config.model.compute_dtype,
-        ),
+    return packing_costs(
+        setup.model.config,
+        setup.abstract_params,
+        setup.mesh,
+        trained=None if lora is None else lora.abstract,
+        remat=setup.config.model.remat,
+        dtype=setup.config.model.compute_dtype,
+        kernel=setup.model.kernel,
     )
 
 
