@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 CACHED = 2**21  # float32 logits of a part that stay in a CPU's caches
 NARROWEST = 1024  # tokens of the vocabulary in such a part: thinner products are slower
@@ -94,7 +94,7 @@ def over_parts(function: Callable, carried, head: Head, parts: Parts, given=None
         first = jax.tree.map(lambda x: x[0], given)
         carried, more = function(carried, head, every, first)
         return carried, jax.tree.map(lambda x: x[None], more)
-    weight, bias = jax.tree.map(partial(_view, parts), (head.weight, head.bias))
+    weight, bias = jax.tree.map(partial(_view, parts), (_whole_width(head.weight), head.bias))
 
     def one(carried, index_and_given):
         j, own = index_and_given
@@ -140,6 +140,14 @@ def _most_of_a_part(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
     if platform != "cpu" or (not mesh.empty and mesh.size > 1):
         return max_logits
     return min(max_logits, max(CACHED, NARROWEST * tokens))
+
+
+def _whole_width(weight: Array) -> Array:
+    """Gathered over `fsdp` where that divides it: in a loop that would be done in every turn."""
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return weight
+    spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+    return jax.lax.with_sharding_constraint(weight, spec)
 
 
 def _shape_logits(z: Array, head: Head, bias: Array | None) -> Array:

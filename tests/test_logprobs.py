@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
+from benchmarks.hlo import collectives
 from dpojax import sharding
 from dpojax.logprobs import (
     Head,
+    logits_at_once,
     logits_of,
     sum_by_response,
     token_kl,
@@ -209,3 +211,54 @@ def test_parts_of_a_vocabulary_that_devices_share_equal_the_plain_twin(max_logit
         got, logprob = both(hidden, head.weight, head.bias, targets)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5), got, want)
     np.testing.assert_allclose(logprob, alone, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(4, 1), (2, 2)])
+def test_a_head_that_devices_share_is_gathered_once_and_not_for_each_of_its_parts(fsdp, tensor):
+    mesh = sharding.make_mesh(1, fsdp, tensor, devices=jax.devices()[:4])
+    rows = PartitionSpec(sharding.ROWS)
+
+    def shape(spec, dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    weight = shape(PartitionSpec("tensor", "fsdp"), jnp.float32, 1024, 64)
+    given = shape(rows, jnp.float32, 8, 16, 64), weight, shape(rows, jnp.int32, 8, 16)
+    parts = 4  # of the vocabulary
+    loss = lambda hidden, weight, targets: token_logprobs(
+        hidden, Head(weight), targets, max_logits=8 * 16 * 1024 // parts
+    ).sum()
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*given).compile()
+    found = collectives(program.as_text())
+    assert parts in {one.times for one in found}  # the parts' gradients are reduced in turn
+    gathered = [one for one in found if one.kind == "all-gather"]
+    assert 4 * 1024 * 64 // tensor in {one.size for one in gathered}
+    assert {one.times for one in gathered} == {1}
+
+
+def mesh_of(platform, tensor=1) -> AbstractMesh:
+    """Devices that need not be here."""
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    return AbstractMesh((1, 1, tensor), sharding.AXES, abstract_device=device)
+
+
+@pytest.mark.parametrize(("platform", "in_parts"), [("cpu", True), ("tpu", False), ("gpu", False)])
+def test_parts_are_of_a_caches_size_where_the_program_runs_on_a_cpu(platform, in_parts):
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    given = shape(jnp.float32, 2048, 8), shape(jnp.float32, 3000, 8), shape(jnp.int32, 2048)
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+        program = jax.make_jaxpr(lambda h, w, t: token_logprobs(h, Head(w), t))(*given)
+    assert ("scan" in str(program)) == in_parts
+
+
+@pytest.mark.parametrize(
+    ("tensor", "max_logits", "held"),
+    [
+        (1, 10**6, 2 * 50 * 300),  # all logits, and their gradient
+        (1, 50 * 110, 2 * 50 * 100),  # three equal parts of 300 words
+        (2, 50 * 110, 2 * 50 * 128),  # every third word, in a multiple of 128
+    ],
+)
+def test_logits_at_once_are_those_of_a_part_and_as_many_gradients(tensor, max_logits, held):
+    mesh = mesh_of("gpu", tensor)
+    assert logits_at_once(50, 300, max_logits=max_logits, mesh=mesh) == held

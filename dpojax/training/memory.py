@@ -27,7 +27,7 @@ class Footprint(NamedTuple):
     gradient: int  # twice where micro-batches are added up
     frozen: int  # a live reference, or the base of adapters
     activations: int  # stored for the backward pass, and one layer's own
-    logits: int  # those that exist at once, and the head's gradient
+    logits: int  # those that exist at once, the head's gradient, and over fsdp the head gathered
 
     @property
     def total(self) -> int:
@@ -73,7 +73,8 @@ def predict(
     logits = logits_at_once(scored, vocabulary, max_logits=max_logits, mesh=mesh)
     # A vocabulary that `tensor` does not divide lies whole on every device of it.
     sharers = row_shards(mesh) * (1 if vocabulary % tensor else tensor)
-    head = 4 * vocabulary * config.width // (tensor * mesh.shape["fsdp"])
+    head, fsdp = vocabulary * config.width // tensor, mesh.shape["fsdp"]
+    head = 4 * head // fsdp + (size * head if fsdp > 1 else 0)
     return Footprint(
         weights=weights,
         optimizer=bytes_per_device(state.opt_state),
