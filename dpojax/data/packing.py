@@ -277,7 +277,8 @@ class _Search:
         return whole.rows * whole.length + (0 if single else self.costs.gradient)
 
     def cost(self, cuts: Cuts) -> float:
-        """Of all sampled batches, each packed in the best way."""
+        """Of all sampled batches, each in the cheapest of the rows that `best_fill` fills, as they
+        are or levelled. `pack` tries those of `first_fit` too, and may find cheaper ones."""
         capacities, heights = _capacities(cuts), tuple(_heights(cuts))
         times = []
         for i in range(len(capacities)):
