@@ -51,26 +51,36 @@ def build_step(
     batch, whatever the number of micro-batches; empty ones are not computed. `hyper` holds traced
     float32 numbers, `learning_rate` among them; `reference_params` are for objectives that need
     `kl`. Not jitted here: the caller adds donation, shardings or vmap.
+
+    `optimizer` is to treat every number of a parameter by itself, but for the gradient's global
+    norm, which it is given as `norm` (see `training.state.make_optimizer`). Then XLA makes one pass
+    each for a parameter and its moments, which clipping that finds the norm itself would undo.
     """
     gradient_of = build_gradient(forward, objective)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(state: State, rows: Rows, hyper: Hyper, reference_params=None):
         sums, baseline = gradient_of(state, rows, hyper, reference_params)
         metrics, weight = sums.metrics, jnp.maximum(sums.metrics["loss"].weight, 1e-30)
-        gradient = jax.tree.map(lambda g: g / weight, sums.gradient)
-        norm = optax.tree.norm(gradient)
+        norm = optax.tree.norm(sums.gradient) / weight
         rate = hyper["learning_rate"] * schedule(state.step)
         finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(norm)
 
-        def updated(state: State) -> tuple[State, Metric]:
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        def update(summed: dict, opt_state, params: dict):
+            gradient = jax.tree.map(lambda g: g * (1 / weight), summed)
+            return optimizer.update(gradient, opt_state, params, norm=norm)
+
+        def updated(state: State) -> State:
+            updates, opt_state = update(sums.gradient, state.opt_state, state.params)
             params = jax.tree.map(partial(_moved, rate), state.params, updates)
-            new = State(state.step + 1, params, opt_state, state.rng, baseline)
-            return new, _lost(state.params, updates, rate)
+            return State(state.step + 1, params, opt_state, state.rng, baseline)
 
         # A branch: to choose between two states both would have to exist.
-        kept = lambda state: (state, Metric(jnp.float32(0), jnp.float32(0)))
-        new, lost = jax.lax.cond(finite, updated, kept, state)
+        new = jax.lax.cond(finite, updated, lambda state: state, state)
+        again = _first((sums.gradient, new.params))
+        moments = optax.tree.map_params(optimizer, _first, new.opt_state)
+        lost = _lost(again[1], update(again[0], moments, again[1])[0], rate)
+        lost = jax.tree.map(lambda x: jnp.where(finite, x, 0), lost)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
         return new, Report(metrics | {LOST: lost}, finite, sums.bad)
@@ -95,15 +105,19 @@ def _moved(rate: Array, param: Array, update: Array) -> Array:
     return (param - rate * update).astype(param.dtype)
 
 
+def _first(tree):
+    """Of stacked layers the first, of what no layers share out nothing: see `_lost`."""
+    return jax.tree.map(lambda x: x[0] if x.ndim > 2 else x[:0], tree)
+
+
 def _lost(params: dict, updates: dict, rate: Array) -> Metric:
     """How many updates are too small for the weight that they are added to, of all that are not 0.
 
     Counted in the first layer, which stands for the others: its slice of a stacked array costs
-    nothing, however the array is sharded.
+    nothing, however the array is sharded. And of the update that the same gradient would make from
+    the new state: to look at the old one after it was overwritten, XLA would copy all of it.
     """
-    first = lambda x: x[0] if x.ndim > 2 else x[:0]
     count = lambda found: jnp.sum(found, dtype=jnp.float32)
-    params, updates = jax.tree.map(first, (params, updates))
     wanted = jax.tree.map(lambda u: u != 0, updates)
     stuck = jax.tree.map(lambda w, p, u: w & (_moved(rate, p, u) == p), wanted, params, updates)
     total = lambda tree: sum(map(count, jax.tree.leaves(tree)))
