@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 
 from benchmarks.train_step import Case
 from dpojax.head import CACHED, NARROWEST
+from dpojax.models.attention import scores_of
 
 TIME, BYTES, EXACT = 1.25, 1.10, 1.02  # largest point / law: noise; XLA's buffers; none
 MIB = 2**20
@@ -67,14 +68,14 @@ def step_flops(record: Record) -> float:
 
     Forward and twice backward: 2 for each token and weight of a layer (12 width^2 weights), and for
     each scored token and weight of the head. A layer's scores and their mix cost 4 width for each
-    pair of columns of a row; they are computed again backward, which gives 4 passes and not 3, as
-    the head's logits are where they exceed the cap.
+    pair of columns of a row, but for those of a later stretch; they are computed again backward,
+    which gives 4 passes and not 3, as the head's logits are where they exceed the cap.
     """
     case = Case(**record["case"])
     members = max(1, record["members"])
     tokens = record["rows"] * case.row_length
     layers = 3 * 2 * 12 * case.layers * case.width**2 * tokens
-    scores = 4 * 4 * case.layers * case.width * case.row_length * tokens
+    scores = 4 * 4 * case.layers * case.width * record["rows"] * scores_of(case.row_length)
     return members * (layers + scores + head_flops(record))
 
 
@@ -176,14 +177,14 @@ def seconds(record: Record) -> float:
 def terms(study: str) -> tuple[str, Callable[[Record, Case], list[float]]]:
     """The law of a study's time, and its terms; also of its memory, but for the vocabulary."""
     return {
-        "tokens": ("a + b T", lambda r, c: [1, r["x"]]),
+        "tokens": ("a + b (scores of a token)", lambda r, c: [1, scores_of(r["x"]) / r["x"]]),
         "vocabulary": (
             "a + b (FLOPs of the head)",
             lambda r, c: [1, head_flops(r)],
         ),
         "responses": (
-            "a + b (P + K R) + c (P + K R)^2",
-            lambda r, c: [1, c.row_length, c.row_length**2],
+            "a + b (P + K R) + c (scores of a row)",
+            lambda r, c: [1, c.row_length, scores_of(c.row_length)],
         ),
         "members": ("a + b members", lambda r, c: [1, r["x"]]),
     }[study]

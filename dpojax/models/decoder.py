@@ -21,7 +21,7 @@ from dpojax.models.attention import (
     Kernel,
     Layer,
     PlainRows,
-    attend_among,
+    attend_causally,
     context,
     layer_constants,
 )
@@ -207,7 +207,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x: Array, context: Context, layer: Layer, attend: Callable = attend_among
+        self, x: Array, context: Context, layer: Layer, attend: Callable
     ) -> tuple[Array, Any]:
         """The new x, and what `attend` keeps of this layer."""
         normed = self.attention_norm(x)
@@ -266,9 +266,12 @@ class Decoder(nnx.Module):
         rows = PlainRows(tokens, positions, real.astype(jnp.int32), jnp.zeros_like(tokens))
         shared = context(self.config, rows.positions, partial(XLA.mask, rows))
 
+        def attend(query, key, value, *args, **kwargs):
+            return attend_causally(query, key, value, *args, **kwargs), (key, value)
+
         def body(x, block_and_layer):
             block, layer = block_and_layer
-            x, (key, value) = block(x, shared, layer, attend_among)
+            x, (key, value) = block(x, shared, layer, attend)
             return x, (cache.by_head(key), cache.by_head(value))
 
         x = constrain(self.embed(rows, self.dtype), ROWS, None, None)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dpojax.data.packing import Shape
 from dpojax.logprobs import logits_at_once
-from dpojax.models.attention import XLA, Kernel
+from dpojax.models.attention import XLA, Kernel, scores_of
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import row_shards
 
@@ -64,7 +64,7 @@ def predict(
     tensor = mesh.shape["tensor"]
     tokens = rows * shape.length
     inner = _inner(config, tensor)
-    scores = config.heads // tensor * shape.length if kernel.scores else 0
+    scores = _scores(config, kernel, shape.length) // tensor
     stored = stored_of(config, remat, tensor=tensor, kernel=kernel, length=shape.length)
     size = jnp.dtype(dtype).itemsize
     own = 4 * tokens * (3 * inner + scores)  # of the layer under way, in float32
@@ -92,7 +92,7 @@ def stored_of(
     inner, heads = _inner(config, tensor), config.heads * config.head_dim // tensor
     keys = 2 * config.kv_heads * config.head_dim // tensor
     # A kernel that has no scores keeps what it made of the heads.
-    scores = config.heads // tensor * length if kernel.scores else 0
+    scores = _scores(config, kernel, length) // tensor
     products = 2 * config.width + heads + keys + inner + (0 if kernel.scores else heads)
     return {
         "full": config.width,
@@ -112,6 +112,11 @@ def gradient_in_tokens(
     stored = stored_of(config, remat, tensor=mesh.shape["tensor"], kernel=kernel)
     of_token = jnp.dtype(dtype).itemsize * config.layers * stored
     return row_shards(mesh) * bytes_per_device(params) / of_token
+
+
+def _scores(config: DecoderConfig, kernel: Kernel, length: int) -> int:
+    """That a token of a row has, of all heads; 0 where a kernel holds none of them."""
+    return config.heads * scores_of(length) // length if kernel.scores and length else 0
 
 
 def _inner(config: DecoderConfig, tensor: int) -> int:

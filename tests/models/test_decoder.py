@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from tiny_checkpoints import random_params, random_tokens
 
-from dpojax.models.attention import attend, attention_mask, plain_rows
+from dpojax.models.attention import (
+    PlainRows,
+    attend,
+    attend_causally,
+    attention_mask,
+    plain_rows,
+    scores_of,
+)
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig, Rope
 from dpojax.models.decoder import REMAT, SHARDING_RULES, build, logits
 from dpojax.models.layers import product
@@ -133,6 +140,29 @@ def test_grouped_attention_equals_that_of_repeated_keys_and_values():
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("rnts,rsnh->rtnh", weights, np.repeat(value, 3, axis=2))
     np.testing.assert_allclose(attend(query, key, value, mask, 0.3), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [95, 200, 421])
+def test_attention_by_stretches_equals_that_of_whole_rows(length):
+    rng = np.random.default_rng(length)
+    heads = lambda n: jnp.asarray(rng.standard_normal((2, length, n, 8), np.float32))
+    segment = jnp.asarray(np.sort(rng.integers(1, 4, (2, length)), axis=1))
+    branch = jnp.asarray(np.sort(rng.integers(0, 3, (2, length)), axis=1))
+    mask = attention_mask(PlainRows(segment, segment, segment, branch))
+
+    def with_gradients(attend):
+        mixed, back = jax.vjp(lambda *x: attend(*x, mask, 0.3, softcap=4.0), *given)
+        return mixed, *back(given[0])
+
+    given = heads(4), heads(2), heads(2)
+    for got, want in zip(with_gradients(attend_causally), with_gradients(attend)):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_n_stretches_compute_n_plus_1_of_2_n_scores():
+    assert scores_of(95) == 95**2
+    assert scores_of(200) == 3 / 4 * 200**2
+    assert scores_of(400) == 5 / 8 * 400**2
 
 
 def test_every_remat_policy_gives_the_same_gradients():
