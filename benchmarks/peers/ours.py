@@ -18,6 +18,7 @@ from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
 from dpojax.training.costs import packing_costs
 from dpojax.training.forward import build_score, language_model
+from dpojax.training.memory import lean
 from dpojax.training.reference import compute
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
@@ -73,7 +74,7 @@ def _train(model, params, config, mesh, learning_rate: float):
     abstract = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)
     options = preference.resolve("dpo", {"beta": BETA})
     hyper = preference.hyper(options | {"learning_rate": learning_rate})
-    train = jax.jit(
+    step = jax.jit(
         build_step(
             language_model(model, max_logits=config.max_logits),
             preference.objective("dpo", options),
@@ -83,7 +84,7 @@ def _train(model, params, config, mesh, learning_rate: float):
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None),
     )
-    state = new_state(params, optimizer, abstract, seed=0)
+    state, train = new_state(params, optimizer, abstract, seed=0), lean(step)
     return lambda state, rows: train(state, rows, hyper), state
 
 

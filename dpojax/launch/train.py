@@ -34,7 +34,7 @@ from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import adapted
 from dpojax.training.lanes import MakeStep
 from dpojax.training.loop import Every, Fit, StopSignal
-from dpojax.training.memory import Footprint, gib, limit_bytes, predict
+from dpojax.training.memory import Footprint, gib, lean, limit_bytes, predict
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.profile import Spans
 from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
@@ -168,7 +168,7 @@ def _fit(
 ) -> Fit:
     setup, config = stage.setup, stage.setup.config
     frozen = judge.used.params if judge.base is None else judge.base
-    step = jitted_step(stage, optimizer, abstract)
+    step = lean(jitted_step(stage, optimizer, abstract))
     if config.profile:
         _ceiling(setup)  # now, and not among the steps that the trace shows
     return Fit(

@@ -112,3 +112,18 @@ def test_a_gradient_is_as_large_as_the_activations_of_so_many_tokens(kernel, axe
     params = jax.device_put(params, shardings)
     given = {"remat": "dots", "dtype": "float32", "kernel": kernel}
     assert memory.gradient_in_tokens(config, params, mesh, **given) == pytest.approx(tokens)
+
+
+def test_a_lean_function_compiles_once_and_gives_what_it_gave():
+    traced = []
+
+    def double(state, by):
+        traced.append(by)
+        return state * by
+
+    jitted = jax.jit(double, donate_argnums=0)
+    lean = memory.lean(jitted)
+    for start in (3.0, 5.0):
+        assert lean(jnp.float32(start), jnp.float32(2)) == 2 * start
+    assert len(traced) == 1
+    assert jitted._cache_size() == 1
