@@ -131,8 +131,11 @@ def logits_at_once(
     """How many float32 numbers `token_logprobs` holds in the place of logits, on all devices.
 
     Those that it keeps, if it does, and those of a part under way, with their gradient. A part can
-    have more than `max_logits` of them, see there. The mesh is the ambient one by default.
+    have more than `max_logits` of them, see there. The mesh is the ambient one by default. None of
+    a model without a vocabulary.
     """
+    if vocabulary == 0:
+        return 0
     parts, every = parts_of(tokens, vocabulary, max_logits, mesh), tokens * vocabulary
     kept = parts.count == 1 or every <= max_logits
     return tokens * parts.size + (every if kept else tokens * parts.size)

@@ -80,9 +80,13 @@ def test_growth_beyond_the_law_is_said_and_is_the_exit_code(capsys, monkeypatch)
     assert "grew faster than the mathematics: members  seconds" in printed
 
 
-def test_a_step_multiplies_and_sends_what_the_closed_forms_say():
-    """On two devices."""
-    point = Point(2, TINY._replace(max_logits=400), mesh="data", devices=2)
+LONG = {"prompt": 200, "response": 100, "row_length": 400, "max_positions": 400}
+
+
+@pytest.mark.parametrize("case", [TINY._replace(max_logits=400), TINY._replace(**LONG)])
+def test_a_step_multiplies_and_sends_what_the_closed_forms_say(case):
+    """On two devices; the longer row is of four stretches."""
+    point = Point(2, case, mesh="data", devices=2)
     record = point._asdict() | {"case": point.case._asdict()} | build(point).facts
     assert 2 * record["flops"] == step_flops(record)
     sent = sum(record["collective_bytes"].values())

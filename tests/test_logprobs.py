@@ -262,3 +262,7 @@ def test_parts_are_of_a_caches_size_where_the_program_runs_on_a_cpu(platform, in
 def test_logits_at_once_are_those_of_a_part_and_as_many_gradients(tensor, max_logits, held):
     mesh = mesh_of("gpu", tensor)
     assert logits_at_once(50, 300, max_logits=max_logits, mesh=mesh) == held
+
+
+def test_a_model_without_a_vocabulary_holds_no_logits():
+    assert logits_at_once(50, 0, max_logits=10**6, mesh=mesh_of("gpu")) == 0

@@ -18,7 +18,7 @@ from dpojax.models.layers import Dense, Norm, product, residual_std
 from dpojax.models.rope import cos_sin, rotate
 from dpojax.sharding import ROWS, constrain, fit
 
-STRETCHES, NARROWEST = 4, 96  # at most so many of a row's columns at a time, and so few
+STRETCHES, SHORTEST = 4, 96  # at most so many of a row's columns at a time, and so few
 HIDDEN = -1e30  # added to the score of a token that is not attended to; its weight is exactly 0
 
 
@@ -230,7 +230,7 @@ def stretch_ends(length: int) -> list[int]:
     On two CPU cores four took about half the time of all at once, forward and backward, for rows of
     384 to 1,088; twice as many were as fast.
     """
-    count = max(1, min(STRETCHES, length // NARROWEST))
+    count = max(1, min(STRETCHES, length // SHORTEST))
     return [-(-length * i // count) for i in range(1, count + 1)]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpojax.models.attention import XLA, Kernel, attend, attention_mask, by_device, scaled
+from dpojax.models.attention import XLA, Kernel, attend_causally, attention_mask, by_device, scaled
 from dpojax.models.config import DecoderConfig
 from dpojax.models.flash import FLASH, LARGEST
 from dpojax.models.splash import SPLASH
@@ -19,13 +19,13 @@ def attend_cudnn(query, key, value, mask, scale, *, softcap=None, implementation
     """As `attention.attend`, by cuDNN's flash attention: no scores in memory, but one mask for all
     heads, [R, T, T] in the compute dtype.
 
-    Rows of an odd length go through XLA: cuDNN has no gradient of theirs.
+    Rows of an odd length go through XLA, scores and all: cuDNN has no gradient of theirs.
 
     Args:
       implementation: `xla` makes the same call without a GPU, for tests.
     """
     if query.shape[1] % 2:
-        return attend(query, key, value, mask, scale, softcap=softcap)
+        return attend_causally(query, key, value, mask, scale, softcap=softcap)
 
     def mix(query, key, value, mask):
         return jax.nn.dot_product_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,8 +75,9 @@ def predict(
     scored = rows * row_shards(mesh) * shape.scored
     logits = logits_at_once(scored, vocabulary, max_logits=max_logits, mesh=mesh)
     # A vocabulary that `tensor` does not divide lies whole on every device of it.
-    sharers = row_shards(mesh) * (1 if vocabulary % tensor else tensor)
-    head, fsdp = vocabulary * config.width // tensor, mesh.shape["fsdp"]
+    ways = 1 if vocabulary % tensor else tensor
+    sharers = row_shards(mesh) * ways
+    head, fsdp = vocabulary * config.width // ways, mesh.shape["fsdp"]
     head = 4 * head // fsdp + (size * head if fsdp > 1 else 0)
     return Footprint(
         weights=weights,
@@ -140,10 +142,10 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def lean(jitted: Callable) -> Callable:
-    """The same function, which runs first in a process that keeps no memory it has freed.
+    """The same function; before it first runs, what compiling it has freed goes to the system.
 
-    To compile GPT-2 small's step takes 0.25 GiB, which glibc keeps in pieces; they would add to the
-    most that the process ever holds.
+    That of GPT-2 small's step frees 0.25 GiB, which glibc keeps in pieces; they would add to the
+    most that the process ever holds. Elsewhere than in glibc nothing is done.
     """
     compiled = False
 
@@ -151,13 +153,17 @@ def lean(jitted: Callable) -> Callable:
         nonlocal compiled
         if not compiled:
             jitted.lower(*args).compile()  # which the call below finds
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-            if trim is not None:
-                trim(0)
+            _trim()
             compiled = True
         return jitted(*args)
 
     return run
+
+
+def _trim() -> None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(ctypes.c_size_t(0))
 
 
 def limit_bytes() -> int:

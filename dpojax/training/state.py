@@ -51,15 +51,17 @@ def make_optimizer(config) -> optax.GradientTransformation:
         raise ValueError(f"optimizer.name must be 'adamw' or 'rmsprop', got {config.name!r}")
     parts = [scale]
     if config.clip_norm:
-        parts.insert(0, _clip(config.clip_norm))
+        parts.insert(0, clip_by_norm(config.clip_norm))
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decayed))
     return optax.chain(*parts)
 
 
-def _clip(most: float) -> optax.GradientTransformationExtraArgs:
-    """Gradients scaled down to a global norm of `most`, by one factor that fuses with what follows
-    (`optax.clip_by_global_norm` divides, which XLA does in a pass of its own)."""
+def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, whose `update` takes the norm as `norm` where it is known.
+
+    It multiplies by one factor, which fuses with what follows; optax divides, in a pass of its own.
+    """
 
     def update(gradient, state, params=None, *, norm=None, **_):
         norm = optax.tree.norm(gradient) if norm is None else norm

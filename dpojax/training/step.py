@@ -106,16 +106,16 @@ def _moved(rate: Array, param: Array, update: Array) -> Array:
 
 
 def _first(tree):
-    """Of stacked layers the first, of what no layers share out nothing: see `_lost`."""
-    return jax.tree.map(lambda x: x[0] if x.ndim > 2 else x[:0], tree)
+    """Of stacked matrices the first layer's, of all else nothing: see `_lost`."""
+    return jax.tree.map(lambda x: x[0] if x.ndim > 2 else jnp.zeros(0, x.dtype), tree)
 
 
 def _lost(params: dict, updates: dict, rate: Array) -> Metric:
     """How many updates are too small for the weight that they are added to, of all that are not 0.
 
-    Counted in the first layer, which stands for the others: its slice of a stacked array costs
-    nothing, however the array is sharded. And of the update that the same gradient would make from
-    the new state: to look at the old one after it was overwritten, XLA would copy all of it.
+    Counted in the matrices of the first layer, which stand for all: its slice of a stacked array
+    costs nothing, however the array is sharded. And of the update that the same gradient would make
+    from the new state: to look at the old one after it was overwritten, XLA would copy all of it.
     """
     count = lambda found: jnp.sum(found, dtype=jnp.float32)
     wanted = jax.tree.map(lambda u: u != 0, updates)

@@ -187,7 +187,7 @@ def test_outside_the_kernels_no_array_is_quadratic_in_the_row():
         return max(sizes(jax.make_jaxpr(jax.grad(loss))(arrays, mask).jaxpr))
 
     assert largest(flash.FLASH) == 2 * 16 * length
-    assert largest(XLA) >= length**2
+    assert largest(XLA) >= length**2 / 4  # a stretch's
     program = lowered(flash.FLASH, "cuda")
     assert all(name in program for name in KERNELS)
     assert "1024x1024x" not in program

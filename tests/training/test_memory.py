@@ -59,6 +59,7 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
         {"family": LLAMA},
         {"vocabulary": 32768, "max_logits": 2**22},
         {"vocabulary": 32768, "mesh": (1, 1, 4)},
+        {"vocabulary": 32767, "mesh": (1, 1, 4)},
         {"vocabulary": 32768, "mesh": (2, 1, 2), "max_logits": 2**23},
         {"vocabulary": 32768, "mesh": (1, 2, 2), "max_logits": 2**23},
     ],
@@ -124,3 +125,23 @@ def test_a_lean_function_compiles_once_and_gives_what_it_gave(caplog):
         assert [float(lean(*each)) for each in given] == [6, 10]
     compiled = [x for x in caplog.messages if "Finished XLA compilation of jit(double)" in x]
     assert len(compiled) == 1
+
+
+def test_a_lean_function_gives_memory_back_between_compiling_and_running(monkeypatch):
+    done = []
+
+    class Jitted:
+        def __call__(self):
+            done.append("run")
+
+        def lower(self):
+            return self
+
+        def compile(self):
+            done.append("compile")
+
+    monkeypatch.setattr(memory, "_trim", lambda: done.append("trim"))
+    lean = memory.lean(Jitted())
+    lean()
+    lean()
+    assert done == ["compile", "trim", "run", "run"]

@@ -15,7 +15,7 @@ from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import build_divergence, language_model
-from dpojax.training.state import abstract_state, new_state
+from dpojax.training.state import abstract_state, clip_by_norm, new_state
 from dpojax.training.step import build_evaluate, build_step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
@@ -284,6 +284,20 @@ def test_divergence_is_zero_from_itself_and_the_exact_kl_otherwise(
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)[row.response >= 0]
     assert got.weight == kl.size
     np.testing.assert_allclose(got.total, kl.sum(), rtol=1e-4)
+
+
+def test_clipping_is_by_the_norm_of_the_mean_gradient(
+    model, objective, params, stepped, rows, hyper
+):
+    gradient = gradient_of(stepped, params, hyper)
+    most = 0.5 * float(optax.tree.norm(gradient))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    clip = clip_by_norm(most)
+    abstract = abstract_state(params, clip, mesh, RULES)
+    state = new_state(jax.tree.map(jnp.copy, params), clip, abstract, seed=0)
+    clipped = jax.jit(build_step(language_model(model), objective, clip, one))(state, rows, hyper)
+    want, _ = optax.clip_by_global_norm(most).update(gradient, optax.EmptyState())
+    assert_close(gradient_of(clipped, params, hyper), want)
 
 
 def test_updates_that_rounding_swallows_are_counted(step, start, rows, hyper):
