@@ -233,7 +233,10 @@ def synthetic_rows(case: Case) -> Rows:
     examples = [
         Example(f"synthetic:{i + 1}", ids(case.prompt), responses(), whole, None) for i in batch
     ]
-    return collate(examples, batch, plan(examples, [batch], length=case.row_length or None))
+    own = case.prompt + case.responses * case.response
+    length = case.row_length or own
+    rows = -(-case.pairs // (length // own))
+    return collate(examples, batch, plan(examples, [batch], length=length, micro_rows=rows))
 
 
 def _flops(case: Case, params: dict, rows: Rows) -> float:

@@ -6,7 +6,7 @@ import pytest
 from benchmarks import growth
 from benchmarks.growth_laws import curves, fit, sent_bytes, step_flops
 from benchmarks.growth_programs import STUDIES, Point, build
-from benchmarks.train_step import Case
+from benchmarks.train_step import Case, synthetic_rows
 
 TINY = Case(2, 16, 2, 40, pairs=2, prompt=4, response=2, row_length=8, max_positions=8)
 
@@ -93,6 +93,13 @@ def test_a_step_multiplies_and_sends_what_the_closed_forms_say(case):
     # The tied table's two gradients are reduced apart; metrics are a few numbers.
     tied = 4 * point.case.vocabulary * point.case.width
     assert 0 <= sent - sent_bytes(record) - tied < 200
+
+
+def test_every_point_is_one_micro_batch_of_full_rows():
+    for point in (point for points in STUDIES.values() for point in points):
+        rows = synthetic_rows(point.case)
+        assert len(rows.tokens) == 1
+        assert (rows.segment > 0).all()
 
 
 def test_points_differ_in_what_the_study_varies():
