@@ -18,7 +18,7 @@ from dpojax.models.layers import Dense, Norm, product, residual_std
 from dpojax.models.rope import cos_sin, rotate
 from dpojax.sharding import ROWS, constrain, fit
 
-STRETCHES, SHORTEST = 4, 96  # at most so many of a row's columns at a time, and so few
+STRETCHES, SHORTEST = 4, 96  # of a row, at most; columns of one, at least
 HIDDEN = -1e30  # added to the score of a token that is not attended to; its weight is exactly 0
 
 
