@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -137,7 +138,8 @@ def pulled_over_parts(pull: Callable, hidden: Array, head: Head, parts: Parts, g
 def _most_of_a_part(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    if platform != "cpu" or (not mesh.empty and mesh.size > 1):
+    sharing = math.prod(n for axis, n in mesh.shape.items() if axis != "sweep")
+    if platform != "cpu" or sharing > 1:
         return max_logits
     return min(max_logits, max(CACHED, NARROWEST * tokens))
 

@@ -19,7 +19,7 @@ import numpy as np
 from dpojax.data.records import DataError
 from dpojax.data.tokenise import Example
 
-GAIN = 0.02  # of the time that another size must save to be worth its compilation
+GAIN = 0.005  # of the time that another size must save to be worth its compilation
 DOUBLING = 0.03  # of the time that twice the tokens at once, with twice the activations, must save
 SAMPLED = 512  # examples of batches by which sizes are chosen
 SHORT = tuple(k / 16 for k in range(1, 16))  # lengths that are tried, in the longest example's

@@ -20,7 +20,7 @@ from dpojax.launch import setup as run_setup
 from dpojax.launch.config import ConfigError, check, fill_in, only_run, record
 from dpojax.launch.ppo import PPOStage
 from dpojax.launch.setup import Setup
-from dpojax.launch.summary import summarise, summarise_classifier, summarise_reward
+from dpojax.launch.summary import open_summary, summarise_classifier, summarise_reward
 from dpojax.launch.train import footprint, require_memory, train_stage
 from dpojax.training.checkpoints import CheckpointError
 from dpojax.training.loop import NonFiniteLoss, StopSignal
@@ -108,12 +108,24 @@ def train(
     return start
 
 
-def finish(last: stages.Stage | PPOStage, params: dict) -> None:
-    """Judge the parameters of a run's last stage, draw its curves, and write finished.json."""
-    judges = {"dpo": summarise, "reward": summarise_reward, "classifier": summarise_classifier}
+def summariser(last: stages.Stage | PPOStage) -> Callable[..., dict]:
+    """(stage, its parameters) -> what is said of them in the end: of this stage, or of others that
+    share its model, reference and data."""
+    judges = {"reward": summarise_reward, "classifier": summarise_classifier}
     judges[ppo.NAME] = ppo.summarise
-    judge = judges.get(last.name)
-    summaries = {} if judge is None else {last.name: judge(last, params)}
+    return open_summary(last) if last.name == "dpo" else judges.get(last.name, lambda *_: None)
+
+
+def finish(
+    last: stages.Stage | PPOStage, params: dict, judge: Callable[..., dict] | None = None
+) -> None:
+    """Judge the parameters of a run's last stage, draw its curves, and write finished.json.
+
+    Args:
+      judge: of `summariser`, where several stages can share one.
+    """
+    found = (judge or summariser(last))(last, params)
+    summaries = {} if found is None else {last.name: found}
     if jax.process_index() == 0:
         from dpojax.evaluation import plots  # matplotlib, which only a run's end wants
 

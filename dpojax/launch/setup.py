@@ -57,8 +57,8 @@ class Setup(NamedTuple):
 
     @property
     def max_logits(self) -> int:
-        """Float32 logits that may exist at once on all devices together."""
-        return self.config.max_logits * self.mesh.size
+        """Float32 logits that may exist at once on all devices that share a batch."""
+        return self.config.max_logits * self.mesh.size // self.mesh.shape.get(sharding.SWEEP, 1)
 
     @property
     def tokenizer_hash(self) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpojax import sharding
@@ -156,12 +157,18 @@ def with_numbers(stage: Stage, config: ConfigDict, workdir: pathlib.Path) -> Sta
     return stage._replace(setup=setup, steps=steps, hyper=_hyper(stage.name, own))
 
 
+def on_mesh(stage: Stage, mesh: Mesh) -> Stage:
+    """The same stage, whose steps run on another mesh."""
+    setup = stage.setup._replace(mesh=mesh)
+    return stage._replace(setup=setup, forward=_forward(setup, stage.objective))
+
+
 def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage:
     """The stage with its programs alone: no data, no shape, no steps."""
     config = setup.config[name]
     setup = run_setup.scalar(setup, labels) if name in SCORING else setup
     objective = _method(name, config)[0]
-    forward, score = _programs(setup, objective)
+    forward = _forward(setup, objective)
     return Stage(
         name=name,
         setup=setup,
@@ -172,7 +179,7 @@ def without_data(name: str, setup: Setup, labels: tuple[str, ...] = ()) -> Stage
         hyper=_hyper(name, config),
         forward=forward,
         keep_best=reward.ACCURACY if name == "reward" and config.keep_best else "",
-        score=_scoring(score),
+        score=_scoring(_score(setup, forward)),
         metrics=jax.jit(build_evaluate(objective)),
     )
 
@@ -249,15 +256,20 @@ def _hyper(name: str, config: ConfigDict) -> Hyper:
     return preference.hyper(_method(name, config)[1] | {"learning_rate": config.learning_rate})
 
 
-def _programs(setup: Setup, objective: Objective) -> tuple[Forward, Callable]:
-    """The forward pass to train with, and the one that scores whole batches."""
+def _forward(setup: Setup, objective: Objective) -> Forward:
+    """The forward pass to train with."""
     if setup.model.config.scalar_head:
         labelled = setup.model.config.labels
-        forward = (forwards.classifier if labelled else reward_model)(setup.model)
-        return forward, build_outputs(forward)
-    given = {"max_logits": setup.max_logits}
-    forward = language_model(setup.model, statistics=objective.statistics, **given)
-    return forward, build_score(setup.model, **given)
+        return (forwards.classifier if labelled else reward_model)(setup.model)
+    given = {"statistics": objective.statistics, "max_logits": setup.max_logits}
+    return language_model(setup.model, **given)
+
+
+def _score(setup: Setup, forward: Forward) -> Callable:
+    """What scores whole batches."""
+    if setup.model.config.scalar_head:
+        return build_outputs(forward)
+    return build_score(setup.model, max_logits=setup.max_logits)
 
 
 def _scoring(score: Callable) -> Callable:
@@ -282,8 +294,11 @@ def _wants(loss: str) -> Wants:
     )
 
 
-def shape_of(stage: Stage, orders: Sequence) -> Shape:
+def shape_of(stage: Stage, orders: Sequence, *, mesh: Mesh | None = None) -> Shape:
     """The shape that all batches fit into: of training in these orders, and of evaluation.
+
+    Args:
+      mesh: of the steps, by default the stage's, on which evaluation runs.
 
     Raises:
       DataError, ConfigError: see `packing.plan`.
@@ -298,7 +313,7 @@ def shape_of(stage: Stage, orders: Sequence) -> Shape:
         micro_rows=config.micro_rows or None,
         multiple=sharding.row_shards(stage.setup.mesh),
         score_prompt=stage.score_prompt,
-        costs=costs_of(stage.setup, stage.lora),
+        costs=costs_of(stage.setup._replace(mesh=mesh or stage.setup.mesh), stage.lora),
     )
     with naming("micro_rows"):
         if stage.objective.coupled:  # one micro-batch takes one pass, several take two

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 
 import jax
 
 from dpojax import sharding
+from dpojax.data.rows import Rows
 from dpojax.launch.references import folder_of
 from dpojax.launch.setup import kept_step
 from dpojax.launch.stages import Stage
+from dpojax.logprobs import TokenStatistics
 from dpojax.training import checkpoints
 from dpojax.training.forward import build_divergence
 from dpojax.training.metrics import Window
 
 
-def summarise(stage: Stage, params: dict) -> dict:
-    """Compare `params` with the run's reference on the held-out data; save the table.
+def open_summary(stage: Stage) -> Callable[[Stage, dict], dict]:
+    """(stage, params) -> a comparison of `params` with the run's reference on the held-out data, of
+    this stage or of others that share its model, reference and data; the table is saved.
 
     Writes summary.json and summary.txt into the stage's folder. KL is exact over the vocabulary,
     averaged over the contexts of the held-out responses' tokens. Rewards are implicit ones against
@@ -25,17 +29,28 @@ def summarise(stage: Stage, params: dict) -> dict:
     """
     reference = checkpoints.load_tree(folder_of(stage), stage.setup.abstract_params)
     divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
-    live = lambda kept: kept if "kl" in stage.objective.statistics else None
-    before, after, kl_window = Window(), Window(), Window()
-    for batch in stage.held_out():
+    live = reference if "kl" in stage.objective.statistics else None
+
+    def scored(batch: Rows) -> tuple[Rows, TokenStatistics]:
         rows = sharding.put_rows(batch, stage.setup.mesh)
-        scored = stage.score(reference, rows, live(reference))
-        rows = rows._replace(reference=scored.logprob)
-        before.add(stage.metrics(scored, rows, stage.hyper))
-        after.add(stage.metrics(stage.score(params, rows, live(reference)), rows, stage.hyper))
-        kl_window.add({"kl": divergence(params, reference, rows)})
-    values = {"before": before.flush(), "after": after.flush()}
-    kl = {"before": 0.0, "after": kl_window.flush()["kl"]}
+        tokens = stage.score(reference, rows, live)
+        return rows._replace(reference=tokens.logprob), tokens
+
+    held_out = [scored(batch) for batch in stage.held_out()]
+
+    def summarise(stage: Stage, params: dict) -> dict:
+        before, after, kl_window = Window(), Window(), Window()
+        for rows, tokens in held_out:
+            before.add(stage.metrics(tokens, rows, stage.hyper))
+            after.add(stage.metrics(stage.score(params, rows, live), rows, stage.hyper))
+            kl_window.add({"kl": divergence(params, reference, rows)})
+        values = {"before": before.flush(), "after": after.flush()}
+        return _saved(stage, values, {"before": 0.0, "after": kl_window.flush()["kl"]})
+
+    return summarise
+
+
+def _saved(stage: Stage, values: dict, kl: dict) -> dict:
     count = _count(stage)
     result = {"pairs": count, "values": values, "kl_per_token_exact": kl}
     if jax.process_index() == 0:
@@ -46,7 +61,7 @@ def summarise(stage: Stage, params: dict) -> dict:
 
 
 def summarise_reward(stage: Stage, params: dict) -> dict:
-    """How often a reward model ranks held-out pairs rightly; saved as `summarise` does.
+    """How often a reward model ranks held-out pairs rightly; saved as `open_summary` does.
 
     Where the best of several evaluations is kept, its accuracy is a little too high for new data.
     """
@@ -74,7 +89,7 @@ def summarise_reward(stage: Stage, params: dict) -> dict:
 
 
 def summarise_classifier(stage: Stage, params: dict) -> dict:
-    """How often a classifier is right about held-out texts; saved as `summarise` does."""
+    """How often a classifier is right about held-out texts; saved as `open_summary` does."""
     batches = (sharding.put_rows(rows, stage.setup.mesh) for rows in stage.held_out())
     values, count = stage.evaluate(params, batches), len(stage.data.held_out)
     low, high = interval(values["accuracy"], count)

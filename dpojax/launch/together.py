@@ -163,7 +163,8 @@ class _Group:
         first = [next(s for s in every if s.setup.config.seed == seed) for seed in seeds]
         # As long as the longest member: a shorter one's batches are the first of them.
         self.orders = [stage._replace(steps=longest) for stage in first]
-        shape = stages.shape_of(every[0], [stage.order for stage in self.orders])
+        self.mesh = _mesh_of(every)
+        shape = stages.shape_of(every[0], [stage.order for stage in self.orders], mesh=self.mesh)
         self.stages = [stage._replace(shape=shape) for stage in every]
         self.lead = self.stages[0]
         self.optimizer = make_optimizer(self.lead.config.optimizer)
@@ -182,7 +183,7 @@ class _Group:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _train(self, start) -> None:
-        lead, mesh = self.lead, self.lead.setup.mesh
+        lead = self.lead
         params = start()
         if lead.setup.model.config.scalar_head:
             params = run_setup.scored(lead.setup, params)
@@ -191,9 +192,11 @@ class _Group:
         for stage in self.stages[1:]:
             for name in ("reference", "base", "reference_logprobs"):
                 share_folder(lead.folder / name, stage.folder / name)
-        judge = open_judge(lead, base, used)
         trained = params if base is None else lead.lora.start(lead.setup.config.seed)
-        lanes = _Lanes(self, mesh, len(self.stages))
+        judge = open_judge(lead, base, used)
+        if lead.objective.needs_reference and lead.starts_at_reference:
+            judge = judge._replace(first=first_scores(lead, policy_of(lead, base, trained), used))
+        lanes = _Lanes(self)
         frozen = used.params if base is None else base
         at_once = lanes.compile(frozen)
         for first in range(0, len(self.stages), at_once):
@@ -227,7 +230,7 @@ class _Group:
                     if found is not None:
                         member.error = found[2].get(member.name, "")
                     elif not member.ended:
-                        self._begin(member, self.stages[i], judge, trained, used)
+                        self._begin(member, self.stages[i], judge)
                 places = [
                     range(len(indices))[t * lanes.count :][: lanes.count] for t in range(turns)
                 ]
@@ -265,15 +268,15 @@ class _Group:
             checkpoints=during.enter_context(Checkpoints(stage.folder / "checkpoints")),
         )
 
-    def _begin(self, member: Member, stage: Stage, judge: Judge, trained, used) -> None:
+    def _begin(self, member: Member, stage: Stage, judge: Judge) -> None:
         """Step 0: each starts from the reference, if it has one."""
-        if stage.objective.needs_reference and stage.starts_at_reference:
-            policy = policy_of(stage, judge.base, trained)
-            tokens = first_scores(stage, policy, used)
-            member.writer.write(0, check_identity(stage, tokens, used), split="identity")
+        if judge.first is not None:
+            found = check_identity(stage, judge.first, judge.used)
+            member.writer.write(0, found, split="identity")
 
     def _end(self, indices: range, errors: dict[int, str]) -> None:
         """Judge those that have not been judged, and say why others failed."""
+        judge = None
         for index in indices:
             stage = self.stages[index]
             if _ended(stage.setup.workdir):
@@ -281,7 +284,8 @@ class _Group:
             if why := errors.get(index):
                 say_failed(stage.setup.workdir, why)
             else:
-                runs.finish(stage, run_setup.trained_params(stage.setup, stage.name))
+                judge = judge or runs.summariser(stage)
+                runs.finish(stage, run_setup.trained_params(stage.setup, stage.name), judge)
 
     def _batches(self, stage: Stage, used: Reference):
         return train_batches(
@@ -296,19 +300,13 @@ class _Group:
 class _Lanes:
     """The program of a group: how many lanes it has, where they lie, and what goes in and out."""
 
-    def __init__(self, group: _Group, mesh: Mesh, members: int):
-        """members: of the whole sweep."""
-        asked = group.lead.setup.config.sweep
-        members = min(members, asked.at_once or members)
-        self.group, self.asked, self.members = group, asked, members
-        axis = asked.axis or _largest_divisor(mesh.shape["data"], members)
-        try:
-            self.mesh = sharding.sweep_mesh(mesh, axis)
-        except ValueError as error:
-            raise ConfigError(f"config.sweep.axis: {error}") from error
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+    def __init__(self, group: _Group):
+        self.group, self.mesh = group, group.mesh
+        self.members, self.asked = len(group.stages), group.lead.setup.config.sweep
+        axis, on_cpu = self.mesh.shape[SWEEP], self.mesh.devices.flat[0].platform == "cpu"
         # A CPU's products are not faster for being batched; its cores are filled by devices.
-        self.vmapped = asked.vmapped or (1 if on_cpu else -(-members // axis))
+        members = min(self.members, self.asked.at_once or self.members)
+        self.vmapped = self.asked.vmapped or (1 if on_cpu else -(-members // axis))
         self.own = abstract_of(group.lead, group.optimizer)
 
     @property
@@ -354,8 +352,9 @@ class _Lanes:
         """Compile for the present lanes; bytes of a device for them and beside them, and how many
         times such lanes fit."""
         self.abstract = abstract_lanes(self.own, self.count, self.mesh)
+        lead = stages.on_mesh(self.group.lead, self.mesh)
         step = build_lanes(
-            make_step(self.group.lead, self.group.optimizer),
+            make_step(lead, self.group.optimizer),
             self.abstract,
             own_rows=self.group.own_rows,
         )
@@ -370,10 +369,12 @@ class _Lanes:
         return lanes, beside, sharding.agreed(max(-1, min(2**20, fit)))
 
     def _described(self, at_once: int, lanes: int, beside: int) -> str:
+        shape = self.group.lead.shape
         return (
             f"sweep: {self.members} members, {at_once} of them at once; {self.count} in a call, on "
-            f"a sweep axis of {self.mesh.shape[SWEEP]}; on each device {memory.gib(lanes)} for "
-            f"the states of a call and {memory.gib(beside)} beside them"
+            f"a sweep axis of {self.mesh.shape[SWEEP]}, micro-batches of {shape.rows} rows x "
+            f"{shape.length} tokens; on each device {memory.gib(lanes)} for the states of a call "
+            f"and {memory.gib(beside)} beside them"
         )
 
     def step(self, lanes, rows, numbers, frozen):
@@ -431,8 +432,20 @@ def digest(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def _largest_divisor(devices: int, members: int) -> int:
-    return max(n for n in range(1, min(devices, members) + 1) if devices % n == 0)
+def _mesh_of(every: Sequence[Stage]) -> Mesh:
+    """The mesh with an axis for lanes: config.sweep.axis, or the largest that members fill.
+
+    Raises:
+      ConfigError: an axis that does not divide the mesh.
+    """
+    asked, mesh = every[0].setup.config.sweep, every[0].setup.mesh
+    members = min(len(every), asked.at_once or len(every))
+    data = mesh.shape["data"]
+    axis = asked.axis or max(n for n in range(1, min(data, members) + 1) if data % n == 0)
+    try:
+        return sharding.sweep_mesh(mesh, axis)
+    except ValueError as error:
+        raise ConfigError(f"config.sweep.axis: {error}") from error
 
 
 def _ended(workdir: pathlib.Path) -> bool:

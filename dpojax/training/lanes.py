@@ -8,6 +8,7 @@ all of them, and nothing is communicated between lanes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,8 @@ def build_lanes(make_step: MakeStep, abstract: Lanes, *, own_rows: bool = False)
     """(lanes, rows, numbers, frozen) -> (lanes, reports): one step of every lane, jitted.
 
     A lane whose loss is not finite keeps its last good state for good, and one that has done its
-    `steps` its last; neither touches the others. Reports lead with [L]. Donates the lanes.
+    `steps` its last; neither touches the others, and their reports are zeros. Reports lead with
+    [L]. Donates the lanes.
 
     Args:
       abstract: of `abstract_lanes`.
@@ -55,19 +57,44 @@ def build_lanes(make_step: MakeStep, abstract: Lanes, *, own_rows: bool = False)
 
     def one(lane: Lanes, rows, numbers: Numbers, frozen):
         state, alive = lane
-        new, report = make_step(numbers.warmup_steps, numbers.steps)(
-            state, rows, numbers.hyper, frozen
-        )
-        ended = state.step >= numbers.steps
-        alive = alive & (report.finite | ended)
-        going = alive & ~ended
-        new = jax.tree.map(lambda a, b: jnp.where(going, a, b), new, state)
-        return Lanes(new, alive), report
+        step = make_step(numbers.warmup_steps, numbers.steps)
+        take = lambda state: step(state, rows, numbers.hyper, frozen)
+        said = jax.eval_shape(take, state)[1]
 
+        def leave(state: State) -> tuple[State, Report]:
+            report = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), said)
+            return state, report._replace(finite=jnp.array(True))
+
+        going = alive & (state.step < numbers.steps)
+        state, report = jax.lax.cond(going, take, leave, state)
+        return Lanes(state, alive & report.finite), report
+
+    mesh = abstract.alive.sharding.mesh
     axes = (0, 0 if own_rows else None, 0, None)
-    every = jax.vmap(one, in_axes=axes, spmd_axis_name=SWEEP)
+    if mesh.size > mesh.shape[SWEEP]:
+        every = jax.vmap(one, in_axes=axes, spmd_axis_name=SWEEP)
+    else:
+        by_lane, shared = PartitionSpec(SWEEP), PartitionSpec()
+        every = jax.shard_map(
+            partial(_of_device, one, axes),
+            mesh=mesh,
+            in_specs=tuple(shared if axis is None else by_lane for axis in axes),
+            out_specs=by_lane,
+            axis_names={SWEEP},
+            check_vma=False,
+        )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _of_device(one: Callable, axes: tuple, lanes: Lanes, *given):
+    """`one` of every lane of a device; a single one does without `vmap`, which computes both ways
+    of every branch and on a CPU took a tenth longer."""
+    if len(lanes.alive) > 1:
+        return jax.vmap(one, in_axes=axes)(lanes, *given)
+    first = lambda x: x[0]
+    own = [x if axis is None else jax.tree.map(first, x) for x, axis in zip((lanes, *given), axes)]
+    return jax.tree.map(lambda x: x[None], one(*own))
 
 
 def abstract_lanes(abstract: State, lanes: int, mesh: Mesh) -> Lanes:

@@ -141,11 +141,11 @@ def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
 ):
     folder, finish, judged = tmp_path / "sweep", runs.finish, []
 
-    def killed(stage, params):
+    def killed(stage, *given):
         if judged:
             raise KeyboardInterrupt
         judged.append(stage)
-        finish(stage, params)
+        finish(stage, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "finish", killed)

@@ -152,7 +152,7 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
         assert_same(state.params, want.params, 1e-6)
 
 
-@pytest.mark.parametrize(("members", "mesh"), [(4, (1, 2, 2))], ids=str)
+@pytest.mark.parametrize(("members", "mesh"), [(2, (1, 2, 2)), (4, (1, 2, 2))], ids=str)
 def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):
     make = make_step(model, objective, optax.scale_by_adam())
     together = Together(
