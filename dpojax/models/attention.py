@@ -274,6 +274,7 @@ def by_device(mix: Callable, query: Array, key: Array, value: Array, mask: Any) 
         return mix(query, key, value, mask)
     spec = fit(P(ROWS, None, "tensor", None), key.shape, mesh)
     specs = spec, spec, spec, P(spec[0])
-    return jax.shard_map(mix, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
-        query, key, value, mask
-    )
+    rest = set(mesh.axis_names) - set(mesh.manual_axes)  # a lane of a sweep has its device already
+    return jax.shard_map(
+        mix, mesh=mesh, in_specs=specs, out_specs=spec, axis_names=rest, check_vma=False
+    )(query, key, value, mask)

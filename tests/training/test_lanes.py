@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.hlo import collectives
 from dpojax import sharding
+from dpojax.models import decoder, flash
+from dpojax.models.attention import XLA, Kernel
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import language_model
 from dpojax.training.lanes import (
@@ -119,20 +121,25 @@ def test_members_together_equal_members_alone(
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, last))) > 1e-3
 
 
-def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows):
+@pytest.mark.parametrize("axis", [1, 2], ids=["one device", "a device each"])
+def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows, axis):
     make = make_step(model, objective, optax.identity())
     members = [member(0.1, steps=2), member(0.1, steps=4)]
-    states = Together(make, optax.identity(), params, members).train(rows, steps=4)
+    together = Together(make, optax.identity(), params, members, axis=axis)
+    states = together.train(rows, steps=4)
     assert [int(state.step) for state in states] == [2, 4]
+    assert together.reports.metrics["loss"].weight.tolist() == [0, 10]
     for state, numbers in zip(states, members):
         assert_same(
             state.params, alone(make, optax.identity(), params, rows, numbers)[0].params, 1e-6
         )
 
 
-def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, rows):
+@pytest.mark.parametrize("axis", [1, 2], ids=["one device", "a device each"])
+def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, rows, axis):
     make = make_step(model, objective, optax.identity())
-    together = Together(make, optax.identity(), params, [member(np.nan), member(0.1)])
+    two = [member(np.nan), member(0.1)]
+    together = Together(make, optax.identity(), params, two, axis=axis)
     broken, healthy = together.train(rows)
     assert together.lanes.alive.tolist() == [False, True]
     assert_same(broken.params, params, 0)
@@ -152,7 +159,19 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
         assert_same(state.params, want.params, 1e-6)
 
 
-@pytest.mark.parametrize(("members", "mesh"), [(2, (1, 2, 2)), (4, (1, 2, 2))], ids=str)
+def test_a_kernel_that_xla_cannot_divide_runs_in_a_lane(model, objective, params, rows):
+    """Which has its device already where the kernel would ask for it."""
+    flash_interpreted = Kernel(flash.seen, partial(flash.attend, interpret=True))
+    states = []
+    for kernel in (XLA, flash_interpreted):
+        own = decoder.build(model.config, kernel=kernel)
+        make = make_step(own, objective, optax.identity())
+        together = Together(make, optax.identity(), params, [member(0.1), member(0.5)], axis=2)
+        states.append([state.params for state in together.train(rows, steps=1)])
+    assert_same(*states, 1e-6)
+
+
+@pytest.mark.parametrize(("members", "mesh"), [(4, (1, 2, 2))], ids=str)
 def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):
     make = make_step(model, objective, optax.scale_by_adam())
     together = Together(

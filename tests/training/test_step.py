@@ -15,7 +15,7 @@ from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import build_divergence, language_model
-from dpojax.training.state import abstract_state, clip_by_norm, new_state
+from dpojax.training.state import abstract_state, clip_by_norm, initial_state, new_state
 from dpojax.training.step import build_evaluate, build_step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
@@ -201,6 +201,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_and_names_the_example(
     assert np.argwhere(report.bad).tolist() == [[*place[:2], slot]]
     assert state.step == 0
     assert_close(state.params, params, atol=0)
+    assert report.metrics["updates/lost"] == (0, 0)
 
 
 def test_the_step_counts_and_changes_the_parameters_otherwise(stepped, params):
@@ -300,10 +301,17 @@ def test_clipping_is_by_the_norm_of_the_mean_gradient(
     assert_close(gradient_of(clipped, params, hyper), want)
 
 
-def test_updates_that_rounding_swallows_are_counted(step, start, rows, hyper):
-    lost = {}
+DECAYING = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+
+
+@pytest.mark.parametrize("optimizer", [sgd(), DECAYING], ids=["plain", "adam with decay"])
+def test_updates_that_rounding_swallows_are_counted(
+    model, objective, params, rows, hyper, optimizer
+):
+    lost, step = {}, jax.jit(build_step(language_model(model), objective, optimizer, one))
     for rate in (1e-1, 1e-12):
-        _, report = step(start(), rows, hyper | {"learning_rate": jnp.float32(rate)})
+        state = initial_state(params, optimizer, 0)
+        _, report = step(state, rows, hyper | {"learning_rate": jnp.float32(rate)})
         lost[rate] = report.metrics["updates/lost"].value
     assert lost[1e-1] < 0.01
     assert lost[1e-12] > 0.9
