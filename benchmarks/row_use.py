@@ -1,10 +1,13 @@
 """What share of the columns that are computed hold tokens, on data of one's own.
 
     python benchmarks/row_use.py --tokenizer FOLDER --source auto:PAIRS.jsonl hh:FOLDER
+    python benchmarks/row_use.py --source completions:4x40
 
 A table of batch sizes and row shards: use of columns and of scored slots with micro-batches of
 several sizes, use with one size for all, and the time that the planner foretells, as a ratio. Costs
 are a run's for GPT-2 small at the given width, on one CPU or on several TPUs; nothing is trained.
+`completions:KxN` stands for what the frontier of configs/imdb.py learns from, whose lengths are
+known without a model: 4,000 prefixes of 2 to 8 tokens, each with K completions of N.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 from transformers import AutoTokenizer
 
@@ -32,6 +36,7 @@ from dpojax.sharding import AXES
 from dpojax.training.costs import packing_costs
 
 LAYOUTS = ((8, 1), (16, 1), (64, 1), (64, 8))  # examples of a batch, row shards
+COMPLETIONS = "completions"
 CONFIG = default_config().model
 
 
@@ -43,16 +48,20 @@ class Use(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="a Hugging Face folder")
+    parser.add_argument("--tokenizer", help="a Hugging Face folder, for sources that are files")
     parser.add_argument("--source", nargs="+", required=True, help="FORM:PATH")
     parser.add_argument("--width", type=int, default=768, help="of the model")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    files = [source for source in args.source if not source.startswith(f"{COMPLETIONS}:")]
+    if files and not args.tokenizer:
+        parser.error(f"{files[0]} needs --tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if files else None
     print("| data | pairs | batch x shards | use | scored | one size | time | sizes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for source in args.source:
         form, path = source.split(":", 1)
-        examples = _examples(form, path, tokenizer)
+        completions = form == COMPLETIONS
+        examples = _completions(path) if completions else _examples(form, path, tokenizer)
         for batch_size, shards in LAYOUTS:
             print(_line(pathlib.Path(path), examples, batch_size, shards, args.width), flush=True)
 
@@ -68,6 +77,15 @@ def _examples(form: str, path: str, tokenizer) -> list[Example]:
     examples = list(found.examples)
     random.Random(0).shuffle(examples)
     return examples
+
+
+def _completions(shape: str) -> list[Example]:
+    """Rankings of K x N, of the lengths alone."""
+    responses, tokens = map(int, shape.split("x"))
+    prefixes = random.Random(0).choices(range(2, 9), k=4_000)
+    ids = lambda n: np.zeros(n, np.int32)
+    answers, cut = (ids(tokens),) * responses, (False,) * responses
+    return [Example(str(i), ids(n), answers, cut, None) for i, n in enumerate(prefixes)]
 
 
 def _line(path: pathlib.Path, examples: list[Example], batch: int, shards: int, width: int) -> str:

@@ -236,17 +236,27 @@ def test_a_head_that_devices_share_is_gathered_once_and_not_for_each_of_its_part
     assert {one.times for one in gathered} == {1}
 
 
-def mesh_of(platform, tensor=1) -> AbstractMesh:
+def mesh_of(platform, **sizes) -> AbstractMesh:
     """Devices that need not be here."""
     device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
-    return AbstractMesh((1, 1, tensor), sharding.AXES, abstract_device=device)
+    sizes = dict.fromkeys((sharding.SWEEP, *sharding.AXES), 1) | sizes
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), abstract_device=device)
 
 
-@pytest.mark.parametrize(("platform", "in_parts"), [("cpu", True), ("tpu", False), ("gpu", False)])
-def test_parts_are_of_a_caches_size_where_the_program_runs_on_a_cpu(platform, in_parts):
+@pytest.mark.parametrize(
+    ("platform", "sizes", "in_parts"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"sweep": 4}, True),
+        ("cpu", {"data": 4}, False),
+        ("tpu", {}, False),
+        ("gpu", {}, False),
+    ],
+)
+def test_parts_are_of_a_caches_size_where_a_model_runs_on_one_cpu(platform, sizes, in_parts):
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     given = shape(jnp.float32, 2048, 8), shape(jnp.float32, 3000, 8), shape(jnp.int32, 2048)
-    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+    with jax.sharding.use_abstract_mesh(mesh_of(platform, **sizes)):
         program = jax.make_jaxpr(lambda h, w, t: token_logprobs(h, Head(w), t))(*given)
     assert ("scan" in str(program)) == in_parts
 
@@ -260,7 +270,7 @@ def test_parts_are_of_a_caches_size_where_the_program_runs_on_a_cpu(platform, in
     ],
 )
 def test_logits_at_once_are_those_of_a_part_and_as_many_gradients(tensor, max_logits, held):
-    mesh = mesh_of("gpu", tensor)
+    mesh = mesh_of("gpu", tensor=tensor)
     assert logits_at_once(50, 300, max_logits=max_logits, mesh=mesh) == held
 
 

@@ -117,14 +117,14 @@ def summariser(last: stages.Stage | PPOStage) -> Callable[..., dict]:
 
 
 def finish(
-    last: stages.Stage | PPOStage, params: dict, judge: Callable[..., dict] | None = None
+    last: stages.Stage | PPOStage, params: dict, summarise: Callable[..., dict] | None = None
 ) -> None:
     """Judge the parameters of a run's last stage, draw its curves, and write finished.json.
 
     Args:
-      judge: of `summariser`, where several stages can share one.
+      summarise: of `summariser`, where several stages share one.
     """
-    found = (judge or summariser(last))(last, params)
+    found = (summarise or summariser(last))(last, params)
     summaries = {} if found is None else {last.name: found}
     if jax.process_index() == 0:
         from dpojax.evaluation import plots  # matplotlib, which only a run's end wants

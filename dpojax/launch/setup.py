@@ -43,7 +43,7 @@ class Setup(NamedTuple):
     model: Model
     raw: dict | None  # config.json of the imported model
     lora: dict[str, Lora | None]  # by stage
-    vmapped: bool = False  # whether steps run under vmap, as those of a sweep
+    vmapped: bool = False  # whether steps may run under vmap, as those of a sweep
 
     @property
     def abstract_params(self):
@@ -57,7 +57,7 @@ class Setup(NamedTuple):
 
     @property
     def max_logits(self) -> int:
-        """Float32 logits that may exist at once on all devices that share a batch."""
+        """Float32 logits of a model that may exist at once, on all devices that compute it."""
         return self.config.max_logits * self.mesh.size // self.mesh.shape.get(sharding.SWEEP, 1)
 
     @property

@@ -157,8 +157,8 @@ def with_numbers(stage: Stage, config: ConfigDict, workdir: pathlib.Path) -> Sta
     return stage._replace(setup=setup, steps=steps, hyper=_hyper(stage.name, own))
 
 
-def on_mesh(stage: Stage, mesh: Mesh) -> Stage:
-    """The same stage, whose steps run on another mesh."""
+def stepping_on(stage: Stage, mesh: Mesh) -> Stage:
+    """The same stage for steps on another mesh; it still evaluates on its own."""
     setup = stage.setup._replace(mesh=mesh)
     return stage._replace(setup=setup, forward=_forward(setup, stage.objective))
 
@@ -298,7 +298,8 @@ def shape_of(stage: Stage, orders: Sequence, *, mesh: Mesh | None = None) -> Sha
     """The shape that all batches fit into: of training in these orders, and of evaluation.
 
     Args:
-      mesh: of the steps, by default the stage's, on which evaluation runs.
+      mesh: of the steps, which decides costs. By default the stage's own; evaluation always runs
+        on that, and micro-batches have a multiple of its row shards.
 
     Raises:
       DataError, ConfigError: see `packing.plan`.

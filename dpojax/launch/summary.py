@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -31,21 +32,22 @@ def open_summary(stage: Stage) -> Callable[[Stage, dict], dict]:
     divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
     live = reference if "kl" in stage.objective.statistics else None
 
+    put = partial(sharding.put_rows, mesh=stage.setup.mesh)
+
     def scored(batch: Rows) -> tuple[Rows, TokenStatistics]:
-        rows = sharding.put_rows(batch, stage.setup.mesh)
-        tokens = stage.score(reference, rows, live)
-        return rows._replace(reference=tokens.logprob), tokens
+        tokens = sharding.to_host(stage.score(reference, put(batch), live))
+        return batch._replace(reference=tokens.logprob), tokens
 
     held_out = [scored(batch) for batch in stage.held_out()]
 
-    def summarise(stage: Stage, params: dict) -> dict:
+    def summarise(own: Stage, params: dict) -> dict:
         before, after, kl_window = Window(), Window(), Window()
-        for rows, tokens in held_out:
-            before.add(stage.metrics(tokens, rows, stage.hyper))
-            after.add(stage.metrics(stage.score(params, rows, live), rows, stage.hyper))
+        for rows, tokens in map(put, held_out):
+            before.add(own.metrics(tokens, rows, own.hyper))
+            after.add(own.metrics(own.score(params, rows, live), rows, own.hyper))
             kl_window.add({"kl": divergence(params, reference, rows)})
         values = {"before": before.flush(), "after": after.flush()}
-        return _saved(stage, values, {"before": 0.0, "after": kl_window.flush()["kl"]})
+        return _saved(own, values, {"before": 0.0, "after": kl_window.flush()["kl"]})
 
     return summarise
 

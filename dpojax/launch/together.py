@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -34,6 +34,7 @@ from dpojax.launch.plan import write_json
 from dpojax.launch.references import Reference, check_identity, first_scores
 from dpojax.launch.stages import Stage
 from dpojax.launch.train import Judge, abstract_of, make_step, open_judge, policy_of, reference_of
+from dpojax.logprobs import TokenStatistics
 from dpojax.sharding import ROWS, SWEEP
 from dpojax.training import memory
 from dpojax.training.checkpoints import Checkpoints
@@ -116,7 +117,9 @@ def train_together(
     if not all(map(_ended, workdirs)):
         # All of them, whatever is left: so a plan does not change when the call is repeated.
         setup = run_setup.prepare(configs[0], workdirs[0], vmapped=True)
-        prepared = [runs.prepare(name, setup) for name in setup.config.stages]
+        *before, last = [runs.prepare(name, setup) for name in setup.config.stages]
+        group = _Group([stages.with_numbers(last, *own) for own in zip(configs, workdirs)], folder)
+        prepared = [*before, stages.stepping_on(group.lead, group.mesh)]
         runs.require_memory_of(prepared)
         for config, workdir in zip(configs, workdirs):
             record(config, workdir)
@@ -126,13 +129,12 @@ def train_together(
             during.enter_context(jax.set_mesh(setup.mesh))
             stop = during.enter_context(StopSignal())
             runs.announce(prepared)
-            start = runs.train(prepared[:-1], partial(run_setup.initial_params, setup), stop)
-            every = [stages.with_numbers(prepared[-1], *own) for own in zip(configs, workdirs)]
-            for stage in every[1:]:
+            start = runs.train(before, partial(run_setup.initial_params, setup), stop)
+            for stage in group.stages[1:]:
                 share(workdirs[0], stage.setup.workdir, but=(stage.name,))
                 if jax.process_index() == 0:
                     stages.save_reports(stage)
-            _Group(every, folder, stop).train(start)
+            group.train(start, stop)
     sharding.agreed(True)  # what the first process wrote is there
     return {path.name: why for path in workdirs if (why := failure_of(path))}
 
@@ -154,9 +156,9 @@ def say_failed(workdir: pathlib.Path, why: str) -> None:
 class _Group:
     """Stages that differ in traced numbers alone, and what they share."""
 
-    def __init__(self, every: Sequence[Stage], folder: pathlib.Path, stop: StopSignal):
+    def __init__(self, every: Sequence[Stage], folder: pathlib.Path):
         self.folder = folder / digest([stage.setup.workdir.name for stage in every])
-        self.stop = stop
+        self.first: TokenStatistics | None = None  # of step 0, once that was scored
         seeds = list(dict.fromkeys(stage.setup.config.seed for stage in every))
         self.order_of = [seeds.index(stage.setup.config.seed) for stage in every]
         longest = max(stage.steps for stage in every)
@@ -173,8 +175,9 @@ class _Group:
     def own_rows(self) -> bool:
         return len(self.orders) > 1
 
-    def train(self, start) -> None:
+    def train(self, start: Callable[[], dict], stop: StopSignal) -> None:
         """All of them, as many at once as memory holds; start() -> parameters to begin with."""
+        self.stop = stop
         if not all(map(self._trained, range(len(self.stages)))):
             self._train(start)
         self._end(range(len(self.stages)), {})
@@ -194,8 +197,6 @@ class _Group:
                 share_folder(lead.folder / name, stage.folder / name)
         trained = params if base is None else lead.lora.start(lead.setup.config.seed)
         judge = open_judge(lead, base, used)
-        if lead.objective.needs_reference and lead.starts_at_reference:
-            judge = judge._replace(first=first_scores(lead, policy_of(lead, base, trained), used))
         lanes = _Lanes(self)
         frozen = used.params if base is None else base
         at_once = lanes.compile(frozen)
@@ -224,6 +225,8 @@ class _Group:
                 batches = Orders([self._batches(stage, used) for stage in self.orders])
                 turns = -(-len(indices) // lanes.count)
                 found = resume(saved, lanes.abstract, turns, batches)
+                if found is None:
+                    judge = judge._replace(first=self._first_scores(judge, trained))
                 done = -1 if found is None else found[1]
                 members = [self._member(i, judge, during, done, i in ended) for i in indices]
                 for member, i in zip(members, indices):
@@ -268,6 +271,15 @@ class _Group:
             checkpoints=during.enter_context(Checkpoints(stage.folder / "checkpoints")),
         )
 
+    def _first_scores(self, judge: Judge, trained: dict) -> TokenStatistics | None:
+        """Of the policy that all start from, where that is the reference."""
+        if not (self.lead.objective.needs_reference and self.lead.starts_at_reference):
+            return None
+        if self.first is None:
+            policy = policy_of(self.lead, judge.base, trained)
+            self.first = first_scores(self.lead, policy, judge.used)
+        return self.first
+
     def _begin(self, member: Member, stage: Stage, judge: Judge) -> None:
         """Step 0: each starts from the reference, if it has one."""
         if judge.first is not None:
@@ -276,7 +288,7 @@ class _Group:
 
     def _end(self, indices: range, errors: dict[int, str]) -> None:
         """Judge those that have not been judged, and say why others failed."""
-        judge = None
+        summarise = None
         for index in indices:
             stage = self.stages[index]
             if _ended(stage.setup.workdir):
@@ -284,8 +296,9 @@ class _Group:
             if why := errors.get(index):
                 say_failed(stage.setup.workdir, why)
             else:
-                judge = judge or runs.summariser(stage)
-                runs.finish(stage, run_setup.trained_params(stage.setup, stage.name), judge)
+                summarise = summarise or runs.summariser(stage)
+                params = run_setup.trained_params(stage.setup, stage.name)
+                runs.finish(stage, params, summarise)
 
     def _batches(self, stage: Stage, used: Reference):
         return train_batches(
@@ -352,7 +365,7 @@ class _Lanes:
         """Compile for the present lanes; bytes of a device for them and beside them, and how many
         times such lanes fit."""
         self.abstract = abstract_lanes(self.own, self.count, self.mesh)
-        lead = stages.on_mesh(self.group.lead, self.mesh)
+        lead = stages.stepping_on(self.group.lead, self.mesh)
         step = build_lanes(
             make_step(lead, self.group.optimizer),
             self.abstract,
@@ -361,6 +374,7 @@ class _Lanes:
         numbers = self.numbers(range(min(self.count, self.members)), set())
         with jax.set_mesh(self.mesh):
             self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
+        memory.give_back()
         lanes = memory.bytes_per_device(self.abstract)
         # The weights that all start from stay, and an evaluation takes one member's state out.
         beside = memory.temporary_bytes(self._step) + memory.bytes_per_device((self.own, frozen))
@@ -369,12 +383,10 @@ class _Lanes:
         return lanes, beside, sharding.agreed(max(-1, min(2**20, fit)))
 
     def _described(self, at_once: int, lanes: int, beside: int) -> str:
-        shape = self.group.lead.shape
         return (
             f"sweep: {self.members} members, {at_once} of them at once; {self.count} in a call, on "
-            f"a sweep axis of {self.mesh.shape[SWEEP]}, micro-batches of {shape.rows} rows x "
-            f"{shape.length} tokens; on each device {memory.gib(lanes)} for the states of a call "
-            f"and {memory.gib(beside)} beside them"
+            f"a sweep axis of {self.mesh.shape[SWEEP]}; on each device {memory.gib(lanes)} for "
+            f"the states of a call and {memory.gib(beside)} beside them"
         )
 
     def step(self, lanes, rows, numbers, frozen):

@@ -52,7 +52,7 @@ def choose(
 
     Args:
       dtype: the compute dtype. device: one of those that it is to run on.
-      vmapped: whether the model runs under `vmap`, as the members of a sweep do.
+      vmapped: whether the model may run under `vmap`, as the members of a sweep do.
 
     Raises:
       ValueError: an unknown name, or a kernel that cannot do this here.

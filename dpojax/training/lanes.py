@@ -1,4 +1,4 @@
-"""Members of a sweep as lanes of one program: the whole step under `vmap`, over the mesh.
+"""Members of a sweep as lanes of one program: the whole step over a mesh with an axis of its own.
 
 A lane is a member's train state; lanes differ in traced numbers alone (beta, learning rate, the
 length of the run, ...). Rows, cached reference log-probs and frozen weights are the same arrays for
@@ -47,8 +47,8 @@ def build_lanes(make_step: MakeStep, abstract: Lanes, *, own_rows: bool = False)
     """(lanes, rows, numbers, frozen) -> (lanes, reports): one step of every lane, jitted.
 
     A lane whose loss is not finite keeps its last good state for good, and one that has done its
-    `steps` its last; neither touches the others, and their reports are zeros. Reports lead with
-    [L]. Donates the lanes.
+    `steps` its last; neither touches the others. From then on it reports zeros, and `finite`.
+    Reports lead with [L]. Donates the lanes.
 
     Args:
       abstract: of `abstract_lanes`.
@@ -71,6 +71,7 @@ def build_lanes(make_step: MakeStep, abstract: Lanes, *, own_rows: bool = False)
 
     mesh = abstract.alive.sharding.mesh
     axes = (0, 0 if own_rows else None, 0, None)
+    # Not `shard_map` where a lane has several devices: XLA's partitioner dies of some such meshes.
     if mesh.size > mesh.shape[SWEEP]:
         every = jax.vmap(one, in_axes=axes, spmd_axis_name=SWEEP)
     else:

@@ -142,25 +142,26 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def lean(jitted: Callable) -> Callable:
-    """The same function; before it first runs, what compiling it has freed goes to the system.
-
-    That of GPT-2 small's step frees 0.25 GiB, which glibc keeps in pieces; they would add to the
-    most that the process ever holds. Elsewhere than in glibc nothing is done.
-    """
+    """The same function; before it first runs, what compiling it has freed is given back."""
     compiled = False
 
     def run(*args):
         nonlocal compiled
         if not compiled:
             jitted.lower(*args).compile()  # which the call below finds
-            _trim()
+            give_back()
             compiled = True
         return jitted(*args)
 
     return run
 
 
-def _trim() -> None:
+def give_back() -> None:
+    """To the system, what this process has freed.
+
+    Compiling GPT-2 small's step frees 0.25 GiB, which glibc keeps in pieces; they would add to the
+    most that the process ever holds. Elsewhere than in glibc nothing is done.
+    """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(ctypes.c_size_t(0))

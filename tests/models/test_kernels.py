@@ -89,10 +89,15 @@ def test_splash_equals_plain_attention_in_values_and_gradients():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_each_kernel():
+@pytest.mark.parametrize("devices", [8, 2], ids=["four of a member", "two members of each"])
+def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_each_kernel(
+    devices,
+):
     sizes = {"vocab_size": 50, "width": 16, "layers": 2, "heads": 4, "mlp_width": 16}
     config = DecoderConfig(**LLAMA, **sizes, max_positions=512, kv_heads=2, windows=(25, None))
-    mesh = sweep_mesh(make_mesh(data=4, tensor=2), 2)
+    tensor = 2 if devices == 8 else 1
+    mesh = sweep_mesh(make_mesh(tensor=tensor, devices=jax.devices()[:devices]), 2)
+    members = jnp.array([2.0, 3.0] if devices == 8 else [2.0, 2.5, 3.0, 3.5])
     params = random_params(config)
     rows = jax.tree.map(lambda x: np.concatenate([x, x]), rows_of())
     real = (rows.segment > 0)[..., None]
@@ -103,11 +108,23 @@ def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_
         def loss(params, power, rows):
             return jnp.where(real, jnp.abs(model.apply(params, rows)) ** power, 0.0).sum()
 
-        by_member = jax.vmap(jax.grad(loss), in_axes=(None, 0, None), spmd_axis_name=SWEEP)
+        axes = (None, 0, None)
+        if devices == 8:
+            by_member = jax.vmap(jax.grad(loss), axes, spmd_axis_name=SWEEP)
+        else:
+            own, shared = jax.P(SWEEP), jax.P()
+            by_member = jax.shard_map(
+                jax.vmap(jax.grad(loss), axes),
+                mesh=mesh,
+                in_specs=(shared, own, shared),
+                out_specs=own,
+                axis_names={SWEEP},
+                check_vma=False,
+            )
         spread = jax.NamedSharding(mesh, jax.P(ROWS))
         placed = jax.device_put(params, tree_shardings(params, mesh, SHARDING_RULES))
         with jax.set_mesh(mesh):
-            return jax.jit(by_member)(placed, jnp.array([2.0, 3.0]), jax.device_put(rows, spread))
+            return jax.jit(by_member)(placed, members, jax.device_put(rows, spread))
 
     plain, close = (
         gradients(XLA),

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.hlo import collectives
 from dpojax import sharding
+from dpojax.methods import preference
 from dpojax.models import decoder, flash
 from dpojax.models.attention import XLA, Kernel
 from dpojax.models.decoder import SHARDING_RULES
@@ -31,7 +32,7 @@ STEPS = 3
 
 
 def member(beta, *, rate=0.1, steps=STEPS, seed=0) -> Numbers:
-    hyper = {"learning_rate": rate, "beta": beta, "label_smoothing": 0.1}
+    hyper = {"learning_rate": rate, "beta": beta, "label_smoothing": 0.1, "alpha": 0.5}
     whole = jnp.int32
     return Numbers(jax.tree.map(jnp.float32, hyper), whole(1), whole(steps), whole(seed))
 
@@ -39,12 +40,13 @@ def member(beta, *, rate=0.1, steps=STEPS, seed=0) -> Numbers:
 def make_step(model, objective, optimizer):
     def make(warmup_steps, steps):
         schedule = make_schedule("cosine", warmup_steps, steps)
-        return build_step(language_model(model), objective, optimizer, schedule)
+        forward = language_model(model, statistics=objective.statistics)
+        return build_step(forward, objective, optimizer, schedule)
 
     return make
 
 
-def alone(make, optimizer, params, rows, numbers: Numbers):
+def alone(make, optimizer, params, rows, numbers: Numbers, frozen=None):
     """The member trained by itself, with Python's numbers in its schedule, on one device."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     abstract = abstract_state(params, optimizer, mesh, SHARDING_RULES)
@@ -52,7 +54,7 @@ def alone(make, optimizer, params, rows, numbers: Numbers):
     state = new_state(start, optimizer, abstract, seed=int(numbers.seed))
     step = jax.jit(make(int(numbers.warmup_steps), int(numbers.steps)))
     for _ in range(int(numbers.steps)):
-        state, report = step(state, rows, numbers.hyper)
+        state, report = step(state, rows, numbers.hyper, frozen)
     return state, report
 
 
@@ -63,7 +65,7 @@ class Together:
         self.own_rows = own_rows
         devices = jax.devices()[: axis * int(np.prod(mesh))]
         plain = sharding.make_mesh(axis * mesh[0], *mesh[1:], devices=devices)
-        self.mesh = sharding.sweep_mesh(plain, axis)
+        self.plain, self.mesh = plain, sharding.sweep_mesh(plain, axis)
         own = abstract_state(params, optimizer, plain, SHARDING_RULES)
         self.abstract = abstract_lanes(own, len(members), self.mesh)
         self.numbers = stack(members, self.mesh)
@@ -78,11 +80,12 @@ class Together:
             return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("sweep")))
         return sharding.put_rows(rows, self.mesh)
 
-    def train(self, rows, steps=STEPS):
+    def train(self, rows, steps=STEPS, frozen=None):
         placed = self.place(rows)
+        frozen = jax.device_put(frozen, sharding.replicated(self.plain))
         with jax.set_mesh(self.mesh):
             for _ in range(steps):
-                self.lanes, self.reports = self.step(self.lanes, placed, self.numbers, None)
+                self.lanes, self.reports = self.step(self.lanes, placed, self.numbers, frozen)
         return [self.lane(self.lanes, i) for i in range(len(self.lanes.alive))]
 
 
@@ -157,6 +160,20 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
     for state, numbers, own in zip(together.train(both), members, (rows, other)):
         want, _ = alone(make, optax.identity(), params, own, numbers)
         assert_same(state.params, want.params, 1e-6)
+
+
+@pytest.mark.parametrize("members", [2, 4], ids=["one of a device", "two of a device"])
+def test_frozen_weights_are_the_same_for_all_lanes(model, params, reference_params, rows, members):
+    objective = preference.objective("tdpo", {"alpha": 0.5, "stop_chosen": True})
+    make = make_step(model, objective, optax.identity())
+    all_of_them = [member(beta, steps=1) for beta in BETAS[-members:]]
+    together = Together(make, optax.identity(), params, all_of_them, axis=2)
+    states = together.train(rows, steps=1, frozen=reference_params)
+    for state, numbers in zip(states, all_of_them):
+        want, _ = alone(make, optax.identity(), params, rows, numbers, reference_params)
+        assert_same(state.params, want.params, 1e-6)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), states[0].params, params)
+    assert min(jax.tree.leaves(moved)) > 0
 
 
 def test_a_kernel_that_xla_cannot_divide_runs_in_a_lane(model, objective, params, rows):

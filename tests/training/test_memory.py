@@ -140,7 +140,7 @@ def test_a_lean_function_gives_memory_back_between_compiling_and_running(monkeyp
         def compile(self):
             done.append("compile")
 
-    monkeypatch.setattr(memory, "_trim", lambda: done.append("trim"))
+    monkeypatch.setattr(memory, "give_back", lambda: done.append("trim"))
     lean = memory.lean(Jitted())
     lean()
     lean()
