@@ -98,7 +98,7 @@ STUDIES: dict[str, tuple[Point, ...]] = {
     "tokens": tuple(map(_tokens, (128, 256, 512, 1024, 2048))),
     "vocabulary": tuple(map(_vocabulary, (1024, 4096, 16384, 32768, 65536))),
     "responses": tuple(map(_responses, (2, 4, 8, 16, 32))),
-    "members": tuple(map(_members, (1, 2, 4, 8))),
+    "members": tuple(map(_members, (2, 4, 6, 8))),  # one alone is another program, without vmap
     "chunks": tuple(map(_chunks, (2048, 4096, 8192, 16384))),
     "devices": tuple(
         _devices(mesh, n) for mesh in MESHES for n in DEVICES if n > 1 or mesh == "data"
