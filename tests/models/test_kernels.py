@@ -130,7 +130,7 @@ def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_
         gradients(XLA),
         functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-3),
     )
-    for kernel in (INTERPRETED, FLASH_INTERPRETED):
+    for kernel in (INTERPRETED, FLASH_INTERPRETED)[: 2 if devices == 8 else 1]:
         jax.tree.map(close, gradients(kernel), plain)
 
 

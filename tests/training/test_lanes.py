@@ -12,8 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks.hlo import collectives
 from dpojax import sharding
 from dpojax.methods import preference
-from dpojax.models import decoder, flash
-from dpojax.models.attention import XLA, Kernel
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import language_model
 from dpojax.training.lanes import (
@@ -162,30 +160,16 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
         assert_same(state.params, want.params, 1e-6)
 
 
-@pytest.mark.parametrize("members", [2, 4], ids=["one of a device", "two of a device"])
-def test_frozen_weights_are_the_same_for_all_lanes(model, params, reference_params, rows, members):
+def test_frozen_weights_are_the_same_for_all_lanes(model, params, reference_params, rows):
     objective = preference.objective("tdpo", {"alpha": 0.5, "stop_chosen": True})
     make = make_step(model, objective, optax.identity())
-    all_of_them = [member(beta, steps=1) for beta in BETAS[-members:]]
-    together = Together(make, optax.identity(), params, all_of_them, axis=2)
-    states = together.train(rows, steps=1, frozen=reference_params)
-    for state, numbers in zip(states, all_of_them):
-        want, _ = alone(make, optax.identity(), params, rows, numbers, reference_params)
-        assert_same(state.params, want.params, 1e-6)
-    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), states[0].params, params)
+    members = [member(beta, steps=1) for beta in BETAS[-2:]]
+    together = Together(make, optax.identity(), params, members, axis=2)
+    state = together.train(rows, steps=1, frozen=reference_params)[-1]
+    want, _ = alone(make, optax.identity(), params, rows, members[-1], reference_params)
+    assert_same(state.params, want.params, 1e-6)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), state.params, params)
     assert min(jax.tree.leaves(moved)) > 0
-
-
-def test_a_kernel_that_xla_cannot_divide_runs_in_a_lane(model, objective, params, rows):
-    """Which has its device already where the kernel would ask for it."""
-    flash_interpreted = Kernel(flash.seen, partial(flash.attend, interpret=True))
-    states = []
-    for kernel in (XLA, flash_interpreted):
-        own = decoder.build(model.config, kernel=kernel)
-        make = make_step(own, objective, optax.identity())
-        together = Together(make, optax.identity(), params, [member(0.1), member(0.5)], axis=2)
-        states.append([state.params for state in together.train(rows, steps=1)])
-    assert_same(*states, 1e-6)
 
 
 @pytest.mark.parametrize(("members", "mesh"), [(4, (1, 2, 2))], ids=str)
