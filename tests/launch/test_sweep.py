@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -53,9 +54,16 @@ def assert_same(got: pathlib.Path, want: pathlib.Path, atol: float) -> None:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The folder of a finished sweep, and why members of it failed."""
+    """The folder of a finished sweep, why members of it failed, and how often was made what they
+    share."""
     folder = tmp_path_factory.mktemp("swept") / "sweep"
-    return folder, sweep.make(base_config(), MEMBERS, str(folder))
+    shared = {"reference_of": together, "first_scores": together, "summariser": runs}
+    with pytest.MonkeyPatch.context() as patch:
+        counted = {name: Mock(wraps=getattr(where, name)) for name, where in shared.items()}
+        for name, where in shared.items():
+            patch.setattr(where, name, counted[name])
+        failed = sweep.make(base_config(), MEMBERS, str(folder))
+    return folder, failed, {name: mock.call_count for name, mock in counted.items()}
 
 
 def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
@@ -81,6 +89,25 @@ def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
     assert len(kept(swept[0])) == 2
 
 
+def test_the_reference_is_scored_once_for_all_members(swept):
+    """Before training, at step 0, and on the held-out pairs in the end."""
+    assert swept[2] == {"reference_of": 1, "first_scores": 1, "summariser": 1}
+
+
+def test_adapters_against_a_live_reference_are_what_separate_runs_would_train(swept, tmp_path):
+    """TDPO, whose gradient reads the reference's whole distributions: the base, frozen."""
+    policy = tmp_path / "policy"
+    export(str(swept[0] / SHORT), str(policy), stage="sft")
+    changes = {"model.path": str(policy), "dpo.loss": "tdpo", "dpo.steps": 3, "dpo.lora.rank": 2}
+    config = base_config(stages=("dpo",), **changes, **{"dpo.reference.kind": "live"})
+    assert sweep.make(config, [{"dpo.beta": 0.1}, {"dpo.beta": 2.0}], str(tmp_path / "sweep")) == {}
+    config.dpo.beta = 2.0
+    runs.run(config, str(tmp_path / "alone"))
+    assert_same(tmp_path / "sweep" / "beta-2", tmp_path / "alone", atol=ADAM)
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "sweep" / "beta-0.1", tmp_path / "alone", atol=ADAM)
+
+
 def test_every_step_of_a_member_is_logged_once(swept):
     for name, steps in ((SHORT, 4), (PLAIN, 6), (LAST, 6)):
         logged = [x["step"] for x in lines(swept[0] / name, "dpo") if x["split"] == "train"]
@@ -88,7 +115,7 @@ def test_every_step_of_a_member_is_logged_once(swept):
 
 
 def test_a_member_fails_alone_and_says_why(swept):
-    folder, failed = swept
+    folder, failed, _ = swept
     assert set(failed) == {BROKEN}
     assert "not finite at step" in failed[BROKEN]
     assert "reviews/train:" in failed[BROKEN]
