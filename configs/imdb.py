@@ -106,8 +106,3 @@ def frontier(config):
     rates = {"beta=0.05": {"dpo.learning_rate": 2e-4}, "beta=0.1": {"dpo.learning_rate": 2e-4}}
     of = lambda run: own.get(run.method, {}) | rates.get(run.setting, {})
     return [run._replace(changes={**run.changes, **of(run)}) for run in paper_runs()]
-
-
-def sweep():
-    """The paper's values of beta (Rafailov et al. 2023, section 6.1)."""
-    return [{"dpo.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]

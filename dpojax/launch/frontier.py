@@ -36,7 +36,8 @@ from dpojax.launch.prefer import Settings, prefer
 from dpojax.launch.prompts import read_prompts
 from dpojax.launch.samples import SEED
 from dpojax.launch.setup import compiled_once
-from dpojax.launch.together import digest, same_program, train_together
+from dpojax.launch.together import same_program, train_together
+from dpojax.launch.workdirs import FAILED, digest
 from dpojax.sampling import build_sampler, generate
 from dpojax.training.loop import NonFiniteLoss
 
@@ -262,7 +263,11 @@ def _run_job(
     def start():
         configs = [_config_of(config, one, folder) for one in own]
         if failed := train_together(configs, workdirs, folder / TOGETHER):
-            raise NonFiniteLoss("\n".join(f"{name}: {why}" for name, why in failed.items()))
+            reasons = "\n".join(f"{name}: {why}" for name, why in failed.items())
+            raise NonFiniteLoss(
+                f"{reasons}\nThe others of {run.method} are finished; these are tried again once "
+                f"{FAILED} in their folders ({folder / 'runs'}/...) is deleted"
+            )
         done.parent.mkdir(exist_ok=True)
         done.touch()
 

@@ -136,13 +136,22 @@ def prepare(name: str, setup: Setup) -> Stage:
     """Load the stage's data, choose its shape, and build its programs (compiled at first use).
 
     Raises:
-      DataError: see `launch.data.load` and `packing.plan`.
+      DataError: see `load` and `packing.plan`.
+    """
+    stage = load(name, setup)
+    return stage._replace(shape=shape_of(stage, [stage.order]))
+
+
+def load(name: str, setup: Setup) -> Stage:
+    """The stage with its data and programs, whose shape is still to be chosen.
+
+    Raises:
+      DataError: see `launch.data.load`.
     """
     config = setup.config[name]
     data = _load(name, setup, _method(name, config)[2])
     steps = config.steps or steps_in(data.train, batch_size=config.batch_size, epochs=config.epochs)
-    stage = without_data(name, setup, data.labels)._replace(data=data, steps=steps)
-    return stage._replace(shape=shape_of(stage, [stage.order]))
+    return without_data(name, setup, data.labels)._replace(data=data, steps=steps)
 
 
 def with_numbers(stage: Stage, config: ConfigDict, workdir: pathlib.Path) -> Stage:

@@ -138,6 +138,8 @@ def _table(stage: Stage, count: int, values: dict, kl: dict) -> str:
     chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
 
     def accuracy(of: dict, name: str) -> str:
+        if count == 0:
+            return "- (no held-out pair states a preference)"
         low, high = interval(of[name], count)
         return f"{100 * of[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 

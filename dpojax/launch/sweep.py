@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -18,16 +19,11 @@ from dpojax import sharding
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.launch import run as runs
 from dpojax.launch import token_cache
-from dpojax.launch.config import ConfigError, changes, check, fill_in, only_run
+from dpojax.launch.config import STAGES, ConfigError, changes, check, fill_in, only_run
 from dpojax.launch.plan import write_json
 from dpojax.launch.setup import compiled_once
-from dpojax.launch.together import (
-    failure_of,
-    same_program,
-    say_failed,
-    share,
-    train_together,
-)
+from dpojax.launch.together import same_program, train_together
+from dpojax.launch.workdirs import digest, failure_of, say_failed, share
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
 
@@ -61,18 +57,15 @@ def read_sweep(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def names_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name of each: `beta-0.1`, with every key in which they differ.
+def names_of(members: Sequence[Mapping[str, Any]], stage: str) -> list[str]:
+    """A name of each: `beta-0.1`, with every key that it changes, those of `stage` without it.
 
     Raises:
       ConfigError: two members are the same.
     """
-    keys = list(dict.fromkeys(key for member in members for key in member))
-    last = [key.rsplit(".", 1)[-1] for key in keys]
-    short = {key: key if last.count(end) > 1 else end for key, end in zip(keys, last)}
     shown = lambda x: f"{x:g}" if isinstance(x, float) else str(x).replace("/", "_")
-    named = lambda own: "-".join(f"{short[key]}-{shown(x)}" for key, x in own.items())
-    names = [named(member) or "unchanged" for member in members]
+    changed = lambda key, x: f"{key.removeprefix(f'{stage}.')}-{shown(x)}"
+    names = ["-".join(changed(*item) for item in own.items()) or "unchanged" for own in members]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"sweep(): {twice[0]!r} is there {names.count(twice[0])} times")
     return names
@@ -95,18 +88,20 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
     if "://" in workdir:
         raise ConfigError(f"--workdir={workdir}: has to be a folder of a (shared) file system")
     folder = pathlib.Path(workdir).resolve()
-    configs = {name: _of(config, own) for name, own in zip(names_of(members), members)}
+    names = names_of(members, config.stages[-1])
+    configs = {name: member_of(config, own) for name, own in zip(names, members)}
     if config.distributed:
         sharding.start_distributed()
     for own in configs.values():
         own.token_cache = own.token_cache or str(folder / token_cache.FOLDER)
     plan = _plan(config, dict(zip(configs, members)), folder)
-    names, failed, trained = list(configs), {}, []
+    plan["groups"] = _groups(configs, plan["groups"], folder)
+    failed, trained = {}, []
     with only_run(folder), compiled_once(config.compilation_cache):
         if jax.process_index() == 0:
             write_json(folder / PLAN, plan)
-        for group in same_program(list(configs.values())):
-            own = {names[i]: configs[names[i]] for i in group}
+        for group in plan["groups"]:
+            own = {name: configs[name] for name in group}
             _begin_with_another(own, trained, configs, folder)
             workdirs = [folder / name for name in own]
             if len(own) == 1:
@@ -117,6 +112,29 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
         if jax.process_index() == 0:
             print(f"\n{write(folder)}\n{folder}: {TABLE}, {FIGURE}")
     return failed
+
+
+def _groups(
+    configs: Mapping[str, ConfigDict], begun: Sequence[Sequence[str]], folder: pathlib.Path
+) -> list[list[str]]:
+    """Members that train together: as they were begun, whose checkpoints are of all of them, and
+    then those that are new.
+
+    Raises:
+      ConfigError: a member is gone whose group has not ended.
+    """
+    found = []
+    for group in begun:
+        gone = [name for name in group if name not in configs]
+        if gone and (folder / GROUPS / digest(group)).exists():
+            raise ConfigError(
+                f"{folder} is training {', '.join(group)} together: put {', '.join(gone)} back "
+                "into sweep(), or give these members their own --workdir"
+            )
+        found.append([name for name in group if name in configs])
+    new = [name for name in configs if not any(name in group for group in begun)]
+    made = same_program([configs[name] for name in new])
+    return [group for group in found if group] + [[new[i] for i in group] for group in made]
 
 
 def _alone(config: ConfigDict, workdir: pathlib.Path) -> dict[str, str]:
@@ -171,12 +189,12 @@ def _text(last: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(aligned(row) for row in rows)
 
 
-def _of(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
+def member_of(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
     """A member's config.
 
     Raises:
-      ConfigError: a key that the config does not have, a value of another type, or one that no run
-        could use.
+      ConfigError: a key that the config does not have or that no stage of it reads, a value of
+        another type, or one that no run could use.
     """
     found = config.copy_and_resolve_references()
     try:
@@ -184,6 +202,12 @@ def _of(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"sweep(): {dict(own)}: {error.args[0]}") from error
     check(found)
+    unread = {"frontier", *itertools.chain(*STAGES)} - {*found.stages}
+    if others := [key for key in own if key.split(".")[0] in unread]:
+        raise ConfigError(
+            f"sweep(): {others[0]} is read by none of the stages {', '.join(found.stages)} "
+            "(config.stages)"
+        )
     fill_in(found)
     return found
 
@@ -217,7 +241,8 @@ def _plan(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path) 
       ConfigError: it is of another config, or a member of that name had other changes.
     """
     path = folder / PLAN
-    now = json.loads(json.dumps({"config": json.loads(config.to_json()), "members": members}))
+    now = {"config": json.loads(config.to_json()), "members": members, "groups": []}
+    now = json.loads(json.dumps(now))
     if path.exists():
         then = json.loads(path.read_text())
         if changed := changes(then["config"], now["config"]):
@@ -232,4 +257,5 @@ def _plan(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path) 
                     "sweep its own --workdir"
                 )
         now["members"] = then["members"] | now["members"]
+        now["groups"] = then["groups"]
     return now

@@ -8,13 +8,12 @@ holds all of them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,16 @@ from dpojax.launch.data import EMBEDDED
 from dpojax.launch.plan import write_json
 from dpojax.launch.references import Reference, check_identity, first_scores
 from dpojax.launch.stages import Stage
-from dpojax.launch.train import Judge, abstract_of, make_step, open_judge, policy_of, reference_of
+from dpojax.launch.train import (
+    Judge,
+    abstract_frozen,
+    abstract_of,
+    make_step,
+    open_judge,
+    policy_of,
+    reference_of,
+)
+from dpojax.launch.workdirs import digest, ended, failure_of, say_failed, share, share_folder
 from dpojax.logprobs import TokenStatistics
 from dpojax.sharding import ROWS, SWEEP
 from dpojax.training import memory
@@ -46,13 +54,12 @@ from dpojax.training.lanes import (
     new_lanes,
     stack,
 )
-from dpojax.training.loop import Every, StopSignal
+from dpojax.training.loop import Every, NonFiniteLoss, StopSignal
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import initial_state, make_optimizer
 from dpojax.training.together import FitTogether, Member, Orders, Turn, resume
 
 LANES = "lanes.json"  # of a group, while it trains
-FAILED = "failed.txt"  # in the workdir of a run that failed while others went on
 PACE = ("learning_rate", "warmup_steps", "steps", "epochs")
 
 
@@ -114,11 +121,14 @@ def train_together(
     if len(same_program(configs)) > 1:
         raise ConfigError("these runs differ in more than one program can vary")
     workdirs = [pathlib.Path(workdir).resolve() for workdir in workdirs]
-    if not all(map(_ended, workdirs)):
+    if not all(map(ended, workdirs)):
         # All of them, whatever is left: so a plan does not change when the call is repeated.
         setup = run_setup.prepare(configs[0], workdirs[0], vmapped=True)
-        *before, last = [runs.prepare(name, setup) for name in setup.config.stages]
-        group = _Group([stages.with_numbers(last, *own) for own in zip(configs, workdirs)], folder)
+        *names, last = setup.config.stages
+        before = [runs.prepare(name, setup) for name in names]
+        loaded = stages.load(last, setup)
+        every = [stages.with_numbers(loaded, *own) for own in zip(configs, workdirs)]
+        group = _Group(every, folder)
         prepared = [*before, stages.stepping_on(group.lead, group.mesh)]
         runs.require_memory_of(prepared)
         for config, workdir in zip(configs, workdirs):
@@ -129,7 +139,15 @@ def train_together(
             during.enter_context(jax.set_mesh(setup.mesh))
             stop = during.enter_context(StopSignal())
             runs.announce(prepared)
-            start = runs.train(before, partial(run_setup.initial_params, setup), stop)
+            if setup.config.profile and jax.process_index() == 0:
+                print("config.profile: nothing is profiled of members that train together")
+            group.compile()  # what does not fit is refused before anything is loaded
+            try:
+                start = runs.train(before, partial(run_setup.initial_params, setup), stop)
+            except NonFiniteLoss as error:
+                for workdir in workdirs:
+                    say_failed(workdir, str(error))
+                return {path.name: failure_of(path) for path in workdirs}
             for stage in group.stages[1:]:
                 share(workdirs[0], stage.setup.workdir, but=(stage.name,))
                 if jax.process_index() == 0:
@@ -137,20 +155,6 @@ def train_together(
             group.train(start, stop)
     sharding.agreed(True)  # what the first process wrote is there
     return {path.name: why for path in workdirs if (why := failure_of(path))}
-
-
-def failure_of(workdir: pathlib.Path) -> str:
-    """Why the run in a workdir failed while others went on; "" if it did not."""
-    path = workdir / FAILED
-    return path.read_text().strip() if path.exists() else ""
-
-
-def say_failed(workdir: pathlib.Path, why: str) -> None:
-    """Keep why a run failed; it is not tried again as long as that is there."""
-    if jax.process_index() == 0:
-        unfinished = workdir / f"{FAILED}.unfinished"
-        unfinished.write_text(why + "\n")
-        os.replace(unfinished, workdir / FAILED)
 
 
 class _Group:
@@ -165,7 +169,8 @@ class _Group:
         first = [next(s for s in every if s.setup.config.seed == seed) for seed in seeds]
         # As long as the longest member: a shorter one's batches are the first of them.
         self.orders = [stage._replace(steps=longest) for stage in first]
-        self.mesh = _mesh_of(every)
+        self.begun = _begun(self.folder)
+        self.mesh = _mesh_of(every, self.begun, self.folder)
         shape = stages.shape_of(every[0], [stage.order for stage in self.orders], mesh=self.mesh)
         self.stages = [stage._replace(shape=shape) for stage in every]
         self.lead = self.stages[0]
@@ -175,10 +180,21 @@ class _Group:
     def own_rows(self) -> bool:
         return len(self.orders) > 1
 
+    def compile(self) -> None:
+        """Compile the step, unless all members are trained, and choose how many go at once.
+
+        Raises:
+          ConfigError: not even one call's members fit into memory.
+        """
+        self.lanes = None
+        if not all(map(self._trained, range(len(self.stages)))):
+            self.lanes = _Lanes(self)
+            self.at_once = self.lanes.compile()
+
     def train(self, start: Callable[[], dict], stop: StopSignal) -> None:
         """All of them, as many at once as memory holds; start() -> parameters to begin with."""
         self.stop = stop
-        if not all(map(self._trained, range(len(self.stages)))):
+        if self.lanes is not None:
             self._train(start)
         self._end(range(len(self.stages)), {})
         sharding.agreed(True)  # nobody reads there any more
@@ -197,24 +213,22 @@ class _Group:
                 share_folder(lead.folder / name, stage.folder / name)
         trained = params if base is None else lead.lora.start(lead.setup.config.seed)
         judge = open_judge(lead, base, used)
-        lanes = _Lanes(self)
         frozen = used.params if base is None else base
-        at_once = lanes.compile(frozen)
-        for first in range(0, len(self.stages), at_once):
-            indices = range(first, min(first + at_once, len(self.stages)))
-            self._train_at_once(indices, lanes, trained, frozen, judge, used)
+        for first in range(0, len(self.stages), self.at_once):
+            indices = range(first, min(first + self.at_once, len(self.stages)))
+            self._train_at_once(indices, trained, frozen, judge, used)
 
     def _trained(self, index: int) -> bool:
         """Whether a member has ended, or its final state is on disk already."""
         stage = self.stages[index]
-        if _ended(stage.setup.workdir):
+        if ended(stage.setup.workdir):
             return True
         with Checkpoints(stage.folder / "checkpoints") as saved:
             return sharding.agreed(saved.latest == stage.steps)
 
-    def _train_at_once(self, indices: range, lanes, trained, frozen, judge: Judge, used) -> None:
+    def _train_at_once(self, indices: range, trained, frozen, judge: Judge, used) -> None:
         """Some of them, from step 0 or from their checkpoint, to the end."""
-        lead, config = self.lead, self.lead.setup.config
+        lead, config, lanes = self.lead, self.lead.setup.config, self.lanes
         names = [self.stages[i].setup.workdir.name for i in indices]
         folder = self.folder / digest(names)
         ended = {i for i in indices if self._trained(i)}
@@ -291,7 +305,7 @@ class _Group:
         summarise = None
         for index in indices:
             stage = self.stages[index]
-            if _ended(stage.setup.workdir):
+            if ended(stage.setup.workdir):
                 continue
             if why := errors.get(index):
                 say_failed(stage.setup.workdir, why)
@@ -327,7 +341,7 @@ class _Lanes:
         """Lanes of one call."""
         return self.vmapped * self.mesh.shape[SWEEP]
 
-    def compile(self, frozen) -> int:
+    def compile(self) -> int:
         """Compile the step; returns how many members memory holds at once.
 
         What was chosen stays so as long as the members' checkpoints, which have its shape.
@@ -335,14 +349,11 @@ class _Lanes:
         Raises:
           ConfigError: not even one call's members fit.
         """
-        path = self.group.folder / LANES
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        kept = {name: sharding.agreed(kept.get(name, 0)) for name in ("vmapped", "at_once")}
-        self.vmapped = kept["vmapped"] or self.vmapped
-        fixed = kept["vmapped"] or self.asked.vmapped
+        begun = self.group.begun
+        self.vmapped = begun.vmapped if begun else self.vmapped
         while True:
-            lanes, beside, turns = self._compile(frozen)
-            if turns >= 1 or self.vmapped == 1 or fixed:
+            lanes, beside, turns = self._compile()
+            if turns >= 1 or self.vmapped == 1 or begun or self.asked.vmapped:
                 break
             self.vmapped = -(-self.vmapped // 2)
         if turns < 1 and self.group.lead.setup.config.check_memory:
@@ -353,15 +364,16 @@ class _Lanes:
                 "the same)"
             )
         turns = min(max(1, turns), -(-self.members // self.count))
-        at_once = kept["at_once"] or self.asked.at_once or turns * self.count
+        at_once = begun.at_once if begun else self.asked.at_once or turns * self.count
         self.lane = build_lane(self.own)
         if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"vmapped": self.vmapped, "at_once": at_once})
+            self.group.folder.mkdir(parents=True, exist_ok=True)
+            layout = Layout(self.mesh.shape[SWEEP], self.vmapped, at_once)
+            write_json(self.group.folder / LANES, layout._asdict())
             print(self._described(min(at_once, self.members), lanes, beside), flush=True)
         return at_once
 
-    def _compile(self, frozen) -> tuple[int, int, int]:
+    def _compile(self) -> tuple[int, int, int]:
         """Compile for the present lanes; bytes of a device for them and beside them, and how many
         times such lanes fit."""
         self.abstract = abstract_lanes(self.own, self.count, self.mesh)
@@ -372,8 +384,10 @@ class _Lanes:
             own_rows=self.group.own_rows,
         )
         numbers = self.numbers(range(min(self.count, self.members)), set())
+        frozen = abstract_frozen(lead)
+        read = frozen if lead.lora or "kl" in lead.objective.statistics else None
         with jax.set_mesh(self.mesh):
-            self._step = step.lower(self.abstract, self._rows(), numbers, frozen).compile()
+            self._step = step.lower(self.abstract, self._rows(), numbers, read).compile()
         memory.give_back()
         lanes = memory.bytes_per_device(self.abstract)
         # The weights that all start from stay, and an evaluation takes one member's state out.
@@ -439,13 +453,26 @@ def _numbers_of(stage: Stage) -> Numbers:
     return Numbers(stage.hyper, whole(warmup), whole(stage.steps), whole(seed % 2**31))
 
 
-def digest(names: Sequence[str]) -> str:
-    """A short name of several runs."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+class Layout(NamedTuple):
+    """How members lie on devices."""
+
+    axis: int
+    vmapped: int  # on each place of the axis in one call
+    at_once: int
 
 
-def _mesh_of(every: Sequence[Stage]) -> Mesh:
-    """The mesh with an axis for lanes: config.sweep.axis, or the largest that members fill.
+def _begun(folder: pathlib.Path) -> Layout | None:
+    """That of the checkpoints in a group's folder; None where there are none yet."""
+    found = Layout(0, 0, 0)
+    if (folder / LANES).exists() and any(folder.glob("*/[0-9]*")):
+        found = Layout(**json.loads((folder / LANES).read_text()))
+    found = Layout(*map(sharding.agreed, found))
+    return found if found.axis else None
+
+
+def _mesh_of(every: Sequence[Stage], begun: Layout | None, folder: pathlib.Path) -> Mesh:
+    """The mesh with an axis for lanes: as they were begun, else config.sweep.axis, or the largest
+    that members fill.
 
     Raises:
       ConfigError: an axis that does not divide the mesh.
@@ -454,36 +481,14 @@ def _mesh_of(every: Sequence[Stage]) -> Mesh:
     members = min(len(every), asked.at_once or len(every))
     data = mesh.shape["data"]
     axis = asked.axis or max(n for n in range(1, min(data, members) + 1) if data % n == 0)
+    axis = begun.axis if begun else axis
     try:
         return sharding.sweep_mesh(mesh, axis)
     except ValueError as error:
-        raise ConfigError(f"config.sweep.axis: {error}") from error
-
-
-def _ended(workdir: pathlib.Path) -> bool:
-    return sharding.agreed((workdir / runs.FINISHED).exists() or (workdir / FAILED).exists())
-
-
-def share(workdir: pathlib.Path, to: pathlib.Path, *, but: Sequence[str] = ()) -> None:
-    """Give a run the folders of another one, such as the stages that both begin with."""
-    for path in sorted(workdir.iterdir()):
-        if path.is_dir() and path.name not in but:
-            share_folder(path, to / path.name)
-
-
-def share_folder(folder: pathlib.Path, to: pathlib.Path) -> None:
-    """The same files under another name, if they are there and `to` is not: links, which cost no
-    space and outlive either name, or copies where the file system has none."""
-    if jax.process_index() == 0 and folder.is_dir() and not to.exists():
-        unfinished = to.with_name(f".{to.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(folder, unfinished, copy_function=_link)
-        os.replace(unfinished, to)
-    sharding.agreed(True)  # the others wait here until it is there
-
-
-def _link(path: str, to: str) -> None:
-    try:
-        os.link(path, to)
-    except OSError:
-        shutil.copy2(path, to)
+        if begun is None:
+            raise ConfigError(f"config.sweep.axis: {error}") from error
+        raise ConfigError(
+            f"{folder} holds checkpoints of members on a sweep axis of {axis}, which does not "
+            f"divide the mesh's data axis of {data}: go on with as many devices as before, or "
+            "delete that folder to train these members from the start"
+        ) from error

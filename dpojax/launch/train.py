@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from dpojax import sharding
 from dpojax.data.pipeline import train_batches
@@ -27,6 +28,7 @@ from dpojax.launch.samples import append, open_ranks, open_samples
 from dpojax.launch.setup import Setup, scored, trained_params
 from dpojax.launch.stages import Stage, abstract_rows
 from dpojax.logprobs import TokenStatistics
+from dpojax.models import lora
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.training import profile, throughput
@@ -168,7 +170,8 @@ def _fit(
 ) -> Fit:
     setup, config = stage.setup, stage.setup.config
     frozen = judge.used.params if judge.base is None else judge.base
-    step = lean(jitted_step(stage, optimizer, abstract))
+    say = lambda needed: _say(f"{stage.name}: the compiled step needs {needed}")
+    step = lean(jitted_step(stage, optimizer, abstract), say=say)
     if config.profile:
         _ceiling(setup)  # now, and not among the steps that the trace shows
     return Fit(
@@ -189,6 +192,12 @@ def _fit(
         keep_best=stage.keep_best,
         spans=Spans(stage.folder if config.profile else None),
     )
+
+
+def _say(text: str) -> None:
+    """On the terminal, above the bar; of the first process alone."""
+    if jax.process_index() == 0:
+        tqdm.write(text)
 
 
 def _profile(
@@ -223,20 +232,30 @@ def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def abstract_frozen(stage: Stage) -> dict | None:
+    """Shapes of the weights that stay as they are: the base of adapters, or a live reference."""
+    if stage.lora is not None:
+        return stage.lora.abstract_base
+    if stage.name == "dpo" and stage.config.reference.kind == "live":
+        low = jnp.dtype(stage.config.reference.dtype)
+        return jax.tree.map(lambda x: x.update(dtype=low), stage.setup.abstract_params)
+    return None
+
+
 def footprint(stage: Stage) -> Footprint:
     """What the stage's step will want of each device, predicted from shapes alone."""
-    config, setup, frozen = stage.setup.config, stage.setup, None
-    if stage.lora is not None:  # the base, and the merged weights that every pass makes of it
-        frozen = (stage.lora.abstract_base, setup.abstract_params)
-    elif stage.name == "dpo" and stage.config.reference.kind == "live":
-        low = jnp.dtype(stage.config.reference.dtype)
-        frozen = jax.tree.map(lambda x: x.update(dtype=low), setup.abstract_params)
+    config, setup = stage.setup.config, stage.setup
+    frozen, kernels = abstract_frozen(stage), None
+    if stage.lora is not None:  # every pass makes merged weights of the base
+        frozen = (frozen, setup.abstract_params)
+        kernels = lora.adapted(setup.abstract_params, stage.lora.abstract)
     return predict(
         setup.model.config,
         stage.shape,
         setup.mesh,
         state=abstract_of(stage, make_optimizer(stage.config.optimizer)),
         frozen=frozen,
+        adapted=kernels,
         remat=config.model.remat,
         dtype=config.model.compute_dtype,
         kernel=setup.model.kernel,

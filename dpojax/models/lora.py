@@ -141,6 +141,12 @@ def adaptable(params: Params) -> dict:
     return {path: leaf for path, leaf in flat.items() if re.match(r"blocks/.*/kernel$", path)}
 
 
+def adapted(params: Params, adapters: Adapters) -> dict:
+    """path -> leaf of the kernels that the adapters change."""
+    kernels = adaptable(params)
+    return {path: kernels[path] for path in pairs(adapters)}
+
+
 def inward_axes(path: str) -> int:
     """How many axes of a kernel, after that of layers, are summed over: heads and their size."""
     return 2 if path.endswith("attention/out/kernel") else 1

@@ -151,7 +151,7 @@ class Fit:
                         self._check(*pending, done)
                 if log:
                     values = pace.flush()
-                    self._warn(values, done)
+                    self.warned = self.warned or say_lost(self.stage, done, values)
                     self.writer.write(done, values, split="train")
                     bar.set_postfix_str(_postfix(values))
                 values = {}
@@ -169,15 +169,6 @@ class Fit:
         with self.spans(CHECKPOINT):
             self.checkpoints.wait()
         return state
-
-    def _warn(self, values: dict[str, float], step: int) -> None:
-        lost = values.get(LOST, 0.0)
-        if lost > MOST_LOST and not self.warned and jax.process_index() == 0:
-            self.warned = True
-            tqdm.write(
-                f"{self.stage}  step {step}: {lost:.0%} of the updates are smaller than the "
-                "weights can resolve, and change nothing: the learning rate is too small"
-            )
 
     def _check(self, rows: Rows, report: Report, step: int) -> None:
         if bool(report.finite):
@@ -210,6 +201,17 @@ def say_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -
     """A line on the terminal, above the bar; of the first process alone."""
     if jax.process_index() == 0:
         tqdm.write(f"{name}  {evaluation_line(step, steps, values)}")
+
+
+def say_lost(name: str, step: int, values: dict[str, float]) -> bool:
+    """Whether updates were lost to rounding; a line on the terminal says so."""
+    lost = values.get(LOST, 0.0)
+    if lost > MOST_LOST and jax.process_index() == 0:
+        tqdm.write(
+            f"{name}  step {step}: {lost:.0%} of the updates are smaller than the weights can "
+            "resolve, and change nothing: the learning rate is too small"
+        )
+    return lost > MOST_LOST
 
 
 def what_is_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]) -> str:

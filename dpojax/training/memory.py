@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from dpojax.logprobs import logits_at_once
 from dpojax.models.attention import XLA, Kernel, scores_of
 from dpojax.models.config import DecoderConfig
 from dpojax.sharding import row_shards
+from dpojax.training import host_memory
 
 SHARE = 0.9  # of the memory that may be planned with; the rest is for what nobody foresees
 
@@ -27,7 +27,7 @@ class Footprint(NamedTuple):
 
     weights: int
     optimizer: int  # its moments
-    gradient: int  # twice where micro-batches are added up
+    gradient: int  # twice where micro-batches are added up; of adapted kernels once, on the way
     frozen: int  # a live reference, or the base of adapters
     activations: int  # stored for the backward pass, and one layer's own
     logits: int  # those that exist at once, the head's gradient, and over fsdp the head gathered
@@ -48,6 +48,7 @@ def predict(
     *,
     state: Any,
     frozen: Any = None,
+    adapted: Any = None,
     remat: str = "dots",
     dtype: str = "float32",
     kernel: Kernel = XLA,
@@ -58,7 +59,9 @@ def predict(
     Args:
       shape: of a batch.
       state: shapes and shardings of the train state.
-      frozen: those of a live reference or of adapters' base; None without.
+      frozen: those of a live reference, or of adapters' base and the merged weights; None without.
+      adapted: those of the kernels that adapters change, whose gradient exists until it is
+        contracted to the adapters'.
       remat, dtype, kernel: as `models.decoder.build` takes them.
       max_logits: float32 logits that may exist at once on all devices together.
     """
@@ -82,7 +85,7 @@ def predict(
     return Footprint(
         weights=weights,
         optimizer=bytes_per_device(state.opt_state),
-        gradient=weights * (2 if shape.micro_batches > 1 else 1),
+        gradient=weights * (2 if shape.micro_batches > 1 else 1) + bytes_per_device(adapted),
         frozen=bytes_per_device(frozen),
         activations=size * config.layers * tokens * stored + own,
         logits=4 * logits // sharers + head,
@@ -141,14 +144,28 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-def lean(jitted: Callable) -> Callable:
-    """The same function; before it first runs, what compiling it has freed is given back."""
+def needed(compiled: jax.stages.Compiled) -> str:
+    """What a compiled program needs of each device, as the compiler counts it."""
+    found = compiled.memory_analysis()
+    given = found.argument_size_in_bytes
+    beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return f"{gib(given + beside)} of each device ({gib(given)} given, {gib(beside)} beside that)"
+
+
+def lean(jitted: Callable, *, say: Callable[[str], None] | None = None) -> Callable:
+    """The same function; before it first runs, what compiling it has freed is given back.
+
+    Args:
+      say: is told then what the program needs (`needed`).
+    """
     compiled = False
 
     def run(*args):
         nonlocal compiled
         if not compiled:
-            jitted.lower(*args).compile()  # which the call below finds
+            program = jitted.lower(*args).compile()  # which the call below finds
+            if say is not None:
+                say(needed(program))
             give_back()
             compiled = True
         return jitted(*args)
@@ -174,18 +191,9 @@ def limit_bytes() -> int:
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(SHARE * stats["bytes_limit"])
-    return int(min(SHARE * _host_bytes() / len(devices), 2**62))
+    return int(min(SHARE * host_memory.available() / len(devices), 2**62))
 
 
 def gib(size: float) -> str:
     """1.5 GiB, or 20 MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
-
-
-def _host_bytes() -> float:
-    """Memory that can be had without swapping; infinite where the system does not say."""
-    path = pathlib.Path("/proc/meminfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024.0 * int(line.split()[1])
-    return math.inf

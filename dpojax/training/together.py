@@ -14,7 +14,14 @@ from dpojax.data.rows import Rows
 from dpojax.data.tokenise import Example
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.lanes import Lanes, Numbers
-from dpojax.training.loop import Every, Preempted, StopSignal, say_evaluation, what_is_not_finite
+from dpojax.training.loop import (
+    Every,
+    Preempted,
+    StopSignal,
+    say_evaluation,
+    say_lost,
+    what_is_not_finite,
+)
 from dpojax.training.metrics import MetricWriter, Window, progress
 from dpojax.training.state import State
 
@@ -30,6 +37,7 @@ class Member:
     ended: by an earlier call; its lane is idle, and it has nothing of the above.
     error: why it failed; "" if it did not.
     found: its last evaluation.
+    warned: that its updates are lost to rounding; said once.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Member:
     error: str = ""
     found: dict[str, float] = dataclasses.field(default_factory=dict)
     window: Window = dataclasses.field(default_factory=Window)
+    warned: bool = False
 
     def going(self, done: int) -> bool:
         return not self.ended and not self.error and done < self.steps
@@ -157,7 +166,10 @@ class FitTogether:
             turn.read()
         asked = lambda k: [m for m in going if due[m.name][k] and not m.error]
         for member in asked(0):
-            member.writer.write(done, member.window.flush(), split="train")
+            values = member.window.flush()
+            name = f"{self.stage} {member.name}"
+            member.warned = member.warned or say_lost(name, done, values)
+            member.writer.write(done, values, split="train")
         self._each(turns, asked(1), self._evaluate, done)
         self._each(turns, [m for m in asked(2) if done == m.steps], self._finish, done)
 

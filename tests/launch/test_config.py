@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from dpojax.launch import sweep
 from dpojax.launch.config import ConfigError, check, only_run, record
 from dpojax.launch.defaults import default_config
 
@@ -103,10 +104,11 @@ def test_the_shipped_configs_pass_their_own_check_and_their_sweeps_change_known_
         config.dpo.data.source = config.dpo.data.source or "given on the command line"
         config.sft.data.source = config.sft.data.source or "given on the command line"
         check(config)
-        for changes in module.sweep():
-            swept = config.copy_and_resolve_references()
-            swept.update_from_flattened_dict(changes)
-            check(swept)
+        # The pairs of imdb are made by its frontier, which sweeps over beta itself.
+        assert hasattr(module, "sweep") == (path.stem != "imdb")
+        if hasattr(module, "sweep"):
+            members = [sweep.member_of(config, changes) for changes in module.sweep()]
+            assert len({own.to_json() for own in members}) == len(members) > 1
         assert "python scripts/train.py --config=configs/" in module.__doc__
 
 

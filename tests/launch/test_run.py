@@ -368,6 +368,9 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     run.run(config, str(tmp_path))
     printed, folder = capsys.readouterr().out, tmp_path / "dpo"
     assert (folder / "profile.txt").read_text().strip() in printed
+    assert re.search(
+        r"dpo: the compiled step needs \d+ MiB of each device \(\d+ MiB given", printed
+    )
     found = json.loads((folder / "profile.json").read_text())
     names = {"compilation and first step", "waiting for data", "steps", "evaluation"}
     assert set(found["spans"]) == names | {"waiting for checkpoints"}

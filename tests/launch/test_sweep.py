@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+from functools import partial
 from unittest.mock import Mock
 
 import jax
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dpojax import sharding
 from dpojax.launch import run as runs
 from dpojax.launch import setup as run_setup
 from dpojax.launch import sweep, together
 from dpojax.launch.config import ConfigError
 from dpojax.launch.export import export, read_config
+from dpojax.launch.workdirs import digest
+from dpojax.training import memory
 from dpojax.training.loop import Preempted, StopSignal
 
 from .conftest import lines, tiny_config
@@ -31,7 +35,7 @@ MEMBERS = (
     {"dpo.learning_rate": 1e30},
     {"dpo.label_smoothing": 0.2},
 )  # the first, which all share their data with, is shorter than the others
-NAMES = tuple(sweep.names_of(MEMBERS))
+NAMES = tuple(sweep.names_of(MEMBERS, "dpo"))
 SHORT, PLAIN, BROKEN, LAST = NAMES
 
 
@@ -156,6 +160,11 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
         with pytest.raises(Preempted, match="dpo: stopped at step 5 of 6"):
             sweep.make(config, MEMBERS, str(folder))
     assert len(list(folder.glob(f"*/{runs.FINISHED}"))) == (2 if stops == 2 else 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        with pytest.raises(ConfigError, match=r"sweep axis of 2.* data axis of 1: go on with"):
+            sweep.make(config, MEMBERS, str(folder))
+    config.sweep.update(axis=1, vmapped=2, at_once=1)  # for members that have no checkpoint yet
     assert set(sweep.make(config, MEMBERS, str(folder))) == {BROKEN}
     for name in {*NAMES} - {BROKEN}:
         assert_same(folder / name, swept[0] / name, atol=ADAM if at_once else 0)
@@ -186,15 +195,58 @@ def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
     assert not list(folder.glob(f"{sweep.GROUPS}/*"))
 
 
-def test_a_member_of_its_own_that_fails_leaves_the_others(tmp_path):
-    members = [{"dpo.loss": "hinge", "dpo.learning_rate": 1e30}, {"dpo.loss": "dpo"}]
+def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_others(tmp_path):
+    shared = {"sft.learning_rate": 1e30}
+    members = [{"dpo.loss": "hinge", "dpo.learning_rate": 1e30}, shared, shared | {"dpo.beta": 0.2}]
+    members.append({"dpo.loss": "dpo"})
     failed = sweep.make(base_config(), members, str(tmp_path / "sweep"))
-    assert ["hinge" in name for name in failed] == [True]
+    assert [why.split(":")[0] for why in failed.values()] == ["dpo", "sft", "sft"]
+    assert "loss-dpo" not in failed
     assert (tmp_path / "sweep" / "loss-dpo" / runs.FINISHED).exists()
     assert sweep.make(base_config(), members, str(tmp_path / "sweep")) == failed
 
 
-def test_seeds_see_batches_of_their_own(swept, tmp_path):
+def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
+    """Two of five have a device each in a call; their states stay there between calls."""
+    measured, stages_trained, compile_ = [], [], together._Lanes._compile
+
+    class Chosen(Exception):
+        pass
+
+    def train(group, start, stop):
+        raise Chosen(group.at_once)
+
+    def compiled(lanes):
+        measured.append(compile_(lanes))
+        return measured[-1]
+
+    monkeypatch.setattr(together._Lanes, "_compile", compiled)
+    monkeypatch.setattr(together._Group, "train", train)
+    monkeypatch.setattr(runs, "train", lambda before, *_: stages_trained.append(before))
+    members = [{"dpo.beta": beta} for beta in (0.1, 0.2, 0.3, 0.4, 0.5)]
+
+    def chosen(limit: float) -> int:
+        monkeypatch.setattr(memory, "limit_bytes", lambda: limit)
+        with pytest.raises(Chosen) as found:
+            sweep.make(base_config(), members, str(tmp_path / "sweep"))
+        return found.value.args[0]
+
+    assert chosen(2**40) == 6  # in three calls, a lane of the last one idle
+    states, beside, _ = measured[-1]
+    own = read_config(tmp_path / "sweep" / "beta-0.1")
+    weights = sum(x.size for x in jax.tree.leaves(run_setup.prepare(own, tmp_path).abstract_params))
+    assert states == pytest.approx(3 * 4 * weights, rel=0.01)  # with Adam's two moments
+    assert beside > states
+    assert chosen(beside + 2.5 * states) == 4
+    assert chosen(beside + 1.5 * states) == 2
+    begun = len(stages_trained)
+    monkeypatch.setattr(memory, "limit_bytes", lambda: beside + 0.5 * states)
+    with pytest.raises(ConfigError, match=r"2 members in a call .* more than there is"):
+        sweep.make(base_config(), members, str(tmp_path / "sweep"))
+    assert len(stages_trained) == begun  # refused before the SFT stage
+
+
+def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tmp_path, capsys):
     policy, pairs = tmp_path / "policy", tmp_path / "pairs.jsonl"
     export(str(swept[0] / NAMES[0]), str(policy), stage="sft")
     words = ("good", "bad", "a film", "the plot")
@@ -205,8 +257,11 @@ def test_seeds_see_batches_of_their_own(swept, tmp_path):
     pairs.write_text("\n".join(map(json.dumps, made)))
     changes = {"model.path": str(policy), "dpo.data.source": str(pairs), "dpo.steps": 3}
     config = base_config(stages=("dpo",), **changes)
-    members = [{"seed": 0, "dpo.steps": 2}, {"seed": 7}]
+    members = [{"seed": 0, "dpo.steps": 2}, {"seed": 7}, {"dpo.learning_rate": 1e-20}]
     assert sweep.make(config, members, str(tmp_path / "sweep")) == {}
+    said = capsys.readouterr().out.splitlines()
+    lost = [line for line in said if "of the updates are smaller than the weights" in line]
+    assert [line.split(":")[0] for line in lost] == ["dpo learning_rate-1e-20  step 1"]
     assert not (tmp_path / "sweep" / "seed-0-steps-2" / "sft").exists()
     config.seed = 7
     runs.run(config, str(tmp_path / "alone"))
@@ -217,7 +272,7 @@ def test_seeds_see_batches_of_their_own(swept, tmp_path):
 
 def grouped(*members, **changes):
     config = base_config(**changes)
-    return together.same_program([sweep._of(config, own) for own in members])
+    return together.same_program([sweep.member_of(config, own) for own in members])
 
 
 def test_one_program_trains_what_differs_in_traced_numbers_alone():
@@ -238,11 +293,35 @@ def test_one_program_trains_what_differs_in_traced_numbers_alone():
     assert grouped({}, {"reward.learning_rate": 1e-4}, stages=("reward",)) == [[0], [1]]
 
 
+def test_members_that_are_added_leave_the_others_as_they_were_begun(tmp_path):
+    made = {name: member_config(own) for name, own in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    assert sweep._groups(made, [], tmp_path) == [["a", "b", "c"]]
+    assert sweep._groups(made, [["b", "a"]], tmp_path) == [["b", "a"], ["c"]]
+    del made["a"]
+    assert sweep._groups(made, [["b", "a"]], tmp_path) == [["b"], ["c"]]  # that one has ended
+    (tmp_path / sweep.GROUPS / digest(["b", "a"])).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is training b, a together: put a back"):
+        sweep._groups(made, [["b", "a"]], tmp_path)
+
+
+def member_config(beta: float) -> ConfigDict:
+    return sweep.member_of(base_config(), {"dpo.beta": beta})
+
+
+def test_a_member_has_the_same_name_whatever_others_change():
+    rate = {"dpo.learning_rate": 1e-4}
+    assert sweep.names_of([rate], "dpo") == ["learning_rate-0.0001"]
+    both = [rate, {"sft.learning_rate": 1e-4}]
+    assert sweep.names_of(both, "dpo") == ["learning_rate-0.0001", "sft.learning_rate-0.0001"]
+
+
 def test_a_sweep_that_cannot_run_is_refused_before_anything_is_made(tmp_path):
     wrong = {
         r"dpo\.no_such_key": {"dpo.no_such_key": 1},
         r"config\.dpo\.beta": {"dpo.beta": -1.0},
         "is there 2 times": {"dpo.beta": 0.1},
+        r"ppo\.steps is read by none of the stages sft, dpo": {"ppo.steps": 3},
+        r"frontier\.count is read by none": {"frontier.count": 3},
     }
     for message, own in wrong.items():
         with pytest.raises(ConfigError, match=message):

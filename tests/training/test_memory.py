@@ -12,18 +12,29 @@ from dpojax import sharding
 from dpojax.data.packing import Shape
 from dpojax.data.rows import empty
 from dpojax.methods import preference
-from dpojax.models import decoder
+from dpojax.models import decoder, lora
 from dpojax.models.attention import XLA
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.splash import SPLASH
 from dpojax.training import memory
-from dpojax.training.forward import language_model
+from dpojax.training.forward import adapted, language_model
 from dpojax.training.state import abstract_state, make_schedule
 from dpojax.training.step import build_step
 
 SIZES = {"layers": 3, "width": 128, "heads": 4, "mlp_width": 512, "max_positions": 256}
 SHAPE = Shape(micro_batches=1, rows=8, length=128, scored=96, examples=4, responses=2)
 MANY = 2**30
+HYPER = {name: jnp.float32(x) for name, x in preference.resolve("dpo", {}).items()}
+HYPER["learning_rate"] = jnp.float32(1)
+
+
+def with_reference(rows):
+    return rows._replace(reference=np.zeros(rows.target.shape, np.float32))
+
+
+def jitted_step(forward, optimizer):
+    objective, schedule = preference.objective("dpo", {}), make_schedule("constant", 0, 1)
+    return jax.jit(build_step(forward, objective, optimizer, schedule), donate_argnums=0)
 
 
 def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY, **changes):
@@ -34,16 +45,10 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
     model = decoder.build(config, remat=remat)
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)
-    rows = empty(shape)
-    rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
-    rows = sharding.put_rows(rows, mesh)
-    objective = preference.objective("dpo", {})
-    hyper = {"learning_rate": jnp.float32(1), "beta": jnp.float32(0.1)}
-    hyper["label_smoothing"] = jnp.float32(0)
+    rows = sharding.put_rows(with_reference(empty(shape)), mesh)
     forward = language_model(model, max_logits=max_logits)
-    step = build_step(forward, objective, optimizer, make_schedule("constant", 0, 1))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, donate_argnums=0).lower(state, rows, hyper).compile()
+        compiled = jitted_step(forward, optimizer).lower(state, rows, HYPER).compile()
     found = memory.predict(config, shape, mesh, state=state, remat=remat, max_logits=max_logits)
     assert memory.bytes_per_device(state.params) == found.weights
     return found.total, memory.bytes_per_device(state) + memory.temporary_bytes(compiled)
@@ -68,6 +73,39 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
 def test_the_prediction_is_within_a_third_of_the_program(changes):
     predicted, real = predicted_and_real(optax.scale_by_adam(), **changes)
     assert real / 1.34 < predicted < real * 1.34
+
+
+def test_adapters_want_the_gradient_of_the_kernels_that_they_change():
+    """Weights of 512 x 512 and more outweigh the activations of a single row."""
+    config = DecoderConfig(**GPT2, **SIZES | {"width": 512, "mlp_width": 2048}, vocab_size=2048)
+    shape, mesh = SHAPE._replace(rows=1), sharding.make_mesh(devices=jax.devices()[:1])
+    model, optimizer = decoder.build(config, remat="dots"), optax.scale_by_adam()
+    base = jax.eval_shape(model.init, jax.random.key(0))
+    adapters = lora.LoraConfig(rank=4, alpha=8.0, targets=("attention/(query|value)", "mlp"))
+    started = jax.eval_shape(lambda: lora.init(jax.random.key(0), base, adapters))
+    state = abstract_state(started, optimizer, mesh, lora.LORA_RULES)
+    rows = sharding.put_rows(with_reference(empty(shape)), mesh)
+    forward = adapted(language_model(model, max_logits=MANY), adapters)
+    with jax.set_mesh(mesh):
+        compiled = jitted_step(forward, optimizer).lower(state, rows, HYPER, base).compile()
+    real = memory.bytes_per_device((state, base)) + memory.temporary_bytes(compiled)
+    kernels = lora.adapted(base, started)
+    given = {"state": state, "frozen": (base, base), "max_logits": MANY}
+    found = memory.predict(config, shape, mesh, adapted=kernels, **given)
+    assert found.gradient - memory.bytes_per_device(started) == 4 * 3 * 512 * (2 * 512 + 2 * 2048)
+    assert found.total == pytest.approx(real, rel=0.1)
+
+
+def test_what_a_program_needs_is_what_it_is_given_and_what_it_makes_beside():
+    """A state of 2 MiB updated in place from 1 MiB of rows; 3 MiB of other results."""
+    mebi = lambda n: jax.ShapeDtypeStruct((n, 2**18), jnp.float32)
+    step = lambda state, rows: (state + rows, jnp.concatenate([state, rows]))
+    compiled = jax.jit(step, donate_argnums=0).lower(mebi(2), mebi(1)).compile()
+    found = compiled.memory_analysis()
+    assert memory.needed(compiled) == (
+        f"{6 + found.temp_size_in_bytes // 2**20} MiB of each device (3 MiB given, "
+        f"{3 + found.temp_size_in_bytes // 2**20} MiB beside that)"
+    )
 
 
 def test_activations_are_linear_in_the_row_only_where_no_scores_are_kept():
@@ -141,7 +179,8 @@ def test_a_lean_function_gives_memory_back_between_compiling_and_running(monkeyp
             done.append("compile")
 
     monkeypatch.setattr(memory, "give_back", lambda: done.append("trim"))
-    lean = memory.lean(Jitted())
+    monkeypatch.setattr(memory, "needed", lambda program: "5 MiB")
+    lean = memory.lean(Jitted(), say=done.append)
     lean()
     lean()
-    assert done == ["compile", "trim", "run", "run"]
+    assert done == ["compile", "5 MiB", "trim", "run", "run"]
