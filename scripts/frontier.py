@@ -69,7 +69,10 @@ def main(_) -> int:
         return 1
     print(text.split("\n## Samples")[0])
     print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md")
-    return 0
+    failed = frontier_results.failures(folder)
+    for name, why in failed.items():
+        print(f"{name} failed: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

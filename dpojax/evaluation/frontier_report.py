@@ -53,6 +53,7 @@ def report(
     *,
     seconds: Mapping[str, float] | None = None,
     figure: str = "frontier.png",
+    failed: Mapping[str, str] | None = None,
 ) -> str:
     """The report as Markdown.
 
@@ -62,10 +63,14 @@ def report(
       environment: what to know of the machine and the versions, name -> value.
       seconds: stage -> how long it took; no such section where None.
       figure: address of the figure, relative to the report.
+      failed: run -> why it ended early; its points are those before.
     """
     blocks = ["# Reward against KL from the reference", f"![Reward-KL frontier]({figure})"]
     blocks += ["## What the points say"]
     blocks += ["\n".join(f"* {text}" for text in conclusions(points, optimum, base))]
+    if failed:
+        listed = "\n".join(f"* {name}: {why}" for name, why in failed.items())
+        blocks += ["## Runs that failed", f"Their points are those before.\n\n{listed}"]
     blocks += ["## Points of the hulls", _about_the_table(optimum), table(points, optimum, base)]
     blocks += ["## Samples for the same prompts", *_samples(samples)]
     rows = [[name, str(value)] for name, value in environment.items()]

@@ -37,7 +37,7 @@ from dpojax.launch.prompts import read_prompts
 from dpojax.launch.samples import SEED
 from dpojax.launch.setup import compiled_once
 from dpojax.launch.together import same_program, train_together
-from dpojax.launch.workdirs import FAILED, digest
+from dpojax.launch.workdirs import FAILED, digest, say_failed
 from dpojax.sampling import build_sampler, generate
 from dpojax.training.loop import NonFiniteLoss
 
@@ -124,6 +124,8 @@ def make(
     together: bool = False,
 ) -> pathlib.Path:
     """Do every job that is not done; returns the workdir, ready for `launch.frontier_results`.
+
+    A run whose loss is not finite ends there; the others go on.
 
     Args:
       at_once: jobs that are done at a time, each in a process of its own; 1 stays in this one.
@@ -255,19 +257,17 @@ def _run_job(
         made = online.folders(workdirs[0], config.frontier.online_rounds)[-1] / online.EXPORTED
         return Job(run.name, made, lambda: _online(config, run, folder), run.method, needs)
     if len(own) == 1:
-        start = lambda: _run(_config_of(config, run, folder), workdirs[0])
-        return Job(run.name, workdirs[0] / runs.FINISHED, start, run.method, needs)
+        workdir = workdirs[0]
+        start = lambda: _run_or_leave(_config_of(config, run, folder), workdir)
+        made, failed = workdir / runs.FINISHED, workdir / FAILED
+        return Job(run.name, made, start, run.method, needs, failed=failed)
     key = digest([one.name for one in own])
     name, done = f"{run.method}-{len(own)}-runs-{key[:4]}", folder / TOGETHER / f"{key}.done"
 
     def start():
-        configs = [_config_of(config, one, folder) for one in own]
-        if failed := train_together(configs, workdirs, folder / TOGETHER):
-            reasons = "\n".join(f"{name}: {why}" for name, why in failed.items())
-            raise NonFiniteLoss(
-                f"{reasons}\nThe others of {run.method} are finished; these are tried again once "
-                f"{FAILED} in their folders ({folder / 'runs'}/...) is deleted"
-            )
+        train_together(
+            [_config_of(config, one, folder) for one in own], workdirs, folder / TOGETHER
+        )
         done.parent.mkdir(exist_ok=True)
         done.touch()
 
@@ -347,6 +347,15 @@ def _from_policy(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
 
 def _run(config: ConfigDict, workdir: pathlib.Path) -> None:
     runs.run(config, str(workdir))
+
+
+def _run_or_leave(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """A run whose loss becomes NaN or infinite leaves the others as they are, and says why."""
+    try:
+        _run(config, workdir)
+    except NonFiniteLoss as error:
+        print(error)
+        say_failed(workdir, str(error))
 
 
 def _settings(config: ConfigDict, folder: pathlib.Path) -> Settings:

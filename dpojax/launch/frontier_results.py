@@ -21,7 +21,8 @@ from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
 from dpojax.launch import online
 from dpojax.launch.frontier import PLAN, SAMPLES
 from dpojax.launch.plan import read_seconds
-from dpojax.launch.samples import last_samples
+from dpojax.launch.samples import FILE, last_samples
+from dpojax.launch.workdirs import failure_of
 from dpojax.training.metrics import read_metrics
 
 BETAS = (np.inf, *np.geomspace(10, 0.02, 40))
@@ -90,6 +91,9 @@ def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
     """The last checkpoint's responses of every run, one line per prompt."""
     found = []
     for run in plan["runs"]:
+        last = _parts(folder, plan, run)[-1]
+        if not (last / FILE).exists():  # it failed before
+            continue
         found += [
             {
                 "method": run["method"],
@@ -99,7 +103,7 @@ def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
                 "reward": line["reward"],
                 "logprob_ratio": line["log_ratio"],
             }
-            for line in last_samples(_parts(folder, plan, run)[-1])
+            for line in last_samples(last)
         ]
     return found
 
@@ -124,9 +128,16 @@ def write(folder: pathlib.Path) -> str:
         by_prompt(samples),
         _environment(),
         seconds=_by_kind(seconds.jobs, plan) | {"the whole plan": seconds.passed},
+        failed=failures(folder),
     )
     (folder / "report.md").write_text(text)
     return text
+
+
+def failures(folder: pathlib.Path) -> dict[str, str]:
+    """Why runs of the plan failed, by name."""
+    names = [run["name"] for run in json.loads((folder / PLAN).read_text())["runs"]]
+    return {name: why for name in names if (why := failure_of(folder / "runs" / name))}
 
 
 def _by_kind(seconds: dict[str, float], plan: dict) -> dict[str, float]:

@@ -26,7 +26,7 @@ SECONDS = "seconds.json"
 
 
 class Job(NamedTuple):
-    """A step of a plan; it is done once what it makes is there."""
+    """A step of a plan; it has ended once what it makes is there, or what says that it failed."""
 
     name: str
     made: pathlib.Path
@@ -34,10 +34,15 @@ class Job(NamedTuple):
     kind: str = ""  # jobs of a kind last equally long and compile the same; "": of its own kind
     needs: tuple[str, ...] = ()  # the names of those before it that have to be done
     part: bool = False  # of a job that was cut so that several can be done at once
+    failed: pathlib.Path | None = None  # where the others go on without it; it is not tried again
+
+    @property
+    def ended(self) -> bool:
+        return self.made.exists() or (self.failed is not None and self.failed.exists())
 
 
 def carry_out(jobs: Sequence[Job], folder: pathlib.Path, what: str) -> None:
-    """Do the jobs that are not done, in order. What they print goes to folder/logs, and how long
+    """Do the jobs that have not ended, in order. What they print goes to folder/logs, and how long
     each took, also one that was interrupted, to folder/seconds.json.
 
     Raises:
@@ -46,7 +51,7 @@ def carry_out(jobs: Sequence[Job], folder: pathlib.Path, what: str) -> None:
     """
     with shown(jobs, folder, what) as clock, stoppable(what):
         for job in jobs:
-            if not job.made.exists():
+            if not job.ended:
                 clock.start(job.name)
                 with _ticking(clock.show):
                     do(job, folder)
@@ -145,7 +150,7 @@ def seconds_left(
     """
     found: dict[str, list[float]] = {}
     for job in jobs:
-        if job.name in seconds and job.made.exists():
+        if job.name in seconds and job.ended:
             found.setdefault(kind_of(job), []).append(seconds[job.name])
     if not found:
         return None
@@ -155,7 +160,7 @@ def seconds_left(
     each = [
         max(0.0, expected.get(kind_of(job), of_all) - seconds.get(job.name, 0.0))
         for job in jobs
-        if not job.made.exists()
+        if not job.ended
     ]
     return max(sum(each) / workers, max(each, default=0.0))
 
@@ -164,7 +169,7 @@ def progress_line(
     jobs: Sequence[Job], seconds: Seconds, *, doing: Sequence[str], workers: int = 1
 ) -> str:
     """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`."""
-    done = sum(job.made.exists() for job in jobs)
+    done = sum(job.ended for job in jobs)
     left = seconds_left(jobs, seconds.jobs, workers)
     known = f", about {_rounded(left)} left" if left else ""
     names = "".join(f"  {name}" for name in doing)

@@ -78,7 +78,7 @@ def _next(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
     The first job of a kind compiles what the others of the kind then find on disk, so beside it
     those of another kind go first. Otherwise they go in order.
     """
-    missing = {job.name for job in jobs if not job.made.exists()}
+    missing = {job.name for job in jobs if not job.ended}
     done = {kind_of(job) for job in jobs if job.name not in missing}
     compiling = {kind_of(job) for job in running if not job.part} - done
     ready = [

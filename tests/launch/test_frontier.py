@@ -171,7 +171,7 @@ def test_two_processes_make_the_same_points(made, tmp_path):
     left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
     shutil.copytree(made[0], folder, ignore=left_out)
     frontier.make(config(), RUNS[:1], str(folder), at_once=2)
-    done = {job.name for job in frontier.jobs(config(), RUNS[:1], folder, 2) if job.made.exists()}
+    done = {job.name for job in frontier.jobs(config(), RUNS[:1], folder, 2) if job.ended}
     assert done == {"sft", "policy", "preferences", RUNS[0].name, "reference_samples"}
     methods = ("sft", "dpo", "best_of_n")
     measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
@@ -207,8 +207,10 @@ def test_the_papers_sweep_has_22_runs():
     assert len(runs) == 22 == len({run.name for run in runs})
 
 
-def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job(made, tmp_path):
-    """The last of this file: it adds runs to what the others look at."""
+def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_alone(
+    made, tmp_path
+):
+    """This adds runs to what the tests before it look at; so does the one after it."""
     folder, _ = made
     betas = [Run("dpo", f"beta={beta:g}", {"dpo.beta": beta}) for beta in (0.1, 0.3, 2.0)]
     seeds = [Run("preferred_ft", f"seed={i}", {"dpo.loss": "sft", "seed": i}) for i in (1, 2, 3)]
@@ -218,10 +220,32 @@ def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job(made, tmp_pat
     before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
     frontier.make(config(), [*betas, *seeds, ADDED], str(folder), together=True)
     assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
-    assert all(job.made.exists() for job in planned)
+    assert all(job.ended for job in planned)
     (own,) = frontier.configs(config(), betas[1:2], folder)
     runs.run(own, str(tmp_path / "alone"))
     of_run = lambda workdir: read_metrics(workdir / "dpo", "eval")[-1]
     alone, member = of_run(tmp_path / "alone"), of_run(folder / "runs" / "dpo-beta-0.3")
     assert member["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert member["samples/reward"] == alone["samples/reward"]
+
+
+def test_a_run_that_fails_leaves_the_others_and_is_named_in_the_report(made):
+    """By itself, and among others that train with it."""
+    folder, too_large = made[0], {"dpo.learning_rate": 1e30}
+    broken = [
+        Run("hinge", "broken", {"dpo.loss": "hinge"} | too_large),
+        Run("apo_zero", "broken", {"dpo.loss": "apo_zero"} | too_large),
+    ]
+    whole = [Run("apo_zero", "whole", {"dpo.loss": "apo_zero"})]
+    there = json.loads((folder / "plan.json").read_text())["runs"]
+    before = [Run(**{key: run[key] for key in Run._fields}) for run in there]
+    planned = [*before, *broken, *whole]
+    for _ in range(2):
+        frontier.make(config(), planned, str(folder), together=True)
+    assert (folder / "logs" / "hinge-broken.txt").read_text().count("not finite at step") == 1
+    text = frontier_results.write(folder)
+    failed = text.split("## Runs that failed")[1].split("## Points")[0]
+    named = [run.name for run in planned if f"{run.name}: " in failed]
+    assert named == [run.name for run in broken]
+    points = frontier_results.collect(folder)[0]
+    assert {p.setting for p in points if p.method == "apo_zero"} >= {"whole"}
