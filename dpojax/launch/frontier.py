@@ -15,7 +15,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -253,13 +253,15 @@ def _run_job(
 ) -> Job:
     """Of one run, or of several that are trained together."""
     run, workdirs = own[0], [folder / "runs" / run.name for run in own]
-    if run.stage == online.STAGE:
-        made = online.folders(workdirs[0], config.frontier.online_rounds)[-1] / online.EXPORTED
-        return Job(run.name, made, lambda: _online(config, run, folder), run.method, needs)
     if len(own) == 1:
-        workdir = workdirs[0]
-        start = lambda: _run_or_leave(_config_of(config, run, folder), workdir)
-        made, failed = workdir / runs.FINISHED, workdir / FAILED
+        made, train = (
+            workdirs[0] / runs.FINISHED,
+            lambda: _run(_config_of(config, run, folder), workdirs[0]),
+        )
+        if run.stage == online.STAGE:
+            made = online.folders(workdirs[0], config.frontier.online_rounds)[-1] / online.EXPORTED
+            train = lambda: _online(config, run, folder)
+        start, failed = lambda: _or_leave(train, workdirs[0]), workdirs[0] / FAILED
         return Job(run.name, made, start, run.method, needs, failed=failed)
     key = digest([one.name for one in own])
     name, done = f"{run.method}-{len(own)}-runs-{key[:4]}", folder / TOGETHER / f"{key}.done"
@@ -349,10 +351,10 @@ def _run(config: ConfigDict, workdir: pathlib.Path) -> None:
     runs.run(config, str(workdir))
 
 
-def _run_or_leave(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _or_leave(train: Callable[[], None], workdir: pathlib.Path) -> None:
     """A run whose loss becomes NaN or infinite leaves the others as they are, and says why."""
     try:
-        _run(config, workdir)
+        train()
     except NonFiniteLoss as error:
         print(error)
         say_failed(workdir, str(error))

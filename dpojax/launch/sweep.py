@@ -20,10 +20,11 @@ from dpojax.evaluation.sweep_figure import draw
 from dpojax.launch import run as runs
 from dpojax.launch import token_cache
 from dpojax.launch.config import STAGES, ConfigError, changes, check, fill_in, only_run
+from dpojax.launch.layout import begun, folder_of
 from dpojax.launch.plan import write_json
 from dpojax.launch.setup import compiled_once
 from dpojax.launch.together import same_program, train_together
-from dpojax.launch.workdirs import digest, failure_of, say_failed, share
+from dpojax.launch.workdirs import ended, failure_of, say_failed, share
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
 
@@ -115,24 +116,27 @@ def make(config: ConfigDict, members: Sequence[Mapping[str, Any]], workdir: str)
 
 
 def _groups(
-    configs: Mapping[str, ConfigDict], begun: Sequence[Sequence[str]], folder: pathlib.Path
+    configs: Mapping[str, ConfigDict], recorded: Sequence[Sequence[str]], folder: pathlib.Path
 ) -> list[list[str]]:
-    """Members that train together: as they were begun, whose checkpoints are of all of them, and
-    then those that are new.
+    """Members that train together: first those that have begun to, as `recorded`, since their
+    checkpoints are of all of them; then the others.
 
     Raises:
       ConfigError: a member is gone whose group has not ended.
     """
     found = []
-    for group in begun:
+    for group in recorded:
+        workdirs = [folder / name for name in group]
         gone = [name for name in group if name not in configs]
-        if gone and (folder / GROUPS / digest(group)).exists():
+        under_way = len(group) > 1 and begun(folder_of(workdirs, folder / GROUPS))
+        if gone and under_way:
             raise ConfigError(
                 f"{folder} is training {', '.join(group)} together: put {', '.join(gone)} back "
                 "into sweep(), or give these members their own --workdir"
             )
-        found.append([name for name in group if name in configs])
-    new = [name for name in configs if not any(name in group for group in begun)]
+        if under_way or any(map(ended, workdirs)) or (len(group) == 1 and workdirs[0].exists()):
+            found.append([name for name in group if name in configs])
+    new = [name for name in configs if not any(name in group for group in found)]
     made = same_program([configs[name] for name in new])
     return [group for group in found if group] + [[new[i] for i in group] for group in made]
 
@@ -203,7 +207,9 @@ def member_of(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
         raise ConfigError(f"sweep(): {dict(own)}: {error.args[0]}") from error
     check(found)
     unread = {"frontier", *itertools.chain(*STAGES)} - {*found.stages}
-    if others := [key for key in own if key.split(".")[0] in unread]:
+    of_tokenizer = "sft.data." if found.tokenizer.startswith("train:") else "none"
+    others = [key for key in own if key.split(".")[0] in unread]
+    if others := [key for key in others if not key.startswith(of_tokenizer)]:
         raise ConfigError(
             f"sweep(): {others[0]} is read by none of the stages {', '.join(found.stages)} "
             "(config.stages)"
@@ -257,5 +263,5 @@ def _plan(config: ConfigDict, members: Mapping[str, Any], folder: pathlib.Path) 
                     "sweep its own --workdir"
                 )
         now["members"] = then["members"] | now["members"]
-        now["groups"] = then["groups"]
+        now["groups"] = then.get("groups", [])
     return now

@@ -13,12 +13,11 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpojax import sharding
@@ -29,11 +28,13 @@ from dpojax.launch import setup as run_setup
 from dpojax.launch import stages
 from dpojax.launch.config import ConfigError, check, fill_in, flat, loss_options, only_run, record
 from dpojax.launch.data import EMBEDDED
+from dpojax.launch.layout import LANES, Layout, begun, folder_of, mesh_of
 from dpojax.launch.plan import write_json
 from dpojax.launch.references import Reference, check_identity, first_scores
 from dpojax.launch.stages import Stage
 from dpojax.launch.train import (
     Judge,
+    abstract_beside,
     abstract_frozen,
     abstract_of,
     make_step,
@@ -59,7 +60,6 @@ from dpojax.training.metrics import MetricWriter
 from dpojax.training.state import initial_state, make_optimizer
 from dpojax.training.together import FitTogether, Member, Orders, Turn, resume
 
-LANES = "lanes.json"  # of a group, while it trains
 PACE = ("learning_rate", "warmup_steps", "steps", "epochs")
 
 
@@ -147,13 +147,15 @@ def train_together(
             except NonFiniteLoss as error:
                 for workdir in workdirs:
                     say_failed(workdir, str(error))
-                return {path.name: failure_of(path) for path in workdirs}
-            for stage in group.stages[1:]:
-                share(workdirs[0], stage.setup.workdir, but=(stage.name,))
-                if jax.process_index() == 0:
-                    stages.save_reports(stage)
-            group.train(start, stop)
-    sharding.agreed(True)  # what the first process wrote is there
+            else:
+                for stage in group.stages[1:]:
+                    share(workdirs[0], stage.setup.workdir, but=(stage.name,))
+                    if jax.process_index() == 0:
+                        stages.save_reports(stage)
+                group.train(start, stop)
+    sharding.agreed(True)  # what the first process wrote is there, and nobody reads checkpoints
+    if jax.process_index() == 0:
+        shutil.rmtree(folder_of(workdirs, folder), ignore_errors=True)
     return {path.name: why for path in workdirs if (why := failure_of(path))}
 
 
@@ -161,7 +163,7 @@ class _Group:
     """Stages that differ in traced numbers alone, and what they share."""
 
     def __init__(self, every: Sequence[Stage], folder: pathlib.Path):
-        self.folder = folder / digest([stage.setup.workdir.name for stage in every])
+        self.folder = folder_of([stage.setup.workdir for stage in every], folder)
         self.first: TokenStatistics | None = None  # of step 0, once that was scored
         seeds = list(dict.fromkeys(stage.setup.config.seed for stage in every))
         self.order_of = [seeds.index(stage.setup.config.seed) for stage in every]
@@ -169,8 +171,8 @@ class _Group:
         first = [next(s for s in every if s.setup.config.seed == seed) for seed in seeds]
         # As long as the longest member: a shorter one's batches are the first of them.
         self.orders = [stage._replace(steps=longest) for stage in first]
-        self.begun = _begun(self.folder)
-        self.mesh = _mesh_of(every, self.begun, self.folder)
+        self.begun = begun(self.folder)
+        self.mesh = mesh_of(every, self.begun, self.folder)
         shape = stages.shape_of(every[0], [stage.order for stage in self.orders], mesh=self.mesh)
         self.stages = [stage._replace(shape=shape) for stage in every]
         self.lead = self.stages[0]
@@ -197,9 +199,6 @@ class _Group:
         if self.lanes is not None:
             self._train(start)
         self._end(range(len(self.stages)), {})
-        sharding.agreed(True)  # nobody reads there any more
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _train(self, start) -> None:
         lead = self.lead
@@ -356,15 +355,19 @@ class _Lanes:
             if turns >= 1 or self.vmapped == 1 or begun or self.asked.vmapped:
                 break
             self.vmapped = -(-self.vmapped // 2)
-        if turns < 1 and self.group.lead.setup.config.check_memory:
+        most = -(-self.members // self.count)
+        at_once = self.asked.at_once or min(max(1, turns), most) * self.count
+        at_once = begun.at_once if begun else at_once
+        calls = -(-min(at_once, self.members) // self.count)
+        if calls > turns and self.group.lead.setup.config.check_memory:
+            change = "lower config.sweep.at_once, axis or vmapped"
+            if begun:
+                change = f"they began so: give them as much memory, or delete {self.group.folder}"
             raise ConfigError(
-                f"config.sweep: {self.count} members in a call take {memory.gib(lanes)} of each "
-                f"device and {memory.gib(beside)} beside them, more than there is; lower "
-                "config.sweep.axis or config.sweep.vmapped (config.check_memory=False tries all "
-                "the same)"
+                f"config.sweep: {calls * self.count} members at once, {self.count} in a call, take "
+                f"{memory.gib(calls * lanes)} of each device and {memory.gib(beside)} beside them, "
+                f"more than there is; {change} (config.check_memory=False tries all the same)"
             )
-        turns = min(max(1, turns), -(-self.members // self.count))
-        at_once = begun.at_once if begun else self.asked.at_once or turns * self.count
         self.lane = build_lane(self.own)
         if jax.process_index() == 0:
             self.group.folder.mkdir(parents=True, exist_ok=True)
@@ -384,15 +387,14 @@ class _Lanes:
             own_rows=self.group.own_rows,
         )
         numbers = self.numbers(range(min(self.count, self.members)), set())
-        frozen = abstract_frozen(lead)
-        read = frozen if lead.lora or "kl" in lead.objective.statistics else None
         with jax.set_mesh(self.mesh):
-            self._step = step.lower(self.abstract, self._rows(), numbers, read).compile()
+            given = self.abstract, self._rows(), numbers, abstract_frozen(lead)
+            self._step = step.lower(*given).compile()
         memory.give_back()
         lanes = memory.bytes_per_device(self.abstract)
         # The weights that all start from stay, and an evaluation takes one member's state out.
-        beside = memory.temporary_bytes(self._step) + memory.bytes_per_device((self.own, frozen))
-        beside += memory.bytes_per_device(self.own.params)
+        others = self.own.params, self.own, abstract_beside(lead)
+        beside = memory.temporary_bytes(self._step) + memory.bytes_per_device(others)
         fit = int((memory.limit_bytes() - beside) // lanes)
         return lanes, beside, sharding.agreed(max(-1, min(2**20, fit)))
 
@@ -451,44 +453,3 @@ def _numbers_of(stage: Stage) -> Numbers:
     whole = lambda x: jnp.asarray(x, jnp.int32)
     warmup, seed = stage.config.warmup_steps, stage.setup.config.seed
     return Numbers(stage.hyper, whole(warmup), whole(stage.steps), whole(seed % 2**31))
-
-
-class Layout(NamedTuple):
-    """How members lie on devices."""
-
-    axis: int
-    vmapped: int  # on each place of the axis in one call
-    at_once: int
-
-
-def _begun(folder: pathlib.Path) -> Layout | None:
-    """That of the checkpoints in a group's folder; None where there are none yet."""
-    found = Layout(0, 0, 0)
-    if (folder / LANES).exists() and any(folder.glob("*/[0-9]*")):
-        found = Layout(**json.loads((folder / LANES).read_text()))
-    found = Layout(*map(sharding.agreed, found))
-    return found if found.axis else None
-
-
-def _mesh_of(every: Sequence[Stage], begun: Layout | None, folder: pathlib.Path) -> Mesh:
-    """The mesh with an axis for lanes: as they were begun, else config.sweep.axis, or the largest
-    that members fill.
-
-    Raises:
-      ConfigError: an axis that does not divide the mesh.
-    """
-    asked, mesh = every[0].setup.config.sweep, every[0].setup.mesh
-    members = min(len(every), asked.at_once or len(every))
-    data = mesh.shape["data"]
-    axis = asked.axis or max(n for n in range(1, min(data, members) + 1) if data % n == 0)
-    axis = begun.axis if begun else axis
-    try:
-        return sharding.sweep_mesh(mesh, axis)
-    except ValueError as error:
-        if begun is None:
-            raise ConfigError(f"config.sweep.axis: {error}") from error
-        raise ConfigError(
-            f"{folder} holds checkpoints of members on a sweep axis of {axis}, which does not "
-            f"divide the mesh's data axis of {data}: go on with as many devices as before, or "
-            "delete that folder to train these members from the start"
-        ) from error

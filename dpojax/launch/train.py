@@ -233,19 +233,37 @@ def jitted_step(stage: Stage, optimizer, abstract: State) -> Callable:
 
 
 def abstract_frozen(stage: Stage) -> dict | None:
-    """Shapes of the weights that stay as they are: the base of adapters, or a live reference."""
+    """Shapes of the weights that a step reads and leaves: adapters' base, or the live reference of
+    an objective that needs more of it than log-probs."""
     if stage.lora is not None:
         return stage.lora.abstract_base
-    if stage.name == "dpo" and stage.config.reference.kind == "live":
-        low = jnp.dtype(stage.config.reference.dtype)
-        return jax.tree.map(lambda x: x.update(dtype=low), stage.setup.abstract_params)
-    return None
+    return _abstract_live(stage) if "kl" in stage.objective.statistics else None
+
+
+def abstract_beside(stage: Stage) -> tuple:
+    """Shapes of all weights that lie beside a stage's state while it trains: adapters' base, a live
+    reference, and the reference whose samples policies are compared with."""
+    base = None if stage.lora is None else stage.lora.abstract_base
+    asked = stage.name == "dpo" and stage.setup.config.samples.reward and _own_reference(stage)
+    return base, _abstract_live(stage), stage.setup.abstract_params if asked else None
+
+
+def _abstract_live(stage: Stage) -> dict | None:
+    if stage.name != "dpo" or stage.config.reference.kind != "live" or not _own_reference(stage):
+        return None
+    low = jnp.dtype(stage.config.reference.dtype)
+    return jax.tree.map(lambda x: x.update(dtype=low), stage.setup.abstract_params)
+
+
+def _own_reference(stage: Stage) -> bool:
+    """Whether a preference stage's reference is not the base of its adapters."""
+    return stage.lora is None or bool(stage.config.reference.path)
 
 
 def footprint(stage: Stage) -> Footprint:
     """What the stage's step will want of each device, predicted from shapes alone."""
     config, setup = stage.setup.config, stage.setup
-    frozen, kernels = abstract_frozen(stage), None
+    frozen, kernels = abstract_beside(stage), None
     if stage.lora is not None:  # every pass makes merged weights of the base
         frozen = (frozen, setup.abstract_params)
         kernels = lora.adapted(setup.abstract_params, stage.lora.abstract)

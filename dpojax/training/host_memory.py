@@ -14,11 +14,13 @@ class _Files(NamedTuple):
 
     limit: str
     used: str
-    given_way: str  # in memory.stat: cached files that nobody reads at the moment
+    cached: tuple[str, str]  # in memory.stat: files whose pages are dropped when others want them
 
 
-VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
-VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = _Files("memory.max", "memory.current", ("active_file", "inactive_file"))
+VERSION_1 = _Files(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+)
 
 
 def available() -> float:
@@ -47,7 +49,9 @@ def _of_group(folder: pathlib.Path, files: _Files) -> float:
     limit, used = _lines(folder / files.limit), _lines(folder / files.used)
     if not limit or not used or limit[0] == "max":
         return math.inf
-    return int(limit[0]) - int(used[0]) + _numbers(folder / "memory.stat").get(files.given_way, 0)
+    found = _numbers(folder / "memory.stat")
+    cached = sum(found.get(name, 0) for name in files.cached)
+    return int(limit[0]) - int(used[0]) + cached
 
 
 def _numbers(path: pathlib.Path) -> dict[str, int]:

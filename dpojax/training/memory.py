@@ -147,6 +147,8 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
 def needed(compiled: jax.stages.Compiled) -> str:
     """What a compiled program needs of each device, as the compiler counts it."""
     found = compiled.memory_analysis()
+    if found is None:
+        return "what its compiler does not say"
     given = found.argument_size_in_bytes
     beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return f"{gib(given + beside)} of each device ({gib(given)} given, {gib(beside)} beside that)"

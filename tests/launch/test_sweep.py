@@ -12,9 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from dpojax import sharding
+from dpojax.launch import layout, sweep, together
 from dpojax.launch import run as runs
 from dpojax.launch import setup as run_setup
-from dpojax.launch import sweep, together
 from dpojax.launch.config import ConfigError
 from dpojax.launch.export import export, read_config
 from dpojax.launch.workdirs import digest
@@ -203,6 +203,7 @@ def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_othe
     assert [why.split(":")[0] for why in failed.values()] == ["dpo", "sft", "sft"]
     assert "loss-dpo" not in failed
     assert (tmp_path / "sweep" / "loss-dpo" / runs.FINISHED).exists()
+    assert not list((tmp_path / "sweep" / sweep.GROUPS).glob("*"))
     assert sweep.make(base_config(), members, str(tmp_path / "sweep")) == failed
 
 
@@ -241,7 +242,7 @@ def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     assert chosen(beside + 1.5 * states) == 2
     begun = len(stages_trained)
     monkeypatch.setattr(memory, "limit_bytes", lambda: beside + 0.5 * states)
-    with pytest.raises(ConfigError, match=r"2 members in a call .* more than there is"):
+    with pytest.raises(ConfigError, match=r"2 members at once, 2 in .* more than there is"):
         sweep.make(base_config(), members, str(tmp_path / "sweep"))
     assert len(stages_trained) == begun  # refused before the SFT stage
 
@@ -295,13 +296,20 @@ def test_one_program_trains_what_differs_in_traced_numbers_alone():
 
 def test_members_that_are_added_leave_the_others_as_they_were_begun(tmp_path):
     made = {name: member_config(own) for name, own in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
-    assert sweep._groups(made, [], tmp_path) == [["a", "b", "c"]]
+    assert sweep._groups(made, [["b", "a"]], tmp_path) == [["a", "b", "c"]]  # nothing has begun
+    kept = tmp_path / sweep.GROUPS / digest(["b", "a"])
+    (kept / "members" / "20").mkdir(parents=True)
+    lanes = layout.Layout(axis=2, vmapped=1, at_once=2)
+    (kept / layout.LANES).write_text(json.dumps(lanes._asdict()))
     assert sweep._groups(made, [["b", "a"]], tmp_path) == [["b", "a"], ["c"]]
-    del made["a"]
-    assert sweep._groups(made, [["b", "a"]], tmp_path) == [["b"], ["c"]]  # that one has ended
-    (tmp_path / sweep.GROUPS / digest(["b", "a"])).mkdir(parents=True)
+    without = {name: made[name] for name in ("b", "c")}
     with pytest.raises(ConfigError, match=r"is training b, a together: put a back"):
-        sweep._groups(made, [["b", "a"]], tmp_path)
+        sweep._groups(without, [["b", "a"]], tmp_path)
+    (kept / "members" / "20").rename(kept / "members" / "20.orbax-checkpoint-tmp")
+    assert sweep._groups(without, [["b", "a"]], tmp_path) == [["b", "c"]]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / runs.FINISHED).touch()
+    assert sweep._groups(without, [["b", "a"]], tmp_path) == [["b"], ["c"]]
 
 
 def member_config(beta: float) -> ConfigDict:

@@ -27,13 +27,13 @@ def test_a_host_without_control_groups_gives_what_is_available(host):
     assert host_memory.available() == 10 * GIB
 
 
-def test_the_tightest_control_group_counts_without_files_that_give_way(host):
+def test_the_tightest_control_group_counts_without_cached_files(host):
     host(proc__self__cgroup="1:cpu:/elsewhere\n0::/job/step\n")
     host(groups__job__step__memory_max="max\n", groups__job__step__memory_current=f"{GIB}\n")
     assert host_memory.available() == 10 * GIB
     host(groups__job__memory_max=f"{6 * GIB}\n", groups__job__memory_current=f"{3 * GIB}\n")
     assert host_memory.available() == 3 * GIB
-    host(groups__job__memory_stat=f"anon {GIB}\ninactive_file {GIB}\n")
+    host(groups__job__memory_stat=f"active_file {GIB // 2}\ninactive_file {GIB // 2}\n")
     assert host_memory.available() == 4 * GIB
     host(groups__memory_max=f"{2 * GIB}\n", groups__memory_current="0\n")
     assert host_memory.available() == 2 * GIB
