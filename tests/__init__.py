@@ -1,5 +1,5 @@
-# For XLA: most of a test's time goes into compiling programs that run for milliseconds. Tests of
-# the benchmarks leave these flags out, and compile as users do.
+# For XLA: most of a test's time goes into compiling programs that run for milliseconds. What
+# tests/test_benchmarks.py starts goes without these flags, as a user's programs do.
 QUICK_COMPILES = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"

@@ -254,10 +254,8 @@ def _run_job(
     """Of one run, or of several that are trained together."""
     run, workdirs = own[0], [folder / "runs" / run.name for run in own]
     if len(own) == 1:
-        made, train = (
-            workdirs[0] / runs.FINISHED,
-            lambda: _run(_config_of(config, run, folder), workdirs[0]),
-        )
+        made = workdirs[0] / runs.FINISHED
+        train = lambda: _run(_config_of(config, run, folder), workdirs[0])
         if run.stage == online.STAGE:
             made = online.folders(workdirs[0], config.frontier.online_rounds)[-1] / online.EXPORTED
             train = lambda: _online(config, run, folder)
@@ -267,9 +265,8 @@ def _run_job(
     name, done = f"{run.method}-{len(own)}-runs-{key[:4]}", folder / TOGETHER / f"{key}.done"
 
     def start():
-        train_together(
-            [_config_of(config, one, folder) for one in own], workdirs, folder / TOGETHER
-        )
+        every = [_config_of(config, one, folder) for one in own]
+        train_together(every, workdirs, folder / TOGETHER)
         done.parent.mkdir(exist_ok=True)
         done.touch()
 

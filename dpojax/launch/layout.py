@@ -50,8 +50,8 @@ def mesh_of(every: Sequence[Stage], begun: Layout | None, folder: pathlib.Path) 
     asked, mesh = every[0].setup.config.sweep, every[0].setup.mesh
     members = min(len(every), asked.at_once or len(every))
     data = mesh.shape["data"]
-    axis = asked.axis or max(n for n in range(1, min(data, members) + 1) if data % n == 0)
-    axis = begun.axis if begun else axis
+    largest = max(n for n in range(1, min(data, members) + 1) if data % n == 0)
+    axis = begun.axis if begun else asked.axis or largest
     try:
         return sharding.sweep_mesh(mesh, axis)
     except ValueError as error:

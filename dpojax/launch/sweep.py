@@ -207,9 +207,10 @@ def member_of(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
         raise ConfigError(f"sweep(): {dict(own)}: {error.args[0]}") from error
     check(found)
     unread = {"frontier", *itertools.chain(*STAGES)} - {*found.stages}
-    of_tokenizer = "sft.data." if found.tokenizer.startswith("train:") else "none"
     others = [key for key in own if key.split(".")[0] in unread]
-    if others := [key for key in others if not key.startswith(of_tokenizer)]:
+    if found.tokenizer.startswith("train:"):  # on the texts of SFT, whatever the stages are
+        others = [key for key in others if not key.startswith("sft.data.")]
+    if others:
         raise ConfigError(
             f"sweep(): {others[0]} is read by none of the stages {', '.join(found.stages)} "
             "(config.stages)"

@@ -186,7 +186,7 @@ class _Group:
         """Compile the step, unless all members are trained, and choose how many go at once.
 
         Raises:
-          ConfigError: not even one call's members fit into memory.
+          ConfigError: see `_Lanes.compile`.
         """
         self.lanes = None
         if not all(map(self._trained, range(len(self.stages)))):
@@ -341,12 +341,12 @@ class _Lanes:
         return self.vmapped * self.mesh.shape[SWEEP]
 
     def compile(self) -> int:
-        """Compile the step; returns how many members memory holds at once.
+        """Compile the step; returns how many members are trained at once.
 
         What was chosen stays so as long as the members' checkpoints, which have its shape.
 
         Raises:
-          ConfigError: not even one call's members fit.
+          ConfigError: memory does not hold those of one call, or as many as were asked for.
         """
         begun = self.group.begun
         self.vmapped = begun.vmapped if begun else self.vmapped

@@ -28,7 +28,7 @@ class Footprint(NamedTuple):
     weights: int
     optimizer: int  # its moments
     gradient: int  # twice where micro-batches are added up; of adapted kernels once, on the way
-    frozen: int  # a live reference, or the base of adapters
+    frozen: int  # weights beside the state: a live reference, the base of adapters
     activations: int  # stored for the backward pass, and one layer's own
     logits: int  # those that exist at once, the head's gradient, and over fsdp the head gathered
 

@@ -323,6 +323,14 @@ def test_a_member_has_the_same_name_whatever_others_change():
     assert sweep.names_of(both, "dpo") == ["learning_rate-0.0001", "sft.learning_rate-0.0001"]
 
 
+def test_texts_that_a_new_tokenizer_is_trained_on_may_differ_between_members():
+    given = {"tokenizer": "train:300", "dpo.data.source": "reviews"}
+    config = base_config(stages=("dpo",), **given)
+    assert sweep.member_of(config, {"sft.data.limit": 7}).sft.data.limit == 7
+    with pytest.raises(ConfigError, match=r"sft\.steps is read by none of the stages dpo"):
+        sweep.member_of(config, {"sft.steps": 7})
+
+
 def test_a_sweep_that_cannot_run_is_refused_before_anything_is_made(tmp_path):
     wrong = {
         r"dpo\.no_such_key": {"dpo.no_such_key": 1},
