@@ -23,14 +23,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from dpojax.config.checks import check
+from dpojax.config.defaults import default_config
 from dpojax.data.pipeline import order, train_batches
 from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
-from dpojax.launch import references, setup, stages, token_cache
-from dpojax.launch.config import check
-from dpojax.launch.defaults import default_config
-from dpojax.launch.stages import shape_of
 from dpojax.methods import preference
 from dpojax.models.decoder import SHARDING_RULES
+from dpojax.stages import references, setup, token_cache
+from dpojax.stages import stage as stages
+from dpojax.stages.stage import shape_of
 from dpojax.training.forward import build_divergence, language_model
 from dpojax.training.loop import StopSignal
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
@@ -84,7 +85,7 @@ def train(loss: str, seeds: list[int], args: argparse.Namespace):
     )
     schedule = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     step = jax.jit(build_step(forward, stage.objective, optimizer, schedule), donate_argnums=0)
-    judge = _judge("dpo", args)
+    judge = _judge("preference", args)
     size = {"batch_size": stage.config.batch_size, "steps": stage.steps}
     orders = {seed: order(stage.data.train, **size, seed=seed) for seed in seeds}
     stage = stage._replace(shape=shape_of(stage, [*orders.values()]))
@@ -105,7 +106,7 @@ class _Judge:
     """Held-out pairs with the SFT policy's log-probs; calls score a policy on them."""
 
     def __init__(self, args: argparse.Namespace):
-        self.stage, self.used, self.start = _open("dpo", args)
+        self.stage, self.used, self.start = _open("preference", args)
         self.hyper = self.stage.hyper | {"beta": np.float32(1.0)}
         self.divergence = jax.jit(build_divergence(self.stage.setup.model))
         mesh = self.stage.setup.mesh
@@ -134,9 +135,9 @@ def _judge(name: str, args: argparse.Namespace) -> _Judge:
 def _open(loss: str, args: argparse.Namespace):
     """The stage of a loss, its reference, and the weights that it starts from."""
     config = default_config()
-    config.stages = ("dpo",)
+    config.stages = ("preference",)
     config.model.path = args.model
-    config.dpo.update(
+    config.preference.update(
         loss=loss,
         learning_rate=args.learning_rate,
         schedule="cosine",
@@ -144,13 +145,15 @@ def _open(loss: str, args: argparse.Namespace):
         batch_size=args.batch_size,
         steps=args.steps,
     )
-    config.dpo.data.update(source=str(_with_margins(args)), form=args.form, limit=0, eval_limit=0)
-    config.dpo.reference.cache = str(args.out / "reference_logprobs")
+    config.preference.data.update(
+        source=str(_with_margins(args)), form=args.form, limit=0, eval_limit=0
+    )
+    config.preference.reference.cache = str(args.out / "reference_logprobs")
     config.token_cache = str(args.out / "tokens")
     for key, value in GIVEN.get(loss, {}).items():
-        config.dpo.update_from_flattened_dict({key: value})
+        config.preference.update_from_flattened_dict({key: value})
     check(config)
-    stage = stages.prepare("dpo", setup.prepare(config, args.out / "runs" / loss))
+    stage = stages.prepare("preference", setup.prepare(config, args.out / "runs" / loss))
     token_cache.save(stage.data)
     start = setup.initial_params(stage.setup)
     with jax.set_mesh(stage.setup.mesh), StopSignal() as stop:
@@ -238,7 +241,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder of the SFT policy")
-    add("--data", required=True, help="preferences, as config.dpo.data.source")
+    add("--data", required=True, help="preferences, as config.preference.data.source")
     add("--form", default="instruction", help="of the data")
     add("--out", type=pathlib.Path, required=True)
     add("--losses", default="", help="comma-separated; default: all")

@@ -44,10 +44,10 @@ def main() -> None:
         folder = pathlib.Path(name)
         make_inputs(folder, shape, 8)
         config = write_config(folder, shape, 8, (0.1,))
-        keys = {"dpo.steps": 1, "dpo.data.eval_limit": shape.pairs, "log_every": 1}
+        keys = {"preference.steps": 1, "preference.data.eval_limit": shape.pairs, "log_every": 1}
         keys |= {"token_cache": folder / "tokens", "compilation_cache": folder / "compiled"}
         if not args.apart:
-            keys["dpo.reference.cache"] = folder / "log-probs"
+            keys["preference.reference.cache"] = folder / "log-probs"
         runs = [_run(config, folder / f"run-{n}", keys) for n in range(1 + args.warm)]
     warm = {part: statistics.median(run[part] for run in runs[1:]) for part in PARTS}
     for name, run in (("cold", runs[0]), ("warm", warm)):
@@ -70,10 +70,12 @@ def _run(config: pathlib.Path, workdir: pathlib.Path, keys: dict) -> dict[str, f
         stdout=subprocess.DEVNULL,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    lines = [json.loads(x) for x in (workdir / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(x) for x in (workdir / "preference" / "metrics.jsonl").read_text().splitlines()
+    ]
     first = lambda split: next(line["time"] for line in lines if line["split"] == split)
     at = {"prepared": (workdir / "config.json").stat().st_mtime}
-    at["weights"] = (workdir / "dpo" / "reference" / "0").stat().st_mtime
+    at["weights"] = (workdir / "preference" / "reference" / "0").stat().st_mtime
     at |= {split: first(split) for split in SPLITS}
     return {part: at[part] - began for part in PARTS}
 

@@ -23,12 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.hlo import collectives, product_flops
 from benchmarks.train_step import Case, make_model, synthetic_rows
 from dpojax import sharding
+from dpojax.config.defaults import default_config
 from dpojax.data.rows import Rows
-from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.training.forward import language_model
-from dpojax.training.lanes import Numbers, abstract_lanes, build_lanes, new_lanes, stack
 from dpojax.training.memory import temporary_bytes
 from dpojax.training.state import (
     State,
@@ -39,8 +38,15 @@ from dpojax.training.state import (
     new_state,
 )
 from dpojax.training.step import build_step
+from dpojax.training.vectorised_step import (
+    Numbers,
+    abstract_member_states,
+    build_vectorised_step,
+    new_member_states,
+    stack,
+)
 
-CONFIG = default_config().dpo
+CONFIG = default_config().preference
 OPTIONS = preference.resolve(CONFIG.loss, {})
 DEVICES = (1, 2, 4, 8)
 MESHES = ("data", "fsdp", "tensor", sharding.SWEEP)
@@ -190,7 +196,7 @@ def _alone(make_step, abstract: State, mesh: Mesh):
 
 def _lanes(make_step, abstract: State, mesh: Mesh, members: int):
     """The same for the members of a sweep, which differ in beta."""
-    lanes = abstract_lanes(abstract, members, mesh)
+    lanes = abstract_member_states(abstract, members, mesh)
     whole = jnp.int32
     of = lambda i: Numbers(_hyper(0.1 * (i + 1)), whole(0), whole(10**6), whole(i))
     numbers = stack([of(i) for i in range(members)], mesh)
@@ -198,7 +204,7 @@ def _lanes(make_step, abstract: State, mesh: Mesh, members: int):
     def start(compiled, init, rows):
         placed = sharding.put_rows(rows, mesh)
         make = lambda params, seed: initial_state(params, make_optimizer(CONFIG.optimizer), seed)
-        state = new_lanes(init(), make, numbers.seed, lanes)
+        state = new_member_states(init(), make, numbers.seed, lanes)
 
         def run(state):
             state, report = compiled(state, placed, numbers, None)
@@ -206,7 +212,7 @@ def _lanes(make_step, abstract: State, mesh: Mesh, members: int):
 
         return state, run
 
-    return build_lanes(make_step, lanes), (lanes, numbers, None), start
+    return build_vectorised_step(make_step, lanes), (lanes, numbers, None), start
 
 
 def _hyper(beta: float) -> dict:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import sharding
+from dpojax.config.defaults import default_config
 from dpojax.data import reviews
-from dpojax.launch.defaults import default_config
 from dpojax.methods import ppo
 from dpojax.models import decoder
 from dpojax.models.config import LLAMA, DecoderConfig
@@ -68,7 +68,7 @@ def measure(
     model = decoder.build(config)
     value = decoder.build(dataclasses.replace(config, scalar_head=True))
     settings = ppo.PPO(epochs=epochs, minibatches=minibatches)
-    optimizer = make_optimizer(default_config().dpo.optimizer)
+    optimizer = make_optimizer(default_config().preference.optimizer)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     reference = jax.jit(model.init)(jax.random.key(0))
     params = jax.tree.map(jnp.copy, reference), ppo.with_value_head(config, reference)[1]

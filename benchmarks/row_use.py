@@ -23,16 +23,16 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 from transformers import AutoTokenizer
 
-from dpojax.data.packing import Costs, Shape, cut_of, plan
-from dpojax.data.rows import collate, cuts_of, needs_of
+from dpojax.config.defaults import default_config
+from dpojax.data.packing import Costs, Shape, bucket_of, plan
+from dpojax.data.rows import buckets_of, collate, needs_of
 from dpojax.data.tokenise import Example
-from dpojax.launch import data as stage_data
-from dpojax.launch.defaults import default_config
 from dpojax.models import decoder
 from dpojax.models.attention import XLA
 from dpojax.models.config import GPT2, DecoderConfig
 from dpojax.models.splash import SPLASH
 from dpojax.sharding import AXES
+from dpojax.stages import data as stage_data
 from dpojax.training.costs import packing_costs
 
 LAYOUTS = ((8, 1), (16, 1), (64, 1), (64, 8))  # examples of a batch, row shards
@@ -69,10 +69,14 @@ def main() -> None:
 def _examples(form: str, path: str, tokenizer) -> list[Example]:
     """All usable pairs or rankings, in random order."""
     config = default_config()
-    config.dpo.data.update(source=path, form=form, limit=0, eval_limit=1)
+    config.preference.data.update(source=path, form=form, limit=0, eval_limit=1)
     config.tokens.update(max_length=1024, truncation="drop")
     found = stage_data.load(
-        config.dpo.data, config.tokens, tokenizer, wants=stage_data.Wants(), seed=0
+        config.preference.data,
+        config.tokens,
+        tokenizer,
+        wants=stage_data.DataRequirements(),
+        seed=0,
     )
     examples = list(found.examples)
     random.Random(0).shuffle(examples)
@@ -93,8 +97,8 @@ def _line(path: pathlib.Path, examples: list[Example], batch: int, shards: int, 
     given = {"multiple": shards, "costs": _costs(width, shards)}
     shape = plan(examples, batches, **given)
     found = _use(examples, batches, shape)
-    one = _use(examples, batches, plan(examples, batches, most_cuts=1, **given))
-    sizes = ", ".join(f"{cut.rows} x {cut.length}" for cut in shape.cuts)
+    one = _use(examples, batches, plan(examples, batches, max_buckets=1, **given))
+    sizes = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in shape.buckets)
     return (
         f"| {path.stem} | {len(examples)} | {batch} x {shards} | {found.columns:.1%} "
         f"| {found.scored:.1%} | {one.columns:.1%} | {found.cost / one.cost:.2f} "
@@ -118,8 +122,8 @@ def _use(examples: list[Example], batches: Sequence[range], shape: Shape) -> Use
     tokens = columns = scored = slots = cost = 0
     for batch in batches:
         rows = collate(examples, batch, shape)
-        cuts, needs = cuts_of(rows), needs_of(rows)
-        used = [cuts[i] for i in cut_of(needs[needs[:, 0] > 0], cuts)]
+        buckets, needs = buckets_of(rows), needs_of(rows)
+        used = [buckets[i] for i in bucket_of(needs[needs[:, 0] > 0], buckets)]
         tokens += (rows.segment > 0).sum()
         scored += (rows.response >= 0).sum()
         columns += sum(cut.rows * cut.length for cut in used)

@@ -84,7 +84,7 @@ def _timed(folder: pathlib.Path, config: pathlib.Path, args) -> dict:
             continue
         beta = BETAS[len(found["separate"]) * (args.members - 1) // max(1, args.separate - 1)]
         name = folder / f"run-{beta}"
-        found["separate"].append(_run("train.py", config, name, f"--config.dpo.beta={beta}"))
+        found["separate"].append(_run("train.py", config, name, f"--config.preference.beta={beta}"))
     return found
 
 
@@ -130,20 +130,20 @@ def write_config(folder: pathlib.Path, shape: Shape, steps: int, betas: tuple) -
     """Half of the steps lie between two evaluations."""
     path = folder / "config.py"
     path.write_text(f"""
-from dpojax.launch.defaults import default_config
+from dpojax.config.defaults import default_config
 
 
 def get_config():
     config = default_config()
-    config.stages = ("dpo",)
+    config.stages = ("preference",)
     config.model.path = {str(folder / "policy")!r}
-    config.dpo.data.source = {str(folder / "train.jsonl")!r}
-    config.dpo.data.eval_source = {str(folder / "eval.jsonl")!r}
-    config.dpo.data.limit = 0
-    config.dpo.data.eval_limit = 0
-    config.dpo.batch_size = {shape.pairs}
-    config.dpo.steps = {steps}
-    config.dpo.learning_rate = 1e-5
+    config.preference.data.source = {str(folder / "train.jsonl")!r}
+    config.preference.data.eval_source = {str(folder / "eval.jsonl")!r}
+    config.preference.data.limit = 0
+    config.preference.data.eval_limit = 0
+    config.preference.batch_size = {shape.pairs}
+    config.preference.steps = {steps}
+    config.preference.learning_rate = 1e-5
     config.evaluate_every = {steps // 2}
     config.checkpoint_every = 0
     config.tensorboard = False
@@ -151,7 +151,7 @@ def get_config():
 
 
 def sweep():
-    return [{{"dpo.beta": beta}} for beta in {betas}]
+    return [{{"preference.beta": beta}} for beta in {betas}]
 """)
     return path
 

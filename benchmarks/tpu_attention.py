@@ -23,11 +23,12 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpojax import sharding
+from dpojax.config.defaults import default_config
 from dpojax.data.packing import Shape
-from dpojax.launch import setup, stages, train
-from dpojax.launch.defaults import default_config
 from dpojax.models.attention import PlainRows
 from dpojax.models.kernels import KERNELS
+from dpojax.stages import setup, train
+from dpojax.stages import stage as stages
 from dpojax.training.memory import gib, temporary_bytes
 
 MODEL = {"width": 1024, "layers": 12, "heads": 16, "kv_heads": 8, "mlp_width": 2816}
@@ -87,17 +88,17 @@ def lower_layer(chips, attention: str, length: int) -> jax.stages.Lowered:
 
 
 def lower_step(chips, attention: str, length: int, remat: str = "dots") -> jax.stages.Lowered:
-    """The step of `config.dpo`, its reference cached, for one row of `length` tokens a chip."""
+    """The step of `config.preference`, its reference cached, for one row of `length` tokens a chip."""
     config = default_config()
     config.model.update(MODEL, max_positions=length)
     config.model.update(attention=attention, compute_dtype="bfloat16", remat=remat)
     mesh = sharding.make_mesh(data=1, fsdp=len(chips), devices=chips)
     model, raw = setup.open_model(config, VOCABULARY, mesh)
     tokenizer = types.SimpleNamespace(eos_token_id=0)
-    lora = dict.fromkeys(("sft", "dpo", "reward", "classifier"))
+    lora = dict.fromkeys(("sft", "preference", "reward", "classifier"))
     own = setup.Setup(config, pathlib.Path("nowhere"), mesh, tokenizer, model, raw, lora)
     shape = Shape(1, len(chips), length, length // 2, max(1, length // EXAMPLE), 2)
-    return train.lower(stages.without_data("dpo", own)._replace(shape=shape, steps=1))
+    return train.lower(stages.without_data("preference", own)._replace(shape=shape, steps=1))
 
 
 if __name__ == "__main__":

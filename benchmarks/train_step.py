@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import sharding
+from dpojax.config.defaults import default_config
 from dpojax.data.packing import plan
 from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example
-from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.models.config import GPT2, DecoderConfig
@@ -176,7 +176,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
 def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
     """(one step, waited for; its model FLOPs; its rows; seconds to compile), as a run has them."""
-    config = default_config().dpo
+    config = default_config().preference
     model, optimizer = make_model(case), make_optimizer(config.optimizer)
     params = jax.jit(model.init)(jax.random.key(0))
     abstract = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)

@@ -201,16 +201,16 @@ def _lengths(name: str, data: pathlib.Path, folder: str) -> str:
         return str(path)
     from transformers import AutoTokenizer
 
-    from dpojax.launch import data as stage_data
-    from dpojax.launch.defaults import default_config
+    from dpojax.config.defaults import default_config
+    from dpojax.stages import data as stage_data
 
     source, form = SOURCES[name]
     config = default_config()
-    config.dpo.data.update(source=str(data / source), form=form, limit=0, eval_limit=1)
+    config.preference.data.update(source=str(data / source), form=form, limit=0, eval_limit=1)
     config.tokens.update(max_length=1024, truncation="drop")
     tokenizer = AutoTokenizer.from_pretrained(str(data / "gpt2-tokenizer"))
-    wants = stage_data.Wants()
-    found = stage_data.load(config.dpo.data, config.tokens, tokenizer, wants=wants, seed=0)
+    wants = stage_data.DataRequirements()
+    found = stage_data.load(config.preference.data, config.tokens, tokenizer, wants=wants, seed=0)
     lengths = [
         (len(example.prompt), *map(len, example.responses))
         for example in found.examples[: found.train]

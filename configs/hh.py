@@ -5,8 +5,8 @@
 
 The data come from the hub. For files, name them and empty the splits, for both stages:
 
-        --config.dpo.data.source=train.jsonl.gz --config.dpo.data.split= \\
-        --config.dpo.data.eval_source=test.jsonl.gz --config.dpo.data.eval_split=
+        --config.preference.data.source=train.jsonl.gz --config.preference.data.split= \\
+        --config.preference.data.eval_source=test.jsonl.gz --config.preference.data.eval_split=
 
 Their model is Pythia 2.8B; any Llama or GPT-2 folder runs now (GPT-2 large by default: 774M
 parameters, 6.2 GB of float32 weights and RMSprop moments, besides gradients and activations of two
@@ -16,7 +16,7 @@ steps a stage. Departures: SFT is a mean over tokens (theirs is a sum per sequen
 is still too long once its prompt is cut is dropped (theirs loses the end of its responses).
 """
 
-from dpojax.launch.defaults import default_config
+from dpojax.config.defaults import default_config
 
 
 def get_config():
@@ -27,7 +27,7 @@ def get_config():
     config.tokens.truncation = "cut_prompt_start"
     config.model.remat = "full"
     config.micro_rows = 2
-    for stage in (config.sft, config.dpo):
+    for stage in (config.sft, config.preference):
         stage.data.source = "Anthropic/hh-rlhf"
         stage.data.split = "train"
         stage.data.form = "hh"
@@ -40,7 +40,7 @@ def get_config():
         stage.warmup_steps = 150
         stage.optimizer.name = "rmsprop"
         stage.optimizer.clip_norm = 10.0
-    config.dpo.beta = 0.1
+    config.preference.beta = 0.1
     config.evaluate_every = 312  # their 20,000 examples
     config.checkpoint_every = 312
     return config
@@ -48,4 +48,4 @@ def get_config():
 
 def sweep():
     """beta as in the paper's frontier."""
-    return [{"dpo.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]
+    return [{"preference.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]

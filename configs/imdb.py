@@ -26,7 +26,7 @@ policies are judged on prefixes of test reviews.
 
 from ml_collections.config_dict import FieldReference
 
-from dpojax.launch.defaults import default_config
+from dpojax.config.defaults import default_config
 
 
 def get_config(variant="small"):
@@ -45,8 +45,8 @@ def get_config(variant="small"):
     # Completions have a fixed length: no text ends, and what was cut is kept.
     config.tokens.truncation = "cut_response_end"
     config.tokens.append_eos = False
-    config.frontier.unstopped = "keep"
-    for stage in (config.dpo, config.reward):
+    config.frontier.truncated = "keep"
+    for stage in (config.preference, config.reward):
         stage.data.limit = 0
     config.checkpoint_every = 0
     VARIANTS[variant](config)
@@ -62,8 +62,8 @@ def _small(config):
     config.classifier.learning_rate = 1e-3
     config.frontier.update(reward="classifier", count=4_000, completions=4)
     config.samples.update(count=64, per_prompt=8, max_new_tokens=40)
-    config.dpo.update(batch_size=32, learning_rate=3e-4, warmup_steps=30, schedule="cosine")
-    config.dpo.data.eval_limit = 100
+    config.preference.update(batch_size=32, learning_rate=3e-4, warmup_steps=30, schedule="cosine")
+    config.preference.data.eval_limit = 100
     config.reward.update(batch_size=32, learning_rate=3e-4, schedule="cosine")
     config.reward.data.eval_limit = 200
     config.ppo.update(batch_size=64, limit=4_000, steps=60, max_new_tokens=40, minibatches=4)
@@ -82,7 +82,7 @@ def _paper(config):
     config.reward.epochs = 3
     config.ppo.update(batch_size=64, limit=25_000, max_new_tokens=48, steps=400)
     config.ppo.value_learning_rate = 1e-5
-    for stage in (config.sft, config.reward, config.dpo, config.ppo):
+    for stage in (config.sft, config.reward, config.preference, config.ppo):
         stage.update(batch_size=64, learning_rate=1e-6, warmup_steps=150)
         stage.optimizer.name = "rmsprop"
     config.log_every, config.evaluate_every, config.checkpoint_every = 10, 300, 300
@@ -93,7 +93,7 @@ VARIANTS = {"small": _small, "paper": _paper}
 
 def frontier(config):
     """The 22 runs of the paper's figure 2; with a model.path, all with the same settings."""
-    from dpojax.launch.frontier import paper_runs
+    from dpojax.frontier.plan import paper_runs
 
     if config.model.path:  # step sizes and KL coefficients below are those of the small model
         return paper_runs()
@@ -103,6 +103,9 @@ def frontier(config):
         "ppo_gt": {"evaluate_every": 15, "ppo.kl_coefficient": 0.1},
     }
     # The smaller beta is, the less but the size of the steps holds the policy back.
-    rates = {"beta=0.05": {"dpo.learning_rate": 2e-4}, "beta=0.1": {"dpo.learning_rate": 2e-4}}
+    rates = {
+        "beta=0.05": {"preference.learning_rate": 2e-4},
+        "beta=0.1": {"preference.learning_rate": 2e-4},
+    }
     of = lambda run: own.get(run.method, {}) | rates.get(run.setting, {})
     return [run._replace(changes={**run.changes, **of(run)}) for run in paper_runs()]

@@ -8,21 +8,21 @@ grammar's own, in 2 minutes on two cores. A Llama-shaped model of 0.15M paramete
 knows the grammar as well as one of 0.9M (1.599 against 1.595 nats per held-out token).
 """
 
-from dpojax.launch.defaults import default_config
+from dpojax.config.defaults import default_config
 
 
 def get_config():
     config = default_config()
     config.model.update(width=64, layers=2, heads=2, kv_heads=2, mlp_width=192)
     config.tokens.max_length = 96
-    config.micro_sizes = 1  # another would take longer to compile than it saves this model
+    config.max_buckets = 1  # another would take longer to compile than it saves this model
     config.sft.data.limit = 16_000
     config.sft.learning_rate = 5e-3
     config.sft.schedule = "cosine"
-    config.dpo.data.limit = 8_000
-    config.dpo.epochs = 2
-    config.dpo.learning_rate = 1e-3
-    config.dpo.schedule = "cosine"
+    config.preference.data.limit = 8_000
+    config.preference.epochs = 2
+    config.preference.learning_rate = 1e-3
+    config.preference.schedule = "cosine"
     config.evaluate_every = 25
     config.reward.schedule = "cosine"
     config.reward.data.limit = 8_000
@@ -38,14 +38,14 @@ def frontier(config):
 
     All learn from the same prompts: preferred-FT goes over them once, DPO and unlikelihood twice.
     """
-    from dpojax.launch.frontier import paper_runs
+    from dpojax.frontier.plan import paper_runs
 
     common = {
-        "dpo.batch_size": 32,
-        "dpo.warmup_steps": 80,
-        "dpo.data.limit": 0,
-        "dpo.data.eval_share": 0.03,
-        "dpo.data.eval_limit": 200,
+        "preference.batch_size": 32,
+        "preference.warmup_steps": 80,
+        "preference.data.limit": 0,
+        "preference.data.eval_share": 0.03,
+        "preference.data.eval_limit": 200,
         "log_every": 10,
         "checkpoint_every": 0,
         "evaluate_every": 100,
@@ -54,11 +54,13 @@ def frontier(config):
     own = {
         "ppo": {"evaluate_every": 12, "ppo.kl_coefficient": 0.3},
         "ppo_gt": {"evaluate_every": 12, "ppo.kl_coefficient": 0.1},
-        "preferred_ft": {"dpo.epochs": 1},
+        "preferred_ft": {"preference.epochs": 1},
     }
     # Found by single runs: benchmarks/RESULTS.md.
     rates = {0.05: 2e-4, 0.1: 2e-4, 1.0: 1e-3, 2.0: 8e-4, 5.0: 6e-4}
-    rate = lambda run: {"dpo.learning_rate": rates.get(run.changes.get("dpo.beta"), 5e-4)}
+    rate = lambda run: {
+        "preference.learning_rate": rates.get(run.changes.get("preference.beta"), 5e-4)
+    }
     runs = paper_runs(beta=(0.05, 0.1, 1.0, 2.0, 5.0), common=common)
     changes = lambda run: run.changes | own.get(run.method, {}) | rate(run)
     return [run._replace(changes=changes(run)) for run in runs]
@@ -66,4 +68,4 @@ def frontier(config):
 
 def sweep():
     """The paper's values of beta (Rafailov et al. 2023, section 6.1)."""
-    return [{"dpo.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]
+    return [{"preference.beta": beta} for beta in (0.05, 0.1, 1.0, 5.0)]

@@ -11,7 +11,7 @@ needs the whole batch.
 >>> rewards = shape_rewards(jnp.array(1.0), policy, reference, mask, kl_coefficient=0.1)
 >>> [f"{x:.2f}" for x in rewards.tolist()]
 ['-0.05', '1.10', '0.00']
->>> advantages, _ = gae(rewards, jnp.zeros(3), mask, discount=1.0, decay=0.95)
+>>> advantages, _ = gae(rewards, jnp.zeros(3), mask, discount=1.0, gae_lambda=0.95)
 >>> [f"{x:.3f}" for x in advantages.tolist()]
 ['0.995', '1.100', '0.000']
 """
@@ -49,23 +49,23 @@ class AdaptiveKL(NamedTuple):
 
 
 def gae(
-    rewards: Array, values: Array, mask: Array, *, discount: ArrayLike, decay: ArrayLike
+    rewards: Array, values: Array, mask: Array, *, discount: ArrayLike, gae_lambda: ArrayLike
 ) -> Advantages:
-    """Generalised advantages A_t = sum_k (discount decay)^k d_{t+k}, and returns A_t + V_t.
+    """Generalised advantages A_t = sum_k (discount gae_lambda)^k d_{t+k}, and returns A_t + V_t.
 
     d_t = r_t + discount V_{t+1} - V_t, with V = 0 after the last token: a response is an episode
     that ends. Schulman et al. 2016, eq. 16. Decay (their lambda) 1 gives the discounted sum of
-    the rewards to come minus V_t, decay 0 gives d_t. Masked tokens are stepped over.
+    the rewards to come minus V_t, gae_lambda 0 gives d_t. Masked tokens are stepped over.
 
     Args:
       rewards: of each token, [..., tokens].
       values: V before each token is chosen, [..., tokens], from the policy that sampled.
       mask: [..., tokens].
       discount: gamma, in [0, 1].
-      decay: lambda, in [0, 1].
+      gae_lambda: lambda, in [0, 1].
 
     >>> rewards, values = jnp.array([0.0, 1.0]), jnp.array([0.5, 0.25])
-    >>> out = gae(rewards, values, jnp.ones(2, bool), discount=1.0, decay=1.0)
+    >>> out = gae(rewards, values, jnp.ones(2, bool), discount=1.0, gae_lambda=1.0)
     >>> print(out.advantages, out.returns)
     [0.5  0.75] [1. 1.]
     """
@@ -73,7 +73,7 @@ def gae(
     mask = jnp.asarray(mask, bool)
     rewards, values = (jnp.where(mask, x, 0).astype(dtype) for x in (rewards, values))
     discount = jnp.asarray(discount, dtype)
-    trace = discount * jnp.asarray(decay, dtype)
+    trace = discount * jnp.asarray(gae_lambda, dtype)
 
     def step(later, token):
         next_advantage, next_value = later

@@ -1,4 +1,4 @@
-"""Export: python scripts/export.py --workdir=runs/reviews --out=exported [--stage=dpo] [--step=N]
+"""Export: python scripts/export.py --workdir=runs/reviews --out=exported [--stage=preference] [--step=N]
 
 Writes a Hugging Face folder: weights (adapters merged), config, tokenizer and generation config;
 with --adapters, the LoRA adapters alone in the format of peft.
@@ -22,8 +22,8 @@ STEP = flags.DEFINE_integer(
 
 
 def main(_) -> int:
-    from dpojax.launch.config import ConfigError
-    from dpojax.launch.export import export
+    from dpojax.config.checks import ConfigError
+    from dpojax.runs.export import export
     from dpojax.training.checkpoints import CheckpointError
 
     try:

@@ -18,7 +18,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpojax.launch.command_line import parse
+from dpojax.config.command_line import parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a frontier(config).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
@@ -36,9 +36,12 @@ flags.mark_flag_as_required("config")
 
 def main(_) -> int:
     logging.set_verbosity(logging.WARNING)
-    from dpojax.launch import dry_run, frontier, frontier_results, workers
-    from dpojax.launch.config import ConfigError
-    from dpojax.launch.run import FAILURES
+    from dpojax.config.checks import ConfigError
+    from dpojax.frontier import dry_run
+    from dpojax.frontier import plan as frontier
+    from dpojax.frontier import results as frontier_results
+    from dpojax.jobs import local_workers as workers
+    from dpojax.runs.run import FAILURES
     from dpojax.training.loop import Preempted
 
     try:

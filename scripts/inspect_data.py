@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    default = tokenise.Policy()
+    default = tokenise.TokenizeConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="file, glob, folder or hub name; several files")
@@ -46,7 +46,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--chat-template", type=pathlib.Path, help="file with a Jinja chat template")
     add("--max-length", type=int, default=default.max_length, help="prompt + response, tokens")
     add("--max-prompt-length", type=int, default=default.max_prompt_length)
-    add("--truncation", default=default.truncation, help="drop, cut_prompt_start, ... (Policy)")
+    add(
+        "--truncation",
+        default=default.truncation,
+        help="drop, cut_prompt_start, ... (TokenizeConfig)",
+    )
     add("--eval", nargs="+", help="data that must share no prompt with --data")
     add("--show", type=int, default=3, help="how many examples to print")
     add("--from", dest="first", metavar="ID", help="id of the first example to print (FILE:NUMBER)")
@@ -59,7 +63,7 @@ def _inspect(args: argparse.Namespace):
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     if args.chat_template:
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
-    policy = tokenise.Policy(
+    policy = tokenise.TokenizeConfig(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation=args.truncation,

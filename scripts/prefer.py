@@ -2,7 +2,7 @@
     --reward=reviews --out=pairs
 
 Draws completions of every prompt from a policy, scores them by a reward, and writes pairs (or
-ranked lists) as Parquet, for --config.dpo.data.source=pairs. The same command again makes what is
+ranked lists) as Parquet, for --config.preference.data.source=pairs. The same command again makes what is
 missing; several processes share the work (--process=0/4 where JAX does not count them itself).
 """
 
@@ -42,7 +42,7 @@ NUMBER("temperature", 1.0, "Of sampling.")
 COUNT("top_k", 0, "Only the k likeliest tokens; 0: all.")
 NUMBER("top_p", 1.0, "Only the likeliest tokens of this probability.")
 COUNT("max_new_tokens", 64, "The longest completion.")
-TEXT("unstopped", "keep", "Completions that were cut there: keep or drop.")
+TEXT("truncated", "keep", "Completions that were cut there: keep or drop.")
 flags.DEFINE_bool("fixed_length", False, "Completions that are all cut are no error.")
 COUNT("batch_size", 64, "Prompts at a time.")
 COUNT("shard_size", 1024, "Prompts of a file.")
@@ -53,8 +53,8 @@ PROCESS = TEXT("process", "", "INDEX/COUNT; as JAX counts by default.")
 def main(_) -> int:
     import dataclasses
 
-    from dpojax.launch.config import ConfigError
-    from dpojax.launch.prefer import Settings, prefer
+    from dpojax.config.checks import ConfigError
+    from dpojax.runs.preferences import Settings, prefer
     from dpojax.training.checkpoints import CheckpointError
 
     try:

@@ -29,7 +29,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", lower_bound=
 
 
 def main(_) -> int:
-    from dpojax.launch.config import ConfigError
+    from dpojax.config.checks import ConfigError
     from dpojax.training.checkpoints import CheckpointError
 
     logging.set_verbosity(logging.WARNING)
@@ -61,7 +61,7 @@ def respond(name: str, prompts: list[str]) -> list[list[str]]:
     """--samples texts of one model to each prompt."""
     import jax
 
-    from dpojax.launch.policy import load_policy
+    from dpojax.runs.policy import load_policy
     from dpojax.sampling import build_sampler, generate
 
     loaded = load_policy(name)

@@ -1,7 +1,7 @@
 """Sweep: python scripts/sweep.py --config=configs/reviews.py --workdir=runs/sweep
 
 Trains what the function sweep() of the config file returns, a list of changed keys such as
-{"dpo.beta": 0.1}: members that differ in numbers that the step traces (beta, label smoothing,
+{"preference.beta": 0.1}: members that differ in numbers that the step traces (beta, label smoothing,
 learning rate, length, ...) in one program over one pass of the data, the others one after another.
 Each gets a workdir of its own under --workdir; sweep.csv and sweep.png show all. The same command
 goes on where it was stopped.
@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpojax.launch.command_line import parse
+from dpojax.config.command_line import parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a sweep().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
@@ -30,8 +30,8 @@ CPU_DEVICES = flags.DEFINE_integer(
 def main(_) -> int:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value or _cores())
-    from dpojax.launch import sweep
-    from dpojax.launch.run import FAILURES
+    from dpojax.runs.run import FAILURES
+    from dpojax.sweeps import sweep
     from dpojax.training.loop import Preempted
 
     logging.set_verbosity(logging.WARNING)

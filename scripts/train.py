@@ -1,6 +1,6 @@
 """Train: python scripts/train.py --config=configs/reviews.py --workdir=runs/reviews
 
-Any key of the config can be set on the command line (--config.dpo.beta=0.3). The same command in
+Any key of the config can be set on the command line (--config.preference.beta=0.3). The same command in
 the same workdir resumes. SIGTERM saves and exits with 0; an error that the user can mend is told
 in one paragraph and exits with 1.
 """
@@ -12,14 +12,14 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpojax.launch.command_line import parse
+from dpojax.config.command_line import parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything.")
 
 
 def main(_) -> int:
-    from dpojax.launch.run import FAILURES, run
+    from dpojax.runs.run import FAILURES, run
     from dpojax.training.loop import Preempted
 
     logging.set_verbosity(logging.WARNING)

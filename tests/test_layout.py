@@ -69,6 +69,6 @@ def test_files_and_functions_stay_small():
 
 def test_a_run_starts_without_libraries_that_it_does_not_need_yet():
     slow = ("torch", "datasets", "matplotlib", "scipy.stats", "tensorboardX")
-    code = f"import sys, dpojax.launch.run; print(*(x for x in {slow} if x in sys.modules))"
+    code = f"import sys, dpojax.runs.run; print(*(x for x in {slow} if x in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

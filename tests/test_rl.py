@@ -34,22 +34,26 @@ def rollout():
     return {name: np.where(mask, x, np.nan) for name, x in arrays.items()} | {"mask": mask}
 
 
-def gae_by_loops(rewards, values, lengths, discount, decay):
+def gae_by_loops(rewards, values, lengths, discount, gae_lambda):
     """The sum of equation 16, term by term."""
     out = np.zeros(rewards.shape)
     for row, length in enumerate(lengths):
         value = np.append(values[row, :length], 0)
         error = [rewards[row, t] + discount * value[t + 1] - value[t] for t in range(length)]
         for t in range(length):
-            out[row, t] = sum((discount * decay) ** (k - t) * error[k] for k in range(t, length))
+            out[row, t] = sum(
+                (discount * gae_lambda) ** (k - t) * error[k] for k in range(t, length)
+            )
     return out
 
 
-@pytest.mark.parametrize(("discount", "decay"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0)])
-def test_advantages_are_the_double_sum_of_their_definition(rollout, discount, decay):
+@pytest.mark.parametrize(
+    ("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0)]
+)
+def test_advantages_are_the_double_sum_of_their_definition(rollout, discount, gae_lambda):
     rewards, values, mask = rollout["rewards"], rollout["values"], rollout["mask"]
-    got = gae(rewards, values, mask, discount=discount, decay=decay)
-    want = gae_by_loops(rewards, values, LENGTHS, discount, decay)
+    got = gae(rewards, values, mask, discount=discount, gae_lambda=gae_lambda)
+    want = gae_by_loops(rewards, values, LENGTHS, discount, gae_lambda)
     np.testing.assert_allclose(got.advantages, want, atol=1e-12)
     np.testing.assert_allclose(got.returns, want + np.where(mask, values, 0), atol=1e-12)
 
@@ -57,11 +61,11 @@ def test_advantages_are_the_double_sum_of_their_definition(rollout, discount, de
 def test_decay_one_is_monte_carlo_and_decay_zero_one_step(rollout):
     rewards, values = rollout["rewards"][:1], rollout["values"][:1]
     mask = np.ones(rewards.shape, bool)
-    long = gae(rewards, values, mask, discount=1.0, decay=1.0)
+    long = gae(rewards, values, mask, discount=1.0, gae_lambda=1.0)
     to_come = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
     np.testing.assert_allclose(long.advantages, to_come - values, atol=1e-12)
     np.testing.assert_allclose(long.returns, to_come, atol=1e-12)
-    short = gae(rewards, values, mask, discount=0.9, decay=0.0)
+    short = gae(rewards, values, mask, discount=0.9, gae_lambda=0.0)
     after = np.append(values[:, 1:], np.zeros((1, 1)), axis=1)
     np.testing.assert_allclose(short.returns, rewards + 0.9 * after, atol=1e-12)
 
@@ -71,18 +75,18 @@ def test_tokens_that_are_masked_inside_a_response_are_stepped_over(rollout):
     rewards, values = rollout["rewards"][:1], rollout["values"][:1]
     kept = np.array([0, 2, 3, 5])
     mask = np.isin(np.arange(TOKENS), kept)[None]
-    got = gae(rewards, values, mask, discount=0.9, decay=0.8)
-    want = gae(rewards[:, kept], values[:, kept], mask[:, kept], discount=0.9, decay=0.8)
+    got = gae(rewards, values, mask, discount=0.9, gae_lambda=0.8)
+    want = gae(rewards[:, kept], values[:, kept], mask[:, kept], discount=0.9, gae_lambda=0.8)
     np.testing.assert_allclose(got.advantages[:, kept], want.advantages, atol=1e-12)
     assert (np.asarray(got.returns)[~mask] == 0).all()
 
 
 def test_advantages_of_a_sweep_are_those_of_its_runs(rollout):
     run = partial(rl.gae, rollout["rewards"], rollout["values"], rollout["mask"])
-    discounts, decays = jnp.array([1.0, 0.9]), jnp.array([0.95, 0.5])
-    together = jax.jit(jax.vmap(lambda d, l: run(discount=d, decay=l)))(discounts, decays)
+    discounts, lambdas = jnp.array([1.0, 0.9]), jnp.array([0.95, 0.5])
+    together = jax.jit(jax.vmap(lambda d, l: run(discount=d, gae_lambda=l)))(discounts, lambdas)
     for i in range(2):
-        one = run(discount=float(discounts[i]), decay=float(decays[i]))
+        one = run(discount=float(discounts[i]), gae_lambda=float(lambdas[i]))
         np.testing.assert_allclose(together.returns[i], one.returns, rtol=1e-12, atol=1e-12)
 
 
@@ -267,7 +271,7 @@ def everything(policy, old, reference, rewards, values, advantages, mask):
     """Every function that takes a mask."""
     shape = partial(rl.shape_rewards, jnp.ones(len(mask)), policy, reference, mask)
     return {
-        "gae": gae(rewards, values, mask, discount=0.9, decay=0.8),
+        "gae": gae(rewards, values, mask, discount=0.9, gae_lambda=0.8),
         "whiten": rl.whiten(values, mask),
         "shape": shape(kl_coefficient=0.1, kl_estimator="k3"),
         "sequence": rl.sequence_kl(policy, reference, mask, estimator="k3"),

@@ -10,10 +10,10 @@ import numpy as np
 from cases import BETA, CLIP, WARM, Case, Found, Pair, batches, read_case, report
 
 from dpojax import sharding
+from dpojax.config.defaults import default_config
 from dpojax.data.packing import plan
 from dpojax.data.rows import collate
 from dpojax.data.tokenise import Example
-from dpojax.launch.defaults import default_config
 from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
 from dpojax.training.costs import packing_costs
@@ -26,7 +26,7 @@ from dpojax.training.step import build_step
 
 def main(case: Case, steps: int) -> None:
     config, mesh = default_config(), sharding.make_mesh()
-    config.dpo.optimizer.clip_norm = CLIP
+    config.preference.optimizer.clip_norm = CLIP
     with jax.set_mesh(mesh):
         shape, params, _ = huggingface.load(case.weights, mesh=mesh)
         model = decoder.build(shape, compute_dtype=jnp.dtype(case.dtype), remat=config.model.remat)
@@ -70,7 +70,7 @@ def _example(name: str, pair: Pair) -> Example:
 
 def _train(model, params, config, mesh, learning_rate: float):
     """(state, rows) -> (state, report), compiled, and the first state."""
-    optimizer = make_optimizer(config.dpo.optimizer)
+    optimizer = make_optimizer(config.preference.optimizer)
     abstract = abstract_state(params, optimizer, mesh, decoder.SHARDING_RULES)
     options = preference.resolve("dpo", {"beta": BETA})
     hyper = preference.hyper(options | {"learning_rate": learning_rate})

@@ -34,7 +34,7 @@ class Size(NamedTuple):
     scored: int
 
 
-class Cut(NamedTuple):
+class Bucket(NamedTuple):
     """A size at which a micro-batch may be computed: its first rows, columns and scored tokens."""
 
     rows: int
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
 
 @jax.tree_util.register_static
-class Cuts(tuple[Cut, ...]):
+class Buckets(tuple[Bucket, ...]):
     """The sizes at which micro-batches may be computed, the cheapest first; () is the whole only.
 
     Part of the tree structure, not of the data: programs are compiled for it.
@@ -67,15 +67,15 @@ class Costs(NamedTuple):
     step: int = 32
     gradient: float = 0
 
-    def of(self, cut: Cut) -> float:
-        columns = cut.length * (1 + cut.length / self.attention)
-        return cut.rows * (columns + self.head * cut.scored) + self.overhead
+    def of(self, bucket: Bucket) -> float:
+        columns = bucket.length * (1 + bucket.length / self.attention)
+        return bucket.rows * (columns + self.head * bucket.scored) + self.overhead
 
 
 class Shape(NamedTuple):
     """The static sizes of a batch: micro-batches M, rows R in each, T, S, E and K as in `Rows`.
 
-    `cuts` end with the whole of a micro-batch, or are (); `costs` decide how a batch is packed.
+    `buckets` end with the whole of a micro-batch, or are (); `costs` decide how a batch is packed.
     """
 
     micro_batches: int
@@ -84,7 +84,7 @@ class Shape(NamedTuple):
     scored: int
     examples: int
     responses: int
-    cuts: Cuts = Cuts()
+    buckets: Buckets = Buckets()
     costs: Costs = Costs()
 
 
@@ -162,17 +162,17 @@ def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
     Rows are filled up to each of the lengths in turn, and further only where an example is longer,
     the fullest row first; what computes least is taken.
     """
-    whole, most = Cut(shape.rows, shape.length, shape.scored), shape.rows
-    cuts = shape.cuts or (whole,)
-    if cuts[-1] != whole:
+    whole, most = Bucket(shape.rows, shape.length, shape.scored), shape.rows
+    buckets = shape.buckets or (whole,)
+    if buckets[-1] != whole:
         raise ValueError(f"the last of the sizes has to be the whole of a micro-batch: {shape}")
-    time = lambda rows: _time(_needs(rows, sizes, most), cuts, shape.costs)
-    capacities, tried = _capacities(cuts), []
+    time = lambda rows: _time(_needs(rows, sizes, most), buckets, shape.costs)
+    capacities, tried = _capacities(buckets), []
     for i in range(len(capacities)):
         plain, filled = (
             _sorted(fill(sizes, *capacities[i:]), sizes) for fill in (first_fit, best_fill)
         )
-        tried += [plain, filled, *_levelled(filled, sizes, cuts)]
+        tried += [plain, filled, *_levelled(filled, sizes, buckets)]
     rows = min(tried, key=time)
     return [rows[i : i + most] for i in range(0, len(rows), most)]
 
@@ -186,7 +186,7 @@ def plan(
     multiple: int = 1,
     score_prompt: bool = False,
     costs: Costs = USUAL,
-    most_cuts: int = 4,
+    max_buckets: int = 4,
 ) -> Shape:
     """The one shape into which every batch fits, chosen from the data for little time.
 
@@ -199,7 +199,7 @@ def plan(
       micro_rows: most rows of a micro-batch; None tries a few. An empty one is not computed.
       multiple: rows of a micro-batch are rounded up to a multiple of this (row shards of the mesh).
       score_prompt: whether prompt tokens are scored as well.
-      most_cuts: at how many sizes micro-batches may be computed; each is compiled.
+      max_buckets: at how many sizes micro-batches may be computed; each is compiled.
 
     Raises:
       DataError: an example is longer than `length`.
@@ -219,18 +219,18 @@ def plan(
         )
     batches = [[sizes[i] for i in batch] for batch in batches]
     search = _Search(sizes, batches, multiple, costs)
-    cuts = search.best(length, micro_rows, most_cuts)
-    whole = cuts[-1]
-    shape = Shape(1, *whole, 1, max(len(e.responses) for e in examples), cuts, costs)
+    buckets = search.best(length, micro_rows, max_buckets)
+    whole = buckets[-1]
+    shape = Shape(1, *whole, 1, max(len(e.responses) for e in examples), buckets, costs)
     packed = [pack(batch, shape) for batch in batches]
     # Of a single micro-batch XLA would compute all sizes: what is the same in every turn of a loop
     # it takes out of the loop. With a second one, empty, it cannot.
-    fewest = 2 if len(cuts) > 1 else 1
+    fewest = 2 if len(buckets) > 1 else 1
     in_row = max(len(row) for parts in packed for part in parts for row in part)
     return shape._replace(
         micro_batches=_coarse(max(fewest, *map(len, packed))),
         examples=_coarse(in_row),
-        cuts=cuts if len(cuts) > 1 else Cuts(),
+        buckets=buckets if len(buckets) > 1 else Buckets(),
     )
 
 
@@ -247,86 +247,86 @@ class _Search:
         self.filled: dict[tuple, list[list[list[int]]]] = {}
         self.needs: dict[tuple, tuple[np.ndarray, np.ndarray, int]] = {}
 
-    def best(self, length: int | None, micro_rows: int | None, most_cuts: int) -> Cuts:
-        """Cuts of micro-batches of few tokens, unless more at once save enough time."""
+    def best(self, length: int | None, micro_rows: int | None, max_buckets: int) -> Buckets:
+        """Buckets of micro-batches of few tokens, unless more at once save enough time."""
         counts = [micro_rows] if micro_rows else self._row_counts(length or self.longest)
-        found: list[tuple[float, Cuts]] = []
+        found: list[tuple[float, Buckets]] = []
         while counts:
-            cost, cuts = self._with_rows(counts.pop(0), length, most_cuts)
-            found.append((cost * (1 + DOUBLING) ** math.log2(self._at_once(cuts)), cuts))
+            cost, buckets = self._with_rows(counts.pop(0), length, max_buckets)
+            found.append((cost * (1 + DOUBLING) ** math.log2(self._at_once(buckets)), buckets))
             if len(found) > 1 and found[-1][0] >= found[-2][0]:
                 counts = counts[-1:]  # with all rows at once there is no second gradient
         return min(found, key=lambda each: each[0])[1]
 
-    def _with_rows(self, rows: int, length: int | None, most_cuts: int) -> tuple[float, Cuts]:
-        """Cuts of micro-batches of so many rows at most, and what they cost."""
-        cuts = self._whole(length, rows)
-        tried = [(self.cost(cuts), cuts)]
-        for _ in range(most_cuts - 1):  # two sizes may save what neither does alone
-            more = [self._sorted({*cuts, cut}) for cut in self._shorter(cuts[-1])]
-            cost, cuts = min(((self.cost(each), each) for each in more), default=tried[-1])
-            tried.append((cost, cuts))
+    def _with_rows(self, rows: int, length: int | None, max_buckets: int) -> tuple[float, Buckets]:
+        """Buckets of micro-batches of so many rows at most, and what they cost."""
+        buckets = self._whole(length, rows)
+        tried = [(self.cost(buckets), buckets)]
+        for _ in range(max_buckets - 1):  # two sizes may save what neither does alone
+            more = [self._sorted({*buckets, bucket}) for bucket in self._shorter(buckets[-1])]
+            cost, buckets = min(((self.cost(each), each) for each in more), default=tried[-1])
+            tried.append((cost, buckets))
         return min(tried, key=lambda each: each[0] / (1 - GAIN) ** len(each[1]))
 
-    def _at_once(self, cuts: Cuts) -> float:
+    def _at_once(self, buckets: Buckets) -> float:
         """Memory besides the state and a gradient, in that of a token's activations."""
-        whole = cuts[-1]
+        whole = buckets[-1]
         room = Size(whole.length, whole.scored)
         rows = max(len(first_fit(batch, room)) for batch in self.batches)
-        single = len(cuts) == 1 and rows <= whole.rows  # see `plan`
+        single = len(buckets) == 1 and rows <= whole.rows  # see `plan`
         return whole.rows * whole.length + (0 if single else self.costs.gradient)
 
-    def cost(self, cuts: Cuts) -> float:
+    def cost(self, buckets: Buckets) -> float:
         """Of all sampled batches, each in the cheapest of the rows that `best_fill` fills, as they
         are or levelled. `pack` tries those of `first_fit` too, and may find cheaper ones."""
-        capacities, heights = _capacities(cuts), tuple(_heights(cuts))
+        capacities, heights = _capacities(buckets), tuple(_heights(buckets))
         times = []
         for i in range(len(capacities)):
-            needs, owners, ways = self._needed(cuts, tuple(capacities[i:]), heights)
-            each = np.array([*map(self.costs.of, cuts), np.inf])[cut_of(needs, cuts)]
+            needs, owners, ways = self._needed(buckets, tuple(capacities[i:]), heights)
+            each = np.array([*map(self.costs.of, buckets), np.inf])[bucket_of(needs, buckets)]
             count = len(self.batches) * ways
             times.append(np.bincount(owners, each, count).reshape(-1, ways).min(-1))
         return float(np.min(times, axis=0).sum())
 
-    def _needed(self, cuts: Cuts, capacities: tuple[Size, ...], heights: tuple[int, ...]):
+    def _needed(self, buckets: Buckets, capacities: tuple[Size, ...], heights: tuple[int, ...]):
         """What all micro-batches need, [M, 3], of which batch and filling, [M], and of how many."""
-        key = cuts[-1].rows, heights, capacities
+        key = buckets[-1].rows, heights, capacities
         if key not in self.needs:
             if capacities not in self.filled:
                 self.filled[capacities] = [
                     _sorted(best_fill(sizes, *capacities), sizes) for sizes in self.batches
                 ]
             needs = [
-                _needs(rows, sizes, cuts[-1].rows)
+                _needs(rows, sizes, buckets[-1].rows)
                 for filled, sizes in zip(self.filled[capacities], self.batches)
-                for rows in (filled, *_levelled(filled, sizes, cuts))
+                for rows in (filled, *_levelled(filled, sizes, buckets))
             ]
             owners = np.repeat(np.arange(len(needs)), list(map(len, needs)))
             self.needs[key] = np.concatenate(needs), owners, len(needs) // len(self.batches)
         return self.needs[key]
 
-    def _whole(self, length: int | None, rows: int) -> Cuts:
+    def _whole(self, length: int | None, rows: int) -> Buckets:
         """The size that holds all, whose length computes least."""
         lengths = [length] if length else map(self._length, LONG)
         most = max(size.scored for size in self.sizes)
         wholes = [
-            Cuts([Cut(rows, n, min(n, max(_round_up(most, 8), self._scored(n, 1.05))))])
+            Buckets([Bucket(rows, n, min(n, max(_round_up(most, 8), self._scored(n, 1.05))))])
             for n in dict.fromkeys(lengths)
         ]
         return min(wholes, key=self.cost)
 
-    def _shorter(self, whole: Cut) -> list[Cut]:
+    def _shorter(self, whole: Bucket) -> list[Bucket]:
         """Sizes within the whole that may be worth while."""
         rows = {_round_up(max(1, whole.rows // k), self.multiple) for k in (1, 2, 4)}
         lengths = {*map(self._length, SHORT + LONG), whole.length}
         made = {
-            Cut(r, n, min(self._scored(n, slack), whole.scored))
+            Bucket(r, n, min(self._scored(n, slack), whole.scored))
             for r in rows
             for n in lengths
             for slack in (1.05, 1.4)
             if n <= whole.length
         }
-        return sorted(cut for cut in made if self.costs.of(cut) < self.costs.of(whole))
+        return sorted(bucket for bucket in made if self.costs.of(bucket) < self.costs.of(whole))
 
     def _row_counts(self, length: int) -> list[int]:
         """Some numbers of rows, up to all that the largest batch needs."""
@@ -342,37 +342,37 @@ class _Search:
         """A little more than a row's share: the LM head computes few paddings."""
         return min(length, _round_up(int(slack * self.share * length), 8))
 
-    def _sorted(self, cuts: Iterable[Cut]) -> Cuts:
-        return Cuts(sorted(cuts, key=self.costs.of))
+    def _sorted(self, buckets: Iterable[Bucket]) -> Buckets:
+        return Buckets(sorted(buckets, key=self.costs.of))
 
 
-def cut_of(needs: np.ndarray, cuts: Sequence[Cut]) -> np.ndarray:
-    """The first of `cuts` that holds each micro-batch, int [M]; len(cuts) where none does.
+def bucket_of(needs: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The first of `buckets` that holds each micro-batch, int [M]; len(buckets) where none does.
 
     Args:
       needs: rows, columns and scored tokens of every micro-batch, [M, 3], of NumPy or JAX.
     """
-    too_small = (needs[:, None, :] > np.array(cuts)[None]).any(-1)
+    too_small = (needs[:, None, :] > np.array(buckets)[None]).any(-1)
     return too_small.cumprod(-1).sum(-1)
 
 
-def _capacities(cuts: Sequence[Cut]) -> list[Size]:
-    return sorted({Size(cut.length, cut.scored) for cut in cuts})
+def _capacities(buckets: Sequence[Bucket]) -> list[Size]:
+    return sorted({Size(bucket.length, bucket.scored) for bucket in buckets})
 
 
-def _heights(cuts: Sequence[Cut]) -> list[int]:
+def _heights(buckets: Sequence[Bucket]) -> list[int]:
     """Numbers of rows, without one: a single row cannot be levelled."""
-    return sorted({cut.rows for cut in cuts} - {1})
+    return sorted({bucket.rows for bucket in buckets} - {1})
 
 
 def _levelled(
-    rows: list[list[int]], sizes: Sequence[Size], cuts: Sequence[Cut]
+    rows: list[list[int]], sizes: Sequence[Size], buckets: Sequence[Bucket]
 ) -> list[list[list[int]]]:
     """The examples of the last micro-batch over all rows that are computed anyway: shorter ones."""
-    most = cuts[-1].rows
+    most = buckets[-1].rows
     full = max(0, len(rows) - 1) // most * most
     last = [i for row in rows[full:] for i in row]
-    shared = (level([sizes[i] for i in last], height) for height in _heights(cuts))
+    shared = (level([sizes[i] for i in last], height) for height in _heights(buckets))
     return [
         [*rows[:full], *_sorted([[last[i] for i in row] for row in each], sizes)] for each in shared
     ]
@@ -423,10 +423,10 @@ def _needs(rows: list[list[int]], sizes: Sequence[Size], most: int) -> np.ndarra
     return np.array([[len(group), *map(max, zip(*group))] for group in groups])
 
 
-def _time(needs: np.ndarray, cuts: Sequence[Cut], costs: Costs) -> float:
+def _time(needs: np.ndarray, buckets: Sequence[Bucket], costs: Costs) -> float:
     """Of micro-batches, each at the first size that holds it; infinite if none does."""
-    times = np.array([*map(costs.of, cuts), np.inf])
-    return float(times[cut_of(needs, cuts)].sum())
+    times = np.array([*map(costs.of, buckets), np.inf])
+    return float(times[bucket_of(needs, buckets)].sum())
 
 
 def _coarse(n: int) -> int:

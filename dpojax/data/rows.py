@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.data.packing import Cut, Cuts, Shape, cut_of, pack, size_of
+from dpojax.data.packing import Bucket, Buckets, Shape, bucket_of, pack, size_of
 from dpojax.data.tokenise import Example
 
 
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     desirable: np.ndarray  # [R, E] bool, false if labelled undesirable, and at padding
     reference: np.ndarray | None = None  # [R, S] float32, the reference's log-probs in nats
     category: np.ndarray | None = None  # [R, E] int32, the class of a text; 0 at padding
-    cuts: Cuts = Cuts()  # static: the sizes at which its micro-batches may be computed
+    buckets: Buckets = Buckets()  # static: the sizes at which its micro-batches may be computed
 
 
 def collate(
@@ -93,14 +93,14 @@ def empty(shape: Shape) -> Rows:
         scores=zeros(*slots, dtype=np.float32),
         desirable=zeros(shape.examples, dtype=bool),
         category=zeros(shape.examples),
-        cuts=shape.cuts,
+        buckets=shape.buckets,
     )
 
 
-def cuts_of(rows: Rows) -> tuple[Cut, ...]:
+def buckets_of(rows: Rows) -> tuple[Bucket, ...]:
     """The sizes at which micro-batches [M, R, ...] are computed; a single one is, whole."""
-    whole = (Cut(*rows.tokens.shape[1:], rows.target.shape[-1]),)
-    return rows.cuts if rows.cuts and len(rows.tokens) > 1 else whole
+    whole = (Bucket(*rows.tokens.shape[1:], rows.target.shape[-1]),)
+    return rows.buckets if rows.buckets and len(rows.tokens) > 1 else whole
 
 
 def needs_of(rows: Rows) -> np.ndarray:
@@ -116,9 +116,9 @@ def needs_of(rows: Rows) -> np.ndarray:
 
 def utilisation(rows: Rows) -> float:
     """Share of the computed columns, those of all micro-batches with any example, with a token."""
-    cuts, needs = cuts_of(rows), needs_of(rows)
-    columns = np.array([cut.rows * cut.length for cut in cuts])
-    computed = columns[cut_of(needs[needs[:, 0] > 0], cuts)].sum()
+    buckets, needs = buckets_of(rows), needs_of(rows)
+    columns = np.array([bucket.rows * bucket.length for bucket in buckets])
+    computed = columns[bucket_of(needs[needs[:, 0] > 0], buckets)].sum()
     return float((rows.segment > 0).sum() / max(1, computed))
 
 

@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class TokenizeConfig:
     """What the user decides about length and about odd records.
 
     Attributes:
@@ -77,7 +77,7 @@ class Policy:
     prompts_differ: Literal["drop", "error"] = "drop"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Policy).items():
+        for name, hint in get_type_hints(TokenizeConfig).items():
             value, choices = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal and value not in choices:
                 raise ValueError(f"{name} should be one of {', '.join(choices)}, got {value!r}")
@@ -95,7 +95,7 @@ class _Drop(Exception):
 
 
 def tokenise(
-    records: Sequence[Record], tokenizer: Any, policy: Policy, report: Report | None = None
+    records: Sequence[Record], tokenizer: Any, policy: TokenizeConfig, report: Report | None = None
 ) -> tuple[list[Example], Report]:
     """Examples of all usable records, in order, and the report on all of them.
 
@@ -131,7 +131,7 @@ def tokenise(
 class _Encoder:
     """One tokenizer, policy and report at work."""
 
-    def __init__(self, tokenizer: Any, policy: Policy, report: Report) -> None:
+    def __init__(self, tokenizer: Any, policy: TokenizeConfig, report: Report) -> None:
         self.tokenizer, self.policy, self.report = tokenizer, policy, report
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if policy.append_eos and self.eos is None:
@@ -274,7 +274,7 @@ class _Encoder:
     def _apply(self, choice: str, cause: str, record: Record) -> None:
         """Drops, notes or refuses a record, as the policy chose for this cause."""
         if choice == "error":
-            raise DataError(f"{record.id}: {cause} (the policy says error; see Policy)")
+            raise DataError(f"{record.id}: {cause} (the policy says error; see TokenizeConfig)")
         if choice == "drop":
             raise _Drop(cause)
         self.report.count("noted", cause, record.id)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from dpojax.data.packing import Shape, Size, first_fit, size_of
 from dpojax.data.records import Record
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import Example, Policy, tokenise
+from dpojax.data.tokenise import Example, TokenizeConfig, tokenise
 from dpojax.evaluation.frontier import Estimate, mean_over_prompts
 from dpojax.evaluation.rewards import Reward
 from dpojax.evaluation.text_statistics import Lengths, distinct_n, lengths, mean_repetition
@@ -166,7 +166,7 @@ def _summary(drawn, rewards, ratios, token_kl) -> PolicyEvaluation:
 def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each prompt, as they stand before a response in training."""
     records = [Record(f"prompt {i}", prompt, ("",)) for i, prompt in enumerate(prompts)]
-    policy = Policy(max_length=NO_LIMIT, truncation="error", identical="keep", empty="keep")
+    policy = TokenizeConfig(max_length=NO_LIMIT, truncation="error", identical="keep", empty="keep")
     return [example.prompt for example in tokenise(records, tokenizer, policy)[0]]
 
 

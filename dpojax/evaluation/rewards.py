@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dpojax.data import reviews
 from dpojax.data.records import Record
-from dpojax.data.tokenise import Policy, tokenise
+from dpojax.data.tokenise import TokenizeConfig, tokenise
 from dpojax.models import decoder, encoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import Model, Params
@@ -199,7 +199,7 @@ def scalar_head(
     if not model.config.scalar_head:
         raise ValueError(f"reward {name}: the model has no scalar head (it predicts tokens)")
     longest = model.config.max_positions
-    policy = Policy(max_length=longest, truncation="error", identical="keep", empty="keep")
+    policy = TokenizeConfig(max_length=longest, truncation="error", identical="keep", empty="keep")
     scores_of = _batched(_last_score(model), params, longest, mesh, batch_size)
 
     def score(prompts, responses):

@@ -248,7 +248,7 @@ def saving_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> Iterato
     Raises:
       CheckpointError: as `save_tree`; of a write that failed when this is left.
     """
-    with Checkpoints(folder, keep=1) as checkpoints:
+    with Checkpoints(folder, max_checkpoints=1) as checkpoints:
         if not checkpoints.save(0, tree, metadata=metadata):
             there = checkpoints.metadata()
             if there != json.loads(json.dumps(metadata)):

@@ -75,7 +75,7 @@ class StopSignal:
 
 
 @dataclasses.dataclass
-class Fit:
+class TrainLoop:
     """What a stage needs in order to run; call it with a state.
 
     step: the jitted step, (state, rows on the mesh, hyper) -> (state, report); donates the state.

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpojax.data.prefixes import HELD_OUT, prefixes
+from dpojax.data.prompts import read_prompts
 from dpojax.data.records import DataError
 from dpojax.data.vocabulary import SMALLEST, train_tokenizer
-from dpojax.launch.prompts import read_prompts
 
 SENTENCE = "the film was slow and long but its end made up for it , i think , more or less"
 

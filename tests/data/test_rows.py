@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpojax.data.packing import (
+    Bucket,
+    Buckets,
     Costs,
-    Cut,
-    Cuts,
     Shape,
     Size,
     best_fill,
-    cut_of,
+    bucket_of,
     first_fit,
     level,
     pack,
@@ -20,7 +20,7 @@ from dpojax.data.packing import (
     size_of,
 )
 from dpojax.data.records import DataError
-from dpojax.data.rows import collate, cuts_of, needs_of, utilisation
+from dpojax.data.rows import buckets_of, collate, needs_of, utilisation
 from dpojax.data.tokenise import Example
 
 tokens = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(np.int32)
@@ -152,15 +152,17 @@ def test_packed_rows_are_never_more_than_those_of_first_fit(sizes):
 
 @given(some_sizes.filter(bool), st.integers(1, 3))
 def test_packing_never_takes_more_time_than_first_fit_at_any_length(sizes, height):
-    cuts = Cuts([Cut(height, 20, 20), Cut(2 * height, 20, 20), Cut(2 * height, 40, 30)])
+    buckets = Buckets(
+        [Bucket(height, 20, 20), Bucket(2 * height, 20, 20), Bucket(2 * height, 40, 30)]
+    )
     costs = Costs(attention=100, overhead=5)
 
     def time(parts):
         taken = lambda part: [[sum(sizes[i][j] for i in row) for j in (0, 1)] for row in part]
         needs = np.array([[len(part), *np.max(taken(part), axis=0)] for part in parts])
-        return sum(costs.of(cuts[i]) for i in cut_of(needs, cuts))
+        return sum(costs.of(buckets[i]) for i in bucket_of(needs, buckets))
 
-    parts = pack(sizes, Shape(1, *cuts[-1], 1, 1, cuts, costs))
+    parts = pack(sizes, Shape(1, *buckets[-1], 1, 1, buckets, costs))
     for capacities in ([Size(20, 20), Size(40, 30)], [Size(40, 30)]):
         rows = first_fit(sizes, *capacities)
         rows.sort(key=lambda row: -sum(sizes[i].tokens for i in row))
@@ -188,8 +190,8 @@ def test_a_row_is_filled_by_a_sum_where_first_fit_leaves_gaps():
 def test_rows_that_row_shards_compute_anyway_share_what_few_would_hold():
     """Sixteen examples fill four rows of 128; eight shards compute eight rows: short ones do."""
     data = [pair(10, 10, 10) for _ in range(16)]
-    cuts = Cuts([Cut(8, 64, 64), Cut(8, 128, 128)])
-    shape = Shape(2, 8, 128, 128, 4, 2, cuts, Costs())
+    buckets = Buckets([Bucket(8, 64, 64), Bucket(8, 128, 128)])
+    shape = Shape(2, 8, 128, 128, 4, 2, buckets, Costs())
     rows = collate(data, range(16), shape)
     assert needs_of(rows)[0].tolist() == [8, 60, 40]
     assert utilisation(rows) == 60 / 64
@@ -227,7 +229,7 @@ def test_one_pair_lies_in_its_row_as_the_docstring_says():
 
 def test_utilisation_counts_every_row_that_is_computed_and_no_empty_micro_batch():
     data = [pair(10, 10, 10) for _ in range(3)]
-    shape = plan(data, [range(3)], length=32, micro_rows=2, most_cuts=1)
+    shape = plan(data, [range(3)], length=32, micro_rows=2, max_buckets=1)
     rows = collate(data, [0, 1, 2], shape)
     assert rows.tokens.shape == (2, 2, 32)
     assert utilisation(rows) == 90 / 128
@@ -257,17 +259,19 @@ def test_one_long_example_does_not_set_what_the_others_cost():
 
 
 @given(st.lists(examples, min_size=2, max_size=24), st.integers(1, 3), st.integers(1, 4))
-def test_every_micro_batch_fits_the_size_that_it_is_computed_at(data, multiple, most_cuts):
+def test_every_micro_batch_fits_the_size_that_it_is_computed_at(data, multiple, max_buckets):
     batches = [range(len(data) // 2), range(len(data) // 2, len(data))]
     fine = Costs(overhead=1, step=2)
-    shape = plan(data, batches, multiple=multiple, costs=fine, most_cuts=most_cuts)
-    assert len(shape.cuts) <= most_cuts
-    assert shape.micro_batches > 1 or not shape.cuts  # of a single one XLA would compute all sizes
-    assert all(cut.rows % multiple == 0 for cut in shape.cuts)
+    shape = plan(data, batches, multiple=multiple, costs=fine, max_buckets=max_buckets)
+    assert len(shape.buckets) <= max_buckets
+    assert (
+        shape.micro_batches > 1 or not shape.buckets
+    )  # of a single one XLA would compute all sizes
+    assert all(bucket.rows % multiple == 0 for bucket in shape.buckets)
     for batch in batches:
         rows = collate(data, batch, shape)
-        needs, cuts = needs_of(rows), cuts_of(rows)
-        assert (cut_of(needs, cuts) < len(cuts)).all()
+        needs, buckets = needs_of(rows), buckets_of(rows)
+        assert (bucket_of(needs, buckets) < len(buckets)).all()
         for part, need in enumerate(needs):
             used = np.argwhere(rows.segment[part] > 0).max(0, initial=-1) + 1
             scored = np.argwhere(rows.response[part] >= 0).max(0, initial=-1)[1] + 1
@@ -295,13 +299,13 @@ def test_more_rows_at_once_have_to_save_their_share_of_the_time(tokens, rows):
     much as 1,400, two rows at once save 2 % of two micro-batches."""
     half = tokens // 4
     data = [pair(2 * half, half, half, id=f"file:{i}") for i in range(8)]
-    assert plan(data, [range(8)], length=tokens, most_cuts=1).rows == rows
+    assert plan(data, [range(8)], length=tokens, max_buckets=1).rows == rows
 
 
 def test_batches_that_fill_a_row_with_a_few_more_examples_have_the_same_shape():
     """So that runs with other seeds share compiled programs."""
     data = [pair(4, 2, 2, id=f"file:{i}") for i in range(8)]
-    shapes = {plan(data, [range(n)], length=64, micro_rows=1, most_cuts=1) for n in (5, 6, 7, 8)}
+    shapes = {plan(data, [range(n)], length=64, micro_rows=1, max_buckets=1) for n in (5, 6, 7, 8)}
     assert {(shape.micro_batches, shape.examples) for shape in shapes} == {(1, 8)}
     assert len(shapes) == 1
 

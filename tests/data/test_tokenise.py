@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dpojax.data.records import DataError, Record
 from dpojax.data.sources import load_records
-from dpojax.data.tokenise import Policy, tokenise
+from dpojax.data.tokenise import TokenizeConfig, tokenise
 
 BOS, EOS = "<s>", "</s>"
 TEMPLATE = (
@@ -45,7 +45,7 @@ def byte_level(bos: bool = False, eos: bool = False, **options):
 
 
 PLAIN, WITH_BOS, WITH_BOTH = byte_level(), byte_level(bos=True), byte_level(bos=True, eos=True)
-WIDE = Policy(max_length=10_000)
+WIDE = TokenizeConfig(max_length=10_000)
 
 
 def spaced():
@@ -120,7 +120,7 @@ def test_eos_stands_once_at_the_end_of_a_response(tokenizer, answer):
 
 
 def test_eos_is_left_out_when_asked_and_counted_when_inside():
-    example, report = one(pair(chosen=" s</s>at"), policy=Policy(append_eos=False))
+    example, report = one(pair(chosen=" s</s>at"), policy=TokenizeConfig(append_eos=False))
     assert example.responses[1][-1] != PLAIN.eos_token_id
     assert report.number("noted", "eos_inside") == 1
     assert report.number("noted", "special_in_text") == 1
@@ -130,7 +130,9 @@ def test_eos_is_left_out_when_asked_and_counted_when_inside():
 def test_a_tokenizer_without_eos_is_an_error_that_says_what_to_set():
     with pytest.raises(DataError, match=r"set tokenizer\.eos_token, or append_eos=False"):
         one(pair(), byte_level(eos_token=None))
-    assert one(pair(), byte_level(eos_token=None), Policy(append_eos=False))[0].prompt.size > 0
+    assert (
+        one(pair(), byte_level(eos_token=None), TokenizeConfig(append_eos=False))[0].prompt.size > 0
+    )
 
 
 def test_pad_equal_to_eos_takes_nothing_away():
@@ -146,7 +148,7 @@ def test_an_empty_prompt_starts_with_bos_or_eos_or_is_dropped():
     no_bos = byte_level(bos_token=None)
     assert one(pair(prompt=""), no_bos)[0].prompt.tolist() == [no_bos.eos_token_id]
     neither = byte_level(bos_token=None, eos_token=None)
-    policy = Policy(append_eos=False)
+    policy = TokenizeConfig(append_eos=False)
     examples, report = tokenise([pair(prompt=""), pair()], neither, policy)
     assert len(examples) == 1
     assert report.number("dropped", "empty_prompt") == 1
@@ -185,7 +187,7 @@ TEXTS = st.text(
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, TEXTS, TEXTS, st.sampled_from([PLAIN, WITH_BOS, WITH_BOTH]))
 def test_prompt_and_response_decode_to_their_text(prompt, chosen, rejected, tokenizer):
-    policy = Policy(max_length=10_000, empty="keep", identical="keep", append_eos=False)
+    policy = TokenizeConfig(max_length=10_000, empty="keep", identical="keep", append_eos=False)
     example, _ = one(pair(prompt, chosen, rejected), tokenizer, policy)
     bos = [tokenizer.bos_token_id] if tokenizer is not PLAIN else []
     assert example.prompt.tolist() == bos + ids(tokenizer, prompt)
@@ -200,7 +202,7 @@ def test_a_real_sentencepiece_tokenizer_gives_the_text_back_too(shared, data):
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "data/stories260k")
     words = st.text(st.sampled_from("the cat\n,.O é🐈"), min_size=1, max_size=12)
     prompt, chosen, rejected = (data.draw(words) for _ in range(3))
-    policy = Policy(max_length=10_000, empty="keep", identical="keep", append_eos=False)
+    policy = TokenizeConfig(max_length=10_000, empty="keep", identical="keep", append_eos=False)
     example, _ = one(pair(prompt, chosen, rejected), tokenizer, policy)
     for text, response in zip((chosen, rejected), example.responses):
         whole = np.concatenate([example.prompt[1:], response])
@@ -257,23 +259,25 @@ LETTER = word_level()
 
 @pytest.mark.parametrize("truncation", ["drop", "cut_prompt_start", "cut_response_end", "error"])
 def test_a_record_that_just_fits_is_left_alone(truncation):
-    example, report = one(LONG, LETTER, Policy(max_length=19, truncation=truncation))
+    example, report = one(LONG, LETTER, TokenizeConfig(max_length=19, truncation=truncation))
     assert lengths(example) == (11, [5, 8])
     assert report.tallies["cut"] == {}
 
 
 def test_drop_drops_a_record_that_is_one_token_too_long():
     short = pair("a", "b", "c", id="f:2")
-    examples, report = tokenise([LONG, short], LETTER, Policy(max_length=18))
+    examples, report = tokenise([LONG, short], LETTER, TokenizeConfig(max_length=18))
     assert [example.id for example in examples] == ["f:2"]
     assert report.tallies["dropped"]["too_long"].examples == ["f:1"]
-    policy = Policy(max_length=30, max_prompt_length=10)
+    policy = TokenizeConfig(max_length=30, max_prompt_length=10)
     _, report = tokenise([LONG, short], LETTER, policy)
     assert report.number("dropped", "prompt_too_long") == 1
 
 
 def test_cut_prompt_start_keeps_bos_and_the_end_of_the_prompt():
-    example, report = one(LONG, LETTER, Policy(max_length=15, truncation="cut_prompt_start"))
+    example, report = one(
+        LONG, LETTER, TokenizeConfig(max_length=15, truncation="cut_prompt_start")
+    )
     assert lengths(example) == (7, [5, 8])
     assert LETTER.convert_ids_to_tokens(example.prompt) == [BOS, *letters(10)[-6:]]
     assert example.cut == (False, False)
@@ -284,14 +288,16 @@ def test_cut_prompt_start_keeps_bos_and_the_end_of_the_prompt():
 def test_cut_prompt_start_drops_a_record_whose_responses_leave_no_room():
     records = [LONG, pair("a", "b", "c")]
     for length, kept in [(10, 2), (9, 1)]:
-        policy = Policy(max_length=length, truncation="cut_prompt_start")
+        policy = TokenizeConfig(max_length=length, truncation="cut_prompt_start")
         examples, report = tokenise(records, LETTER, policy)
         assert len(examples) == kept
         assert report.number("dropped", "too_long") == 2 - kept
 
 
 def test_cut_response_end_marks_the_cut_responses_and_takes_their_eos():
-    example, report = one(LONG, LETTER, Policy(max_length=17, truncation="cut_response_end"))
+    example, report = one(
+        LONG, LETTER, TokenizeConfig(max_length=17, truncation="cut_response_end")
+    )
     assert lengths(example) == (11, [5, 6])
     assert example.cut == (False, True)
     assert LETTER.convert_ids_to_tokens(example.responses[1]) == list(letters(6, 3))
@@ -300,7 +306,7 @@ def test_cut_response_end_marks_the_cut_responses_and_takes_their_eos():
 
 
 def test_cut_response_end_cuts_a_prompt_only_to_its_own_limit():
-    policy = Policy(max_length=9, max_prompt_length=4, truncation="cut_response_end")
+    policy = TokenizeConfig(max_length=9, max_prompt_length=4, truncation="cut_response_end")
     example, report = one(LONG, LETTER, policy)
     assert lengths(example) == (4, [5, 5])
     assert example.cut == (False, True)
@@ -308,17 +314,17 @@ def test_cut_response_end_cuts_a_prompt_only_to_its_own_limit():
 
 
 def test_a_response_with_nothing_left_is_dropped():
-    policy = Policy(max_length=11, truncation="cut_response_end")
+    policy = TokenizeConfig(max_length=11, truncation="cut_response_end")
     examples, report = tokenise([LONG, pair("a", "b", "c")], LETTER, policy)
     assert len(examples) == report.number("dropped", "nothing_left") == 1
 
 
 def test_responses_that_cutting_made_equal_follow_the_policy_for_equal_ones():
     record = pair("ab", "cdef", "cdgh")
-    policy = Policy(max_length=5, truncation="cut_response_end")
+    policy = TokenizeConfig(max_length=5, truncation="cut_response_end")
     with pytest.raises(DataError, match="identical_after_cut"):
         one(record, LETTER, policy)
-    kept = Policy(max_length=5, truncation="cut_response_end", identical="keep")
+    kept = TokenizeConfig(max_length=5, truncation="cut_response_end", identical="keep")
     example, report = one(record, LETTER, kept)
     assert lengths(example) == (3, [2, 2])
     assert report.number("noted", "identical_after_cut") == 1
@@ -326,7 +332,7 @@ def test_responses_that_cutting_made_equal_follow_the_policy_for_equal_ones():
 
 def test_truncation_error_names_the_record_and_the_lengths():
     with pytest.raises(DataError, match=r"f:1: a prompt of 11 tokens .* of 8 exceed max_length=18"):
-        one(LONG, LETTER, Policy(max_length=18, truncation="error"))
+        one(LONG, LETTER, TokenizeConfig(max_length=18, truncation="error"))
 
 
 @pytest.mark.parametrize(
@@ -334,20 +340,20 @@ def test_truncation_error_names_the_record_and_the_lengths():
     [("identical", pair(chosen=" sat", rejected=" sat")), ("empty", pair(rejected=" \n"))],
 )
 def test_equal_and_empty_responses_follow_the_policy(cause, record):
-    examples, report = tokenise([record, pair(id="f:2")], PLAIN, Policy())
+    examples, report = tokenise([record, pair(id="f:2")], PLAIN, TokenizeConfig())
     assert [example.id for example in examples] == ["f:2"]
     assert report.tallies["dropped"][cause].examples == ["f:1"]
-    _, report = one(record, policy=Policy(**{cause: "keep"}))
+    _, report = one(record, policy=TokenizeConfig(**{cause: "keep"}))
     assert report.number("noted", cause) == report.kept == 1
     with pytest.raises(DataError, match=f"f:1: {cause}"):
-        one(record, policy=Policy(**{cause: "error"}))
+        one(record, policy=TokenizeConfig(**{cause: "error"}))
 
 
 def test_an_empty_response_that_is_kept_is_one_eos_or_is_dropped():
     record = pair(rejected="")
-    example, _ = one(record, policy=Policy(empty="keep"))
+    example, _ = one(record, policy=TokenizeConfig(empty="keep"))
     assert example.responses[1].tolist() == [PLAIN.eos_token_id]
-    policy = Policy(empty="keep", append_eos=False)
+    policy = TokenizeConfig(empty="keep", append_eos=False)
     _, report = tokenise([record, pair()], PLAIN, policy)
     assert report.number("dropped", "nothing_left") == 1
 
@@ -355,7 +361,7 @@ def test_an_empty_response_that_is_kept_is_one_eos_or_is_dropped():
 def test_when_all_are_dropped_the_causes_are_shown():
     records = [pair(letters(9), id=f"f:{i}") for i in range(3)]
     with pytest.raises(DataError, match=r"all 3 records were dropped:(.|\n)*too_long.* 3 .*f:0"):
-        tokenise(records, LETTER, Policy(max_length=8))
+        tokenise(records, LETTER, TokenizeConfig(max_length=8))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +377,7 @@ def test_when_all_are_dropped_the_causes_are_shown():
 )
 def test_a_policy_that_makes_no_sense_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        Policy(**options)
+        TokenizeConfig(**options)
 
 
 def test_prompts_that_differ_are_an_error_when_the_policy_says_so(tmp_path):
@@ -381,8 +387,8 @@ def test_prompts_that_differ_are_an_error_when_the_policy_says_so(tmp_path):
     path.write_text("\n".join(map(json.dumps, [good, bad])), encoding="utf-8")
     records, report = load_records(path)
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*different prompts"):
-        tokenise(records, PLAIN, Policy(prompts_differ="error"), report)
-    examples, report = tokenise(records, PLAIN, Policy(), report)
+        tokenise(records, PLAIN, TokenizeConfig(prompts_differ="error"), report)
+    examples, report = tokenise(records, PLAIN, TokenizeConfig(), report)
     assert (report.read, report.kept, report.dropped, len(examples)) == (2, 1, 1, 1)
 
 
@@ -433,7 +439,9 @@ def test_a_template_that_changes_the_prompt_before_an_answer_drops_the_record():
 
 def test_lengths_are_counted_before_truncation_with_bos_and_eos():
     records = [LONG, pair("a", "b", "c")]
-    _, report = tokenise(records, LETTER, Policy(max_length=12, truncation="cut_response_end"))
+    _, report = tokenise(
+        records, LETTER, TokenizeConfig(max_length=12, truncation="cut_response_end")
+    )
     assert report.lengths == {
         "prompt": {11: 1, 2: 1},
         "response": {5: 1, 8: 1, 2: 2},

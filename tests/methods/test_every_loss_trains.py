@@ -16,7 +16,7 @@ from dpojax import sharding
 from dpojax.data import records, reviews, unpaired
 from dpojax.data.packing import Costs, plan
 from dpojax.data.rows import collate
-from dpojax.data.tokenise import Policy, tokenise
+from dpojax.data.tokenise import TokenizeConfig, tokenise
 from dpojax.logprobs import Head
 from dpojax.losses import RunningMean
 from dpojax.methods import preference
@@ -56,7 +56,7 @@ def examples():
     """By form of data."""
     rows = reviews.preferences("train", COUNT, seed=0)
     found = [records.parse(row, f"reviews:{i}") for i, row in enumerate(rows)]
-    ready = lambda some: tokenise(some, reviews.tokenizer(), Policy(max_length=96))[0]
+    ready = lambda some: tokenise(some, reviews.tokenizer(), TokenizeConfig(max_length=96))[0]
     halves = [half for record in found for half in unpaired.split(record)]
     labelled = unpaired.with_mismatched(ready(halves), 96)
     return {"pairs": ready(found), "ranked": ready(found), "labelled": labelled}
@@ -73,11 +73,11 @@ def batches(examples, start):
             if micro_rows:
                 shape = plan(some, everything, **given, costs=Costs(overhead=0, step=8))
             else:
-                shape = plan(some, everything, **given, most_cuts=1)
+                shape = plan(some, everything, **given, max_buckets=1)
                 rows = -(-shape.rows * shape.micro_batches // 8) * 8
                 shape = shape._replace(rows=rows, micro_batches=1)
             rows = collate(some, everything[0], shape)
-            assert not micro_rows or (len(rows.tokens) > 1 and len(rows.cuts) > 1)
+            assert not micro_rows or (len(rows.tokens) > 1 and len(rows.buckets) > 1)
             made[form, micro_rows] = rows._replace(reference=score(start, rows).logprob)
     return made
 
@@ -105,7 +105,7 @@ def prepare(case, batches, micro_rows, optimizer, rate):
     objective = preference.objective(loss, options)
     forward = language_model(BIGRAM, statistics=objective.statistics)
     step = jax.jit(build_step(forward, objective, optimizer, lambda _: 1.0))
-    rows = batches[preference.wanted(loss).form, micro_rows]
+    rows = batches[preference.loss_requirements(loss).form, micro_rows]
     if not objective.needs_reference:
         rows = rows._replace(reference=None)
     return step, rows, preference.hyper(options | {"learning_rate": rate})

@@ -38,7 +38,9 @@ SETTINGS = PPO(epochs=2, minibatches=2)
 ADAM = make_optimizer(
     SimpleNamespace(name="adamw", clip_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8)
 )
-HYPER = ppo.hyper(learning_rate=1e-2, value_learning_rate=1e-2, missing_eos_penalty=0.5, decay=0.9)
+HYPER = ppo.hyper(
+    learning_rate=1e-2, value_learning_rate=1e-2, missing_eos_penalty=0.5, gae_lambda=0.9
+)
 SAMPLER = build_sampler(MODEL, max_new_tokens=T, stop=(STOP,))
 
 

@@ -120,7 +120,7 @@ ALL = [*preference.LOSSES, "dpo+bco+sft"]
 @pytest.mark.parametrize("loss", ALL)
 def test_padding_counts_for_nothing_even_when_it_is_nan(loss):
     objective, hyper = make(loss)
-    labelled = preference.wanted(loss).form == "labelled"
+    labelled = preference.loss_requirements(loss).form == "labelled"
     examples = [example(3, 4, label=True), example(2, 2, label=False)] if labelled else PAIRS
     policy, rows = pairs_of(examples)
     padding = rows.response < 0

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from tiny_checkpoints import random_params, random_tokens
 
-from dpojax.launch import setup
-from dpojax.launch.config import ConfigError
-from dpojax.launch.defaults import default_config
+from dpojax.config.checks import ConfigError
+from dpojax.config.defaults import default_config
 from dpojax.models import flash, kernels, splash
 from dpojax.models.attention import XLA, Kernel, PlainRows, attention_mask, plain_rows
 from dpojax.models.config import LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, build
 from dpojax.sharding import ROWS, SWEEP, make_mesh, sweep_mesh, tree_shardings
+from dpojax.stages import setup
 
 INTERPRETED = Kernel(splash.stretches, functools.partial(splash.attend, interpret=True))
 FLASH_INTERPRETED = Kernel(flash.seen, functools.partial(flash.attend, interpret=True))

@@ -142,7 +142,7 @@ def test_a_state_may_be_donated_while_it_is_being_written(tmp_path, mesh):
 
 
 def test_only_the_newest_checkpoints_are_kept_and_any_of_them_restores(tmp_path, mesh):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_checkpoints=2) as checkpoints:
         for step in (1, 2, 3, 4):
             assert checkpoints.save(step, state_on(mesh, step), metadata={"step": step})
         assert checkpoints.latest == 4
@@ -228,7 +228,7 @@ def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path, mesh):
 
 def test_too_little_disk_space_is_refused_before_anything_is_written(tmp_path, mesh, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_checkpoints=1) as checkpoints:
         checkpoints.save(1, state_on(mesh, 1), metadata={})
         checkpoints.wait()
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10_000, 9_000, 1_000))
@@ -244,7 +244,7 @@ def test_too_little_disk_space_is_refused_before_anything_is_written(tmp_path, m
 
 def test_checkpoints_that_keep_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1"):
-        Checkpoints(tmp_path, keep=0)
+        Checkpoints(tmp_path, max_checkpoints=0)
 
 
 def child(script, *arguments, **options):
@@ -264,7 +264,7 @@ def big(seed): return {"w": jax.random.normal(jax.random.key(seed), (1024, 2048)
 FULL = """
 import os, resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+with Checkpoints(sys.argv[1], max_checkpoints=1) as checkpoints:
     checkpoints.save(1, big(1), metadata={})
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
@@ -295,7 +295,7 @@ def test_a_disk_that_fills_up_is_an_error_and_the_last_good_checkpoint_stays(tmp
 
 
 KILLED = """
-with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+with Checkpoints(sys.argv[1], max_checkpoints=1) as checkpoints:
     checkpoints.save(1, big(1), metadata={})
     checkpoints.wait()
     print("saved", flush=True)
@@ -313,7 +313,7 @@ def test_a_process_killed_while_saving_leaves_a_complete_checkpoint(tmp_path, de
     process.wait(timeout=60)
     process.stdout.close()
     big = lambda seed: {"w": jax.random.normal(jax.random.key(seed), (1024, 2048))}
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_checkpoints=1) as checkpoints:
         step = checkpoints.latest
         restored, _ = checkpoints.restore(jax.eval_shape(big, 1))
         assert bits(restored) == bits(big(step))
@@ -337,7 +337,7 @@ data = lambda: iter(grain.MapDataset.range(100)[int(index)::2].to_iter_dataset()
 state, position = new(), data()
 abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-with Checkpoints(folder, keep=1) as checkpoints:
+with Checkpoints(folder, max_checkpoints=1) as checkpoints:
     for step in (1, 2):
         next(position)
         checkpoints.save(step, state, position, metadata={"step": step})
@@ -370,12 +370,12 @@ def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
 
 def test_the_best_checkpoint_stays_until_a_better_one_is_there_also_after_a_resumption(tmp_path):
     save = lambda step, score: checkpoints.save(step, new_state(step), metadata={}, score=score)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_checkpoints=1) as checkpoints:
         assert checkpoints.best is None
         for step, score in ((1, 0.5), (2, 0.8), (3, None), (4, 0.7)):
             save(step, score)
         assert checkpoints.best == (0.8, 2)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_checkpoints=1) as checkpoints:
         assert checkpoints.best == (0.8, 2)
         save(5, None)
         assert checkpoints.best == best(tmp_path) == (0.8, 2)

@@ -11,7 +11,7 @@ import pytest
 
 from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints, best, load_params
-from dpojax.training.loop import Every, Fit, StopSignal
+from dpojax.training.loop import Every, StopSignal, TrainLoop
 from dpojax.training.metrics import MetricWriter
 
 ACCURACIES = {0: 0.99, 2: 0.6, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.8, 11: float("nan")}
@@ -64,13 +64,13 @@ def fit(monkeypatch):
             return {"accuracy": ACCURACIES[int(state.step)]}
 
         with contextlib.ExitStack() as stack:
-            saved = stack.enter_context(Checkpoints(folder / "checkpoints", keep=1))
+            saved = stack.enter_context(Checkpoints(folder / "checkpoints", max_checkpoints=1))
             writer = stack.enter_context(MetricWriter(folder, tensorboard=False))
             state, batches = State(jnp.int32(0), jnp.arange(3.0)), Batches()
             if saved.latest is not None:
                 abstract = State(jax.ShapeDtypeStruct((), jnp.int32), SHAPE)
                 state, _ = saved.restore(abstract, batches)
-            run = Fit(
+            run = TrainLoop(
                 stage="toy",
                 step=step,
                 batches=batches,

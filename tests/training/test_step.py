@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from dpojax import losses, sharding
-from dpojax.data.packing import USUAL, Costs, Cuts, plan
+from dpojax.data.packing import USUAL, Buckets, Costs, plan
 from dpojax.data.rows import collate
 from dpojax.losses import Pair
 from dpojax.methods import sft
@@ -127,7 +127,7 @@ def test_micro_batches_equal_one_batch(micro_rows, costs, step, start, pairs, ro
     parts = store.attach(collate(pairs, range(10), shape))
     state, report = step(start(), parts, hyper)
     assert len(parts.tokens) > 2
-    assert len(parts.cuts) > 1 or costs == USUAL
+    assert len(parts.buckets) > 1 or costs == USUAL
     assert_close(state.params, stepped[0].params, atol=1e-6)
     assert_close(report.metrics, stepped[1].metrics, atol=1e-4)
 
@@ -137,9 +137,9 @@ def test_scores_of_shorter_micro_batches_lie_where_those_of_whole_ones_do(
 ):
     shape = plan(pairs, [range(10)], length=32, micro_rows=3, costs=FINE)
     rows = collate(pairs, range(10), shape)
-    assert len(shape.cuts) > 1
+    assert len(shape.buckets) > 1
     got = score(reference_params, rows)
-    whole = score(reference_params, rows._replace(cuts=Cuts()))
+    whole = score(reference_params, rows._replace(buckets=Buckets()))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, whole)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax import rl
-from dpojax.data.packing import Cuts
+from dpojax.data.packing import Buckets
 from dpojax.logprobs import TokenStatistics, token_logprobs_and_entropy
 from dpojax.models.decoder import Model, Params
 from dpojax.training.forward import MAX_LOGITS, Forward
@@ -35,7 +35,7 @@ class Experience(NamedTuple):
     values: Array  # of the value model then
     advantages: Array  # whitened over the batch
     returns: Array
-    cuts: Cuts = Cuts()  # as in `Rows`
+    buckets: Buckets = Buckets()  # as in `Rows`
 
 
 def hyper(
@@ -45,7 +45,7 @@ def hyper(
     clip: float = 0.2,
     value_clip: float = 0.2,
     discount: float = 1.0,
-    decay: float = 0.95,
+    gae_lambda: float = 0.95,
     kl_target: float = 6.0,
     kl_horizon: float = math.inf,
     missing_eos_penalty: float = 0.0,
@@ -56,7 +56,7 @@ def hyper(
 
     Args:
       clip, value_clip: see `rl.clipped_surrogate` and `rl.clipped_value_loss`.
-      discount, decay: see `rl.gae`.
+      discount, gae_lambda: see `rl.gae`.
       kl_target, kl_horizon: of the sequences' KL, see `rl.update_kl`; an infinite horizon leaves
         the coefficient of the state as it is, a finite one is over 0.2 times an iteration's
         responses.

@@ -146,7 +146,7 @@ def build_experience(
         kept = rl.missing_eos_penalty(scores, stopped, hyper["missing_eos_penalty"])
         penalty = {"kl_coefficient": state.kl.coefficient, "kl_estimator": settings.kl_estimator}
         rewards = rl.shape_rewards(kept, logprobs, reference, mask, **penalty)
-        horizon = {name: hyper[name] for name in ("discount", "decay")}
+        horizon = {name: hyper[name] for name in ("discount", "gae_lambda")}
         advantages, returns = rl.gae(rewards, values, mask, **horizon)
         learned = map(responses.by_token, (rl.whiten(advantages, mask), returns))
         experience = Experience(*rows[:8], by_token[0], by_token[2], *learned)

@@ -11,10 +11,10 @@ from dpojax.methods.preference.options import (
     OPTIONS,
     PAIRS,
     RANKED,
-    Wanted,
+    LossRequirements,
     hyper,
+    loss_requirements,
     resolve,
-    wanted,
 )
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "OPTIONS",
     "PAIRS",
     "RANKED",
-    "Wanted",
+    "LossRequirements",
     "hyper",
+    "loss_requirements",
     "objective",
     "resolve",
-    "wanted",
 ]

@@ -14,7 +14,7 @@ from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean, update_baseline
 from dpojax.methods.preference.metrics import labelled_metrics, pair_metrics, token_kl_estimate
-from dpojax.methods.preference.options import SORTED, Wanted, arguments, wanted
+from dpojax.methods.preference.options import SORTED, LossRequirements, arguments, loss_requirements
 from dpojax.methods.preference.views import LabelledView, PairView, RankedView, View
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
@@ -35,7 +35,7 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
       options: as `options.resolve` returns them. Only those that are not numbers are read here;
         the numbers come in `hyper` when the objective is called.
     """
-    wants, names = wanted(loss), loss.split("+")
+    wants, names = loss_requirements(loss), loss.split("+")
 
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
         view = _VIEWS[wants.form](tokens, rows, hyper, options)
@@ -114,7 +114,7 @@ def _level(names: list[str], view: View) -> dict:
     return found | ({"delta": Metric(view.delta, one)} if "delta" in view.hyper else {})
 
 
-def _running_mean(wants: Wanted, options: Mapping[str, Any]) -> Callable:
+def _running_mean(wants: LossRequirements, options: Mapping[str, Any]) -> Callable:
     """BCO's baseline: the running mean of all implicit rewards, this batch's included."""
     view_of = _VIEWS[wants.form]
 
@@ -127,7 +127,7 @@ def _running_mean(wants: Wanted, options: Mapping[str, Any]) -> Callable:
     return take
 
 
-def _at_reference(names: list[str], wants: Wanted, options) -> Callable | None:
+def _at_reference(names: list[str], wants: LossRequirements, options) -> Callable | None:
     """The closed-form loss of a pair at policy == reference; None where data or policy enter."""
     alone = all("reference" in arguments(name) for name in names)
     if not alone or "wpo" in options or wants.inputs & _BY_DATA:

@@ -95,7 +95,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 OPTIONS = tuple(_VALUES)
 
 
-class Wanted(NamedTuple):
+class LossRequirements(NamedTuple):
     """What the losses of a config want of data and reference."""
 
     form: str  # pairs, ranked or labelled
@@ -105,7 +105,7 @@ class Wanted(NamedTuple):
     chosen: bool  # it learns from the best response alone
 
 
-def wanted(loss: str) -> Wanted:
+def loss_requirements(loss: str) -> LossRequirements:
     """What `loss` takes from rows; several names, joined by +, are a mixture.
 
     Raises:
@@ -122,7 +122,7 @@ def wanted(loss: str) -> Wanted:
     (form,) = found
     inputs = frozenset(x for name in names for x in arguments(name) if x in FROM_ROWS)
     live = "kl" in inputs and form == "pairs"
-    return Wanted(form, inputs, "reference" in inputs, live, inputs == {"nll"})
+    return LossRequirements(form, inputs, "reference" in inputs, live, inputs == {"nll"})
 
 
 def resolve(loss: str, given: Mapping[str, Any], preset: str = "") -> dict[str, Any]:
@@ -140,7 +140,7 @@ def resolve(loss: str, given: Mapping[str, Any], preset: str = "") -> dict[str, 
       ValueError: naming the option: one that the loss does not have, or needs and has no default
         for, or a value that it cannot have.
     """
-    names, form = loss.split("+"), wanted(loss).form
+    names, form = loss.split("+"), loss_requirements(loss).form
     given = {key: value for key, value in given.items() if value not in (None, "", ())}
     weights = tuple(given.pop("weights", ()))
     if len(weights) != (len(names) if len(names) > 1 else 0) or not all(map(_usable, weights)):

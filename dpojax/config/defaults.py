@@ -1,0 +1,322 @@
+"""Every key that a config can have, with what it means; the files in configs/ change a few."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default_config() -> ConfigDict:
+    """The locked config: an unknown key or a value of another type is an error."""
+    config = ConfigDict()
+    config.seed = 0  # data order, and the initial weights of a model without a path
+    config.stages = (
+        "sft",
+        "preference",
+    )  # what to run, in this order; each starts from the one before
+    config.distributed = False  # several processes: call jax.distributed.initialize() first
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 takes the devices that are left
+    config.model = _model()
+    # Folder or hub name; "" is the model's, or the embedded task's; train:8192 makes one of so many
+    # ids from the texts of sft.data.
+    config.tokenizer = ""
+    config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
+    config.tokens = _tokens()
+    # Folder of tokenised examples, which any number of runs may share; "" is inside the workdir (of
+    # a sweep or frontier: inside its own).
+    config.token_cache = ""
+    # Folder of compiled programs, which any number of runs may share: a later one starts sooner. ""
+    # is JAX_COMPILATION_CACHE_DIR (of a frontier: inside the workdir).
+    config.compilation_cache = ""
+    config.row_length = 0  # most tokens of a row; 0 chooses from the data
+    config.micro_rows = 0  # most rows of a micro-batch on all devices; 0 chooses a fast one
+    config.max_buckets = 4  # most sizes at which micro-batches are compiled: less padding
+    config.max_logits = 2**25  # float32 logits of a device at once (2**25 are 128 MiB)
+    config.sft = _sft()
+    config.preference = _dpo()
+    config.reward = _reward()
+    config.classifier = _classifier()
+    config.ppo = _ppo()
+    config.samples = _samples()
+    config.frontier = _frontier()
+    config.sweep = _sweep()
+    config.check_memory = True  # refuse a stage that, by prediction, does not fit on a device
+    config.profile = False  # a trace, and a table of where the time went; not of PPO or a sweep
+    config.log_every = 10  # steps
+    config.evaluate_every = 100
+    config.checkpoint_every = 100
+    config.max_checkpoints = 2  # checkpoints of a stage
+    config.tensorboard = True
+    return config.lock()
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            path="",  # Hugging Face folder or hub name; "" makes a new model of the shape below
+            family="llama",  # llama or gpt2
+            width=128,
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            mlp_width=384,
+            max_positions=256,
+            compute_dtype="float32",  # or bfloat16: matrix products; masters stay float32
+            remat="dots",  # what a layer recomputes backward: nothing (none), all but dots, full
+            # xla; splash (TPU), cudnn (NVIDIA GPU, bfloat16) and flash (NVIDIA GPU), which keep no
+            # scores; auto: the platform's, on GPUs cudnn before flash, that can do what the model
+            # needs, else xla.
+            attention="auto",
+        )
+    )
+
+
+def _tokens() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            max_length=512,  # prompt and one response together
+            max_prompt_length=0,  # 0: only max_length counts
+            truncation="drop",  # drop, cut_prompt_start, cut_response_end, error
+            append_eos=True,
+            identical="drop",  # records whose responses are equal: drop, keep, error
+            empty="drop",  # records with a response without text: drop, keep, error
+            prompts_differ="drop",  # pairs whose dialogues have different prompts: drop, error
+        )
+    )
+
+
+def _data(source: str, train: int, evaluation: int) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            source=source,  # "reviews" (embedded), a file, a folder, or a datasets name
+            split="",  # of a datasets name or folder, or of a JSON object of lists
+            columns="",  # renames, "prompt=question,chosen=answer": our name = the file's
+            form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text, classified
+            limit=train,  # use so many records; 0 is all (the embedded task makes this many)
+            eval_source="",  # "" holds out a share of `source`, whole prompts at a time
+            eval_split="",
+            eval_share=0.1,
+            eval_limit=evaluation,  # evaluate on so many of the held-out examples; 0 is all
+        )
+    )
+
+
+def _optimizer(learning_rate: float) -> dict:
+    return dict(
+        learning_rate=learning_rate,
+        warmup_steps=20,
+        schedule="constant",  # constant, linear, cosine
+        optimizer=ConfigDict(
+            dict(
+                name="adamw",  # or rmsprop
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                rms_decay=0.99,
+                weight_decay=0.0,
+                clip_norm=1.0,  # 0 is off
+            )
+        ),
+    )
+
+
+def _lora() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            rank=0,  # 0 is off: all weights are trained; else adapters over frozen weights
+            alpha=16.0,  # the product of a and b is multiplied by alpha / rank
+            targets=("attention/", "mlp/"),  # patterns found in paths such as blocks/mlp/up/kernel
+            rank_stabilised=False,  # alpha / sqrt(rank) instead
+            base_dtype="float32",  # of the frozen weights; bfloat16 halves them
+            # A folder of peft's to start from: its targets count, the other settings must be equal.
+            adapters="",
+        )
+    )
+
+
+def _sft() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            data=_data("reviews", 12_000, 500),
+            score_prompt=False,  # whether the prompt's tokens are trained on as well
+            lora=_lora(),
+            batch_size=64,  # examples of an optimiser step
+            epochs=1,
+            steps=0,  # 0: from epochs
+            **_optimizer(3e-3),
+        )
+    )
+
+
+def _options() -> dict:
+    """Those of all losses. Left open, they are the loss's own default, if it has one; an option
+    that the loss does not have is an error."""
+    number = lambda: placeholder(float)
+    return dict(
+        beta=number(),
+        label_smoothing=number(),  # dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
+        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo
+        gamma=number(),  # simpo, alphapo: the wanted margin
+        tau=number(),  # discopop
+        penalty=number(),  # dpop
+        margin=number(),  # slic
+        scale=number(),  # rpo, dpo_soft: of the data's score gaps
+        threshold=number(),  # dpo_ties
+        desirable_weight=number(),  # kto
+        undesirable_weight=number(),  # kto
+        top=placeholder(int),  # plackett_luce: places that are ordered; all if open
+        length_norm="",  # ipo: sum or mean; there is no default
+        nll_norm="",  # likelihood terms (cpo, orpo, slic, sft): sum or mean over tokens
+        form="",  # rpo: sq, bwd_kl, fwd_kl
+        stop_chosen=placeholder(bool),  # tdpo
+        baseline="",  # bco, bco_unpaired: running or zero
+        divergence="",  # of the margin losses: reverse_kl, forward_kl, js, alpha
+        divergence_alpha=number(),
+        ld_alpha=number(),  # weight of the tokens that the shorter response has not (LD-DPO)
+        ld_weight_reference=placeholder(bool),
+        wpo="",  # weigh pairs by the policy's likelihood: corrected or plain (WPO)
+        wpo_clamp=number(),
+    )
+
+
+def _dpo() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            data=_data("reviews", 6_000, 500),
+            loss="dpo",  # a name of docs/losses.md: ipo, simpo, kto, ...; "dpo+sft" is a mixture
+            loss_weights=(),  # of a mixture: one for each
+            preset="",  # take open options from: paper, trl-1.16, halos, ... (losses.PRESETS)
+            **_options(),
+            lora=_lora(),  # a reference without a path is then the base, adapters off
+            reference=ConfigDict(
+                dict(
+                    kind="cached",  # or live: computed in every step
+                    # Of a live reference's weights; bfloat16 halves them. That of adapters is
+                    # their base itself, in lora.base_dtype.
+                    dtype="float32",
+                    path="",  # "" is the policy that the stage starts from
+                    cache="",  # folder of cached log-probs; "" is inside the workdir
+                )
+            ),
+            batch_size=64,
+            epochs=1,
+            steps=0,
+            **_optimizer(3e-4),
+        )
+    )
+
+
+def _reward() -> ConfigDict:
+    """A reward model: the policy it starts from, with a scalar head."""
+    return ConfigDict(
+        dict(
+            data=_data("reviews", 6_000, 500),
+            loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
+            margin_scale=0.0,  # bradley_terry: times the data's score gap is the wanted margin
+            centring=0.01,  # weight of the squared sum of a pair's, or ranking's, scores; 0 is off
+            keep_best=True,  # the result is the evaluation of the best accuracy, not the last step
+            batch_size=64,
+            epochs=3,
+            steps=0,
+            **_optimizer(3e-4),
+        )
+    )
+
+
+def _classifier() -> ConfigDict:
+    """A classifier of texts with labels: the decoder, with a logit for each label. Of a text only
+    the beginning is read, and of tokens.* nothing holds: it gets no EOS."""
+    return ConfigDict(
+        dict(
+            data=_data("", 0, 2_000),  # form classified; limits take records from all over a file
+            max_tokens=128,  # read so many tokens of a text, and cut off what follows
+            first_token=0,  # 0: learn at a text's last token; n: at every one from the n-th on
+            batch_size=64,
+            epochs=1,
+            steps=0,
+            **_optimizer(1e-3),
+        )
+    )
+
+
+def _ppo() -> ConfigDict:
+    """PPO on the policy's own responses; an iteration draws, scores and learns from a batch.
+
+    They are drawn as the policy has them, at temperature 1. Evaluations judge those to held-out
+    prompts (`samples`), by `reward` where samples.reward is empty."""
+    return ConfigDict(
+        dict(
+            reward="reviews",  # or reviews:log_odds, classifier:FOLDER, reward_model:FOLDER
+            # The embedded task, a file with a field prompt, .txt, or prefixes:SOURCE[@SPLIT], the
+            # first 2 to 8 tokens of texts (those of a tenth of them are held out).
+            prompts="reviews",
+            limit=8_000,  # use so many prompts; 0 is all of a file
+            steps=40,  # iterations
+            batch_size=128,  # prompts of an iteration
+            samples=1,  # responses to each
+            max_new_tokens=64,
+            epochs=1,  # how often an iteration goes through its responses
+            minibatches=4,  # optimiser steps of an epoch; a divisor of batch_size * samples
+            # The schedule and its warm-up count iterations, and are the policy's alone.
+            **_optimizer(1e-3) | dict(warmup_steps=0, schedule="linear"),
+            value_learning_rate=3e-3,
+            value_warmup=0,  # iterations at the start that train the value model alone
+            clip=0.2,  # of the ratio policy / sampler
+            value_clip=0.2,  # of a value's change, in reward
+            discount=1.0,
+            gae_lambda=0.95,  # lambda of the advantages
+            kl_coefficient=0.05,  # at the start, reward per nat
+            kl_target=6.0,  # nats per response
+            kl_horizon=256.0,  # responses in which an error of 1 doubles it; 0 keeps it as it is
+            missing_eos_penalty=0.0,  # what a response that was cut loses of its reward
+            max_kl=0.0,  # nats per token at which an iteration ends early; 0 is off
+            entropy=0.0,  # bonus, in reward per nat; 0 is off
+        )
+    )
+
+
+def _samples() -> ConfigDict:
+    """Responses drawn from the policy at every evaluation of a stage that has a reference: their
+    reward, KL and lengths are logged under samples/."""
+    return ConfigDict(
+        dict(
+            reward="",  # "" is off; reviews, classifier:FOLDER, reward_model:FOLDER
+            prompts="reviews",  # held-out prompts: see ppo.prompts
+            count=64,  # of them
+            per_prompt=4,
+            max_new_tokens=64,
+            temperature=1.0,
+        )
+    )
+
+
+def _frontier() -> ConfigDict:
+    """What scripts/frontier.py needs besides the stages; scripts/train.py reads none of it."""
+    return ConfigDict(
+        dict(
+            # The true one: see samples.reward; or classifier, which first trains config.classifier
+            # from the SFT policy's weights.
+            reward="reviews",
+            prompts="reviews",  # to make preferences for and to train PPO on: see ppo.prompts
+            count=2_000,  # of them
+            completions=4,  # of each, by the SFT policy
+            pairs="ranked",  # all pairs of them at once; or best_worst
+            labels="deterministic",  # or bradley_terry
+            truncated="drop",  # completions that ran into the length limit; or keep
+            reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
+            best_of_n=(2, 4, 8, 16, 32, 64, 128),
+            online_rounds=4,  # of online DPO, which share `count`
+            online_beta=0.1,  # of --add=online_dpo
+        )
+    )
+
+
+def _sweep() -> ConfigDict:
+    """How the members of a sweep are trained together: see scripts/sweep.py."""
+    return ConfigDict(
+        dict(
+            at_once=0,  # members that are trained at once; 0: as many as memory holds
+            axis=0,  # devices, out of mesh.data, that members are spread over; 0: as many as divide
+            vmapped=0,  # members that a device computes as one; 0: one on a CPU, else all it has
+        )
+    )

@@ -1,0 +1,356 @@
+"""Preference data of a policy's own completions: drawn, scored by a reward, paired and written.
+
+    prefer(Settings(policy="runs/reviews:sft", prompts="reviews", limit=100, reward="reviews",
+                    out="pairs"))
+
+The folder holds part-00000-of-00004.parquet, ..., one per `shard_size` prompts, which
+`data.sources.load_records` reads, and provenance.json. A shard is written whole or not at all, and
+one that is there is not made again. What it holds depends on the settings alone: not on the process
+that makes it, nor on when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpojax.data import pairing, reviews
+from dpojax.data.pairing import Labels, pairs_of, ranking_of
+from dpojax.data.records import DataError
+from dpojax.evaluation.policies import encode_prompts, require_stops, response_texts
+from dpojax.evaluation.rewards import Reward, open_reward
+from dpojax.config.checks import ConfigError
+from dpojax.runs.policy import Policy, load_policy
+from dpojax.data.prompts import EMBEDDED, read_prompts
+from dpojax.sampling import Sample, build_sampler, generate
+from dpojax.training.reference import fingerprint
+
+FORMAT = "dpojax preferences, version 2"  # changes when the same settings give other data
+PROVENANCE = "provenance.json"
+LIBRARIES = ("jax", "flax", "transformers", "tokenizers", "numpy", "pyarrow")
+METADATA = b"dpojax"  # a shard's counts and versions, in the metadata of its schema
+# A rerun may change these; of the first three, what they name is compared, not where it lies.
+MAY_CHANGE = ("policy", "prompts", "reward", "out", "batch_size")
+CHOICES = {
+    "pairs": ("all", "best_worst", "ranked"),
+    "labels": pairing.KINDS,
+    "truncated": ("keep", "drop"),
+    "split": reviews.SPLITS,
+}
+LEAST = {"skip": 0, "limit": 0, "completions": 2, "batch_size": 1, "shard_size": 1, "tie": 0}
+LEAST |= {"seed": 0}
+COUNTS = ("prompts", "completions", "truncated", "empty", "identical", "ties", "records")
+COUNTS += ("prompts_without_record",)
+COLUMNS = {"prompt_index": pa.int64(), "prompt": pa.string()}
+PAIR = pa.schema(
+    COLUMNS
+    | {name: pa.string() for name in ("chosen", "rejected")}
+    | {name: pa.float64() for name in ("score_chosen", "score_rejected")}
+)
+RANKED = pa.schema(
+    COLUMNS
+    | {"responses": pa.list_(pa.string()), "scores": pa.list_(pa.float64())}
+    | {"ranks": pa.list_(pa.int64())}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to make; scripts/prefer.py has a flag for each.
+
+    Attributes:
+      policy: see `policy.load_policy`.
+      prompts: see `prompts.read_prompts`.
+      reward: see `rewards.open_reward`.
+      out: the folder to write.
+      split: of the prompts of "reviews" and of prefixes.
+      skip: leave out so many prompts first.
+      limit: use so many of the others; 0 is all.
+      completions: K of each prompt.
+      pairs: "all" pairs of completions, "best_worst": one pair of a prompt, "ranked": one list.
+      labels, label_temperature, tie: see `pairing.Labels`.
+      temperature, top_k, top_p, max_new_tokens: see `sampling.Sampler`.
+      truncated: "keep" completions that were cut at max_new_tokens, or "drop" them. Training puts
+        EOS behind those that are kept, as behind any other response.
+      fixed_length: a shard whose completions were all cut is no error.
+      batch_size, shard_size: prompts of a batch, and of a shard.
+
+    Raises:
+      ConfigError: a value that cannot be; it is named.
+    """
+
+    policy: str
+    prompts: str
+    reward: str
+    out: str
+    split: str = "train"
+    skip: int = 0
+    limit: int = 0
+    completions: int = 4
+    pairs: str = "all"
+    labels: str = "deterministic"
+    label_temperature: float = 1.0
+    tie: float = 1e-9
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    truncated: str = "keep"
+    fixed_length: bool = False
+    batch_size: int = 64
+    shard_size: int = 1024
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: one of {', '.join(known)}")
+        for name, lowest in LEAST.items():
+            if not getattr(self, name) >= lowest:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be {lowest} or more")
+        if not self.label_temperature > 0:
+            raise ConfigError(f"label_temperature = {self.label_temperature}: must be positive")
+        if self.prompts == EMBEDDED and not self.limit:
+            raise ConfigError("limit = 0: the prompts of reviews never end; say how many to use")
+
+
+def prefer(
+    settings: Settings,
+    *,
+    process: tuple[int, int] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Make the shards of this process that are missing; returns what provenance.json says.
+
+    Its `counts` are there once all shards are, whichever process made them.
+
+    Args:
+      process: (index, count); shard i belongs to the process i % count. None: as JAX counts.
+      log: gets a line per shard.
+
+    Raises:
+      ConfigError: the folder holds shards of other settings; it names what differs.
+      DataError: prompts that are missing, or no text, or none behind those that are skipped.
+      NothingStopped: all completions of a shard were cut; see `fixed_length`.
+      RewardError, CheckpointError, OSError, ValueError: as policy and reward raise them.
+    """
+    index, count = process or (jax.process_index(), jax.process_count())
+    if not 0 <= index < count:
+        raise ConfigError(f"process {index} of {count}: they are counted from 0")
+    out = pathlib.Path(settings.out)
+    policy = load_policy(settings.policy)
+    prompts = _prompts(settings, policy)
+    reward = open_reward(settings.reward, mesh=policy.mesh)
+    record = _record(settings, prompts, policy, reward)
+    if any(out.glob("part-*.parquet")):
+        _compare(out / PROVENANCE, record)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / PROVENANCE, record)
+    make = _build_shard(settings, policy, reward)
+    paths = _paths(out, record["shards"])
+    for number, path in list(enumerate(paths))[index::count]:
+        if path.exists():
+            log(f"{path.name}: is there already")
+            continue
+        start = number * settings.shard_size
+        table = make(prompts[start : start + settings.shard_size], start)
+        _write_parquet(path, table)
+        log(f"{path.name}: {_metadata(table.schema)['counts']}")
+    if all(path.exists() for path in paths):
+        record |= _totals([_metadata(pq.read_schema(path)) for path in paths])
+        _write_json(out / PROVENANCE, record)
+    return record
+
+
+def _prompts(settings: Settings, policy: Policy) -> list[str]:
+    """Those between `skip` and `skip` + `limit`."""
+    limit = settings.limit and settings.skip + settings.limit
+    how = {"split": settings.split, "limit": limit, "seed": settings.seed}
+    found = read_prompts(settings.prompts, tokenizer=policy.tokenizer, **how)
+    if len(found) <= settings.skip:
+        raise DataError(
+            f"{settings.prompts}: holds {len(found)} prompts, and skip = {settings.skip} leaves "
+            "none of them; give more prompts, or skip fewer"
+        )
+    return found[settings.skip :]
+
+
+def _record(settings: Settings, prompts: Sequence[str], policy: Policy, reward: Reward) -> dict:
+    """provenance.json before there are counts."""
+    vocabulary = json.dumps(sorted(policy.tokenizer.get_vocab().items()))
+    inputs = {
+        "policy": fingerprint(policy.params),
+        "model": _hash(repr(policy.model.config)),
+        "tokenizer": _hash(vocabulary),
+        "stop": list(policy.stop),
+        "prompts": _hash(json.dumps(prompts)),
+        "reward": reward.fingerprint,
+    }
+    return {
+        "format": FORMAT,
+        "settings": dataclasses.asdict(settings),
+        "inputs": inputs,
+        "prompts": len(prompts),
+        "shards": -(-len(prompts) // settings.shard_size),
+        "counts": None,
+        "versions": None,
+    }
+
+
+def _compare(path: pathlib.Path, record: dict) -> None:
+    """Raise ConfigError where the shards that are there have other settings, or unknown ones."""
+    try:
+        before = _compared(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: does not say what made the shards beside it ({error}); use another --out"
+        ) from error
+    now = _compared(record)
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        lines = "\n".join(f"  {name}: {before.get(name)!r}, now {now[name]!r}" for name in changed)
+        raise ConfigError(
+            f"{path.parent} holds preferences that were made otherwise; give these their own --out,"
+            f" or take back these changes:\n{lines}"
+        )
+
+
+def _compared(record: dict) -> dict:
+    """All that the shards depend on, flat."""
+    settings = {name: x for name, x in record["settings"].items() if name not in MAY_CHANGE}
+    inputs = {f"what is in {name}": value for name, value in record["inputs"].items()}
+    return {"format": record["format"]} | settings | inputs
+
+
+def _build_shard(settings: Settings, policy: Policy, reward: Reward) -> Callable:
+    """(prompts, index of the first) -> a table with its counts."""
+    sampler = build_sampler(policy.model, max_new_tokens=settings.max_new_tokens, stop=policy.stop)
+
+    def make(prompts: Sequence[str], start: int) -> pa.Table:
+        ids = encode_prompts(policy.tokenizer, prompts)
+        with jax.set_mesh(policy.mesh):
+            drawn = generate(
+                sampler,
+                policy.params,
+                ids,
+                batch_size=settings.batch_size,
+                ids=range(settings.skip + start, settings.skip + start + len(prompts)),
+                seed=settings.seed,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                samples=settings.completions,
+            )
+        if not settings.fixed_length:
+            require_stops(drawn, sampler)
+        texts = [response_texts(policy.tokenizer, *pair) for pair in zip(ids, drawn)]
+        return _table(settings, reward, prompts, start, drawn, texts)
+
+    return make
+
+
+def _table(
+    settings: Settings,
+    reward: Reward,
+    prompts: Sequence[str],
+    start: int,
+    drawn: Sequence[Sequence[Sample]],
+    texts: Sequence[Sequence[str]],
+) -> pa.Table:
+    """The records of a shard; its schema carries the counts."""
+    asked = [prompt for prompt, own in zip(prompts, texts) for _ in own]
+    scores = reward(asked, [text for own in texts for text in own])
+    stopped = np.array([sample.stopped for own in drawn for sample in own])
+    counts = Counter(dict.fromkeys(COUNTS, 0), prompts=len(prompts), completions=len(scores))
+    counts["truncated"] = int((~stopped).sum())
+    rows = []
+    for number, (prompt, own) in enumerate(zip(prompts, texts)):
+        at = slice(number * len(own), (number + 1) * len(own))
+        # What is dropped is left out like what is blank, but not counted so.
+        kept = stopped[at] | (settings.truncated == "keep")
+        own = [text for text, keep in zip(own, kept) if keep]
+        made, left_out = _records(settings, start + number, own, scores[at][kept])
+        counts.update(left_out)
+        counts["records"] += len(made)
+        counts["prompts_without_record"] += not made
+        rows += [{"prompt_index": start + number, "prompt": prompt} | row for row in made]
+    schema = RANKED if settings.pairs == "ranked" else PAIR
+    said = {"counts": dict(counts), "score_sum": float(scores.sum())}
+    said["versions"] = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return pa.Table.from_pylist(rows, schema.with_metadata({METADATA: json.dumps(said)}))
+
+
+def _records(
+    settings: Settings, index: int, texts: Sequence[str], scores: np.ndarray
+) -> tuple[list[dict], Counter]:
+    """What one prompt's completions give, with randomness of its own."""
+    labels = Labels(settings.labels, settings.label_temperature, settings.tie)
+    rng = np.random.default_rng([settings.seed, settings.skip + index])
+    scores = scores.tolist()
+    if settings.pairs == "ranked":
+        order, ranks, left_out = ranking_of(texts, scores, labels, rng)
+        row = {
+            "responses": [texts[i] for i in order],
+            "scores": [scores[i] for i in order],
+            "ranks": ranks,
+        }
+        return [row] * bool(order), left_out
+    pairs, left_out = pairs_of(texts, scores, settings.pairs, labels, rng)
+    rows = [
+        {
+            "chosen": texts[i],
+            "rejected": texts[j],
+            "score_chosen": scores[i],
+            "score_rejected": scores[j],
+        }
+        for i, j in pairs
+    ]
+    return rows, left_out
+
+
+def _totals(shards: Sequence[dict]) -> dict:
+    """Counts over all shards, with the mean score, and the versions that made them."""
+    counts = {name: sum(shard["counts"][name] for shard in shards) for name in COUNTS}
+    mean = sum(shard["score_sum"] for shard in shards) / counts["completions"]
+    versions = []
+    for shard in shards:
+        versions += [] if shard["versions"] in versions else [shard["versions"]]
+    return {"counts": counts, "mean_score": mean, "versions": versions}
+
+
+def _paths(out: pathlib.Path, shards: int) -> list[pathlib.Path]:
+    return [out / f"part-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
+
+
+def _metadata(schema: pa.Schema) -> dict:
+    return json.loads(schema.metadata[METADATA])
+
+
+def _write_parquet(path: pathlib.Path, table: pa.Table) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with pq.ParquetWriter(unfinished, table.schema) as writer:
+        if len(table):  # `datasets` cannot read a group of no rows
+            writer.write_table(table)
+    os.replace(unfinished, path)
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

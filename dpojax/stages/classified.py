@@ -1,0 +1,107 @@
+"""The examples of a classifier: texts with their classes, in the tokens that a reward reads."""
+
+from __future__ import annotations
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpojax.data import sources
+from dpojax.data.records import DataError, Record
+from dpojax.data.report import Report
+from dpojax.data.tokenise import Example, TokenizeConfig, start_tokens, tokenise
+from dpojax.stages.data import EMBEDDED, StageData, hold_out, renames, require_both
+
+
+def load(data: ConfigDict, tokenizer, *, max_tokens: int, seed: int) -> StageData:
+    """Read, select and tokenise the texts that `config.classifier.data` names, with their labels.
+
+    A limit takes records from all over a file, drawn by `seed`: such files are often sorted by
+    label. A text is its first `max_tokens` tokens as the tokenizer itself encodes it, so that
+    `evaluation.rewards.classifier` and transformers see what training saw.
+
+    Raises:
+      DataError: see `sources.read` and `tokenise`; a record without text or label; all labels
+        agree; a held-out label that no text to train on has; nothing left to train or test on.
+    """
+    if EMBEDDED in (data.source, data.eval_source):
+        raise DataError(
+            f"config.classifier.data: {EMBEDDED} has no labelled texts; its reward is known exactly"
+        )
+    train, report = _read(data, data.source, data.split, data.limit, seed)
+    if data.eval_source:
+        test, test_report = _read(data, data.eval_source, data.eval_split, data.eval_limit, seed)
+        reports = {"train": report, "eval": test_report}
+    else:
+        train, test = hold_out(train, data.eval_share)
+        test = _drawn(test, data.eval_limit, "beyond_eval_limit", report, seed)
+        reports, test_report = {"train and eval": report}, report
+    require_both(data.source, train, test, report)
+    labels = _labels(data.source, train, test)
+    parts = [
+        _examples(part, labels, tokenizer, max_tokens, counts)
+        for part, counts in ((train, report), (test, test_report))
+    ]
+    require_both(data.source, *parts, report)
+    return StageData(parts[0] + parts[1], len(parts[0]), reports, labels)
+
+
+def _read(
+    data: ConfigDict, source: str, split: str, limit: int, seed: int
+) -> tuple[list[Record], Report]:
+    form = "classified" if data.form == "auto" else data.form
+    found, report = sources.load_records(
+        source, split=split or None, form=form, columns=renames(data)
+    )
+    return _drawn(found, limit, "beyond_limit", report, seed), report
+
+
+def _drawn(found: list[Record], limit: int, cause: str, report: Report, seed: int) -> list[Record]:
+    """`limit` of the records (0: all) in their order; the others are counted under `cause`."""
+    if not limit or limit >= len(found):
+        return found
+    kept = set(np.random.default_rng(seed).permutation(len(found))[:limit].tolist())
+    for index, record in enumerate(found):
+        if index not in kept:
+            report.count("dropped", cause, record.id)
+    return [found[index] for index in sorted(kept)]
+
+
+def _labels(source: str, train: list[Record], test: list[Record]) -> tuple[str, ...]:
+    """The names of the classes, sorted."""
+    labels = sorted({record.category for record in train})
+    if len(labels) < 2:
+        raise DataError(
+            f"{source}: all {len(train)} texts to train on are labelled {labels[0]!r}; a "
+            "classifier learns from the difference of two classes or more: add the others"
+        )
+    for record in test:
+        if record.category not in labels:
+            raise DataError(
+                f"{record.id}: field 'label' is {record.category!r}, but the texts to train on are "
+                f"labelled {', '.join(labels)}; leave the record out, or add such texts"
+            )
+    return tuple(labels)
+
+
+def _examples(
+    found: list[Record], labels: tuple[str, ...], tokenizer, max_tokens: int, report: Report
+) -> list[Example]:
+    start = start_tokens(tokenizer)
+    policy = TokenizeConfig(
+        max_length=max_tokens + (not start),
+        truncation="cut_response_end",
+        append_eos=False,
+        identical="keep",
+    )
+    category = {record.id: labels.index(record.category) for record in found}
+    kept = []
+    for example in tokenise(found, tokenizer, policy, report)[0]:
+        if not start:  # what stands for the empty prompt is no token of the text
+            (text,) = example.responses
+            example = example._replace(prompt=text[:1], responses=(text[1:],))
+        if len(example.responses[0]):
+            kept.append(example._replace(category=category[example.id]))
+        else:
+            report.kept -= 1
+            report.count("dropped", "one_token", example.id)
+    return kept

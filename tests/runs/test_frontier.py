@@ -1,0 +1,252 @@
+"""A frontier small enough for a test: its jobs, what it writes, and how it resumes."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from dpojax.evaluation.frontier_points import read_points
+from dpojax.evaluation.optimum import read_optimum
+from dpojax.evaluation.policies import NothingStopped
+from dpojax.evaluation.rewards import Reward, RewardError, open_reward
+from dpojax.frontier import plan as frontier
+from dpojax.frontier import results as frontier_results
+from dpojax.runs import preferences as preferences_module
+from dpojax.runs import run as runs
+from dpojax.stages import samples as samples_module
+from dpojax.config.checks import ConfigError
+from dpojax.frontier.plan import Run
+from dpojax.runs.run import FAILURES
+from dpojax.training.loop import Preempted
+from dpojax.training.metrics import read_metrics
+
+from .conftest import tiny_config
+
+SMALL = {
+    "sft.data.limit": 200,
+    "sft.steps": 30,
+    "sft.learning_rate": 3e-3,
+    "evaluate_every": 2,
+    "log_every": 2,
+    "checkpoint_every": 0,
+    "samples.count": 8,
+    "samples.per_prompt": 2,
+    "samples.max_new_tokens": 16,
+    "frontier.count": 24,
+    "frontier.completions": 3,
+    "frontier.truncated": "keep",
+    "frontier.reference_samples": 64,
+    "frontier.best_of_n": (2, 4),
+    "preference.steps": 4,
+    "preference.data.eval_limit": 4,
+}
+RUNS = [
+    Run("dpo", "beta=0.1", {"preference.beta": 0.1}),
+    Run("preferred_ft", "seed=1", {"preference.loss": "sft", "seed": 1}),
+]
+ADDED = frontier.of_loss("simpo", {"preference.steps": 2})
+
+
+def config(**changes):
+    return tiny_config(**SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    frontier.make(config(), RUNS, str(folder))
+    return folder, frontier_results.write(folder)
+
+
+def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_reference(made):
+    folder, _ = made
+    points = read_points(folder / "frontier.csv")
+    by_method = lambda method: [p for p in points if p.method == method]
+    assert [(p.step, p.setting) for p in by_method("dpo")] == [(2, "beta=0.1"), (4, "beta=0.1")]
+    assert [(p.step, p.seed) for p in by_method("preferred_ft")] == [(2, 1), (4, 1)]
+    assert [p.setting for p in by_method("best_of_n")] == ["n=2", "n=4"]
+    (base,) = by_method("sft")
+    with np.load(folder / "reference_samples.npz") as found:
+        assert found["rewards"].shape == (8, 64)
+        assert base.reward == pytest.approx(found["rewards"].mean())
+    lines = read_metrics(folder / "runs" / "dpo-beta-0.1" / "preference")
+    last = [line for line in lines if line["split"] == "eval"][-1]
+    assert by_method("dpo")[-1].kl == last["samples/kl"]
+    assert len(read_optimum(folder / "optimum.json").beta) == len(frontier_results.BETAS)
+
+
+def test_it_ends_with_figure_report_and_samples_of_every_run(made):
+    folder, text = made
+    assert (folder / "frontier.png").stat().st_size > 10_000
+    assert (folder / "frontier.pdf").is_file()
+    assert "Preferred-FT" in text
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines} == {"dpo", "preferred_ft"}
+    assert len(lines) == 2 * 8
+
+
+def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_nothing(made):
+    folder, _ = made
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
+    tokens = folder / "tokens"
+    kept = {*tokens.iterdir()}  # of SFT, of the preferences, and of the best of each
+    frontier.make(config(), [*RUNS, ADDED], str(folder))
+    log = (folder / "logs" / "simpo-default.txt").read_text()
+    assert log.count(f"tokens read from {tokens}") == 1
+    assert len(kept) == 3
+    assert {*tokens.iterdir()} == kept
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
+    assert before.items() <= after.items()
+    assert (folder / "runs" / "simpo-default" / "finished.json").is_file()
+    assert "simpo" in {p.method for p in frontier_results.collect(folder)[0]}
+
+
+def test_another_config_in_the_same_folder_is_refused_by_key(made):
+    with pytest.raises(ConfigError, match=r"frontier\.count: 24 -> 25"):
+        frontier.make(config(**{"frontier.count": 25}), RUNS, str(made[0]))
+
+
+def test_a_run_that_could_not_start_is_refused_before_anything_is_made(tmp_path):
+    wrong = Run("dpo", "beta=0", {"preference.beta": 0.0})
+    with pytest.raises(ConfigError, match=r"beta = 0\.0: must be greater than 0"):
+        frontier.make(config(), [wrong], str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def misbehaving(*behaviours):
+    """The exact reward by default; each call first takes the next behaviour: a function of the
+    number of texts, or None."""
+    exact, left = open_reward("reviews"), iter(behaviours)
+
+    def score(prompts, responses):
+        scores, change = exact(prompts, responses), next(left, None)
+        return scores if change is None else change(scores)
+
+    return lambda *_, **__: Reward("odd", score, exact.fingerprint)
+
+
+def sigterm(scores):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return scores
+
+
+def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
+    made, tmp_path, monkeypatch
+):
+    """In the middle of the preferences and of a run: every failure is one that scripts tell in a
+    line, and leaves nothing that is half done."""
+    folder = tmp_path / "again"
+    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
+    shutil.copytree(made[0], folder, ignore=left_out)
+    make = lambda: frontier.make(config(), RUNS, str(folder))
+    nan, short = lambda scores: scores * np.nan, lambda scores: scores[:-1]
+    monkeypatch.setattr(preferences_module, "open_reward", misbehaving(nan, short, sigterm))
+    for error, message in (
+        (RewardError, "reward odd: 72 of 72 scores are not finite"),
+        (RewardError, r"reward odd: gave an array of shape \(71,\) for 72 texts"),
+        (Preempted, "frontier: stopped, what is done is kept"),
+    ):
+        with pytest.raises(error, match=message):
+            make()
+        assert issubclass(error, (*FAILURES, Preempted))
+        assert os.listdir(folder / "preferences") == ["provenance.json"]
+    # Of the reference, before the first step, and of the policy, after the second.
+    monkeypatch.setattr(samples_module, "open_reward", misbehaving(None, sigterm))
+    with pytest.raises(Preempted, match="preference: stopped at step 3 of 4, saved"):
+        make()
+    assert not (folder / "runs" / "dpo-beta-0.1" / "finished.json").exists()
+    make()
+    (part,) = (folder / "preferences").glob("*.parquet")
+    assert part.read_bytes() == (made[0] / "preferences" / part.name).read_bytes()
+    methods = {run.method for run in RUNS}
+    measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
+    assert measured(folder) == measured(made[0])
+
+
+def test_two_processes_make_the_same_points(made, tmp_path):
+    folder = tmp_path / "beside"
+    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
+    shutil.copytree(made[0], folder, ignore=left_out)
+    frontier.make(config(), RUNS[:1], str(folder), at_once=2)
+    done = {job.name for job in frontier.jobs(config(), RUNS[:1], folder, 2) if job.ended}
+    assert done == {"sft", "policy", "preferences", RUNS[0].name, "reference_samples"}
+    methods = ("sft", "preference", "best_of_n")
+    measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
+    assert len(measured(folder)) == 4
+    assert measured(folder) == measured(made[0])
+
+
+def test_preferences_are_made_in_as_many_parts_as_jobs_at_once_but_no_emptier_than_a_shard():
+    names = lambda at_once, count: [
+        job.name
+        for job in frontier.jobs(
+            config(**{"frontier.count": count}), RUNS, pathlib.Path("none"), at_once
+        )
+        if job.kind == "preferences"
+    ]
+    assert names(1, 5_000) == ["preferences"]
+    assert names(2, 5_000) == ["preferences-1of2", "preferences-2of2"]
+    assert names(8, 2_048) == names(2, 0) == ["preferences-1of2", "preferences-2of2"]
+
+
+def test_best_of_n_wants_enough_samples_of_the_reference(tmp_path):
+    few = config(**{"frontier.best_of_n": (2, 32)})
+    with pytest.raises(ConfigError, match=r"reference_samples = 64: best of 32 .* at least 128"):
+        frontier.make(few, RUNS, str(tmp_path / "none"))
+
+
+def test_a_policy_that_never_ends_is_told_in_a_line():
+    assert issubclass(NothingStopped, FAILURES)
+
+
+def test_the_papers_sweep_has_22_runs():
+    runs = frontier.paper_runs()
+    assert len(runs) == 22 == len({run.name for run in runs})
+
+
+def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_alone(
+    made, tmp_path
+):
+    """This adds runs to what the tests before it look at; so does the one after it."""
+    folder, _ = made
+    betas = [Run("dpo", f"beta={beta:g}", {"preference.beta": beta}) for beta in (0.1, 0.3, 2.0)]
+    seeds = [Run("preferred_ft", f"seed={i}", {"preference.loss": "sft", "seed": i}) for i in (1, 2, 3)]
+    planned = frontier.jobs(config(), [*betas, *seeds, ADDED], folder, together=True)
+    names = [job.name.rsplit("-", 1)[0] for job in planned]
+    assert {"dpo-3-runs", "preferred_ft-3-runs"} <= {*names}
+    before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
+    frontier.make(config(), [*betas, *seeds, ADDED], str(folder), together=True)
+    assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
+    assert all(job.ended for job in planned)
+    (own,) = frontier.configs(config(), betas[1:2], folder)
+    runs.run(own, str(tmp_path / "alone"))
+    of_run = lambda workdir: read_metrics(workdir / "preference", "eval")[-1]
+    alone, member = of_run(tmp_path / "alone"), of_run(folder / "runs" / "dpo-beta-0.3")
+    assert member["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert member["samples/reward"] == alone["samples/reward"]
+
+
+def test_a_run_that_fails_leaves_the_others_and_is_named_in_the_report(made):
+    """By itself, and among others that train with it."""
+    folder, too_large = made[0], {"preference.learning_rate": 1e30}
+    broken = [
+        Run("hinge", "broken", {"preference.loss": "hinge"} | too_large),
+        Run("apo_zero", "broken", {"preference.loss": "apo_zero"} | too_large),
+    ]
+    whole = [Run("apo_zero", "whole", {"preference.loss": "apo_zero"})]
+    there = json.loads((folder / "plan.json").read_text())["runs"]
+    before = [Run(**{key: run[key] for key in Run._fields}) for run in there]
+    planned = [*before, *broken, *whole]
+    for _ in range(2):
+        frontier.make(config(), planned, str(folder), together=True)
+    assert (folder / "logs" / "hinge-broken.txt").read_text().count("not finite at step") == 1
+    text = frontier_results.write(folder)
+    failed = text.split("## Runs that failed")[1].split("## Points")[0]
+    named = [run.name for run in planned if f"{run.name}: " in failed]
+    assert named == [run.name for run in broken]
+    points = frontier_results.collect(folder)[0]
+    assert {p.setting for p in points if p.method == "apo_zero"} >= {"whole"}

@@ -1,0 +1,389 @@
+"""A whole run: what it leaves behind, and that nothing that kills it changes the result."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dpojax.data import reviews
+from dpojax.data.records import DataError
+from dpojax.stages import references
+from dpojax.runs import run
+from dpojax.stages import stage as stages
+from dpojax.stages import setup as run_setup
+from dpojax.stages import train as train_module
+from dpojax.config.checks import ConfigError
+from dpojax.runs.export import export, read_config
+from dpojax.models import decoder
+from dpojax.models.attention import plain_rows
+from dpojax.models.decoder import SHARDING_RULES
+from dpojax.training import checkpoints, reference
+from dpojax.training.loop import NonFiniteLoss
+from dpojax.training.state import abstract_state, make_optimizer
+
+from .conftest import command, environment, lines, tiny_config, train
+
+DEVICES = 8
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing disturbed, in a process of its own with one device."""
+    workdir = tmp_path_factory.mktemp("finished")
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def saved_arrays(workdir, stage="preference", step=6):
+    """Every array of a checkpoint: parameters, moments, step and key."""
+    config = read_config(workdir)
+    setup = run_setup.prepare(config, workdir)
+    optimizer = make_optimizer(config[stage].optimizer)
+    abstract = abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
+    with checkpoints.Checkpoints(workdir / stage / "checkpoints") as saved:
+        state, _ = saved.restore(abstract, step=step)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_same_result(workdir, finished):
+    for ours, theirs in zip(saved_arrays(workdir), saved_arrays(finished), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    values = lambda line: {
+        k: v for k, v in line.items() if not k.startswith(("time", "perf/", "memory/"))
+    }
+    for stage in ("sft", "preference"):
+        assert list(map(values, lines(workdir, stage))) == list(map(values, lines(finished, stage)))
+
+
+def test_a_run_leaves_metrics_reports_a_summary_and_a_figure(finished):
+    workdir, printed = finished
+    assert json.loads((workdir / "config.json").read_text())["preference"]["beta"] == 0.1
+    assert (workdir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    for stage in ("sft", "preference"):
+        assert json.loads((workdir / stage / "data_report.json").read_text())["train"]
+    assert "held-out pairs" in printed
+    assert (workdir / "preference" / "summary.txt").read_text().strip() in printed
+    steps = [line["step"] for line in lines(workdir, "preference") if line["split"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_carry_the_names_of_trl(finished):
+    wanted = {"loss", "grad_norm", "learning_rate", "num_tokens", "displacement", "kl/per_token"}
+    pair = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
+    pair |= {"logps/chosen", "logps/rejected"}
+    evaluated = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
+    by_split = {line["split"]: set(line) for line in lines(finished[0], "preference")}
+    assert by_split["train"] >= wanted | pair | {"perf/tokens_per_second"}
+    assert by_split["eval"] >= pair | evaluated | {"loss", "displacement", "kl/per_token"}
+
+
+def test_at_step_zero_the_policy_is_the_reference(finished):
+    identity, first = lines(finished[0], "preference")[:2]
+    assert identity["split"] == "identity"
+    assert identity["drift/reference_identity"] < 1e-5
+    np.testing.assert_allclose(identity["loss"], np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(identity["loss/at_reference"], np.log(2), rtol=1e-6)
+    assert (first["rewards/margins"], first["displacement"]) == (0, 0)
+
+
+def test_the_same_command_again_only_prints_the_summary(finished):
+    workdir, _ = finished
+    before = saved_arrays(workdir)
+    again = train(workdir)
+    assert again.returncode == 0, again.stderr
+    assert (workdir / "preference" / "summary.txt").read_text().strip() in again.stdout
+    for a, b in zip(saved_arrays(workdir), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+    """kill -9 once in each stage: right after a checkpoint, and in the middle of things."""
+    for wanted in ("sft/checkpoints/2", "preference/checkpoints/4"):
+        process = subprocess.Popen(
+            command(tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while not (tmp_path / wanted).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    assert train(tmp_path).returncode == 0
+    assert_same_result(tmp_path, finished[0])
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(finished, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, checkpoint_every=0),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("preference  step 0/6"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "saved; the same command resumes" in errors
+    steps = [int(p.name) for p in (tmp_path / "preference" / "checkpoints").iterdir()]
+    assert len(steps) == 1
+    assert steps[0] < 6
+    assert train(tmp_path, checkpoint_every=0).returncode == 0
+    assert_same_result(tmp_path, finished[0])
+
+
+def test_the_exported_folder_gives_the_same_log_probs_in_transformers(finished, tmp_path):
+    torch = pytest.importorskip("torch", reason="compares with torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = export(str(finished[0]), str(tmp_path / "exported"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer("the acting was not bad")["input_ids"]])
+    with torch.no_grad():
+        theirs = torch.log_softmax(model(ids).logits, -1)[0].numpy()
+    setup = run_setup.prepare(read_config(finished[0]), finished[0])
+    params = checkpoints.load_params(finished[0] / "preference" / "checkpoints", setup.abstract_params)
+    ours = jax.nn.log_softmax(decoder.logits(setup.model, params, plain_rows(ids.numpy())))[0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_export_says_what_is_missing(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json is not there"):
+        export(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="without a stage 'ppo'"):
+        export(str(finished[0]), str(tmp_path / "out"), stage="ppo")
+    with pytest.raises(checkpoints.CheckpointError, match="5"):
+        export(str(finished[0]), str(tmp_path / "out"), step=5)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A run in this process, of which a part can be replaced."""
+
+    def start(**changes):
+        run.run(tiny_config(**changes), str(tmp_path / "run"))
+        return tmp_path / "run"
+
+    return start
+
+
+def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished):
+    """On eight devices against one: at step 0, and the gradient of step 1. (Later, Adam turns
+    rounding in gradients near zero into steps of full size.)"""
+    workdir = started(**{"preference.reference.kind": "live"})
+    values = lambda folder: [
+        [line.get(k, 0.0) for k in ("loss", "grad_norm", "logps/chosen", "logps/rejected")]
+        for line in lines(folder, "preference")
+        if line["step"] <= 1
+    ]
+    np.testing.assert_allclose(values(workdir), values(finished[0]), rtol=1e-4)
+    assert not (workdir / "preference" / "reference_logprobs").exists()
+
+
+def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, monkeypatch):
+    """In another workdir; those of other weights are not taken."""
+    cache, computed, scored = tmp_path / "kept", [], []
+    compute, build = reference.compute, stages._scoring
+
+    def counted(score):
+        program = build(score)
+        return lambda *args: scored.append(args) or program(*args)
+
+    monkeypatch.setattr(reference, "compute", lambda *args: computed.append(args) or compute(*args))
+    monkeypatch.setattr(stages, "_scoring", counted)
+
+    def start(name, **changes):
+        scored.clear()
+        given = {"preference.reference.cache": str(cache), "preference.steps": 1, "preference.data.eval_limit": 4}
+        config = tiny_config(**given | changes)
+        config.stages = ("preference",)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "finish", lambda *_: None)
+            run.run(config, str(tmp_path / name))
+        return len(computed), len(scored), lines(tmp_path / name, "preference")[:2]
+
+    made, _, first = start("first")
+    found, batches, second = start("second")
+    # A training batch, the held-out one for the cache, step 0 and its evaluation, and after step 1.
+    assert (made, found, batches) == (1, 1, 3)
+    assert [line["split"] for line in second] == ["identity", "eval"]
+    values = lambda found: [{k: v for k, v in x.items() if k != "time"} for x in found]
+    assert values(first) == values(second)
+    assert len(list(cache.glob("*.npy"))) == 1
+
+    drawn = run_setup.initial_params
+    nudged = lambda setup: jax.tree.map(lambda x: 1.05 * x, drawn(setup))
+    monkeypatch.setattr(run_setup, "initial_params", nudged)
+    assert start("other")[0] == 2
+    assert len(list(cache.glob("*.npy"))) == 2
+    ours, theirs = (jax.tree.map(np.asarray, list(examples)) for _, examples, _ in computed)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)  # on the same data
+
+
+def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    make = lambda: jax.jit(lambda x: x @ x + 1)(np.eye(3, dtype=np.float32)).block_until_ready()
+    with run_setup.compiled_once(""):
+        assert jax.config.jax_compilation_cache_dir == before
+    with run_setup.compiled_once(tmp_path / "compiled"):
+        assert jax.config.jax_persistent_cache_min_compile_time_secs <= 0.05
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        make()
+        kept = sorted(tmp_path.glob("compiled/*-cache"))
+        jax.clear_caches()
+        make()
+    assert kept
+    assert sorted(tmp_path.glob("compiled/*-cache")) == kept
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
+    started, tmp_path, monkeypatch
+):
+    build = train_module.train_batches
+
+    def poisoned(examples, *args, attach, **kwargs):
+        if attach is None:
+            return build(examples, *args, attach=attach, **kwargs)
+
+        def attach_nan(rows):
+            rows = attach(rows)
+            first = np.argwhere((rows.example == 7).any(-1))
+            for place in first:
+                rows.reference[tuple(place)] = np.nan
+            return rows
+
+        return build(examples, *args, attach=attach_nan, **kwargs)
+
+    monkeypatch.setattr(train_module, "train_batches", poisoned)
+    with pytest.raises(NonFiniteLoss, match="loss or gradient is not finite") as error:
+        started(**{"preference.epochs": 1, "preference.steps": 0, "checkpoint_every": 1})
+    assert "reviews/train:8" in str(error.value)
+    steps = [int(p.name) for p in (tmp_path / "run" / "preference" / "checkpoints").iterdir()]
+    stopped = int(re.search(r"at step (\d+)", str(error.value))[1])
+    assert max(steps) == stopped - 1
+    assert all(np.isfinite(x).all() for x in saved_arrays(tmp_path / "run", step=max(steps)))
+
+
+def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
+    original = references.keep_weights
+
+    def nudged(*args):
+        kept = original(*args)
+        return kept._replace(params=jax.tree.map(lambda x: 1.05 * x, kept.params))
+
+    monkeypatch.setattr(references, "keep_weights", nudged)
+    with pytest.raises(
+        references.ReferenceMismatch, match="at step 0 the policy is not the reference"
+    ):
+        started(stages=("preference",))
+
+
+def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finished):
+    with pytest.raises(ConfigError, match=r"preference\.beta: 0\.1 -> 0\.2"):
+        run.run(tiny_config(**{"preference.beta": 0.2}), str(finished[0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mesh.data": 16}, ConfigError, r"config\.mesh: .*wants 16 devices, but there are 8"),
+        ({"mesh.data": 8, "micro_rows": 3}, ConfigError, "config.micro_rows: .*multiple of 8"),
+        ({"tokens.max_length": 200}, ConfigError, "max_length = 200.*128 positions"),
+        ({"preference.beta": 0.0}, ConfigError, r"config\.preference\.beta = 0\.0: must be greater than 0"),
+        ({"preference.data.source": "no/such/file.jsonl"}, DataError, "file.jsonl"),
+        ({"model.path": "no/such/folder", "tokenizer": ""}, ConfigError, "no/such/folder"),
+        ({"model.width": 15}, ConfigError, r"config\.model: .*width 15"),
+        ({"row_length": 8}, DataError, "raise row_length"),
+        ({"chat_template": "no/such.jinja"}, ConfigError, r"config\.chat_template"),
+    ],
+)
+def test_a_run_that_cannot_work_leaves_no_workdir(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run.run(tiny_config(**changes), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=50_000, n_positions=128, bos_token_id=0, eos_token_id=0).save_pretrained(
+        tmp_path / "model"
+    )
+    reviews.tokenizer().save_pretrained(tmp_path / "words")
+    changes = {"model.path": str(tmp_path / "model"), "tokenizer": str(tmp_path / "words")}
+    with pytest.raises(ConfigError, match="371 ids and the model 50000 rows"):
+        run.run(tiny_config(**changes), str(tmp_path / "run"))
+
+
+def test_the_command_line_tells_a_user_error_in_words(tmp_path):
+    """An unknown key, and a value that cannot run: no traceback, nothing left behind."""
+    for changes, message in (
+        ({"preference.betta": 1}, "betta"),
+        ({"preference.beta": -1}, "ConfigError: config.preference.beta"),
+    ):
+        done = train(tmp_path / "run", **changes)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
+    started, tmp_path, monkeypatch
+):
+    original = checkpoints._require_space
+
+    def full(folder, tree):
+        if folder.endswith("preference/checkpoints") and int(tree.step) == 4:
+            raise checkpoints.CheckpointError(f"{folder}: no space left")
+        original(folder, tree)
+
+    monkeypatch.setattr(checkpoints, "_require_space", full)
+    with pytest.raises(checkpoints.CheckpointError, match="no space left"):
+        started()
+    steps = [int(p.name) for p in (tmp_path / "run" / "preference" / "checkpoints").iterdir()]
+    assert steps == [2]
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, monkeypatch):
+    config = tiny_config(stages=("preference",))
+    monkeypatch.setattr(run_setup, "initial_params", None)  # nobody may ask for them
+    monkeypatch.setattr(train_module, "limit_bytes", lambda: 2**10)
+    with pytest.raises(ConfigError, match=r"preference: a step will want about .* config\.\w+.* tries"):
+        run.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
+    config = tiny_config(stages=("preference",), profile=True, **{"preference.steps": 8, "evaluate_every": 4})
+    run.run(config, str(tmp_path))
+    printed, folder = capsys.readouterr().out, tmp_path / "preference"
+    assert (folder / "profile.txt").read_text().strip() in printed
+    assert re.search(
+        r"preference: the compiled step needs \d+ MiB of each device \(\d+ MiB given", printed
+    )
+    found = json.loads((folder / "profile.json").read_text())
+    names = {"compilation and first step", "waiting for data", "steps", "evaluation"}
+    assert set(found["spans"]) == names | {"waiting for checkpoints"}
+    assert all(seconds > 0 for seconds in found["spans"].values())
+    whole = sum(found["step"].values())
+    assert 0 < found["step"]["forward"] < whole
+    assert 0 < found["utilisation"] < 1
+    assert list(folder.glob("trace/**/*.xplane.pb"))
+
+
+def test_a_learning_rate_that_changes_nothing_is_warned_of_once(tmp_path, capsys):
+    config = tiny_config(stages=("preference",), **{"preference.learning_rate": 1e-14, "preference.steps": 3})
+    run.run(config, str(tmp_path))
+    assert capsys.readouterr().out.count("smaller than the weights can resolve") == 1
