@@ -1,0 +1,60 @@
+"""Tables of text: columns of equal width, for a terminal, a text file or Markdown.
+
+>>> print("\\n".join(text_table([["", "before", "after"], ["loss (nats)", "0.693", "0.512"]])))
+             before  after
+loss (nats)   0.693  0.512
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+Row = Sequence[str]
+
+LONG_CELL = 60  # characters; Markdown columns with a longer cell are not padded
+SHORTEST_RULE = 3  # dashes that Markdown needs below a heading
+
+
+def text_table(rows: Sequence[Row], *, left: Collection[int] = (0,), gap: str = "  ") -> list[str]:
+    """Aligns the columns of a table.
+
+    Args:
+      rows: the cells of each line, all of the same number of columns.
+      left: indices of the left-aligned columns; all other columns are right-aligned.
+      gap: text between two columns.
+
+    Returns:
+      One line per row, without spaces at its end.
+    """
+    columns = range(len(rows[0])) if rows else ()
+    widths = [max(len(row[column]) for row in rows) for column in columns]
+    return [gap.join(_padded(row, widths, left)).rstrip() for row in rows]
+
+
+def ruled_table(title: str, rows: Sequence[Row]) -> list[str]:
+    """Lines of `text_table` below a title, with rules around the heading (row 0) and at the end."""
+    heading, *body = text_table(rows)
+    rule = "-" * len(heading)
+    return [title, rule, heading, rule, *body, rule]
+
+
+def markdown_table(heading: Row, rows: Sequence[Row]) -> list[str]:
+    """Lines of a Markdown table whose source is aligned too.
+
+    All columns are left-aligned. A column with a cell of `LONG_CELL` characters or more is not
+    padded. Cells must be escaped already.
+    """
+    columns = range(len(heading))
+    widths = [max(len(row[column]) for row in (heading, *rows)) for column in columns]
+    widths = [max(width, SHORTEST_RULE) if width < LONG_CELL else SHORTEST_RULE for width in widths]
+    rule = ["-" * width for width in widths]
+    padded = [_padded(row, widths, columns) for row in (heading, rule, *rows)]
+    return [f"| {' | '.join(row)} |" for row in padded]
+
+
+def _padded(row: Row, widths: Sequence[int], left: Collection[int]) -> list[str]:
+    """The cells of one line, each filled up with spaces to the width of its column."""
+    return [
+        cell.ljust(width) if column in left else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
