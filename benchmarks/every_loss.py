@@ -32,7 +32,7 @@ from dpojax.models.decoder import SHARDING_RULES
 from dpojax.stages import references, setup, token_cache
 from dpojax.stages import stage as stages
 from dpojax.stages.stage import shape_of
-from dpojax.training.forward import build_divergence, language_model
+from dpojax.training.forward import FrozenWeights, build_divergence, language_model
 from dpojax.training.loop import StopSignal
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
@@ -89,12 +89,13 @@ def train(loss: str, seeds: list[int], args: argparse.Namespace):
     size = {"batch_size": stage.config.batch_size, "steps": stage.steps}
     orders = {seed: order(stage.data.train, **size, seed=seed) for seed in seeds}
     stage = stage._replace(shape=shape_of(stage, [*orders.values()]))
+    frozen = FrozenWeights(reference=used.params)
     for seed, indices in orders.items():
         state = new_state(jax.tree.map(np.array, start), optimizer, abstract, seed)
         batches = train_batches(stage.data.examples, indices, stage.shape, attach=used.attach)
         values = []
         for rows in batches:
-            state, report = step(state, used.to_device(rows, mesh), stage.hyper, used.params)
+            state, report = step(state, used.to_device(rows, mesh), stage.hyper, frozen)
             values.append(report.metrics["loss"].value)
             if not bool(report.finite):
                 raise FloatingPointError(f"{loss}, seed {seed}: not finite at step {len(values)}")

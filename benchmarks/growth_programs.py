@@ -27,7 +27,7 @@ from dpojax.config.defaults import default_config
 from dpojax.data.rows import Rows
 from dpojax.methods import preference
 from dpojax.models import decoder
-from dpojax.training.forward import language_model
+from dpojax.training.forward import NO_FROZEN_WEIGHTS, language_model
 from dpojax.training.memory import temporary_bytes
 from dpojax.training.state import (
     State,
@@ -207,12 +207,12 @@ def _lanes(make_step, abstract: State, mesh: Mesh, members: int):
         state = new_member_states(init(), make, numbers.seed, lanes)
 
         def run(state):
-            state, report = compiled(state, placed, numbers, None)
+            state, report = compiled(state, placed, numbers, NO_FROZEN_WEIGHTS)
             return state, report.finite
 
         return state, run
 
-    return build_vectorised_step(make_step, lanes), (lanes, numbers, None), start
+    return build_vectorised_step(make_step, lanes), (lanes, numbers, NO_FROZEN_WEIGHTS), start
 
 
 def _hyper(beta: float) -> dict:

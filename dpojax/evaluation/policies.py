@@ -225,7 +225,7 @@ def divergences(
     for rows, placed in _batches(prompts, drawn, **limits):
         own = score(params, placed)
         # Roles are exchanged: `kl` is that of the third argument from the first.
-        theirs = score(reference_params, placed, params)
+        theirs = score(reference_params, placed, reference=params)
         own, theirs, exact = to_host((own.logprob, theirs.logprob, theirs.kl))
         ratio += _by_example(rows, np.float64(own) - theirs, count)
         kl += _by_example(rows, exact, count)

@@ -1,9 +1,9 @@
-"""What a model says of rows: the forward passes that training, references and evaluation share."""
+"""The forward passes that training, references and evaluation share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from dpojax.logprobs import (
     token_statistics,
 )
 from dpojax.models import lora
+from dpojax.models.decoder import Model
 from dpojax.models.lora import LoraConfig
 from dpojax.models.scores import response_scores
 from dpojax.training.metrics import Metric
@@ -25,102 +26,133 @@ from dpojax.training.micro_batches import map_present
 
 MAX_LOGITS = 2**25  # float32 logits that may exist at once: 128 MiB
 
-# (params, rows [R, ...] of one micro-batch, the reference's params or None) -> outputs
-Forward = Callable[[dict, Rows, dict | None], Any]
+
+class FrozenWeights(NamedTuple):
+    """Weights that a step reads and never changes."""
+
+    base: dict | None = None  # the model that adapters are added to
+    reference: dict | None = None  # a live reference's, for objectives that need its distributions
 
 
-def row_logprobs(model, params, rows: Rows, *, max_logits: int = MAX_LOGITS) -> Array:
-    """log-prob of every scored token of one micro-batch, nats, [R, S]; anything at padding."""
-    hidden = _scored_hidden(model, params, rows)
+NO_FROZEN_WEIGHTS = FrozenWeights()
+
+# (params, rows [R, ...] of one micro-batch, frozen weights) -> outputs
+Forward = Callable[[dict, Rows, FrozenWeights], Any]
+
+
+def scored_hidden(model: Model, params: dict, rows: Rows) -> Array:
+    """Hidden states [R, S, D] at the columns that predict scored tokens."""
+    hidden_RxTxD = model.apply(params, rows)
+    return jnp.take_along_axis(hidden_RxTxD, rows.source[..., None], axis=1)
+
+
+def row_logprobs(model: Model, params: dict, rows: Rows, *, max_logits: int = MAX_LOGITS) -> Array:
+    """Log-prob of every scored token of one micro-batch, nats, [R, S]; undefined at padding."""
+    hidden = scored_hidden(model, params, rows)
     return token_logprobs(hidden, model.head(params), rows.target, max_logits=max_logits)
 
 
 def language_model(
-    model, *, statistics: tuple[str, ...] = (), max_logits: int = MAX_LOGITS
+    model: Model, *, statistics: tuple[str, ...] = (), max_logits: int = MAX_LOGITS
 ) -> Forward:
-    """The forward pass to train with: `TokenStatistics` [R, S] of the scored tokens.
+    """Build the forward pass of a language model: `TokenStatistics` [R, S] of the scored tokens.
 
-    The log-prob always, and of `statistics` what is named: `log_collision` without gradient, `kl`
-    with one (the reference's params must then be given).
+    Args:
+      model: a decoder.
+      statistics: what to compute besides the log-prob. `log_collision` has no gradient. `kl` has
+        one, and reads `frozen.reference`.
+      max_logits: float32 logits that may exist at once.
     """
 
-    def forward(params, rows: Rows, reference_params=None) -> TokenStatistics:
-        hidden, head = _scored_hidden(model, params, rows), model.head(params)
-        given = {"max_logits": max_logits}
-        found = {"logprob": token_logprobs(hidden, head, rows.target, **given)}
+    def forward(
+        params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
+    ) -> TokenStatistics:
+        hidden, head = scored_hidden(model, params, rows), model.head(params)
+        limit = {"max_logits": max_logits}
+        tokens = TokenStatistics(token_logprobs(hidden, head, rows.target, **limit))
         if "log_collision" in statistics:
-            frozen = jax.lax.stop_gradient((hidden, head))
-            found["log_collision"] = token_statistics(*frozen, rows.target, **given).log_collision
+            constant = jax.lax.stop_gradient((hidden, head))
+            collision = token_statistics(*constant, rows.target, **limit).log_collision
+            tokens = tokens._replace(log_collision=collision)
         if "kl" in statistics:
-            theirs = jax.lax.stop_gradient(_scored_hidden(model, reference_params, rows))
-            their_head = jax.lax.stop_gradient(model.head(reference_params))
-            found["kl"] = token_kl(theirs, their_head, hidden, head, **given)
-        return TokenStatistics(**found)
+            reference = jax.lax.stop_gradient(scored_hidden(model, frozen.reference, rows))
+            reference_head = jax.lax.stop_gradient(model.head(frozen.reference))
+            kl = token_kl(reference, reference_head, hidden, head, **limit)
+            tokens = tokens._replace(kl=kl)
+        return tokens
 
     return forward
 
 
 def adapted(forward: Forward, config: LoraConfig) -> Forward:
-    """`forward` of trained adapters over a frozen base, (adapters, rows, base) -> outputs.
+    """Turn a forward pass of a model's params into one of adapters over `frozen.base`.
 
-    The base is what `forward` gets as the reference's params: the adapters off.
+    The live reference is the base, which is the model without its adapters, unless
+    `frozen.reference` names another.
     """
 
-    def of_adapters(adapters, rows: Rows, base):
-        return forward(lora.apply(base, adapters, config), rows, base)
+    def of_adapters(adapters: dict, rows: Rows, frozen: FrozenWeights) -> Any:
+        reference = frozen.base if frozen.reference is None else frozen.reference
+        params = lora.apply(frozen.base, adapters, config)
+        return forward(params, rows, FrozenWeights(reference=reference))
 
     return of_adapters
 
 
-def reward_model(model) -> Forward:
-    """The forward pass of a model with a scalar head: the responses' scores [R, E, K]."""
+def reward_model(model: Model) -> Forward:
+    """Build the forward pass of a model with a scalar head: the responses' scores [R, E, K]."""
 
-    def forward(params, rows: Rows, reference_params=None) -> Array:
-        del reference_params
+    def forward(params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
+        del frozen
         return response_scores(model.scores(params, model.apply(params, rows)), rows)
 
     return forward
 
 
-def classifier(model) -> Forward:
-    """The forward pass of a model with labels: the logits [R, T, labels] of every token."""
+def classifier(model: Model) -> Forward:
+    """Build the forward pass of a model with labels: the logits [R, T, labels] of every token."""
 
-    def forward(params, rows: Rows, reference_params=None) -> Array:
-        del reference_params
+    def forward(params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
+        del frozen
         return model.scores(params, model.apply(params, rows))
 
     return forward
 
 
-def build_outputs(forward: Forward) -> Callable[[dict, Rows, dict | None], Any]:
-    """`forward` of every micro-batch: (params, rows [M, R, ...]) -> outputs [M, ...]."""
+def build_outputs(forward: Forward) -> Callable[..., Any]:
+    """Build `forward` over micro-batches.
 
-    def outputs(params, rows: Rows, reference_params: dict | None = None):
-        return map_present(lambda part: forward(params, part, reference_params), rows)
+    Returns:
+      (params, rows [M, R, ...], frozen=NO_FROZEN_WEIGHTS) -> outputs [M, ...].
+    """
+
+    def outputs(params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Any:
+        return map_present(lambda part: forward(params, part, frozen), rows)
 
     return outputs
 
 
-def build_score(
-    model, *, max_logits: int = MAX_LOGITS
-) -> Callable[[dict, Rows, dict | None], TokenStatistics]:
-    """(params, rows [M, R, ...]) -> statistics [M, R, S] of all scored tokens, 0 at padding.
+def build_score(model: Model, *, max_logits: int = MAX_LOGITS) -> Callable[..., TokenStatistics]:
+    """Build the program that scores tokens without a gradient.
 
-    The one program besides the step: the reference's log-probs, the identity check at step 0, a
-    live reference and evaluation all come from it, so equal weights give equal numbers. Given the
-    reference's params as well, `kl` is there too.
+    The reference's log-probs, the identity check at step 0, a live reference and evaluation all
+    come from this one program, so equal weights give equal numbers.
+
+    Returns:
+      (params, rows [M, R, ...], *, reference=None) -> statistics [M, R, S] of the scored tokens,
+      zero at padding. `kl` is among them if `reference`, another model's params, is given.
     """
 
-    def score(params, rows: Rows, reference_params: dict | None = None) -> TokenStatistics:
+    def score(params: dict, rows: Rows, *, reference: dict | None = None) -> TokenStatistics:
         def one(part: Rows) -> TokenStatistics:
-            hidden, head = _scored_hidden(model, params, part), model.head(params)
-            found = token_statistics(hidden, head, part.target, max_logits=max_logits)
-            if reference_params is None:
-                return found
-            theirs = _scored_hidden(model, reference_params, part)
-            their_head = model.head(reference_params)
-            kl = token_kl(theirs, their_head, hidden, head, max_logits=max_logits)
-            return found._replace(kl=kl)
+            hidden, head = scored_hidden(model, params, part), model.head(params)
+            tokens = token_statistics(hidden, head, part.target, max_logits=max_logits)
+            if reference is None:
+                return tokens
+            reference_hidden = scored_hidden(model, reference, part)
+            reference_head = model.head(reference)
+            kl = token_kl(reference_hidden, reference_head, hidden, head, max_logits=max_logits)
+            return tokens._replace(kl=kl)
 
         tokens = map_present(one, rows)
         return jax.tree.map(lambda x: jnp.where(rows.response >= 0, x, 0.0), tokens)
@@ -129,17 +161,18 @@ def build_score(
 
 
 def build_divergence(
-    model, *, max_logits: int = MAX_LOGITS
+    model: Model, *, max_logits: int = MAX_LOGITS
 ) -> Callable[[dict, dict, Rows], Metric]:
-    """(params, reference_params, rows [M, R, ...]) -> KL(policy || reference) per token, nats.
+    """Build the exact KL(policy || reference) of next-token distributions.
 
-    Exact over the vocabulary, summed over the contexts of all scored tokens, with their number;
-    mismatched responses do not count.
+    Returns:
+      (params, reference_params, rows [M, R, ...]) -> the sum over the scored tokens, nats, and
+      their number. Tokens of mismatched responses do not count.
     """
 
     def divergence(params, reference_params, rows: Rows) -> Metric:
         def one(part):
-            policy, reference = (_scored_hidden(model, p, part) for p in (params, reference_params))
+            policy, reference = (scored_hidden(model, p, part) for p in (params, reference_params))
             heads = model.head(params), model.head(reference_params)
             return token_kl(policy, heads[0], reference, heads[1], max_logits=max_logits)
 
@@ -149,9 +182,3 @@ def build_divergence(
         return Metric(total, jnp.sum(scored))
 
     return divergence
-
-
-def _scored_hidden(model, params, rows: Rows) -> Array:
-    """Hidden states [R, S, D] at the columns that predict scored tokens."""
-    hidden = model.apply(params, rows)
-    return jnp.take_along_axis(hidden, rows.source[..., None], axis=1)

@@ -23,8 +23,8 @@ def add_up(function: Callable[[Rows, Array], tuple[Any, Any]], rows: Rows) -> tu
 
     Args:
       function: (rows [R, ...] of micro-batch m, m) -> two trees of arrays. It may get fewer rows,
-        columns and scored tokens than there are (see `Rows.buckets`), and its second result may be as
-        much smaller.
+        columns and scored tokens than there are (see `Rows.buckets`), and its second result may be
+        as much smaller.
     """
     if len(rows.tokens) == 1:
         sums, own = function(_part(rows, 0), jnp.int32(0))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpojax.data.rows import Rows
-from dpojax.training.forward import Forward, build_outputs
+from dpojax.training.forward import NO_FROZEN_WEIGHTS, Forward, FrozenWeights, build_outputs
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.state import State
 from dpojax.training.step import build_gradient
@@ -69,7 +69,7 @@ def parts_of_step(
     state: State,
     rows: Rows,
     hyper: Hyper,
-    frozen: dict | None,
+    frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
 ) -> dict[str, float]:
     """Seconds of a step's forward pass, backward pass and update, on one batch; medians.
 

@@ -14,7 +14,7 @@ from jax import Array
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics, of_response
 from dpojax.losses import RunningMean
-from dpojax.training.forward import Forward
+from dpojax.training.forward import NO_FROZEN_WEIGHTS, Forward, FrozenWeights
 from dpojax.training.metrics import Metric
 from dpojax.training.micro_batches import add_up, map_present, part_like
 from dpojax.training.objective import Hyper, Objective, Terms
@@ -45,12 +45,12 @@ def build_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
 ) -> Callable[..., tuple[State, Report]]:
-    """(state, rows [M, R, ...], hyper, reference_params=None) -> (new state, report).
+    """(state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (new state, report).
 
     One optimiser step on one batch. The gradient is that of sum(loss) / sum(weight) over the whole
     batch, whatever the number of micro-batches; empty ones are not computed. `hyper` holds traced
-    float32 numbers, `learning_rate` among them; `reference_params` are for objectives that need
-    `kl`. Not jitted here: the caller adds donation, shardings or vmap.
+    float32 numbers, `learning_rate` among them. Not jitted here: the caller adds donation,
+    shardings or vmap.
 
     `optimizer` is to treat every number of a parameter by itself, but for the gradient's global
     norm, which it is given as `norm` (see `training.state.make_optimizer`). Then XLA makes one pass
@@ -59,8 +59,10 @@ def build_step(
     gradient_of = build_gradient(forward, objective)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(state: State, rows: Rows, hyper: Hyper, reference_params=None):
-        sums, baseline = gradient_of(state, rows, hyper, reference_params)
+    def step(
+        state: State, rows: Rows, hyper: Hyper, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
+    ) -> tuple[State, Report]:
+        sums, baseline = gradient_of(state, rows, hyper, frozen)
         metrics, weight = sums.metrics, jnp.maximum(sums.metrics["loss"].weight, 1e-30)
         norm = optax.tree.norm(sums.gradient) / weight
         rate = hyper["learning_rate"] * schedule(state.step)
@@ -91,11 +93,13 @@ def build_step(
 def build_gradient(
     forward: Forward, objective: Objective
 ) -> Callable[..., tuple[Sums, RunningMean]]:
-    """(state, rows [M, R, ...], hyper, reference_params=None) -> (sums, the new baseline)."""
+    """(state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (sums, the new baseline)."""
     sums_of = _coupled_sums if objective.coupled else _summed
 
-    def gradient(state: State, rows: Rows, hyper: Hyper, reference_params=None):
-        run = lambda params, part: forward(params, part, reference_params)
+    def gradient(
+        state: State, rows: Rows, hyper: Hyper, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
+    ) -> tuple[Sums, RunningMean]:
+        run = lambda params, part: forward(params, part, frozen)
         return sums_of(run, objective, state, rows, hyper)
 
     return gradient

@@ -20,7 +20,7 @@ from dpojax.data.tokenise import TokenizeConfig, tokenise
 from dpojax.logprobs import Head
 from dpojax.losses import RunningMean
 from dpojax.methods import preference
-from dpojax.training.forward import build_score, language_model
+from dpojax.training.forward import FrozenWeights, build_score, language_model
 from dpojax.training.state import State
 from dpojax.training.step import build_step
 
@@ -121,7 +121,7 @@ def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
     step, rows, hyper = prepare(case, batches, 0, adam, rate=0.02)
     state, values = state_of(start, adam), []
     for _ in range(9):
-        state, report = step(state, rows, hyper, start)
+        state, report = step(state, rows, hyper, FrozenWeights(reference=start))
         assert report.finite
         values.append(value(report))
     assert state.step == 9
@@ -134,7 +134,7 @@ def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches,
     found = []
     for micro_rows in (0, 8):
         step, rows, hyper = prepare(case, batches, micro_rows, sgd, rate=1.0)
-        state, report = step(state_of(better, sgd), rows, hyper, start)
+        state, report = step(state_of(better, sgd), rows, hyper, FrozenWeights(reference=start))
         moved = jax.tree.map(jnp.subtract, state.params, better)
         found.append((moved, state.baseline, report.metrics["loss"]))
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[0][0]))

@@ -17,7 +17,7 @@ from dpojax.models.attention import XLA
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.splash import SPLASH
 from dpojax.training import memory
-from dpojax.training.forward import adapted, language_model
+from dpojax.training.forward import FrozenWeights, adapted, language_model
 from dpojax.training.state import abstract_state, make_schedule
 from dpojax.training.step import build_step
 
@@ -86,8 +86,9 @@ def test_adapters_want_the_gradient_of_the_kernels_that_they_change():
     state = abstract_state(started, optimizer, mesh, lora.LORA_RULES)
     rows = sharding.put_rows(with_reference(empty(shape)), mesh)
     forward = adapted(language_model(model, max_logits=MANY), adapters)
+    step, frozen = jitted_step(forward, optimizer), FrozenWeights(base=base)
     with jax.set_mesh(mesh):
-        compiled = jitted_step(forward, optimizer).lower(state, rows, HYPER, base).compile()
+        compiled = step.lower(state, rows, HYPER, frozen).compile()
     real = memory.bytes_per_device((state, base)) + memory.temporary_bytes(compiled)
     kernels = lora.adapted(base, started)
     given = {"state": state, "frozen": (base, base), "max_logits": MANY}

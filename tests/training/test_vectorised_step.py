@@ -13,7 +13,7 @@ from benchmarks.hlo import collectives
 from dpojax import sharding
 from dpojax.methods import preference
 from dpojax.models.decoder import SHARDING_RULES
-from dpojax.training.forward import language_model
+from dpojax.training.forward import NO_FROZEN_WEIGHTS, FrozenWeights, language_model
 from dpojax.training.state import abstract_state, initial_state, make_schedule, new_state
 from dpojax.training.step import build_step
 from dpojax.training.vectorised_step import (
@@ -46,7 +46,7 @@ def make_step(model, objective, optimizer):
     return make
 
 
-def alone(make, optimizer, params, rows, numbers: MemberHyperparameters, frozen=None):
+def alone(make, optimizer, params, rows, numbers: MemberHyperparameters, frozen=NO_FROZEN_WEIGHTS):
     """The member trained by itself, with Python's numbers in its schedule, on one device."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     abstract = abstract_state(params, optimizer, mesh, SHARDING_RULES)
@@ -80,7 +80,7 @@ class Together:
             return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("sweep")))
         return sharding.put_rows(rows, self.mesh)
 
-    def train(self, rows, steps=STEPS, frozen=None):
+    def train(self, rows, steps=STEPS, frozen=NO_FROZEN_WEIGHTS):
         placed = self.place(rows)
         frozen = jax.device_put(frozen, sharding.replicated(self.plain))
         with jax.set_mesh(self.mesh):
@@ -167,8 +167,9 @@ def test_frozen_weights_are_the_same_for_all_lanes(model, params, reference_para
     make = make_step(model, objective, optax.identity())
     members = [member(beta, steps=1) for beta in BETAS[-2:]]
     together = Together(make, optax.identity(), params, members, axis=2)
-    state = together.train(rows, steps=1, frozen=reference_params)[-1]
-    want, _ = alone(make, optax.identity(), params, rows, members[-1], reference_params)
+    frozen = FrozenWeights(reference=reference_params)
+    state = together.train(rows, steps=1, frozen=frozen)[-1]
+    want, _ = alone(make, optax.identity(), params, rows, members[-1], frozen)
     assert_same(state.params, want.params, 1e-6)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), state.params, params)
     assert min(jax.tree.leaves(moved)) > 0

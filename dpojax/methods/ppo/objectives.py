@@ -11,8 +11,14 @@ from jax import Array
 from dpojax import rl
 from dpojax.data.packing import Buckets
 from dpojax.logprobs import TokenStatistics, token_logprobs_and_entropy
-from dpojax.models.decoder import Model, Params
-from dpojax.training.forward import MAX_LOGITS, Forward
+from dpojax.models.decoder import Model
+from dpojax.training.forward import (
+    MAX_LOGITS,
+    NO_FROZEN_WEIGHTS,
+    Forward,
+    FrozenWeights,
+    scored_hidden,
+)
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
 
@@ -72,9 +78,9 @@ def hyper(
 def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
     """The pass of a policy with an entropy bonus: log-probs and entropies of the tokens [R, T]."""
 
-    def forward(params, rows, reference_params=None) -> TokenStatistics:
-        del reference_params
-        hidden, head = _source_hidden(model, params, rows), model.head(params)
+    def forward(params: dict, rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> TokenStatistics:
+        del frozen
+        hidden, head = scored_hidden(model, params, rows), model.head(params)
         return token_logprobs_and_entropy(hidden, head, rows.target, max_logits=max_logits)
 
     return forward
@@ -83,9 +89,9 @@ def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
 def token_values(model: Model) -> Forward:
     """The value model's pass: V before each token of the responses, [R, T]."""
 
-    def forward(params, rows, reference_params=None) -> Array:
-        del reference_params
-        return model.scores(params, _source_hidden(model, params, rows))
+    def forward(params: dict, rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
+        del frozen
+        return model.scores(params, scored_hidden(model, params, rows))
 
     return forward
 
@@ -125,10 +131,6 @@ def _terms(loss: Array, mask: Array, metrics: dict[str, Metric]) -> Terms:
     """Sums [..., R, 1] over the scored tokens of each row."""
     total = jnp.where(mask, loss, 0.0).sum(-1, keepdims=True)
     return Terms(total, mask.sum(-1, keepdims=True).astype(jnp.float32), metrics)
-
-
-def _source_hidden(model: Model, params: Params, rows) -> Array:
-    return jnp.take_along_axis(model.apply(params, rows), rows.source[..., None], axis=1)
 
 
 def masked(values: Array, mask: Array) -> Metric:
