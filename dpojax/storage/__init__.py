@@ -1,0 +1,44 @@
+"""The one door to storage: local folders, `gs://` and `s3://` buckets, over `etils.epath`.
+
+Files are written whole or not at all. A bucket has no rename, no file lock, no hard link and no
+memory map: the functions here say what they do instead.
+"""
+
+from dpojax.storage.contents import content_hash, local_copy
+from dpojax.storage.files import (
+    free_bytes,
+    read_json,
+    remove_folder,
+    replacing,
+    replacing_folder,
+    share_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from dpojax.storage.lines import LineWriter, read_lines, rewrite_lines
+from dpojax.storage.locks import Locked, lock
+from dpojax.storage.paths import Path, StorageError, as_path, is_local
+
+__all__ = [
+    "LineWriter",
+    "Locked",
+    "Path",
+    "StorageError",
+    "as_path",
+    "content_hash",
+    "free_bytes",
+    "is_local",
+    "local_copy",
+    "lock",
+    "read_json",
+    "read_lines",
+    "remove_folder",
+    "replacing",
+    "replacing_folder",
+    "rewrite_lines",
+    "share_folder",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,263 @@
+"""Whole files and folders: written completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dpojax.storage.paths import (
+    Path,
+    PathLike,
+    StorageError,
+    filesystem,
+    is_local,
+    modified,
+    objects_below,
+)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a file of UTF-8 text: the whole file is there, or what was there before."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Write a file of bytes: the whole file is there, or what was there before."""
+    if not is_local(path):
+        filesystem(path).pipe_file(os.fspath(path), data)
+        return
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Write `content` as JSON, indented by two spaces: the whole file or nothing."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: PathLike, hint: str = "") -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+      hint: what the user can do about a damaged file; it ends the error message.
+
+    Raises:
+      StorageError: the file is not JSON.
+      FileNotFoundError: there is no such file.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:  # of JSON, and of bytes that are not UTF-8
+        raise StorageError(f"{path}: not JSON ({error})" + (f"; {hint}" if hint else "")) from error
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+    """Yield a local file name to write to; afterwards the file takes the place of `path`.
+
+    The yielded name ends like `path`. After an error `path` is as it was before.
+
+    Raises:
+      StorageError: nothing was written.
+    """
+    with _unfinished_folder(path) as folder:
+        unfinished = folder / Path(path).name
+        yield unfinished
+        if not unfinished.is_file():
+            raise StorageError(f"{path}: nothing was written")
+        if is_local(path):
+            _sync(unfinished)
+            os.replace(unfinished, path)
+            _sync(pathlib.Path(path).parent)
+        else:
+            filesystem(path).put_file(str(unfinished), os.fspath(path))
+
+
+@contextlib.contextmanager
+def replacing_folder(path: PathLike) -> Iterator[pathlib.Path]:
+    """Yield an empty local folder to fill; afterwards it takes the place of `path`.
+
+    After an error in the body `path` is as it was before.
+
+    A local folder is renamed, so readers see nothing of it or all of it. Where it replaces an older
+    folder, readers find neither for the moment between two renames.
+
+    A bucket has no rename: the files are uploaded one after the other, in the order in which they
+    were written, so the file that a writer writes last is seen last. Each file is whole.
+    Where an older folder is replaced, readers may see old and new files together until the end.
+    When an upload fails, a folder that was not there before is removed again.
+    """
+    with _unfinished_folder(path) as parent:
+        unfinished = parent / Path(path).name
+        unfinished.mkdir()
+        yield unfinished
+        if not is_local(path):
+            _upload(unfinished, path)
+            return
+        for file in _files_below(unfinished):
+            _sync(unfinished / file)
+        _rename_folder(unfinished, pathlib.Path(path))
+
+
+def share_folder(source: PathLike, target: PathLike, ignore: Sequence[str] = ()) -> None:
+    """Give a folder a second name: hard links where the file system has them, else copies.
+
+    Does nothing if `target` is there or `source` is not. Either name can be removed without the
+    other; files must be replaced, not changed in place. See `replacing_folder` for what readers
+    see meanwhile.
+
+    Args:
+      ignore: patterns of the names of files and folders that are left out, such as `*.lock`.
+    """
+    if Path(target).exists() or not Path(source).is_dir():
+        return
+    if is_local(source) and is_local(target):
+        with _unfinished_folder(target) as parent:
+            unfinished = parent / Path(target).name
+            ignored = shutil.ignore_patterns(*ignore)
+            shutil.copytree(source, unfinished, copy_function=_link, ignore=ignored)
+            _rename_folder(unfinished, pathlib.Path(target))
+    elif is_local(source):
+        _upload(pathlib.Path(source), target, ignore)
+    elif is_local(target):
+        with replacing_folder(target) as unfinished:
+            download(source, unfinished, ignore)
+    else:
+        _copy_objects(source, target, ignore)
+
+
+def remove_folder(path: PathLike) -> None:
+    """Remove a folder with all that it holds; one that is not there is no error.
+
+    A local folder loses its name first, so that a removal that is stopped leaves no half of it.
+    """
+    if not is_local(path):
+        with contextlib.suppress(FileNotFoundError):
+            filesystem(path).rm(os.fspath(path), recursive=True)
+    elif os.path.islink(path):
+        os.unlink(path)
+    elif os.path.isdir(path):
+        with _unfinished_folder(path) as parent:
+            os.replace(path, parent / Path(path).name)
+
+
+def free_bytes(path: PathLike) -> int | None:
+    """Return the free space in bytes where `path` is or will be; None on a bucket."""
+    if not is_local(path):
+        return None
+    existing = pathlib.Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def download(folder: PathLike, to: pathlib.Path, ignore: Sequence[str] = ()) -> None:
+    """Write the objects below a bucket's folder into a local folder, oldest first."""
+    fs = filesystem(folder)
+    objects = objects_below(folder)
+    for name in sorted(objects, key=lambda name: (modified(objects[name]), name)):
+        if not _is_ignored(name, ignore):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(f"{os.fspath(folder)}/{name}", str(to / name))
+
+
+@contextlib.contextmanager
+def _unfinished_folder(path: PathLike) -> Iterator[pathlib.Path]:
+    """Yield a hidden folder beside a local path, or a temporary one for a bucket's; then remove."""
+    if is_local(path):
+        parent = pathlib.Path(path).absolute().parent
+        folder = parent / f".{Path(path).name[:64]}.{uuid.uuid4().hex[:8]}.unfinished"
+        folder.mkdir(parents=True)
+    else:
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="dpojax-upload-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename_folder(unfinished: pathlib.Path, path: pathlib.Path) -> None:
+    """Move a folder to `path`; what was there goes to the unfinished folder's parent."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, unfinished.parent / "replaced")
+    os.replace(unfinished, path)
+    _sync(path.parent)
+
+
+def _upload(folder: pathlib.Path, path: PathLike, ignore: Sequence[str] = ()) -> None:
+    names = [name for name in _files_below(folder) if not _is_ignored(name, ignore)]
+    names.sort(key=lambda name: ((folder / name).stat().st_mtime_ns, name))
+    fs = filesystem(path)
+    with _all_objects(path, names):
+        for name in names:
+            fs.put_file(str(folder / name), f"{os.fspath(path)}/{name}")
+
+
+def _copy_objects(source: PathLike, target: PathLike, ignore: Sequence[str]) -> None:
+    objects = objects_below(source)
+    names = [name for name in objects if not _is_ignored(name, ignore)]
+    names.sort(key=lambda name: (modified(objects[name]), name))
+    with _all_objects(target, names):
+        if (fs := filesystem(source)) is filesystem(target):
+            for name in names:
+                fs.cp_file(f"{os.fspath(source)}/{name}", f"{os.fspath(target)}/{name}")
+        else:
+            with tempfile.TemporaryDirectory(prefix="dpojax-copy-") as folder:
+                download(source, pathlib.Path(folder), ignore)
+                _upload(pathlib.Path(folder), target)
+
+
+@contextlib.contextmanager
+def _all_objects(path: PathLike, names: Sequence[str]) -> Iterator[None]:
+    """After the body writes `names` below a bucket's folder, remove what else was there.
+
+    After an error the folder is removed, if it was not there before.
+    """
+    before = objects_below(path)
+    try:
+        yield
+    except BaseException:
+        if not before:
+            remove_folder(path)
+        raise
+    fs = filesystem(path)
+    for name in sorted(before.keys() - set(names)):
+        fs.rm_file(f"{os.fspath(path)}/{name}")
+
+
+def _files_below(folder: pathlib.Path) -> list[str]:
+    """The relative names of all files below a local folder, sorted."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _is_ignored(name: str, patterns: Sequence[str]) -> bool:
+    parts = name.split("/")
+    return any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns)
+
+
+def _link(path: str, to: str) -> None:
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy2(path, to)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Make a file or a folder's list of names survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)

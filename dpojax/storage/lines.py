@@ -1,0 +1,119 @@
+"""Text files that grow by whole lines, such as metrics."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from dpojax.storage.files import write_text
+from dpojax.storage.paths import Path, PathLike, is_local
+
+UPLOAD_SECONDS = 5.0  # between two uploads of a growing file
+UPLOAD_SHARE = 0.05  # of a run's time that uploads may take
+
+
+class LineWriter:
+    """Appends lines to a text file. Only one writer may have a file open.
+
+    A local file has every line as soon as it is written. A bucket cannot append: the lines are
+    kept in memory and the whole object is written again, every few seconds and on `close`. A
+    process that is killed there loses the lines of the last seconds.
+
+    A line without an end, left by a process that was killed, is removed on opening.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = Path(path)
+        self._file: TextIO | None = None
+        self._lines: list[str] = []
+        self._changed = False
+        self._next_upload = 0.0
+        self._closed = False
+        if is_local(path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if _is_torn(self.path):
+                rewrite_lines(path, keep=_always)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        else:
+            self._lines = read_lines(path)
+
+    def __enter__(self) -> LineWriter:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close()
+
+    def write(self, line: str) -> None:
+        """Append one line, given without its end.
+
+        Raises:
+          ValueError: `line` holds an end of line, or the writer is closed.
+        """
+        if "\n" in line:
+            raise ValueError(f"{self.path}: a line must not hold an end of line: {line[:80]!r}")
+        if self._closed:
+            raise ValueError(f"{self.path}: is closed")
+        if self._file is not None:
+            self._file.write(line + "\n")
+            self._file.flush()
+            return
+        self._lines.append(line)
+        self._changed = True
+        if time.monotonic() >= self._next_upload:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make every line that was written visible to readers."""
+        if self._file is not None:
+            self._file.flush()
+        elif self._changed:
+            began = time.monotonic()
+            write_text(self.path, "".join(line + "\n" for line in self._lines))
+            self._changed = False
+            ended = time.monotonic()
+            self._next_upload = ended + max(UPLOAD_SECONDS, (ended - began) / UPLOAD_SHARE)
+
+    def close(self) -> None:
+        """Write what is left and close the file; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_lines(path: PathLike) -> list[str]:
+    """Return the whole lines of a text file, without their ends; [] if there is no file.
+
+    A last line without an end is left out: its writer was stopped in it, or is still writing.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    return data.decode(errors="replace").split("\n")[:-1]
+
+
+def rewrite_lines(path: PathLike, keep: Callable[[str], bool]) -> None:
+    """Rewrite a file with the whole lines for which `keep(line)` is true: all or nothing.
+
+    A file that is not there stays so.
+    """
+    if Path(path).exists():
+        write_text(path, "".join(line + "\n" for line in read_lines(path) if keep(line)))
+
+
+def _always(line: str) -> bool:
+    return True
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a local file ends within a line."""
+    if not path.exists() or not os.path.getsize(path):
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
