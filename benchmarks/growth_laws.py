@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.train_step import Case
-from dpojax.head import CACHED, NARROWEST
+from dpojax.head import CPU_CACHE_LOGITS, MIN_CPU_CHUNK
 from dpojax.models.attention import scores_of
 
 TIME, BYTES, EXACT = 1.25, 1.10, 1.02  # largest point / law: noise; XLA's buffers; none
@@ -92,7 +92,7 @@ def chunks(record: Record) -> int:
     one CPU, its cache."""
     case, most = Case(**record["case"]), _cap(record)
     if record["devices"] == 1:
-        most = min(most, max(CACHED, NARROWEST * record["scored"]))
+        most = min(most, max(CPU_CACHE_LOGITS, MIN_CPU_CHUNK * record["scored"]))
     return math.ceil(case.vocabulary / (most // record["scored"]))
 
 

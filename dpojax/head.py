@@ -1,4 +1,8 @@
-"""A language-model head, applied to its whole vocabulary or to a part of it at a time."""
+"""A language-model head, applied to the whole vocabulary or to one chunk of it at a time.
+
+Shapes in comments: T scored tokens, behind any leading axes; D width of the model; V vocabulary;
+C tokens of the vocabulary in one chunk.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +16,32 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-CACHED = 2**21  # float32 logits of a part that stay in a CPU's caches
-NARROWEST = 1024  # tokens of the vocabulary in such a part: thinner products are slower
-ALIGNED = 128  # of such sizes any usual number of devices takes an equal share
+CPU_CACHE_LOGITS = 2**21  # float32 logits of one chunk that stay in a CPU's caches
+MIN_CPU_CHUNK = 1024  # smallest chunk on a CPU: thinner matrix products are slower
+CHUNK_MULTIPLE = 128  # any usual number of devices divides this, so each takes an equal share
 
 
 class Head(NamedTuple):
     """A language-model head: logits = softcap(scale * (hidden @ weight.T) + bias).
 
-    weight: [vocabulary, width]; bias: [vocabulary] or None; scale and softcap: numbers or None
-    (softcap c maps a logit z to c * tanh(z / c)).
+    `softcap` c maps a logit z to c * tanh(z / c). `scale` and `softcap` are Python numbers.
     """
 
-    weight: Array
-    bias: Array | None = None
+    weight: Array  # [V, D]
+    bias: Array | None = None  # [V]
     scale: float | None = None
     softcap: float | None = None
 
 
-class Parts(NamedTuple):
-    """How a vocabulary is walked, a part of equal size at a time.
+class VocabularyChunks(NamedTuple):
+    """How a vocabulary is cut into `count` chunks of `size` tokens each.
 
-    A part is a stretch, the last of which repeats some of the one before; or, where the vocabulary
-    is divided among devices, every count-th token, so that each part has the same share of every
-    device's.
+    Contiguous chunks: chunk j starts at token j * size. The last one starts earlier where the sizes
+    do not divide, so it repeats tokens of the chunk before it.
+
+    Strided chunks, where devices share the vocabulary: chunk j holds the tokens j, j + count,
+    j + 2 * count, ... So every chunk takes the same share from each device. The last entries of a
+    chunk may lie beyond the vocabulary.
     """
 
     count: int
@@ -43,151 +49,207 @@ class Parts(NamedTuple):
     strided: bool
 
 
-class Ids(NamedTuple):
-    """The tokens of a part: their numbers, and whether they stand in no other; [size] each."""
+class ChunkTokens(NamedTuple):
+    """Which tokens of the vocabulary a chunk holds, [C] each."""
 
-    number: Array
-    fresh: Array
+    ids: Array
+    counted: Array  # False: a repeated token, or one beyond the vocabulary; it must not count
 
 
 def logits_of(hidden: Array, head: Head) -> Array:
-    """Float32 logits [..., vocabulary] of hidden states [..., width]."""
+    """Compute float32 logits [..., V] of hidden states [..., D]."""
     weight = head.weight.astype(hidden.dtype)
-    z = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-    bias = None if head.bias is None else head.bias[(None,) * (z.ndim - 1)]
-    return _shape_logits(z, head, bias)
+    logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    bias = None if head.bias is None else head.bias[(None,) * (logits.ndim - 1)]
+    return _shape_logits(logits, head, bias)
 
 
-def logit_of_target(hidden: Array, head: Head, targets: Array) -> Array:
-    """Each target's own logit, [..., tokens], of hidden states [..., tokens, width]; float32."""
-    own = head.weight[targets]
-    z = jnp.einsum("...d,...d->...", hidden, own, preferred_element_type=jnp.float32)
-    return _shape_logits(z, head, None if head.bias is None else head.bias[targets])
+def target_logits(hidden: Array, head: Head, targets: Array) -> Array:
+    """Compute the float32 logit of each target alone.
+
+    This is one dot product per token. The logits of the other tokens are never computed.
+
+    Args:
+      hidden: [..., T, D].
+      head: the language-model head.
+      targets: [..., T], token ids.
+
+    Returns:
+      [..., T].
+    """
+    target_weight = head.weight[targets]  # [..., T, D]
+    logits = jnp.einsum("...d,...d->...", hidden, target_weight, preferred_element_type=jnp.float32)
+    return _shape_logits(logits, head, None if head.bias is None else head.bias[targets])
 
 
-def parts_of(
+def vocabulary_chunks(
     tokens: int, vocabulary: int, max_logits: int, mesh: Mesh | AbstractMesh | None = None
-) -> Parts:
-    """As few parts as memory and, on a CPU, its cache ask for.
+) -> VocabularyChunks:
+    """Choose as few chunks as the memory limit and, on a CPU, its cache allow.
 
-    A part has at most `max_logits` logits of all tokens, but where it is strided its size is
-    rounded up to a multiple of 128. The mesh, by default the ambient one, says on what the program
-    will run; without one it is jax's default backend.
+    A chunk has at most `max_logits` logits of all tokens together. A strided chunk may have more:
+    its size is rounded up to a multiple of 128.
+
+    Args:
+      tokens: scored tokens, of all leading axes together.
+      vocabulary: size of the vocabulary.
+      max_logits: how many float32 logits of one chunk may exist at once.
+      mesh: where the program will run: the ambient mesh by default; without one, JAX's default
+        backend.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
     tokens = max(1, tokens)
-    size = max(1, min(vocabulary, int(_most_of_a_part(tokens, max_logits, mesh) // tokens)))
+    size = max(1, min(vocabulary, int(_chunk_logits(tokens, max_logits, mesh) // tokens)))
     strided = size < vocabulary and mesh.shape.get("tensor", 1) > 1
     if strided:
-        size = min(vocabulary, size + -size % ALIGNED)
+        size = min(vocabulary, size + -size % CHUNK_MULTIPLE)
     count = -(-vocabulary // size)
-    return Parts(count, size if strided else -(-vocabulary // count), strided)
+    return VocabularyChunks(count, size if strided else -(-vocabulary // count), strided)
 
 
-def over_parts(function: Callable, carried, head: Head, parts: Parts, given=None):
-    """(carried, part of the head, its ids, given[part]) -> (carried, more), over all parts.
+def scan_vocabulary(function: Callable, carry, head: Head, chunks: VocabularyChunks, inputs=None):
+    """Scan `function` over the chunks of a head, as `jax.lax.scan` does.
 
-    `more` comes out stacked; there is no loop around a single part.
+    A single chunk is computed without a loop.
+
+    Args:
+      function: (carry, head of the chunk, its ChunkTokens, inputs[chunk]) -> (carry, output).
+      carry: the first carry.
+      head: the whole head.
+      chunks: how it is cut.
+      inputs: arrays with a leading axis of chunks, or None.
+
+    Returns:
+      The last carry, and the outputs, stacked over chunks.
     """
     vocabulary = len(head.weight)
-    if parts.count == 1:
-        every = Ids(jnp.arange(vocabulary), jnp.ones(vocabulary, bool))
-        first = jax.tree.map(lambda x: x[0], given)
-        carried, more = function(carried, head, every, first)
-        return carried, jax.tree.map(lambda x: x[None], more)
-    weight, bias = jax.tree.map(partial(_view, parts), (_whole_width(head.weight), head.bias))
+    if chunks.count == 1:
+        every_token = ChunkTokens(jnp.arange(vocabulary), jnp.ones(vocabulary, bool))
+        carry, output = function(carry, head, every_token, jax.tree.map(lambda x: x[0], inputs))
+        return carry, jax.tree.map(lambda x: x[None], output)
+    weight = _chunk_view(chunks, _gather_width(head.weight))
+    bias = None if head.bias is None else _chunk_view(chunks, head.bias)
 
-    def one(carried, index_and_given):
-        j, own = index_and_given
-        take = partial(_take, parts, j, vocabulary)
-        part = Head(take(weight), None if bias is None else take(bias), *head[2:])
-        return function(carried, part, _ids(parts, j, vocabulary), own)
+    def scan_body(carry, index_and_input):
+        j, chunk_input = index_and_input
+        chunk_head = head._replace(
+            weight=_take_chunk(chunks, j, vocabulary, weight),
+            bias=None if bias is None else _take_chunk(chunks, j, vocabulary, bias),
+        )
+        return function(carry, chunk_head, _chunk_tokens(chunks, j, vocabulary), chunk_input)
 
-    return jax.lax.scan(one, carried, (jnp.arange(parts.count), given))
+    return jax.lax.scan(scan_body, carry, (jnp.arange(chunks.count), inputs))
 
 
-def pulled_over_parts(pull: Callable, hidden: Array, head: Head, parts: Parts, given=None):
-    """Gradients of hidden states, weight and bias (or None), float32.
+def scan_vocabulary_gradients(
+    pull: Callable, hidden: Array, head: Head, chunks: VocabularyChunks, inputs=None
+):
+    """Sum gradients over the chunks of a head.
 
-    (part of the head, its ids, given[part]) -> gradients of `hidden`, and of the part's weight and
-    bias. Those of a part are final, and written once: over tokens they would have to be added up,
-    and between devices at every turn.
+    The loop runs over the vocabulary, not over tokens. So the gradient of each chunk of the head is
+    final and written once. A loop over tokens would add to the whole head's gradient, and devices
+    would have to exchange it, in every turn.
+
+    Args:
+      pull: (head of the chunk, its ChunkTokens, inputs[chunk]) -> float32 gradients of `hidden`,
+        and of the chunk's weight and bias (None without a bias).
+      hidden: [..., T, D].
+      head: the whole head.
+      chunks: how it is cut.
+      inputs: arrays with a leading axis of chunks, or None.
+
+    Returns:
+      Float32 gradients of hidden states [..., T, D], weight [V, D], and bias [V] or None.
     """
     vocabulary = len(head.weight)
-    if parts.count == 1:
-        _, found = over_parts(lambda _, *part: ((), pull(*part)), (), head, parts, given)
-        return jax.tree.map(lambda x: x[0], found)
+    if chunks.count == 1:
+        _, gradients = scan_vocabulary(
+            lambda carry, *chunk: (carry, pull(*chunk)), (), head, chunks, inputs
+        )
+        return jax.tree.map(lambda x: x[0], gradients)
 
-    def one(carried, part: Head, ids: Ids, index_and_given):
-        j, own = index_and_given
-        d_hidden, *d_head = carried
-        more, *d_part = pull(part, ids, own)
-        add = partial(_add, parts, j, vocabulary)
-        return (d_hidden + more, *jax.tree.map(add, tuple(d_head), tuple(d_part))), None
+    def float32_zeros(x: Array) -> Array:
+        return jnp.zeros(x.shape, jnp.float32)
 
-    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-    d_head = jax.tree.map(lambda x: _view(parts, zeros(x)), (head.weight, head.bias))
-    given = jnp.arange(parts.count), given
-    (d_hidden, *d_head), _ = over_parts(one, (zeros(hidden), *d_head), head, parts, given)
-    if parts.strided:
-        whole = lambda x: x.reshape(-1, *x.shape[2:])[:vocabulary]
-        d_head = jax.tree.map(whole, d_head)
+    def scan_body(sums, chunk_head: Head, tokens: ChunkTokens, index_and_input):
+        j, chunk_input = index_and_input
+        d_hidden, *d_head = sums
+        more_hidden, *d_chunk = pull(chunk_head, tokens, chunk_input)
+        add_chunk = partial(_add_chunk, chunks, j, vocabulary)
+        return (
+            d_hidden + more_hidden,
+            *jax.tree.map(add_chunk, tuple(d_head), tuple(d_chunk)),
+        ), None
+
+    d_head = jax.tree.map(lambda x: _chunk_view(chunks, float32_zeros(x)), (head.weight, head.bias))
+    sums = float32_zeros(hidden), *d_head
+    indexed_inputs = jnp.arange(chunks.count), inputs
+    (d_hidden, *d_head), _ = scan_vocabulary(scan_body, sums, head, chunks, indexed_inputs)
+    if chunks.strided:  # [size, count, ...] back to [V, ...], without the padding
+        d_head = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:vocabulary], d_head)
     return d_hidden, *d_head
 
 
-def _most_of_a_part(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
+def _chunk_logits(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
+    """How many logits a chunk may have; a lone CPU gets fewer, which stay in its cache."""
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    sharing = math.prod(n for axis, n in mesh.shape.items() if axis != "sweep")
-    if platform != "cpu" or sharing > 1:
+    # Members of a sweep do not share a model, so that axis does not count.
+    devices_of_model = math.prod(n for axis, n in mesh.shape.items() if axis != "sweep")
+    if platform != "cpu" or devices_of_model > 1:
         return max_logits
-    return min(max_logits, max(CACHED, NARROWEST * tokens))
+    return min(max_logits, max(CPU_CACHE_LOGITS, MIN_CPU_CHUNK * tokens))
 
 
-def _whole_width(weight: Array) -> Array:
-    """Gathered over `fsdp` where that divides it: in a loop that would be done in every turn."""
+def _gather_width(weight: Array) -> Array:
+    """Gather the weight over `fsdp` before the loop; inside, XLA would gather in every turn."""
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return weight
     spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
     return jax.lax.with_sharding_constraint(weight, spec)
 
 
-def _shape_logits(z: Array, head: Head, bias: Array | None) -> Array:
-    z = z if head.scale is None else z * head.scale
-    z = z if bias is None else z + bias.astype(jnp.float32)
-    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
+def _shape_logits(logits: Array, head: Head, bias: Array | None) -> Array:
+    """Apply scale, bias and softcap, in this order, in float32."""
+    logits = logits if head.scale is None else logits * head.scale
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 
 
-def _ids(parts: Parts, j: Array, vocabulary: int) -> Ids:
-    within = jnp.arange(parts.size)
-    if parts.strided:
-        number = within * parts.count + j
-        return Ids(number, number < vocabulary)
-    number = _start(parts, j, vocabulary) + within
-    return Ids(number, number >= j * parts.size)
+def _chunk_tokens(chunks: VocabularyChunks, j: Array, vocabulary: int) -> ChunkTokens:
+    within = jnp.arange(chunks.size)
+    if chunks.strided:
+        ids = within * chunks.count + j
+        return ChunkTokens(ids, ids < vocabulary)
+    ids = _chunk_start(chunks, j, vocabulary) + within
+    return ChunkTokens(ids, ids >= j * chunks.size)
 
 
-def _start(parts: Parts, j: Array, vocabulary: int) -> Array:
-    return jnp.minimum(j * parts.size, vocabulary - parts.size)
+def _chunk_start(chunks: VocabularyChunks, j: Array, vocabulary: int) -> Array:
+    return jnp.minimum(j * chunks.size, vocabulary - chunks.size)
 
 
-def _view(parts: Parts, x: Array) -> Array:
-    """What `_take` takes parts of: [vocabulary, ...], or [size, count, ...] of a padded one."""
-    if not parts.strided:
+def _chunk_view(chunks: VocabularyChunks, x: Array) -> Array:
+    """Lay [V, ...] out so that `_take_chunk` can slice it: padded [size, count, ...] if strided."""
+    if not chunks.strided:
         return x
-    padding = [(0, parts.size * parts.count - len(x))] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(parts.size, parts.count, *x.shape[1:])
+    padding = [(0, chunks.size * chunks.count - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(chunks.size, chunks.count, *x.shape[1:])
 
 
-def _take(parts: Parts, j: Array, vocabulary: int, x: Array) -> Array:
-    if parts.strided:
-        return jax.lax.dynamic_index_in_dim(x, j, axis=1, keepdims=False)
-    return jax.lax.dynamic_slice_in_dim(x, _start(parts, j, vocabulary), parts.size)
+def _take_chunk(chunks: VocabularyChunks, j: Array, vocabulary: int, view: Array) -> Array:
+    """Chunk j of a view, [C, ...]."""
+    if chunks.strided:
+        return jax.lax.dynamic_index_in_dim(view, j, axis=1, keepdims=False)
+    return jax.lax.dynamic_slice_in_dim(view, _chunk_start(chunks, j, vocabulary), chunks.size)
 
 
-def _add(parts: Parts, j: Array, vocabulary: int, xs: Array, x: Array) -> Array:
-    """The view `xs` with `x` added to one of its parts."""
-    if parts.strided:
-        return jax.lax.dynamic_update_index_in_dim(xs, x, j, axis=1)
-    x = x + _take(parts, j, vocabulary, xs)  # not zero where the last part repeats the one before
-    return jax.lax.dynamic_update_slice_in_dim(xs, x, _start(parts, j, vocabulary), axis=0)
+def _add_chunk(
+    chunks: VocabularyChunks, j: Array, vocabulary: int, view: Array, chunk: Array
+) -> Array:
+    """Add `chunk` to chunk j of the view, which is still zero there unless tokens repeat."""
+    if chunks.strided:  # no token repeats, so writing is adding
+        return jax.lax.dynamic_update_index_in_dim(view, chunk, j, axis=1)
+    chunk = chunk + _take_chunk(chunks, j, vocabulary, view)
+    start = _chunk_start(chunks, j, vocabulary)
+    return jax.lax.dynamic_update_slice_in_dim(view, chunk, start, axis=0)

@@ -1,16 +1,20 @@
-"""Log-probabilities of given tokens without ever holding the logits of a whole batch.
+"""Log-probabilities of target tokens, without the logits of a whole batch in memory.
 
-`token_logprobs` is the only path from hidden states to log-probs: the policy, the reference,
-evaluation and rewards all use it. It applies the head to the scored tokens only, a part of the
-vocabulary at a time, and in float32 from the logits on. `token_logprobs_plain` is its twin for
-tests.
+`token_logprobs` is the only path from hidden states to log-probs. The policy, the reference,
+evaluation and rewards all use it. It applies the head to the scored tokens only, one chunk of the
+vocabulary at a time, and computes in float32 from the logits on. `token_logprobs_plain` is its
+plain twin for tests.
+
+Shapes in comments: T scored tokens, behind any leading axes; D width of the model; V vocabulary;
+C tokens of the vocabulary in one chunk; R rows; S slots for responses in a row.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,127 +22,126 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from dpojax.head import (
+    ChunkTokens,
     Head,
-    Ids,
-    Parts,
-    logit_of_target,
+    VocabularyChunks,
     logits_of,
-    over_parts,
-    parts_of,
-    pulled_over_parts,
+    scan_vocabulary,
+    scan_vocabulary_gradients,
+    target_logits,
+    vocabulary_chunks,
 )
 
 
 class TokenStatistics(NamedTuple):
-    """Of the next-token distribution p at each scored token; arrays have the targets' shape.
+    """Statistics of the model's next-token distribution p. Each array has the shape of `targets`.
 
-    Training fills in what its objective reads, evaluation everything but `kl`.
+    A statistic that was not asked for is None: `token_logprobs_and_entropy` computes the first two,
+    `token_statistics` all but `kl`, and `token_kl` computes `kl`.
     """
 
-    logprob: Array  # of the target, nats
-    entropy: Array | None = None  # nats
-    mean_logit: Array | None = None  # over the vocabulary
-    correct: Array | None = None  # 1.0 where no token is more probable than the target
+    logprob: Array  # log p(target), nats
+    entropy: Array | None = None  # of p, nats
+    mean_logit: Array | None = None  # mean of the logits over the vocabulary
+    correct: Array | None = None  # 1.0 where no token is more probable than the target, else 0.0
     log_collision: Array | None = None  # log sum_v p_v^2, nats
     kl: Array | None = None  # KL(reference || p), nats
 
 
 def token_logprobs_plain(hidden: Array, head: Head, targets: Array) -> Array:
-    """What `token_logprobs` computes, through the full logits: for tests and small inputs."""
-    logprobs = jax.nn.log_softmax(logits_of(hidden, head), axis=-1)
+    """Compute what `token_logprobs` computes from the full logits: for tests and small inputs."""
+    logprobs = jax.nn.log_softmax(logits_of(hidden, head), axis=-1)  # [..., T, V]
     return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
 
 
 def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25) -> Array:
-    """log p(target | hidden) in nats, float32.
+    """Compute log p(target | hidden), nats, float32.
 
-    Forward, it is the target's logit (a dot product, not a gather from all logits) minus the
-    logsumexp, which is gathered over parts of the vocabulary (Milakov and Gimelshein 2018,
-    algorithm 3). If all logits fit into `max_logits` they are kept for the backward pass; otherwise
-    each part's are computed again.
+    Forward, it is the target's logit minus the logsumexp of all logits. The target's logit is one
+    dot product. The logsumexp is accumulated over chunks of the vocabulary (Milakov and Gimelshein
+    2018, algorithm 3). If all logits fit into `max_logits`, they are stored for the backward pass.
+    Otherwise the backward pass computes the logits of each chunk again.
 
     Args:
-      hidden: [..., tokens, width], any float dtype; products run in it, sums in float32.
-      head: the language-model head; a float32 master weight is cast to hidden's dtype here.
-      targets: [..., tokens], int.
-      max_logits: how many float32 logits of a part may exist at once, on all devices together;
-        backward, as many numbers again for their gradient. One CPU has fewer: what stays in its
-        cache. On a mesh with a `tensor` axis a part is rounded up to a multiple of 128 tokens of
-        the vocabulary, so that it may have up to 127 logits more for each target.
+      hidden: [..., T, D], any float dtype; products are computed in it, sums in float32.
+      head: the language-model head; a float32 master weight is cast to the dtype of `hidden`.
+      targets: [..., T], token ids.
+      max_logits: how many float32 logits of one chunk may exist at once, on all devices together.
+        The backward pass needs the same number again for their gradient. A lone CPU uses smaller
+        chunks that stay in its cache. On a mesh with a `tensor` axis the size of a chunk is rounded
+        up to a multiple of 128 tokens, so a chunk may have up to 127 more logits for each target.
 
     Returns:
-      [..., tokens].
+      [..., T].
     """
-    return _walked(hidden, head, targets, max_logits, entropy=False).logprob
+    return _logprobs_by_chunk(hidden, head, targets, max_logits, with_entropy=False).logprob
 
 
 def token_logprobs_and_entropy(
     hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25
 ) -> TokenStatistics:
-    """`token_logprobs`, and the entropy of the same distributions, from the same walk, with a
-    gradient of as little memory.
+    """Compute `token_logprobs`, and the entropy of the same distributions in the same pass.
+
+    Both have a gradient that needs no more memory than that of `token_logprobs`.
 
     Returns:
-      `TokenStatistics` with these two, [..., tokens] each.
+      `TokenStatistics` with `logprob` and `entropy`, [..., T] each.
     """
-    return TokenStatistics(*_walked(hidden, head, targets, max_logits, entropy=True))
+    computed = _logprobs_by_chunk(hidden, head, targets, max_logits, with_entropy=True)
+    return TokenStatistics(logprob=computed.logprob, entropy=computed.entropy)
 
 
 def token_statistics(
     hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25
 ) -> TokenStatistics:
-    """All but the KL of `TokenStatistics` of each target; shapes as `token_logprobs`.
+    """Compute all `TokenStatistics` but `kl`, for evaluation. Arguments as in `token_logprobs`.
 
-    For evaluation. Differentiated, it keeps every part's logits and a copy of every part of the
-    head, and adds up gradients of the size of the whole head, one for each part: for the log-prob
-    and the entropy see `token_logprobs_and_entropy`.
+    Do not differentiate it: the gradient would store the logits of every chunk and a copy of every
+    chunk of the head. Use `token_logprobs_and_entropy` instead.
     """
-    parts = parts_of(targets.size, len(head.weight), max_logits)
+    chunks = vocabulary_chunks(targets.size, len(head.weight), max_logits)
     head = head._replace(weight=head.weight.astype(hidden.dtype))
-
-    def one(sums: _Moments, part: Head, ids: Ids, _) -> tuple[_Moments, None]:
-        logits, fresh = logits_of(hidden, part), ids.fresh[_leading(targets)]
-        own = ids.number[_leading(targets)] == targets[..., None]
-        top = jnp.maximum(sums.top, jnp.where(fresh, logits, -jnp.inf).max(-1))
-        scale, above = jnp.exp(sums.top - top), jnp.where(fresh, logits - top[..., None], -jnp.inf)
-        share, distance = jnp.exp(above), jnp.where(fresh, above, 0)
-        moved = jnp.where(sums.total > 0, sums.total * (sums.top - top), 0)
-        return _Moments(
-            top,
-            scale * sums.total + share.sum(-1),
-            scale * (sums.distance + moved) + (share * distance).sum(-1),
-            scale**2 * sums.squares + jnp.square(share).sum(-1),
-            sums.logits + jnp.where(fresh, logits, 0).sum(-1),
-            sums.target + jnp.where(own & fresh, logits, 0).sum(-1),
-        ), None
-
+    update = partial(_update_moments, hidden, targets)
     zero = jnp.zeros(targets.shape, jnp.float32)
-    none = _Moments(jnp.full(targets.shape, -jnp.inf), *[zero] * 5)
-    sums, _ = over_parts(one, none, head, parts)
+    start = _Moments(
+        max_logit=jnp.full(targets.shape, -jnp.inf),
+        total=zero,
+        weighted_distance=zero,
+        squares=zero,
+        logits=zero,
+        target_logit=zero,
+    )
+    sums, _ = scan_vocabulary(update, start, head, chunks)
     log_total = jnp.log(sums.total)
     return TokenStatistics(
-        logit_of_target(hidden, head, targets) - (sums.top + log_total),
-        log_total - sums.distance / sums.total,
-        sums.logits / len(head.weight),
-        (sums.target >= sums.top).astype(jnp.float32),
-        jnp.log(sums.squares) - 2 * log_total,
+        logprob=target_logits(hidden, head, targets) - (sums.max_logit + log_total),
+        entropy=log_total - sums.weighted_distance / sums.total,
+        mean_logit=sums.logits / len(head.weight),
+        correct=(sums.target_logit >= sums.max_logit).astype(jnp.float32),
+        log_collision=jnp.log(sums.squares) - 2 * log_total,
     )
 
 
 def logits_at_once(
     tokens: int, vocabulary: int, *, max_logits: int, mesh: Mesh | AbstractMesh | None = None
 ) -> int:
-    """How many float32 numbers `token_logprobs` holds in the place of logits, on all devices.
+    """Predict how many float32 numbers `token_logprobs` holds for logits, on all devices together.
 
-    Those that it keeps, if it does, and those of a part under way, with their gradient. A part can
-    have more than `max_logits` of them, see there. The mesh is the ambient one by default. None of
-    a model without a vocabulary.
+    These are the stored logits, if it stores them, and the logits of the current chunk with their
+    gradient.
+
+    Args:
+      tokens: scored tokens.
+      vocabulary: its size; 0 for a model without a language-model head, which holds none.
+      max_logits: as in `token_logprobs`. A chunk may have more, as described there.
+      mesh: the ambient mesh by default.
     """
     if vocabulary == 0:
         return 0
-    parts, every = parts_of(tokens, vocabulary, max_logits, mesh), tokens * vocabulary
-    kept = parts.count == 1 or every <= max_logits
-    return tokens * parts.size + (every if kept else tokens * parts.size)
+    chunks = vocabulary_chunks(tokens, vocabulary, max_logits, mesh)
+    all_logits = tokens * vocabulary
+    stored = chunks.count == 1 or all_logits <= max_logits
+    return tokens * chunks.size + (all_logits if stored else tokens * chunks.size)
 
 
 def token_kl(
@@ -149,219 +152,278 @@ def token_kl(
     *,
     max_logits: int = 2**25,
 ) -> Array:
-    """KL(policy || reference) of the two next-token distributions at each position, nats.
+    """Compute KL(policy || reference) of the two next-token distributions at each position, nats.
 
-    Exact: summed over the vocabulary. hidden, reference_hidden: [..., tokens, width]; returns
-    [..., tokens]. Differentiated, it computes each chunk's logits again.
+    Exact: summed over the vocabulary, one chunk of tokens at a time. The backward pass computes the
+    logits of each chunk again.
+
+    Args:
+      hidden, head: the policy's hidden states, [..., T, D], and its head.
+      reference_hidden, reference_head: those of the reference.
+      max_logits: how many float32 logits may exist at once, of both models together.
+
+    Returns:
+      [..., T].
     """
 
     @jax.checkpoint
-    def one(part):
-        log_p = jax.nn.log_softmax(logits_of(part[0], head), axis=-1)
-        log_q = jax.nn.log_softmax(logits_of(part[1], reference_head), axis=-1)
+    def kl_of_chunk(hidden_pair):
+        log_p = jax.nn.log_softmax(logits_of(hidden_pair[0], head), axis=-1)  # [..., t, V]
+        log_q = jax.nn.log_softmax(logits_of(hidden_pair[1], reference_head), axis=-1)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-    return _by_chunks(one, (hidden, reference_hidden), hidden[..., 0], head, 0.5 * max_logits)
+    # Two arrays of logits exist at once, so each may have half of the numbers.
+    token_chunks = _token_chunk_count(hidden.shape[:-1], len(head.weight), 0.5 * max_logits)
+    return _map_token_chunks(kl_of_chunk, (hidden, reference_hidden), token_chunks)
 
 
 def sum_by_response(values: Array, response: Array, slots: int) -> Array:
-    """Sums of per-token values by the response that each token belongs to.
+    """Sum per-token values over the tokens of each response.
 
     Args:
-      values: [rows, scored].
-      response: [rows, scored], int, the slot of each token; -1 (padding) belongs to none.
-      slots: how many responses a row can hold.
+      values: [R, T].
+      response: [R, T], int: the slot of the response that each token belongs to; -1 for padding.
+      slots: S, how many responses a row can hold.
 
     Returns:
-      [rows, slots], zero for slots without tokens.
+      [R, S]; 0 for slots without tokens.
     """
-    member = response[..., None] == jnp.arange(slots)[(None,) * response.ndim]
-    return jnp.sum(jnp.where(member, values[..., None], 0), axis=-2)
+    belongs = response[..., None] == jnp.arange(slots)[(None,) * response.ndim]  # [R, T, S]
+    return jnp.sum(jnp.where(belongs, values[..., None], 0), axis=-2)
 
 
 def of_response(values: Array, response: Array) -> Array:
-    """What the response of each token has: the inverse of `sum_by_response`.
+    """Give every token the value of the response that it belongs to.
 
     Args:
-      values: [rows, slots].
-      response: [rows, scored], int; what stands at -1 (padding) means nothing.
+      values: [R, S].
+      response: [R, T], int: the slot of the response that each token belongs to; -1 for padding.
 
     Returns:
-      [rows, scored].
+      [R, T]; padding gets the value of slot 0, which has no meaning.
     """
     return jnp.take_along_axis(values, jnp.maximum(response, 0), axis=-1)
 
 
 def weight_gradient(x: Array, cotangent: Array) -> Array:
-    """sum_n x[n] cotangent[n]: what a product x @ weight says of its weight, float32.
+    """Compute the gradient of `x @ weight` with respect to `weight`, in float32.
 
-    On a CPU products of bfloat16 are fast (here 2.5 times as fast) where the first factor's last
-    axis is summed over, so x is turned first. XLA would fold a transposition back into the product;
-    one in two halves it leaves alone.
+    On a CPU, products of bfloat16 are fast (2.5 times as fast in our measurements) if the last axis
+    of the first factor is summed over. So x is transposed first. XLA would fold a plain
+    transposition back into the product. It does not do so for one that is made of two halves.
 
     Args:
-      x: [n, d]. cotangent: [n, f], of the same dtype.
+      x: [n, d].
+      cotangent: [n, f], gradient with respect to the product, in the dtype of x.
 
     Returns:
-      [d, f].
+      [d, f]: sum_n x[n] cotangent[n].
     """
 
-    def plain(x, g):
+    def summed_over_first_axes(x, g):
         return jnp.einsum("nd,nf->df", x, g, preferred_element_type=jnp.float32)
 
-    def turned(x, g):
+    def transposed_first(x, g):
         half = x.shape[1] // 2
-        parts = [x[:, :half].T, x[:, half:].T]
-        return jnp.matmul(jnp.concatenate(parts), g, preferred_element_type=jnp.float32)
+        halves = [x[:, :half].T, x[:, half:].T]
+        return jnp.matmul(jnp.concatenate(halves), g, preferred_element_type=jnp.float32)
 
     if x.dtype == jnp.float32 or x.shape[1] < 2:
-        return plain(x, cotangent)
-    return jax.lax.platform_dependent(x, cotangent, cpu=turned, default=plain)
+        return summed_over_first_axes(x, cotangent)
+    return jax.lax.platform_dependent(
+        x, cotangent, cpu=transposed_first, default=summed_over_first_axes
+    )
 
 
-def _chunks(targets: Array, head: Head, max_logits: float) -> int:
-    wanted = math.ceil(math.prod(targets.shape) * head.weight.shape[0] / max_logits)
-    return max(1, min(wanted, targets.shape[-1]))
+def _token_chunk_count(shape: tuple[int, ...], vocabulary: int, max_logits: float) -> int:
+    """Into how many chunks the last axis of tokens is cut."""
+    chunks = math.ceil(math.prod(shape) * vocabulary / max_logits)
+    return max(1, min(chunks, shape[-1]))
 
 
-def _split(x: Array, chunks: int, axis: int = -1) -> Array:
-    """[..., tokens, ...] as [chunks, ..., tokens / chunks, ...], zero-padded at the end."""
-    axis = axis % x.ndim
-    size = -(-x.shape[axis] // chunks)
-    pad = [(0, chunks * size - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    shape = (*x.shape[:axis], chunks, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(jnp.pad(x, pad).reshape(shape), axis, 0)
+def _map_token_chunks(function: Callable, arrays: tuple[Array, ...], count: int) -> Array:
+    """`function` of arrays [..., T, D], `count` chunks of tokens one after another: [..., T].
+
+    A single chunk is computed without a loop.
+    """
+    tokens = arrays[0].shape[-2]
+    chunks = tuple(_split_tokens(x, count) for x in arrays)
+    if count > 1:
+        outputs = jax.lax.map(function, chunks)
+    else:
+        outputs = function(tuple(x[0] for x in chunks))[None]
+    outputs = jnp.moveaxis(outputs, 0, -2)  # [..., count, t]
+    return outputs.reshape(*outputs.shape[:-2], -1)[..., :tokens]
 
 
-def _join(parts: Array, tokens: int | None = None, axis: int = -1) -> Array:
-    """The inverse of `_split` along a last axis, of which `tokens` are kept (all by default)."""
-    parts = jnp.moveaxis(parts, 0, axis - 1)
-    shape = (*parts.shape[: axis - 1], -1, *parts.shape[parts.ndim + axis + 1 :])
-    return parts.reshape(shape)[(..., slice(tokens), *[slice(None)] * (-1 - axis))]
-
-
-def _by_chunks(one, arrays, targets, head, max_logits):
-    chunks = _chunks(targets, head, max_logits)
-    parts = _walk(one, tuple(_split(x, chunks, axis=targets.ndim - 1) for x in arrays))
-    return jax.tree.map(lambda x: _join(x, targets.shape[-1]), parts)
-
-
-def _walk(one, parts):
-    """lax.map, but without a loop around a single chunk."""
-    if len(parts[0]) > 1:
-        return jax.lax.map(one, parts)
-    return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], parts)))
+def _split_tokens(x: Array, count: int) -> Array:
+    """[..., T, D] as [count, ..., T / count, D], zero-padded at the end."""
+    *leading, tokens, width = x.shape
+    size = -(-tokens // count)
+    padding = [(0, 0)] * len(leading) + [(0, count * size - tokens), (0, 0)]
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(*leading, count, size, width), -3, 0)
 
 
 class _Static(NamedTuple):
-    """What a program of `_found` is compiled for."""
+    """What the compiled program of `_chunked_logprobs` depends on besides shapes."""
 
-    shaping: tuple[float | None, float | None]  # scale and softcap of the head
-    parts: Parts
+    scale: float | None  # of the head
+    softcap: float | None  # of the head
+    chunks: VocabularyChunks
     max_logits: int
-    entropy: bool  # whether it is wanted
+    with_entropy: bool
 
 
-class _Found(NamedTuple):
-    """Of each target, nats."""
+class _LogprobAndEntropy(NamedTuple):
+    """Of each target, nats, [..., T]. The entropy is None if it is not computed."""
 
     logprob: Array
     entropy: Array | None
 
 
 class _Sums(NamedTuple):
-    """Sums over the vocabulary as far as it was walked, of logits z and their largest, `top`."""
+    """Running sums over the logits z of the vocabulary so far, [..., T] each.
 
-    top: Array
-    total: Array  # of exp(z - top)
-    distance: Array | None  # of exp(z - top) (z - top)
+    All exponentials are relative to the largest logit so far, so none can overflow.
+    """
+
+    max_logit: Array
+    total: Array  # sum of exp(z - max_logit)
+    weighted_distance: Array | None  # sum of exp(z - max_logit) (z - max_logit)
 
 
 class _Moments(NamedTuple):
-    """As `_Sums`, and more."""
+    """The running sums of `token_statistics`: those of `_Sums`, and three more."""
 
-    top: Array
+    max_logit: Array
     total: Array
-    distance: Array
-    squares: Array  # of exp(2 (z - top))
-    logits: Array
-    target: Array  # the target's logit
+    weighted_distance: Array
+    squares: Array  # sum of exp(2 (z - max_logit))
+    logits: Array  # sum of z
+    target_logit: Array
 
 
-def _walked(hidden, head: Head, targets, max_logits: int, *, entropy: bool) -> _Found:
-    parts = parts_of(targets.size, len(head.weight), max_logits)
-    static = _Static((head.scale, head.softcap), parts, max_logits, entropy)
-    return _found(static, hidden, head.weight, head.bias, targets)
+def _logprobs_by_chunk(
+    hidden: Array, head: Head, targets: Array, max_logits: int, *, with_entropy: bool
+) -> _LogprobAndEntropy:
+    chunks = vocabulary_chunks(targets.size, len(head.weight), max_logits)
+    static = _Static(head.scale, head.softcap, chunks, max_logits, with_entropy)
+    return _chunked_logprobs(static, hidden, head.weight, head.bias, targets)
 
 
-def _leading(targets: Array) -> tuple:
-    return (None,) * targets.ndim
+def _over_tokens(per_word: Array, targets: Array) -> Array:
+    """[C] as [1, ..., 1, C], so that it broadcasts against logits [..., T, C]."""
+    return per_word[(None,) * targets.ndim]
+
+
+def _update_moments(
+    hidden: Array, targets: Array, sums: _Moments, head: Head, tokens: ChunkTokens, _: Any
+) -> tuple[_Moments, None]:
+    """Add one chunk of the vocabulary to the sums, which are rescaled to the new largest logit."""
+    logits, counted = logits_of(hidden, head), _over_tokens(tokens.counted, targets)  # [..., T, C]
+    is_target = _over_tokens(tokens.ids, targets) == targets[..., None]
+    max_logit = jnp.maximum(sums.max_logit, jnp.where(counted, logits, -jnp.inf).max(-1))
+    rescale = jnp.exp(sums.max_logit - max_logit)
+    relative = jnp.where(counted, logits - max_logit[..., None], -jnp.inf)
+    mass, distance = jnp.exp(relative), jnp.where(counted, relative, 0)
+    # Before the first chunk the largest logit is -inf: 0 * -inf would be NaN.
+    moved = jnp.where(sums.total > 0, sums.total * (sums.max_logit - max_logit), 0)
+    return _Moments(
+        max_logit=max_logit,
+        total=rescale * sums.total + mass.sum(-1),
+        weighted_distance=rescale * (sums.weighted_distance + moved) + (mass * distance).sum(-1),
+        squares=rescale**2 * sums.squares + jnp.square(mass).sum(-1),
+        logits=sums.logits + jnp.where(counted, logits, 0).sum(-1),
+        target_logit=sums.target_logit + jnp.where(is_target & counted, logits, 0).sum(-1),
+    ), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _found(static: _Static, hidden, weight, bias, targets) -> _Found:
+def _chunked_logprobs(static: _Static, hidden, weight, bias, targets) -> _LogprobAndEntropy:
     return _forward(static, hidden, weight, bias, targets)[0]
 
 
 def _forward(static: _Static, hidden, weight, bias, targets):
-    """hidden [..., tokens, width], targets [..., tokens]; one log-prob a target."""
-    head = Head(weight.astype(hidden.dtype), bias, *static.shaping)
-    kept = static.parts.count == 1 or targets.size * len(weight) <= static.max_logits
+    """The log-probs (and entropies) [..., T], and what the backward pass reads."""
+    head = Head(weight.astype(hidden.dtype), bias, static.scale, static.softcap)
+    store_logits = static.chunks.count == 1 or targets.size * len(weight) <= static.max_logits
 
-    def one(sums: _Sums, part: Head, ids: Ids, _) -> tuple[_Sums, Array | None]:
-        fresh = ids.fresh[_leading(targets)]
-        logits = jnp.where(fresh, logits_of(hidden, part), -jnp.inf)
-        top = jnp.maximum(sums.top, logits.max(-1))
-        above, scale = logits - top[..., None], jnp.exp(sums.top - top)
-        share, distance = jnp.exp(above), None
-        if static.entropy:
-            moved = jnp.where(sums.total > 0, sums.total * (sums.top - top), 0)
-            distance = scale * (sums.distance + moved)
-            distance += (share * jnp.where(fresh, above, 0)).sum(-1)
-        total = sums.total * scale + share.sum(-1)
-        return _Sums(top, total, distance), logits if kept else None
+    def update(sums: _Sums, head: Head, tokens: ChunkTokens, _) -> tuple[_Sums, Array | None]:
+        counted = _over_tokens(tokens.counted, targets)
+        logits = jnp.where(counted, logits_of(hidden, head), -jnp.inf)  # [..., T, C]
+        max_logit = jnp.maximum(sums.max_logit, logits.max(-1))
+        relative, rescale = logits - max_logit[..., None], jnp.exp(sums.max_logit - max_logit)
+        mass, distance = jnp.exp(relative), None
+        if static.with_entropy:
+            # Before the first chunk the largest logit is -inf: 0 * -inf would be NaN.
+            moved = jnp.where(sums.total > 0, sums.total * (sums.max_logit - max_logit), 0)
+            distance = rescale * (sums.weighted_distance + moved)
+            distance += (mass * jnp.where(counted, relative, 0)).sum(-1)
+        total = sums.total * rescale + mass.sum(-1)
+        return _Sums(max_logit, total, distance), logits if store_logits else None
 
     zero = jnp.zeros(targets.shape, jnp.float32)
-    none = _Sums(jnp.full(targets.shape, -jnp.inf), zero, zero if static.entropy else None)
-    sums, logits = over_parts(one, none, head, static.parts)
+    start = _Sums(
+        max_logit=jnp.full(targets.shape, -jnp.inf),
+        total=zero,
+        weighted_distance=zero if static.with_entropy else None,
+    )
+    sums, logits = scan_vocabulary(update, start, head, static.chunks)
     log_total = jnp.log(sums.total)
-    logsumexp = sums.top + log_total
-    entropy = log_total - sums.distance / sums.total if static.entropy else None
-    found = _Found(logit_of_target(hidden, head, targets) - logsumexp, entropy)
-    return found, (hidden, weight, bias, targets, logsumexp, entropy, logits)
+    logsumexp = sums.max_logit + log_total
+    # H = -sum p log p with log p = (z - max_logit) - log_total.
+    entropy = log_total - sums.weighted_distance / sums.total if static.with_entropy else None
+    logprob = target_logits(hidden, head, targets) - logsumexp
+    saved = hidden, weight, bias, targets, logsumexp, entropy, logits
+    return _LogprobAndEntropy(logprob, entropy), saved
 
 
-def _backward(static: _Static, saved, cotangent: _Found):
-    """The gradient of the logits, a part of the vocabulary at a time, and through the head."""
-    hidden, weight, bias, targets, logsumexp, entropy, kept = saved
-    head = Head(weight.astype(hidden.dtype), bias, *static.shaping)
-    pull = partial(_pull, hidden, targets, logsumexp, entropy, cotangent)
-    d_hidden, *d_head = pulled_over_parts(pull, hidden, head, static.parts, kept)
+def _backward(static: _Static, saved, cotangent: _LogprobAndEntropy):
+    """Gradients of hidden states, weight and bias, one chunk of the vocabulary at a time."""
+    hidden, weight, bias, targets, logsumexp, entropy, logits = saved
+    head = Head(weight.astype(hidden.dtype), bias, static.scale, static.softcap)
+    pull = partial(_pull_chunk, hidden, targets, logsumexp, entropy, cotangent)
+    d_hidden, *d_head = scan_vocabulary_gradients(pull, hidden, head, static.chunks, logits)
     d_weight, d_bias = jax.tree.map(lambda d, x: d.astype(x.dtype), tuple(d_head), (weight, bias))
     return d_hidden.astype(hidden.dtype), d_weight, d_bias, None
 
 
-def _pull(hidden, targets, logsumexp, entropy, cotangent: _Found, head: Head, ids: Ids, logits):
-    """Float32 gradients of `hidden` and of the part of the vocabulary that `head` holds.
+def _pull_chunk(
+    hidden,
+    targets,
+    logsumexp,
+    entropy,
+    cotangent: _LogprobAndEntropy,
+    head: Head,
+    tokens: ChunkTokens,
+    logits,
+):
+    """Float32 gradients of hidden states and of one chunk's weight and bias.
 
-    With log p = logits - logsumexp, d logprob / d logits = one-hot target - p, and
-    d entropy / d logits = -p (log p + entropy).
+    With log p = logits - logsumexp: d logprob / d logits = one-hot target - p, and
+    d entropy / d logits = -p (log p + entropy). `logits` are the stored ones, or None.
     """
-    logits = logits_of(hidden, head) if logits is None else logits
-    number, fresh = (x[_leading(targets)] for x in ids)
+    logits = logits_of(hidden, head) if logits is None else logits  # [..., T, C]
+    ids, counted = _over_tokens(tokens.ids, targets), _over_tokens(tokens.counted, targets)
     log_p = logits - logsumexp[..., None]
     p = jnp.exp(log_p)
-    dz = cotangent.logprob[..., None] * ((targets[..., None] == number) - p)
+    d_logits = cotangent.logprob[..., None] * ((targets[..., None] == ids) - p)
     if entropy is not None:
-        dz = dz - cotangent.entropy[..., None] * p * (log_p + entropy[..., None])
+        d_logits = d_logits - cotangent.entropy[..., None] * p * (log_p + entropy[..., None])
     if head.softcap is not None:
-        dz = dz * (1 - (logits / head.softcap) ** 2)
-    dz = jnp.where(fresh, dz, 0)
-    d_bias = None if head.bias is None else jnp.sum(dz, axis=range(dz.ndim - 1))
-    dz = (dz if head.scale is None else dz * head.scale).astype(hidden.dtype)
-    d_hidden = jnp.einsum("...v,vd->...d", dz, head.weight, preferred_element_type=jnp.float32)
-    flat = lambda a: a.reshape(-1, a.shape[-1])
-    return d_hidden, weight_gradient(flat(dz), flat(hidden)), d_bias
+        d_logits = d_logits * (1 - (logits / head.softcap) ** 2)  # 1 - tanh^2
+    d_logits = jnp.where(counted, d_logits, 0)
+    d_bias = None if head.bias is None else jnp.sum(d_logits, axis=range(d_logits.ndim - 1))
+    d_logits = d_logits if head.scale is None else d_logits * head.scale
+    # Rounded to the compute dtype, so that both products run at its speed; sums stay in float32.
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum(
+        "...v,vd->...d", d_logits, head.weight, preferred_element_type=jnp.float32
+    )
+    d_weight = weight_gradient(
+        d_logits.reshape(-1, d_logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    )
+    return d_hidden, d_weight, d_bias
 
 
-_found.defvjp(_forward, _backward)
+_chunked_logprobs.defvjp(_forward, _backward)
