@@ -32,7 +32,9 @@ import numpy as np
 
 from dpojax.data import label_noise
 from dpojax.data.records import Content, Record
-from dpojax.data.report import EXAMPLES, aligned
+from dpojax.data.report import EXAMPLES
+from dpojax.intervals import wilson_interval
+from dpojax.tables import text_table
 
 WORDS = {
     "duplicate": "repeats an earlier record",
@@ -121,7 +123,7 @@ def table(findings: Sequence[Finding]) -> str:
         numbers = [f"{finding.count:,}", f"{finding.of:,}", share]
         rows.append([label, *numbers, ", ".join(finding.examples)])
     notes = [f"  {finding.name}: {finding.note}" for finding in findings if finding.note]
-    return "\n".join([aligned(rows, left=(0, 4)), *notes])
+    return "\n".join([*text_table(rows, left=(0, 4)), *notes])
 
 
 def not_utf8(file: str | os.PathLike) -> list[int]:
@@ -246,17 +248,9 @@ def longer_chosen(pairs: Sequence[_Texts]) -> Finding:
     unequal = sum(more != 0 for more in longer)
     note = ""
     if unequal:
-        low, high = wilson(len(ids), unequal)
+        low, high = wilson_interval(len(ids), unequal)
         note = f"95 % interval {100 * low:.1f} % to {100 * high:.1f} %; 50 % is no bias"
     return Finding("longer_chosen", len(ids), unequal, tuple(ids[:EXAMPLES]), note)
-
-
-def wilson(count: int, of: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927); z = 1.96 is 95 %. Needs of > 0."""
-    share, slack = count / of, z * z / of
-    middle = share + slack / 2
-    half = z * math.sqrt(share * (1 - share) / of + slack / (4 * of))
-    return (middle - half) / (1 + slack), (middle + half) / (1 + slack)
 
 
 def words_disagree(pairs: Sequence[_Texts]) -> Finding:

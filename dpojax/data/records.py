@@ -25,11 +25,15 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dpojax.data import pairing
+from dpojax.data.pairing import Labels
+
 Messages = tuple[dict, ...]
 Content = str | Messages
 Scores = tuple[float, ...]
 
 LARGEST = 3.4e38  # scores become float32
+STATED = Labels(tie=0.0)  # a file states a tie by equal numbers
 SCORE_FIELDS = (("score_chosen", "score_rejected"), ("chosen_reward", "rejected_reward"))
 HH_SEPARATOR = "\n\nAssistant:"
 INSTRUCTION_TEMPLATE = (
@@ -293,7 +297,7 @@ def _instruction(fields: _Fields) -> Record:
 
 
 def _ranked(fields: _Fields) -> Record:
-    """Order by `ranks` (1 is best), else `scores` (high is best); ties keep the file's order."""
+    """Orders by `ranks` (1 is best), else `scores` (high is best); ties keep the file's order."""
     prompt = fields.content("prompt")
     listed = fields.items("responses", 1)
     parts = _Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
@@ -302,17 +306,15 @@ def _ranked(fields: _Fields) -> Record:
     ranks = _one_per_response(fields, "ranks", len(responses))
     if scores is None and ranks is None:
         return _record(fields.id, prompt, responses)
-    worth = scores if ranks is None else [-rank for rank in ranks]
-    best_first = sorted(range(len(worth)), key=lambda i: -worth[i])
-    ordered = [worth[i] for i in best_first]
-    tied = len(set(ordered)) < len(ordered)
+    values = scores if ranks is None else [-rank for rank in ranks]
+    best_first = sorted(range(len(values)), key=lambda i: -values[i])
+    places = pairing.places([values[i] for i in best_first], STATED)
     return _record(
         fields.id,
         prompt,
         (responses[i] for i in best_first),
         scores=None if scores is None else tuple(scores[i] for i in best_first),
-        # Before the first of equal ones there are only better ones.
-        rank=tuple(map(ordered.index, ordered)) if tied else None,
+        rank=None if places == list(range(len(places))) else tuple(places),
     )
 
 

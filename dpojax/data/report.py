@@ -1,7 +1,7 @@
-"""What became of every record: counts per cause with examples, lengths, boundaries, special tokens.
+"""A report on a data set: how many records were dropped or cut and why, lengths, BOS and EOS.
 
-A `Report` is filled by `sources.load_records` and `tokenise.tokenise`, printed to the user and
-saved with the run, so that nothing is dropped, cut or repaired in silence.
+`sources.load_records` and `tokenise.tokenise` fill a `Report`. A run prints it and saves it, so
+that no record is dropped, cut or changed without a trace.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from dpojax.data.records import DataError
+from dpojax.tables import text_table
 
-# Every cause, in the words of the table. A cause that is not here is a bug, and raises.
+# Every cause, and how the printed table explains it. `Report.count` accepts no other cause.
 CAUSES = {
     "prompts_differ": "chosen and rejected answer different prompts",
     "all_tied": "all responses have the same rank or score",
@@ -34,6 +35,7 @@ CAUSES = {
     "too_long": "prompt + longest response exceed max_length",
     "prompt_too_long": "prompt exceeds max_prompt_length",
     "nothing_left": "a response has no token left",
+    "one_token": "the text has one token, and the tokenizer puts no start token before it",
     "prompt_start": "the prompt lost its start",
     "response_end": "a response lost its end, and its EOS",
     "boundary_merge": "a token would span prompt and response; encoded apart",
@@ -46,22 +48,22 @@ EXAMPLES = 2
 
 @dataclasses.dataclass
 class Tally:
-    """How many records met one fate for one cause, and the ids of the first two."""
+    """How many records have one outcome for one cause, and the ids of the first `EXAMPLES`."""
 
     count: int = 0
     examples: list[str] = dataclasses.field(default_factory=list)
 
 
 class Report:
-    """Counts and statistics of one data set on its way from rows to token ids.
+    """Counts and statistics of one data set, from the rows of a file to token ids.
 
     Attributes:
       read: records read, usable or not.
       kept: records that became examples (the cut ones included).
       tallies: outcome (`dropped`, `cut`, `noted`) -> cause -> Tally.
-      lengths: name (`prompt`, `response`, `chosen`, `rejected`, `longest` = prompt + longest
-        response) -> number of tokens, before truncation, with BOS and EOS -> how many of them had
-        so many, of every record that was encoded.
+      lengths: a histogram for each of `prompt`, `response`, `chosen`, `rejected` and `longest`
+        (prompt + longest response): number of tokens -> how many. It covers every encoded record.
+        Tokens are counted before truncation, with BOS and EOS.
       starts: number of BOS tokens in the prompt -> number of kept examples.
       ends: `with EOS` or `without EOS` -> number of kept responses.
     """
@@ -75,8 +77,14 @@ class Report:
         self.ends: dict[str, int] = defaultdict(int)
 
     def count(self, outcome: str, cause: str, id: str) -> None:
-        """Adds record `id` under `outcome` and `cause`; both must be known (KeyError)."""
-        CAUSES[cause]
+        """Counts record `id` under an outcome and a cause.
+
+        Raises:
+          KeyError: the outcome is not in OUTCOMES, or the cause not in CAUSES. This is a bug of the
+            caller; a test checks every cause that the code names.
+        """
+        if cause not in CAUSES:
+            raise KeyError(f"cause {cause!r} has no explanation: add it to report.CAUSES")
         tally = self.tallies[outcome].setdefault(cause, Tally())
         tally.count += 1
         if len(tally.examples) < EXAMPLES:
@@ -84,38 +92,35 @@ class Report:
 
     @property
     def dropped(self) -> int:
-        """Records that were dropped, for whatever cause."""
+        """Number of dropped records, over all causes."""
         return sum(tally.count for tally in self.tallies["dropped"].values())
 
     def number(self, outcome: str, cause: str) -> int:
-        """How many records were counted under `outcome` and `cause`; 0 if none."""
+        """How many records were counted under an outcome and a cause."""
         return self.tallies[outcome].get(cause, Tally()).count
 
     def require_some(self) -> None:
-        """Raises DataError, with the table of causes, if every record was dropped."""
+        """Raises DataError with the table of causes if every record was dropped."""
         if self.dropped == self.read:
             raise DataError(f"all {self.read:,} records were dropped:\n{self._causes()}")
 
     def statistics(self) -> dict[str, dict[str, float]]:
-        """Length statistics in tokens: name -> mean, median, 95th percentile and max."""
-        expanded = {
-            name: np.repeat(list(counts), list(counts.values()))
-            for name, counts in self.lengths.items()
-        }
-        return {
-            name: {
-                "count": len(values),
-                "mean": float(np.mean(values)),
-                "median": float(np.median(values)),
-                "p95": float(np.percentile(values, 95)),
-                "max": int(np.max(values)),
-            }
-            for name, values in expanded.items()
-            if len(values)
-        }
+        """Statistics of each histogram in `lengths`: name -> count, mean, median, p95 and max."""
+        statistics = {}
+        for name, counts in self.lengths.items():
+            tokens = np.repeat(list(counts), list(counts.values()))  # one number per prompt, ...
+            if len(tokens):
+                statistics[name] = {
+                    "count": len(tokens),
+                    "mean": float(np.mean(tokens)),
+                    "median": float(np.median(tokens)),
+                    "p95": float(np.percentile(tokens, 95)),
+                    "max": int(np.max(tokens)),
+                }
+        return statistics
 
     def to_content(self) -> dict[str, Any]:
-        """All that the report holds, as JSON can keep it; `from_content` reads it back."""
+        """The whole report in types that JSON can hold; `from_content` reads it back."""
         return {
             "read": self.read,
             "kept": self.kept,
@@ -130,6 +135,7 @@ class Report:
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> Report:
+        """The report of which `to_content` returned `content`."""
         report = cls()
         report.read, report.kept = content["read"], content["kept"]
         for outcome, tallies in content["tallies"].items():
@@ -141,13 +147,14 @@ class Report:
         return report
 
     def to_json(self) -> str:
-        """Everything in the report as JSON text; tallies, lengths, BOS and EOS by name."""
+        """The report as JSON for readers: like `to_content`, but with statistics of the lengths."""
+        tallies = self.to_content()["tallies"]
         content = {
             "read": self.read,
             "kept": self.kept,
-            "cut": {k: dataclasses.asdict(v) for k, v in self.tallies["cut"].items()},
-            "dropped": {k: dataclasses.asdict(v) for k, v in self.tallies["dropped"].items()},
-            "noted": {k: dataclasses.asdict(v) for k, v in self.tallies["noted"].items()},
+            "cut": tallies["cut"],
+            "dropped": tallies["dropped"],
+            "noted": tallies["noted"],
             "tokens": self.statistics(),
             "bos": {str(number): count for number, count in sorted(self.starts.items())},
             "eos": dict(self.ends),
@@ -166,11 +173,12 @@ class Report:
             if not tallies:
                 continue
             rows.append([title, "records", "share", "for example"])
-            for cause, tally in sorted(tallies.items(), key=lambda item: -item[1].count):
+            for cause in sorted(tallies, key=lambda cause: -tallies[cause].count):
+                tally = tallies[cause]
                 share = f"{100 * tally.count / max(self.read, 1):.2f} %"
-                found = ", ".join(tally.examples)
-                rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, found])
-        return aligned(rows, left=(0, 3))
+                ids = ", ".join(tally.examples)
+                rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, ids])
+        return "\n".join(text_table(rows, left=(0, 3)))
 
     def _lengths(self) -> str:
         rows = [["tokens before truncation", "mean", "median", "95 %", "max"]]
@@ -178,7 +186,7 @@ class Report:
             label = "prompt + longest response" if name == "longest" else name
             numbers = [f"{row[key]:,.1f}" for key in ("mean", "median", "p95")]
             rows.append([f"  {label}", *numbers, f"{row['max']:,}"])
-        return aligned(rows) if len(rows) > 1 else ""
+        return "\n".join(text_table(rows)) if len(rows) > 1 else ""
 
     def _specials(self) -> str:
         rows = [["start of prompt", "examples"]]
@@ -187,17 +195,4 @@ class Report:
         if self.ends:
             rows.append(["end of response", "responses"])
         rows += [[f"  {name}", f"{count:,}"] for name, count in self.ends.items()]
-        return aligned(rows) if len(rows) > 1 else ""
-
-
-def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
-    """Rows of text as aligned columns; those in `left` start, the others end, at one place."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        return "\n".join(text_table(rows)) if len(rows) > 1 else ""

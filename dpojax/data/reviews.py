@@ -1,17 +1,17 @@
 """The embedded task: short film reviews drawn from a grammar, rewarded by their exact sentiment.
 
-The reward of a text is P(positive | text), the axis of the DPO paper's IMDb experiment (Rafailov et
-al. 2023, section 6.1), computed by the forward algorithm on the hidden Markov model of
-`dpojax.data.grammar` instead of by a trained classifier. Every string of words has one.
+The reward of a text is P(positive | text), as in the IMDb experiment of the DPO paper (Rafailov et
+al. 2023, section 6.1). There a trained classifier estimates it; here the forward algorithm computes
+it on the hidden Markov model of `dpojax.data.grammar`. Every string of words has a reward.
 
 A text is split on whitespace. Words that the grammar does not know count as <unk>, which is equally
-likely in every state. The text need not be complete: its probability is that of all the reviews
-that begin with it. A word </s> marks the end, adds the probability of ending there, and
-hides what follows it.
+likely in every state. The text need not be complete: its probability is that of all reviews that
+begin with it. The word </s> marks the end of a text: the probability of ending there is a factor,
+and all that follows </s> is ignored.
 
-Records come in streams, one per (kind, split, seed): asking for more extends a stream and changes
-nothing in it. A whole review belongs to "train" or to "eval" by a hash of its words, so that for
-any counts and seeds no text, nor any prompt with its response, is in both.
+Records come in streams, one for each (kind, split, seed). A larger count continues the stream and
+changes nothing in its start. A hash of its words puts a whole review into "train" or into "eval".
+So no text, and no prompt with its response, is in both, whatever the counts and seeds.
 """
 
 import functools
@@ -25,16 +25,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpojax.data.grammar import NEGATIVE, POSITIVE, Grammar, grammar
+from dpojax.data.pairing import BRADLEY_TERRY, KINDS, NEUTRAL_WORDS, Labels
 
 SPECIAL_TOKENS = PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-PROMPT_WORDS = (2, 8)
+PROMPT_WORDS = (2, 8)  # fewest and most
 SPLITS = ("train", "eval")
-KINDS = ("texts", "prompts", "preferences")
+STREAMS = ("texts", "prompts", "preferences")
 
-# Two log-odds closer than this are a tie: many texts differ in neutral words alone.
-TIE = 1e-3
-_BLOCK = 1024
-_ROUNDS = 16
+_BLOCK = 1024  # reviews of one random generator, and texts of one call of `_forward`
+_ROUNDS = 16  # how often a pair that cannot be used is drawn again
 
 
 def log_odds(texts: Sequence[str]) -> np.ndarray:
@@ -49,7 +48,7 @@ def reward(texts: Sequence[str]) -> np.ndarray:
 
 
 def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """Log-odds of each prompt, a space and its response: [n] float64, in nats."""
+    """Log-odds of each text "PROMPT RESPONSE": [n] float64, in nats."""
     return log_odds(
         [f"{prompt} {response}" for prompt, response in zip(prompts, responses, strict=True)]
     )
@@ -58,7 +57,11 @@ def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
 def log_likelihood(texts: Sequence[str], model: Grammar | None = None) -> np.ndarray:
     """log P(text | sentiment) in nats, [n, 2] float64: negative, positive.
 
-    Without </s> it is the probability of the prefix. `model` stands in for the built-in grammar.
+    A text without </s> has the probability of all reviews that begin with it.
+
+    Args:
+      texts: n texts.
+      model: None is the built-in grammar.
     """
     model = model or grammar()
     tokens, lengths, ended = _encode(texts, model)
@@ -73,7 +76,10 @@ def log_likelihood(texts: Sequence[str], model: Grammar | None = None) -> np.nda
 
 
 def _encode(texts: Sequence[str], model: Grammar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Word columns [n, T] (0 past the end), lengths [n] and whether </s> was there [n]."""
+    """Word indices [n, T] (0 past the end), lengths [n], and whether a text holds </s> [n].
+
+    A word's index is its column in `Grammar.emission`.
+    """
     column = {word: i for i, word in enumerate(model.words)}
     unknown = len(model.words)
     rows, ended = [], []
@@ -94,11 +100,17 @@ def _encode(texts: Sequence[str], model: Grammar) -> tuple[np.ndarray, np.ndarra
 def _forward(
     model: Grammar, tokens: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The forward algorithm, rescaled at each word, on texts sorted from long to short.
+    """The forward algorithm, rescaled at each word.
 
-    Returns log P(words | sentiment) [n, 2] and P(last state | words, sentiment) [n, 2, S].
+    Args:
+      model: the grammar, with S states.
+      tokens: word indices [n, T] of texts sorted from long to short.
+      lengths: [n].
+
+    Returns:
+      log P(words | sentiment) [n, 2] and P(last state | words, sentiment) [n, 2, S].
     """
-    # Exactly zero wherever no rule leads: two per cent of the entries remain.
+    # Without the leak, a transition that no rule makes is exactly zero: 2 % of the entries remain.
     sparse = [
         scipy.sparse.csr_array((matrix - leak).T)
         for matrix, leak in zip(model.transition, model.leak[:, None])
@@ -125,10 +137,17 @@ def sample(
     *,
     return_sentiment: bool = False,
 ) -> list[str] | tuple[list[str], np.ndarray]:
-    """Draws `count` reviews, or one exact continuation of each of `count` prompts (without it).
+    """Draws whole reviews, or continuations of prompts, from the exact distribution.
 
-    With `return_sentiment` also the latent sentiments, [count] int, 1 for positive. Raises
-    ValueError where `count` is not the number of prompts, or a prompt holds </s>.
+    Args:
+      rng: source of randomness.
+      count: number of texts.
+      prompts: `count` beginnings of reviews. A continuation does not repeat its prompt. None: whole
+        reviews.
+      return_sentiment: also return the latent sentiments, [count] int, 1 for positive.
+
+    Raises:
+      ValueError: `count` is not the number of prompts, or a prompt holds </s>.
     """
     model = grammar()
     if prompts is None:
@@ -167,7 +186,16 @@ def _posterior_draw(
 def _walk(
     rng: np.random.Generator, model: Grammar, sentiment: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
-    """Runs the chain from each state to the boundary: word columns [n, T], V + 1 past the end."""
+    """Runs the chain from each state to the boundary.
+
+    Args:
+      rng: source of randomness.
+      model: the grammar, with V words.
+      sentiment, state: [n], of the n chains at their start.
+
+    Returns:
+      Word indices [n, T], V + 1 past the end.
+    """
     size = len(model.states)
     step = _cumulative(model.transition.reshape(2 * size, size))
     word = _cumulative(model.emission)
@@ -183,17 +211,20 @@ def _walk(
 
 
 def _cumulative(probabilities: np.ndarray) -> np.ndarray:
-    """Cumulative sums of each row [r, c], shifted by its row number: all are one sorted list."""
+    """Cumulative sums of each row [r, c], plus the row number.
+
+    The flattened result is sorted, so one binary search can draw from many rows.
+    """
     cumulative = np.cumsum(probabilities, axis=1)
     cumulative[:, -1] = 1.0
     return cumulative + np.arange(len(probabilities))[:, None]
 
 
 def _draw(rng: np.random.Generator, cumulative: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """One column for each of the rows [n], drawn by the row's probabilities: [n] int."""
+    """Draws a column for each row number in `rows` [n], by the probabilities of that row: [n]."""
     width = cumulative.shape[1]
-    found = np.searchsorted(cumulative.ravel(), rows + rng.random(len(rows)), side="right")
-    return np.minimum(found - rows * width, width - 1)
+    flat = np.searchsorted(cumulative.ravel(), rows + rng.random(len(rows)), side="right")
+    return np.minimum(flat - rows * width, width - 1)
 
 
 def texts(split: str, count: int, seed: int) -> list[str]:
@@ -203,12 +234,12 @@ def texts(split: str, count: int, seed: int) -> list[str]:
 
 
 def prompts(split: str, count: int, seed: int) -> list[str]:
-    """`count` prompts: the first 2 to 8 words of fresh reviews of the split.
+    """`count` prompts: the first 2 to 8 words of new reviews of the split.
 
-    Short ones are few, so a prompt may be in both splits; the reviews that they begin are not.
+    There are few short prompts, so a prompt may be in both splits. The reviews are not.
     """
-    found = (prompt for rng in _blocks("prompts", split, seed) for prompt in _prompts(rng, split))
-    return list(itertools.islice(found, count))
+    stream = (prompt for rng in _blocks("prompts", split, seed) for prompt in _prompts(rng, split))
+    return list(itertools.islice(stream, count))
 
 
 def preferences(
@@ -222,73 +253,90 @@ def preferences(
 ) -> list[dict]:
     """`count` pairs of continuations drawn from the grammar, labelled by their exact log-odds.
 
-    label: "deterministic" prefers the higher log-odds; "bradley_terry" prefers the first with
-    probability sigmoid(difference of log-odds / temperature). Pairs with an empty response, equal
-    responses, or, under "deterministic", equal log-odds are drawn again.
-    Each record holds prompt, chosen, rejected, chosen_reward, rejected_reward; a response begins
-    with the space that parts it from its prompt, the rewards are P(positive | prompt, response).
-    The pairs of one prompt stand together. Raises ValueError for an unknown label, and for
-    `pairs_per_prompt` or `temperature` that is not positive.
+    Pairs with an empty response, with equal responses, or with tied log-odds are drawn again.
+
+    Args:
+      split: "train" or "eval".
+      count: number of records.
+      seed: of the stream.
+      pairs_per_prompt: the pairs of one prompt follow one another.
+      label, temperature: `kind` and `temperature` of `pairing.Labels`; the score is the log-odds.
+
+    Returns:
+      Records with prompt, chosen, rejected, chosen_reward, rejected_reward. A response begins with
+      the space that separates it from its prompt. A reward is P(positive | prompt, response).
+
+    Raises:
+      ValueError: an unknown split or label; `pairs_per_prompt` or `temperature` is not positive.
     """
-    if label not in ("deterministic", "bradley_terry"):
-        raise ValueError(f'label is {label!r}: expected "deterministic" or "bradley_terry"')
+    if label not in KINDS:
+        raise ValueError(f"label is {label!r}: expected one of {', '.join(KINDS)}")
     if pairs_per_prompt < 1 or temperature <= 0:
-        given = f"pairs_per_prompt {pairs_per_prompt}, temperature {temperature}"
-        raise ValueError(f"{given}: both must be positive")
-    found = (
+        raise ValueError(
+            f"pairs_per_prompt {pairs_per_prompt}, temperature {temperature}: both must be positive"
+        )
+    labels = Labels(label, temperature, tie=NEUTRAL_WORDS)
+    stream = (
         record
         for rng in _blocks("preferences", split, seed)
-        for record in _pairs(rng, split, pairs_per_prompt, label, temperature)
+        for record in _pairs(rng, split, pairs_per_prompt, labels)
     )
-    return list(itertools.islice(found, count))
+    return list(itertools.islice(stream, count))
 
 
 def _pairs(
-    rng: np.random.Generator, split: str, pairs_per_prompt: int, label: str, temperature: float
+    rng: np.random.Generator, split: str, pairs_per_prompt: int, labels: Labels
 ) -> list[dict]:
-    """The preference records of one block; a prompt that leaves no room for a choice has none."""
-    asked = [prompt for prompt in _prompts(rng, split) for _ in range(pairs_per_prompt)]
-    records: list[dict | None] = [None] * len(asked)
+    """The preference records of one block.
+
+    A prompt of which some pair is unusable in every round has no record at all.
+    """
+    prompts = [prompt for prompt in _prompts(rng, split) for _ in range(pairs_per_prompt)]
+    records: list[dict | None] = [None] * len(prompts)
     for _ in range(_ROUNDS):
         pending = [i for i, record in enumerate(records) if record is None]
-        open_prompts = [asked[i] for i in pending]
+        open_prompts = [prompts[i] for i in pending]
         first, second = (sample(rng, len(pending), open_prompts) for _ in range(2))
         odds = np.stack([score(open_prompts, first), score(open_prompts, second)], axis=1)
         difference = odds[:, 0] - odds[:, 1]
-        if label == "deterministic":
-            first_wins, usable = difference > 0, np.abs(difference) >= TIE
-        else:
-            first_wins = rng.random(len(pending)) < _sigmoid(difference / temperature)
-            usable = np.ones(len(pending), dtype=bool)
+        uniform = rng.random(len(pending)) if labels.kind == BRADLEY_TERRY else None
+        first_wins, tied = labels.first_wins(difference, uniform), labels.tied(difference)
         rewards = _sigmoid(odds).tolist()
         for j, i in enumerate(pending):
+            if tied[j] or not _may_pair(prompts[i], first[j], second[j], split):
+                continue
             pair = (first[j], rewards[j][0]), (second[j], rewards[j][1])
-            if usable[j] and _may_pair(asked[i], first[j], second[j], split):
-                chosen, rejected = pair if first_wins[j] else pair[::-1]
-                records[i] = {
-                    "prompt": asked[i],
-                    "chosen": f" {chosen[0]}",
-                    "rejected": f" {rejected[0]}",
-                    "chosen_reward": chosen[1],
-                    "rejected_reward": rejected[1],
-                }
+            chosen, rejected = pair if first_wins[j] else pair[::-1]
+            records[i] = _record(prompts[i], *chosen, *rejected)
     starts = range(0, len(records), pairs_per_prompt)
     groups = [records[start : start + pairs_per_prompt] for start in starts]
     return [record for group in groups if None not in group for record in group]
 
 
+def _record(
+    prompt: str, chosen: str, chosen_reward: float, rejected: str, rejected_reward: float
+) -> dict:
+    return {
+        "prompt": prompt,
+        "chosen": f" {chosen}",
+        "rejected": f" {rejected}",
+        "chosen_reward": chosen_reward,
+        "rejected_reward": rejected_reward,
+    }
+
+
 def _may_pair(prompt: str, first: str, second: str, split: str) -> bool:
-    """Whether two responses differ, are not empty, and make reviews of the split."""
+    """Whether two responses differ, are not empty, and make whole reviews of the split."""
     distinct = bool(first) and bool(second) and first != second
     return distinct and all(_split_of(f"{prompt} {y}") == split for y in (first, second))
 
 
 def _blocks(kind: str, split: str, seed: int) -> Iterator[np.random.Generator]:
-    """Endless generators, one per block of the stream."""
+    """Yields a random generator for each block of a stream, without end."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {SPLITS}")
     for block in itertools.count():
-        key = (KINDS.index(kind), SPLITS.index(split), block)
+        key = (STREAMS.index(kind), SPLITS.index(split), block)
         yield np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 

@@ -91,7 +91,11 @@ class TokenizeConfig:
 
 
 class _Drop(Exception):
-    """Ends the work on one record, which is dropped for the cause it carries."""
+    """Stops the work on one record, which is then dropped for `cause`."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 def tokenise(
@@ -151,7 +155,7 @@ class _Encoder:
             try:
                 rendered.append((record, *self._texts(record)))
             except _Drop as drop:
-                self.report.count("dropped", str(drop), record.id)
+                self.report.count("dropped", drop.cause, record.id)
         prompts = self._encode([prompt for _, prompt, _ in rendered])
         wholes = iter(self._encode([p + text for _, p, texts in rendered for text in texts]))
         examples = []
@@ -160,7 +164,7 @@ class _Encoder:
             try:
                 examples.append(self._example(record, self._prompt(prompt), responses))
             except _Drop as drop:
-                self.report.count("dropped", str(drop), record.id)
+                self.report.count("dropped", drop.cause, record.id)
         return examples
 
     def _encode(self, texts: list[str]) -> list[Ids]:

@@ -1,7 +1,7 @@
-"""The Markdown report of a frontier run: what follows from its points, a table, samples.
+"""The Markdown report of a frontier run: conclusions, a table of hull points, samples.
 
-Every sentence is computed from the points, and says so where they leave a question open. A claim
-needs more than `CLAIM` standard errors; "±" in the table is one standard error.
+Every sentence is computed from the points. Where the points do not settle a question, the report
+says so. A claim needs more than `CLAIM` standard errors. "±" is one standard error.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from dpojax.evaluation.optimum import (
     share_of_optimal_gain,
     trusted_up_to,
 )
+from dpojax.tables import markdown_table
 
 TARGETS = (1.0, 3.0, 6.0, 10.0)  # nats
-NEAR = 1.5  # a hull point stands for a target if the ratio of the KLs is less
+NEAR = 1.5  # a hull point is near a target if the ratio of the two KLs is below this
 CLAIM = 2.0  # standard errors
-CHANCE = 0.5 * math.erfc(CLAIM / math.sqrt(2))  # that a normal error exceeds it on one side
-STOPPED = 0.95  # fewer responses that ended by EOS than this are remarked upon
+CHANCE = 0.5 * math.erfc(CLAIM / math.sqrt(2))  # that a normal error exceeds CLAIM on one side
+STOPPED = 0.95  # the report warns if a smaller share of the responses ended by EOS
 
 Samples = Mapping[str, Mapping[str, Sequence[tuple[str, float]]]]
 
 
 class Row(NamedTuple):
-    """One line of the table: a point of a method's hull, and the limit at its KL."""
+    """One line of the table: a point of a method's hull, compared with the limit at its KL."""
 
-    near: float  # the target of `TARGETS`, nats; nan for the end of the hull
+    near: float  # the target of `TARGETS` that the point is near to, nats; nan: end of the hull
     point: Point
-    optimal: Estimate
-    share: Estimate
+    optimal: Estimate  # best possible reward at the point's KL
+    share: Estimate  # of the optimal gain
 
 
 def report(
@@ -55,15 +56,17 @@ def report(
     figure: str = "frontier.png",
     failed: Mapping[str, str] | None = None,
 ) -> str:
-    """The report as Markdown.
+    """Writes the report as Markdown.
 
     Args:
-      base: of the reference itself, at KL 0.
-      samples: method, or run -> prompt -> pairs (response, reward).
-      environment: what to know of the machine and the versions, name -> value.
-      seconds: stage -> how long it took; no such section where None.
+      points: one per checkpoint, without the reference.
+      optimum: the theoretical limit.
+      base: the point of the reference, at KL 0.
+      samples: method or run -> prompt -> pairs (response, reward).
+      environment: the machine and the versions, name -> value.
+      seconds: stage -> how long it took; None: the report has no section on time.
       figure: address of the figure, relative to the report.
-      failed: run -> why it ended early; its points are those before.
+      failed: run -> why it ended early. `points` hold the checkpoints before that.
     """
     blocks = ["# Reward against KL from the reference", f"![Reward-KL frontier]({figure})"]
     blocks += ["## What the points say"]
@@ -74,88 +77,98 @@ def report(
     blocks += ["## Points of the hulls", _about_the_table(optimum), table(points, optimum, base)]
     blocks += ["## Samples for the same prompts", *_samples(samples)]
     rows = [[name, str(value)] for name, value in environment.items()]
-    blocks += ["## Environment", _markdown_table(["", "value"], _escaped(rows))]
+    blocks += ["## Environment", _markdown(["", "value"], rows)]
     if seconds is not None:
         rows = [[name, str(datetime.timedelta(seconds=round(s)))] for name, s in seconds.items()]
-        blocks += ["## Time", _markdown_table(["stage", "h:mm:ss"], _escaped(rows))]
+        blocks += ["## Time", _markdown(["stage", "h:mm:ss"], rows)]
     return "\n\n".join(blocks) + "\n"
 
 
 def conclusions(points: Sequence[Point], optimum: Optimum, base: Point) -> list[str]:
-    """Sentences that hold for these points: the limit, DPO against each method, what is doubtful.
+    """States what the points show: against the limit, DPO against each method, open doubts.
 
-    A point above the limit by more than `CLAIM` errors cannot be true, and comes first.
+    The comparison with the limit comes first: a point above it by more than `CLAIM` standard errors
+    means that something was measured wrongly.
     """
-    placed = [frontier_points.at_the_bound(p) for p in points if frontier_points.is_finite(p)]
-    found = _against_the_limit(placed, optimum)
-    methods = frontier_points.by_method(placed)
+    finite = [frontier_points.at_the_bound(p) for p in points if frontier_points.is_finite(p)]
+    sentences = _against_the_limit(finite, optimum)
+    methods = frontier_points.by_method(finite)
     if "dpo" in methods:
-        found += [_against(methods, other) for other in methods if other != "dpo"]
+        sentences += [_against(methods, other) for other in methods if other != "dpo"]
     else:
-        found.append("There is no point of DPO with a finite KL and reward to compare.")
-    return found + _doubts(points, base)
+        sentences.append("There is no point of DPO with a finite KL and reward to compare.")
+    return sentences + _doubts(points, base)
 
 
 def rows(points: Sequence[Point], optimum: Optimum, base: Point) -> list[Row]:
-    """The hull points nearest to `TARGETS` in ratio, and each hull's end; by method and KL.
+    """The hull points nearest to `TARGETS`, and the end of each hull; by method and KL.
 
-    A hull point stands for the nearest target only, and no point for a target that is further
-    away than a factor of `NEAR`. Points of best-of-n stand at the bound of their KL.
+    "Nearest" is by the ratio of the KLs. A hull point is used for its nearest target only. A target
+    has no row for a method if no hull point is within a factor of `NEAR`. Points of best-of-n are
+    placed at the bound of their KL.
     """
-    found = []
+    table_rows = []
     for members in frontier_points.by_method(points).values():
         hull = frontier_points.hull(map(frontier_points.at_the_bound, members))
-        near = {}
-        for point in hull:
-            ratio, target = min((_ratio(point.kl, t), t) for t in TARGETS)
-            if ratio < min(NEAR, near.get(target, (math.inf,))[0]):
-                near[target] = ratio, point
-        chosen = [(target, point) for target, (_, point) in near.items()]
-        if hull and hull[-1] not in [point for _, point in chosen]:
-            chosen.append((math.nan, hull[-1]))
-        found += [_row(target, point, optimum, base) for target, point in chosen]
-    return found
+        selected = _nearest_to_targets(hull)
+        if hull and hull[-1] not in [point for _, point in selected]:
+            selected.append((math.nan, hull[-1]))
+        table_rows += [_row(target, point, optimum, base) for target, point in selected]
+    return table_rows
+
+
+def _nearest_to_targets(hull: Sequence[Point]) -> list[tuple[float, Point]]:
+    """(target, nearest hull point) for each target that has one, by rising KL."""
+    nearest: dict[float, Point] = {}
+    best_ratio = dict.fromkeys(TARGETS, NEAR)
+    for point in hull:
+        ratio, target = min((_ratio(point.kl, target), target) for target in TARGETS)
+        if ratio < best_ratio[target]:
+            best_ratio[target], nearest[target] = ratio, point
+    return list(nearest.items())
 
 
 def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
-    """`rows` as a Markdown table with the reference above it, a dash for what is not known."""
+    """`rows` as a Markdown table below a line of the reference; a dash where a value is unknown."""
     header = ["method", "near", "run", "KL", "reward", "optimal reward", "share of optimal gain"]
     header += ["length", "distinct-2", "repetition", "ended", "accuracy", "rank correlation"]
-    lines = [["reference", "0", "", "0", _pm(base.reward, base.reward_error), "", "", *_text(base)]]
+    lines = [
+        ["reference", "0", "", "0", _pm(base.reward, base.reward_error), "", "", *_quality(base)]
+    ]
     for near, point, optimal, share in rows(points, optimum, base):
         which = [point.setting, f"seed {point.seed}", f"step {point.step}"]
         if point.method == frontier_points.BEST_OF_N:
             which = which[:1]
         lines.append(
             [
-                *_escaped([[frontier_points.name(point.method)]])[0],
+                frontier_points.name(point.method),
                 "end" if math.isnan(near) else f"{near:g}",
-                *_escaped([[", ".join(part for part in which if part)]])[0],
+                ", ".join(part for part in which if part),
                 _pm(point.kl, point.kl_error, 2),
                 _pm(point.reward, point.reward_error),
                 _pm(*optimal),
                 _pm(*share, percent=True),
-                *_text(point),
+                *_quality(point),
             ]
         )
-    return _markdown_table(header, lines)
+    return _markdown(header, lines)
 
 
 def by_prompt(lines: Sequence[Mapping]) -> Samples:
-    """`samples` of `report` from lines with method, setting, prompt, response and reward.
+    """Groups lines with method, setting, prompt, response and reward, as `report` takes them.
 
-    Each run stands by itself, all in their order.
+    Each run, "METHOD, SETTING", is a group of its own. The order of the lines is kept.
 
     >>> line = {"method": "dpo", "setting": "beta=1", "prompt": "So"}
     >>> by_prompt([line | {"response": " good", "reward": 0.9}])
     {'DPO, beta=1': {'So': [(' good', 0.9)]}}
     """
-    found = {}
+    samples: dict[str, dict[str, list[tuple[str, float]]]] = {}
     for line in lines:
         run = f"{frontier_points.name(line['method'])}, {line['setting']}"
-        texts = found.setdefault(run, {}).setdefault(line["prompt"], [])
+        texts = samples.setdefault(run, {}).setdefault(line["prompt"], [])
         texts.append((line["response"], line["reward"]))
-    return found
+    return samples
 
 
 def _ratio(a: float, b: float) -> float:
@@ -176,7 +189,7 @@ def _row(near: float, point: Point, optimum: Optimum, base: Point) -> Row:
 
 
 def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
-    """Whether any point lies where none can; of points with finite KL and reward."""
+    """Says whether a point lies above the limit. All points have finite KL and reward."""
     measured = frontier_points.arrays(points)
     gap = above_limit(
         measured.reward,
@@ -186,11 +199,13 @@ def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
         kl_error=measured.kl_error,
     )
     known = np.isfinite(gap.value) & np.isfinite(gap.error)
-    count, left = int(known.sum()), len(points) - int(known.sum())
+    count, unknown = int(known.sum()), len(points) - int(known.sum())
     with np.errstate(divide="ignore", invalid="ignore"):
         sigmas = np.where(known & (gap.value != 0), gap.value / gap.error, -np.inf)
     above = sigmas > CLAIM
-    rest = f" {left} points could not be compared: the limit or an error is unknown." * (left > 0)
+    rest = ""
+    if unknown:
+        rest = f" {unknown} points could not be compared: the limit or an error is unknown."
     if not count:
         return [f"**Not known: whether a point lies above the theoretical limit.**{rest}"]
     if not above.any():
@@ -210,9 +225,9 @@ def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
 
 
 def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
-    """DPO against another method, both ways."""
+    """Compares the hulls of DPO and of another method, in both directions."""
     hulls = [frontier_points.arrays(frontier_points.hull(methods[m])) for m in ("dpo", other)]
-    name = _escaped([[frontier_points.name(other)]])[0][0]
+    name = escaped(frontier_points.name(other))
     start, stop = max(h.kl[0] for h in hulls), min(h.kl[-1] for h in hulls)
     if start > stop:
         return f"DPO and {name} have no KL in common: not compared."
@@ -232,13 +247,13 @@ def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
         claims.append(f"{name} lies below DPO, {_most(over)}")
     else:
         claims.append(f"{name} is nowhere below DPO by more than that")
-    ends = methods["dpo"], methods[other]
-    beyond = _beyond(*(frontier_points.hull(members)[-1] for members in ends), name)
+    end_of_dpo, end_of_other = (frontier_points.hull(methods[m])[-1] for m in ("dpo", other))
+    beyond = _beyond(end_of_dpo, end_of_other, name)
     return f"{'; '.join(claims)} ({where}, where both hulls run).{beyond}"
 
 
 def _beyond(dpo: Point, end: Point, name: str) -> str:
-    """What the comparison leaves out: a hull that runs on, beyond the end of DPO's, and higher."""
+    """Says where the other hull goes on past the end of DPO's and gets a higher reward."""
     gain, error = end.reward - dpo.reward, math.hypot(end.reward_error, dpo.reward_error)
     if end.kl <= dpo.kl or not gain > CLAIM * error:
         return ""
@@ -256,30 +271,30 @@ def _most(gap: Shortfall) -> str:
 
 
 def _doubts(points: Sequence[Point], base: Point) -> list[str]:
-    """What these points do not settle."""
-    found = [
+    """Says what these points do not settle."""
+    doubts = [
         "A hull is made of the best of many noisy checkpoints, so it lies a little too high, the "
         "more so the more runs a method has; the errors do not contain that.",
     ]
     unknown = [p for p in points if not frontier_points.is_finite(p)]
     if unknown:
-        found.append(
+        doubts.append(
             f"**{len(unknown)} of {len(points)} points have no finite KL or reward** and are in "
             f"neither figure nor hulls; the first is {_which(unknown[0])}."
         )
     cut = [p for p in points if p.stopped < STOPPED]
     if cut and all(p.stopped == 0 for p in points if math.isfinite(p.stopped)):
-        found.append("No response ends before the length limit: all have as many tokens.")
+        doubts.append("No response ends before the length limit: all have as many tokens.")
     elif cut:
         worst = min(cut, key=lambda p: p.stopped)
-        found.append(
+        doubts.append(
             f"At {len(cut)} of {len(points)} points fewer than {STOPPED:.0%} of the responses "
             "ended by EOS, so that KL and reward are of texts without their end; the worst is "
             f"{_which(worst)} with {worst.stopped:.0%}."
         )
     if not math.isfinite(base.reward):
-        found.append("**The reward of the reference is not finite**, so that no share is known.")
-    return found
+        doubts.append("**The reward of the reference is not finite**, so that no share is known.")
+    return doubts
 
 
 def _about_the_table(optimum: Optimum) -> str:
@@ -303,13 +318,15 @@ def _about_the_table(optimum: Optimum) -> str:
 
 
 def _which(point: Point) -> str:
-    run = _escaped([[point.setting]])[0][0]
-    which = [frontier_points.name(point.method), run, f"seed {point.seed}", f"step {point.step}"]
-    return ", ".join(part for part in which if part)
+    """Names a point in a sentence: method, setting, seed and step."""
+    setting = escaped(point.setting)
+    parts = [frontier_points.name(point.method), setting]
+    parts += [f"seed {point.seed}", f"step {point.step}"]
+    return ", ".join(part for part in parts if part)
 
 
 def _samples(samples: Samples) -> list[str]:
-    """A table per prompt: a line per response, method by method."""
+    """A table for each prompt, with a line for each response, method by method."""
     blocks = []
     for prompt in dict.fromkeys(p for texts in samples.values() for p in texts):
         lines = []
@@ -318,11 +335,12 @@ def _samples(samples: Samples) -> list[str]:
             for text, reward in texts.get(prompt, [("(no sample for this prompt)", math.nan)]):
                 lines.append([name, _pm(reward, None), text])
         blocks += [f"> {escaped(prompt)}"]
-        blocks += [_markdown_table(["method", "reward", "response"], _escaped(lines))]
+        blocks += [_markdown(["method", "reward", "response"], lines)]
     return blocks or ["None were given."]
 
 
-def _text(point: Point) -> list[str]:
+def _quality(point: Point) -> list[str]:
+    """The cells from "length" to "rank correlation" of a point."""
     shares = (point.distinct_2, point.repetition)
     texts = [_pm(point.length, None, 1), *(_pm(x, None, 3) for x in shares)]
     texts += [_pm(x, None, percent=True) for x in (point.stopped, point.accuracy)]
@@ -330,7 +348,7 @@ def _text(point: Point) -> list[str]:
 
 
 def _pm(value: float, error: float | None, digits: int = 3, *, percent: bool = False) -> str:
-    """A value and its error; a dash for either that is not finite."""
+    """A value and its standard error, "0.5 ± 0.1"; a dash for a number that is not finite."""
     scale, unit, digits = (100, " %", 1) if percent else (1, "", digits)
     texts = [
         f"{scale * x:.{digits}f}" if math.isfinite(x) else "-"
@@ -340,7 +358,7 @@ def _pm(value: float, error: float | None, digits: int = 3, *, percent: bool = F
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line.
+    """Escapes a text so that Markdown shows it as it is, on one line.
 
     >>> print(escaped("a|b *c* <br />"))
     a\\|b \\*c\\* &lt;br /&gt;
@@ -349,14 +367,6 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
 
 
-def _escaped(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[escaped(cell) for cell in line] for line in lines]
-
-
-def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Padded, so that it can be read as it is too; a last column of long texts is not."""
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    widths = [max(3, width) if width < 60 else 3 for width in widths]
-    texts = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in (header, *lines)]
-    texts.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in texts)
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that hold plain text."""
+    return "\n".join(markdown_table(heading, [[escaped(cell) for cell in row] for row in rows]))

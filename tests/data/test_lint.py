@@ -164,12 +164,6 @@ def test_length_bias_counts_the_longer_among_unequal_pairs():
     assert f"{100 * exact.low:.1f} % to {100 * exact.high:.1f} %" in finding.note
 
 
-@pytest.mark.parametrize(("count", "of"), [(0, 5), (5, 5), (1, 2), (620, 1000)])
-def test_the_interval_is_that_of_wilson(count, of):
-    exact = scipy.stats.binomtest(count, of).proportion_ci(0.95, method="wilson")
-    assert lint.wilson(count, of) == pytest.approx((exact.low, exact.high), abs=1e-12)
-
-
 def polite(number, swapped=False):
     """A pair that its words decide; the number keeps prompts apart."""
     kind, rude = f"Thank you , reader{number % 7}", f"Go away reader{number % 5}"

@@ -9,12 +9,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
-from dpojax.data.pairing import Labels, pairs_of, ranking_of
+from dpojax.data import reviews
+from dpojax.data.pairing import NEUTRAL_WORDS, ROUNDING, Labels, pairs_of, places, ranking_of
+from dpojax.data.records import parse
 
 BRADLEY_TERRY = Labels("bradley_terry", temperature=2.0)
 # A text has one score, as under any reward.
 SCORES = {"": 0.0, "  ": 3.0, "a": 1.0, "b": 1.0, "c": -2.5, "d": 1.0 + 1e-12, "e": 4.0}
 TEXTS = st.lists(st.sampled_from(sorted(SCORES)), max_size=7)
+
+
+def test_scores_are_tied_where_they_differ_by_rounding_or_less():
+    differences = [0.0, ROUNDING, -ROUNDING, 1.01 * ROUNDING, 1.0]
+    assert Labels().tied(differences).tolist() == [True, True, True, False, False]
+    assert Labels(tie=0.0).tied(differences).tolist() == [True, False, False, False, False]
+    assert not Labels("bradley_terry").tied(differences).any()
+
+
+@pytest.mark.parametrize("tie", [0.0, ROUNDING, NEUTRAL_WORDS])
+def test_pairs_rankings_and_places_agree_on_what_is_tied(tie):
+    labels = Labels(tie=tie)
+    for difference in (0.0, 0.5 * tie, tie, 2 * tie + 1e-12):
+        tied = bool(labels.tied(difference))
+        scores = [difference, 0.0]
+        assert (places(scores, labels) == [0, 0]) == tied
+        assert pairs_of("ab", scores, "all", labels, rng(0))[1]["ties"] == tied
+        assert ranking_of("ab", scores, labels, rng(0))[2]["ties"] == tied
+
+
+def test_a_file_states_ties_by_equal_numbers_alone():
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1.0, 1.0 + 1e-12, 1.0]}
+    record = parse(row, "f:1")
+    assert record.responses == ("b", "a", "c")
+    assert record.rank == (0, 1, 1)
+
+
+def test_no_pair_of_the_embedded_task_is_tied():
+    labels, pairs = Labels(tie=NEUTRAL_WORDS), reviews.preferences("train", 500, 0)
+    prompts, chosen, rejected = zip(*[(p["prompt"], p["chosen"], p["rejected"]) for p in pairs])
+    difference = reviews.score(prompts, chosen) - reviews.score(prompts, rejected)
+    assert not labels.tied(difference).any()
+    assert labels.first_wins(difference).all()
 
 
 def rng(*key):
