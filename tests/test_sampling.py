@@ -13,14 +13,24 @@ import pytest
 from absl import flags
 from scipy import stats
 
-from dpojax import sampling
 from dpojax.data import reviews
 from dpojax.logprobs import token_logprobs
 from dpojax.models import decoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig, Rope
 from dpojax.models.decoder import SHARDING_RULES
-from dpojax.sampling import Prompts, Samples, build_sampler, generate, pad, truncate
+from dpojax.sampling import (
+    Prompts,
+    Samples,
+    batches,
+    build_sampler,
+    generate,
+    pad,
+    truncate,
+)
+from dpojax.sampling import (
+    sampler as sampler_module,
+)
 from dpojax.sharding import make_mesh, tree_shardings
 
 SIZES = {"vocab_size": 40, "width": 16, "layers": 2, "heads": 4, "mlp_width": 32}
@@ -181,10 +191,10 @@ def test_responses_that_go_on_without_those_that_stopped_draw_the_same(llama, mo
     stop = (int(found[0][0].tokens[3]), int(found[2][1].tokens[6]))
     stopping = build_sampler(sampler.model, max_new_tokens=NEW, stop=stop)
     whole = generate(stopping, params, PROMPTS, batch_size=3, **HOW, samples=3)
-    monkeypatch.setattr(sampling, "GATHERED", 6)
+    monkeypatch.setattr(batches, "FIRST_REBATCH_TOKENS", 6)
     calls = []
     pad_batch = lambda prompts, *rest: calls.append(len(prompts)) or pad(prompts, *rest)
-    monkeypatch.setattr(sampling, "pad", pad_batch)
+    monkeypatch.setattr(batches, "pad", pad_batch)
     gathered = generate(stopping, params, PROMPTS, batch_size=3, **HOW, samples=3)
     same_tokens(gathered, whole)
     for a, b in zip(itertools.chain(*gathered), itertools.chain(*whole)):
@@ -309,7 +319,7 @@ def test_weights_cast_once_are_those_that_every_call_casts():
 
 def test_a_cache_that_grows_draws_the_same(llama, monkeypatch):
     sampler, params, found = llama
-    monkeypatch.setattr(sampling, "ROOM", 5)  # then 10 and 12
+    monkeypatch.setattr(sampler_module, "FIRST_CACHE_TOKENS", 5)  # then 10 and 12
     fresh = build_sampler(decoder.build(sampler.model.config), max_new_tokens=NEW)
     again = generate(fresh, params, PROMPTS, batch_size=3, **HOW, samples=3)
     same_tokens(found, again)
