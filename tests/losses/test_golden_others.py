@@ -11,10 +11,9 @@ import pytest
 from dpojax import losses
 from dpojax.losses import NO_REFERENCE, Pair, preset
 
-FILE = pathlib.Path(__file__).resolve().parents[3] / "shared" / "reference" / "golden_losses.json"
-GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {"others": {}}
+# The file says where each number came from.
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())
 OTHERS = GOLDEN["others"]
-TRANSCRIBED = "(formula transcribed from megatron_gpt_dpo_model.py:354-402)"
 
 
 def free(loss):
@@ -70,9 +69,9 @@ PAIRED = {
     "open-instruct simpo beta=5.0 gamma_beta_ratio=0.3 (avg logps)": lambda p, r, n: losses.simpo(
         p, lengths=n, **preset("open-instruct", "simpo")
     ),
-    f"nemo-aligner rpo_bwd beta=0.2 scale=1 gt delta=1 {TRANSCRIBED}": rpo("bwd_kl"),
-    f"nemo-aligner rpo_fwd beta=0.2 scale=1 gt delta=1 {TRANSCRIBED}": rpo("fwd_kl"),
-    f"nemo-aligner rpo_sq beta=0.2 scale=1 gt delta=1 {TRANSCRIBED}": rpo("sq"),
+    "nemo-aligner rpo_bwd beta=0.2 scale=1 gt delta=1": rpo("bwd_kl"),
+    "nemo-aligner rpo_fwd beta=0.2 scale=1 gt delta=1": rpo("fwd_kl"),
+    "nemo-aligner rpo_sq beta=0.2 scale=1 gt delta=1": rpo("sq"),
 }
 KTO = "trl kto beta=0.1 kl=clip(mean([0.4,-0.2,0.3]),0) desirable=pc undesirable=pr w=1"
 APO = "trl kto apo_zero_unpaired beta=0.1"
@@ -89,10 +88,16 @@ def x64():
 
 
 @pytest.fixture
-def case(shared):
-    inputs = {k: jnp.array(v, float) for k, v in GOLDEN["trl_dpo"]["A"]["inputs"].items()}
-    pair = lambda kind: Pair(inputs[f"{kind}c"], inputs[f"{kind}r"])
-    return pair("p"), pair("r"), pair("l")
+def case():
+    """Policy, reference and lengths of case A, in float64."""
+    inputs = GOLDEN["trl_dpo"]["A"]["inputs"]
+    return tuple(
+        Pair(
+            jnp.array(inputs[name]["chosen"], float),
+            jnp.array(inputs[name]["rejected"], float),
+        )
+        for name in ("policy", "reference", "lengths")
+    )
 
 
 def close(got, want):
@@ -103,7 +108,7 @@ def close(got, want):
 @pytest.mark.parametrize("entry", sorted(set(OTHERS) - OWN_TEST))
 def test_values_are_those_of_the_other_systems(entry, case):
     got = PAIRED[entry](*case)
-    close(got, OTHERS[entry]["per_seq"])
+    close(got, OTHERS[entry]["per_pair"])
     close(got.mean(), OTHERS[entry]["mean"])
 
 
@@ -134,5 +139,5 @@ def test_rankings_cost_what_the_oracle_says(case):
     close(two_ranked(*case), OTHERS[TWO_RANKED])
 
 
-def test_every_recorded_entry_is_covered(shared):
+def test_every_recorded_entry_is_covered():
     assert set(OTHERS) == set(PAIRED) | OWN_TEST
