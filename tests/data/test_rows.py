@@ -5,20 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpojax.data.packing import (
-    Bucket,
-    Buckets,
-    Costs,
-    Shape,
-    Size,
-    best_fill,
-    bucket_of,
-    first_fit,
-    level,
-    pack,
-    plan,
-    size_of,
-)
+from dpojax.data.filling import Size, best_fill, first_fit, level
+from dpojax.data.packing import Bucket, Buckets, Costs, Shape, bucket_of, pack, plan, size_of
 from dpojax.data.records import DataError
 from dpojax.data.rows import buckets_of, collate, needs_of, utilisation
 from dpojax.data.tokenise import Example
