@@ -1,15 +1,20 @@
-"""A quick implicit check for wrong labels: what words alone say about every pair.
+"""A quick check for wrong labels: a classifier of words, cross-validated on the pairs.
 
-A logistic regression P(chosen beats rejected) = sigmoid(w . x), where x [words] is which words
-stand in the chosen response less which stand in the rejected one, is fitted five times, each time
-without a fifth of the prompts, and asked about the pairs of that fifth.
+The classifier is a logistic regression, P(chosen beats rejected) = sigmoid(w . x). x [words] is 1
+for a word that only the chosen response has, and -1 for a word that only the rejected one has. The
+prompts are divided into five folds. The pairs of each fold are predicted by weights that were
+fitted to the other four.
 
-What it is not: a rate of wrong labels. It knows words, and neither their order nor the prompt, so
-it misses most wrong labels and flags right ones that break a habit of the data. It means something
-where its held-out accuracy is high. Measured with 5 % of the labels swapped on purpose, flags being
-chances below 10 %: of 1,094 polite against rude answers (accuracy 90 %) it flagged 15, all of them
-swapped, of 50; of 3,989 pairs of HH helpful (accuracy 62 %) it flagged 211, of them 27 swapped, of
-210. No randomness: the same data always give the same answer.
+The result is not a rate of wrong labels. The classifier sees neither the order of words nor the
+prompt, so it misses most wrong labels, and it flags right ones that break a habit of the data. It
+means something only if its held-out accuracy is high. Measured with 5 % of the labels swapped on
+purpose, a pair being flagged below a chance of 10 %:
+
+* 1,094 pairs of polite and rude answers (accuracy 90 %): 15 flagged, all of them among the 50
+  swapped ones.
+* 3,989 pairs of HH helpful (accuracy 62 %): 211 flagged, 27 of them among the 210 swapped ones.
+
+There is no randomness: the same data always give the same answer.
 """
 
 from __future__ import annotations
@@ -23,10 +28,11 @@ import scipy.optimize
 import scipy.sparse
 import scipy.special
 
-MOST_PAIRS = 20_000  # callers with more thin them out; at this size it takes about a minute
+MOST_PAIRS = 20_000  # takes about a minute; callers take a part of a larger data set
 FEWEST_PAIRS, FOLDS = 50, 5
-VOCABULARY, RAREST = 20_000, 3  # words, and in how many pairs a word has to make a difference
-PENALTY = 3.0
+VOCABULARY = 20_000  # words
+RAREST = 3  # a word is left out if it makes a difference in fewer pairs
+PENALTY = 3.0  # of |w|^2 / 2
 
 Pair = tuple[str, str, str]  # prompt, chosen, rejected
 
@@ -36,13 +42,17 @@ def held_out_chances(pairs: Sequence[Pair]) -> np.ndarray:
     x, folds = _word_differences(pairs), _folds(pairs)
     chance = np.empty(len(pairs))
     for fold in np.unique(folds):
-        held = folds == fold
-        chance[held] = scipy.special.expit(x[held] @ fit(x[~held]))
+        held_out = folds == fold
+        chance[held_out] = scipy.special.expit(x[held_out] @ fit(x[~held_out]))
     return chance
 
 
 def fit(x: scipy.sparse.csr_array) -> np.ndarray:
-    """The w [words] that minimises -sum log sigmoid(x w) + PENALTY / 2 |w|^2; x [pairs, words]."""
+    """Fits the weights w [words] that minimise -sum log sigmoid(x w) + PENALTY / 2 |w|^2.
+
+    Args:
+      x: [pairs, words].
+    """
 
     def loss_and_gradient(w: np.ndarray) -> tuple[float, np.ndarray]:
         margin = x @ w
@@ -54,7 +64,7 @@ def fit(x: scipy.sparse.csr_array) -> np.ndarray:
 
 
 def _folds(pairs: Sequence[Pair]) -> np.ndarray:
-    """The fold of each pair; pairs of one prompt share it, unless there are too few prompts."""
+    """The fold of each pair [pairs]. Pairs of one prompt share it, unless prompts are too few."""
     prompts: dict[str, int] = {}
     numbers = np.array([prompts.setdefault(prompt, len(prompts)) for prompt, _, _ in pairs])
     return (numbers if len(prompts) >= FEWEST_PAIRS else np.arange(len(pairs))) % FOLDS

@@ -1,4 +1,4 @@
-"""Batches in a deterministic order whose position can be saved: Grain over packed rows."""
+"""Batches of packed rows by Grain, in a deterministic order whose position can be saved."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dpojax.data.packing import Shape
 from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example
 
-Attach = Callable[[Rows], Rows]
+Attach = Callable[[Rows], Rows]  # adds the cached reference log-probs to a batch
 
 
 def steps_in(examples: int, *, batch_size: int, epochs: int) -> int:
-    """Optimiser steps of so many epochs; the last batch may be smaller, nothing is dropped."""
+    """Number of optimiser steps in `epochs` epochs; the last batch may be smaller."""
     return math.ceil(examples * epochs / batch_size)
 
 
 def order(examples: int, *, batch_size: int, steps: int, seed: int) -> grain.MapDataset:
-    """Indices of the examples of each optimiser step: [at most batch_size] int, `steps` of them.
+    """The examples of each optimiser step: `steps` arrays of indices, [at most batch_size] int.
 
-    Shuffled anew in every epoch; (seed, step) gives the batch, whatever the number of devices.
+    Every epoch is shuffled differently. (seed, step) decides the batch, on any number of devices.
     """
     epochs = math.ceil(steps * batch_size / examples)
     indices = grain.MapDataset.range(examples).shuffle(seed=seed % 2**32).repeat(epochs)
@@ -38,9 +38,9 @@ def train_batches(
     score_prompt: bool = False,
     attach: Attach | None = None,
 ) -> grain.DatasetIterator:
-    """An iterator of `Rows` (NumPy) in `order`, prepared ahead in a thread; its state is saveable.
+    """Iterates over `Rows` (NumPy) in `order`.
 
-    `attach` adds the cached reference log-probs to a batch.
+    Batches are prepared ahead in a thread. The position of the iterator can be saved.
     """
 
     def batch(indices: np.ndarray) -> Rows:
@@ -59,12 +59,12 @@ def fixed_batches(
     score_prompt: bool = False,
     attach: Attach | None = None,
 ) -> Iterator[Rows]:
-    """The given batches as `Rows`; what a smaller last one lacks is padding of weight zero."""
+    """Iterates over `batches` of indices as `Rows`; a smaller last batch has more padding."""
     for indices in batches:
         rows = collate(examples, indices, shape, score_prompt=score_prompt)
         yield rows if attach is None else attach(rows)
 
 
 def in_order(indices: range, batch_size: int) -> list[range]:
-    """`indices` cut into batches of at most `batch_size`: every example once."""
+    """Splits `indices` into batches of at most `batch_size`."""
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]

@@ -1,9 +1,9 @@
 """Rows: examples of one prompt and its K responses, packed into arrays of fixed shape.
 
-A row of tokens is `[prompt | y1 | y2 | ... | yK]`, several such examples one after another. The
-prompt is computed once for all its responses, and nothing is padded per pair. A token attends to
-what stands before it in its own segment on the prompt or on its own branch; the positions of every
-branch go on from the prompt's end.
+An example is a *segment* of a row, `[prompt | y1 | y2 | ... | yK]`. A row holds several segments,
+one after another. The prompt is computed once for all its responses, and nothing is padded per
+pair. Each response is a *branch*: its positions go on from the prompt's end, and its tokens attend
+to the prompt and to earlier tokens of the same branch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dpojax.data.tokenise import Example
 
 
 class Rows(NamedTuple):
-    """One batch. Every array may have leading dimensions (micro-batches) before [R, ...].
+    """One batch of R rows with T columns, S scored tokens, E examples and K responses of each.
 
-    A scored token is predicted at column `source`; its log-prob counts for the response slot
-    `response` = (example in the row) * K + (index of the response), best response first.
+    Every array may have leading dimensions (micro-batches) before [R, ...]. A scored token is a
+    token whose log-prob the loss reads. It is predicted from column `source` and belongs to the
+    response slot `response` = (example in the row) * K + (index of the response, best first).
     """
 
     tokens: np.ndarray  # [R, T] int32
@@ -35,12 +36,13 @@ class Rows(NamedTuple):
     response: np.ndarray  # [R, S] int32, its response slot in [0, E * K); -1 is padding
     present: np.ndarray  # [R, E, K] bool, which responses exist
     example: np.ndarray  # [R, E] int32, index into the data set; -1 is none
-    rank: np.ndarray  # [R, E, K] int32, how many are better; -1 if to another prompt; padding is 0
-    scores: np.ndarray  # [R, E, K] float32, the data's own; 0 where unknown, and at padding
+    # [R, E, K] int32, how many responses are better; -1: answers another prompt; 0 at padding
+    rank: np.ndarray
+    scores: np.ndarray  # [R, E, K] float32, from the data; 0 where unknown, and at padding
     desirable: np.ndarray  # [R, E] bool, false if labelled undesirable, and at padding
     reference: np.ndarray | None = None  # [R, S] float32, the reference's log-probs in nats
     category: np.ndarray | None = None  # [R, E] int32, the class of a text; 0 at padding
-    buckets: Buckets = Buckets()  # static: the sizes at which its micro-batches may be computed
+    buckets: Buckets = Buckets()  # static: the sizes in which its micro-batches are computed
 
 
 def collate(
@@ -50,10 +52,10 @@ def collate(
     *,
     score_prompt: bool = False,
 ) -> Rows:
-    """The examples at `indices` as one batch of `shape`, arrays [M, R, ...]; the rest is padding.
+    """Packs the examples at `indices` into one batch of `shape`, arrays [M, R, ...].
 
     Raises:
-      ValueError: they do not fit (the shape was planned for other batches).
+      ValueError: they do not fit, since the shape was planned for other batches.
     """
     sizes = [size_of(examples[i], score_prompt=score_prompt) for i in indices]
     packed = pack(sizes, shape)
@@ -63,59 +65,67 @@ def collate(
             f"{len(packed)} micro-batches of at most {most} examples a row do not fit {shape}; "
             "plan the shape with these batches"
         )
-    rows = empty(shape)
-    places = [(m, r) for m, part in enumerate(packed) for r in range(len(part))]
-    for place in places:
-        members = packed[place[0]][place[1]]
-        row = jax.tree.map(lambda x, place=place: x[place], rows)
-        column = score = 0
-        for e, member in enumerate(members):
-            example = examples[indices[member]]
-            row.example[e] = indices[member]
-            _write(row, example, e, column, score, score_prompt)
-            _write_judgement(row, example, e)
-            column, score = column + sizes[member].tokens, score + sizes[member].scored
-    return rows
+    batch = empty(shape)
+    for m, rows in enumerate(packed):
+        for r, members in enumerate(rows):
+            row = _row(batch, m, r)
+            column = score = 0
+            for e, member in enumerate(members):
+                example = examples[indices[member]]
+                row.example[e] = indices[member]
+                _write(row, example, e, column, score, score_prompt)
+                _write_judgement(row, example, e)
+                column, score = column + sizes[member].tokens, score + sizes[member].scored
+    return batch
+
+
+def _row(batch: Rows, m: int, r: int) -> Rows:
+    """Row `r` of micro-batch `m` as views: what is written to them is written to the batch."""
+    return jax.tree.map(lambda x: x[m, r], batch)
 
 
 def empty(shape: Shape) -> Rows:
-    """A batch of padding."""
-    batch = (shape.micro_batches, shape.rows)
-    zeros = lambda *size, dtype=np.int32: np.zeros((*batch, *size), dtype)
-    slots = (shape.examples, shape.responses)
+    """A batch of padding, arrays [M, R, ...]."""
+    rows = (shape.micro_batches, shape.rows)
+    columns, scored = (*rows, shape.length), (*rows, shape.scored)
+    examples, slots = (*rows, shape.examples), (*rows, shape.examples, shape.responses)
     return Rows(
-        *(zeros(shape.length) for _ in range(4)),
-        *(zeros(shape.scored) for _ in range(2)),
-        response=zeros(shape.scored) - 1,
-        present=zeros(*slots, dtype=bool),
-        example=zeros(shape.examples) - 1,
-        rank=zeros(*slots),
-        scores=zeros(*slots, dtype=np.float32),
-        desirable=zeros(shape.examples, dtype=bool),
-        category=zeros(shape.examples),
+        tokens=np.zeros(columns, np.int32),
+        positions=np.zeros(columns, np.int32),
+        segment=np.zeros(columns, np.int32),
+        branch=np.zeros(columns, np.int32),
+        source=np.zeros(scored, np.int32),
+        target=np.zeros(scored, np.int32),
+        response=np.full(scored, -1, np.int32),
+        present=np.zeros(slots, bool),
+        example=np.full(examples, -1, np.int32),
+        rank=np.zeros(slots, np.int32),
+        scores=np.zeros(slots, np.float32),
+        desirable=np.zeros(examples, bool),
+        category=np.zeros(examples, np.int32),
         buckets=shape.buckets,
     )
 
 
 def buckets_of(rows: Rows) -> tuple[Bucket, ...]:
-    """The sizes at which micro-batches [M, R, ...] are computed; a single one is, whole."""
+    """The buckets of micro-batches [M, R, ...]; a single micro-batch is computed whole."""
     whole = (Bucket(*rows.tokens.shape[1:], rows.target.shape[-1]),)
     return rows.buckets if rows.buckets and len(rows.tokens) > 1 else whole
 
 
 def needs_of(rows: Rows) -> np.ndarray:
-    """How many rows, columns and scored tokens the micro-batches use: int [M, 3], 0 if empty.
+    """How many rows, columns and scored tokens each micro-batch uses: int [M, 3], 0 if empty.
 
-    All are filled from the front. NumPy's for NumPy rows, JAX's for JAX rows.
+    All are filled from the front. The result is a NumPy array for NumPy rows, else a JAX array.
     """
-    used, scored = rows.segment > 0, rows.response >= 0
-    found = used.any(-1).sum(-1), used.sum(-1).max(-1), scored.sum(-1).max(-1)
+    used, scored = rows.segment > 0, rows.response >= 0  # [M, R, T] and [M, R, S]
+    needs = used.any(-1).sum(-1), used.sum(-1).max(-1), scored.sum(-1).max(-1)
     numpy = np if isinstance(rows.segment, np.ndarray) else jnp
-    return numpy.stack(found, axis=-1)
+    return numpy.stack(needs, axis=-1)
 
 
 def utilisation(rows: Rows) -> float:
-    """Share of the computed columns, those of all micro-batches with any example, with a token."""
+    """Share of the computed columns that hold a token; empty micro-batches are not computed."""
     buckets, needs = buckets_of(rows), needs_of(rows)
     columns = np.array([bucket.rows * bucket.length for bucket in buckets])
     computed = columns[bucket_of(needs[needs[:, 0] > 0], buckets)].sum()
@@ -123,19 +133,28 @@ def utilisation(rows: Rows) -> float:
 
 
 def _write(row: Rows, example: Example, e: int, column: int, score: int, score_prompt: bool):
-    """One example into row arrays [T], [S], ..., from the given column and scored token on."""
+    """Writes the tokens of an example into one row.
+
+    Args:
+      row: arrays [T], [S], ...
+      example: what to write.
+      e: the example's number in the row, from 0.
+      column, score: its first column, and its first place among the row's scored tokens.
+      score_prompt: whether prompt tokens are scored as well.
+    """
     prompt_end = column + len(example.prompt) - 1
     slots = row.present.shape[-1]
-    for k, piece in enumerate((example.prompt, *example.responses)):
+    for k, piece in enumerate((example.prompt, *example.responses)):  # k is the branch
         at = slice(column, column + len(piece))
         row.tokens[at], row.segment[at], row.branch[at] = piece, e + 1, k
         row.positions[at] = np.arange(len(piece)) + (len(example.prompt) if k else 0)
-        source = np.arange(column - 1, at.stop - 1)
+        source = np.arange(column - 1, at.stop - 1)  # a token is predicted from the one before it
         if k:
-            source[0] = prompt_end
+            source[0] = prompt_end  # a response's first token is predicted from the prompt's last
             row.present[e, k - 1] = True
-        else:  # nothing predicts the prompt's first token
-            piece, source = (piece[1:], source[1:]) if score_prompt else (piece[:0], source[:0])
+        else:
+            first = 1 if score_prompt else len(piece)  # nothing predicts the prompt's first token
+            piece, source = piece[first:], source[first:]
         scored = slice(score, score + len(piece))
         row.source[scored], row.target[scored] = source, piece
         row.response[scored] = e * slots + max(k - 1, 0)
@@ -143,7 +162,7 @@ def _write(row: Rows, example: Example, e: int, column: int, score: int, score_p
 
 
 def _write_judgement(row: Rows, example: Example, e: int):
-    """What the data say of one example's responses, into row arrays [E, K] and [E]."""
+    """Writes rank, scores, label and category of an example into one row's [E, K] and [E]."""
     count = len(example.responses)
     row.rank[e, :count] = range(count) if example.rank is None else example.rank
     row.scores[e, :count] = 0.0 if example.scores is None else example.scores

@@ -1,4 +1,4 @@
-"""Labelled single responses, and the unrelated responses that KTO's KL is estimated from."""
+"""Unpaired data: labelled single responses, and the mismatched responses for KTO's KL estimate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from dpojax.data.tokenise import Example
 
 
 def split(record: Record) -> list[Record]:
-    """A record as labelled single responses.
+    """Splits a record into labelled single responses.
 
-    Of two or more responses the first becomes a desirable record, "ID:chosen", and the last an
-    undesirable one, "ID:rejected"; those between them are left out. None if all are tied. One
-    response stays as it is where it has a label, and gives none where it has not.
+    The first of two or more responses becomes a desirable record, "ID:chosen", and the last an
+    undesirable one, "ID:rejected". Responses between them are left out. The result is empty if all
+    responses are tied, or if a single response has no label. A single labelled response stays as
+    it is.
     """
     if len(record.responses) == 1:
         return [record] if record.label is not None else []
@@ -37,17 +38,18 @@ def split(record: Record) -> list[Record]:
 
 
 def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Every example with an unrelated response as its second: KTO's KL is estimated from these.
+    """Gives every example a mismatched response as its second, for KTO's KL estimate.
 
-    The unrelated response is the first one of the next example that has another prompt, cyclically
-    in a fixed random order: desirable and undesirable responses come in their shares (Ethayarajh et
-    al. 2024 take the next one of a shuffled batch). Batches do not change it, so a cached reference
-    covers it. It loses its end beyond `max_length` minus the prompt's length, but keeps a token.
-    Its rank is -1, which no answer to the prompt has.
+    A mismatched response answers another prompt: it is that of the next example with another prompt
+    in a fixed random order, cyclically. So desirable and undesirable responses keep their shares.
+    Ethayarajh et al. 2024 take the next response of a shuffled batch instead; here the pairing does
+    not depend on the batches, so a cached reference covers it. The response is truncated where it
+    would exceed `max_length`, but keeps one token. Its rank is -1, which no answer to the prompt
+    has.
 
     Args:
       examples: of one response each.
-      max_length: most tokens of a prompt with a response.
+      max_length: most tokens of a prompt with its mismatched response.
 
     Raises:
       DataError: all examples have the same prompt.
@@ -58,12 +60,12 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
     mismatched = []
     for index, example in enumerate(examples):
         partner = partners[index]
-        whole = examples[partner].responses[0]
-        kept = whole[: max(1, max_length - len(example.prompt))]
+        response = examples[partner].responses[0]
+        truncated = response[: max(1, max_length - len(example.prompt))]
         mismatched.append(
             example._replace(
-                responses=(*example.responses, kept),
-                cut=(*example.cut, examples[partner].cut[0] or len(kept) < len(whole)),
+                responses=(*example.responses, truncated),
+                cut=(*example.cut, examples[partner].cut[0] or len(truncated) < len(response)),
                 scores=None if example.scores is None else (*example.scores, 0.0),
                 rank=(0, -1),
             )
@@ -72,7 +74,7 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
 
 
 def _next_of_another_prompt(prompts: Sequence[bytes]) -> list[int]:
-    """For each place the next one, cyclically, with another prompt; one pass from the end."""
+    """For each place, the next place (cyclically) with another prompt; in one pass from the end."""
     count = len(prompts)
     changes = (i for i in range(count) if prompts[i] != prompts[(i + 1) % count])
     last = next(changes, None)
@@ -81,9 +83,9 @@ def _next_of_another_prompt(prompts: Sequence[bytes]) -> list[int]:
             f"{count} examples with the same prompt: a response to another prompt is needed (KTO's "
             "KL is estimated from mismatched responses); give records with other prompts"
         )
-    found = [0] * count
+    others = [0] * count
     for i in range(last, last - count, -1):
         after = (i + 1) % count
         differs = prompts[i % count] != prompts[after]
-        found[i % count] = after if differs else found[after]
-    return found
+        others[i % count] = after if differs else others[after]
+    return others

@@ -1,4 +1,4 @@
-"""A tokenizer made from texts: byte-level BPE, which loses nothing and needs no unknown token."""
+"""Trains a tokenizer on texts: byte-level BPE, which can encode any text without unknown tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"  # 0, 1, 2
-SMALLEST = 3 + 256  # these and every byte
+SMALLEST = 3 + 256  # the special tokens and every byte
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `size` ids, as GPT-2's (Sennrich et al. 2016; Radford et al. 2019).
+    """Trains a byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019, GPT-2).
 
     It puts BOS before a text. The same texts give the same tokenizer.
+
+    Args:
+      texts: what to train on.
+      size: most token ids, the special tokens included.
 
     Raises:
       ValueError: `size` is below SMALLEST.
