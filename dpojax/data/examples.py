@@ -1,7 +1,7 @@
-"""Tokenised examples in Arrow arrays: in memory, or mapped from the file that they were kept in.
+"""Tokenised examples in Arrow arrays, in memory or mapped from a file.
 
-The file is an Arrow file with the SHA-256 of its bytes behind it. What is read back is not copied:
-token ids are slices of the mapped file, which the operating system loads and drops as it likes.
+The file is an Arrow file, followed by the SHA-256 of its bytes. Reading it copies nothing: token
+ids are slices of the mapped file, whose pages the operating system loads and drops as needed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import pyarrow as pa
 from dpojax.data.records import DataError
 from dpojax.data.tokenise import Example
 
-# One column for each field of an Example; what is None there is null here.
+# One column for each field of an Example. None is stored as null.
 SCHEMA = pa.schema(
     {
         "id": pa.large_string(),
         "prompt": pa.large_list(pa.int32()),
         "responses": pa.large_list(pa.large_list(pa.int32())),
-        "cut": pa.large_list(pa.uint8()),  # NumPy could not view single bits
+        "cut": pa.large_list(pa.uint8()),  # Arrow packs bools into bits, which NumPy cannot view
         "label": pa.bool_(),
         "scores": pa.large_list(pa.float64()),
         "rank": pa.large_list(pa.int32()),
@@ -38,9 +38,9 @@ ABOUT = b"about"
 
 
 class Ragged(NamedTuple):
-    """Arrays of different lengths, one behind another: the i-th is values[starts[i]:starts[i + 1]].
+    """Arrays of different lengths in one: the i-th is values[starts[i] : starts[i + 1]].
 
-    A null is empty.
+    A null is an empty array.
     """
 
     starts: np.ndarray
@@ -55,9 +55,9 @@ class Ragged(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """Examples of which only the arrays are kept; an `Example` is made when it is asked for.
+    """A sequence of examples, stored as Arrow arrays; indexing makes an `Example`.
 
-    Its arrays are views, and not to be written to. A slice is a list.
+    The arrays of an `Example` are read-only views. A slice is a list.
     """
 
     def __init__(self, batch: pa.RecordBatch):

@@ -1,14 +1,15 @@
 """A grammar of short film reviews: a hidden Markov model over words, given a latent sentiment.
 
-A review opens, makes a few statements, ends with a verdict and perhaps a mark out of ten. Each
-statement has a polarity of its own, which agrees with the sentiment of the review more or less
-often (`STATEMENTS`), and says it plainly ("the plot was gripping") or by denying the contrary
-("the plot hardly dragged"). So a good review holds complaints, and a word settles nothing before
-its clause is read. Connectives follow the polarities: "and" joins like to like, "but" the rest.
+A review has an opening, a few statements, a verdict and perhaps a mark out of ten. Each statement
+has its own polarity. How often it agrees with the sentiment of the review depends on the kind of
+statement (`STATEMENTS`). A statement is plain ("the plot was gripping") or denies the opposite
+("the plot hardly dragged"). So a good review may contain complaints, and no word is decisive before
+its clause is complete. Connectives follow the polarities: "and" joins two equal ones, "but" two
+different ones.
 
-The tables below are rules `state: (words, next states)`, both as "item:weight" lists with weight 1
-where none is written. A state without words is a choice, resolved while the matrices are built.
-A trailing + or - in a state's name is the polarity of the statement that it is part of.
+The tables below are rules `state: (words, next states)`. Both are lists of "item:weight"; a weight
+that is not written is 1. A state without words is a choice of next states; it is resolved while the
+matrices are built. A trailing + or - in a state's name is the polarity of its statement.
 """
 
 import dataclasses
@@ -29,9 +30,9 @@ STATEMENTS = {
 }
 VERDICT_AGREES, MARK_AGREES = 0.80, 0.86
 
-# Share of every distribution that is given away, so that no string of words is impossible and any
-# place may be the end: over words evenly, over next states half evenly and half to "anew", which
-# lets a sentence out of its place still say what it says.
+# Every distribution is mixed with this share of another one, so that no string of words is
+# impossible and a text may end anywhere. The other distribution of words is uniform. That of next
+# states is half uniform and half the state "anew", so that a misplaced sentence keeps its meaning.
 LEAK = 3e-4
 
 ASPECTS = """acting:3 plot:3 script:2 dialogue:2 music:2 soundtrack photography
@@ -48,7 +49,7 @@ ACTORS = "keane laurent marlowe okafor novak reyes tanaka bell moreau castillo p
 PLACES = "paris:2 london:2 tokyo berlin rome texas brooklyn moscow prague dublin"
 COMPANY = "sister brother wife husband friends:2 kids mother father neighbors class"
 
-# Words by polarity. Mild words are used for the other polarity too, at a third of their weight.
+# Words by polarity. Mild words are also used for the other polarity, at a third of their weight.
 ADJECTIVES = {
     "+": """good:4 great:4 superb:2 wonderful:2 brilliant:2 excellent:2 gripping moving charming
     convincing:2 memorable clever:2 touching delightful beautiful stunning powerful witty perfect
@@ -98,13 +99,14 @@ Rules = dict[str, tuple[str | Weights, str | Weights]]
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """The hidden Markov model. State 0 is the boundary: left to begin, entered to end.
+    """The hidden Markov model. State 0 is the boundary: a text starts from it and ends in it.
 
-    words: V words; column V of `emission` is the unknown word, equally likely in every state.
-    states: S names, for reading.
-    transition: [2, S, S] P(next state | state, sentiment), with sentiment 0 negative, 1 positive.
-    emission: [S, V + 1] P(word | state); the boundary's row is zero, as it has no word.
-    leak: [2, S] what every row of `transition` has in common; all but it is sparse.
+    Attributes:
+      words: V words; column V of `emission` is the unknown word, equally likely in every state.
+      states: S names, for readers.
+      transition: [2, S, S] P(next state | state, sentiment); sentiment 0 is negative, 1 positive.
+      emission: [S, V + 1] P(word | state); the boundary's row is zero, as it has no word.
+      leak: [2, S], the part that all rows of `transition` share; the rest is sparse.
     """
 
     words: tuple[str, ...]
@@ -121,10 +123,13 @@ def grammar() -> Grammar:
 
 
 def build(negative: Rules, positive: Rules, *, leak: float = LEAK) -> Grammar:
-    """Matrices of two rule tables (one per sentiment) with the same states and words.
+    """Builds the matrices from two tables of rules, one for each sentiment.
 
-    Both need the choices "begin" and "anew"; the target "end" ends the text. Raises ValueError
-    where the two tables differ in their states or words, KeyError for a next state without a rule.
+    Both tables need the choices "begin" and "anew". The next state "end" ends the text.
+
+    Raises:
+      ValueError: the tables differ in their states or words.
+      KeyError: a next state has no rule.
     """
     emissions = {name: _weights(words) for name, (words, _) in negative.items() if words}
     if emissions != {name: _weights(words) for name, (words, _) in positive.items() if words}:
@@ -149,7 +154,7 @@ def build(negative: Rules, positive: Rules, *, leak: float = LEAK) -> Grammar:
 
 
 def _transition(rules: Rules, states: tuple[str, ...]) -> np.ndarray:
-    """[S + 1, S] next states' probabilities without the leak; the last row is of "anew"."""
+    """P(next state | state) without the leak, [S + 1, S]; the last row belongs to "anew"."""
     index = {"end": 0} | {name: i for i, name in enumerate(states) if i}
 
     @functools.cache
@@ -167,7 +172,7 @@ def _transition(rules: Rules, states: tuple[str, ...]) -> np.ndarray:
 
 
 def _weights(listed: str | Weights) -> Weights:
-    """{"a": 2.0, "b": 1.0} of "a:2 b"."""
+    """Parses "a:2 b" to {"a": 2.0, "b": 1.0}."""
     if isinstance(listed, dict):
         return listed
     pairs = (item.partition(":") for item in listed.split())
@@ -175,9 +180,11 @@ def _weights(listed: str | Weights) -> Weights:
 
 
 def _graded(polarity: str, clear: dict[str, str], mild: dict[str, str]) -> Weights:
-    """Clear words of one polarity, with the mild words of both."""
-    own = _weights(clear[polarity]) | {w: 1.5 * x for w, x in _weights(mild[polarity]).items()}
-    return own | {w: 0.5 * x for w, x in _weights(mild[OTHER[polarity]]).items()}
+    """The clear words of one polarity, and the mild words of both; see `MILD_ADJECTIVES`."""
+    words = _weights(clear[polarity])
+    words |= {word: 1.5 * weight for word, weight in _weights(mild[polarity]).items()}
+    words |= {word: 0.5 * weight for word, weight in _weights(mild[OTHER[polarity]]).items()}
+    return words
 
 
 def review_rules(sentiment: str) -> Rules:
@@ -205,7 +212,7 @@ def review_rules(sentiment: str) -> Rules:
 
 
 def opening_rules() -> Rules:
-    """What says nothing of the sentiment: how the film was seen, what it is about, punctuation."""
+    """Rules without sentiment: how the film was seen, what it is about, punctuation."""
     return {
         "begin": ("", "i_saw:42 this_is:30 actor_stars:22 statement:6"),
         "anew": ("", "begin:2 statement:5 verdict:3"),
@@ -245,7 +252,7 @@ def opening_rules() -> Rules:
 
 
 def aspect_rules(p: str) -> Rules:
-    """Statements of polarity p on an aspect, "the plot was not very good"; the connectives."""
+    """Statements of polarity p about an aspect, "the plot was not very good"; the connectives."""
     n = OTHER[p]
     adjectives = {q: _graded(q, ADJECTIVES, MILD_ADJECTIVES) for q in "+-"}
     verbs = {q: _graded(q, VERBS, MILD_VERBS) for q in "+-"}
@@ -302,7 +309,7 @@ def feeling_rules(p: str) -> Rules:
 
 
 def other_statement_rules(p: str) -> Rules:
-    """Statements of polarity p on an actor, on a quality of the film, on the audience."""
+    """Statements of polarity p about an actor, a quality of the film, or the audience."""
     n = OTHER[p]
     return {
         f"actor{p}": (ACTORS, f"played{p}:3 was{p}:2 was_denied{p}"),

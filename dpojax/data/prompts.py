@@ -1,4 +1,4 @@
-"""Prompts to draw responses to, by the name that a config or a command line gives them."""
+"""Reads the prompts to sample responses for, from a source that a config or command names."""
 
 from __future__ import annotations
 
@@ -18,33 +18,39 @@ PREFIXES = "prefixes:"
 def read_prompts(
     source: str, *, split: str, limit: int, seed: int, tokenizer: Any = None
 ) -> list[str]:
-    """The first `limit` prompts (0: all) of a source, in order.
+    """Reads the first prompts of a source, in order.
 
     Args:
-      source: "reviews", the embedded task, which needs a limit; a .txt with a prompt in every line
-        that is not empty; what `sources.read` takes, with a field `prompt`; or "prefixes:SOURCE"
-        (or "prefixes:SOURCE@SPLIT"), the beginnings of the texts in its field `text`.
-      split, seed: of the embedded task and of prefixes: "train", or "eval", which are held out.
-      tokenizer: counts the tokens of prefixes; nothing else needs it.
+      source: one of
+
+        * "reviews": the embedded task; `limit` may not be 0;
+        * a .txt file with a prompt in each line that is not empty;
+        * "prefixes:SOURCE" or "prefixes:SOURCE@SPLIT": the first tokens of the texts in the field
+          `text`, see `prefixes.prefixes`; SOURCE is what `sources.read` takes;
+        * what `sources.read` takes, with the prompt in the field `prompt`.
+      split: "train" or "eval" (held out), for the embedded task and prefixes.
+      limit: most prompts; 0 is all.
+      seed: for the embedded task and prefixes.
+      tokenizer: for prefixes.
 
     Raises:
-      DataError: no prompt, or a record whose prompt is not text; it names the record.
+      DataError: no prompt, or a record whose prompt is not text; the message names it.
     """
     if source == EMBEDDED:
         return reviews.prompts(split, limit, seed)
     if source.startswith(PREFIXES):
         texts = _texts(source.removeprefix(PREFIXES))
-        found = prefixes(texts, tokenizer, held_out=split == "eval", limit=limit, seed=seed)
+        prompts = prefixes(texts, tokenizer, held_out=split == "eval", limit=limit, seed=seed)
     elif source.endswith(".txt"):
         path = pathlib.Path(source)
         if not path.is_file():
             raise DataError(f"{path.absolute()}: no such file")
-        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        found = list(itertools.islice(_field("prompt", source, None), limit or None))
-    if not found:
+        prompts = list(itertools.islice(_field("prompt", source, None), limit or None))
+    if not prompts:
         raise DataError(f"{source}: holds no prompt")
-    return found[: limit or None]
+    return prompts[: limit or None]
 
 
 def _texts(source: str) -> Iterator[str]:

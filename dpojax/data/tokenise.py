@@ -1,8 +1,9 @@
-"""Token ids from records: one prompt, K responses, and a stated policy for everything odd.
+"""Token ids from records: one prompt and K responses, with explicit rules for odd records.
 
-Guaranteed of every `Example`: the prompt's ids are the same for all its responses; BOS stands once
-where the tokenizer itself puts one, and nowhere else; a response that was not cut ends with EOS,
-once. What is scored follows from lengths; no token id ever decides a mask.
+Every `Example` has these properties. All its responses share the same prompt ids. BOS stands once
+where the tokenizer itself puts one, and nowhere else. A response that was not cut ends with exactly
+one EOS, unless `append_eos` is off. Which tokens are scored follows from the lengths: no token id
+ever decides a mask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dpojax.data.report import Report
 
 Ids = list[int]
 
-CHUNK = 2048  # records per call of the tokenizer: bounds memory, and is long enough for its threads
+CHUNK = 2048  # records per call of the tokenizer: bounds memory, and keeps its threads busy
 
 
 class Example(NamedTuple):
@@ -30,12 +31,12 @@ class Example(NamedTuple):
       id: the record's id.
       prompt: int32 [P], P >= 1.
       responses: K arrays int32 [T_k], T_k >= 1, best first.
-      cut: for each response, whether truncation took its end (and so its EOS).
+      cut: for each response, whether truncation removed its end (and so its EOS).
       label: for unpaired data, whether the response is desirable.
-      scores: what the data say that each response is worth, or None.
+      scores: the score of each response in the data, or None.
       rank: for each response the number of responses that are better; None where every response is
         worse than the one before it.
-      category: of a classified text, the place of its class among all; `tokenise` leaves it out.
+      category: index of a classified text's class; `tokenise` leaves it None.
     """
 
     id: str
@@ -50,19 +51,21 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeConfig:
-    """What the user decides about length and about odd records.
+    """Length limits, and what to do with odd records.
 
     Attributes:
-      max_length: most tokens of a prompt and any one of its responses, BOS and EOS included.
-      max_prompt_length: most tokens of a prompt, or None. Under both cutting policies a longer
-        prompt loses its start; under `drop` and `error` it is treated as they say.
-      truncation: what to do with a record over `max_length`: drop it, cut the prompt's start (BOS
-        stays; at least one more token must), cut the end of the responses that are too long
-        (they lose EOS and are marked in `Example.cut`), or raise.
+      max_length: most tokens of a prompt with any one of its responses, BOS and EOS included.
+      max_prompt_length: most tokens of a prompt, or None for no limit of its own. Both cutting
+        kinds of `truncation` shorten a longer prompt at its start; `drop` and `error` drop the
+        record or raise.
+      truncation: what to do with a record over `max_length`. `drop` drops it. `cut_prompt_start`
+        cuts the prompt's start; BOS and at least one more token have to remain.
+        `cut_response_end` cuts the end of the responses that are too long; they lose EOS and are
+        marked in `Example.cut`. `error` raises.
       append_eos: end every response with the tokenizer's EOS.
-      identical: records with two equal responses (their margin is always 0).
-      empty: records with a response without text (white space is no text).
-      prompts_differ: pairs whose dialogues have different prompts.
+      identical: what to do with records with two equal responses (their margin is always 0).
+      empty: what to do with records with a response without text (white space is no text).
+      prompts_differ: what to do with pairs whose dialogues have different prompts.
 
     Raises:
       ValueError: for a choice that does not exist or a length that leaves no room.
@@ -99,31 +102,35 @@ class _Drop(Exception):
 
 
 def tokenise(
-    records: Sequence[Record], tokenizer: Any, policy: TokenizeConfig, report: Report | None = None
+    records: Sequence[Record], tokenizer: Any, config: TokenizeConfig, report: Report | None = None
 ) -> tuple[list[Example], Report]:
-    """Examples of all usable records, in order, and the report on all of them.
+    """Tokenises records.
 
-    The prompt is encoded once. A response's ids are those that follow the prompt's ids when both
-    are encoded as one text, so that no space is invented between them; where a token would span
-    the boundary, the response is encoded alone and the record counted (`boundary_merge`).
+    The prompt is encoded once. Prompt and response are also encoded as one text, so that the
+    tokenizer invents no space between them; the response's ids are those after the prompt's. If a
+    token spans the boundary, the response is encoded alone, and the record is counted as
+    `boundary_merge`.
 
     Args:
       records: from `sources.load_records`; a record of messages needs a chat template.
       tokenizer: a `transformers` tokenizer; it is not changed.
-      policy: what to do with odd and long records.
-      report: the one that `load_records` began; None begins a new one.
+      config: limits, and what to do with odd records.
+      report: the report that `load_records` began; None begins a new one.
+
+    Returns:
+      Examples of all usable records, in order, and the report on all records.
 
     Raises:
-      DataError: a missing EOS or chat template, a template that fails, an odd record where the
-        policy says `error`, or every record dropped (with the table of causes).
+      DataError: a missing EOS or chat template, a template that fails, an odd record where
+        `config` says `error`, or every record dropped (with the table of causes).
     """
     if report is None:
         report = Report()
         report.read = len(records)
-    if policy.prompts_differ == "error" and report.number("dropped", "prompts_differ"):
+    if config.prompts_differ == "error" and report.number("dropped", "prompts_differ"):
         first = report.tallies["dropped"]["prompts_differ"].examples[0]
         raise DataError(f"{first}: chosen and rejected have different prompts (prompts_differ)")
-    encoder = _Encoder(tokenizer, policy, report)
+    encoder = _Encoder(tokenizer, config, report)
     examples = []
     for start in range(0, len(records), CHUNK):
         examples += encoder.examples(records[start : start + CHUNK])
@@ -133,15 +140,15 @@ def tokenise(
 
 
 class _Encoder:
-    """One tokenizer, policy and report at work."""
+    """Encodes records with one tokenizer and config, and counts into one report."""
 
-    def __init__(self, tokenizer: Any, policy: TokenizeConfig, report: Report) -> None:
-        self.tokenizer, self.policy, self.report = tokenizer, policy, report
+    def __init__(self, tokenizer: Any, config: TokenizeConfig, report: Report) -> None:
+        self.tokenizer, self.config, self.report = tokenizer, config, report
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if policy.append_eos and self.eos is None:
+        if config.append_eos and self.eos is None:
             raise DataError(
                 "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or "
-                "append_eos=False in the policy"
+                "append_eos=False in TokenizeConfig"
             )
         self.start = start_tokens(tokenizer)
         self.invents_space = self._encode(["a"])[0] != self._encode(["\na"])[0][-1:]
@@ -170,20 +177,20 @@ class _Encoder:
     def _encode(self, texts: list[str]) -> list[Ids]:
         if not texts:
             return []
-        # verbose=False: no warning about the model's length, which the policy looks after.
+        # verbose=False: no warning about the model's length, which TokenizeConfig limits.
         return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
 
     def _texts(self, record: Record) -> tuple[str, tuple[str, ...]]:
         """The prompt and its responses as text, chat template applied; raises _Drop."""
-        written = [record.prompt, *record.responses]
+        contents = [record.prompt, *record.responses]
         if not isinstance(record.prompt, str):
-            written = [message["content"] for part in written for message in part]
-        if self.special and any(self.special.search(text) for text in written):
+            contents = [message["content"] for messages in contents for message in messages]
+        if self.special and any(self.special.search(text) for text in contents):
             self.report.count("noted", "special_in_text", record.id)
-        if any(not _words(response) for response in record.responses):
-            self._apply(self.policy.empty, "empty", record)
+        if any(not _has_text(response) for response in record.responses):
+            self._apply(self.config.empty, "empty", record)
         if isinstance(record.prompt, str):
             return record.prompt, record.responses
         prompt = self._render(record, record.prompt, generate=True)
@@ -212,7 +219,7 @@ class _Encoder:
             raise DataError(f"{record.id}: the chat template refuses this: {error}") from error
 
     def _prompt(self, ids: Ids) -> Ids:
-        """The prompt with its start tokens, which a text or a template may have brought along."""
+        """The prompt with its start tokens once: a text or a template may contain them already."""
         if ids[: len(self.start)] != self.start:
             ids = self.start + ids
         if not ids:
@@ -233,14 +240,14 @@ class _Encoder:
             self._alone(text) if apart else whole[len(prompt) :]
             for text, whole, apart in zip(texts, wholes, merged)
         ]
-        if self.policy.append_eos:
+        if self.config.append_eos:
             responses = [ids if ids[-1:] == [self.eos] else [*ids, self.eos] for ids in responses]
         if any(self.eos in ids[:-1] for ids in responses):
             self.report.count("noted", "eos_inside", record.id)
         return responses
 
     def _alone(self, text: str) -> Ids:
-        """Ids of a text that does not begin a document: without an invented leading space."""
+        """Ids of a text that continues another one: without an invented leading space."""
         if self.invents_space:
             newline, behind = self._encode(["\n", "\n" + text])
             if behind[: len(newline)] == newline:
@@ -248,27 +255,26 @@ class _Encoder:
         return self._encode([text])[0]
 
     def _example(self, record: Record, prompt: Ids, responses: list[Ids]) -> Example:
-        """One example within the policy's limits; raises _Drop."""
+        """One example within the limits; raises _Drop."""
         self._measure(prompt, responses)
         if _has_equal(responses):
-            self._apply(self.policy.identical, "identical", record)
-        shorter = self._cut_prompt(record, prompt, responses)
-        kept = self._cut_responses(shorter, responses)
-        cut = tuple(len(a) < len(b) for a, b in zip(kept, responses))
-        if not all(kept):
+            self._apply(self.config.identical, "identical", record)
+        cut_prompt = self._cut_prompt(record, prompt, responses)
+        cut_responses = self._cut_responses(cut_prompt, responses)
+        cut = tuple(len(a) < len(b) for a, b in zip(cut_responses, responses))
+        if not all(cut_responses):
             raise _Drop("nothing_left")
-        if any(cut) and _has_equal(kept) and not _has_equal(responses):
-            self._apply(self.policy.identical, "identical_after_cut", record)
-        if len(shorter) < len(prompt):
+        if any(cut) and _has_equal(cut_responses) and not _has_equal(responses):
+            self._apply(self.config.identical, "identical_after_cut", record)
+        if len(cut_prompt) < len(prompt):
             self.report.count("cut", "prompt_start", record.id)
         if any(cut):
             self.report.count("cut", "response_end", record.id)
-        self._count_ends(shorter, kept)
-        arrays = tuple(np.asarray(ids, np.int32) for ids in kept)
+        self._count_ends(cut_prompt, cut_responses)
         return Example(
             id=record.id,
-            prompt=np.asarray(shorter, np.int32),
-            responses=arrays,
+            prompt=np.asarray(cut_prompt, np.int32),
+            responses=tuple(np.asarray(ids, np.int32) for ids in cut_responses),
             cut=cut,
             label=record.label,
             scores=record.scores,
@@ -276,9 +282,9 @@ class _Encoder:
         )
 
     def _apply(self, choice: str, cause: str, record: Record) -> None:
-        """Drops, notes or refuses a record, as the policy chose for this cause."""
+        """Drops, notes or refuses a record: `choice` is the config's "drop", "keep" or "error"."""
         if choice == "error":
-            raise DataError(f"{record.id}: {cause} (the policy says error; see TokenizeConfig)")
+            raise DataError(f"{record.id}: {cause} (TokenizeConfig says error)")
         if choice == "drop":
             raise _Drop(cause)
         self.report.count("noted", cause, record.id)
@@ -294,21 +300,21 @@ class _Encoder:
         measured["longest"][len(prompt) + max(lengths)] += 1
 
     def _cut_prompt(self, record: Record, prompt: Ids, responses: list[Ids]) -> Ids:
-        """The prompt, without its start where the policy says so; raises _Drop."""
-        policy, longest = self.policy, max(map(len, responses))
-        limit = len(prompt) if policy.max_prompt_length is None else policy.max_prompt_length
-        if len(prompt) <= limit and len(prompt) + longest <= policy.max_length:
+        """The prompt, without its start if it is too long and has to be cut; raises _Drop."""
+        config, longest = self.config, max(map(len, responses))
+        limit = len(prompt) if config.max_prompt_length is None else config.max_prompt_length
+        if len(prompt) <= limit and len(prompt) + longest <= config.max_length:
             return prompt
-        if policy.truncation == "error":
+        if config.truncation == "error":
             raise DataError(
                 f"{record.id}: a prompt of {len(prompt)} tokens and a longest response of {longest}"
-                f" exceed max_length={policy.max_length} or "
-                f"max_prompt_length={policy.max_prompt_length} (truncation says error)"
+                f" exceed max_length={config.max_length} or "
+                f"max_prompt_length={config.max_prompt_length} (truncation says error)"
             )
-        if policy.truncation == "drop":
+        if config.truncation == "drop":
             raise _Drop("prompt_too_long" if len(prompt) > limit else "too_long")
-        if policy.truncation == "cut_prompt_start":
-            limit = min(limit, policy.max_length - longest)
+        if config.truncation == "cut_prompt_start":
+            limit = min(limit, config.max_length - longest)
         if len(prompt) <= limit:
             return prompt
         first = len(self.start)
@@ -317,9 +323,9 @@ class _Encoder:
         return prompt[:first] + prompt[len(prompt) - limit + first :]
 
     def _cut_responses(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
-        if self.policy.truncation != "cut_response_end":
+        if self.config.truncation != "cut_response_end":
             return responses
-        room = max(self.policy.max_length - len(prompt), 0)
+        room = max(self.config.max_length - len(prompt), 0)
         return [ids[:room] for ids in responses]
 
     def _count_ends(self, prompt: Ids, responses: list[Ids]) -> None:
@@ -328,8 +334,8 @@ class _Encoder:
             self.report.ends["with EOS" if ids[-1] == self.eos else "without EOS"] += 1
 
 
-def _words(response: str | Sequence[dict]) -> bool:
-    """Whether a response says anything: white space alone is nothing."""
+def _has_text(response: str | Sequence[dict]) -> bool:
+    """Whether a response has text; white space alone is none."""
     texts = [response] if isinstance(response, str) else [turn["content"] for turn in response]
     return any(text.strip() for text in texts)
 
@@ -339,7 +345,7 @@ def _has_equal(responses: Sequence[Ids]) -> bool:
 
 
 def start_tokens(tokenizer: Any) -> Ids:
-    """What the tokenizer itself puts before a text: mostly [BOS] or nothing."""
+    """The ids that the tokenizer itself puts before a text: mostly [BOS] or none."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     places = range(len(full) - len(plain) + 1)
