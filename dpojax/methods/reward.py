@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from dpojax import losses
 from dpojax.data.rows import Rows
 from dpojax.losses import Pair
 from dpojax.training.metrics import Metric
-from dpojax.training.objective import Hyper, Objective, Terms
+from dpojax.training.objective import Hyper, Objective, OptionError, Terms, masked_metric
+from dpojax.training.responses import all_pairs
 
 LOSSES = ("bradley_terry", "plackett_luce_scores")
 ACCURACY, MEAN = "rewards/accuracies", "rewards/mean"
@@ -27,14 +27,14 @@ def objective(loss: str) -> Objective:
     The outputs that it reads are scores [..., R, E, K], of `training.forward.reward_model`.
 
     Raises:
-      ValueError: another loss.
+      OptionError: another loss.
     """
     if loss not in LOSSES:
-        raise ValueError(f"reward.loss must be one of {', '.join(LOSSES)}; got {loss!r}")
+        raise OptionError("loss", f"must be one of {', '.join(LOSSES)}, got {loss!r}")
 
     def terms(scores: Array, rows: Rows, hyper: Hyper) -> Terms:
-        pair, gap = _pairs(scores), _pairs(rows.scores)
-        present, rank = _pairs(rows.present), _pairs(rows.rank)
+        pair, gap = all_pairs(scores), all_pairs(rows.scores)
+        present, rank = all_pairs(rows.present), all_pairs(rows.rank)
         mask = present.chosen & present.rejected & (rank.chosen < rank.rejected)
         if loss == "bradley_terry":
             margin = hyper["margin_scale"] * (gap.chosen - gap.rejected)
@@ -51,20 +51,12 @@ def objective(loss: str) -> Objective:
     return Objective(terms, needs_reference=False)
 
 
-def _pairs(values: Array) -> Pair:
-    """[..., K] by response as better and worse [..., K (K - 1) / 2]."""
-    better, worse = np.triu_indices(values.shape[-1], k=1)
-    return Pair(values[..., better], values[..., worse])
-
-
 def _metrics(scores: Array, rows: Rows, pair: Pair, mask: Array) -> dict[str, Metric]:
-    metric = lambda values: Metric(jnp.where(mask, values, 0.0), mask)
-    of_response = lambda values: Metric(jnp.where(rows.present, values, 0.0), rows.present)
     return {
-        "rewards/chosen": metric(pair.chosen),
-        "rewards/rejected": metric(pair.rejected),
-        "rewards/margins": metric(pair.chosen - pair.rejected),
-        ACCURACY: metric(pair.chosen > pair.rejected),
-        MEAN: of_response(scores),
-        "rewards/squares": of_response(scores**2),
+        "rewards/chosen": masked_metric(pair.chosen, mask),
+        "rewards/rejected": masked_metric(pair.rejected, mask),
+        "rewards/margins": masked_metric(pair.chosen - pair.rejected, mask),
+        ACCURACY: masked_metric(pair.chosen > pair.rejected, mask),
+        MEAN: masked_metric(scores, rows.present),
+        "rewards/squares": masked_metric(scores**2, rows.present),
     }

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 
 from dpojax import losses
 from dpojax.data.rows import Rows
-from dpojax.logprobs import TokenStatistics, sum_by_response
+from dpojax.logprobs import TokenStatistics
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
+from dpojax.training.responses import response_sums
 
 
 def objective() -> Objective:
@@ -21,12 +22,9 @@ def objective() -> Objective:
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
         del hyper
         scored = rows.response >= 0
-        slots = rows.present.shape[-2] * rows.present.shape[-1]
-        per_example = lambda values: (
-            sum_by_response(values, rows.response, slots).reshape(rows.present.shape).sum(-1)
-        )
-        loss = losses.sft(per_example(tokens.logprob))
+        loss = losses.sft(response_sums(tokens.logprob, rows).sum(-1))  # [..., R, E]
+        weight = response_sums(scored.astype(jnp.float32), rows).sum(-1)
         logps = Metric(-loss, jnp.any(rows.present, axis=-1))
-        return Terms(loss, per_example(scored.astype(jnp.float32)), {"logps/chosen": logps})
+        return Terms(loss, weight, {"logps/chosen": logps})
 
     return Objective(terms, needs_reference=False)

@@ -12,7 +12,6 @@ from jax import Array
 from dpojax.data.rows import Rows
 from dpojax.logprobs import (
     TokenStatistics,
-    of_response,
     token_kl,
     token_logprobs,
     token_statistics,
@@ -23,6 +22,7 @@ from dpojax.models.lora import LoraConfig
 from dpojax.models.scores import response_scores
 from dpojax.training.metrics import Metric
 from dpojax.training.micro_batches import map_present
+from dpojax.training.responses import answer_tokens
 
 MAX_LOGITS = 2**25  # float32 logits that may exist at once: 128 MiB
 
@@ -171,13 +171,13 @@ def build_divergence(
     """
 
     def divergence(params, reference_params, rows: Rows) -> Metric:
-        def one(part):
-            policy, reference = (scored_hidden(model, p, part) for p in (params, reference_params))
+        def one(part: Rows) -> Array:
+            policy = scored_hidden(model, params, part)
+            reference = scored_hidden(model, reference_params, part)
             heads = model.head(params), model.head(reference_params)
             return token_kl(policy, heads[0], reference, heads[1], max_logits=max_logits)
 
-        answers = (rows.rank >= 0).reshape(*rows.rank.shape[:-2], -1)
-        scored = (rows.response >= 0) & of_response(answers, rows.response)
+        scored = answer_tokens(rows)
         total = jnp.sum(jnp.where(scored, map_present(one, rows), 0.0))
         return Metric(total, jnp.sum(scored))
 

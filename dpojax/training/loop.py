@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from dpojax import sharding
 from dpojax.data.rows import Rows, utilisation
 from dpojax.data.tokenise import Example
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.lost_updates import LOST_UPDATES
 from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progress
 from dpojax.training.objective import Hyper
+from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
-from dpojax.training.step import LOST, Report
+from dpojax.training.step import Report
 from dpojax.training.throughput import memory_bytes
 
 MOST_LOST = 0.5  # share of updates that rounding may swallow without a warning
@@ -29,10 +29,6 @@ MOST_LOST = 0.5  # share of updates that rounding may swallow without a warning
 
 class NonFiniteLoss(FloatingPointError):
     """The loss or its gradient is NaN or infinite; the state before the step is kept."""
-
-
-class Preempted(Exception):
-    """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,29 +45,6 @@ class Every:
             step == steps or (interval > 0 and step % interval == 0)
             for interval in dataclasses.astuple(self)
         )
-
-
-class StopSignal:
-    """Remembers a SIGTERM while it is entered; all processes agree on it at the same step."""
-
-    def __enter__(self) -> StopSignal:
-        self.asked = False
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_) -> None:
-        self.asked = True
-
-    def agreed(self, step: int = 0) -> bool:
-        """Whether any process was asked; several processes exchange it at every fifth step."""
-        if jax.process_count() == 1:
-            return self.asked
-        if step % 5:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
 
 
 @dataclasses.dataclass
@@ -205,7 +178,7 @@ def say_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -
 
 def say_lost(name: str, step: int, values: dict[str, float]) -> bool:
     """Whether updates were lost to rounding; a line on the terminal says so."""
-    lost = values.get(LOST, 0.0)
+    lost = values.get(LOST_UPDATES, 0.0)
     if lost > MOST_LOST and jax.process_index() == 0:
         tqdm.write(
             f"{name}  step {step}: {lost:.0%} of the updates are smaller than the weights can "

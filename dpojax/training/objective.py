@@ -1,10 +1,12 @@
-"""What a method is to the train step: sums and weights of what a model says, no model."""
+"""What the train step knows of a method: sums and weights from a model's outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from dpojax.data.rows import Rows
@@ -14,33 +16,62 @@ from dpojax.training.metrics import Metric
 Hyper = dict[str, Array]  # traced float32 numbers: learning_rate, beta, label_smoothing, ...
 
 
+class OptionError(ValueError):
+    """An option of a method has a value that it cannot have.
+
+    Attributes:
+      option: its name, as the method knows it.
+      reason: what is wrong, and what to do.
+    """
+
+    def __init__(self, option: str, reason: str):
+        super().__init__(f"{option}: {reason}")
+        self.option, self.reason = option, reason
+
+    def __reduce__(self):
+        return type(self), (self.option, self.reason)
+
+
 class Terms(NamedTuple):
     """An objective on one micro-batch: sums and weights, never means.
 
-    The batch's loss is sum(loss) / sum(weight) over all its micro-batches, so the gradient does
-    not depend on how they were cut. Padding has weight and loss zero.
+    The batch's loss is sum(loss) / sum(weight) over all its micro-batches. So the gradient does
+    not depend on how the batch is divided. Padding has weight 0 and loss 0.
     """
 
     loss: Array  # [..., R, E]
     weight: Array  # [..., R, E]
-    metrics: dict[str, Metric]  # totals and weights of any shape; they are summed
+    metrics: dict[str, Metric]  # totals and weights of any shape; the step sums them
 
 
 class Objective(NamedTuple):
     """A method, as the train step sees it.
 
-    terms: of the model's outputs on rows with any leading axes; a language model's outputs are
-      `TokenStatistics` [..., R, S], of which training fills in the log-prob and `statistics`.
-    coupled: examples of a batch see each other, so `terms` has to have the whole optimiser batch
-      [M, R, ...] at once; the step then computes all outputs first and their gradient after.
-    baseline: takes a whole batch's outputs into a running mean, whose value the same batch's
-      `terms` find in hyper["delta"]; what it makes of an objective is coupled, too.
-    at_reference: the loss where policy == reference, for those where it depends on no data.
+    Attributes:
+      terms: (outputs, rows, hyper) -> Terms. The rows have any leading axes. The outputs are those
+        of the forward pass; a language model gives `TokenStatistics` [..., R, S].
+      needs_reference: the rows need the reference's log-probs.
+      at_reference: the loss where policy == reference, if it does not depend on data.
+      statistics: what the forward pass has to compute besides the log-prob: `log_collision`, `kl`.
+      coupled: the examples of a batch interact, so `terms` needs the whole optimiser batch
+        [M, R, ...] at once. The step then computes all outputs first and their gradient after.
+      baseline: takes a whole batch's outputs into a running mean. `terms` of the same batch reads
+        its value as hyper["delta"]. An objective with a baseline is coupled, too.
     """
 
     terms: Callable[[Any, Rows, Hyper], Terms]
     needs_reference: bool
     at_reference: Callable[[Hyper], Array] | None = None
-    statistics: tuple[str, ...] = ()  # of log_collision, kl
+    statistics: tuple[str, ...] = ()
     coupled: bool = False
     baseline: Callable[[RunningMean, Any, Rows, Hyper], RunningMean] | None = None
+
+
+def masked_metric(values: Array, mask: Array) -> Metric:
+    """The metric of `values` where `mask` is True; arrays, not yet summed."""
+    return Metric(jnp.where(mask, values, 0), mask)
+
+
+def summed_metrics(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Sum the arrays of every metric to float32 scalars."""
+    return jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), dict(metrics))

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from dpojax import sharding
 from dpojax.losses import RunningMean
+from dpojax.training.objective import OptionError
 
 # Weight decay spares norms, biases and position embeddings; a and b are adapters'.
 DECAYED = ("kernel", "tokens", "a", "b")
@@ -41,14 +42,15 @@ def make_optimizer(config) -> optax.GradientTransformation:
         rms_decay. RMSprop is torch's: no momentum, not centred, g / (sqrt(v) + eps), v from 0.
 
     Raises:
-      ValueError: another name.
+      OptionError: another name.
     """
     if config.name == "adamw":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     elif config.name == "rmsprop":
         scale = optax.scale_by_rms(decay=config.rms_decay, eps=config.eps, eps_in_sqrt=False)
     else:
-        raise ValueError(f"optimizer.name must be 'adamw' or 'rmsprop', got {config.name!r}")
+        reason = f"must be 'adamw' or 'rmsprop', got {config.name!r}"
+        raise OptionError("optimizer.name", reason)
     parts = [scale]
     if config.clip_norm:
         parts.insert(0, clip_by_norm(config.clip_norm))
@@ -71,6 +73,11 @@ def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+def descend(param: Array, update: Array, rate: Array) -> Array:
+    """One step of descent, param - rate * update, in the parameter's dtype."""
+    return (param - rate * update).astype(param.dtype)
+
+
 def make_schedule(
     schedule: str, warmup_steps: ArrayLike, steps: ArrayLike
 ) -> Callable[[Array], Array]:
@@ -80,10 +87,11 @@ def make_schedule(
     constant, or decaying to zero at `steps` along a line or a cosine. Both numbers may be traced.
 
     Raises:
-      ValueError: `schedule` is not constant, linear or cosine.
+      OptionError: `schedule` is not constant, linear or cosine.
     """
     if schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
+        reason = f"must be constant, linear or cosine, got {schedule!r}"
+        raise OptionError("schedule", reason)
 
     def factor(step: Array) -> Array:
         rise = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))

@@ -12,27 +12,27 @@ import optax
 from jax import Array
 
 from dpojax.data.rows import Rows
-from dpojax.logprobs import TokenStatistics, of_response
+from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean
 from dpojax.training.forward import NO_FROZEN_WEIGHTS, Forward, FrozenWeights
+from dpojax.training.lost_updates import LOST_UPDATES, lost_updates
 from dpojax.training.metrics import Metric
 from dpojax.training.micro_batches import add_up, map_present, part_like
-from dpojax.training.objective import Hyper, Objective, Terms
-from dpojax.training.state import State
-
-LOST = "updates/lost"  # the metric of updates that rounding swallows
+from dpojax.training.objective import Hyper, Objective, Terms, masked_metric, summed_metrics
+from dpojax.training.responses import answer_tokens, best_response_tokens
+from dpojax.training.state import State, descend
 
 
 class Report(NamedTuple):
-    """What a step says of itself."""
+    """What a step reports."""
 
     metrics: dict[str, Metric]  # sums and weights over the batch, scalars
-    finite: Array  # bool: loss and gradient are finite; if not, the state was left as it was
+    finite: Array  # bool: loss and gradient are finite; if not, the state was not changed
     bad: Array  # [M, R, E] bool: the examples whose own loss is not finite
 
 
 class Sums(NamedTuple):
-    """Of a batch: the gradient of its summed loss, and what it reports."""
+    """The gradient of a batch's summed loss, and the batch's metrics."""
 
     gradient: dict
     metrics: dict[str, Metric]
@@ -45,16 +45,24 @@ def build_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
 ) -> Callable[..., tuple[State, Report]]:
-    """(state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (new state, report).
+    """Build one optimiser step on one batch.
 
-    One optimiser step on one batch. The gradient is that of sum(loss) / sum(weight) over the whole
-    batch, whatever the number of micro-batches; empty ones are not computed. `hyper` holds traced
-    float32 numbers, `learning_rate` among them. Not jitted here: the caller adds donation,
+    The gradient is that of sum(loss) / sum(weight) over the whole batch, whatever the number of
+    micro-batches; empty ones are not computed. The step is not jitted: the caller adds donation,
     shardings or vmap.
 
-    `optimizer` is to treat every number of a parameter by itself, but for the gradient's global
-    norm, which it is given as `norm` (see `training.state.make_optimizer`). Then XLA makes one pass
-    each for a parameter and its moments, which clipping that finds the norm itself would undo.
+    Args:
+      forward: the model's forward pass.
+      objective: what is minimised.
+      optimizer: has to treat every number of a parameter by itself. The one exception is the
+        gradient's global norm, which it is given as `norm` (see `training.state.make_optimizer`).
+        Then XLA makes one pass each for a parameter and its moments. Clipping that computes the
+        norm itself would undo this.
+      schedule: the learning rate's factor at a step.
+
+    Returns:
+      (state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (new state, report). `hyper`
+      holds traced float32 numbers, `learning_rate` among them.
     """
     gradient_of = build_gradient(forward, objective)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -68,24 +76,21 @@ def build_step(
         rate = hyper["learning_rate"] * schedule(state.step)
         finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(norm)
 
-        def update(summed: dict, opt_state, params: dict):
+        def direction(summed: dict, opt_state: Any, params: dict) -> tuple[dict, Any]:
             gradient = jax.tree.map(lambda g: g * (1 / weight), summed)
             return optimizer.update(gradient, opt_state, params, norm=norm)
 
         def updated(state: State) -> State:
-            updates, opt_state = update(sums.gradient, state.opt_state, state.params)
-            params = jax.tree.map(partial(_moved, rate), state.params, updates)
+            updates, opt_state = direction(sums.gradient, state.opt_state, state.params)
+            params = jax.tree.map(partial(descend, rate=rate), state.params, updates)
             return State(state.step + 1, params, opt_state, state.rng, baseline)
 
-        # A branch: to choose between two states both would have to exist.
+        # A branch: to choose between two states, both would have to exist.
         new = jax.lax.cond(finite, updated, lambda state: state, state)
-        again = _first((sums.gradient, new.params))
-        moments = optax.tree.map_params(optimizer, _first, new.opt_state)
-        lost = _lost(again[1], update(again[0], moments, again[1])[0], rate)
-        lost = jax.tree.map(lambda x: jnp.where(finite, x, 0), lost)
+        lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, where=finite)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
-        return new, Report(metrics | {LOST: lost}, finite, sums.bad)
+        return new, Report(metrics | {LOST_UPDATES: lost}, finite, sums.bad)
 
     return step
 
@@ -93,88 +98,73 @@ def build_step(
 def build_gradient(
     forward: Forward, objective: Objective
 ) -> Callable[..., tuple[Sums, RunningMean]]:
-    """(state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (sums, the new baseline)."""
-    sums_of = _coupled_sums if objective.coupled else _summed
+    """Build the gradient of a batch's summed loss.
+
+    Returns:
+      (state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (sums, the new baseline).
+    """
+    sums_of = _coupled_sums if objective.coupled else _accumulated_sums
 
     def gradient(
         state: State, rows: Rows, hyper: Hyper, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
     ) -> tuple[Sums, RunningMean]:
-        run = lambda params, part: forward(params, part, frozen)
+        def run(params: dict, part: Rows) -> Any:
+            return forward(params, part, frozen)
+
         return sums_of(run, objective, state, rows, hyper)
 
     return gradient
 
 
-def _moved(rate: Array, param: Array, update: Array) -> Array:
-    return (param - rate * update).astype(param.dtype)
-
-
-def _first(tree):
-    """Of stacked matrices the first layer's, of all else nothing: see `_lost`."""
-    return jax.tree.map(lambda x: x[0] if x.ndim > 2 else jnp.zeros(0, x.dtype), tree)
-
-
-def _lost(params: dict, updates: dict, rate: Array) -> Metric:
-    """How many updates are too small for the weight that they are added to, of all that are not 0.
-
-    Counted in the matrices of the first layer, which stand for all: its slice of a stacked array
-    costs nothing, however the array is sharded. And of the update that the same gradient would make
-    from the new state: to look at the old one after it was overwritten, XLA would copy all of it.
-    """
-    count = lambda found: jnp.sum(found, dtype=jnp.float32)
-    wanted = jax.tree.map(lambda u: u != 0, updates)
-    stuck = jax.tree.map(lambda w, p, u: w & (_moved(rate, p, u) == p), wanted, params, updates)
-    total = lambda tree: sum(map(count, jax.tree.leaves(tree)))
-    return Metric(total(stuck), total(wanted))
-
-
 def build_evaluate(objective: Objective) -> Callable[[Any, Rows, Hyper], dict[str, Metric]]:
-    """(outputs on `rows`, rows [M, R, ...], hyper) -> sums and weights, of objective and tokens.
+    """Build the metrics of an objective on a model's outputs.
 
-    Add them up over batches and divide once: exact for any batch size and a ragged last batch
-    (where the objective couples no batch).
+    Add them up over batches and divide once. The result is exact for any batch size and a ragged
+    last batch, unless the objective is coupled.
+
+    Returns:
+      (outputs on `rows`, rows [M, R, ...], hyper) -> sums and weights, scalars.
     """
 
-    def evaluate(outputs, rows: Rows, hyper: Hyper) -> dict[str, Metric]:
-        metrics = _totals(objective.terms(outputs, rows, hyper))
+    def evaluate(outputs: Any, rows: Rows, hyper: Hyper) -> dict[str, Metric]:
+        metrics = _metrics_of(objective.terms(outputs, rows, hyper))
         if isinstance(outputs, TokenStatistics):
-            metrics |= _token_metrics(outputs, rows)
-        return jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), metrics)
+            metrics |= summed_metrics(_token_metrics(outputs, rows))
+        return metrics
 
     return evaluate
 
 
-def _totals(terms: Terms) -> dict[str, Metric]:
-    metrics = terms.metrics | {"loss": Metric(terms.loss, terms.weight)}
-    return jax.tree.map(lambda x: jnp.sum(x, dtype=jnp.float32), metrics)
+def _metrics_of(terms: Terms) -> dict[str, Metric]:
+    """An objective's metrics and its loss, summed."""
+    return summed_metrics(terms.metrics | {"loss": Metric(terms.loss, terms.weight)})
 
 
 def _token_metrics(tokens: TokenStatistics, rows: Rows) -> dict[str, Metric]:
-    first = jnp.zeros(rows.present.shape, bool).at[..., 0].set(True)
-    best = first & rows.desirable[..., None]
-    by_token = lambda x: of_response(x.reshape(*x.shape[:-2], -1), rows.response)
-    scored = (rows.response >= 0) & by_token(rows.rank >= 0)
-    chosen, rejected = scored & by_token(best), scored & ~by_token(best)
-    metric = lambda values, mask: Metric(jnp.where(mask, values, 0), mask)
+    """Metrics of the scored tokens, arrays [M, R, S]."""
+    scored, best = answer_tokens(rows), best_response_tokens(rows)
+    chosen, rejected = scored & best, scored & ~best
     metrics = {
-        "entropy": metric(tokens.entropy, scored),
-        "mean_token_accuracy": metric(tokens.correct, chosen),
-        "logits/chosen": metric(tokens.mean_logit, chosen),
+        "entropy": masked_metric(tokens.entropy, scored),
+        "mean_token_accuracy": masked_metric(tokens.correct, chosen),
+        "logits/chosen": masked_metric(tokens.mean_logit, chosen),
     }
     if rows.present.shape[-1] > 1:
-        metrics["logits/rejected"] = metric(tokens.mean_logit, rejected)
+        metrics["logits/rejected"] = masked_metric(tokens.mean_logit, rejected)
     return metrics
 
 
-def _summed(run, objective, state: State, rows: Rows, hyper: Hyper) -> tuple[Sums, RunningMean]:
-    """One pass: the loss is a sum over micro-batches, and so is its gradient."""
+def _accumulated_sums(
+    run: Callable, objective: Objective, state: State, rows: Rows, hyper: Hyper
+) -> tuple[Sums, RunningMean]:
+    """Gradient accumulation in one pass: the loss is a sum over micro-batches."""
 
-    def micro_loss(params, part):
+    def micro_loss(params: dict, part: Rows):
         terms = objective.terms(run(params, part), part, hyper)
-        metrics = _totals(terms)
+        metrics = _metrics_of(terms)
         return metrics["loss"].total, (metrics, ~jnp.isfinite(terms.loss))
 
-    def micro_sums(part, _):
+    def micro_sums(part: Rows, _):
         gradient, (metrics, bad) = jax.grad(micro_loss, has_aux=True)(state.params, part)
         return (gradient, metrics), bad
 
@@ -182,9 +172,12 @@ def _summed(run, objective, state: State, rows: Rows, hyper: Hyper) -> tuple[Sum
     return Sums(gradient, metrics, bad), state.baseline
 
 
-def _coupled_sums(run, objective, state: State, rows: Rows, hyper: Hyper):
-    """Two passes: all outputs first, then d loss / d outputs as the cotangent of the second.
+def _coupled_sums(
+    run: Callable, objective: Objective, state: State, rows: Rows, hyper: Hyper
+) -> tuple[Sums, RunningMean]:
+    """Gradient accumulation in two passes, for an objective that needs the whole batch.
 
+    The first pass computes all outputs. The second one takes d loss / d outputs as its cotangent.
     A batch of one micro-batch needs one pass.
     """
     single = len(rows.tokens) == 1
@@ -201,16 +194,16 @@ def _coupled_sums(run, objective, state: State, rows: Rows, hyper: Hyper):
 
     def batch_loss(outputs):
         terms = objective.terms(outputs, rows, hyper)
-        metrics = _totals(terms)
+        metrics = _metrics_of(terms)
         return metrics["loss"].total, (metrics, ~jnp.isfinite(terms.loss))
 
     cotangent, (metrics, bad) = jax.grad(batch_loss, has_aux=True)(outputs)
     if single:
         return Sums(pull(cotangent)[0], metrics, bad), baseline
 
-    def micro_gradient(part, index):
-        own, pull = jax.vjp(lambda params: run(params, part), state.params)
-        return pull(part_like(cotangent, index, own))[0], ()
+    def micro_gradient(part: Rows, index: Array):
+        part_outputs, pull = jax.vjp(lambda params: run(params, part), state.params)
+        return pull(part_like(cotangent, index, part_outputs))[0], ()
 
     gradient, _ = add_up(micro_gradient, rows)
     return Sums(gradient, metrics, bad), baseline

@@ -1,5 +1,7 @@
 """What the preference losses make of rows: pairs, rankings, labels, ties, weights, baselines."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from dpojax.losses import RunningMean
 from dpojax.methods import preference
+from dpojax.methods.preference.arguments import FORMS, FromBatch, source_of
+from dpojax.methods.preference.options import LOSS_TABLE, Loss, arguments
 
 from .conftest import GIVEN, by_response, example, micro_batch, with_reference
 
@@ -358,11 +362,11 @@ def test_resolved_options_resolve_to_themselves():
 @pytest.mark.parametrize(
     ("loss", "given", "message"),
     [
-        ("dppo", {}, r"loss = 'dppo': must be one of dpo, "),
+        ("dppo", {}, r"loss: there is no 'dppo'; it must be one of dpo, "),
         ("ipo", {}, "length_norm: ipo needs it and has no default; it is 'sum' or 'mean'"),
         ("dpo", {"gamma": 0.5}, "gamma: dpo has no such option; it has: beta, label_smoothing"),
-        ("dpo", {"beta": 0.0}, "beta = 0.0: must be greater than 0"),
-        ("dpo", {"label_smoothing": 0.5}, r"label_smoothing = 0.5: must be in \[0, 0.5\)"),
+        ("dpo", {"beta": 0.0}, "beta: must be greater than 0, got 0.0"),
+        ("dpo", {"label_smoothing": 0.5}, r"label_smoothing: must be in \[0, 0.5\), got 0.5"),
         ("exo", {"label_smoothing": 0.0}, "exo is infinite at 0"),
         ("dpo+ipo", {"length_norm": "sum"}, "loss_weights: dpo.ipo takes a finite number for each"),
         ("dpo+kto", {"weights": (1.0, 1.0)}, "mixes losses of labelled and pairs data"),
@@ -375,7 +379,7 @@ def test_resolved_options_resolve_to_themselves():
         ("aot", {"wpo": "plain"}, "wpo: aot sorts the batch"),
         ("sft", {"wpo": "plain"}, "wpo: sft alone looks at no pair"),
         ("sft", {"divergence": "js"}, "divergence: sft alone looks at no pair"),
-        ("dpo", {"beta": float("inf")}, "beta = inf: must be greater than 0"),
+        ("dpo", {"beta": float("inf")}, "beta: must be greater than 0, got inf"),
         ("dpo", {"divergence": "alpha"}, "divergence_alpha: divergence 'alpha' takes it"),
         ("dpo", {"wpo_clamp": 1.0}, "wpo_clamp: means nothing without wpo"),
         ("dpo", {"ld_alpha": 0.5}, "ld_weight_reference: dpo needs it"),
@@ -392,3 +396,57 @@ def test_a_preset_that_is_unknown_or_has_no_such_loss_is_refused():
         preference.resolve("dpo", {}, "trl")
     with pytest.raises(ValueError, match="preset: openrlhf has none for kto"):
         preference.resolve("kto", {}, "openrlhf")
+
+
+def test_every_argument_of_every_loss_has_a_source():
+    for name, loss in LOSS_TABLE.items():
+        for argument in arguments(name):
+            source = source_of(name, loss.form, argument)
+            if isinstance(source, FromBatch) and source.option:
+                assert source.option in preference.OPTIONS
+
+
+def test_every_source_is_read_by_some_loss():
+    for form, (_, sources) in FORMS.items():
+        names = [name for name, loss in LOSS_TABLE.items() if loss.form == form]
+        used = {argument for name in names for argument in arguments(name)}
+        assert sources.keys() - used <= {"mask"}
+
+
+def test_traced_options_are_the_numbers_of_a_step():
+    for name in preference.LOSSES:
+        options = preference.resolve(name, GIVEN.get(name, {}))
+        traced = {x for x in options if preference.OPTIONS[x].traced and options[x] is not None}
+        assert preference.hyper(options).keys() - {"delta"} == traced
+
+
+def test_a_loss_is_added_by_its_function_and_one_entry(monkeypatch):
+    def squared(policy, reference, *, beta):
+        margin = policy.chosen - reference.chosen - policy.rejected + reference.rejected
+        return (beta * margin - 1) ** 2
+
+    monkeypatch.setitem(LOSS_TABLE, "squared", Loss(squared, margin_only=True))
+    policy, rows = pairs_of()
+    objective, hyper = make("squared", beta=BETA)
+    d = ratios(policy, rows)
+    want = sum((BETA * (d[i, 0] - d[i, 1]) - 1) ** 2 for i in range(len(PAIRS)))
+    np.testing.assert_allclose(objective.terms(policy, rows, hyper).loss.sum(), want, rtol=1e-5)
+    assert objective.needs_reference
+    assert float(objective.at_reference(hyper)) == 1
+
+
+def test_an_argument_without_a_source_says_what_to_add_where(monkeypatch):
+    def of_temperature(policy, *, temperature):
+        return temperature * policy.chosen
+
+    monkeypatch.setitem(LOSS_TABLE, "heated", Loss(of_temperature))
+    with pytest.raises(TypeError, match=r"'temperature'.* FORMS\['pairs'\] in .*arguments.py"):
+        preference.objective("heated", {})
+
+
+def test_a_refused_option_can_be_read_by_the_caller():
+    with pytest.raises(preference.OptionError) as refused:
+        preference.resolve("dpo", {"beta": -1.0})
+    assert refused.value.option == "beta"
+    assert refused.value.reason == "must be greater than 0, got -1.0"
+    assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)

@@ -67,5 +67,5 @@ def test_a_ranking_of_scores_is_chosen_place_by_place():
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match=r"reward.loss must be .*; got 'dpo'"):
+    with pytest.raises(ValueError, match=r"loss: must be .*, got 'dpo'"):
         reward.objective("dpo")

@@ -13,6 +13,7 @@ reference, estimates advantages and takes several epochs of minibatch steps; its
 et al. 2019.
 """
 
+from dpojax.methods.ppo.experience import build_experience
 from dpojax.methods.ppo.objectives import Experience, hyper
 from dpojax.methods.ppo.rollouts import (
     PPOState,
@@ -23,7 +24,8 @@ from dpojax.methods.ppo.rollouts import (
     row_shape,
     with_value_head,
 )
-from dpojax.methods.ppo.update import PPO, build_experience, build_optimise, build_update
+from dpojax.methods.ppo.settings import PPO
+from dpojax.methods.ppo.update import build_optimise, build_update
 
 __all__ = [
     "PPO",

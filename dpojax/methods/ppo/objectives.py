@@ -20,7 +20,7 @@ from dpojax.training.forward import (
     scored_hidden,
 )
 from dpojax.training.metrics import Metric
-from dpojax.training.objective import Hyper, Objective, Terms
+from dpojax.training.objective import Hyper, Objective, Terms, masked_metric
 
 
 class Experience(NamedTuple):
@@ -71,7 +71,19 @@ def hyper(
         iteration's minibatches is left out.
       value_warmup: iterations at the start that train the value model alone.
     """
-    numbers = dict(locals())
+    numbers = {
+        "learning_rate": learning_rate,
+        "value_learning_rate": value_learning_rate,
+        "clip": clip,
+        "value_clip": value_clip,
+        "discount": discount,
+        "gae_lambda": gae_lambda,
+        "kl_target": kl_target,
+        "kl_horizon": kl_horizon,
+        "missing_eos_penalty": missing_eos_penalty,
+        "max_kl": max_kl,
+        "value_warmup": value_warmup,
+    }
     return {name: jnp.asarray(number, jnp.float32) for name, number in numbers.items()}
 
 
@@ -110,7 +122,7 @@ def policy_objective(entropy: float = 0.0) -> Objective:
         }
         if entropy:
             loss = loss - entropy * outputs.entropy
-            metrics["objective/entropy"] = masked(outputs.entropy, mask)
+            metrics["objective/entropy"] = masked_metric(outputs.entropy, mask)
         return _terms(loss, mask, metrics)
 
     return Objective(terms, needs_reference=False)
@@ -131,9 +143,3 @@ def _terms(loss: Array, mask: Array, metrics: dict[str, Metric]) -> Terms:
     """Sums [..., R, 1] over the scored tokens of each row."""
     total = jnp.where(mask, loss, 0.0).sum(-1, keepdims=True)
     return Terms(total, mask.sum(-1, keepdims=True).astype(jnp.float32), metrics)
-
-
-def masked(values: Array, mask: Array) -> Metric:
-    """The sum of what the mask lets through, and how much that is."""
-    values = jnp.where(mask, values, 0).astype(jnp.float32)
-    return Metric(values.sum(), mask.sum().astype(jnp.float32))

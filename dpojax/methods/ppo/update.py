@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +10,19 @@ import optax
 from jax import Array
 
 from dpojax import rl
+from dpojax.methods.ppo.experience import build_experience, over_rows
 from dpojax.methods.ppo.objectives import (
     Experience,
-    masked,
     policy_objective,
     token_values,
     value_objective,
     with_entropy,
 )
-from dpojax.methods.ppo.rollouts import PPOState, Responses, iteration_key
+from dpojax.methods.ppo.rollouts import PPOState, iteration_key
+from dpojax.methods.ppo.settings import PPO
 from dpojax.models.decoder import Model
-from dpojax.sharding import ROWS, constrain
-from dpojax.training.forward import MAX_LOGITS, language_model, row_logprobs
+from dpojax.training.forward import MAX_LOGITS, language_model
 from dpojax.training.metrics import Metric
-from dpojax.training.micro_batches import map_present
 from dpojax.training.objective import Hyper
 from dpojax.training.state import State
 from dpojax.training.step import Report, build_step
@@ -37,35 +34,6 @@ _NAMES = {  # TRL's
     "value/grad_norm": "value_grad_norm",
     "value/learning_rate": "value_learning_rate",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class PPO:
-    """What is compiled into `update`; all other numbers are in `hyper`.
-
-    Attributes:
-      epochs: how often the responses of an iteration are gone through.
-      minibatches: optimiser steps of an epoch, each on rows of its own.
-      micro_batches: parts of a minibatch whose gradients are added up, to save memory.
-      entropy: weight of the entropy bonus, in reward per nat and token; 0 computes none.
-      kl_estimator: of the penalty in the rewards, see `rl.shape_rewards`.
-
-    Raises:
-      ValueError: a number that is not positive, or a negative weight.
-    """
-
-    epochs: int = 4
-    minibatches: int = 4
-    micro_batches: int = 1
-    entropy: float = 0.0
-    kl_estimator: rl.Estimator = "k1"
-
-    def __post_init__(self):
-        for name in ("epochs", "minibatches", "micro_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        if self.entropy < 0:
-            raise ValueError(f"entropy: must not be negative, got {self.entropy}")
 
 
 def build_update(
@@ -108,62 +76,6 @@ def build_update(
     return update
 
 
-def build_experience(
-    policy: Model, value: Model, settings: PPO, *, max_logits: int = MAX_LOGITS
-) -> Callable[..., tuple[Experience, dict[str, Metric]]]:
-    """(state, reference_params, responses, scores [N], hyper) -> (experience, metrics).
-
-    Log-probs and values come from the forward passes that train, in parts of the same size, so
-    that the first minibatch finds ratios of 1.
-    """
-
-    def prepare(state: PPOState, reference_params, responses: Responses, scores, hyper):
-        rows = jax.tree.map(lambda x: constrain(x, ROWS), responses.rows)
-        parts = settings.minibatches * settings.micro_batches
-        if len(rows.tokens) % parts:
-            raise ValueError(
-                f"{len(rows.tokens)} rows cannot be cut into {settings.minibatches} minibatches of "
-                f"{settings.micro_batches} micro-batches; pack them with multiple={parts}"
-            )
-        # Every `parts`-th row, so that the devices' rows stay where they are.
-        cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
-        cut = _over_rows(cut)
-        scored = rows.response >= 0
-
-        def each(function, params):
-            found = map_present(partial(function, params), cut)
-            return jnp.where(scored, found.swapaxes(0, 1).reshape(scored.shape), 0.0)
-
-        logprobs_of = lambda params, part: row_logprobs(policy, params, part, max_logits=max_logits)
-        by_token = [
-            each(logprobs_of, state.policy.params),
-            each(logprobs_of, reference_params),
-            each(token_values(value), state.value.params),
-        ]
-        logprobs, reference, values = map(responses.by_response, by_token)
-        mask = jnp.arange(values.shape[1])[None] < responses.lengths[:, None]
-        scores, stopped = scores.astype(jnp.float32), responses.stopped
-        kept = rl.missing_eos_penalty(scores, stopped, hyper["missing_eos_penalty"])
-        penalty = {"kl_coefficient": state.kl.coefficient, "kl_estimator": settings.kl_estimator}
-        rewards = rl.shape_rewards(kept, logprobs, reference, mask, **penalty)
-        horizon = {name: hyper[name] for name in ("discount", "gae_lambda")}
-        advantages, returns = rl.gae(rewards, values, mask, **horizon)
-        learned = map(responses.by_token, (rl.whiten(advantages, mask), returns))
-        experience = Experience(*rows[:8], by_token[0], by_token[2], *learned)
-        by_response = {
-            "objective/kl": rl.sequence_kl(logprobs, reference, mask),
-            "objective/scores": scores,
-            "objective/rlhf_reward": rewards.sum(-1),
-            "val/stopped": stopped,
-            "val/response_length": mask.sum(-1),
-        }
-        metrics = {k: masked(x, responses.lengths > 0) for k, x in by_response.items()}
-        metrics["objective/kl_coef"] = Metric(state.kl.coefficient, jnp.float32(1))
-        return experience, metrics | {"val/unexplained": _unexplained(values, returns, mask)}
-
-    return prepare
-
-
 def build_optimise(
     policy: Model,
     value: Model,
@@ -195,7 +107,7 @@ def build_optimise(
 
         def step(carry, index):
             models, stop = carry
-            part = _over_rows(jax.tree.map(lambda x: x[index], experience))
+            part = over_rows(jax.tree.map(lambda x: x[index], experience))
             run = lambda models: both_steps(models, part, hyper)
             shapes = jax.eval_shape(run, models)[1:]
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
@@ -232,15 +144,3 @@ def _minibatches(state: PPOState, present: Array, settings: PPO) -> Array:
 
     order = jax.vmap(dealt)(jnp.arange(settings.epochs)).astype(jnp.int32)
     return order.reshape(settings.epochs * settings.minibatches, settings.micro_batches, -1)
-
-
-def _over_rows(tree):
-    """Micro-batches [M, R, ...] with their rows over the mesh."""
-    return jax.tree.map(lambda x: constrain(x, None, ROWS), tree)
-
-
-def _unexplained(values: Array, returns: Array, mask: Array) -> Metric:
-    """The share of the returns' variance that the values miss."""
-    mean = returns.sum() / jnp.maximum(mask.sum(), 1)
-    squares = lambda x: jnp.where(mask, x**2, 0.0).sum()
-    return Metric(squares(returns - values), squares(returns - mean))

@@ -1,14 +1,14 @@
 """Preference optimisation on rows: every loss of `dpojax.losses`, by its name.
 
-`resolve` turns what a config says into a loss's options, `objective` turns those into what the
-train step wants, and `hyper` picks the numbers among them that are traced.
+`resolve` fills in a loss's options from a config. `objective` turns them into what the train step
+needs. `hyper` picks the numbers among them, which are traced.
 """
 
+from dpojax.methods.preference.arguments import OPTIONS
 from dpojax.methods.preference.objective import objective
 from dpojax.methods.preference.options import (
     LABELLED,
     LOSSES,
-    OPTIONS,
     PAIRS,
     RANKED,
     LossRequirements,
@@ -16,6 +16,7 @@ from dpojax.methods.preference.options import (
     loss_requirements,
     resolve,
 )
+from dpojax.training.objective import OptionError
 
 __all__ = [
     "LABELLED",
@@ -24,6 +25,7 @@ __all__ = [
     "PAIRS",
     "RANKED",
     "LossRequirements",
+    "OptionError",
     "hyper",
     "loss_requirements",
     "objective",

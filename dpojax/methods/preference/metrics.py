@@ -7,60 +7,61 @@ from jax import Array
 
 from dpojax import losses
 from dpojax.data.rows import Rows
-from dpojax.logprobs import of_response
-from dpojax.losses import Pair
-from dpojax.methods.preference.views import LabelledView
+from dpojax.methods.preference.views import LabelledView, View
 from dpojax.training.metrics import Metric
+from dpojax.training.objective import masked_metric
+from dpojax.training.responses import all_pairs, answer_tokens
 
 
-def pair_metrics(policy: Pair, reference: Pair, mask: Array, beta: Array) -> dict[str, Metric]:
-    """Sums and weights over the pairs of `mask`; rewards are beta times log-ratios, in nats.
+def pair_metrics(view: View, beta: Array) -> dict[str, Metric]:
+    """Metrics of all pairs that state a preference.
 
-    Without a reference (zeros) they are beta times log-probs. `rewards/accuracies` counts strictly
-    larger chosen rewards, so it is 0 where policy == reference; `logps/accuracies` compares the
-    policy's own log-probs. `displacement` is the share of pairs whose chosen response became less
-    likely than under the reference.
+    Rewards are beta times log-ratios, in nats; without a reference, beta times log-probs.
+    `rewards/accuracies` counts strictly larger chosen rewards, so it is 0 where policy ==
+    reference. `logps/accuracies` compares the policy's own log-probs. `displacement` is the share
+    of pairs whose chosen response is less likely than under the reference.
     """
+    policy, reference = all_pairs(view.logprobs), all_pairs(view.reference_logprobs)
+    present, rank = all_pairs(view.rows.present), all_pairs(view.rows.rank)
+    mask = present.chosen & present.rejected & (rank.chosen != rank.rejected)
     reward = losses.implicit_rewards(policy, reference, beta)
     margin = reward.chosen - reward.rejected
-    metric = lambda values: Metric(jnp.where(mask, values, 0.0), mask)
     return {
-        "rewards/chosen": metric(reward.chosen),
-        "rewards/rejected": metric(reward.rejected),
-        "rewards/margins": metric(margin),
-        "rewards/accuracies": metric(margin > 0),
-        "logps/chosen": metric(policy.chosen),
-        "logps/rejected": metric(policy.rejected),
-        "logps/accuracies": metric(policy.chosen > policy.rejected),
-        "displacement": metric(policy.chosen < reference.chosen),
+        "rewards/chosen": masked_metric(reward.chosen, mask),
+        "rewards/rejected": masked_metric(reward.rejected, mask),
+        "rewards/margins": masked_metric(margin, mask),
+        "rewards/accuracies": masked_metric(margin > 0, mask),
+        "logps/chosen": masked_metric(policy.chosen, mask),
+        "logps/rejected": masked_metric(policy.rejected, mask),
+        "logps/accuracies": masked_metric(policy.chosen > policy.rejected, mask),
+        "displacement": masked_metric(policy.chosen < reference.chosen, mask),
     }
 
 
 def labelled_metrics(view: LabelledView, beta: Array) -> dict[str, Metric]:
-    """Rewards and log-probs of desirable (chosen) and undesirable (rejected) responses apart.
+    """Metrics of desirable responses ("chosen") and of undesirable ones ("rejected").
 
     `rewards/accuracies` is the share of responses whose implicit reward has the sign of its label.
     """
-    reward = beta * (view.policy - view.reference)
-    good, bad = view.mask & view.desirable, view.mask & ~view.desirable
-    metric = lambda values, mask: Metric(jnp.where(mask, values, 0.0), mask)
-    right = jnp.where(view.desirable, reward > 0, reward < 0)
+    policy, reference = view.policy(), view.reference()
+    mask, desirable = view.mask(), view.desirable()
+    reward = beta * (policy - reference)
+    good, bad = mask & desirable, mask & ~desirable
+    right = jnp.where(desirable, reward > 0, reward < 0)
     return {
-        "rewards/chosen": metric(reward, good),
-        "rewards/rejected": metric(reward, bad),
-        "rewards/accuracies": metric(right, view.mask),
-        "logps/chosen": metric(view.policy, good),
-        "logps/rejected": metric(view.policy, bad),
-        "displacement": metric(view.policy < view.reference, good),
+        "rewards/chosen": masked_metric(reward, good),
+        "rewards/rejected": masked_metric(reward, bad),
+        "rewards/accuracies": masked_metric(right, mask),
+        "logps/chosen": masked_metric(policy, good),
+        "logps/rejected": masked_metric(policy, bad),
+        "displacement": masked_metric(policy < reference, good),
     }
 
 
 def token_kl_estimate(policy: Array, rows: Rows) -> Metric:
-    """log reference - log policy, averaged over the answers' tokens, in nats.
+    """Estimate KL(reference || policy) per token: log reference - log policy of answers' tokens.
 
-    It estimates the per-token KL(reference || policy) without bias if the responses were drawn
-    from the reference; on other data it can be negative.
+    In nats. It has no bias if the responses were drawn from the reference. On other data it can be
+    negative.
     """
-    answers = (rows.rank >= 0).reshape(*rows.rank.shape[:-2], -1)
-    scored = (rows.response >= 0) & of_response(answers, rows.response)
-    return Metric(jnp.where(scored, rows.reference - policy, 0.0), scored)
+    return masked_metric(rows.reference - policy, answer_tokens(rows))

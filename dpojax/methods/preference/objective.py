@@ -1,8 +1,8 @@
-"""From a loss's name to what the train step wants: sums and weights on rows."""
+"""From a loss's name to what the train step needs: sums and weights on rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,14 +13,12 @@ from dpojax import losses
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean, update_baseline
+from dpojax.methods.preference.arguments import FORMS, read_argument
 from dpojax.methods.preference.metrics import labelled_metrics, pair_metrics, token_kl_estimate
-from dpojax.methods.preference.options import SORTED, LossRequirements, arguments, loss_requirements
+from dpojax.methods.preference.options import LOSS_TABLE, arguments, from_batch, loss_requirements
 from dpojax.methods.preference.views import LabelledView, PairView, RankedView, View
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
-
-_VIEWS = {"pairs": PairView, "ranked": RankedView, "labelled": LabelledView}
-_BY_DATA = {"scores", "offset", "probability", "tie", "ranks", "desirable"}
 
 
 def objective(loss: str, options: Mapping[str, Any]) -> Objective:
@@ -35,71 +33,71 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
       options: as `options.resolve` returns them. Only those that are not numbers are read here;
         the numbers come in `hyper` when the objective is called.
     """
-    wants, names = loss_requirements(loss), loss.split("+")
+    requirements, names = loss_requirements(loss), loss.split("+")
+    view_of = FORMS[requirements.form].view
 
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
-        view = _VIEWS[wants.form](tokens, rows, hyper, options)
+        view = view_of(tokens, rows, hyper, options)
         value, counted = _values(names, view), _counted(names, view)
-        if wants.chosen:
-            value = value[..., :1]
-        if wants.form == "pairs" and view.weight is not None:
-            value = value * view.weight
+        if requirements.chosen:
+            value = value[..., :1]  # the same for all pairs of an example
+        weight = view.weight() if isinstance(view, PairView) else None
+        if weight is not None:
+            value = value * weight
         value = jnp.where(counted, value, 0.0)
         metrics = _metrics(view, hyper.get("beta", jnp.float32(1.0))) | _level(names, view)
-        if wants.form == "pairs":
+        if isinstance(view, PairView):  # [..., R, E, P] -> [..., R, E]
             value, counted = value.sum(-1), counted.sum(-1)
         return Terms(value, counted.astype(jnp.float32), metrics)
 
+    statistics = []
+    if options.get("wpo") == "corrected":
+        statistics.append("log_collision")
+    if requirements.live:
+        statistics.append("kl")
+    running = options.get("baseline") == "running"
     return Objective(
         terms,
-        needs_reference=wants.reference,
-        at_reference=_at_reference(names, wants, options),
-        statistics=("log_collision",) * (options.get("wpo") == "corrected") + ("kl",) * wants.live,
-        coupled=bool({*names} & {*SORTED, "kto"}) or options.get("baseline") == "running",
-        baseline=_running_mean(wants, options) if options.get("baseline") == "running" else None,
+        needs_reference=requirements.reference,
+        at_reference=_at_reference(names, options),
+        statistics=tuple(statistics),
+        coupled=running or any(LOSS_TABLE[name].coupled for name in names),
+        baseline=_running_mean(view_of, options) if running else None,
     )
 
 
-def _values(names: list[str], view: View) -> Array:
+def _values(names: Sequence[str], view: View) -> Array:
     """The loss, or the weighted sum of losses, of everything in the view."""
     values = [_value(name, view) for name in names]
     return values[0] if len(names) == 1 else losses.mixture(values, list(view.hyper["weights"]))
 
 
 def _value(name: str, view: View) -> Array:
-    if name == "sft":
-        return losses.sft(-view.nll)
-    function = getattr(losses, name)
-    given = {x: _argument(x, view) for x in arguments(name)}
-    if name not in SORTED:
-        return function(**given)
-    flat = jax.tree.map(lambda x: x.ravel() if x.ndim else x, given)
-    return function(**flat).reshape(view.mask.shape)
+    """One loss with its arguments from the batch and the options."""
+    loss = LOSS_TABLE[name]
+    values = {x: read_argument(name, loss.form, x, view) for x in arguments(name)}
+    if not loss.sorts_batch:
+        return loss.function(**values)
+    flat = jax.tree.map(lambda x: x.ravel() if x.ndim else x, values)
+    return loss.function(**flat).reshape(view.mask().shape)
 
 
-def _argument(name: str, view: View) -> Any:
-    """What the rows answer, else a traced option, else one that is not."""
-    if hasattr(type(view), name):
-        return getattr(view, name)
-    return view.hyper[name] if name in view.hyper else view.settings[name]
-
-
-def _counted(names: list[str], view: View) -> Array:
-    """What has a loss: pairs with a preference (or a tie, if told), best responses, rankings,
-    responses."""
+def _counted(names: Sequence[str], view: View) -> Array:
+    """What has a loss, bool: pairs, best responses, rankings or labelled responses."""
     if isinstance(view, RankedView):
-        return view.rows.present.sum(-1) > 1
-    if names == ["sft"]:
+        return view.mask().sum(-1) > 1
+    if list(names) == ["sft"]:
         return view.rows.present[..., :1]
-    return view.present if "dpo_ties" in names else view.mask
+    if any(LOSS_TABLE[name].counts_ties for name in names):
+        return view.present()
+    return view.mask()
 
 
-def _metrics(view: View, beta: Array) -> dict:
+def _metrics(view: View, beta: Array) -> dict[str, Metric]:
     if isinstance(view, LabelledView):
         metrics = labelled_metrics(view, beta)
     else:
-        preferred = view.present & (view.tie == 0)
-        metrics = pair_metrics(view.plain_policy, view.plain_reference, preferred, beta)
+        metrics = pair_metrics(view, beta)
     if view.rows.reference is None:
         del metrics["displacement"]
     else:
@@ -107,30 +105,33 @@ def _metrics(view: View, beta: Array) -> dict:
     return metrics
 
 
-def _level(names: list[str], view: View) -> dict:
-    """What rewards are held against: KTO's z under TRL's name, BCO's shift."""
-    one = jnp.ones(())
-    found = {"kl": Metric(view.kl, one)} if names == ["kto"] else {}
-    return found | ({"delta": Metric(view.delta, one)} if "delta" in view.hyper else {})
+def _level(names: Sequence[str], view: View) -> dict[str, Metric]:
+    """What rewards are compared with: KTO's z under TRL's name, BCO's shift."""
+    one, level = jnp.ones(()), {}
+    if list(names) == ["kto"]:
+        level["kl"] = Metric(view.kl(), one)
+    if "delta" in view.hyper:
+        level["delta"] = Metric(view.delta(), one)
+    return level
 
 
-def _running_mean(wants: LossRequirements, options: Mapping[str, Any]) -> Callable:
+def _running_mean(view_of: type[View], options: Mapping[str, Any]) -> Callable:
     """BCO's baseline: the running mean of all implicit rewards, this batch's included."""
-    view_of = _VIEWS[wants.form]
 
-    def take(baseline: RunningMean, tokens, rows: Rows, hyper: Hyper) -> RunningMean:
+    def update(baseline: RunningMean, tokens, rows: Rows, hyper: Hyper) -> RunningMean:
         view = view_of(tokens, rows, hyper, options)
         reward = lambda policy, reference: hyper["beta"] * (policy - reference)
-        rewards = jax.tree.map(reward, view.policy, view.reference)
-        return update_baseline(baseline, rewards, view.mask)
+        rewards = jax.tree.map(reward, view.policy(), view.reference())
+        return update_baseline(baseline, rewards, view.mask())
 
-    return take
+    return update
 
 
-def _at_reference(names: list[str], wants: LossRequirements, options) -> Callable | None:
+def _at_reference(names: Sequence[str], options: Mapping[str, Any]) -> Callable | None:
     """The closed-form loss of a pair at policy == reference; None where data or policy enter."""
-    alone = all("reference" in arguments(name) for name in names)
-    if not alone or "wpo" in options or wants.inputs & _BY_DATA:
+    inputs = [from_batch(name) for name in names]
+    needs_data = any(source.needs_data for sources in inputs for source in sources.values())
+    if needs_data or "wpo" in options or not all("reference" in sources for sources in inputs):
         return None
 
     def value(hyper: Hyper) -> Array:
@@ -141,8 +142,14 @@ def _at_reference(names: list[str], wants: LossRequirements, options) -> Callabl
 
 def _pair_at_reference(hyper: Hyper, settings: Mapping[str, Any]) -> PairView:
     """One pair of one-token responses to which policy and reference give log-prob 0."""
+    zeros = jnp.zeros((1, 2), jnp.int32)
     rows = Rows(
-        *(jnp.zeros((1, 2), jnp.int32),) * 6,
+        tokens=zeros,
+        positions=zeros,
+        segment=zeros,
+        branch=zeros,
+        source=zeros,
+        target=zeros,
         response=jnp.array([[0, 1]]),
         present=jnp.ones((1, 1, 2), bool),
         example=jnp.zeros((1, 1), jnp.int32),
