@@ -1,9 +1,15 @@
 """Preference losses: pure functions of log-probabilities, one number per example, no reduction.
 
-Every loss takes sequence log-probs in nats (sums over the response's tokens, end token included)
-of any leading shape. Where systems mean different things by one name, the choice is a named
-argument without a default, and `preset` looks up what each of them chose. What a paper sweeps may
-be an array:
+Every loss takes sequence log-probs in nats, of any leading shape. A sequence log-prob is the sum
+over the tokens of a response, its end token included. Some systems mean different things by one
+name. There, the choice is a named argument without a default, and `preset` looks up what each
+system chose.
+
+Notation in the docstrings: y_w or w is the chosen (winning) response and y_l or l the rejected one;
+l_w, l_l are the policy's log-probs, d_w, d_l the log-ratios log policy - log reference, r = beta d
+the implicit rewards, m = r_w - r_l the margin, |y| the number of tokens.
+
+Hyper-parameters may be arrays:
 
 >>> import jax, jax.numpy as jnp
 >>> policy = Pair(chosen=jnp.float32(-12.0), rejected=jnp.float32(-14.0))

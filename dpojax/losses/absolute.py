@@ -1,4 +1,7 @@
-"""Pair losses that judge each implicit reward on its own, so that its level matters."""
+"""Pair losses that look at each implicit reward by itself.
+
+Other than for the losses of `pair`, the level of the rewards matters, not only their margin.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from dpojax.losses.pair import Pair, implicit_rewards, log_ratios
 def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
 
-    r are the implicit rewards. Chen et al. 2024 (noise contrastive alignment) with two responses.
-    It keeps the chosen response from losing probability. 2 log 2 wherever policy == reference.
+    Noise contrastive alignment, Chen et al. 2024, with two responses; r are the implicit rewards.
+    The first term keeps the chosen response from losing probability. The loss is 2 log 2 wherever
+    policy == reference.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
@@ -34,14 +38,15 @@ def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 def bco(policy: Pair, reference: Pair, *, beta: ArrayLike, delta: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)).
 
-    Binary classifier optimisation, Jung et al. 2024: chosen and rejected responses are told apart
-    by implicit rewards r against a shift. Systems differ in the shift: the running mean of
-    all rewards so far (TRL 0.24, LLaMA-Factory; keep one with `update_baseline`) or 0 (TRL 1).
+    Binary classifier optimisation, Jung et al. 2024. A logistic classifier tells chosen from
+    rejected responses by their implicit reward r minus a shift delta. Systems differ in the shift:
+    the running mean of all rewards so far (TRL 0.24, LLaMA-Factory; see `update_baseline`), or 0
+    (TRL 1).
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       beta: strength of the KL penalty, > 0.
-      delta: the reward shift, nats; no gradient flows into it.
+      delta: the shift of the rewards, nats; no gradient flows into it.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{bco(policy, reference, beta=0.1, delta=0.0):.3f}")
@@ -54,23 +59,23 @@ def bco(policy: Pair, reference: Pair, *, beta: ArrayLike, delta: ArrayLike) -> 
 
 
 class RunningMean(NamedTuple):
-    """The state of BCO's shift; it starts as `RunningMean(jnp.zeros(()), jnp.zeros(()))`."""
+    """The running mean that is BCO's shift; it starts with both at `jnp.zeros(())`."""
 
-    mean: Array  # [], nats
-    count: Array  # [], float: the responses seen
+    mean: Array  # scalar, nats
+    count: Array  # scalar, float: how many responses were seen
 
 
 def update_baseline(
     baseline: RunningMean, rewards: Pair | Array, mask: ArrayLike | None = None
 ) -> RunningMean:
-    """Take a batch's implicit rewards into the running mean; no gradient.
+    """Update the running mean with the implicit rewards of a batch; no gradient flows through it.
 
-    TRL 0.24 updates first and then uses the new mean as `delta` for the same batch.
+    TRL 0.24 updates the mean first and uses the new mean as `delta` for the same batch.
 
     Args:
       baseline: mean and count so far.
-      rewards: of the whole batch, nats, any shape: of pairs, or of single responses.
-      mask: which pairs or responses exist, their shape; all if None.
+      rewards: implicit rewards of the whole batch, nats, any shape: of pairs or single responses.
+      mask: which pairs or responses exist, in their shape; all if None.
 
     >>> start = RunningMean(jnp.zeros(()), jnp.zeros(()))
     >>> state = update_baseline(start, Pair(jnp.array([1.0, 9.0]), jnp.array([0.0, 9.0])),
@@ -81,16 +86,18 @@ def update_baseline(
     rewards = jax.lax.stop_gradient(rewards)
     parts = jax.tree.leaves(rewards)
     mask = jnp.ones(jnp.shape(parts[0]), bool) if mask is None else jnp.asarray(mask, bool)
-    above = sum(jnp.where(mask, part - baseline.mean, 0.0).sum() for part in parts)
+    # Differences from the old mean, not the rewards themselves: the mean keeps its digits
+    # when the count is large. Masked entries may be NaN, so they are replaced and not multiplied by 0.
+    difference = sum(jnp.where(mask, part - baseline.mean, 0.0).sum() for part in parts)
     count = baseline.count + len(parts) * mask.sum()
-    return RunningMean(baseline.mean + above / jnp.maximum(count, 1), count)
+    return RunningMean(baseline.mean + difference / jnp.maximum(count, 1), count)
 
 
 def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss (d_w - 1 / (2 beta))^2 + (d_l + 1 / (2 beta))^2 of the log-ratios d.
 
-    Wu et al. 2024 (self-play preference optimisation) with winning probabilities 1 and 0, as
-    TRL's sppo_hard; their eta is 1 / beta. 1 / (2 beta^2) wherever policy == reference.
+    Self-play preference optimisation, Wu et al. 2024, with winning probabilities 1 and 0, as in
+    TRL's sppo_hard. Their eta is 1 / beta. The loss is 1 / (2 beta^2) wherever policy == reference.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
@@ -106,10 +113,11 @@ def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 
 
 def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
-    """Per-pair loss sigmoid(-r_w) + sigmoid(r_l): chosen responses up, rejected ones down.
+    """Per-pair loss sigmoid(-r_w) + sigmoid(r_l) of the implicit rewards r.
 
-    Anchored preference optimisation, D'Oosterlinck et al. 2024, for chosen responses that are
-    better than the policy's own. 1 wherever policy == reference. Arguments as in `nca`.
+    It makes chosen responses more likely and rejected ones less. Anchored preference optimisation,
+    D'Oosterlinck et al. 2024, for chosen responses that are better than the policy's own. The loss
+    is 1 wherever policy == reference. Arguments as in `nca`.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{apo_zero(policy, reference, beta=0.1):.3f}")
@@ -120,10 +128,11 @@ def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 
 
 def apo_down(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
-    """Per-pair loss sigmoid(r_w) + sigmoid(-(r_w - r_l)): both down, the rejected one more.
+    """Per-pair loss sigmoid(r_w) + sigmoid(-(r_w - r_l)) of the implicit rewards r.
 
-    Anchored preference optimisation, D'Oosterlinck et al. 2024, for a policy that is already
-    better than the chosen responses. 1 wherever policy == reference. Arguments as in `nca`.
+    It makes both responses less likely, the rejected one more so. Anchored preference optimisation,
+    D'Oosterlinck et al. 2024, for a policy that is already better than the chosen responses. The
+    loss is 1 wherever policy == reference. Arguments as in `nca`.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{apo_down(policy, reference, beta=0.1):.3f}")

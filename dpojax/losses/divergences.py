@@ -1,4 +1,4 @@
-"""f-DPO: the pair losses under another divergence than the reverse KL."""
+"""f-DPO: the pair losses with another divergence in the place of the reverse KL."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ def divergence_scores(
     *,
     alpha: ArrayLike | None = None,
 ) -> Pair:
-    """Turn log-ratios d into the scores f'(exp d) that take their place under a divergence f.
+    """Compute the scores f'(exp d) that replace the log-ratios d under a divergence f.
 
-    Wang et al. 2023 (f-DPO), with constants dropped as in TRL:
+    Wang et al. 2023 (f-DPO). Additive constants are dropped, as in TRL:
       reverse_kl: d
       forward_kl: 1 - exp(-d)
       js:         log 2 + log sigmoid(d)
       alpha:      (exp((a - 1) d) - 1) / (a - 1), and d at a = 1
 
-    Any loss that sees only the margin then takes the scores with no reference:
+    Give the scores to a loss that depends only on the margin, with no reference:
     `dpo(scores, NO_REFERENCE, beta=...)`. Losses that look at the level of a reward (nca, bco, apo,
-    sppo) are not defined with it: their unknown normaliser does not cancel.
+    sppo) are not defined with them: the unknown normaliser of each prompt does not cancel.
 
-    TRL's alpha is a since 1.0; its older coefficient is 1 - a. As there, exponents are clamped from
-    above at 80 (11 in float16), so values and gradients stay finite, and the gradient is 0 beyond;
-    forward_kl is clamped likewise here, where TRL overflows. A loss that squares its margin (ipo)
-    still overflows float32 near the clamp.
+    The alpha of TRL 1.0 and later is a; that of older versions is 1 - a. As in TRL, exponents are
+    at most 80 (11 in float16). So values and gradients stay finite, and beyond the limit the
+    gradient is 0. Departure from TRL: forward_kl has the same limit here; in TRL it overflows. A
+    loss that squares its margin (ipo) still overflows float32 near the limit.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       kind: the divergence.
-      alpha: a, wanted by "alpha" and by no other.
+      alpha: a. Kind "alpha" needs it, and the other kinds refuse it.
+
+    Returns:
+      The scores, nats, the pairs' shape.
 
     Raises:
-      ValueError: another `kind`, "alpha" without `alpha`, or `alpha` with another kind.
+      ValueError: an unknown `kind`, "alpha" without `alpha`, or `alpha` with another kind.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> scores = divergence_scores(policy, reference, "alpha", alpha=0.5)
@@ -55,20 +58,37 @@ def divergence_scores(
         raise ValueError("divergence_scores: kind 'alpha' takes alpha=..., and no other kind does")
     score = _SCORES[kind]
     ratio = jax.tree.map(jnp.asarray, log_ratios(policy, reference))
-    return jax.tree.map(lambda d: score(d, alpha), ratio)
+    return Pair(score(ratio.chosen, alpha), score(ratio.rejected, alpha))
+
+
+def _reverse_kl_score(ratio: Array, alpha: None) -> Array:
+    del alpha
+    return ratio
+
+
+def _forward_kl_score(ratio: Array, alpha: None) -> Array:
+    del alpha
+    return _alpha_score(ratio, 0.0)
+
+
+def _js_score(ratio: Array, alpha: None) -> Array:
+    del alpha
+    return jnp.log(2.0) + jax.nn.log_sigmoid(ratio)
 
 
 def _alpha_score(ratio: Array, alpha: ArrayLike) -> Array:
     power = jnp.asarray(alpha, ratio.dtype) - 1
+    # At a = 1 the formula is 0 / 0. The power is replaced there, so that no gradient is NaN.
     is_kl = jnp.abs(power) < 1e-6
     power = jnp.where(is_kl, 1.0, power)
-    limit = 11.0 if ratio.dtype == jnp.float16 else 80.0
+    limit = 11.0 if ratio.dtype == jnp.float16 else 80.0  # exp of more overflows
+    # expm1 keeps the digits of small exponents, which exp(x) - 1 would lose.
     return jnp.where(is_kl, ratio, jnp.expm1(jnp.minimum(power * ratio, limit)) / power)
 
 
 _SCORES = {
-    "reverse_kl": lambda d, _: d,
-    "forward_kl": lambda d, _: _alpha_score(d, 0.0),
-    "js": lambda d, _: jnp.log(2.0) + jax.nn.log_sigmoid(d),
+    "reverse_kl": _reverse_kl_score,
+    "forward_kl": _forward_kl_score,
+    "js": _js_score,
     "alpha": _alpha_score,
 }

@@ -11,10 +11,10 @@ from dpojax.losses.pair import Pair, dpo, implicit_rewards
 
 
 def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
-    """Per-pair loss, unbiased for labels that are flipped with probability e.
+    """Per-pair loss that is unbiased if labels are flipped with probability e.
 
     ((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2 e) of the margin m of the implicit
-    rewards. Chowdhury et al. 2024 (rDPO). It can be negative and has no lower bound for e > 0.
+    rewards. Chowdhury et al. 2024 (rDPO). For e > 0 it can be negative and has no lower bound.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
@@ -22,7 +22,7 @@ def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: A
       label_smoothing: the flip rate e, in [0, 0.5).
 
     Raises:
-      ValueError: a Python number outside of that range (an array is not looked into).
+      ValueError: a Python number out of that range (the values of arrays are not checked).
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{robust(policy, reference, beta=0.1, label_smoothing=0.1):.3f}")
@@ -38,7 +38,7 @@ def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: A
 
 
 def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
-    """Per-pair reverse KL from the policy's preference to the smoothed label.
+    """Per-pair reverse KL between the policy's preference and the smoothed label.
 
     KL(Bernoulli(sigmoid(m)) || Bernoulli(1 - e)) of the margin m of the implicit rewards.
     Ji et al. 2024 (EXO with K = 2).
@@ -46,10 +46,10 @@ def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: Arra
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       beta: strength of the KL penalty, > 0.
-      label_smoothing: e in (0, 0.5); the loss is infinite at e = 0, 1e-3 is usual.
+      label_smoothing: e in (0, 0.5), usually 1e-3; the loss is infinite at e = 0.
 
     Raises:
-      ValueError: a Python number outside of that range (an array is not looked into).
+      ValueError: a Python number out of that range (the values of arrays are not checked).
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{exo(policy, reference, beta=0.1, label_smoothing=1e-3):.3f}")
@@ -67,8 +67,9 @@ def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: Arra
 def dpo_soft(policy: Pair, reference: Pair, *, beta: ArrayLike, probability: ArrayLike) -> Array:
     """Per-pair cross-entropy -p log sigmoid(m) - (1 - p) log sigmoid(-m) of a soft label p.
 
-    DPO's loss (Rafailov et al. 2023, eq. 7) in expectation over labels of which a share p prefers
-    the chosen response, for example the votes of several raters or a reward model's probability.
+    The expectation of DPO's loss (Rafailov et al. 2023, eq. 7) over labels that prefer the chosen
+    response with probability p. Such labels are the votes of several raters, or a reward model's
+    probability.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
@@ -87,15 +88,16 @@ def dpo_ties(
 ) -> Array:
     """Per-pair negative log-likelihood of wins and ties.
 
-    With margin m of the implicit rewards and threshold a, the model of Rao & Kupper 1967 is
-    P(win) = sigmoid(m - a) and P(tie) = (exp(2 a) - 1) sigmoid(m - a) sigmoid(-m - a); with
-    implicit rewards it is DPO-RK of Chen et al. 2024 ("On extending DPO to accommodate ties"),
+    m is the margin of the implicit rewards and a the threshold. In the model of Rao & Kupper 1967,
+    P(win) = sigmoid(m - a) and P(tie) = (exp(2 a) - 1) sigmoid(m - a) sigmoid(-m - a). With
+    implicit rewards it is the DPO-RK of Chen et al. 2024 ("On extending DPO to accommodate ties"),
     whose nu is exp(a).
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       beta: strength of the KL penalty, > 0.
-      tie: 1 where the pair was judged equal, 0 where chosen won; a scalar or the pairs' shape.
+      tie: 1 where the pair was judged equal, 0 where the chosen response won; a scalar or the
+        pairs' shape.
       threshold: a > 0, the margin in nats below which ties are likely.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
@@ -106,5 +108,6 @@ def dpo_ties(
     """
     reward = implicit_rewards(policy, reference, beta)
     margin = reward.chosen - reward.rejected
-    lost = -jax.nn.log_sigmoid(-margin - threshold) - jnp.log(jnp.expm1(2 * threshold))
-    return -jax.nn.log_sigmoid(margin - threshold) + tie * lost
+    # -log P(tie) is -log P(win) and these two terms, so `tie` only has to switch them on.
+    tie_terms = -jax.nn.log_sigmoid(-margin - threshold) - jnp.log(jnp.expm1(2 * threshold))
+    return -jax.nn.log_sigmoid(margin - threshold) + tie * tie_terms

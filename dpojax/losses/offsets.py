@@ -1,4 +1,4 @@
-"""Pair losses whose margin is shifted by, or held against, something known about the pair."""
+"""Pair losses that use more than log-probs about each pair: an offset, a KL, a reward's scores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dpojax.losses.pair import Pair, implicit_rewards, log_ratios
 def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_chosen - r_rejected - offset) with r the implicit rewards.
 
-    DPO with an offset, Amini et al. 2024: the margin by which a pair must be told apart grows with
-    how much better the chosen response is, there offset = alpha log(score_w - score_l).
+    DPO with an offset, Amini et al. 2024. The better the chosen response is, the larger a margin
+    the loss asks for: in the paper, offset = alpha log(score_w - score_l).
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       beta: strength of the KL penalty, > 0.
-      offset: the wanted margin of each pair, nats: a scalar or the pairs' shape.
+      offset: the target margin of each pair, nats: a scalar or the pairs' shape.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{odpo(policy, reference, beta=0.1, offset=0.15):.3f}")
@@ -34,8 +34,8 @@ def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -
 def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(beta (d_w - d_l - penalty max(0, -d_w))) of the log-ratios d.
 
-    DPO-Positive, Pal et al. 2024: a chosen response that is less likely than under the reference
-    costs extra. Without penalty it is `dpo`.
+    DPO-Positive, Pal et al. 2024. It adds a penalty where the chosen response is less likely under
+    the policy than under the reference. With penalty 0 it is `dpo`.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
@@ -47,8 +47,8 @@ def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) 
     0.693
     """
     ratio = log_ratios(policy, reference)
-    lost = jax.nn.relu(-ratio.chosen)
-    return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - penalty * lost))
+    lost_logprob = jax.nn.relu(-ratio.chosen)
+    return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - penalty * lost_logprob))
 
 
 def tdpo(
@@ -62,16 +62,16 @@ def tdpo(
 ) -> Array:
     """Per-pair loss -log sigmoid(beta (d_w - d_l - alpha (kl_l - kl_w))) of the log-ratios d.
 
-    Token-level DPO, Zeng et al. 2024. TDPO1 is alpha = 1 with all gradients; TDPO2 weighs the KL
-    difference with alpha and lets no gradient flow through kl_w (`stop_chosen`).
+    Token-level DPO, Zeng et al. 2024. TDPO1 has alpha = 1 and all gradients. TDPO2 weights the KL
+    difference with alpha, and no gradient flows through kl_w (`stop_chosen`).
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       beta: strength of the KL penalty, > 0.
-      kl: per response the sum over its tokens of KL(reference || policy) of the next-token
-        distributions, nats, the pairs' shape.
+      kl: for each response, KL(reference || policy) of the next-token distributions, summed over
+        its tokens; nats, the pairs' shape.
       alpha: weight of the difference of the two KL sums.
-      stop_chosen: whether the chosen response's KL is a constant.
+      stop_chosen: whether the chosen response's KL gets no gradient.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> kl = Pair(0.5, 2.0)
@@ -80,8 +80,8 @@ def tdpo(
     """
     ratio = log_ratios(policy, reference)
     chosen = jax.lax.stop_gradient(kl.chosen) if stop_chosen else kl.chosen
-    drift = alpha * (kl.rejected - chosen)
-    return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - drift))
+    kl_difference = alpha * (kl.rejected - chosen)
+    return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - kl_difference))
 
 
 def rpo(
@@ -93,7 +93,7 @@ def rpo(
     scale: ArrayLike,
     form: Literal["sq", "bwd_kl", "fwd_kl"],
 ) -> Array:
-    """Per-pair distance of the implicit margin b from the margin g that a reward model gives.
+    """Per-pair distance between the implicit margin b and the margin g of a reward model.
 
     Reward-aware preference optimisation (Adler et al. 2024, Nemotron-4; Sun et al. 2025), with
     g = scale (score_w - score_l), in NeMo-Aligner's names:
@@ -105,30 +105,34 @@ def rpo(
       policy, reference: sequence log-probs, nats, any shape.
       beta: strength of the KL penalty, > 0.
       scores: the reward model's scores of the responses, the pairs' shape.
-      scale: of the score gap, to nats.
+      scale: nats per unit of the scores.
       form: which distance.
 
     Raises:
-      ValueError: another `form`.
+      ValueError: an unknown `form`.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{rpo(policy, reference, beta=0.2, scores=Pair(1., 0.), scale=1., form='sq'):.2f}")
     0.49
     """
     reward = implicit_rewards(policy, reference, beta)
-    ours = reward.chosen - reward.rejected
-    theirs = jnp.asarray(scale * (scores.chosen - scores.rejected))
+    implicit_margin = reward.chosen - reward.rejected
+    target_margin = jnp.asarray(scale * (scores.chosen - scores.rejected))
     if form == "sq":
-        return (ours - theirs) ** 2
+        return (implicit_margin - target_margin) ** 2
     if form == "bwd_kl":
-        return _bernoulli_kl(theirs, ours)
+        return _bernoulli_kl(target_margin, implicit_margin)
     if form == "fwd_kl":
-        return _bernoulli_kl(ours, theirs)
+        return _bernoulli_kl(implicit_margin, target_margin)
     raise ValueError(f"rpo: form must be 'sq', 'bwd_kl' or 'fwd_kl', got {form!r}")
 
 
 def _bernoulli_kl(first: Array, second: Array) -> Array:
-    """KL between the Bernoulli distributions of two logits."""
+    """KL(Bernoulli(sigmoid(first)) || Bernoulli(sigmoid(second))) of two logits.
+
+    log(1 - sigmoid(x)) is log_sigmoid(-x), which is exact where 1 - sigmoid(x) rounds to 0.
+    """
     log_sigmoid = jax.nn.log_sigmoid
     yes = jax.nn.sigmoid(first) * (log_sigmoid(first) - log_sigmoid(second))
-    return yes + jax.nn.sigmoid(-first) * (log_sigmoid(-first) - log_sigmoid(-second))
+    no = jax.nn.sigmoid(-first) * (log_sigmoid(-first) - log_sigmoid(-second))
+    return yes + no

@@ -1,4 +1,4 @@
-"""What a pair is, and the losses that see only the margin between its two implicit rewards."""
+"""Pairs, and the losses that depend only on the margin between the two implicit rewards."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from jax.typing import ArrayLike
 
 
 class Pair(NamedTuple):
-    """What belongs to the preferred and to the other response of the same prompts."""
+    """Values of the preferred (chosen) and of the other (rejected) response to the same prompts."""
 
     chosen: Array
     rejected: Array
 
 
-NO_REFERENCE = Pair(0.0, 0.0)  # as `reference`: the policy's own log-probs, or scores, are used
+# As `reference`: log-ratios are then the policy's log-probs, or scores, themselves.
+NO_REFERENCE = Pair(0.0, 0.0)
 
 
 def log_ratios(policy: Pair, reference: Pair) -> Pair:
@@ -31,9 +32,10 @@ def log_ratios(policy: Pair, reference: Pair) -> Pair:
 
 
 def implicit_rewards(policy: Pair, reference: Pair, beta: ArrayLike) -> Pair:
-    """beta (log policy - log reference) of each response, in nats.
+    """Compute beta (log policy - log reference) of each response, nats, any shape.
 
-    Rafailov et al. 2023, eq. 5, up to the prompt's constant beta log Z(x).
+    Rafailov et al. 2023, eq. 5, without beta log Z(x). This constant of the prompt cancels in every
+    margin.
 
     >>> implicit_rewards(Pair(-12.0, -14.0), Pair(-12.5, -13.0), beta=2.0)
     Pair(chosen=1.0, rejected=-2.0)
@@ -42,7 +44,7 @@ def implicit_rewards(policy: Pair, reference: Pair, beta: ArrayLike) -> Pair:
 
 
 def per_token(values: Pair, lengths: Pair) -> Pair:
-    """Divide sums over tokens by the responses' lengths, clamped to at least 1; any shape.
+    """Divide sums over tokens by the lengths of the responses (at least 1); any shape.
 
     >>> mean = per_token(Pair(-12.0, -14.0), Pair(5, 0))
     >>> print(f"{mean.chosen:.2f} {mean.rejected:.2f}")
@@ -65,7 +67,7 @@ def dpo(
       label_smoothing: assumed share of flipped labels, in [0, 0.5).
 
     Returns:
-      The loss per pair, the shape of `policy.chosen`. log 2 wherever policy == reference.
+      The loss of each pair, the shape of `policy.chosen`; log 2 wherever policy == reference.
 
     >>> zero = Pair(jnp.zeros(2), jnp.zeros(2))
     >>> [f"{loss:.3f}" for loss in dpo(zero, zero, beta=0.1).tolist()]
@@ -73,9 +75,9 @@ def dpo(
     """
     reward = implicit_rewards(policy, reference, beta)
     margin = reward.chosen - reward.rejected
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(
-        margin
-    ) - label_smoothing * jax.nn.log_sigmoid(-margin)
+    # log_sigmoid(x) stays exact for very negative x, where log(sigmoid(x)) would be -inf.
+    as_labelled = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
+    return as_labelled - label_smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def dpo_norm(
@@ -88,9 +90,9 @@ def dpo_norm(
 ) -> Array:
     """Per-pair DPO loss of per-token log-ratios: -log sigmoid(beta (d_w / |w| - d_l / |l|)).
 
-    Length-normalised DPO of Lambert et al. 2024 (Tulu 3); TRL calls it sigmoid_norm. Beta is an
-    order of magnitude larger than for `dpo`, 5 there. Shapes and smoothing as in `dpo`;
-    `lengths` counts the tokens of each response.
+    Length-normalised DPO of Lambert et al. 2024 (Tulu 3); TRL calls it sigmoid_norm. Its beta is
+    much larger than that of `dpo`: 5 in the paper. Arguments as in `dpo`; `lengths` counts the
+    tokens of each response.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{dpo_norm(policy, reference, beta=0.5, lengths=Pair(5, 4)):.3f}")
@@ -110,18 +112,18 @@ def ipo(
 ) -> Array:
     """Per-pair loss (h - 1 / (2 beta))^2 with h the difference of the two log-ratios.
 
-    Azar et al. 2023, eq. 17 (their tau is beta). Systems differ in what a log-ratio is, so the
-    choice is named and has no default: "sum" over the response's tokens (the paper; emdpo,
-    OpenRLHF) or "mean" per token (TRL, HALOs, LLaMA-Factory).
+    Azar et al. 2023, eq. 17 (their tau is beta). Systems differ in what a log-ratio is. So the
+    choice has a name and no default: the "sum" over the response's tokens (the paper; emdpo,
+    OpenRLHF), or their "mean" (TRL, HALOs, LLaMA-Factory).
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       beta: the regularisation tau, > 0.
       length_norm: "sum" or "mean".
-      lengths: tokens of each response, wanted by "mean" (clamped to at least 1).
+      lengths: tokens of each response, needed by "mean" (clamped to at least 1).
 
     Raises:
-      ValueError: another `length_norm`, or "mean" without `lengths`.
+      ValueError: an unknown `length_norm`, or "mean" without `lengths`.
 
     >>> zero = Pair(jnp.zeros(1), jnp.zeros(1))
     >>> ipo(zero, zero, beta=0.1, length_norm="sum").tolist()
@@ -140,8 +142,8 @@ def ipo(
 def hinge(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss max(0, 1 - (r_chosen - r_rejected)) with r the implicit rewards.
 
-    The hinge-norm loss of Liu et al. 2023 (RSO). Shapes as in `dpo`. Its gradient is exactly 0
-    from margin 1 on; 1 wherever policy == reference.
+    The hinge-norm loss of Liu et al. 2023 (RSO). Arguments as in `dpo`. Where the margin is 1 or
+    more, the gradient is exactly 0. The loss is 1 wherever policy == reference.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{hinge(policy, reference, beta=0.1):.2f}")
@@ -154,9 +156,8 @@ def hinge(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 def discopop(policy: Pair, reference: Pair, *, beta: ArrayLike, tau: ArrayLike) -> Array:
     """Per-pair loss (1 - g) * -log sigmoid(m) + g * exp(-m), g = sigmoid(m / tau), of margin m.
 
-    The log-ratio modulated loss of Lu et al. 2024 (DiscoPOP), found with tau = 0.05. The product
-    g exp(-m) is taken in logarithms, so it does not overflow for tau <= 1, where exp(-m) alone
-    would. Shapes as in `dpo`.
+    The log-ratio modulated loss of Lu et al. 2024 (DiscoPOP), who use tau = 0.05. Arguments as in
+    `dpo`.
 
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> print(f"{discopop(policy, reference, beta=0.1, tau=0.05):.3f}")
@@ -165,5 +166,7 @@ def discopop(policy: Pair, reference: Pair, *, beta: ArrayLike, tau: ArrayLike) 
     reward = implicit_rewards(policy, reference, beta)
     margin = reward.chosen - reward.rejected
     logistic = -jax.nn.log_sigmoid(margin)
+    # g exp(-m) in logarithms: exp(-m) alone overflows for very negative margins, and the product
+    # does not if tau <= 1.
     exponential = jnp.exp(jax.nn.log_sigmoid(margin / tau) - margin)
     return jax.nn.sigmoid(-margin / tau) * logistic + exponential

@@ -1,4 +1,4 @@
-"""What each system means by the name of a loss, as keyword arguments of ours."""
+"""The variant of each loss that other systems compute, as keyword arguments of our functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TRL = {
     "bradley_terry": {"margin": 0.0, "centring": 0.0},
 }
 
-# Where `bco` has no delta it is the running mean, which is state: see `update_baseline`.
+# Where `bco` has no delta, the delta is a running mean. That is state: see `update_baseline`.
 PRESETS = MappingProxyType(
     {
         "paper": {
@@ -80,11 +80,11 @@ PRESETS = MappingProxyType(
 
 
 def preset(source: str, loss: str) -> dict[str, Any]:
-    """Look up the keyword arguments with which a loss of ours is that of another system.
+    """Look up the keyword arguments that make one of our losses equal to another system's.
 
-    They choose the variant, and hold the system's defaults of hyper-parameters where it has any.
-    What belongs to the data (lengths, baselines, scores) is left to the caller, and so is every
-    hyper-parameter without a default. `docs/losses.md` carries the table of differences.
+    They choose the variant, and set the hyper-parameters for which the system has a default. The
+    caller gives the others, and the arguments that come from data (lengths, baselines, scores).
+    `docs/losses.md` has the table of differences.
 
     Args:
       source: a paper's or system's name, a key of `PRESETS`.
@@ -94,7 +94,8 @@ def preset(source: str, loss: str) -> dict[str, Any]:
       A new dict of keyword arguments.
 
     Raises:
-      KeyError: an unknown source, or a loss for which it has no preset; the error lists what is.
+      KeyError: an unknown source, or a loss for which it has no preset; the error lists the known
+        ones.
 
     >>> preset("trl-1.16", "ipo")
     {'beta': 0.1, 'length_norm': 'mean'}

@@ -20,21 +20,21 @@ def plackett_luce(
     """Negative log-likelihood of a ranking of K responses under their implicit rewards r.
 
     -sum_k (r_k - log sum_{j ranked k or behind} exp r_j). Rafailov et al. 2023, appendix A.3,
-    eq. 20. Two responses give `dpo`.
+    eq. 20. For two responses it is `dpo`.
 
     Args:
       policy, reference: sequence log-probs, nats, [..., K], the best response first.
       beta: strength of the KL penalty, > 0; a scalar.
-      mask: which responses exist, [..., K]; all if None. An absent one is in no choice.
-      top: how many places, counted from the best, are ordered at all (a partial ranking); the
-        responses behind them only lose. All if None; a scalar.
-      ranks: place of each response, 0 for the best, [..., K]; equal numbers are ties (Breslow
-        1974: a tied response is chosen from all that are not ahead of it). The order on the last
-        axis if None.
+      mask: which responses exist, [..., K]; all if None. An absent response does not count.
+      top: a scalar: how many places, counted from the best, have an order (a partial ranking). The
+        responses behind them only count as worse. All if None.
+      ranks: the place of each response, 0 for the best, [..., K]. Equal numbers are ties: a tied
+        response is chosen from all that are not ahead of it (Breslow 1974). If None, the order on
+        the last axis.
 
     Returns:
-      The loss per ranking, [...]. The sum of log n over its choices among n responses wherever
-      policy == reference; 0 for fewer than two responses.
+      The loss of each ranking, [...]. Wherever policy == reference, each choice among n responses
+      adds log n. The loss is 0 for fewer than two responses.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = jnp.array([-12.0, -14.0]), jnp.array([-12.5, -13.0])

@@ -1,5 +1,7 @@
-"""Pair losses without a reference. Several add a likelihood term, whose normalisation differs
-between systems: it is the argument `nll`, per pair.
+"""Pair losses without a reference.
+
+Several add a likelihood term. Systems normalise it in different ways, so the caller computes it: it
+is the argument `nll`, one number per pair.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ def simpo(
 ) -> Array:
     """Per-pair loss -log sigmoid(beta (l_w / |w| - l_l / |l|) - gamma) of the log-probs l.
 
-    Meng et al. 2024. Some systems are configured by the ratio gamma / beta (open-instruct, HALOs)
-    and others by gamma (TRL): here it is gamma, so pass ratio * beta.
+    Meng et al. 2024. Some systems set gamma (TRL), as here, and others the ratio gamma / beta
+    (open-instruct, HALOs): then pass ratio * beta.
 
     Args:
       policy: sequence log-probs, nats, any shape.
       beta: scale of the per-token rewards, > 0, around 2.
-      gamma: wanted margin, nats after the scaling by beta.
+      gamma: target margin of the scaled rewards, nats.
       lengths: tokens of each response, clamped to at least 1.
       label_smoothing: as in `dpo`.
 
@@ -36,7 +38,7 @@ def simpo(
     0.168
     """
     reward = jax.tree.map(lambda x: beta * x, per_token(policy, lengths))
-    return _shifted(reward, gamma, label_smoothing)
+    return _logistic_with_margin(reward, gamma, label_smoothing)
 
 
 def alphapo(
@@ -48,25 +50,32 @@ def alphapo(
     lengths: Pair,
     label_smoothing: ArrayLike = 0.0,
 ) -> Array:
-    """Per-pair SimPO loss of the bent rewards beta (1 - exp(-alpha l / |y|)) / alpha.
+    """Per-pair SimPO loss of the curved rewards beta (1 - exp(-alpha l / |y|)) / alpha.
 
-    Gupta et al. 2025 (AlphaPO). At alpha = 0 it is `simpo`. The exponent is clamped at 80, so
-    that very unlikely tokens cannot overflow. Arguments as in `simpo`.
+    Gupta et al. 2025 (AlphaPO). At alpha = 0 it is `simpo`. Arguments as in `simpo`; alpha is the
+    curvature of the reward.
 
     >>> policy, lengths = Pair(-12.0, -14.0), Pair(5, 4)
     >>> print(f"{alphapo(policy, beta=2.0, gamma=0.5, alpha=0.25, lengths=lengths):.4f}")
     0.0162
     """
-    straight = jnp.abs(jnp.asarray(alpha)) < 1e-6
-    power = jnp.where(straight, 1.0, alpha)
-    bend = lambda x: jnp.where(straight, x, -jnp.expm1(jnp.minimum(-power * x, 80.0)) / power)
-    reward = jax.tree.map(lambda x: beta * bend(x), per_token(policy, lengths))
-    return _shifted(reward, gamma, label_smoothing)
+    # At alpha = 0 the formula is 0 / 0. Alpha is replaced there, so that no gradient is NaN.
+    is_linear = jnp.abs(jnp.asarray(alpha)) < 1e-6
+    curvature = jnp.where(is_linear, 1.0, alpha)
+
+    def scaled_reward(mean_logprob: Array) -> Array:
+        # At most 80: the exponential of very unlikely tokens would overflow float32.
+        exponent = jnp.minimum(-curvature * mean_logprob, 80.0)
+        return beta * jnp.where(is_linear, mean_logprob, -jnp.expm1(exponent) / curvature)
+
+    reward = jax.tree.map(scaled_reward, per_token(policy, lengths))
+    return _logistic_with_margin(reward, gamma, label_smoothing)
 
 
-def _shifted(reward: Pair, gamma: ArrayLike, smoothing: ArrayLike) -> Array:
-    moved = Pair(reward.chosen - gamma, reward.rejected)
-    return dpo(moved, NO_REFERENCE, beta=1.0, label_smoothing=smoothing)
+def _logistic_with_margin(reward: Pair, gamma: ArrayLike, label_smoothing: ArrayLike) -> Array:
+    """The logistic loss of r_w - r_l - gamma, smoothed as `dpo` is."""
+    shifted = Pair(reward.chosen - gamma, reward.rejected)
+    return dpo(shifted, NO_REFERENCE, beta=1.0, label_smoothing=label_smoothing)
 
 
 def cpo(
@@ -79,15 +88,15 @@ def cpo(
 ) -> Array:
     """Per-pair loss -log sigmoid(beta (l_w - l_l)) + alpha nll of the log-probs l.
 
-    Contrastive preference optimisation, Xu et al. 2024: DPO under a uniform reference, and the
-    chosen response's likelihood as an anchor.
+    Contrastive preference optimisation, Xu et al. 2024: DPO with a uniform reference, and a term
+    that keeps the chosen response likely.
 
     Args:
       policy: sequence log-probs, nats, any shape.
       beta: scale of the log-probs, > 0.
       alpha: weight of the likelihood term.
-      nll: the chosen responses' negative log-likelihood, summed (the paper) or divided by tokens
-        (TRL, prompt included), the pairs' shape or a scalar.
+      nll: negative log-likelihood of the chosen responses: summed over tokens (the paper), or
+        divided by their number, that of the prompt included (TRL). The pairs' shape or a scalar.
       label_smoothing: as in `dpo`.
 
     >>> print(f"{cpo(Pair(-12.0, -14.0), beta=0.1, alpha=1.0, nll=12.0):.3f}")
@@ -99,15 +108,14 @@ def cpo(
 def orpo(policy: Pair, *, beta: ArrayLike, lengths: Pair, nll: ArrayLike) -> Array:
     """Per-pair loss nll - beta log sigmoid(log odds_w - log odds_l) of per-token likelihoods.
 
-    odds = p / (1 - p) with p = exp(l / |y|). Hong et al. 2024 (their lambda is beta). Mean
-    log-probs are kept below 0 by the dtype's epsilon, where the odds would be infinite.
+    odds = p / (1 - p) with p = exp(l / |y|). Hong et al. 2024 (their lambda is beta).
 
     Args:
       policy: sequence log-probs, nats, any shape.
       beta: weight of the odds-ratio term.
       lengths: tokens of each response, clamped to at least 1.
-      nll: the chosen responses' negative log-likelihood, per token in the paper: the pairs' shape
-        or a scalar.
+      nll: negative log-likelihood of the chosen responses, per token in the paper. The pairs'
+        shape or a scalar.
 
     >>> print(f"{orpo(Pair(-12.0, -14.0), beta=0.1, lengths=Pair(5, 4), nll=2.4):.3f}")
     2.427
@@ -117,12 +125,15 @@ def orpo(policy: Pair, *, beta: ArrayLike, lengths: Pair, nll: ArrayLike) -> Arr
 
 
 def _log_odds(mean: Array) -> Array:
-    """log(p / (1 - p)) of p = exp(mean), by whichever form of log(1 - p) is exact there."""
+    """log(p / (1 - p)) of p = exp(mean), with whichever form of log(1 - p) is exact there."""
+    # At p = 1 the odds are infinite, so the mean log-prob stays below 0 by the dtype's epsilon.
     mean = jnp.minimum(mean, -jnp.finfo(mean.dtype).eps)
-    unlikely = mean < -jnp.log(2.0)
-    far = jnp.log1p(-jnp.exp(jnp.where(unlikely, mean, -1.0)))
-    near = jnp.log(-jnp.expm1(jnp.where(unlikely, -1.0, mean)))
-    return mean - jnp.where(unlikely, far, near)
+    # p < 1/2: log1p(-p) is exact. p > 1/2: 1 - p = -expm1(mean) is. Each form gets a harmless
+    # number where it is not chosen, as a NaN gradient there would reach the result.
+    is_unlikely = mean < -jnp.log(2.0)
+    if_unlikely = jnp.log1p(-jnp.exp(jnp.where(is_unlikely, mean, -1.0)))
+    if_likely = jnp.log(-jnp.expm1(jnp.where(is_unlikely, -1.0, mean)))
+    return mean - jnp.where(is_unlikely, if_unlikely, if_likely)
 
 
 def slic(policy: Pair, *, margin: ArrayLike, alpha: ArrayLike, nll: ArrayLike) -> Array:
@@ -133,10 +144,10 @@ def slic(policy: Pair, *, margin: ArrayLike, alpha: ArrayLike, nll: ArrayLike) -
 
     Args:
       policy: sequence log-probs, nats, any shape.
-      margin: wanted gap in nats; their delta, HALOs' beta.
-      alpha: weight of the regulariser; their lambda.
-      nll: negative log-likelihood of the regulariser's targets, the SFT data in the paper and the
-        chosen responses in HALOs: the pairs' shape or a scalar.
+      margin: target gap, nats; their delta, HALOs' beta.
+      alpha: weight of the likelihood term; their lambda.
+      nll: negative log-likelihood of the SFT data (the paper) or of the chosen responses (HALOs).
+        The pairs' shape or a scalar.
 
     >>> print(f"{slic(Pair(-12.0, -14.0), margin=5.0, alpha=0.1, nll=12.0):.2f}")
     4.20

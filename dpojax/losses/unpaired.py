@@ -1,7 +1,7 @@
-"""Losses of single responses that are labelled good or bad, with no partner.
+"""Losses of single responses that are labelled desirable or not; they need no pairs.
 
-`policy` and `reference` are sequence log-probs in nats of any shape, `desirable` is true where the
-response is a good one.
+`policy` and `reference` are sequence log-probs in nats, of any shape. `desirable` has their shape
+and is true where the response is a good one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ def kto(
     desirable_weight: ArrayLike,
     undesirable_weight: ArrayLike,
 ) -> Array:
-    """Loss per response 1 - sigmoid(+-beta (d - kl)) of its log-ratio d: + if good, - if bad.
+    """Per-response loss 1 - sigmoid(+-beta (d - kl)) of the log-ratio d.
 
-    Ethayarajh et al. 2024; it is lambda - v in their terms.
+    The sign is + for desirable responses and - for the others. Ethayarajh et al. 2024; the loss is
+    lambda - v in their notation.
 
     Args:
       policy, reference: sequence log-probs, nats, any shape.
       desirable: whether the response is a good one, the same shape.
       beta: strength of the KL penalty, > 0.
-      kl: the point of reference z_0, nats, a scalar (see `kto_baseline`); no gradient flows into
-        it.
-      desirable_weight, undesirable_weight: their lambdas.
+      kl: the reference point z_0, nats, a scalar (see `kto_baseline`); no gradient flows into it.
+      desirable_weight, undesirable_weight: their lambda_D and lambda_U.
 
     >>> good = jnp.array([True, False])
     >>> loss = kto(jnp.array([-12.0, -14.0]), jnp.array([-12.5, -13.0]), good, beta=0.1, kl=0.5,
@@ -48,11 +48,11 @@ def kto(
 def kto_baseline(log_ratio: Array, weight: ArrayLike | None = None) -> Array:
     """Estimate KL(policy || reference) for `kto`: the mean log-ratio, at least 0; no gradient.
 
-    Ethayarajh et al. 2024: the log-ratios are those of responses that belong to other prompts of
-    the batch, so that they are close to unrelated.
+    Ethayarajh et al. 2024. Each log-ratio is that of a prompt with the response to another prompt
+    of the batch, so that the two are unrelated.
 
     Args:
-      log_ratio: log policy - log reference of the mismatched responses of the whole batch, nats.
+      log_ratio: log policy - log reference of these mismatched responses, of the whole batch, nats.
       weight: their weights or mask, the same shape; all 1 if None.
 
     Returns:
@@ -62,18 +62,19 @@ def kto_baseline(log_ratio: Array, weight: ArrayLike | None = None) -> Array:
     0.1667
     """
     weight = jnp.ones_like(log_ratio) if weight is None else jnp.asarray(weight, log_ratio.dtype)
-    total = jnp.where(weight > 0, log_ratio, 0.0) * weight
-    mean = total.sum() / jnp.where(weight.sum() > 0, weight.sum(), 1.0)
+    weighted = jnp.where(weight > 0, log_ratio, 0.0) * weight  # a masked log-ratio may be NaN
+    mean = weighted.sum() / jnp.where(weight.sum() > 0, weight.sum(), 1.0)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
 
 def bco_unpaired(
     policy: Array, reference: Array, desirable: Array, *, beta: ArrayLike, delta: ArrayLike
 ) -> Array:
-    """Loss per response -log sigmoid(+-(r - delta)) of its implicit reward r: + if good.
+    """Per-response loss -log sigmoid(+-(r - delta)) of the implicit reward r.
 
-    Jung et al. 2024 (BCO); `bco` is the sum over a good and a bad response. No gradient flows into
-    the shift `delta`, nats, a scalar (see `update_baseline`).
+    The sign is + for desirable responses and - for the others. Jung et al. 2024 (BCO); `bco` is the
+    sum over a desirable and an undesirable response. `delta` is a scalar shift in nats (see
+    `update_baseline`); no gradient flows into it.
 
     >>> good = jnp.array([True, False])
     >>> loss = bco_unpaired(jnp.zeros(2), jnp.zeros(2), good, beta=0.1, delta=0.0)
@@ -87,9 +88,10 @@ def bco_unpaired(
 def apo_zero_unpaired(
     policy: Array, reference: Array, desirable: Array, *, beta: ArrayLike
 ) -> Array:
-    """Loss per response sigmoid(-+r) of its implicit reward r: - if good, + if bad.
+    """Per-response loss sigmoid(-+r) of the implicit reward r.
 
-    D'Oosterlinck et al. 2024 (APO-zero); `apo_zero` is the sum over a good and a bad response.
+    The sign is - for desirable responses and + for the others. APO-zero, D'Oosterlinck et al. 2024;
+    `apo_zero` is the sum over a desirable and an undesirable response.
 
     >>> good = jnp.array([True, False])
     >>> apo_zero_unpaired(jnp.zeros(2), jnp.zeros(2), good, beta=0.1).tolist()

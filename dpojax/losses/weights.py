@@ -1,4 +1,4 @@
-"""What is done around a loss: weights on pairs, weights on tokens, sums of losses."""
+"""Weights on pairs, weights on tokens, and weighted sums of losses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dpojax.losses.pair import Pair, per_token
 def wpo_weights(
     policy: Pair, *, lengths: Pair, log_collision: Pair | None, clamp: ArrayLike | None
 ) -> Array:
-    """Weigh pairs by how likely the policy is to have written them; multiply a pair loss by it.
+    """Compute weights of pairs: how likely the policy is to have written both responses.
 
-    w = exp(l_w / |w|) exp(l_l / |l|), and with the correction each mean log-prob l / |y| is taken
-    relative to that of the policy's own samples: (l - c) / |y| with c the sum over the tokens of
-    log sum_v p_v^2. Zhou et al. 2024 (WPO). No gradient flows through the weight.
+    Multiply a pair loss by them. weight = exp(l_w / |w|) exp(l_l / |l|). With the correction, each
+    mean log-prob is relative to that of the policy's own samples: (l - c) / |y|, where c is the sum
+    over the tokens of log sum_v p_v^2. Zhou et al. 2024 (WPO). No gradient flows through a weight.
 
     Args:
       policy: sequence log-probs, nats, any shape.
@@ -41,14 +41,14 @@ def wpo_weights(
 
 
 class HeadTail(NamedTuple):
-    """Log-probs of a pair, nats: of the first `shared_length` tokens, and of those behind them."""
+    """Log-probs of a pair, nats: of the first `shared_length` tokens, and of the later ones."""
 
     head: Pair
     tail: Pair
 
 
 def shared_length(lengths: Pair) -> Array:
-    """Count the tokens that both responses of a pair have, min(|w|, |l|); any shape.
+    """Compute min(|w|, |l|), the length that both responses of a pair have; any shape.
 
     >>> shared_length(Pair(5, 4)).item()
     4
@@ -59,19 +59,19 @@ def shared_length(lengths: Pair) -> Array:
 def ld_logprobs(
     policy: HeadTail, reference: HeadTail, *, alpha: ArrayLike, weight_reference: bool
 ) -> tuple[Pair, Pair]:
-    """Give the tokens of the longer response that the shorter has not the weight alpha.
+    """Weight the tokens by which the longer response exceeds the shorter one with alpha.
 
-    Length-desensitised DPO, Liu et al. 2024: log-probs become head + alpha tail, and the result
-    goes into any pair loss. alpha = 1 is no change. Systems differ in whether the reference is
-    weighted too (TRL 1) or only the policy (TRL 0.24, LLaMA-Factory).
+    Length-desensitised DPO, Liu et al. 2024. Log-probs become head + alpha * tail; give the result
+    to any pair loss. With alpha = 1 nothing changes. In some systems the reference is weighted too
+    (TRL 1), in others only the policy (TRL 0.24, LLaMA-Factory).
 
     Args:
-      policy, reference: sums over the tokens before and behind `shared_length`, any shape.
+      policy, reference: sums over the tokens before and after `shared_length`, any shape.
       alpha: weight of the tail, in [0, 1].
       weight_reference: whether the reference's tail gets the weight as well.
 
     Returns:
-      Log-probs of policy and reference, nats.
+      Log-probs of the policy and of the reference, nats.
 
     >>> policy = HeadTail(Pair(-9.0, -14.0), Pair(-3.0, 0.0))
     >>> reference = HeadTail(Pair(-10.0, -13.0), Pair(-2.5, 0.0))
@@ -79,23 +79,27 @@ def ld_logprobs(
     >>> print(new.chosen, old.chosen)
     -10.5 -11.25
     """
-    total = lambda parts, w: jax.tree.map(lambda h, t: h + w * t, parts.head, parts.tail)
-    return total(policy, alpha), total(reference, alpha if weight_reference else 1.0)
+    reference_alpha = alpha if weight_reference else 1.0
+    return _weight_tail(policy, alpha), _weight_tail(reference, reference_alpha)
+
+
+def _weight_tail(parts: HeadTail, alpha: ArrayLike) -> Pair:
+    return jax.tree.map(lambda head, tail: head + alpha * tail, parts.head, parts.tail)
 
 
 def mixture(losses: Sequence[ArrayLike], weights: Sequence[ArrayLike]) -> Array:
-    """Add up losses of the same examples, each with its weight.
+    """Add up losses of the same examples, each times its weight.
 
-    MPO (Wang et al. 2024, InternVL) is 0.8 `dpo` + 0.2 `bco` + 1.0 of a per-token likelihood; DPO
-    with a likelihood term, RPO in TRL's name, is `mixture([dpo(...), sft(chosen) / length],
-    [1.0, alpha])` (Pang et al. 2024). Weights are not normalised.
+    MPO (Wang et al. 2024, InternVL) is 0.8 `dpo` + 0.2 `bco` + 1.0 times a likelihood per token.
+    DPO with a likelihood term (Pang et al. 2024; TRL calls it RPO) is
+    `mixture([dpo(...), sft(chosen) / length], [1.0, alpha])`. Weights are not normalised.
 
     Args:
-      losses: each one number per example, or a scalar.
-      weights: one per loss.
+      losses: each with one number per example, or a scalar.
+      weights: one for each loss.
 
     Raises:
-      ValueError: not as many weights as losses.
+      ValueError: the numbers of losses and weights differ, or are 0.
 
     >>> mixture([jnp.array([1.0, 2.0]), jnp.array([4.0, 0.0])], [0.5, 0.25]).tolist()
     [1.5, 1.0]
