@@ -1,10 +1,11 @@
 """Policy gradients under a KL penalty: advantages, PPO's losses, shaped rewards, KL estimators.
 
-Responses are [..., tokens] with a mask of the same shape, true where a token of the response
-stands, its end-of-sequence token included. What stands elsewhere may be anything, NaN too, unless
-a function says otherwise, and comes out as 0. Log-probs are in nats. Nothing here is averaged:
-tokens and sequences go out one by one, and diagnostics as a sum and its weight; only `whiten`
-needs the whole batch.
+Arrays of tokens are [..., tokens]. A mask of the same shape is true for the tokens of the response,
+its end-of-sequence token included. Values at other places may be anything, even NaN, unless a
+function says otherwise; results are 0 there. Log-probs are in nats.
+
+No function averages. Losses and rewards come out as one number per token or sequence, diagnostics
+as a sum and its weight. Only `whiten` needs the whole batch.
 
 >>> mask = jnp.array([True, True, False])
 >>> policy, reference = jnp.array([-1.0, -2.0, 0.0]), jnp.array([-1.5, -1.0, 0.0])
@@ -29,37 +30,41 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 class Advantages(NamedTuple):
-    """What a rollout teaches about each token, both [..., tokens], 0 where no token stands."""
+    """Advantages and returns of a rollout, [..., tokens] each, 0 where there is no token."""
 
     advantages: Array
-    returns: Array  # what the value function is fitted to: advantages + values
+    returns: Array  # the targets of the value function: advantages + values
 
 
 class Sum(NamedTuple):
-    """A weighted sum and its weight; a mean is the quotient of the sums over all parts."""
+    """A weighted sum and its weight, scalars.
+
+    To average over parts of a batch, add the totals, add the weights, and divide.
+    """
 
     total: Array
     weight: Array
 
 
 class AdaptiveKL(NamedTuple):
-    """The state of the controller of the KL penalty: its coefficient, > 0, in reward per nat."""
+    """The state of the controller of the KL penalty."""
 
-    coefficient: Array
+    coefficient: Array  # > 0, reward per nat
 
 
 def gae(
     rewards: Array, values: Array, mask: Array, *, discount: ArrayLike, gae_lambda: ArrayLike
 ) -> Advantages:
-    """Generalised advantages A_t = sum_k (discount gae_lambda)^k d_{t+k}, and returns A_t + V_t.
+    """Compute advantages A_t = sum_k (discount gae_lambda)^k d_{t+k} and returns A_t + V_t.
 
-    d_t = r_t + discount V_{t+1} - V_t, with V = 0 after the last token: a response is an episode
-    that ends. Schulman et al. 2016, eq. 16. Decay (their lambda) 1 gives the discounted sum of
-    the rewards to come minus V_t, gae_lambda 0 gives d_t. Masked tokens are stepped over.
+    Generalised advantage estimation, Schulman et al. 2016, eq. 16. d_t = r_t + discount V_{t+1} -
+    V_t, with V = 0 after the last token, as a response is an episode that ends. With gae_lambda 1,
+    A_t is the discounted sum of the later rewards minus V_t; with gae_lambda 0, it is d_t. Masked
+    tokens are skipped: their neighbours are treated as adjacent.
 
     Args:
-      rewards: of each token, [..., tokens].
-      values: V before each token is chosen, [..., tokens], from the policy that sampled.
+      rewards: the reward of each token, [..., tokens].
+      values: V before each token is chosen, [..., tokens], of the policy that sampled.
       mask: [..., tokens].
       discount: gamma, in [0, 1].
       gae_lambda: lambda, in [0, 1].
@@ -79,26 +84,29 @@ def gae(
         next_advantage, next_value = later
         reward, value, present = token
         advantage = reward + discount * next_value - value + trace * next_advantage
-        here = (advantage, value)
-        return jax.tree.map(lambda x, y: jnp.where(present, x, y), here, later), advantage
+        # A masked token hands on what came from the token after it.
+        next_advantage = jnp.where(present, advantage, next_advantage)
+        next_value = jnp.where(present, value, next_value)
+        return (next_advantage, next_value), advantage
 
-    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, mask))
-    after = jnp.zeros(rewards.shape[:-1], dtype)
-    _, advantages = jax.lax.scan(step, (after, after), time_first, reverse=True)
+    time_first = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, values, mask))  # [tokens, ...]
+    zero = jnp.zeros(rewards.shape[:-1], dtype)
+    _, advantages = jax.lax.scan(step, (zero, zero), time_first, reverse=True)
     advantages = jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0)
     return Advantages(advantages, advantages + values)
 
 
 def whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
-    """Scale the present tokens of a batch to variance 1 (of n - 1) and, by default, to mean 0.
+    """Scale the unmasked tokens of a batch to variance 1 and, by default, shift them to mean 0.
 
-    Statistics run over all axes, so call it on the whole optimiser batch, before that is cut into
-    micro-batches: then padding and sharding change nothing. As TRL whitens advantages (1e-8 is
-    added to the variance); with `shift_mean=False`, as it whitens rewards, the mean stays.
+    Mean and variance are over all axes. So call it on the whole optimiser batch, before it is cut
+    into micro-batches; then padding and sharding change nothing. As in TRL, the variance divides by
+    n - 1, and 1e-8 is added to it. TRL whitens advantages with the shift, and rewards without.
 
     Args:
       x: any shape.
       mask: the shape of x.
+      shift_mean: False keeps the mean.
 
     >>> whiten(jnp.array([1.0, 2.0, 3.0, 99.0]), jnp.array([1, 1, 1, 0])).tolist()
     [-1.0, 0.0, 1.0, 0.0]
@@ -116,20 +124,21 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool = True) -> Array:
 def clipped_surrogate(
     logprobs: Array, old_logprobs: Array, advantages: Array, *, clip: ArrayLike
 ) -> Array:
-    """PPO's loss of each token, -min(rho A, clip(rho, 1 - c, 1 + c) A) with rho = p / p_old.
+    """Compute PPO's loss of each token, -min(rho A, clip(rho, 1 - c, 1 + c) A), rho = p / p_old.
 
-    Schulman et al. 2017, eq. 7. Where the clipped term is the lesser the gradient is exactly 0,
-    however large the ratio. Where it is not and A < 0, the loss grows with the ratio without a
-    bound and overflows float32 for log-ratios over 88: no clamp hides that. A token whose
-    advantage is 0, as `gae` has it for padding, costs 0 for any finite log-probs.
+    Schulman et al. 2017, eq. 7. Where the clipped term is the smaller one, the gradient is exactly
+    0, however large the ratio is. Where it is not and A < 0, the loss grows with the ratio without
+    a bound. It then overflows float32 for log-ratios over 88; nothing is clamped to hide that. A
+    token with advantage 0, which `gae` gives to padding, has loss 0 for any finite log-probs.
 
     Args:
-      logprobs, old_logprobs: of the sampled tokens under the policy and the sampler, [..., tokens].
-      advantages: [..., tokens], data (differentiate the log-probs only).
+      logprobs: log-probs of the sampled tokens under the policy, [..., tokens].
+      old_logprobs: those under the policy that sampled.
+      advantages: [..., tokens]; constants, so differentiate with respect to `logprobs` only.
       clip: c > 0.
 
     Returns:
-      [..., tokens], a loss.
+      [..., tokens].
 
     >>> ratio, advantage = jnp.array([1.5, 1.5]), jnp.array([1.0, -1.0])
     >>> loss = clipped_surrogate(jnp.log(ratio), jnp.zeros(2), advantage, clip=0.2)
@@ -139,7 +148,7 @@ def clipped_surrogate(
     log_ratio = logprobs - old_logprobs
     clipped = _is_clipped(log_ratio, advantages, clip)
     bound = jnp.where(advantages >= 0, 1 + jnp.asarray(clip), 1 - jnp.asarray(clip))
-    # The exponent is replaced too: the gradient of an overflow that is not chosen would be NaN.
+    # The exponent is replaced too: an overflow that `where` does not choose has a NaN gradient.
     ratio = jnp.exp(jnp.where(clipped, 0, log_ratio))
     return -advantages * jnp.where(clipped, bound, ratio).astype(ratio.dtype)
 
@@ -147,39 +156,46 @@ def clipped_surrogate(
 def clipped_value_loss(
     values: Array, old_values: Array, returns: Array, *, clip: ArrayLike
 ) -> Array:
-    """Half the greater of the squared errors of V and of V held to within c of its old value.
+    """Compute 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) of each token.
 
-    1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) of each token, after the code of
-    Schulman et al. 2017 (their paper has no value clip) and Ziegler et al. 2019. Absent tokens
-    are not masked here; the loss is finite for any finite input that can be squared.
+    So V is pulled towards the return R, but gets no gradient once it is more than c away from its
+    old value on the way there. This is in the code of Schulman et al. 2017, not in their paper, and
+    in Ziegler et al. 2019. Absent tokens are not masked here. The loss is finite for any finite
+    input whose square is finite.
 
     Args:
       values, old_values, returns: [..., tokens]; only `values` is differentiated.
       clip: c > 0, in units of the reward.
 
+    Returns:
+      [..., tokens].
+
     >>> loss = clipped_value_loss(jnp.array([1.0]), jnp.array([0.0]), jnp.array([2.0]), clip=0.5)
     >>> loss.tolist()  # 1.5 ** 2 / 2
     [1.125]
     """
-    held = jnp.clip(values, old_values - clip, old_values + clip)
-    return 0.5 * jnp.maximum((values - returns) ** 2, (held - returns) ** 2)
+    clipped = jnp.clip(values, old_values - clip, old_values + clip)
+    return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def kl_estimate(log_ratio: ArrayLike, *, estimator: Estimator) -> Array:
-    """An estimate of KL(policy || reference) from samples of the policy, one for each log-ratio.
+    """Estimate KL(policy || reference) from samples of the policy, one estimate per log-ratio.
 
-    Of d = log policy - log reference: k1 = d, unbiased; k2 = d^2 / 2, biased, never negative;
-    k3 = exp(-d) - 1 + d, unbiased and never negative. Schulman 2020, "Approximating KL
-    divergence". Of a token given its prefix they are summed over tokens to estimate the sequence's
-    KL. k3 overflows float32 for d < -88. Unbiased values do not make unbiased gradients: the
-    expected gradient of k1 is 0 and that of k2 is the KL's.
+    Schulman 2020, "Approximating KL divergence", with d = log policy - log reference:
+      k1: d, unbiased
+      k2: d^2 / 2, biased, never negative
+      k3: exp(-d) - 1 + d, unbiased, never negative; overflows float32 for d < -88
+
+    The sum over the tokens of a sequence estimates the KL of sequences. An unbiased value does not
+    mean an unbiased gradient: the expected gradient of k1 is 0, and that of k2 is the gradient of
+    the KL.
 
     Args:
-      log_ratio: nats, any shape, of single tokens or of whole sequences.
+      log_ratio: d, nats, any shape, of single tokens or of whole sequences.
       estimator: "k1", "k2" or "k3".
 
     Raises:
-      ValueError: another estimator.
+      ValueError: an unknown estimator.
 
     >>> [f"{kl_estimate(-0.5, estimator=k):.4f}" for k in ("k1", "k2", "k3")]
     ['-0.5000', '0.1250', '0.1487']
@@ -197,7 +213,7 @@ def kl_estimate(log_ratio: ArrayLike, *, estimator: Estimator) -> Array:
 def sequence_kl(
     logprobs: Array, reference_logprobs: Array, mask: Array, *, estimator: Estimator = "k1"
 ) -> Array:
-    """`kl_estimate` of each token summed over each response, nats, [..., tokens] -> [...].
+    """Sum `kl_estimate` over the tokens of each response, nats, [..., tokens] -> [...].
 
     >>> policy, reference = jnp.array([-1.0, -2.0, 0.0]), jnp.array([-1.5, -1.0, 7.0])
     >>> print(sequence_kl(policy, reference, jnp.array([1, 1, 0])))
@@ -216,17 +232,17 @@ def shape_rewards(
     kl_coefficient: ArrayLike,
     kl_estimator: Estimator = "k1",
 ) -> Array:
-    """Token rewards -c KL_t, and the response's score on top of that of its last token.
+    """Compute token rewards -c KL_t, plus the response's score at its last token.
 
-    Ziegler et al. 2019, eq. 2, token by token. With k1 their sum over a response is its score
-    - c (log policy - log reference), whose expectation is the objective of Rafailov et al. 2023,
-    eq. 3, and whose policy gradient is that objective's; with k2 or k3 it is not.
+    Ziegler et al. 2019, eq. 2, token by token. With k1, the sum over a response is its score -
+    c (log policy - log reference). The expectation of this sum is the objective of Rafailov et al.
+    2023, eq. 3, and its policy gradient is that of the objective. With k2 or k3 it is not.
 
     Args:
-      scores: of each response, [...].
-      logprobs, reference_logprobs: of its tokens under the sampler and the reference,
-        [..., tokens]; data.
-      mask: [..., tokens]; a response without any token loses its score.
+      scores: the score of each response, [...].
+      logprobs: log-probs of its tokens under the policy that sampled, [..., tokens]; constants.
+      reference_logprobs: those under the reference; constants.
+      mask: [..., tokens]; the score of a response without tokens is lost.
       kl_coefficient: c >= 0, reward per nat (the beta of DPO).
       kl_estimator: see `kl_estimate`.
 
@@ -239,15 +255,17 @@ def shape_rewards(
     """
     mask = jnp.asarray(mask, bool)
     log_ratio = jnp.where(mask, logprobs - reference_logprobs, 0)
-    to_come = jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1)
-    score = jnp.where(mask & (to_come == 1), jnp.expand_dims(scores, -1), 0)
+    # How many tokens are left at each place, itself included; the last token has 1.
+    tokens_left = jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1)
+    is_last = mask & (tokens_left == 1)
+    score = jnp.where(is_last, jnp.expand_dims(scores, -1), 0)
     return score - kl_coefficient * kl_estimate(log_ratio, estimator=kl_estimator)
 
 
 def missing_eos_penalty(scores: Array, stopped: Array, penalty: ArrayLike) -> Array:
-    """Scores less a penalty for responses that did not stop by themselves, any shape.
+    """Subtract a penalty from the scores of responses that were cut off, any shape.
 
-    `stopped` is true where the response ends with its end-of-sequence token and was not cut.
+    `stopped` is true where the response ends with its end-of-sequence token.
 
     >>> missing_eos_penalty(jnp.array([1.0, 1.0]), jnp.array([True, False]), 3.0).tolist()
     [1.0, -2.0]
@@ -264,17 +282,18 @@ def update_kl(
     horizon: ArrayLike,
     clip: ArrayLike = 0.2,
 ) -> AdaptiveKL:
-    """Raise the coefficient where the KL is over its target, lower it where it is below.
+    """Raise the coefficient if the KL is above its target; lower it if the KL is below.
 
-    c <- c (1 + e steps / horizon) with e = (KL - target) / target held to [-clip, clip]. Ziegler
-    et al. 2019, section 2.2. `horizon=jnp.inf` leaves the coefficient fixed.
+    c <- c (1 + e steps / horizon) with e = (KL - target) / target, clipped to [-clip, clip].
+    Ziegler et al. 2019, section 2.2. `horizon=jnp.inf` keeps the coefficient fixed.
 
     Args:
       state: the coefficient, a scalar or one for each run of a sweep.
-      kl: of the sequences, mean over the batch, nats.
+      kl: KL of the sequences, mean over the batch, nats.
       target: nats, > 0.
       steps: responses seen since the last update, less than horizon / clip.
-      horizon: responses that an error of 1 would need to double the coefficient.
+      horizon: the number of responses over which an error e of 1 would double c.
+      clip: the largest |e|.
 
     >>> state = AdaptiveKL(jnp.array(0.1))
     >>> state = update_kl(state, 12.0, target=6.0, steps=256, horizon=10000)
@@ -288,10 +307,18 @@ def update_kl(
 def approx_kl(
     logprobs: Array, old_logprobs: Array, mask: Array, *, estimator: Estimator = "k3"
 ) -> Sum:
-    """KL(sampler || policy) over the tokens of a rollout: how far its updates went, nats a token.
+    """Estimate KL(sampler || policy), nats, over the tokens of a rollout.
 
-    `kl_estimate` of log sampler - log policy. TRL's `approxkl` is k2, whose sign does not matter.
-    Arrays are [..., tokens]; the sum and the number of tokens are scalars.
+    It measures how far the updates have moved the policy since it sampled. It is `kl_estimate` of
+    log sampler - log policy. TRL's `approxkl` is k2, for which the sign does not matter.
+
+    Args:
+      logprobs, old_logprobs: under the policy and the policy that sampled, [..., tokens].
+      mask: [..., tokens].
+      estimator: see `kl_estimate`.
+
+    Returns:
+      The sum over tokens, and the number of tokens.
 
     >>> total, weight = approx_kl(jnp.array([-1.0, 0.0]), jnp.array([-1.1, 0.0]), jnp.ones(2))
     >>> print(f"{total:.5f} {weight:.0f}")
@@ -305,10 +332,13 @@ def approx_kl(
 def clip_fraction(
     logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *, clip: ArrayLike
 ) -> Sum:
-    """In how many tokens `clipped_surrogate` is clipped, so that they teach nothing.
+    """Count the tokens at which `clipped_surrogate` is clipped, so that their gradient is 0.
 
-    As TRL counts, not every token whose ratio is out of bounds. Arrays are [..., tokens]; the sum
-    and the number of tokens are scalars.
+    As in TRL, a token whose ratio is out of bounds counts only if the loss is clipped there.
+    Arguments as in `clipped_surrogate`, and `mask`, [..., tokens].
+
+    Returns:
+      The number of clipped tokens, and the number of tokens.
 
     >>> ratio, advantage = jnp.array([1.5, 1.5]), jnp.array([1.0, -1.0])
     >>> total, weight = clip_fraction(
@@ -323,6 +353,7 @@ def clip_fraction(
 
 
 def _is_clipped(log_ratio: Array, advantages: Array, clip: ArrayLike) -> Array:
+    """Where the clipped term is the smaller one: above 1 + c if A >= 0, below 1 - c if A < 0."""
     ratio = jnp.exp(log_ratio)
     return jnp.where(advantages >= 0, ratio > 1 + jnp.asarray(clip), ratio < 1 - jnp.asarray(clip))
 

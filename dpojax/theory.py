@@ -1,8 +1,8 @@
 """The theory of direct preference optimisation on finite sets of responses.
 
-Rafailov et al. 2023 is the source of the equation numbers. Arrays are [..., responses], one prompt
-to a row; policies are log-probabilities in nats, normalised over the last axis, and rewards are in
-any unit whose ratio to beta is in nats.
+Equation numbers are those of Rafailov et al. 2023. Arrays are [..., responses]: the last axis holds
+all possible responses to one prompt. Policies are log-probabilities in nats, normalised over the
+last axis. Rewards may have any unit; reward / beta is in nats.
 
 >>> reference = jnp.log(jnp.array([0.5, 0.3, 0.2]))
 >>> reward = jnp.array([0.0, 1.0, 2.0])
@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 
 def bradley_terry(better: ArrayLike, worse: ArrayLike) -> Array:
-    """Probability sigmoid(r_better - r_worse) that the one reward's response is preferred. Eq. 1.
+    """Probability sigmoid(r_better - r_worse) that the first response is preferred. Eq. 1.
 
     >>> print(f"{bradley_terry(1.0, 0.0):.3f}")
     0.731
@@ -33,7 +33,7 @@ def bradley_terry(better: ArrayLike, worse: ArrayLike) -> Array:
 
 
 def preferences(reward: Array) -> Array:
-    """Bradley-Terry probability that response i is preferred to j, [..., responses, responses].
+    """Bradley-Terry probability that response i is preferred to response j, [..., i, j].
 
     >>> preferences(jnp.zeros(2)).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
@@ -49,17 +49,18 @@ def plackett_luce(ranked: Array) -> Array:
     >>> print(f"{plackett_luce(jnp.zeros(3)):.4f}")  # 1 / 3!
     0.1667
     """
-    behind = jax.lax.cumlogsumexp(ranked, axis=ranked.ndim - 1, reverse=True)
-    return jnp.exp((ranked - behind).sum(-1))
+    # log sum_{j >= k} exp(r_j): the responses from which place k is filled.
+    log_remaining = jax.lax.cumlogsumexp(ranked, axis=ranked.ndim - 1, reverse=True)
+    return jnp.exp((ranked - log_remaining).sum(-1))
 
 
 def implicit_reward(
     policy: Array, reference: Array, *, beta: ArrayLike, log_partition: ArrayLike = 0.0
 ) -> Array:
-    """The reward beta (log policy - log reference + log Z) whose optimum the policy is. Eq. 5.
+    """The reward beta (log policy - log reference + log Z) of which `policy` is optimal. Eq. 5.
 
-    `log_partition` is one number, or [..., 1], per prompt; without it the reward is the
-    representative with log Z = 0 of its class (theorem 1).
+    `log_partition` is a scalar, or [..., 1] with one number per prompt. Without it, the result is
+    the reward of the equivalence class that has log Z = 0 (theorem 1).
 
     >>> implicit_reward(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.5, 0.5])), beta=2.0)
     Array([0., 0.], dtype=float32)
@@ -77,7 +78,7 @@ def log_partition(reference: Array, reward: Array, *, beta: ArrayLike) -> Array:
 
 
 def optimal_policy(reference: Array, reward: Array, *, beta: ArrayLike) -> Array:
-    """log pi*(y | x) = log reference + r / beta - log Z, the maximiser of `objective`. Eq. 4.
+    """log pi*(y | x) = log reference + r / beta - log Z, which maximises `objective`. Eq. 4.
 
     >>> policy = optimal_policy(jnp.log(jnp.array([0.5, 0.5])), jnp.array([0.0, 1.0]), beta=1.0)
     >>> [f"{p:.3f}" for p in jnp.exp(policy).tolist()]
@@ -101,6 +102,7 @@ def kl(policy: Array, reference: Array) -> Array:
     >>> print(f"{kl(jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([0.5, 0.5]))):.4f}")
     0.6931
     """
+    # Where p = 0 both logarithms are replaced: -inf - -inf would be NaN, and so would 0 * -inf.
     possible = policy > -jnp.inf
     ratio = jnp.where(possible, policy, 0.0) - jnp.where(possible, reference, 0.0)
     return jnp.where(possible, jnp.exp(policy) * ratio, 0.0).sum(-1)
@@ -117,9 +119,9 @@ def objective(policy: Array, reference: Array, reward: Array, *, beta: ArrayLike
 
 
 def project(reward: Array, reference: Array, *, beta: ArrayLike) -> Array:
-    """The one reward r - beta log Z(x) of a class that is an implicit reward. Theorem 1.
+    """The reward r - beta log Z(x): the one of its class that is an implicit reward. Theorem 1.
 
-    Rewards are equivalent if they differ by a function of the prompt (definition 1).
+    Rewards are of one class if they differ by a function of the prompt only (definition 1).
 
     >>> uniform = jnp.log(jnp.array([0.5, 0.5]))
     >>> project(jnp.array([7.0, 7.0]), uniform, beta=1.0).tolist()
@@ -129,15 +131,15 @@ def project(reward: Array, reference: Array, *, beta: ArrayLike) -> Array:
 
 
 def reinforce(policy: Array, reward: Array, *, baseline: ArrayLike) -> Array:
-    """The gradient of the expected reward as each single sample estimates it.
+    """The estimate of the expected reward's gradient from each single sample y.
 
-    (r(y) - baseline) d log pi(y) / d logits for a softmax policy; Williams 1992. The mean over
-    y ~ policy is the gradient for any baseline, its variance is not.
+    (r(y) - baseline) d log pi(y) / d logits for a softmax policy; Williams 1992. Its mean over
+    y ~ policy is the gradient, for any baseline. Its variance depends on the baseline.
 
     Args:
       policy: log-probabilities, [..., responses].
       reward: [..., responses].
-      baseline: one number, or [..., 1], per prompt.
+      baseline: a scalar, or [..., 1] with one number per prompt.
 
     Returns:
       [..., sampled response, logit].
@@ -146,6 +148,7 @@ def reinforce(policy: Array, reward: Array, *, baseline: ArrayLike) -> Array:
     [[-0.25  0.25]
      [-0.25  0.25]]
     """
-    own = jnp.broadcast_to(jnp.eye(policy.shape[-1]), (*policy.shape, policy.shape[-1]))
-    scores = own - jnp.expand_dims(jnp.exp(policy), -2)
+    # d log pi(y) / d logits = one-hot y - pi, [..., sampled response, logit].
+    one_hot = jnp.broadcast_to(jnp.eye(policy.shape[-1]), (*policy.shape, policy.shape[-1]))
+    scores = one_hot - jnp.expand_dims(jnp.exp(policy), -2)
     return jnp.expand_dims(reward - baseline, -1) * scores

@@ -86,8 +86,8 @@ def update_baseline(
     rewards = jax.lax.stop_gradient(rewards)
     parts = jax.tree.leaves(rewards)
     mask = jnp.ones(jnp.shape(parts[0]), bool) if mask is None else jnp.asarray(mask, bool)
-    # Differences from the old mean, not the rewards themselves: the mean keeps its digits
-    # when the count is large. Masked entries may be NaN, so they are replaced and not multiplied by 0.
+    # Differences from the old mean, not the rewards themselves: the mean keeps its digits when the
+    # count is large. Masked entries may be NaN, so they are replaced and not multiplied by 0.
     difference = sum(jnp.where(mask, part - baseline.mean, 0.0).sum() for part in parts)
     count = baseline.count + len(parts) * mask.sum()
     return RunningMean(baseline.mean + difference / jnp.maximum(count, 1), count)

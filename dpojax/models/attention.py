@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from dpojax.models.config import DecoderConfig, Rope
 from dpojax.models.layers import Dense, Norm, product, residual_std
 from dpojax.models.rope import cos_sin, rotate
-from dpojax.sharding import ROWS, constrain, fit
+from dpojax.sharding import ROWS, constrain, fit_spec
 
 STRETCHES, SHORTEST = 4, 96  # of a row, at most; columns of one, at least
 HIDDEN = -1e30  # added to the score of a token that is not attended to; its weight is exactly 0
@@ -272,7 +272,7 @@ def by_device(mix: Callable, query: Array, key: Array, value: Array, mask: Any) 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return mix(query, key, value, mask)
-    spec = fit(P(ROWS, None, "tensor", None), key.shape, mesh)
+    spec = fit_spec(P(ROWS, None, "tensor", None), key.shape, mesh)
     specs = spec, spec, spec, P(spec[0])
     rest = set(mesh.axis_names) - set(mesh.manual_axes)  # a lane of a sweep has its device already
     return jax.shard_map(
