@@ -297,7 +297,7 @@ def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finish
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"mesh.data": 16}, ConfigError, r"config\.mesh: .*wants 16 devices, but there are 8"),
+        ({"mesh.data": 16}, ConfigError, r"config\.mesh: .*needs 16 devices, but there are 8"),
         ({"mesh.data": 8, "micro_rows": 3}, ConfigError, "config.micro_rows: .*multiple of 8"),
         ({"tokens.max_length": 200}, ConfigError, "max_length = 200.*128 positions"),
         ({"preference.beta": 0.0}, ConfigError, r"config\.preference\.beta = 0\.0: must be greater than 0"),
