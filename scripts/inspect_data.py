@@ -1,12 +1,12 @@
-"""What a data set becomes: the tokens of a few records, a report on all, and what is wrong in them.
+"""Inspects a data set: prints the tokens of a few records, a report on all, and their faults.
 
     python scripts/inspect_data.py --data FILE --tokenizer FOLDER --max-length 512 \\
         --eval HELD_OUT_FILE --show 3
 
-Prompt dim, chosen green, rejected red, special tokens inverted, "|" between tokens, newlines as ⏎.
-Without a terminal, or with NO_COLOR set, special tokens stand in ⟦brackets⟧ instead. The last table
-is that of `dpojax.data.lint`. --strict counts dropped records and the faults in that table (not its
-two measures, longer_chosen and words_disagree).
+The prompt is dim, chosen green, rejected red; special tokens are inverted; "|" separates tokens; a
+newline is shown as ⏎. Without a terminal, or with NO_COLOR set, special tokens are in ⟦brackets⟧
+instead. The last table comes from `dpojax.data.lint`. With --strict the exit status is 1 if a
+record was dropped, or if that table counts a fault (longer_chosen and words_disagree are none).
 """
 
 import argparse
@@ -18,21 +18,23 @@ import sys
 
 import transformers
 
+from dpojax import storage
 from dpojax.data import lint, records, sources, tokenise
+from dpojax.data.report import Report
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints rows, report and lint; returns 0, 1 (--strict and something found) or 2 (error)."""
+    """Prints examples, report and lint; returns the exit status: 0, 1 (see --strict), 2 (error)."""
     args = _arguments(argv)
     try:
         report, findings = _inspect(args)
     except (records.DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = report.dropped or any(finding.is_fault for finding in findings)
-    return 1 if args.strict and found else 0
+    faulty = report.dropped or any(finding.is_fault for finding in findings)
+    return 1 if args.strict and faulty else 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,41 +56,48 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--eval", nargs="+", help="data that must share no prompt with --data")
     add("--show", type=int, default=3, help="how many examples to print")
     add("--from", dest="first", metavar="ID", help="id of the first example to print (FILE:NUMBER)")
-    add("--json", type=pathlib.Path, help="also write the report and the lint here")
+    add("--json", type=storage.as_path, help="also write the report and the lint here")
     add("--strict", action="store_true", help="exit with 1 if any record was dropped or is faulty")
     return parser.parse_args(argv)
 
 
-def _inspect(args: argparse.Namespace):
+def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
+    """Reads, checks and tokenises the data, and prints all about it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     if args.chat_template:
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
-    policy = tokenise.TokenizeConfig(
+    config = tokenise.TokenizeConfig(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation=args.truncation,
     )
     for pattern in args.data + (args.eval or []):
         _require_utf8(pattern)
-    found, report = sources.load_records(_one(args.data), split=args.split, form=args.form)
-    held = sources.load_records(_one(args.eval), form=args.form)[0] if args.eval else None
-    control_tokens = tokenizer.all_special_tokens
-    findings = lint.lint(found, evaluation=held, control_tokens=control_tokens)
-    examples, report = tokenise.tokenise(found, tokenizer, policy, report)
+    train, report = sources.load_records(_one(args.data), split=args.split, form=args.form)
+    held_out = sources.load_records(_one(args.eval), form=args.form)[0] if args.eval else None
+    findings = lint.lint(train, evaluation=held_out, control_tokens=tokenizer.all_special_tokens)
+    examples, report = tokenise.tokenise(train, tokenizer, config, report)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    ids = [example.id for example in examples]
-    if args.first and args.first not in ids:
-        raise records.DataError(f"no example has the id {args.first!r}; ids are like {ids[0]!r}")
-    first = ids.index(args.first) if args.first else 0
-    for example in examples[first : first + args.show]:
+    for example in _selected(examples, args.first, args.show):
         print(render(example, tokenizer, colour) + "\n")
     print(f"{report}\n\n{lint.table(findings)}")
     if args.json:
         content = json.loads(report.to_json()) | {"lint": [f._asdict() for f in findings]}
-        half = args.json.with_name(args.json.name + ".part")
-        half.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        half.replace(args.json)
+        storage.write_json(args.json, content)
     return report, findings
+
+
+def _selected(
+    examples: list[tokenise.Example], first: str | None, count: int
+) -> list[tokenise.Example]:
+    """`count` examples from the one with the id `first` on, or from the start."""
+    start = 0
+    if first:
+        ids = [example.id for example in examples]
+        if first not in ids:
+            raise records.DataError(f"no example has the id {first!r}; ids are like {ids[0]!r}")
+        start = ids.index(first)
+    return examples[start : start + count]
 
 
 def _one(paths: list[str]) -> str | list[str]:
@@ -96,7 +105,7 @@ def _one(paths: list[str]) -> str | list[str]:
 
 
 def _require_utf8(pattern: str) -> None:
-    """Raises DataError with the count of bad lines, where reading would stop at the first."""
+    """Raises DataError with the number of bad lines; reading would stop at the first one."""
     for file in sorted(glob.glob(pattern)):
         if file.endswith(sources.JSON_SUFFIXES) and (lines := lint.not_utf8(file)):
             first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
@@ -106,7 +115,7 @@ def _require_utf8(pattern: str) -> None:
 
 
 def render(example: tokenise.Example, tokenizer, colour: bool) -> str:
-    """One example as text for a terminal: a headed block of tokens for the prompt and responses."""
+    """Formats an example for a terminal: the tokens of the prompt and of each response."""
     blocks = [("prompt", DIM, example.prompt, False)]
     names = _names(len(example.responses), example.label)
     for (name, style), ids, cut in zip(names, example.responses, example.cut):
@@ -131,10 +140,12 @@ def _names(count: int, label: bool | None) -> list[tuple[str, str]]:
 
 
 def tokens(ids, tokenizer, style: str, colour: bool) -> str:
-    """Token texts with "|" between them. Bytes of one character that several tokens share stand
-    as that character and *N."""
+    """The texts of tokens with "|" between them.
+
+    N tokens that hold the bytes of one character together are shown as that character and "*N".
+    """
     pieces, pending = [], []
-    # Decoded behind a letter, as the first token of a text loses its space in some tokenizers.
+    # Tokens are decoded after a letter: some tokenizers remove the space before a text's first one.
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     before = len(tokenizer.decode(anchor))
     special = set(tokenizer.all_special_ids)

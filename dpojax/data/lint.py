@@ -1,20 +1,20 @@
-"""What is wrong with a preference data set that parses well: faults to count, biases to measure.
+"""Checks a preference data set that parses well: counts faults and measures biases.
 
-| finding | counted are | fault |
+| finding | what is counted | fault |
 | --- | --- | --- |
 | `duplicate` | records that repeat an earlier one: prompt, responses, order | yes |
 | `contradicting` | records of which another one ranks two responses the other way round | yes |
-| `in_evaluation` | records whose prompt (of plain text: text) the evaluation data hold | yes |
+| `in_evaluation` | records whose prompt (or plain text) is in the evaluation data | yes |
 | `repeats_prompt` | records with a response that begins with the prompt, or its last turn | yes |
 | `control_token` | records with a control token of some model written out in a text | yes |
 | `broken_text` | records with U+FFFD or half a surrogate pair: bytes that were no UTF-8 | yes |
 | `longer_chosen` | pairs of different lengths whose longer response is chosen | no |
-| `words_disagree` | pairs that a classifier of words would surely label the other way | no |
+| `words_disagree` | pairs that a classifier of words is sure are labelled the wrong way | no |
 
-Faults are errors in records; the two others measure the whole set, and `--strict` ignores them.
-Texts are compared with every run of white space as one space. A ranking of K > 2 responses enters
-the measures as its first against its last; tied responses claim nothing of each other.
-Identical responses are `tokenise`'s to drop.
+Faults are errors in records. The last two findings measure the whole data set, and `--strict`
+ignores them. Texts are compared after every run of white space has become one space. Of a ranking
+with K > 2 responses, the measures use the first and the last. Tied responses are never a pair.
+Identical responses are not looked at here: `tokenise` drops them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WORDS = {
 }
 MEASURES = ("longer_chosen", "words_disagree")
 
-# The shapes of control tokens in common chat formats, and names that many vocabularies share.
+# Control tokens of common chat formats, and names that many vocabularies share.
 CONTROL = re.compile(
     r"<\|[a-z0-9_]+\|>|</?s>|<(bos|eos|pad|unk|mask)>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>"
 )
@@ -58,16 +58,20 @@ LAST_TURN = re.compile(
     r"|### Instruction:\n(?P<instruction>.*?)\n\n### ",
     re.DOTALL,
 )
-SHORTEST_REPEAT = 20  # characters; "Hello" answered with "Hello" repeats nothing
+SHORTEST_REPEAT = 20  # characters; "Hello" as an answer to "Hello" is no repeat
 
-SURE = 0.9  # a chance beyond which the classifier of words counts as sure
+SURE = 0.9  # the classifier of words is sure of what it gives a higher probability
 
 
 class Finding(NamedTuple):
-    """One row of the table: `count` of `of` records or pairs, and the ids of the first two.
+    """One row of the table.
 
-    name: a key of WORDS. examples: "FILE:NUMBER", or two ids with "/" where two records meet.
-    note: what else there is to say, or "".
+    Attributes:
+      name: a key of WORDS.
+      count: how many records or pairs have it.
+      of: of how many that were looked at.
+      examples: the ids of the first two, "FILE:NUMBER", or "ID / ID" where two records conflict.
+      note: a remark for the reader, or "".
     """
 
     name: str
@@ -78,7 +82,7 @@ class Finding(NamedTuple):
 
     @property
     def is_fault(self) -> bool:
-        """Whether it counts under --strict."""
+        """Whether `--strict` counts it."""
         return self.name not in MEASURES and self.count > 0
 
 
@@ -88,15 +92,18 @@ def lint(
     evaluation: Sequence[Record] | None = None,
     control_tokens: Iterable[str] = (),
 ) -> list[Finding]:
-    """All findings, also those that count nothing, in the order of WORDS.
+    """Runs all checks.
 
     Args:
-      evaluation: the records that no training record may share a prompt with; None: not checked,
-        and not in the list.
-      control_tokens: those of the tokenizer in use, besides what CONTROL matches.
+      records: the training data.
+      evaluation: records whose prompts no training record may share; None leaves this check out.
+      control_tokens: control tokens of the tokenizer in use, besides what CONTROL matches.
+
+    Returns:
+      One finding for each check, also if it counts nothing, in the order of WORDS.
     """
     texts = [_Texts.of(record) for record in records]
-    found = {
+    faults: dict[str, Iterable[str]] = {
         "duplicate": _duplicates(texts),
         "contradicting": _contradicting(texts),
         "repeats_prompt": (text.id for text in texts if text.repeats_prompt()),
@@ -104,18 +111,18 @@ def lint(
         "broken_text": _matching(records, BROKEN),
     }
     if evaluation is not None:
-        found["in_evaluation"] = _shared(texts, [_Texts.of(record) for record in evaluation])
+        faults["in_evaluation"] = _shared(texts, [_Texts.of(record) for record in evaluation])
     findings = []
     for name in WORDS:
-        if name in found:
-            ids = list(found[name])
+        if name in faults:
+            ids = list(faults[name])
             findings.append(Finding(name, len(ids), len(records), tuple(ids[:EXAMPLES])))
     pairs = [text for text in texts if text.places[0] < text.places[-1]]
     return [*findings, longer_chosen(pairs), words_disagree(pairs)]
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The findings as aligned columns for a terminal, with their notes below."""
+    """Formats findings for a terminal: a table, and the notes below it."""
     rows = [["lint", "count", "of", "share", "for example"]]
     for finding in findings:
         share = f"{100 * finding.count / finding.of:.2f} %" if finding.of else "-"
@@ -127,10 +134,13 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def not_utf8(file: str | os.PathLike) -> list[int]:
-    """The numbers (from 1) of the lines of a .json or .jsonl file (also .gz) that are not UTF-8.
+    """Finds all lines of a .json or .jsonl file (also .gz) that are not UTF-8.
 
-    Reading stops at the first of them, as a text that was skipped or repaired is one that nobody
-    misses; this lists all, so that the file can be mended at once.
+    `sources.read` stops at the first such line, since nobody would notice a text that was skipped
+    or repaired. With the whole list a user can repair the file at once.
+
+    Returns:
+      Numbers of the lines, from 1.
     """
     content = pathlib.Path(file).read_bytes()
     content = gzip.decompress(content) if str(file).endswith(".gz") else content
@@ -144,7 +154,7 @@ def not_utf8(file: str | os.PathLike) -> list[int]:
 
 
 class _Texts(NamedTuple):
-    """A record's texts with every run of white space as one space."""
+    """A record whose texts have every run of white space as one space."""
 
     id: str
     prompt: str
@@ -156,8 +166,8 @@ class _Texts(NamedTuple):
     @classmethod
     def of(cls, record: Record) -> _Texts:
         if isinstance(record.prompt, str):
-            found = list(LAST_TURN.finditer(record.prompt))
-            groups = found[-1].groupdict() if found else {}
+            turns = list(LAST_TURN.finditer(record.prompt))
+            groups = turns[-1].groupdict() if turns else {}
             turn = groups.get("human") or groups.get("instruction") or record.prompt
         else:
             turn = record.prompt[-1]["content"]
@@ -173,25 +183,28 @@ class _Texts(NamedTuple):
 
     @property
     def question(self) -> str:
-        """What must not be in the evaluation data: the prompt; of plain text, the text."""
+        """What must not be in the evaluation data: the prompt, or the text if there is none."""
         return self.prompt or " ".join(self.responses)
 
     def repeats_prompt(self) -> bool:
+        """Whether a response begins with the prompt or its last turn."""
         starts = [text for text in (self.prompt, self.last_turn) if len(text) >= SHORTEST_REPEAT]
         return any(response.startswith(tuple(starts)) for response in self.responses)
 
 
 def _plain(content: Content) -> str:
-    """One text; of several messages, with their roles between."""
-    if not isinstance(content, str):
-        only = len(content) == 1
-        content = "\n".join(
-            m["content"] if only else f"{m['role']}: {m['content']}" for m in content
-        )
-    return " ".join(content.split())
+    """Content as one text; if there are several messages, with their roles."""
+    if isinstance(content, str):
+        text = content
+    elif len(content) == 1:
+        text = content[0]["content"]
+    else:
+        text = "\n".join(f"{message['role']}: {message['content']}" for message in content)
+    return " ".join(text.split())
 
 
 def _duplicates(texts: Sequence[_Texts]) -> Iterator[str]:
+    """Yields "ID / ID OF THE FIRST" for every record that repeats an earlier one."""
     first: dict[tuple, str] = {}
     for text in texts:
         key = (text.prompt, text.responses, text.places, text.label)
@@ -201,32 +214,41 @@ def _duplicates(texts: Sequence[_Texts]) -> Iterator[str]:
 
 
 def _contradicting(texts: Sequence[_Texts]) -> Iterator[str]:
-    """Unpaired records contradict one another where the same response has both labels."""
+    """Yields "ID / ID" for every record with a claim that another record denies.
+
+    Unpaired records contradict each other if the same response has both labels.
+    """
     first: dict[tuple, str] = {}
     for text in texts:
         for claim in _claims(text):
             first.setdefault(claim, text.id)
     for text in texts:
-        denied = (first.get((prompt, b, a)) for prompt, a, b in _claims(text))
-        if other := next(filter(None, denied), None):
+        deniers = (first.get((prompt, b, a)) for prompt, a, b in _claims(text))
+        if other := next(filter(None, deniers), None):
             yield f"{text.id} / {other}"
 
 
 def _claims(text: _Texts) -> Iterator[tuple]:
-    """(prompt, better, worse) for all that a record says."""
+    """Yields (prompt, better, worse) for every preference that a record states.
+
+    A desirable response is better than None, an undesirable one is worse.
+    """
     if text.label is not None:
-        yield (text.prompt, *((text.responses[0], None)[:: 1 if text.label else -1]))
+        response = text.responses[0]
+        better, worse = (response, None) if text.label else (None, response)
+        yield text.prompt, better, worse
     ranked = zip(text.responses, text.places)
     for (better, place), (worse, lower) in itertools.combinations(ranked, 2):
         if better != worse and place < lower:
             yield text.prompt, better, worse
 
 
-def _shared(texts: Sequence[_Texts], others: Sequence[_Texts]) -> Iterator[str]:
-    held = {text.question: text.id for text in reversed(others)}
+def _shared(texts: Sequence[_Texts], evaluation: Sequence[_Texts]) -> Iterator[str]:
+    """Yields "ID / ID" for every record whose question is in the evaluation data."""
+    first = {text.question: text.id for text in reversed(evaluation)}
     for text in texts:
-        if text.question in held:
-            yield f"{text.id} / {held[text.question]}"
+        if text.question in first:
+            yield f"{text.id} / {first[text.question]}"
 
 
 def _control_pattern(tokens: Iterable[str]) -> re.Pattern:
@@ -234,18 +256,26 @@ def _control_pattern(tokens: Iterable[str]) -> re.Pattern:
 
 
 def _matching(records: Sequence[Record], pattern: re.Pattern) -> Iterator[str]:
+    """Yields the id of every record in which some text matches."""
     for record in records:
-        contents = (record.prompt, *record.responses)
-        parts = [[c] if isinstance(c, str) else [m["content"] for m in c] for c in contents]
-        if any(pattern.search(text) for part in parts for text in part):
+        if any(pattern.search(text) for text in _written(record)):
             yield record.id
 
 
+def _written(record: Record) -> Iterator[str]:
+    """Yields every text of a record, message by message."""
+    for content in (record.prompt, *record.responses):
+        if isinstance(content, str):
+            yield content
+        else:
+            yield from (message["content"] for message in content)
+
+
 def longer_chosen(pairs: Sequence[_Texts]) -> Finding:
-    """How often the longer response (in characters) is chosen, with Wilson's 95 % interval."""
-    longer = [len(pair.responses[0]) - len(pair.responses[-1]) for pair in pairs]
-    ids = [pair.id for pair, more in zip(pairs, longer) if more > 0]
-    unequal = sum(more != 0 for more in longer)
+    """Measures how often the longer response (in characters) is chosen, with a 95 % interval."""
+    differences = [len(pair.responses[0]) - len(pair.responses[-1]) for pair in pairs]
+    ids = [pair.id for pair, difference in zip(pairs, differences) if difference > 0]
+    unequal = sum(difference != 0 for difference in differences)
     note = ""
     if unequal:
         low, high = wilson_interval(len(ids), unequal)
@@ -254,7 +284,7 @@ def longer_chosen(pairs: Sequence[_Texts]) -> Finding:
 
 
 def words_disagree(pairs: Sequence[_Texts]) -> Finding:
-    """Pairs whose words speak for the rejected response, the surest first: see `label_noise`."""
+    """Finds pairs whose words speak for the rejected response, see `label_noise`; surest first."""
     step = max(1, math.ceil(len(pairs) / label_noise.MOST_PAIRS))
     pairs = [pair for pair in pairs[::step] if pair.responses[0] != pair.responses[-1]]
     if len(pairs) < label_noise.FEWEST_PAIRS:

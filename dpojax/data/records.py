@@ -1,4 +1,4 @@
-"""One record of preference data, and a parser for every common form that it comes in.
+"""One record of preference data, and a parser for every common form of it.
 
 | form | fields | responses |
 | --- | --- | --- |
@@ -9,14 +9,14 @@
 | `unpaired` | prompt, completion, label (true: desirable) | 1 |
 | `comparison` | info, summaries, choice (Stiennon et al. 2020) | 2 |
 | `text` | text; or prompt, completion; or messages | 1 |
-| `classified` | text, label (the name or number of its class); never found from the keys | 1 |
+| `classified` | text, label (the name or number of its class); has to be named, not `auto` | 1 |
 
-Wherever a prompt and a response are text they may also be lists of messages
+A prompt or response that is text in the table may also be a list of messages
 `{"role": ..., "content": ...}`. Nothing here tokenises, strips or repairs a text.
 
-What the responses are worth may be given as numbers: `scores` (high is best) or `ranks` (1 is best)
-of a ranking; of two responses in the forms `pair`, `hh` and `instruction`, `score_chosen` and
-`score_rejected`, or `chosen_reward` and `rejected_reward`, or their difference `margin`.
+Records may also score their responses. The form `ranked` has `scores` (high is best) or `ranks` (1
+is best). The forms `pair`, `hh` and `instruction` with two responses have `score_chosen` and
+`score_rejected`, or `chosen_reward` and `rejected_reward`, or the difference `margin`.
 """
 
 from __future__ import annotations
@@ -47,22 +47,23 @@ ARTICLE_TEMPLATE = "Article: {article}\n\nTL;DR:"
 
 
 class DataError(ValueError):
-    """Input that cannot be used; the message names file, record and field, and what to do."""
+    """Data that cannot be used. The message names file, record and field, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A prompt and its K responses, best first.
 
-    `id` is "FILE:NUMBER" (1-based line or row). K is 1 for plain text and unpaired data, 2 for a
-    pair, more for a ranking. `label` says whether an unpaired response is desirable, else None.
-
-    `scores` are what the data say that each response is worth, None where they only say the order.
-    They go along with the responses and do not order them: the chosen response of a noisy pair may
-    have the lower score. `rank` is given where responses are tied: for each the number of responses
-    that are better, so [0, 1, 1, 3]; None where every response is worse than the one before it.
-
-    `category` is the name of the class of a classified text.
+    Attributes:
+      id: "FILE:NUMBER" (1-based line or row).
+      prompt: text or messages; "" for plain text.
+      responses: K is 1 for plain text and unpaired data, 2 for a pair, more for a ranking.
+      label: whether an unpaired response is desirable, else None.
+      scores: the score of each response in the data, or None. Scores do not decide the order of a
+        pair: the chosen response of a noisy pair may have the lower one.
+      rank: for each response the number of responses that are better, such as (0, 1, 1, 3); None
+        if there are no ties.
+      category: the name of the class of a classified text, else None.
     """
 
     id: str
@@ -75,7 +76,7 @@ class Record:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """For each response the number of responses that are better: `rank`, else the order."""
+        """For each response the number of responses that are better, with or without ties."""
         return tuple(range(len(self.responses))) if self.rank is None else self.rank
 
     @property
@@ -86,9 +87,9 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A well-formed row that states no usable preference: counted under `cause`, not raised.
+    """A well-formed row without a usable preference, to be counted under `cause`, not raised.
 
-    The cause is `prompts_differ`: chosen and rejected answer different prompts.
+    The only cause so far is `prompts_differ`: chosen and rejected answer different prompts.
     """
 
     id: str
@@ -96,7 +97,11 @@ class Reject:
 
 
 def detect(row: Mapping[str, Any], id: str = "row") -> str:
-    """The name of the form that `row`'s keys make. Raises DataError with keys and forms."""
+    """Finds the form of a row from its keys.
+
+    Raises:
+      DataError: no known form has these keys; the message lists the forms.
+    """
     keys = row.keys()
     if {"info", "summaries", "choice"} <= keys:
         return "comparison"
@@ -119,10 +124,16 @@ def detect(row: Mapping[str, Any], id: str = "row") -> str:
 
 
 def parse(row: Mapping[str, Any], id: str, form: str = "auto") -> Record | Reject:
-    """The record that `row` holds, read as `form` (`auto`: `detect` from its keys).
+    """Parses one row.
 
-    Raises DataError naming `id` and the field for a missing or mistyped field, a record without
-    responses, and an unknown form.
+    Args:
+      row: fields by name.
+      id: of the record, for error messages.
+      form: a name from `FORMS`, or `auto` to find it from the keys.
+
+    Raises:
+      DataError: a missing or mistyped field, a record without responses, or an unknown form. The
+        message names `id` and the field.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{id}: expected an object with named fields, got {_kind(row)}")
@@ -134,7 +145,7 @@ def parse(row: Mapping[str, Any], id: str, form: str = "auto") -> Record | Rejec
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """Checked access to one row: every failure names the record and the field."""
+    """Checked access to the fields of a row: every error names the record and the field."""
 
     row: Mapping[str, Any]
     id: str
@@ -188,20 +199,20 @@ class _Fields:
         return tuple({k: v for k, v in message.items() if v is not None} for message in value)
 
     def items(self, name: str, least: int) -> list:
-        """A field that must be a list of at least `least` things."""
+        """A field that must be a list of at least `least` items."""
         value = self[name]
         if not isinstance(value, list | tuple) or len(value) < least:
             raise self.error(name, f"a list of {least} or more")
         return list(value)
 
     def number(self, name: str) -> float:
-        """A field that must be a number within float32."""
+        """A field that must be a number in the range of float32."""
         if not _is_number(self[name]):
             raise self.error(name, "a finite number")
         return float(self[name])
 
     def scores(self) -> Scores | None:
-        """The scores of (chosen, rejected), or None if no field gives them, or one is null."""
+        """The scores of (chosen, rejected); None if there is no such field, or if one is null."""
         for names in SCORE_FIELDS:
             if any(name in self.row for name in names):
                 if any(name in self.row and self[name] is None for name in names):
@@ -216,13 +227,13 @@ class _Fields:
         return _Fields(self[name], self.id, f"{self.path}{name}.")
 
 
-def _record(id: str, prompt: Content, responses: Iterable[Content], **rest: Any) -> Record:
-    """A record of text alone or of messages alone: if mixed, text becomes a message."""
+def _record(id: str, prompt: Content, responses: Iterable[Content], **fields: Any) -> Record:
+    """Makes a record. If text and messages are mixed, text becomes a message."""
     responses = tuple(responses)
     if all(isinstance(content, str) for content in (prompt, *responses)):
-        return Record(id, prompt, responses, **rest)
+        return Record(id, prompt, responses, **fields)
     turns = tuple(_as_messages(response, "assistant") for response in responses)
-    return Record(id, _as_messages(prompt, "user"), turns, **rest)
+    return Record(id, _as_messages(prompt, "user"), turns, **fields)
 
 
 def _as_messages(content: Content, role: str) -> Messages:
@@ -248,10 +259,10 @@ def _pair(fields: _Fields) -> Record | Reject:
 
 
 def _split_dialogues(first: Messages, second: Messages) -> tuple[Messages, ...] | None:
-    """(prompt, first answer, second answer) of two whole dialogues, split between messages.
+    """Splits two dialogues with a common prompt into (prompt, first answer, second answer).
 
-    The prompt is their longest common start that leaves each a message. None if there is none, or
-    if an answer would then hold a turn that the model does not write.
+    The prompt is the longest common start that leaves each dialogue a message. The result is None
+    if there is no common start, or if an answer would contain a turn of the user or the system.
     """
     limit = min(len(first), len(second)) - 1
     shared = next((i for i in range(limit) if first[i] != second[i]), limit)
@@ -261,11 +272,11 @@ def _split_dialogues(first: Messages, second: Messages) -> tuple[Messages, ...] 
     return first[:shared], first[shared:], second[shared:]
 
 
-def _is_prompt(stated: Content, found: Messages) -> bool:
-    """Whether the prompt field agrees with the prompt found in the dialogues."""
+def _is_prompt(stated: Content, common: Messages) -> bool:
+    """Whether the prompt field agrees with the common start of the dialogues."""
     if isinstance(stated, str):
-        return any(stated.strip() == message["content"].strip() for message in found)
-    return stated == found
+        return any(stated.strip() == message["content"].strip() for message in common)
+    return stated == common
 
 
 def _hh(fields: _Fields) -> Record | Reject:
@@ -319,16 +330,16 @@ def _ranked(fields: _Fields) -> Record:
 
 
 def _one_per_response(fields: _Fields, name: str, count: int) -> list[float] | None:
-    """The numbers of a field that may be absent or null."""
+    """The numbers in a list field; None if the field is absent or null."""
     if fields[name] is None:
         return None
-    given = fields.items(name, 1)
-    if len(given) != count or not all(map(_is_number, given)):
+    numbers = fields.items(name, 1)
+    if len(numbers) != count or not all(map(_is_number, numbers)):
         raise DataError(
             f"{fields.id}: field {name!r} should be {count} finite numbers, one per response, "
-            f"got {given!r}"
+            f"got {numbers!r}"
         )
-    return [float(number) for number in given]
+    return [float(number) for number in numbers]
 
 
 def _unpaired(fields: _Fields) -> Record:
@@ -372,7 +383,7 @@ def _text(fields: _Fields) -> Record:
 
 
 def _classified(fields: _Fields) -> Record:
-    """A number without a name is called as transformers calls it, LABEL_1."""
+    """A class that is a number gets the name that transformers gives it, such as LABEL_1."""
     label = fields["label"]
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         expected = "the class of the text, a name or a whole number"
@@ -385,13 +396,13 @@ def _classified(fields: _Fields) -> Record:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that float32 holds, which no bool, NaN or infinity is."""
+    """Whether `value` is a number in the range of float32; bool, NaN and infinity are not."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and -LARGEST <= value <= LARGEST
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in a word or two, for an error."""
+    """Describes a value in a word or two, for an error."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""Rows from files, folders and the Hugging Face hub, each with an id "FILE:NUMBER".
+"""Reads rows from files, folders and the Hugging Face hub, each with an id "FILE:NUMBER".
 
-JSON is read here, line by line, so that an error can name the line; parquet, saved and hub data
+JSON is read here, line by line, so that an error can name the line. Parquet, saved and hub data
 sets are read by `datasets`. Nothing is written beside the data.
 """
 
@@ -37,18 +37,18 @@ def load_records(
     form: str = "auto",
     columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Record], Report]:
-    """The records of a data set and a report that counts the rows that state no preference.
+    """Reads the records of a data set, and counts the rows without a preference in a report.
 
     Args:
       path: what `read` takes.
       split: which part of a saved or hub data set, or of a JSON object of lists.
-      form: one of `records.FORMS`, or `auto`: found from the keys of each row.
-      columns: names to change before parsing, {name in the file: name in `records.FORMS`}.
+      form: one of `records.FORMS`, or `auto` to find it from the keys of each row.
+      columns: fields to rename before parsing, {name in the file: name in `records.FORMS`}.
 
     Raises:
       DataError: see `read` and `records.parse`; also when no row states a preference.
     """
-    found: list[Record] = []
+    usable: list[Record] = []
     report = Report()
     for row, id in read(path, split=split):
         report.read += 1
@@ -56,9 +56,9 @@ def load_records(
         if isinstance(record, Reject):
             report.count("dropped", record.cause, id)
         else:
-            found.append(record)
+            usable.append(record)
     report.require_some()
-    return found, report
+    return usable, report
 
 
 def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
@@ -71,7 +71,7 @@ def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
 
 
 def read(path: Path | Sequence[Path], *, split: str | None = None) -> Iterator[Row]:
-    """Yields (row, id) of every record, in file order; ids are "FILE:NUMBER", 1-based.
+    """Yields (row, id) for every record, in file order; ids are "FILE:NUMBER", 1-based.
 
     Args:
       path: a .json, .jsonl (both also .gz) or .parquet file, a glob pattern, a list of files, a
@@ -95,11 +95,13 @@ def read(path: Path | Sequence[Path], *, split: str | None = None) -> Iterator[R
 
 
 def fingerprint(path: Path | Sequence[Path], *, split: str | None = None) -> str:
-    """A hash of what `read` yields its rows from: names and bytes of all files, wherever they lie;
-    of a hub data set the fingerprint that `datasets` gives its version.
+    """A hash of the content of a data set, for caches and resumed runs.
+
+    It covers the names and bytes of all files, but not their folders. For a hub data set it is the
+    fingerprint that `datasets` gives to the version.
 
     Raises:
-      DataError: for what is not there or cannot be opened.
+      DataError: something does not exist or cannot be opened.
     """
     digest, paths = hashlib.sha256(), _files(path)
     for file, name in zip(paths, _names(paths)):
@@ -120,7 +122,7 @@ def fingerprint(path: Path | Sequence[Path], *, split: str | None = None) -> str
 
 
 def _files(path: Path | Sequence[Path]) -> list[pathlib.Path | str]:
-    """The existing files and folders that `path` names; a str is the name of a hub data set."""
+    """The existing files and folders that `path` names. A str is the name of a hub data set."""
     if not isinstance(path, str | os.PathLike):
         if not path:
             raise DataError("the list of data files is empty")
@@ -149,7 +151,7 @@ def _suggestion(missing: pathlib.Path) -> str:
 
 
 def _names(paths: list[pathlib.Path | str]) -> list[str]:
-    """A short name per file for the ids: the file's name, with folders where two are the same."""
+    """A short name for each file: its file name, or with folders if two files share a name."""
     short = [os.path.basename(path) for path in paths]
     if len(set(short)) == len(short):
         return short
@@ -223,7 +225,7 @@ def _json(file: pathlib.Path, split: str | None) -> Iterator[tuple[dict, int]]:
 
 
 def _is_container(value: dict) -> bool:
-    """Whether an object holds lists of rows and is not itself a row."""
+    """Whether an object contains lists of rows, and is not a row itself."""
     try:
         records.detect(value)
     except DataError:
@@ -249,7 +251,7 @@ def _row_lists(value: dict) -> dict[str, list]:
 
 
 def _choose(splits: Sequence[str] | Mapping[str, Any], split: str | None, name: str) -> str:
-    """The split that was asked for, or the only one there is."""
+    """The name of the split to read: `split`, or None if there is only one."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None:
@@ -260,7 +262,7 @@ def _choose(splits: Sequence[str] | Mapping[str, Any], split: str | None, name: 
 
 
 def _parsed(file: pathlib.Path, content: bytes, first_line: int = 1) -> Any:
-    """JSON from bytes; errors name the file and the line (the content starts at `first_line`)."""
+    """Parses JSON; errors name the file and the line (`content` starts at `first_line`)."""
     try:
         return json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -284,53 +286,52 @@ def _parquet(file: pathlib.Path) -> Iterator[dict]:
 
     try:
         # Streaming reads the file in place; otherwise a copy of it would go to the cache.
-        found = datasets.load_dataset(
-            "parquet", data_files=str(file), split="train", streaming=True
-        )
-        yield from _with_class_names(found)
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        yield from _with_class_names(rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{file}: cannot be read as parquet: {error}") from error
 
 
-def _with_class_names(found: Any) -> Iterator[dict]:
-    """The rows, with the name of a ClassLabel in the place of its number; none (-1) is null."""
-    kinds = found.features or {}
-    names = {name: kind.names for name, kind in kinds.items() if hasattr(kind, "int2str")}
-
-    def named(of: list[str], number: int | None) -> str | None:
-        return of[number] if number is not None and 0 <= number < len(of) else None
-
-    for row in found:
-        yield row | {name: named(of, row[name]) for name, of in names.items()}
+def _with_class_names(data_set: Any) -> Iterator[dict]:
+    """Yields the rows with the name of a ClassLabel instead of its number; -1, "none", is null."""
+    features = data_set.features or {}
+    class_names = {name: f.names for name, f in features.items() if hasattr(f, "int2str")}
+    for row in data_set:
+        named = {}
+        for column, names in class_names.items():
+            number = row[column]
+            known = number is not None and 0 <= number < len(names)
+            named[column] = names[number] if known else None
+        yield row | named
 
 
 def _data_set(path: pathlib.Path | str, split: str | None) -> Iterator[dict]:
-    """Rows of a folder (saved by `datasets`, or of data files) or of a hub data set."""
+    """Yields the rows of a folder (saved by `datasets`, or of data files) or a hub data set."""
     with _reading(path):
         yield from _with_class_names(_opened(path, split))
 
 
 def _opened(path: pathlib.Path | str, split: str | None) -> Any:
-    """What `datasets` makes of it: the split, or the whole where there are none."""
+    """Opens a folder or a hub data set with `datasets`: the split, or the whole without splits."""
     import datasets
 
     saved = isinstance(path, pathlib.Path) and any(
         (path / name).exists() for name in ("state.json", "dataset_dict.json")
     )
     if saved:
-        found = datasets.load_from_disk(str(path))
+        opened = datasets.load_from_disk(str(path))
     else:
-        found = datasets.load_dataset(str(path), streaming=isinstance(path, pathlib.Path))
-    if not isinstance(found, datasets.Dataset):
-        return found[_choose(found, split, str(path))]
+        opened = datasets.load_dataset(str(path), streaming=isinstance(path, pathlib.Path))
+    if not isinstance(opened, datasets.Dataset):
+        return opened[_choose(opened, split, str(path))]
     if split is not None:
         raise DataError(f"{path}: has no splits, but split {split!r} was asked for")
-    return found
+    return opened
 
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path | str) -> Iterator[None]:
-    """Raises what `datasets` raises as a DataError that names the path."""
+    """Turns errors of `datasets` into a DataError that names the path."""
     import datasets
 
     try:
