@@ -2,14 +2,13 @@
     --reward=reviews --out=pairs
 
 Draws completions of every prompt from a policy, scores them by a reward, and writes pairs (or
-ranked lists) as Parquet, for --config.preference.data.source=pairs. The same command again makes what is
-missing; several processes share the work (--process=0/4 where JAX does not count them itself).
+ranked lists) as Parquet, for --config.preference.data.source=pairs. The same command again makes
+what is missing; several processes share the work (--process=0/4 where JAX does not count them itself).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 
 from absl import app, flags
 
@@ -51,28 +50,23 @@ PROCESS = TEXT("process", "", "INDEX/COUNT; as JAX counts by default.")
 
 
 def main(_) -> int:
+    from dpojax.runs.command import exit_status
+
+    return exit_status(generate)
+
+
+def generate() -> None:
     import dataclasses
 
-    from dpojax.config.checks import ConfigError
-    from dpojax.runs.preferences import Settings, prefer
-    from dpojax.training.checkpoints import CheckpointError
+    from dpojax.runs.preferences import Settings, generate_preferences, parse_process
 
-    try:
-        names = [field.name for field in dataclasses.fields(Settings)]
-        settings = Settings(**{name: flags.FLAGS[name].value for name in names})
-        try:
-            process = tuple(map(int, PROCESS.value.split("/"))) if PROCESS.value else None
-        except ValueError:
-            raise ConfigError(f"process = {PROCESS.value!r}: INDEX/COUNT, such as 0/4") from None
-        made = prefer(settings, process=process, log=print)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: flags.FLAGS[name].value for name in names})
+    made = generate_preferences(settings, process=parse_process(PROCESS.value), log=print)
     if made["counts"] is None:
         print(f"{settings.out}: other processes are still at work")
     else:
         print(f"{settings.out}: {json.dumps(made['counts'])}, mean score {made['mean_score']:.4f}")
-    return 0
 
 
 if __name__ == "__main__":

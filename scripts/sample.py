@@ -29,7 +29,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", lower_bound=
 
 
 def main(_) -> int:
-    from dpojax.config.checks import ConfigError
+    from dpojax.config.errors import ConfigError
     from dpojax.training.checkpoints import CheckpointError
 
     logging.set_verbosity(logging.WARNING)

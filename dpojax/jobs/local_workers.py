@@ -1,4 +1,4 @@
-"""The jobs of a plan in several processes at once, each on cores of its own.
+"""The jobs of a plan in several processes of this machine at once, each on cores of its own.
 
 A model that is small enough to be trained on a CPU keeps one core busy, and hardly two: its
 products are too small to be shared. Runs that know nothing of each other can be.
@@ -7,21 +7,24 @@ products are too small to be shared. Runs that know nothing of each other can be
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
-import pathlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 
 import jax
+from absl import logging
 
-from dpojax.jobs.plan import Clock, Job, kind_of, shown, stoppable
+from dpojax import storage
+from dpojax.jobs.job import Job, execute_logged, pending, stoppable
+from dpojax.jobs.progress import Clock, shown
+from dpojax.training.compilation_cache import shared_programs
 
 
 def default_workers() -> int:
@@ -34,36 +37,39 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
-def carry_out(
+def run_jobs(
     jobs: Sequence[Job],
-    folder: pathlib.Path,
+    folder: storage.Path,
     what: str,
     *,
-    run: Callable[[str], None],
     workers: int,
+    compilation_cache: str = "",
 ) -> None:
-    """Do the jobs that are not done, `workers` at a time and none before those that it needs.
+    """Does the jobs that have not ended, `workers` at a time and none before those that it needs.
 
     Args:
-      run: does the job of a name, in a process that knows nothing of this one; picklable.
+      what: names the plan in the line that shows how far it is.
+      compilation_cache: a folder of compiled programs that the processes share.
 
     Raises:
       Preempted: after a SIGTERM; what was done is kept.
       ChildProcessError: a process was killed.
-      what a job raises; the others are stopped first, as by a SIGTERM.
+      what a job raises, unless it has a failure file; the others are stopped first, as by a
+        SIGTERM.
     """
     with shown(jobs, folder, what, workers) as clock, stoppable(what), _pool(workers) as pool:
         running: dict[Future, Job] = {}
         try:
             while True:
-                while len(running) < workers and (job := _next(jobs, running.values())):
-                    running[pool.submit(run, job.name)] = job
+                while len(running) < workers and (job := next_job(jobs, running.values())):
+                    future = pool.submit(_execute, job, str(folder), what, compilation_cache)
+                    running[future] = job
                     clock.start(job.name)
                 if not running:
                     return
                 _wait(running, clock)
         except BrokenProcessPool as broken:
-            names = ", ".join(clock.doing)
+            names = ", ".join(clock.started)
             raise ChildProcessError(
                 f"a process was killed, perhaps for want of memory, while {names} were under way "
                 f"(see {folder / 'logs'}); the same command goes on, with --workers=1 it needs "
@@ -71,26 +77,29 @@ def carry_out(
             ) from broken
 
 
-def _next(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
-    """The next to begin: one that is not under way and needs none that is not done; None if there
-    is none.
+def next_job(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
+    """The next job to start: not under way, and all that it needs is done; None if there is none.
 
-    The first job of a kind compiles what the others of the kind then find on disk, so beside it
-    those of another kind go first. Otherwise they go in order.
+    The first job of a kind compiles what the others of the kind then find on disk. So jobs of
+    another kind go before a second one beside it. Otherwise they go in order.
     """
-    missing = {job.name for job in jobs if not job.ended}
-    done = {kind_of(job) for job in jobs if job.name not in missing}
-    compiling = {kind_of(job) for job in running if not job.part} - done
-    ready = [
-        job
-        for job in jobs
-        if job.name in missing and job not in running and missing.isdisjoint(job.needs)
-    ]
-    return min(ready, key=lambda job: kind_of(job) in compiling, default=None)
+    to_do = pending(jobs)
+    missing = {job.name for job in to_do}
+    done_kinds = {job.kind_name for job in jobs if job.name not in missing}
+    compiling = {job.kind_name for job in running if not job.is_part} - done_kinds
+    ready = [job for job in to_do if job not in running and missing.isdisjoint(job.needs)]
+    return min(ready, key=lambda job: job.kind_name in compiling, default=None)
+
+
+def _execute(job: Job, folder: str, what: str, compilation_cache: str) -> None:
+    """Does a job in a process of the pool."""
+    logging.set_verbosity(logging.WARNING)
+    with shared_programs(compilation_cache), stoppable(what):
+        execute_logged(job, storage.as_path(folder))
 
 
 def _wait(running: dict[Future, Job], clock: Clock) -> None:
-    """A second, or until a job has ended, which is taken out of those that are running."""
+    """Waits a second, or until a job has ended; then takes it out of those that are running."""
     first = concurrent.futures.FIRST_COMPLETED
     ended, _ = concurrent.futures.wait(running, timeout=1.0, return_when=first)
     for future in ended:
@@ -100,14 +109,14 @@ def _wait(running: dict[Future, Job], clock: Clock) -> None:
         clock.show()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that share the cores; at the end they are stopped as by a SIGTERM."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    shares, own = context.SimpleQueue(), _cores()
+    shares, cores = context.SimpleQueue(), _cores()
     for number in range(workers):
-        shares.put(own[number::workers] or [own[number % len(own)]])
+        shares.put(cores[number::workers] or [cores[number % len(cores)]])
     pool = ProcessPoolExecutor(workers, context, initializer=_settle, initargs=(shares,))
     try:
         yield pool
@@ -118,13 +127,13 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _settle(shares) -> None:
-    """Stay on its cores (JAX makes as many threads as it sees), and end with the parent.
+    """Stays on its cores (JAX makes as many threads as it sees), and ends with the parent.
 
     A SIGTERM between two jobs unwinds: a process that died at once would take the lock of the
     jobs' queue with it, and the others would wait for that forever.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to see, who ends us by a SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it, and ends us by a SIGTERM
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
     parent = multiprocessing.parent_process()

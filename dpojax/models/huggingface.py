@@ -49,12 +49,12 @@ def read_config(path: str | os.PathLike) -> tuple[DecoderConfig, dict]:
       FileNotFoundError: the folder has no config.json.
       ValueError: a model_type, key or value that is not supported; it is named.
     """
-    return _read_config(_folder(path, ["config.json"]), DECODERS)
+    return _read_config(local_folder(path, ["config.json"]), DECODERS)
 
 
 def read_classifier_config(path: str | os.PathLike) -> EncoderConfig:
     """The configuration of a BERT-type classifier; errors as of `read_config`."""
-    return _read_config(_folder(path, ["config.json"]), ENCODERS)[0]
+    return _read_config(local_folder(path, ["config.json"]), ENCODERS)[0]
 
 
 def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
@@ -70,7 +70,7 @@ def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
 
 def read_centre(path: str | os.PathLike) -> float:
     """The score that counts as 0 in a folder with a scalar head; 0 where it does not say."""
-    file = _folder(path, [CENTRE]) / CENTRE
+    file = local_folder(path, [CENTRE]) / CENTRE
     return float(json.loads(file.read_text())["score"]) if file.is_file() else 0.0
 
 
@@ -95,7 +95,7 @@ def load(
       ValueError: what `read_config` rejects; a tensor that is missing, unknown or of a wrong
         shape; a head that is stored beside the embedding it should be tied to, and differs.
     """
-    folder = _folder(path, FILES)
+    folder = local_folder(path, FILES)
     config, raw = _read_config(folder, DECODERS)
     init = build(config).init
     return config, read_params(folder, family_of(raw), config, init, mesh, dtype), raw
@@ -108,7 +108,7 @@ def load_classifier(
 
     `encoder.build(config).apply(params, tokens, lengths)` then gives its logits.
     """
-    folder = _folder(path, FILES)
+    folder = local_folder(path, FILES)
     config, raw = _read_config(folder, ENCODERS)
     init = encoder.build(config).init
     return config, read_params(folder, family_of(raw, ENCODERS), config, init, mesh, dtype), raw
@@ -168,7 +168,12 @@ def save(
         multihost_utils.sync_global_devices("dpojax.models.huggingface.save")
 
 
-def _folder(path: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
+def local_folder(path: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
+    """The folder of a model: `path` itself, or a snapshot of the hub's files that match a pattern.
+
+    Raises:
+      FileNotFoundError: no such folder, and not a name of the hub.
+    """
     if pathlib.Path(path).is_dir():
         return pathlib.Path(path)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):

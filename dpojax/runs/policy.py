@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from dpojax import sharding
-from dpojax.stages import setup as run_setup
-from dpojax.config.checks import ConfigError
-from dpojax.runs.export import read_config
+from dpojax import sharding, storage
+from dpojax.config.saved import CONFIG, read_run_config
 from dpojax.models import decoder, huggingface
 from dpojax.models.decoder import Model, Params
+from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.setup import prepare_setup
+from dpojax.stages.tokenizers import read_tokenizer, stop_tokens
 
 
 class Policy(NamedTuple):
@@ -28,9 +27,9 @@ class Policy(NamedTuple):
 
 
 def load_policy(name: str) -> Policy:
-    """A Hugging Face folder, a name of the hub, or WORKDIR[:STAGE] of a run: its last by default.
+    """A Hugging Face folder, a name of the hub, or WORKDIR[:STAGE] of a run (its last by default).
 
-    It lies on the devices of this process alone, so that several can work apart.
+    The policy lies on the devices of this process alone, so that several processes can work apart.
 
     Raises:
       ConfigError: a run without that stage.
@@ -38,41 +37,34 @@ def load_policy(name: str) -> Policy:
       OSError, ValueError: see `huggingface.load`.
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
-    workdir, colon, stage = (name, "", "") if pathlib.Path(name).is_dir() else name.rpartition(":")
-    if colon or _is_run(pathlib.Path(name)):
-        return _load_stage(pathlib.Path(workdir).resolve(), stage, mesh)
-    from transformers import AutoTokenizer  # brings torch where that is installed
-
+    run, stage = _run_and_stage(name)
+    if run is not None:
+        return _load_stage(run, stage, mesh)
     config, params, _ = huggingface.load(name, mesh=mesh)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = read_tokenizer(name)
     return Policy(mesh, decoder.build(config), params, tokenizer, stop_tokens(tokenizer, name))
 
 
-def _is_run(folder: pathlib.Path) -> bool:
+def _run_and_stage(name: str) -> tuple[storage.Path | None, str]:
+    """The workdir and the stage that a name means; None where it means a model."""
+    path = storage.as_path(name, "the policy's name")
+    if path.is_dir():
+        return (path, "") if _is_run(path) else (None, "")
+    folder, colon, stage = name.rpartition(":")
+    if colon and folder and not stage.startswith("//"):
+        return storage.as_path(folder), stage
+    return None, ""
+
+
+def _is_run(folder: storage.Path) -> bool:
     """Whether its config.json is that of a run; a model's has no stages."""
-    path = folder / "config.json"
-    return path.is_file() and "stages" in json.loads(path.read_text())
+    path = folder / CONFIG
+    return path.is_file() and "stages" in storage.read_json(path)
 
 
-def _load_stage(run: pathlib.Path, stage: str, mesh: Mesh) -> Policy:
-    """The newest checkpoint of a stage, adapters merged."""
-    config = read_config(run)
-    stage = stage or config.stages[-1]
-    if stage not in config.stages:
-        raise ConfigError(f"{run}: a run of {', '.join(config.stages)}, without a stage {stage!r}")
-    setup = run_setup.prepare(config, run)._replace(mesh=mesh)
-    params = run_setup.trained_params(setup, stage)
-    stop = stop_tokens(setup.tokenizer, config.model.path)
-    return Policy(mesh, setup.model, params, setup.tokenizer, stop)
-
-
-def stop_tokens(tokenizer, path: str) -> tuple[int, ...]:
-    """The tokenizer's EOS, and what the generation config at `path`, if any, names beside it."""
-    from transformers import GenerationConfig  # brings torch where that is installed
-
-    try:
-        given = GenerationConfig.from_pretrained(path).eos_token_id if path else None
-    except OSError:
-        given = None  # the model came without one
-    given = given if isinstance(given, list) else [given]
-    return tuple(sorted({tokenizer.eos_token_id, *given} - {None}))
+def _load_stage(run: storage.Path, stage: str, mesh: Mesh) -> Policy:
+    """The best or newest checkpoint of a stage, adapters merged."""
+    config = read_run_config(run)
+    setup = prepare_setup(resolve(config, run), mesh=mesh)
+    params = open_stage(setup, stage or config.stages[-1]).trained_params()
+    return Policy(mesh, setup.model, params, setup.tokenizer, setup.stop_tokens)

@@ -1,7 +1,11 @@
 """Preference data of a policy's own completions: drawn, scored by a reward, paired and written.
 
-    prefer(Settings(policy="runs/reviews:sft", prompts="reviews", limit=100, reward="reviews",
-                    out="pairs"))
+    generate_preferences(Settings(policy="runs/reviews:sft", prompts="reviews", limit=100,
+                                  reward="reviews", out="pairs"))
+
+or, as a command, with the settings as JSON,
+
+    python -m dpojax.runs.preferences --settings=SETTINGS.json [--process=0/4]
 
 The folder holds part-00000-of-00004.parquet, ..., one per `shard_size` prompts, which
 `data.sources.load_records` reads, and provenance.json. A shard is written whole or not at all, and
@@ -11,12 +15,11 @@ that makes it, nor on when.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -25,18 +28,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpojax import storage
+from dpojax.config.errors import ConfigError
 from dpojax.data import pairing, reviews
 from dpojax.data.pairing import Labels, pairs_of, ranking_of
+from dpojax.data.prompts import EMBEDDED, read_prompts
 from dpojax.data.records import DataError
 from dpojax.evaluation.policies import encode_prompts, require_stops, response_texts
 from dpojax.evaluation.rewards import Reward, open_reward
-from dpojax.config.checks import ConfigError
+from dpojax.runs.command import run_command
 from dpojax.runs.policy import Policy, load_policy
-from dpojax.data.prompts import EMBEDDED, read_prompts
 from dpojax.sampling import Sample, build_sampler, generate
+from dpojax.stages.tokenizers import vocabulary_hash
 from dpojax.training.reference import fingerprint
 
-FORMAT = "dpojax preferences, version 2"  # changes when the same settings give other data
+FORMAT = "dpojax preferences, version 3"  # changes when the same settings give other data
 PROVENANCE = "provenance.json"
 LIBRARIES = ("jax", "flax", "transformers", "tokenizers", "numpy", "pyarrow")
 METADATA = b"dpojax"  # a shard's counts and versions, in the metadata of its schema
@@ -71,7 +77,7 @@ class Settings:
 
     Attributes:
       policy: see `policy.load_policy`.
-      prompts: see `prompts.read_prompts`.
+      prompts: see `data.prompts.read_prompts`.
       reward: see `rewards.open_reward`.
       out: the folder to write.
       split: of the prompts of "reviews" and of prefixes.
@@ -125,7 +131,7 @@ class Settings:
             raise ConfigError("limit = 0: the prompts of reviews never end; say how many to use")
 
 
-def prefer(
+def generate_preferences(
     settings: Settings,
     *,
     process: tuple[int, int] | None = None,
@@ -148,52 +154,55 @@ def prefer(
     index, count = process or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
         raise ConfigError(f"process {index} of {count}: they are counted from 0")
-    out = pathlib.Path(settings.out)
+    out = storage.as_path(settings.out, "--out")
     policy = load_policy(settings.policy)
     prompts = _prompts(settings, policy)
     reward = open_reward(settings.reward, mesh=policy.mesh)
-    record = _record(settings, prompts, policy, reward)
+    provenance = _provenance(settings, prompts, policy, reward)
     if any(out.glob("part-*.parquet")):
-        _compare(out / PROVENANCE, record)
+        _compare(out / PROVENANCE, provenance)
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / PROVENANCE, record)
-    make = _build_shard(settings, policy, reward)
-    paths = _paths(out, record["shards"])
+        storage.write_json(out / PROVENANCE, provenance)
+    make_shard = _build_shard(settings, policy, reward)
+    paths = _paths(out, provenance["shards"])
     for number, path in list(enumerate(paths))[index::count]:
         if path.exists():
             log(f"{path.name}: is there already")
             continue
         start = number * settings.shard_size
-        table = make(prompts[start : start + settings.shard_size], start)
+        table = make_shard(prompts[start : start + settings.shard_size], start)
         _write_parquet(path, table)
         log(f"{path.name}: {_metadata(table.schema)['counts']}")
     if all(path.exists() for path in paths):
-        record |= _totals([_metadata(pq.read_schema(path)) for path in paths])
-        _write_json(out / PROVENANCE, record)
-    return record
+        provenance |= _totals([_metadata(_read_schema(path)) for path in paths])
+        storage.write_json(out / PROVENANCE, provenance)
+    return provenance
 
 
 def _prompts(settings: Settings, policy: Policy) -> list[str]:
     """Those between `skip` and `skip` + `limit`."""
     limit = settings.limit and settings.skip + settings.limit
-    how = {"split": settings.split, "limit": limit, "seed": settings.seed}
-    found = read_prompts(settings.prompts, tokenizer=policy.tokenizer, **how)
-    if len(found) <= settings.skip:
+    prompts = read_prompts(
+        settings.prompts,
+        split=settings.split,
+        limit=limit,
+        seed=settings.seed,
+        tokenizer=policy.tokenizer,
+    )
+    if len(prompts) <= settings.skip:
         raise DataError(
-            f"{settings.prompts}: holds {len(found)} prompts, and skip = {settings.skip} leaves "
+            f"{settings.prompts}: holds {len(prompts)} prompts, and skip = {settings.skip} leaves "
             "none of them; give more prompts, or skip fewer"
         )
-    return found[settings.skip :]
+    return prompts[settings.skip :]
 
 
-def _record(settings: Settings, prompts: Sequence[str], policy: Policy, reward: Reward) -> dict:
+def _provenance(settings: Settings, prompts: Sequence[str], policy: Policy, reward: Reward) -> dict:
     """provenance.json before there are counts."""
-    vocabulary = json.dumps(sorted(policy.tokenizer.get_vocab().items()))
     inputs = {
         "policy": fingerprint(policy.params),
         "model": _hash(repr(policy.model.config)),
-        "tokenizer": _hash(vocabulary),
+        "tokenizer": vocabulary_hash(policy.tokenizer),
         "stop": list(policy.stop),
         "prompts": _hash(json.dumps(prompts)),
         "reward": reward.fingerprint,
@@ -209,15 +218,15 @@ def _record(settings: Settings, prompts: Sequence[str], policy: Policy, reward: 
     }
 
 
-def _compare(path: pathlib.Path, record: dict) -> None:
+def _compare(path: storage.Path, provenance: dict) -> None:
     """Raise ConfigError where the shards that are there have other settings, or unknown ones."""
     try:
-        before = _compared(json.loads(path.read_text()))
+        before = _compared(storage.read_json(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: does not say what made the shards beside it ({error}); use another --out"
         ) from error
-    now = _compared(record)
+    now = _compared(provenance)
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         lines = "\n".join(f"  {name}: {before.get(name)!r}, now {now[name]!r}" for name in changed)
@@ -227,11 +236,11 @@ def _compare(path: pathlib.Path, record: dict) -> None:
         )
 
 
-def _compared(record: dict) -> dict:
+def _compared(provenance: dict) -> dict:
     """All that the shards depend on, flat."""
-    settings = {name: x for name, x in record["settings"].items() if name not in MAY_CHANGE}
-    inputs = {f"what is in {name}": value for name, value in record["inputs"].items()}
-    return {"format": record["format"]} | settings | inputs
+    settings = {name: x for name, x in provenance["settings"].items() if name not in MAY_CHANGE}
+    inputs = {f"what is in {name}": value for name, value in provenance["inputs"].items()}
+    return {"format": provenance["format"]} | settings | inputs
 
 
 def _build_shard(settings: Settings, policy: Policy, reward: Reward) -> Callable:
@@ -270,26 +279,26 @@ def _table(
     texts: Sequence[Sequence[str]],
 ) -> pa.Table:
     """The records of a shard; its schema carries the counts."""
-    asked = [prompt for prompt, own in zip(prompts, texts) for _ in own]
-    scores = reward(asked, [text for own in texts for text in own])
-    stopped = np.array([sample.stopped for own in drawn for sample in own])
+    asked_prompts = [prompt for prompt, responses in zip(prompts, texts) for _ in responses]
+    scores = reward(asked_prompts, [text for responses in texts for text in responses])
+    stopped = np.array([sample.stopped for samples in drawn for sample in samples])
     counts = Counter(dict.fromkeys(COUNTS, 0), prompts=len(prompts), completions=len(scores))
     counts["truncated"] = int((~stopped).sum())
     rows = []
-    for number, (prompt, own) in enumerate(zip(prompts, texts)):
-        at = slice(number * len(own), (number + 1) * len(own))
-        # What is dropped is left out like what is blank, but not counted so.
-        kept = stopped[at] | (settings.truncated == "keep")
-        own = [text for text, keep in zip(own, kept) if keep]
-        made, left_out = _records(settings, start + number, own, scores[at][kept])
+    for number, (prompt, responses) in enumerate(zip(prompts, texts)):
+        at = slice(number * len(responses), (number + 1) * len(responses))
+        # A dropped completion is left out like a blank one, but is not counted as blank.
+        use = stopped[at] | (settings.truncated == "keep")
+        used = [text for text, keep in zip(responses, use) if keep]
+        records, left_out = _records(settings, start + number, used, scores[at][use])
         counts.update(left_out)
-        counts["records"] += len(made)
-        counts["prompts_without_record"] += not made
-        rows += [{"prompt_index": start + number, "prompt": prompt} | row for row in made]
+        counts["records"] += len(records)
+        counts["prompts_without_record"] += not records
+        rows += [{"prompt_index": start + number, "prompt": prompt} | record for record in records]
     schema = RANKED if settings.pairs == "ranked" else PAIR
-    said = {"counts": dict(counts), "score_sum": float(scores.sum())}
-    said["versions"] = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return pa.Table.from_pylist(rows, schema.with_metadata({METADATA: json.dumps(said)}))
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    metadata = {"counts": dict(counts), "score_sum": float(scores.sum()), "versions": versions}
+    return pa.Table.from_pylist(rows, schema.with_metadata({METADATA: json.dumps(metadata)}))
 
 
 def _records(
@@ -330,7 +339,7 @@ def _totals(shards: Sequence[dict]) -> dict:
     return {"counts": counts, "mean_score": mean, "versions": versions}
 
 
-def _paths(out: pathlib.Path, shards: int) -> list[pathlib.Path]:
+def _paths(out: storage.Path, shards: int) -> list[storage.Path]:
     return [out / f"part-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
 
 
@@ -338,19 +347,48 @@ def _metadata(schema: pa.Schema) -> dict:
     return json.loads(schema.metadata[METADATA])
 
 
-def _write_parquet(path: pathlib.Path, table: pa.Table) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with pq.ParquetWriter(unfinished, table.schema) as writer:
+def _read_schema(path: storage.Path) -> pa.Schema:
+    return pq.read_schema(storage.local_copy(path))
+
+
+def _write_parquet(path: storage.Path, table: pa.Table) -> None:
+    with storage.replacing(path) as unfinished, pq.ParquetWriter(unfinished, table.schema) as out:
         if len(table):  # `datasets` cannot read a group of no rows
-            writer.write_table(table)
-    os.replace(unfinished, path)
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+            out.write_table(table)
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_process(text: str) -> tuple[int, int] | None:
+    """(index, count) of "0/4"; None for "".
+
+    Raises:
+      ConfigError: another text.
+    """
+    try:
+        index, count = map(int, text.split("/")) if text else (0, 0)
+    except ValueError:
+        raise ConfigError(f"process = {text!r}: INDEX/COUNT, such as 0/4") from None
+    return (index, count) if text else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command of a job: see above."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpojax.runs.preferences",
+        description="Make preference data of a policy's own completions.",
+    )
+    parser.add_argument("--settings", required=True, help="a JSON file with the fields of Settings")
+    parser.add_argument("--process", default="", help="INDEX/COUNT, of several that share the work")
+    parser.add_argument("--done", default="", help="a file to write at the end")
+    options = parser.parse_args(arguments)
+    settings = Settings(**storage.read_json(storage.as_path(options.settings, "--settings")))
+    generate_preferences(settings, process=parse_process(options.process), log=print)
+    if options.done:
+        storage.write_text(storage.as_path(options.done), "")
+
+
+if __name__ == "__main__":
+    run_command(main)

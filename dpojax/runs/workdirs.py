@@ -1,38 +1,53 @@
-"""What runs leave in their workdirs for each other: how they ended, and stages that they share."""
+"""What runs leave in their workdirs for each other: a lock, how they ended, shared stages."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-import pathlib
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
-from dpojax import sharding
-from dpojax.runs.run import FINISHED
+from dpojax import sharding, storage
+from dpojax.config.errors import ConfigError
 
+FINISHED = "finished.json"
 FAILED = "failed.txt"  # in the workdir of a run that failed while others went on
 
 
-def ended(workdir: pathlib.Path) -> bool:
+@contextlib.contextmanager
+def workdir_lock(workdir: storage.Path) -> Iterator[None]:
+    """Keeps a second run out of the workdir; the first process of this run holds the lock.
+
+    Raises:
+      ConfigError: another run is at work there; it names its host and process.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(storage.lock(workdir))
+        except storage.Locked as error:
+            raise ConfigError(str(error)) from error
+        yield
+
+
+def has_ended(workdir: storage.Path) -> bool:
     """Whether the run there is finished, or has failed; what the first process sees."""
     return sharding.agreed((workdir / FINISHED).exists() or (workdir / FAILED).exists())
 
 
-def failure_of(workdir: pathlib.Path) -> str:
+def failure_of(workdir: storage.Path) -> str:
     """Why the run in a workdir failed while others went on; "" if it did not."""
     path = workdir / FAILED
     return path.read_text().strip() if path.exists() else ""
 
 
-def say_failed(workdir: pathlib.Path, why: str) -> None:
-    """Keep why a run failed; it is not tried again as long as that is there."""
+def write_failure(path: storage.Path, why: str) -> None:
+    """Keeps why a run failed. It is not tried again as long as the file is there."""
     if jax.process_index() == 0:
-        unfinished = workdir / f"{FAILED}.unfinished"
-        unfinished.write_text(why + "\n")
-        os.replace(unfinished, workdir / FAILED)
+        storage.write_text(path, why + "\n")
 
 
 def digest(names: Sequence[str]) -> str:
@@ -40,26 +55,17 @@ def digest(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def share(workdir: pathlib.Path, to: pathlib.Path, *, but: Sequence[str] = ()) -> None:
-    """Give a run the folders of another one, such as the stages that both begin with."""
+def share_stages(
+    workdir: storage.Path, target: storage.Path, *, ignore: Sequence[str] = ()
+) -> None:
+    """Gives a run the folders of another one, such as the stages that both begin with."""
     for path in sorted(workdir.iterdir()):
-        if path.is_dir() and path.name not in but:
-            share_folder(path, to / path.name)
+        if path.is_dir() and path.name not in ignore:
+            share_folder(path, target / path.name)
 
 
-def share_folder(folder: pathlib.Path, to: pathlib.Path) -> None:
-    """The same files under another name, if they are there and `to` is not: links, which cost no
-    space and outlive either name, or copies where the file system has none."""
-    if jax.process_index() == 0 and folder.is_dir() and not to.exists():
-        unfinished = to.with_name(f".{to.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(folder, unfinished, copy_function=_link)
-        os.replace(unfinished, to)
-    sharding.agreed(True)  # the others wait here until it is there
-
-
-def _link(path: str, to: str) -> None:
-    try:
-        os.link(path, to)
-    except OSError:
-        shutil.copy2(path, to)
+def share_folder(source: storage.Path, target: storage.Path) -> None:
+    """The same files under another name, see `storage.share_folder`; the first process does it."""
+    if jax.process_index() == 0:
+        storage.share_folder(source, target)
+    sharding.agreed(True)  # the other processes wait here until it is there

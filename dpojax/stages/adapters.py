@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,51 +9,60 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpojax import sharding
-from dpojax.config.checks import ConfigError, lora_config, naming
+from dpojax import sharding, storage
+from dpojax.config.errors import ConfigError, config_errors
+from dpojax.config.rules import LORA_RULES, apply_rules
 from dpojax.models import lora
-from dpojax.models.config import DecoderConfig
 from dpojax.models.lora import Adapters, LoraConfig
 from dpojax.models.lora_peft import load_peft
+from dpojax.stages.setup import Setup
 from dpojax.training import checkpoints, reference
 
 
-class Lora(NamedTuple):
-    """Adapters over a frozen base, before either is there."""
+class StageAdapters(NamedTuple):
+    """Adapters over a frozen base, before either is there.
+
+    Attributes:
+      stage: the name of the stage that trains them.
+      config: rank, scale and targets.
+      base_folder: where the run keeps the base.
+      abstract_base: shapes, shardings, and the dtype that the base is stored in.
+      abstract: shapes, float32, and shardings of the adapters.
+      imported: NumPy arrays of a PEFT folder to start from; None starts with new adapters.
+      merge: jitted (base, adapters) -> float32 parameters of the policy.
+    """
 
     stage: str
     config: LoraConfig
-    base_folder: pathlib.Path  # where the run keeps the base
-    abstract_base: dict  # shapes, shardings, and the dtype that the base is stored in
-    abstract: Adapters  # shapes, float32, and shardings
-    given: Adapters | None  # NumPy arrays of peft's folder, to start from
-    merge: Callable  # jitted: base, adapters -> float32 parameters of the policy
+    base_folder: storage.Path
+    abstract_base: dict
+    abstract: Adapters
+    imported: Adapters | None
+    merge: Callable[[dict, Adapters], dict]
 
     def start(self, seed: int) -> Adapters:
-        """What training starts from, on the mesh: the given adapters, or new ones."""
-        if self.given is None:
+        """The adapters that training starts from, on the mesh: imported or new ones."""
+        if self.imported is None:
             shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
             new = lambda key: lora.init(key, self.abstract_base, self.config)
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.stage.encode()))
             return jax.jit(new, out_shardings=shardings)(key)
         return jax.tree.map(
-            lambda x, to: jax.make_array_from_callback(x.shape, to.sharding, lambda i: x[i]),
-            self.given,
-            self.abstract,
+            lambda x, like: sharding.put(x, like.sharding), self.imported, self.abstract
         )
 
     def keep_base(self, params: dict | None) -> dict:
-        """The base: `params` in its dtype, saved once per run, or read back where they are None.
+        """The base: `params` in the base's dtype, saved once per run; None reads it back.
 
-        Takes over the buffers of `params`: another dtype leaves no second copy of the model.
+        The buffers of `params` are taken over, so that another dtype leaves no second copy of the
+        model.
         """
         if params is None:
             return checkpoints.load_tree(self.base_folder, self.abstract_base)
 
-        def stored(x, like):
+        def stored(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
             if x.dtype == like.dtype:
                 return x
             cast = x.astype(like.dtype)
@@ -65,61 +73,84 @@ class Lora(NamedTuple):
         checkpoints.save_tree(self.base_folder, base, {"fingerprint": reference.fingerprint(base)})
         return base
 
+    def trained_params(self, folder: storage.Path, step: int | None) -> dict:
+        """Merged float32 parameters of a checkpoint in `folder`; None is the newest step."""
+        return self.merge(self.keep_base(None), self.trained(folder, step))
 
-def prepare(
-    name: str,
-    config: ConfigDict,
-    folder: pathlib.Path,
-    *,
-    mesh: Mesh,
-    decoder: DecoderConfig,
-    raw: dict | None,
-    abstract_params: dict,
-) -> Lora | None:
-    """The adapters of stage `name`, whose config and folder are given; None where it has none.
+    def trained(self, folder: storage.Path, step: int | None) -> Adapters:
+        """The adapters of a checkpoint in `folder`; None is the newest step."""
+        return checkpoints.load_params(folder, self.abstract, step)
 
-    The base of a preference stage is its reference, unless that is another model.
+
+def check_lora(config: ConfigDict, name: str) -> None:
+    """Checks `config.NAME.lora`.
 
     Raises:
-      ConfigError: a target that finds nothing; a folder of peft's that is not of this model, or
+      ConfigError: naming the key.
+    """
+    apply_rules(LORA_RULES, config, f"{name}.")
+    with config_errors(f"{name}.lora"):
+        lora_config(config.lora)
+
+
+def lora_config(settings: ConfigDict) -> LoraConfig | None:
+    """A stage's `lora` as the model wants it; None where it is off.
+
+    Raises:
+      ValueError: see `LoraConfig`; `adapters` are named while the rank is 0.
+    """
+    if not settings.rank:
+        if settings.adapters:
+            raise ValueError(
+                f"adapters = {settings.adapters!r}, but rank = 0 trains none; set rank"
+            )
+        return None
+    return LoraConfig(
+        settings.rank, settings.alpha, tuple(settings.targets), settings.rank_stabilised
+    )
+
+
+def open_adapters(
+    setup: Setup, name: str, *, base_is_reference: bool = False
+) -> StageAdapters | None:
+    """The adapters of stage `name`; None where it trains all weights.
+
+    Args:
+      base_is_reference: the stage's reference is the base, so that the run keeps it once.
+
+    Raises:
+      ConfigError: a target that matches no parameter; a PEFT folder that is not of this model, or
         whose rank or scale is not the config's.
     """
-    wanted = lora_config(config.lora) if "lora" in config else None
-    if wanted is None:
+    stage_config, params = setup.config[name], setup.abstract_params
+    if "lora" not in stage_config or not stage_config.lora.rank:
         return None
-    given = None
-    if config.lora.adapters:
-        with naming(f"{name}.lora.adapters"):
-            loaded, found = load_peft(config.lora.adapters, decoder, raw)
-        _require_same(f"config.{name}.lora", config.lora, found)
-        given, wanted = jax.tree.map(np.asarray, loaded), found
-    abstract_base = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, jnp.dtype(config.lora.base_dtype), sharding=x.sharding
-        ),
-        abstract_params,
-    )
-    with naming(f"{name}.lora"):
-        new = jax.eval_shape(lambda: lora.init(jax.random.key(0), abstract_params, wanted))
-    shapes = new if given is None else given
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
-        shapes,
-        sharding.tree_shardings(shapes, mesh, lora.LORA_RULES),
-    )
-    is_reference = name == "dpo" and not config.reference.path
-    return Lora(
+    settings, imported, config = stage_config.lora, None, lora_config(stage_config.lora)
+    if settings.adapters:
+        with config_errors(f"{name}.lora.adapters"):
+            loaded, config = load_peft(settings.adapters, setup.model.config, setup.imported_config)
+        _require_same(f"config.{name}.lora", settings, config)
+        imported = jax.tree.map(np.asarray, loaded)
+    with config_errors(f"{name}.lora"):
+        new = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, config))
+    shapes = new if imported is None else imported
+    base_dtype = jnp.dtype(settings.base_dtype)
+    return StageAdapters(
         stage=name,
-        config=wanted,
-        base_folder=folder / ("reference" if is_reference else "base"),
-        abstract_base=abstract_base,
-        abstract=abstract,
-        given=given,
-        merge=_merge(wanted, jax.tree.map(lambda x: x.sharding, abstract_params)),
+        config=config,
+        base_folder=setup.workdir / name / ("reference" if base_is_reference else "base"),
+        abstract_base=jax.tree.map(lambda x: x.update(dtype=base_dtype), params),
+        abstract=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
+            shapes,
+            sharding.tree_shardings(shapes, setup.mesh, lora.LORA_RULES),
+        ),
+        imported=imported,
+        merge=_build_merge(config, jax.tree.map(lambda x: x.sharding, params)),
     )
 
 
-def _merge(config: LoraConfig, shardings) -> Callable[[dict, Adapters], dict]:
+def _build_merge(config: LoraConfig, shardings: dict) -> Callable[[dict, Adapters], dict]:
     def merge(base: dict, adapters: Adapters) -> dict:
         whole = lora.apply(base, adapters, config)
         return jax.tree.map(lambda x: x.astype(jnp.float32), whole)
@@ -127,10 +158,10 @@ def _merge(config: LoraConfig, shardings) -> Callable[[dict, Adapters], dict]:
     return jax.jit(merge, out_shardings=shardings)
 
 
-def _require_same(key: str, config: ConfigDict, found: LoraConfig) -> None:
+def _require_same(key: str, settings: ConfigDict, imported: LoraConfig) -> None:
     for name in ("rank", "alpha", "rank_stabilised"):
-        if config[name] != getattr(found, name):
+        if settings[name] != getattr(imported, name):
             raise ConfigError(
-                f"{key}.{name} = {config[name]!r}, but the adapters in {config.adapters} have "
-                f"{getattr(found, name)!r}; set it to that"
+                f"{key}.{name} = {settings[name]!r}, but the adapters in {settings.adapters} have "
+                f"{getattr(imported, name)!r}; set it to that"
             )

@@ -6,56 +6,59 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import pathlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpojax.config.checks import tokens_policy
+from dpojax import storage
+from dpojax.config.errors import config_errors
 from dpojax.data import records, reviews, sources, unpaired
+from dpojax.data.prompts import EMBEDDED
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.data.tokenise import Example, tokenise
-
-EMBEDDED = "reviews"
+from dpojax.data.tokenise import Example, TokenizeConfig, tokenise
 
 
 class DataRequirements(NamedTuple):
     """What a stage learns from.
 
     Attributes:
-      form: "best": the best response alone, and none that is labelled undesirable (SFT). "ranked":
-        all responses of the records that state a preference; a single response is dropped.
-        "labelled": single responses with a label, see `unpaired.split`; a single response without
-        one is dropped.
+      form: "best": the best response alone, and no response that is labelled undesirable (SFT).
+        "ranked": all responses of the records that state a preference; a single response is
+        dropped. "labelled": single responses with a label, see `unpaired.split`; a single response
+        without a label is dropped. "classified": texts with a class. "prompts": prompts alone.
       mismatched: give every example an unrelated second response, see `unpaired.with_mismatched`.
       scores: every record must have scores.
       ties: keep ranked records whose responses are all tied, which are dropped otherwise.
-      chosen: of a ranked record to train on, the best response is all that is computed.
+      best_only: training reads the best response of a ranked record alone.
     """
 
-    form: Literal["best", "ranked", "labelled"] = "ranked"
+    form: Literal["best", "ranked", "labelled", "classified", "prompts"] = "ranked"
     mismatched: bool = False
     scores: bool = False
     ties: bool = False
-    chosen: bool = False
+    best_only: bool = False
 
 
 class StageData(NamedTuple):
-    """Examples of one stage: the first `train` of them to train on, the others held out; and the
-    names of their classes, where they have any.
+    """The examples of one stage: those to train on first, then those that are held out.
 
-    file: where they are kept for the next run, if anywhere; see `stages.token_cache`.
-    found: whether they were read from there.
+    Attributes:
+      examples: all of them.
+      train: how many of them are trained on.
+      reports: what became of the records, by part.
+      labels: the names of a classifier's classes.
+      file: where the examples are kept for the next run, if anywhere; see `token_cache`.
+      cached: whether they were read from that file.
     """
 
     examples: Sequence[Example]
     train: int
     reports: dict[str, Report]
     labels: tuple[str, ...] = ()
-    file: pathlib.Path | None = None
-    found: bool = False
+    file: storage.Path | None = None
+    cached: bool = False
 
     @property
     def training(self) -> range:
@@ -66,67 +69,98 @@ class StageData(NamedTuple):
         return range(self.train, len(self.examples))
 
 
-def load(
-    data: ConfigDict, tokens: ConfigDict, tokenizer, *, wants: DataRequirements, seed: int
-) -> StageData:
-    """Read, select and tokenise what `config.STAGE.data` names.
+def tokenize_config(tokens: ConfigDict) -> TokenizeConfig:
+    """`config.tokens` as the tokeniser wants it.
 
-    The limits count records, of which a labelled one may give two examples.
+    Raises:
+      ConfigError: a value that is not allowed.
+    """
+    with config_errors("tokens"):
+        return TokenizeConfig(
+            **dict(tokens) | {"max_prompt_length": tokens.max_prompt_length or None}
+        )
+
+
+def load(
+    data: ConfigDict,
+    tokens: ConfigDict,
+    tokenizer: Any,
+    *,
+    requirements: DataRequirements,
+    seed: int,
+) -> StageData:
+    """Reads, selects and tokenises what `config.STAGE.data` names.
+
+    The limits count records. A labelled record may give two examples.
 
     Args:
       seed: of the embedded task.
 
     Raises:
       DataError: see `sources.read`, `tokenise` and `unpaired.with_mismatched`; also when nothing is
-        left to train or test on, a record lacks the scores that are wanted, or all labels agree.
+        left to train or test on, a record lacks scores that are required, or all labels agree.
     """
-    policy = tokens_policy(tokens)
-
-    def read(source: str, split: str, limit: int) -> tuple[list[Record], Report]:
-        if source == EMBEDDED:
-            return _embedded(split, limit, form=wants.form, seed=seed)
-        found, report = sources.load_records(
-            source, split=split or None, form=data.form, columns=renames(data)
-        )
-        found = _usable(found, report, wants)
-        return _first(found, limit, "beyond_limit", report), report
-
-    embedded = data.source == EMBEDDED
-    train, report = read(data.source, data.split or "train" * embedded, data.limit)
-    reports = {"train": report}
-    if data.eval_source or embedded:
-        source = data.eval_source or data.source
-        split = data.eval_split or "eval" * (source == EMBEDDED)
-        test, test_report = read(source, split, data.eval_limit)
-        reports["eval"] = test_report
-    else:
-        train, test = hold_out(train, data.eval_share)
-        test = _first(test, data.eval_limit, "beyond_eval_limit", report)
-        reports, test_report = {"train and eval": report}, report
-    require_both(data.source, train, test, report)
-    if wants.scores:
+    settings = tokenize_config(tokens)
+    (train, train_report), (test, test_report) = _read_both(data, requirements, seed)
+    one_report = test_report is train_report
+    reports = {"train and eval": train_report}
+    if not one_report:
+        reports = {"train": train_report, "eval": test_report}
+    require_both(data.source, train, test, train_report)
+    if requirements.scores:
         _require_scores(train + test)
-    if wants.form == "labelled":
-        train = _labelled(train, policy.identical, report)
-        test = _labelled(test, policy.identical, test_report)
-    examples, _ = tokenise(train, tokenizer, policy, report)
-    held_out, _ = tokenise(test, tokenizer, policy, test_report)
-    require_both(data.source, examples, held_out, report)
-    if wants.form == "labelled":
+    if requirements.form == "labelled":
+        train = _labelled(train, settings.identical, train_report)
+        test = _labelled(test, settings.identical, test_report)
+    examples, _ = tokenise(train, tokenizer, settings, train_report)
+    held_out, _ = tokenise(test, tokenizer, settings, test_report)
+    require_both(data.source, examples, held_out, train_report)
+    if requirements.form == "labelled":
         _require_both_labels(data.source, examples)
-    if wants.chosen:
-        examples = [_chosen(example) for example in examples]
-    if wants.mismatched:
-        examples, held_out = (
-            unpaired.with_mismatched(part, policy.max_length) for part in (examples, held_out)
-        )
+    if requirements.best_only:
+        examples = list(map(_best_response, examples))
+    if requirements.mismatched:
+        examples = unpaired.with_mismatched(examples, settings.max_length)
+        held_out = unpaired.with_mismatched(held_out, settings.max_length)
     return StageData(examples + held_out, len(examples), reports)
 
 
-def renames(data: ConfigDict) -> dict[str, str]:
+def renamed_columns(data: ConfigDict) -> dict[str, str]:
     """data.columns as `sources.load_records` wants it: the file's name -> ours."""
     columns = dict(pair.split("=", 1) for pair in data.columns.split(",") if pair)
     return {theirs.strip(): ours.strip() for ours, theirs in columns.items()}
+
+
+def _read_both(
+    data: ConfigDict, requirements: DataRequirements, seed: int
+) -> tuple[tuple[list[Record], Report], tuple[list[Record], Report]]:
+    """Records to train on and records to test on, each with its report, or with the same one."""
+    embedded = data.source == EMBEDDED
+    train_split = data.split or ("train" if embedded else "")
+    train, report = _read(data, data.source, train_split, data.limit, requirements, seed)
+    if data.eval_source or embedded:
+        source = data.eval_source or data.source
+        split = data.eval_split or ("eval" if source == EMBEDDED else "")
+        return (train, report), _read(data, source, split, data.eval_limit, requirements, seed)
+    train, test = hold_out(train, data.eval_share)
+    return (train, report), (_first(test, data.eval_limit, "beyond_eval_limit", report), report)
+
+
+def _read(
+    data: ConfigDict,
+    source: str,
+    split: str,
+    limit: int,
+    requirements: DataRequirements,
+    seed: int,
+) -> tuple[list[Record], Report]:
+    if source == EMBEDDED:
+        return _embedded(split, limit, form=requirements.form, seed=seed)
+    loaded, report = sources.load_records(
+        source, split=split or None, form=data.form, columns=renamed_columns(data)
+    )
+    usable = _usable(loaded, report, requirements)
+    return _first(usable, limit, "beyond_limit", report), report
 
 
 def hold_out(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
@@ -158,28 +192,28 @@ def _embedded(split, limit, *, form, seed) -> tuple[list[Record], Report]:
     return [records.parse(row, f"reviews/{split}:{number}") for row, number in numbered], report
 
 
-def _usable(found: list[Record], report: Report, wants: DataRequirements) -> list[Record]:
+def _usable(loaded: list[Record], report: Report, requirements: DataRequirements) -> list[Record]:
     """The records that the stage can learn from; the others are counted."""
     usable = []
-    for record in found:
-        cause = _unusable(record, wants)
+    for record in loaded:
+        cause = _unusable(record, requirements)
         if cause:
             report.count("dropped", cause, record.id)
         else:
-            usable.append(_best(record) if wants.form == "best" else record)
+            usable.append(_best(record) if requirements.form == "best" else record)
     return usable
 
 
-def _unusable(record: Record, wants: DataRequirements) -> str | None:
+def _unusable(record: Record, requirements: DataRequirements) -> str | None:
     """Why the stage cannot learn from a record, or None if it can."""
     single = len(record.responses) == 1
-    if record.all_tied and not (wants.form == "ranked" and wants.ties):
+    if record.all_tied and not (requirements.form == "ranked" and requirements.ties):
         return "all_tied"
-    if wants.form == "best" and record.label is False:
+    if requirements.form == "best" and record.label is False:
         return "undesirable"
-    if wants.form == "ranked" and single:
+    if requirements.form == "ranked" and single:
         return "one_response"
-    if wants.form == "labelled" and single and record.label is None:
+    if requirements.form == "labelled" and single and record.label is None:
         return "no_label"
     return None
 
@@ -191,44 +225,46 @@ def _best(record: Record) -> Record:
     )
 
 
-def _chosen(example: Example) -> Example:
-    """Its best response alone."""
-    first = lambda values: None if values is None else values[:1]
-    lists = {name: first(getattr(example, name)) for name in ("responses", "cut", "scores", "rank")}
-    return example._replace(**lists)
+def _best_response(example: Example) -> Example:
+    """The example with its best response alone."""
+    return example._replace(
+        responses=example.responses[:1],
+        cut=example.cut[:1],
+        scores=None if example.scores is None else example.scores[:1],
+        rank=None if example.rank is None else example.rank[:1],
+    )
 
 
-def _labelled(found: list[Record], identical: str, report: Report) -> list[Record]:
-    """Every record split; the report says so, and what was left out, and counts the parts.
+def _labelled(loaded: list[Record], identical: str, report: Report) -> list[Record]:
+    """Splits every record into labelled responses; the report counts them and what is left out.
 
-    identical: the policy for a best response that equals the worst, which `tokenise` sees no more.
+    Args:
+      identical: what to do where the best response equals the worst; `tokenise` sees them apart.
     """
     parts = []
-    for record in found:
+    for record in loaded:
         if len(record.responses) > 1 and record.responses[0] == record.responses[-1]:
             if identical == "error":
-                raise DataError(
-                    f"{record.id}: identical (the policy says error; see TokenizeConfig)"
-                )
+                raise DataError(f"{record.id}: identical responses (tokens.identical is error)")
             report.count("noted" if identical == "keep" else "dropped", "identical", record.id)
             if identical == "drop":
                 continue
-        made = unpaired.split(record)
-        if len(made) == 2:
+        halves = unpaired.split(record)
+        if len(halves) == 2:
             report.count("noted", "split_in_two", record.id)
             report.read += 1
-        for _ in range(len(record.responses) - len(made)):
+        for _ in range(len(record.responses) - len(halves)):
             report.count("noted", "between_best_and_worst", record.id)
-        parts += made
+        parts += halves
     return parts
 
 
-def _first(found: list[Record], limit: int, cause: str, report: Report) -> list[Record]:
+def _first(loaded: list[Record], limit: int, cause: str, report: Report) -> list[Record]:
     """At most `limit` records (0 is all); the others are counted under `cause`."""
-    kept = found[: limit or None]
-    for record in found[len(kept) :]:
+    first = loaded[: limit or None]
+    for record in loaded[len(first) :]:
         report.count("dropped", cause, record.id)
-    return kept
+    return first
 
 
 def require_both(source: str, train: list, test: list, report: Report) -> None:
@@ -240,8 +276,8 @@ def require_both(source: str, train: list, test: list, report: Report) -> None:
         )
 
 
-def _require_scores(found: list[Record]) -> None:
-    for record in found:
+def _require_scores(loaded: list[Record]) -> None:
+    for record in loaded:
         if record.scores is None:
             raise DataError(
                 f"{record.id}: this loss needs to know what every response is worth: give a pair "

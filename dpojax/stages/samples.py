@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from dpojax.config.checks import naming
+from dpojax import storage
+from dpojax.config.errors import config_errors
 from dpojax.data.prompts import read_prompts
 from dpojax.evaluation import policies
 from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
-from dpojax.runs.policy import stop_tokens
 from dpojax.sampling import build_sampler
 from dpojax.stages.setup import Setup
+
+if TYPE_CHECKING:
+    from dpojax.stages.preference import Preference
 
 SEED = 0  # of the held-out prompts and of the draws: runs with other seeds are judged alike
 FILE = "samples.jsonl"
 
 
+def held_out_prompts(setup: Setup) -> list[str]:
+    """The prompts that `config.samples` names."""
+    config = setup.config.samples
+    return read_prompts(
+        config.prompts, split="eval", limit=config.count, seed=SEED, tokenizer=setup.tokenizer
+    )
+
+
 def open_samples(
     setup: Setup, reference_params: dict, score: Callable
 ) -> Callable[[dict], PolicyEvaluation]:
-    """params -> what `config.samples` asks of that policy, against the reference.
+    """params -> what `config.samples` measures of that policy, against the reference.
 
-    Responses that run into the length limit are counted, and no error: a policy that has lost its
-    end is a result.
+    Responses that run into the length limit are counted, and are no error: a policy that has lost
+    its end is a result.
+
+    Args:
+      score: of `training.forward.build_score`, jitted.
 
     Raises:
       ConfigError, DataError: a reward or prompts that are not there.
     """
     config = setup.config.samples
-    with naming("samples.reward"):
+    with config_errors("samples.reward"):
         reward = open_reward(config.reward, mesh=setup.mesh)
-    prompts = read_prompts(
-        config.prompts, split="eval", limit=config.count, seed=SEED, tokenizer=setup.tokenizer
-    )
+    prompts = held_out_prompts(setup)
     sampler = build_sampler(
-        setup.model,
-        max_new_tokens=config.max_new_tokens,
-        stop=stop_tokens(setup.tokenizer, setup.config.model.path),
+        setup.model, max_new_tokens=config.max_new_tokens, stop=setup.stop_tokens
     )
 
     def evaluate(params: dict) -> PolicyEvaluation:
@@ -67,45 +78,71 @@ def open_samples(
 
 
 def open_ranks(
-    setup: Setup, reference_params: dict, score: Callable, held_out: PolicyEvaluation
+    setup: Setup, reference_params: dict, score: Callable, of_reference: PolicyEvaluation
 ) -> Callable[[dict], RankCorrelation]:
-    """params -> how well the log-ratio to the reference, which is the implicit reward up to beta
-    (Rafailov et al. 2023, eq. 5), orders the responses of `held_out` as their rewards do.
+    """params -> how well the log-ratio to the reference orders responses as their rewards do.
+
+    The log-ratio is the implicit reward up to beta (Rafailov et al. 2023, eq. 5).
 
     Args:
-      held_out: what `open_samples` gives for the reference: its own responses.
+      of_reference: what `open_samples` gives for the reference: its own responses are ordered.
     """
     config = setup.config.samples
-    how = {"split": "eval", "limit": config.count, "seed": SEED}
-    prompts = read_prompts(config.prompts, tokenizer=setup.tokenizer, **how)
-    ids = policies.encode_prompts(setup.tokenizer, prompts)
-    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": 64, "mesh": setup.mesh}
-    logprobs = lambda params: policies.response_logprobs(
-        score, params, ids, held_out.drawn, **limits
+    prompts = policies.encode_prompts(setup.tokenizer, held_out_prompts(setup))
+    logprobs = functools.partial(
+        policies.response_logprobs,
+        score,
+        prompts=prompts,
+        drawn=of_reference.drawn,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=64,
+        mesh=setup.mesh,
     )
-    base, owner = logprobs(reference_params), np.repeat(np.arange(len(ids)), config.per_prompt)
+    reference_logprobs = logprobs(params=reference_params)
+    prompt_of_response = np.repeat(np.arange(len(prompts)), config.per_prompt)
 
     def ranks(params: dict) -> RankCorrelation:
-        implicit = logprobs(params) - base
-        pair = implicit.ravel(), held_out.rewards.ravel()
-        return policies.rank_correlation(*pair, owner, resamples=200)
+        log_ratios = logprobs(params=params) - reference_logprobs
+        return policies.rank_correlation(
+            log_ratios.ravel(), of_reference.rewards.ravel(), prompt_of_response, resamples=200
+        )
 
     return ranks
 
 
-def append(folder: pathlib.Path, step: int, found: PolicyEvaluation) -> None:
+def sampled_metrics(
+    stage: Preference, reference_params: dict
+) -> Callable[[dict, int, storage.Path], dict[str, float]]:
+    """(params, step, folder) -> metrics of what a policy says; its texts go into the folder."""
+    score = stage.programs.score
+    evaluate = open_samples(stage.setup, reference_params, score)
+    of_reference = evaluate(reference_params)
+    ranks = open_ranks(stage.setup, reference_params, score, of_reference)
+
+    def metrics(params: dict, step: int, folder: storage.Path) -> dict[str, float]:
+        is_reference = step == 0 and stage.policy_starts_at_reference
+        evaluation = of_reference if is_reference else evaluate(params)
+        append_samples(folder, step, evaluation)
+        return evaluation.metrics() | ranks(params).metrics()
+
+    return metrics
+
+
+def append_samples(folder: storage.Path, step: int, evaluation: PolicyEvaluation) -> None:
     """One line per prompt in the stage's samples.jsonl: the first response to it."""
-    if jax.process_index() == 0:
-        ratios = found.log_ratios[:, 0].tolist()
-        with open(folder / FILE, "a") as file:
-            for text, ratio in zip(found.texts, ratios):
-                line = {"step": step} | text._asdict() | {"log_ratio": ratio}
-                file.write(json.dumps(line) + "\n")
+    if jax.process_index() != 0:
+        return
+    ratios = evaluation.log_ratios[:, 0].tolist()
+    with storage.LineWriter(folder / FILE) as lines:
+        for text, ratio in zip(evaluation.texts, ratios):
+            lines.write(json.dumps({"step": step} | text._asdict() | {"log_ratio": ratio}))
 
 
-def last_samples(folder: pathlib.Path) -> list[dict]:
-    """What the last evaluation appended: one line for each different prompt, and once if a resumed
-    run repeated it."""
-    lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+def last_samples(folder: storage.Path) -> list[dict]:
+    """What the last evaluation appended: one line for each different prompt.
+
+    A resumed run may have repeated an evaluation; its lines count once.
+    """
+    lines = [json.loads(line) for line in storage.read_lines(folder / FILE)]
     last = [line for line in lines if line["step"] == lines[-1]["step"]]
     return list({line["prompt"]: line for line in last}.values())

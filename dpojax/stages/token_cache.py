@@ -1,8 +1,8 @@
-"""Data are tokenised once: a stage's examples in one file, under a hash of all they depend on.
+"""Data are tokenised once: a stage's examples in one file, named by a hash of all they depend on.
 
-Any number of runs, members of a sweep and jobs of a frontier may share the folder, and read and
-write it at the same time: a file is there as a whole or not, and one key has one content. So every
-process of a run looks for itself, too, and only the first one writes.
+Runs, members of a sweep and jobs of a frontier may share the folder, and read and write it at the
+same time. A file is there as a whole or not at all, and one name has one content. So every process
+of a run looks for the file by itself, and only the first process writes it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpojax.config import checks as config_checks
+from dpojax import storage
 from dpojax.data import examples, sources
 from dpojax.data.examples import Examples
 from dpojax.data.report import Report
-from dpojax.stages import classified
+from dpojax.stages import classifier_data
 from dpojax.stages import data as stage_data
 from dpojax.stages.data import EMBEDDED, StageData
 from dpojax.stages.tokenizers import content_hash
@@ -33,34 +32,39 @@ LIBRARIES = ("datasets", "jinja2", "numpy", "tokenizers", "transformers")
 
 
 def cached(
-    folder: str | os.PathLike, key: Callable[[], str | None], make: Callable[[], StageData]
+    folder: storage.Path, key: Callable[[], str | None], load: Callable[[], StageData]
 ) -> StageData:
-    """What folder/key().arrow holds, or what make() returns, which `save` can keep there.
+    """The examples in folder/KEY.arrow, or those that load() reads, which `save` can keep there.
+
+    Args:
+      key: the file's name; None if nothing tells what the examples depend on.
 
     Raises:
-      DataError: the file is damaged, and what key() and make() raise.
+      DataError: the file is damaged; and what key() and load() raise.
     """
     name = key()
-    file = None if name is None else pathlib.Path(folder).expanduser() / f"{name}.arrow"
+    file = None if name is None else folder / f"{name}.arrow"
     if file is not None and file.exists():
-        found, about = examples.load(file)
-        reports = {part: Report.from_content(own) for part, own in about["reports"].items()}
-        return StageData(found, about["train"], reports, tuple(about["labels"]), file, found=True)
-    made = make()
+        loaded, about = examples.load(file)
+        reports = {part: Report.from_content(x) for part, x in about["reports"].items()}
+        return StageData(loaded, about["train"], reports, tuple(about["labels"]), file, cached=True)
+    data = load()
     if key() != name:  # the data changed while they were read
         file = None
-    return made._replace(examples=Examples.of(made.examples), file=file)
+    return data._replace(examples=Examples.of(data.examples), file=file)
 
 
 def save(data: StageData) -> str:
-    """Keep the examples for the next run, with the reports on them, if they are not kept yet.
+    """Keeps the examples for the next run, with the reports on them, unless they are kept already.
 
-    Returns where they come from or are kept, for a person. A folder that takes no file stops no
-    run: what it would have held is in memory.
+    A folder that takes no file stops no run: the examples are in memory.
+
+    Returns:
+      where the examples come from or are kept, for a person.
     """
     if data.file is None:
         return "not kept: the data changed meanwhile, or nothing tells what the tokenizer does"
-    if data.found:
+    if data.cached:
         return f"read from {data.file}"
     reports = {part: report.to_content() for part, report in data.reports.items()}
     about = {"train": data.train, "labels": data.labels, "reports": reports}
@@ -71,26 +75,27 @@ def save(data: StageData) -> str:
     return f"kept in {data.file}"
 
 
-def key_of(data: ConfigDict, tokenizer, own: dict[str, Any]) -> str | None:
+def key_of(data: ConfigDict, tokenizer: Any, settings: dict[str, Any]) -> str | None:
     """A hash of all that a stage's examples depend on; None where one part of it has none.
 
     Args:
       data: config.STAGE.data, of whose sources the content counts.
-      own: what else the stage's examples depend on, as JSON can hold it.
+      settings: what else the stage's examples depend on, as JSON can hold it.
 
     Raises:
       DataError: a source that cannot be read.
     """
-    encodes = content_hash(tokenizer)
-    if encodes is None:
+    tokenizer_hash = content_hash(tokenizer)
+    if tokenizer_hash is None:
         return None
-    given = json.loads(data.to_json()) | {
+    data_settings = json.loads(data.to_json()) | {
         "source": _content(data.source, data.split),
         "eval_source": _content(data.eval_source, data.eval_split),
     }
     template = str(getattr(tokenizer, "chat_template", ""))
     today = str(datetime.date.today()) if "strftime_now" in template else ""
-    content = json.dumps([given, own, encodes, today, _code()], sort_keys=True)
+    parts = [data_settings, settings, tokenizer_hash, today, _code()]
+    content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -105,6 +110,6 @@ def _content(source: str, split: str) -> str:
 def _code() -> list[str]:
     """Hashes of the code that makes examples, and the versions of the libraries that it calls."""
     files = sorted(pathlib.Path(sources.__file__).parent.glob("*.py"))
-    files += [pathlib.Path(module.__file__) for module in (stage_data, classified, config_checks)]
+    files += [pathlib.Path(module.__file__) for module in (stage_data, classifier_data)]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashes + [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]

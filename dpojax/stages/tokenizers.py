@@ -4,57 +4,90 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pathlib
-import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from dpojax import sharding
-from dpojax.config.checks import ConfigError, naming
+from dpojax import sharding, storage
+from dpojax.config.contents import TRAINED_HERE
+from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data import reviews, sources
 from dpojax.data.records import Record
 from dpojax.data.vocabulary import train_tokenizer
-from dpojax.stages.data import EMBEDDED, renames
+from dpojax.stages.data import EMBEDDED, renamed_columns
 
-TRAINED = "train:"  # config.tokenizer = "train:8192"
 FOLDER = "tokenizer"  # of the workdir
 
 
-def load_tokenizer(config: ConfigDict, workdir: pathlib.Path):
-    """config.tokenizer, else the model's own, else the embedded task's.
+def load_tokenizer(config: ConfigDict, workdir: storage.Path) -> Any:
+    """The tokenizer that config.tokenizer names, else the model's, else the embedded task's.
 
-    "train:SIZE" is one of so many ids, made once, from the texts of config.sft.data, and kept in
-    the workdir.
+    "train:SIZE" makes one of SIZE ids from the texts of config.sft.data, once, and keeps it in the
+    workdir.
 
     Raises:
-      ConfigError: there is none; a size that is no number or too small.
+      ConfigError: there is no tokenizer; a size that is not a number or is too small.
     """
     path = config.tokenizer or config.model.path
-    if config.tokenizer.startswith(TRAINED):
-        path = _made(config, workdir / FOLDER)
+    if config.tokenizer.startswith(TRAINED_HERE):
+        path = str(_trained_here(config, workdir / FOLDER))
     try:
-        tokenizer = _read(path) if path else reviews.tokenizer()
+        tokenizer = read_tokenizer(path) if path else reviews.tokenizer()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer in {path!r} ({error}); set config.tokenizer to a folder or hub name"
         ) from error
     if config.chat_template:
-        with naming("chat_template"):
-            tokenizer.chat_template = pathlib.Path(config.chat_template).read_text()
+        with config_errors("chat_template"):
+            tokenizer.chat_template = storage.as_path(config.chat_template).read_text()
     return tokenizer
 
 
-def _read(path: str):
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer in a folder, of a bucket too, or of a hub name; code in a folder never runs."""
     from transformers import AutoTokenizer  # brings torch where that is installed
 
-    return AutoTokenizer.from_pretrained(path)
+    local = storage.as_path(path)
+    name = str(storage.local_copy(local)) if local.is_dir() else path
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def content_hash(tokenizer) -> str | None:
-    """Of all that decides how it encodes a text or renders messages; None where that cannot be told
-    (a tokenizer written in Python)."""
+def stop_tokens(tokenizer: Any, path: str) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's EOS, and those of the model's generation config."""
+    config = read_generation_config(path)
+    ids = None if config is None else config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(sorted({tokenizer.eos_token_id, *ids} - {None}))
+
+
+def read_generation_config(path: str) -> Any | None:
+    """transformers' GenerationConfig of a model; None where the model has none, or `path` is ""."""
+    if not path:
+        return None
+    from transformers import GenerationConfig  # brings torch where that is installed
+
+    local = storage.as_path(path)
+    try:
+        return GenerationConfig.from_pretrained(
+            str(storage.local_copy(local)) if local.is_dir() else path
+        )
+    except OSError:
+        return None
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """A hash of the tokenizer's words with their ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def content_hash(tokenizer: Any) -> str | None:
+    """A hash of all that decides how a tokenizer encodes a text or renders messages.
+
+    None where that cannot be told: a tokenizer written in Python.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -67,33 +100,29 @@ def content_hash(tokenizer) -> str | None:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _made(config: ConfigDict, folder: pathlib.Path) -> str:
-    """The folder of the tokenizer that this run makes; the first process does."""
+def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
+    """The folder of the tokenizer that this run makes; the first process makes it."""
     if jax.process_index() == 0 and not folder.exists():
-        size, data = config.tokenizer.removeprefix(TRAINED), config.sft.data
+        size, data = config.tokenizer.removeprefix(TRAINED_HERE), config.sft.data
         if not size.isdigit() or data.source == EMBEDDED:
             raise ConfigError(
                 f"config.tokenizer = {config.tokenizer!r}: train:SIZE, such as train:8192, from "
                 f"the texts of config.sft.data.source, here {data.source!r}"
             )
-        found, _ = sources.load_records(
-            data.source, split=data.split or None, form=data.form, columns=renames(data)
+        records, _ = sources.load_records(
+            data.source, split=data.split or None, form=data.form, columns=renamed_columns(data)
         )
-        with naming("tokenizer"):
-            tokenizer = train_tokenizer(map(_text, found[: data.limit or None]), int(size))
-        unfinished = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-        try:
+        with config_errors("tokenizer"):
+            tokenizer = train_tokenizer(map(_text, records[: data.limit or None]), int(size))
+        with storage.replacing_folder(folder) as unfinished:
             tokenizer.save_pretrained(unfinished)
-            os.replace(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    sharding.agreed(True)  # the others wait here until it is there
-    return str(folder)
+    sharding.agreed(True)  # the other processes wait here until it is there
+    return folder
 
 
 def _text(record: Record) -> str:
-    parts = (record.prompt, record.responses[0])
-    return "".join(
-        part if isinstance(part, str) else "\n".join(turn["content"] for turn in part)
-        for part in parts
-    )
+    return "".join(map(_part_text, (record.prompt, record.responses[0])))
+
+
+def _part_text(part: str | list[Mapping[str, str]]) -> str:
+    return part if isinstance(part, str) else "\n".join(turn["content"] for turn in part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -9,7 +11,7 @@ from dpojax.data import sources
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.tokenise import Example, TokenizeConfig, start_tokens, tokenise
-from dpojax.stages.data import EMBEDDED, StageData, hold_out, renames, require_both
+from dpojax.stages.data import EMBEDDED, StageData, hold_out, renamed_columns, require_both
 
 
 def load(data: ConfigDict, tokenizer, *, max_tokens: int, seed: int) -> StageData:
@@ -49,21 +51,21 @@ def _read(
     data: ConfigDict, source: str, split: str, limit: int, seed: int
 ) -> tuple[list[Record], Report]:
     form = "classified" if data.form == "auto" else data.form
-    found, report = sources.load_records(
-        source, split=split or None, form=form, columns=renames(data)
+    loaded, report = sources.load_records(
+        source, split=split or None, form=form, columns=renamed_columns(data)
     )
-    return _drawn(found, limit, "beyond_limit", report, seed), report
+    return _drawn(loaded, limit, "beyond_limit", report, seed), report
 
 
-def _drawn(found: list[Record], limit: int, cause: str, report: Report, seed: int) -> list[Record]:
+def _drawn(loaded: list[Record], limit: int, cause: str, report: Report, seed: int) -> list[Record]:
     """`limit` of the records (0: all) in their order; the others are counted under `cause`."""
-    if not limit or limit >= len(found):
-        return found
-    kept = set(np.random.default_rng(seed).permutation(len(found))[:limit].tolist())
-    for index, record in enumerate(found):
-        if index not in kept:
+    if not limit or limit >= len(loaded):
+        return loaded
+    drawn = set(np.random.default_rng(seed).permutation(len(loaded))[:limit].tolist())
+    for index, record in enumerate(loaded):
+        if index not in drawn:
             report.count("dropped", cause, record.id)
-    return [found[index] for index in sorted(kept)]
+    return [loaded[index] for index in sorted(drawn)]
 
 
 def _labels(source: str, train: list[Record], test: list[Record]) -> tuple[str, ...]:
@@ -84,24 +86,24 @@ def _labels(source: str, train: list[Record], test: list[Record]) -> tuple[str, 
 
 
 def _examples(
-    found: list[Record], labels: tuple[str, ...], tokenizer, max_tokens: int, report: Report
+    records: list[Record], labels: tuple[str, ...], tokenizer: Any, max_tokens: int, report: Report
 ) -> list[Example]:
     start = start_tokens(tokenizer)
-    policy = TokenizeConfig(
+    settings = TokenizeConfig(
         max_length=max_tokens + (not start),
         truncation="cut_response_end",
         append_eos=False,
         identical="keep",
     )
-    category = {record.id: labels.index(record.category) for record in found}
-    kept = []
-    for example in tokenise(found, tokenizer, policy, report)[0]:
-        if not start:  # what stands for the empty prompt is no token of the text
+    category = {record.id: labels.index(record.category) for record in records}
+    examples = []
+    for example in tokenise(records, tokenizer, settings, report)[0]:
+        if not start:  # the token that stands for the empty prompt is the text's own first one
             (text,) = example.responses
             example = example._replace(prompt=text[:1], responses=(text[1:],))
         if len(example.responses[0]):
-            kept.append(example._replace(category=category[example.id]))
+            examples.append(example._replace(category=category[example.id]))
         else:
             report.kept -= 1
             report.count("dropped", "one_token", example.id)
-    return kept
+    return examples

@@ -1,0 +1,132 @@
+"""The content behind the paths of a config: what a resumed run compares, instead of names.
+
+A path says where a file lies, not what is in it. Two runs with the same config give the same result
+only if data, tokenizer, chat template and weights are the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dpojax import storage
+from dpojax.config.errors import config_errors
+from dpojax.data import sources
+from dpojax.data.prompts import EMBEDDED, PREFIXES
+from dpojax.models.huggingface import local_folder
+
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
+TOKENIZER += ("chat_template*", "spiece*")
+ADAPTERS = ("adapter_*",)
+TRAINED_HERE = "train:"  # a tokenizer that the run makes from the texts of sft.data
+
+
+class Content(NamedTuple):
+    """What lies behind a path: the path as the config has it, and a hash of the bytes there."""
+
+    path: str
+    hash: str
+
+
+def contents_of(config: ConfigDict) -> dict[str, Content]:
+    """Every file or folder that decides the result of a run, by the key that names it.
+
+    The embedded task has no files: the code makes it.
+
+    Raises:
+      DataError, ConfigError: something is not there or cannot be read.
+    """
+    contents = {}
+    for key, path, content_hash in _named(config):
+        if path:
+            with config_errors(key):
+                contents[key] = Content(path, content_hash(path))
+    return contents
+
+
+def changed_contents(
+    before: Mapping[str, Content], now: Mapping[str, Content]
+) -> dict[str, tuple[Content, Content]]:
+    """Keys whose content is another one than before, with both."""
+    both = before.keys() & now.keys()
+    return {key: (before[key], now[key]) for key in sorted(both) if before[key][1] != now[key][1]}
+
+
+def moved_keys(before: Mapping[str, Content], now: Mapping[str, Content]) -> set[str]:
+    """Keys whose path may differ, because what lies there is the same."""
+    return {key for key in before.keys() & now.keys() if before[key][1] == now[key][1]}
+
+
+def _named(config: ConfigDict) -> Iterator[tuple[str, str, Callable[[str], str]]]:
+    """(key, path, what hashes the content there), also of keys that name nothing ("")."""
+    yield "model.path", config.model.path, _files(WEIGHTS)
+    if config.tokenizer.startswith(TRAINED_HERE):
+        yield from _data("sft", config)
+    else:
+        yield "tokenizer", config.tokenizer or config.model.path, _files(TOKENIZER)
+    yield "chat_template", config.chat_template, storage.content_hash
+    if config.samples.reward:
+        yield "samples.reward", config.samples.reward, _reward
+        yield "samples.prompts", config.samples.prompts, _prompts
+    for name in config.stages:
+        stage = config[name]
+        if "data" in stage:
+            yield from _data(name, config)
+        if "lora" in stage:
+            yield f"{name}.lora.adapters", stage.lora.adapters, _files(ADAPTERS)
+        if "reference" in stage:
+            yield f"{name}.reference.path", stage.reference.path, _files(WEIGHTS)
+        if "prompts" in stage:
+            yield f"{name}.prompts", stage.prompts, _prompts
+            yield f"{name}.reward", stage.reward, _reward
+
+
+def _data(name: str, config: ConfigDict) -> Iterator[tuple[str, str, Callable[[str], str]]]:
+    data = config[name].data
+    for key, split in (("source", data.split), ("eval_source", data.eval_split)):
+        path = "" if data[key] == EMBEDDED else data[key]
+        yield f"{name}.data.{key}", path, _records(split)
+
+
+def _records(split: str) -> Callable[[str], str]:
+    return lambda path: sources.fingerprint(path, split=split or None)
+
+
+def _files(patterns: tuple[str, ...]) -> Callable[[str], str]:
+    """Hashes the files of a model's folder that match a pattern; the hub's are fetched first."""
+
+    def content_hash(name: str) -> str:
+        folder, digest = local_folder(name, list(patterns)), hashlib.sha256()
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            if path.is_file():
+                digest.update(f"{path.name} {storage.content_hash(path)}\n".encode())
+        return digest.hexdigest()
+
+    return content_hash
+
+
+def _reward(spec: str) -> str:
+    """Of `evaluation.rewards.open_reward`'s names: those without a folder stand for themselves."""
+    kind, _, folder = spec.partition(":")
+    if kind not in ("classifier", "reward_model"):
+        return spec
+    folder = folder.removesuffix(":" + folder.rpartition(":")[2]) if _has_label(folder) else folder
+    return _files((*WEIGHTS, *TOKENIZER))(folder)
+
+
+def _has_label(folder: str) -> bool:
+    return ":" in folder and not storage.as_path(folder).is_dir()
+
+
+def _prompts(source: str) -> str:
+    source = source.removeprefix(PREFIXES)
+    if source == EMBEDDED:
+        return source
+    path, at, split = source.rpartition("@")
+    if not at or storage.as_path(source).exists():
+        path, split = source, ""
+    return sources.fingerprint(path, split=split or None)

@@ -1,0 +1,60 @@
+"""A config that is resolved: every default filled in, every option bound, every file hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from dpojax import storage
+from dpojax.config.contents import Content, contents_of
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRun:
+    """What a run will do. `stages.registry.resolve` makes it; nothing changes it afterwards.
+
+    Attributes:
+      config: all keys, with the defaults that depend on other keys filled in.
+      workdir: absolute, local or in a bucket.
+      settings: what each stage has bound from the config (`Stage.resolve`), by the stage's name.
+    """
+
+    config: FrozenConfigDict
+    workdir: storage.Path
+    settings: Mapping[str, Any]
+
+    @functools.cached_property
+    def contents(self) -> dict[str, Content]:
+        """The files and folders that decide the result, by the config key that names them.
+
+        Hashed at first use.
+
+        Raises:
+          DataError, ConfigError: one of them cannot be read; the message names the key.
+        """
+        return contents_of(self.config)
+
+    def as_json(self) -> dict:
+        """The config as JSON has it."""
+        return json.loads(self.config.to_json())
+
+
+def editable(config: ConfigDict) -> ConfigDict:
+    """A locked copy of a config that may be changed, also of a frozen one."""
+    return ConfigDict(config).copy_and_resolve_references()
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """A config as JSON has it, by dotted keys: {"preference.beta": 0.1, ...}."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values

@@ -1,0 +1,171 @@
+"""The config of a run in its workdir: written once, compared by every call that goes on.
+
+config.json holds the config. contents.json holds a hash of everything that the config names by a
+path, so that a run notices when a file behind a path has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+
+import jax
+from ml_collections import ConfigDict
+
+from dpojax import storage
+from dpojax.config.contents import Content, changed_contents, moved_keys
+from dpojax.config.defaults import default_config
+from dpojax.config.errors import ConfigError
+from dpojax.config.resolved import ResolvedRun, flat
+
+CONFIG, CONTENTS = "config.json", "contents.json"
+# A resumed run may change these. With those of the second line, and attention, sums come out in
+# another order: the result is the same to rounding, no longer to the bit.
+MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "tensorboard")
+MAY_CHANGE += ("distributed", "mesh", "micro_rows", "max_buckets", "row_length", "max_logits")
+MAY_CHANGE += ("model.remat", "model.attention", "sweep", "check_memory", "profile", "token_cache")
+MAY_CHANGE += ("compilation_cache",)
+
+
+def write_or_compare_config(run: ResolvedRun) -> None:
+    """Write config.json and contents.json, or compare the run with those that are there.
+
+    Every process calls it, and the first one writes.
+
+    Raises:
+      ConfigError: the workdir belongs to a run of another config, or a file behind a path has
+        changed since it began; the message names the keys, or the file and both hashes.
+    """
+    now, path = run.as_json(), run.workdir / CONFIG
+    if path.exists():
+        before = storage.read_json(path, hint="use another --workdir")
+        contents = _read_contents(run.workdir)
+        _require_same_contents(run, contents)
+        same = moved_keys(contents, run.contents)
+        if changed := config_differences(before, now, ignore=same):
+            raise ConfigError(
+                f"{run.workdir} holds a run of another config; give this one its own --workdir, or "
+                "take back these changes:\n" + "\n".join(changed)
+            )
+    if jax.process_index() == 0:
+        storage.write_json(run.workdir / CONTENTS, _as_json(run.contents))
+        storage.write_json(path, now)
+
+
+def compare_config(run: ResolvedRun) -> None:
+    """Compare a finished run's config with the one asked for; the files need not be there any more.
+
+    Raises:
+      ConfigError: the workdir belongs to a run of another config.
+    """
+    before = storage.read_json(run.workdir / CONFIG, hint="use another --workdir")
+    if changed := config_differences(before, run.as_json()):
+        raise ConfigError(
+            f"{run.workdir} holds a finished run of another config; give this one its own "
+            "--workdir, or take back these changes:\n" + "\n".join(changed)
+        )
+
+
+def config_differences(before: dict, now: dict, *, ignore: Sequence[str] | set = ()) -> list[str]:
+    """What a resumed run must not change, a line each, between two configs as JSON has them.
+
+    Args:
+      ignore: further dotted keys that may differ.
+    """
+    before, now = flat(before), flat(now)
+    free = tuple(f"{key}." for key in (*MAY_CHANGE, *ignore))
+    return [
+        f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not f"{key}.".startswith(free)
+    ]
+
+
+def read_run_config(run: storage.Path) -> ConfigDict:
+    """The config that a run was started with, with whatever mesh and attention this machine has.
+
+    Raises:
+      ConfigError: there is none, or it is of another version of this library.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: {run} is not the workdir of a run")
+    config = config_from_json(storage.read_json(path), where=str(path))
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    config.model.attention = "auto"
+    return config
+
+
+def config_from_json(values: dict, *, where: str) -> ConfigDict:
+    """The config that `ResolvedRun.as_json` gave; `where` names it in errors.
+
+    Raises:
+      ConfigError: it has a key, or a value, that this version of the library does not know.
+    """
+    config = default_config()
+    try:
+        with config.unlocked():
+            config.update(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: not a config of this version ({error})") from error
+    return config
+
+
+def code_version() -> dict[str, str]:
+    """The version of dpojax and a hash of its source files."""
+    return {"dpojax": metadata.version("dpojax"), "code": _code_hash()}
+
+
+def code_changed(workdir: storage.Path) -> str:
+    """A sentence if another version of the code began the run in a workdir; else ""."""
+    path = workdir / CONTENTS
+    if not path.is_file():
+        return ""
+    before, now = storage.read_json(path).get("version", {}), code_version()
+    if not before or before == now:
+        return ""
+    return (
+        f"{workdir} was begun by dpojax {before.get('dpojax')} with other code (hash "
+        f"{before.get('code')}, now {now['dpojax']} and {now['code']}): the result may differ from "
+        "that of an undisturbed run"
+    )
+
+
+@functools.cache
+def _code_hash() -> str:
+    package = pathlib.Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _require_same_contents(run: ResolvedRun, before: Mapping[str, Content]) -> None:
+    changed = changed_contents(before, run.contents)
+    if not changed:
+        return
+    lines = [
+        f"  config.{key} ({now.path}): sha256 {then.hash[:16]}, now {now.hash[:16]}"
+        for key, (then, now) in changed.items()
+    ]
+    raise ConfigError(
+        f"{run.workdir} began with other files, and going on would mix both:\n"
+        + "\n".join(lines)
+        + "\nPut the files back as they were, or give this run its own --workdir."
+    )
+
+
+def _read_contents(workdir: storage.Path) -> dict[str, Content]:
+    path = workdir / CONTENTS
+    if not path.is_file():
+        return {}
+    files = storage.read_json(path, hint="use another --workdir").get("files", {})
+    return {key: Content(*pair) for key, pair in files.items()}
+
+
+def _as_json(contents: Mapping[str, Content]) -> dict:
+    return {"version": code_version(), "files": json.loads(json.dumps(contents))}

@@ -1,0 +1,161 @@
+"""A job is data: a command, what it needs, and what it makes. A plan is a list of jobs.
+
+Executors (`in_process`, `local_workers`) know nothing of what a job means. They start the jobs
+whose needs are met, and a job has ended once its outputs are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from dpojax import storage
+from dpojax.training.loop import Preempted
+
+PYTHON = ("python", "-m")  # how every command begins; a module of dpojax and its arguments follow
+
+
+class Job(NamedTuple):
+    """One step of a plan; all fields can be written as JSON.
+
+    Attributes:
+      name: unique in its plan.
+      command: `python -m MODULE ARGUMENT ...`, to be run by hand too. MODULE has a function
+        `main(arguments)`, which returns when the job is done and raises when it fails.
+      needs: names of the jobs before it that have to be done.
+      outputs: paths that are there once it is done.
+      failure_file: a path that is there where the job failed and the others go on without it. It
+        is not tried again, and no job that needs it is started.
+      kind: jobs of a kind take equally long and compile the same programs; "" is a kind of its own.
+      is_part: the job is one part of a larger one, cut so that parts can be done at once.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    failure_file: str = ""
+    kind: str = ""
+    is_part: bool = False
+
+    @property
+    def kind_name(self) -> str:
+        """The kind's name, also of a job that is alone in its kind."""
+        return self.kind or self.name
+
+    @property
+    def is_done(self) -> bool:
+        return all(map(_exists, self.outputs))
+
+    @property
+    def has_failed(self) -> bool:
+        return bool(self.failure_file) and _exists(self.failure_file)
+
+
+def command(module: str, **options: Any) -> tuple[str, ...]:
+    """The command that calls a module with options: `python -m MODULE --NAME=VALUE ...`."""
+    flags = (f"--{name}={value}" for name, value in options.items() if value not in (None, ""))
+    return (*PYTHON, module, *flags)
+
+
+def pending(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that are still to be done, in order.
+
+    Those that failed, and those that need one that failed or was left out, are not among them.
+    """
+    left_out: set[str] = set()
+    to_do = []
+    for job in jobs:
+        if job.is_done:
+            continue
+        if job.has_failed or not left_out.isdisjoint(job.needs):
+            left_out.add(job.name)
+        else:
+            to_do.append(job)
+    return to_do
+
+
+def execute(job: Job) -> None:
+    """Runs a job's command in this process.
+
+    Raises:
+      ValueError: the command is not one of Python modules.
+      what the module's `main` raises.
+    """
+    if job.command[:2] != PYTHON or len(job.command) < 3:
+        raise ValueError(f"job {job.name}: its command has to begin with {' '.join(PYTHON)} MODULE")
+    module, *arguments = job.command[2:]
+    importlib.import_module(module).main(arguments)
+
+
+def execute_logged(job: Job, folder: storage.Path) -> None:
+    """`execute`, where everything printed goes into folder/logs/NAME.txt.
+
+    A job whose failure file is there afterwards has failed by itself: the others go on.
+
+    Raises:
+      what the job raises otherwise; the traceback is in the log, too.
+    """
+    with storage.LineWriter(folder / "logs" / f"{job.name.replace('/', '-')}.txt") as log:
+        text = _Log(log)
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            try:
+                execute(job)
+            except BaseException:
+                traceback.print_exc()
+                if not job.has_failed:
+                    raise
+            finally:
+                text.end_line()
+
+
+def plan_as_json(jobs: Sequence[Job]) -> list[dict]:
+    """The jobs as a list of JSON objects, with the command in one readable line."""
+    return [job._asdict() | {"command": " ".join(job.command)} for job in jobs]
+
+
+@contextlib.contextmanager
+def stoppable(what: str) -> Iterator[None]:
+    """A SIGTERM raises Preempted wherever no training is under way that would save first."""
+
+    def stop(*_: Any) -> None:
+        raise Preempted(f"{what}: stopped, what is done is kept")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Log:
+    """A text stream whose whole lines go into a log."""
+
+    def __init__(self, lines: storage.LineWriter):
+        self._lines, self._rest = lines, ""
+        self.encoding = sys.stdout.encoding
+
+    def write(self, text: str) -> int:
+        *whole, self._rest = (self._rest + text).split("\n")
+        for line in whole:
+            self._lines.write(line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._lines.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def end_line(self) -> None:
+        if self._rest:
+            self.write("\n")
+
+
+def _exists(path: str) -> bool:
+    return storage.as_path(path).exists()

@@ -1,0 +1,172 @@
+"""How far a plan is: one line on the terminal, and the seconds that its jobs took."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from dpojax import storage
+from dpojax.jobs.job import Job, pending
+
+SECONDS = "seconds.json"
+
+
+class Seconds(NamedTuple):
+    """How long a plan took, over all calls of its command."""
+
+    passed: float  # on the wall
+    jobs: dict[str, float]  # of each job, by name
+
+
+class Clock:
+    """Measures the jobs of a plan, and shows how far the plan is.
+
+    Args:
+      workers: jobs that are done at a time.
+      show: gets the line.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        folder: storage.Path,
+        workers: int,
+        show: Callable[[str], None],
+    ):
+        self.jobs, self.folder, self.workers, self._show = jobs, folder, workers, show
+        self.before, self.seconds = read_seconds(folder)
+        self.started: dict[str, float] = {}  # jobs under way, and when each began
+        self.began = time.perf_counter()
+
+    def start(self, name: str) -> None:
+        self.started[name] = time.perf_counter()
+        self.show()
+
+    def stop(self, name: str) -> None:
+        spent = time.perf_counter() - self.started.pop(name)
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        storage.write_json(self.folder / SECONDS, Seconds(self.passed, self.seconds)._asdict())
+
+    @property
+    def passed(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def now(self) -> dict[str, float]:
+        """The seconds of each job so far, those under way included."""
+        seconds = dict(self.seconds)
+        for name, began in self.started.items():
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+        return seconds
+
+    def show(self) -> None:
+        seconds = Seconds(self.passed, self.now())
+        self._show(progress_line(self.jobs, seconds, running=[*self.started], workers=self.workers))
+
+
+@contextlib.contextmanager
+def shown(
+    jobs: Sequence[Job], folder: storage.Path, what: str, workers: int = 1
+) -> Iterator[Clock]:
+    """A clock, and a line on the terminal as long as it is entered.
+
+    At the end the clock stops for all jobs that are still under way.
+    """
+    with tqdm(total=len(jobs), bar_format="{desc}", dynamic_ncols=True) as bar:
+        clock = Clock(jobs, folder, workers, lambda line: bar.set_description_str(f"{what} {line}"))
+        try:
+            yield clock
+        finally:
+            for name in [*clock.started]:
+                clock.stop(name)
+        clock.show()
+
+
+@contextlib.contextmanager
+def ticking(update: Callable[[], None]) -> Iterator[None]:
+    """Calls `update` at once, and on a terminal every second from a thread."""
+    update()
+    if not sys.stderr.isatty():
+        yield
+        return
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(1.0):
+            update()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def seconds_left(
+    jobs: Sequence[Job], seconds: Mapping[str, float], workers: int = 1
+) -> float | None:
+    """How long the jobs that are not done may still take; None while nothing is known.
+
+    A job is taken to last as long as the done jobs of its kind on average, or, where there are
+    none, as long as all done jobs on average. What it has taken already is subtracted. Of several
+    jobs at a time the longest one sets the least.
+
+    Args:
+      seconds: that each job has taken, by its name.
+    """
+    to_do = pending(jobs)
+    names = {job.name for job in to_do}
+    by_kind: dict[str, list[float]] = {}
+    for job in jobs:
+        if job.name in seconds and job.name not in names:
+            by_kind.setdefault(job.kind_name, []).append(seconds[job.name])
+    if not by_kind:
+        return None
+    mean_of_all = _mean([x for values in by_kind.values() for x in values])
+    expected = {kind: _mean(values) for kind, values in by_kind.items()}
+    left = [
+        max(0.0, expected.get(job.kind_name, mean_of_all) - seconds.get(job.name, 0.0))
+        for job in to_do
+    ]
+    return max(sum(left) / workers, max(left, default=0.0))
+
+
+def progress_line(
+    jobs: Sequence[Job], seconds: Seconds, *, running: Sequence[str], workers: int = 1
+) -> str:
+    """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`."""
+    ended = len(jobs) - len(pending(jobs))
+    left = seconds_left(jobs, seconds.jobs, workers)
+    forecast = f", about {_rounded(left)} left" if left else ""
+    names = "".join(f"  {name}" for name in running)
+    return f"{ended}/{len(jobs)} jobs{names}  {_clock(seconds.passed)} passed{forecast}"
+
+
+def read_seconds(folder: storage.Path) -> Seconds:
+    """How long the plan in a folder took so far."""
+    path = folder / SECONDS
+    return Seconds(**storage.read_json(path)) if path.exists() else Seconds(0.0, {})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rounded(seconds: float) -> str:
+    """No more digits than an estimate has."""
+    if seconds < 90:
+        return f"{max(10, 10 * round(seconds / 10))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,319 @@
+"""Stages that learn from examples in rows: data, shapes and programs that all of them share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dpojax import sharding, storage
+from dpojax.config.errors import config_errors
+from dpojax.config.resolved import ResolvedRun
+from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules
+from dpojax.data.packing import Shape
+from dpojax.data.pipeline import steps_in
+from dpojax.data.prompts import EMBEDDED
+from dpojax.data.rows import Rows
+from dpojax.models import lora_peft
+from dpojax.stages import data as stage_data
+from dpojax.stages import token_cache, train
+from dpojax.stages.adapters import StageAdapters, check_lora, open_adapters
+from dpojax.stages.batches import Batches, choose_shape
+from dpojax.stages.data import StageData
+from dpojax.stages.description import describe, report_text
+from dpojax.stages.references import NO_REFERENCE, Reference
+from dpojax.stages.setup import Setup
+from dpojax.stages.stage import POLICY, Stage, Summarise, require_language_model
+from dpojax.training.forward import Forward, build_score, language_model
+from dpojax.training.loop import StopSignal
+from dpojax.training.memory import Footprint
+from dpojax.training.objective import Hyper, Objective
+from dpojax.training.state import make_optimizer, make_schedule
+from dpojax.training.step import build_evaluate
+
+PACE_KEYS = ("learning_rate", "warmup_steps", "steps", "epochs")
+
+
+class Programs(NamedTuple):
+    """The functions of a stage that are compiled at first use.
+
+    Attributes:
+      objective: what the stage minimises.
+      forward: the forward pass to train with.
+      score: jitted (params, rows on the mesh, reference=None) -> outputs of whole batches.
+      metrics: jitted (outputs, rows on the mesh, hyper) -> sums and weights.
+    """
+
+    objective: Objective
+    forward: Forward
+    score: Callable[..., Any]
+    metrics: Callable[[Any, Rows, Hyper], dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleStage(Stage):
+    """A stage whose train step reads rows of examples.
+
+    Attributes:
+      setup: of the run; its model has the head that the stage trains.
+      programs: compiled at first use.
+      adapters: None where all weights are trained.
+      batches: None before `prepare`, which reads the data.
+    """
+
+    setup: Setup
+    programs: Programs
+    adapters: StageAdapters | None = None
+    batches: Batches | None = None
+
+    # What a stage defines.
+
+    score_prompt = False  # whether the prompt's tokens are trained on
+    best_metric = ""  # the result is the evaluation where it is highest; "": the last step
+    starts_at_reference = False  # whether the policy is its reference at step 0
+
+    @classmethod
+    def resolve(cls, config: ConfigDict) -> Any:
+        stage, name = config[cls.name], cls.name
+        apply_rules((*TRAINING_RULES, *DATA_RULES), stage, f"{name}.")
+        check_optimizer(stage, name)
+        if "lora" in stage:
+            check_lora(stage, name)
+        return None
+
+    @classmethod
+    def traced_keys(cls, config: ConfigDict) -> frozenset[str]:
+        """See `Stage`.
+
+        The seed is among them where it only orders the data. Otherwise weights, adapters or the
+        embedded task's records are drawn from it, and members would not share them.
+        """
+        stage = config[cls.name]
+        keys = {f"{cls.name}.{key}" for key in (*PACE_KEYS, *cls.traced_options(config))}
+        draws_weights = len(config.stages) > 1 or not config.model.path or cls.makes != POLICY
+        draws_records = EMBEDDED in (stage.data.source, stage.data.eval_source)
+        draws_adapters = "lora" in stage and stage.lora.rank > 0
+        if not (draws_weights or draws_records or draws_adapters):
+            keys.add("seed")
+        return frozenset(keys)
+
+    @classmethod
+    def traced_options(cls, config: ConfigDict) -> Sequence[str]:
+        """Keys of the stage's objective whose numbers are traced."""
+        del config
+        return ()
+
+    @classmethod
+    def open(cls, setup: Setup) -> Self:
+        require_language_model(setup, cls.name)
+        return cls(setup, cls.language_programs(setup), open_adapters(setup, cls.name))
+
+    @classmethod
+    def objective_of(cls, run: ResolvedRun) -> Objective:
+        """What the stage of this run minimises."""
+        raise NotImplementedError(f"{cls.__name__}.objective_of")
+
+    def options(self) -> dict[str, Any]:
+        """The objective's numbers that are traced in the step, besides the learning rate."""
+        return {}
+
+    def open_reference(
+        self, params: dict | None, base: dict | None, stop: StopSignal, writing: ExitStack
+    ) -> Reference:
+        """What gives rows their reference log-probs; this stage needs none.
+
+        Args:
+          params: that the stage starts from; None where it resumes.
+          base: of adapters, or None.
+          stop: ends the scoring of the data.
+          writing: once it is closed, the reference's weights are complete on disk.
+        """
+        return NO_REFERENCE
+
+    def open_samples(self, base: dict | None) -> train.EvaluateSamples | None:
+        """Metrics of sampled responses at evaluations; None where there are none."""
+        return None
+
+    def live_reference_shapes(self) -> dict | None:
+        """Shapes of the weights of a reference that is scored in every step."""
+        return None
+
+    def sampled_reference_shapes(self) -> dict | None:
+        """Shapes of the weights of a reference that samples are compared with."""
+        return None
+
+    # From here on every such stage is alike.
+
+    @classmethod
+    def language_programs(cls, setup: Setup) -> Programs:
+        """Programs of a model with a language-model head."""
+        objective = cls.objective_of(setup.run)
+        forward = language_model(
+            setup.model, statistics=objective.statistics, max_logits=setup.max_logits
+        )
+        score = build_score(setup.model, max_logits=setup.max_logits)
+        return make_programs(objective, forward, score)
+
+    def prepare(self) -> Self:
+        loaded = self.load()
+        return loaded.with_shape(loaded.shape_for([loaded.batches]))
+
+    def load(self) -> Self:
+        """The stage with its data, whose shape is still to be chosen.
+
+        Raises:
+          DataError: see `stages.data.load`.
+        """
+        return self._with_batches(self._load_data())
+
+    def read_data(self) -> StageData:
+        """Reads and tokenises the stage's data; the cache of tokens is not looked at."""
+        config = self.setup.config
+        return stage_data.load(
+            self.config.data,
+            config.tokens,
+            self.setup.tokenizer,
+            requirements=self.requirements,
+            seed=config.seed,
+        )
+
+    def data_settings(self) -> dict[str, Any]:
+        """What the examples depend on besides data and tokenizer."""
+        tokens = dict(self.setup.config.tokens)
+        return {"requirements": self.requirements._asdict(), "tokens": tokens}
+
+    @property
+    def draws_records(self) -> bool:
+        """Whether the run's seed decides which records there are."""
+        return EMBEDDED in (self.config.data.source, self.config.data.eval_source)
+
+    def footprint(self) -> Footprint:
+        return train.footprint(self)
+
+    def describe(self) -> str:
+        return describe(self)
+
+    def save_reports(self) -> str:
+        reports = {name: json.loads(x.to_json()) for name, x in self.batches.data.reports.items()}
+        storage.write_json(self.folder / "data_report.json", reports)
+        storage.write_text(self.folder / "data_report.txt", report_text(self) + "\n")
+        return f"{self.name}: tokens {token_cache.save(self.batches.data)}"
+
+    def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
+        return train.train_stage(self, start, stop)
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Metrics of parameters on the held-out examples, without a reference."""
+        batches = (sharding.put_rows(rows, self.setup.mesh) for rows in self.batches.held_out())
+        return train.evaluate_batches(self, params, batches)
+
+    def open_summary(self) -> Summarise:
+        return lambda stage, params: None
+
+    def export(
+        self, folder: storage.Path, *, step: int | None = None, adapters: bool = False
+    ) -> None:
+        if not adapters or self.adapters is None:
+            super().export(folder, step=step, adapters=adapters)
+            return
+        is_first = self.name == self.setup.config.stages[0]
+        lora_peft.save_peft(
+            folder,
+            self.adapters.trained(self.checkpoint_folder, step),
+            self.adapters.config,
+            self.setup.model.config,
+            self.setup.imported_config,
+            base=(self.setup.config.model.path or None) if is_first else None,
+        )
+
+    def trained_params(self, step: int | None = None) -> dict:
+        if self.adapters is None:
+            return super().trained_params(step)
+        step = self.best_step if step is None else step
+        return self.adapters.trained_params(self.checkpoint_folder, step)
+
+    def policy_params(self, base: dict | None, trained: dict) -> dict:
+        """The whole model's parameters, from those that are trained and the adapters' base."""
+        return trained if base is None else self.adapters.merge(base, trained)
+
+    @cached_property
+    def hyper(self) -> Hyper:
+        """The numbers that are traced in the stage's step, float32."""
+        numbers = self.options() | {"learning_rate": self.config.learning_rate}
+        return {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()}
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole stage."""
+        return self.batches.steps
+
+    def with_shape(self, shape: Shape) -> Self:
+        return dataclasses.replace(self, batches=dataclasses.replace(self.batches, shape=shape))
+
+    def shape_for(self, every: Sequence[Batches], *, mesh: Mesh | None = None) -> Shape:
+        """See `choose_shape`."""
+        return choose_shape(
+            self.setup,
+            every,
+            adapters=None if self.adapters is None else self.adapters.abstract,
+            coupled=self.programs.objective.coupled,
+            mesh=mesh,
+        )
+
+    def for_member(self, run: ResolvedRun) -> Self:
+        """The same stage, data and programs included, of a run with other traced numbers."""
+        adapters, name = self.adapters, self.name
+        if adapters is not None:
+            base_folder = run.workdir / name / adapters.base_folder.name
+            adapters = adapters._replace(base_folder=base_folder)
+        setup = self.setup._replace(run=run)
+        member = dataclasses.replace(self, setup=setup, adapters=adapters)
+        return member._with_batches(self.batches.data)
+
+    def _with_batches(self, data: StageData) -> Self:
+        config = self.config
+        steps = config.steps or steps_in(
+            data.train, batch_size=config.batch_size, epochs=config.epochs
+        )
+        seed = self.setup.config.seed
+        batches = Batches(data, config.batch_size, steps, seed, score_prompt=self.score_prompt)
+        return dataclasses.replace(self, batches=batches)
+
+    def _load_data(self) -> StageData:
+        """From the cache of tokens, or read."""
+        config, settings = self.setup.config, self.data_settings()
+        if self.draws_records:
+            settings["seed"] = config.seed
+        key = partial(token_cache.key_of, self.config.data, self.setup.tokenizer, settings)
+        folder = self.setup.workdir / token_cache.FOLDER
+        if config.token_cache:
+            folder = storage.as_path(config.token_cache)
+        return token_cache.cached(folder, key, self.read_data)
+
+
+def make_programs(objective: Objective, forward: Forward, score: Callable) -> Programs:
+    """Jits what a stage computes besides its step.
+
+    Scoring is one program for rows with and without the reference's log-probs.
+    """
+    jitted = jax.jit(score)
+
+    def score_rows(params: dict, rows: Rows, reference: dict | None = None) -> Any:
+        return jitted(params, rows._replace(reference=None), reference=reference)
+
+    return Programs(objective, forward, score_rows, jax.jit(build_evaluate(objective)))
+
+
+def check_optimizer(stage: ConfigDict, name: str) -> None:
+    """Raises ConfigError for an optimiser or a schedule that does not exist."""
+    with config_errors(name):
+        make_optimizer(stage.optimizer)
+        make_schedule(stage.schedule, 0, 1)

@@ -1,0 +1,176 @@
+"""The iterations of PPO: draw responses, score them, update policy and value model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dpojax import sharding
+from dpojax.evaluation.policies import response_texts
+from dpojax.methods import ppo
+from dpojax.methods.ppo import PPOState
+from dpojax.sampling import Prompts, Sample, Samples
+from dpojax.stages.samples import append_samples, open_samples
+from dpojax.training import checkpoints
+from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.loop import Every, NonFiniteLoss, Preempted, StopSignal
+from dpojax.training.metrics import MetricWriter, Window, progress
+from dpojax.training.reference import fingerprint
+from dpojax.training.state import make_schedule
+from dpojax.training.step import Report
+
+if TYPE_CHECKING:
+    from dpojax.stages.ppo import PPO
+
+
+def train(stage: PPO, start: Callable[[], dict], stop: StopSignal) -> dict:
+    """The policy's final parameters, float32; see `Stage.train`.
+
+    The parameters that the stage starts from become the reference.
+
+    Raises:
+      NonFiniteLoss: the last good checkpoint is untouched.
+      Preempted: after a SIGTERM, once the state is saved.
+      RewardError: see `rewards.Reward`. CheckpointError.
+    """
+    config = stage.setup.config
+    with Checkpoints(stage.checkpoint_folder, max_checkpoints=config.max_checkpoints) as saved:
+        done = saved.latest
+        if done == stage.steps:
+            return stage.trained_params()
+        if done is None:
+            params = start()
+            metadata = {"fingerprint": fingerprint(params)}
+            checkpoints.save_tree(stage.folder / "reference", params, metadata)
+            state = stage.new_state(params)
+        else:
+            state, _ = saved.restore(stage.abstract_state())
+        with MetricWriter(
+            stage.folder,
+            tensorboard=config.tensorboard,
+            resume_step=-1 if done is None else done,
+        ) as writer:
+            reference = stage.reference_params()
+            return _iterate(stage, state, reference, saved, writer, stop).policy.params
+
+
+def _iterate(
+    stage: PPO,
+    state: PPOState,
+    reference: dict,
+    saved: Checkpoints,
+    writer: MetricWriter,
+    stop: StopSignal,
+) -> PPOState:
+    """The iterations from the state's on to the last."""
+    config, steps = stage.setup.config, stage.steps
+    every = Every(config.log_every, config.evaluate_every, config.checkpoint_every)
+    window, clocks, done = Window(), [], int(state.iteration)
+    sample = open_samples(stage.setup, reference, stage.programs.score)
+
+    def evaluate() -> None:
+        evaluation = sample(state.policy.params)
+        append_samples(stage.folder, done, evaluation)
+        values = evaluation.metrics()
+        writer.write(done, values, split="eval")
+        if jax.process_index() == 0:
+            tqdm.write(f"{stage.name}  {_evaluation_line(done, steps, values)}")
+
+    if done == 0:
+        evaluate()
+    with progress(steps, done, stage.name) as bar:
+        while done < steps:
+            state, report, seconds = _iteration(stage, state, reference, done)
+            done += 1
+            _require_finite(stage, report, done, saved)
+            window.add(report.metrics)
+            clocks.append(seconds)
+            bar.update()
+            log, evaluating, save = every.due(done, steps)
+            stopping = stop.agreed(done)
+            if log:
+                values = window.flush() | _pace(clocks)
+                writer.write(done, values)
+                bar.set_postfix_str(
+                    f"reward {values['objective/scores']:.3f}, kl {values['objective/kl']:.2f}"
+                )
+            if evaluating:
+                evaluate()
+            if save or stopping:
+                saved.save(done, state, metadata={"stage": stage.name})
+            if stopping and done < steps:
+                saved.wait()
+                raise Preempted(f"{stage.name}: stopped at iteration {done} of {steps}, saved")
+    saved.wait()
+    return state
+
+
+def _require_finite(stage: PPO, report: Report, done: int, saved: Checkpoints) -> None:
+    if not bool(report.finite):
+        raise NonFiniteLoss(
+            f"{stage.name}: loss or gradient is not finite in iteration {done}. The last good "
+            f"checkpoint ({saved.latest}) is kept; lower config.ppo.learning_rate or "
+            "config.ppo.value_learning_rate in a new workdir"
+        )
+
+
+def _iteration(
+    stage: PPO, state: PPOState, reference: dict, iteration: int
+) -> tuple[PPOState, Report, np.ndarray]:
+    """The state after one more iteration, its report, and the seconds of its three parts [3]."""
+    config, clock = stage.config, [time.perf_counter()]
+    texts, prompts = stage.batch(iteration)
+    drawn = ppo.draw(stage.programs.sampler, state, prompts, samples=config.samples)
+    samples = sharding.to_host(drawn)
+    clock.append(time.perf_counter())
+    scores = _scores(stage, texts, prompts, samples)
+    clock.append(time.perf_counter())
+    schedule = make_schedule(config.schedule, config.warmup_steps, stage.steps)
+    hyper = stage.hyper
+    hyper |= {"learning_rate": hyper["learning_rate"] * schedule(iteration)}
+    responses = ppo.pack(prompts, samples, multiple=stage.row_multiple)
+    state, report = stage.programs.update(state, reference, responses, scores.ravel(), hyper)
+    jax.block_until_ready(report.finite)
+    clock.append(time.perf_counter())
+    return state, report, np.diff(clock)
+
+
+def _scores(stage: PPO, texts: Sequence[str], prompts: Prompts, samples: Samples) -> np.ndarray:
+    """The rewards of samples on the host, float32 [B, N]."""
+    asked_prompts, responses = [], []
+    for row, (text, length) in enumerate(zip(texts, prompts.lengths)):
+        drawn = [_sample_at(samples, row, n) for n in range(samples.lengths.shape[1])]
+        responses += response_texts(stage.setup.tokenizer, prompts.tokens[row, :length], drawn)
+        asked_prompts += [text] * len(drawn)
+    return np.float32(stage.reward(asked_prompts, responses)).reshape(samples.lengths.shape)
+
+
+def _sample_at(samples: Samples, row: int, n: int) -> Sample:
+    end = samples.lengths[row, n]
+    return Sample(*(x[row, n, :end] for x in samples[:3]), bool(samples.stopped[row, n]))
+
+
+def _pace(clocks: list[np.ndarray]) -> dict[str, float]:
+    """Median seconds of an iteration's parts since the last call; the first iteration compiles."""
+    draw, reward, update = np.median(clocks, axis=0)
+    clocks.clear()
+    return {
+        "perf/seconds_draw": draw,
+        "perf/seconds_reward": reward,
+        "perf/seconds_update": update,
+        "perf/seconds_per_iteration": draw + reward + update,
+    }
+
+
+def _evaluation_line(step: int, total: int, values: dict[str, float]) -> str:
+    kl = round(values["samples/kl"], 2) + 0.0  # no -0.00
+    return (
+        f"step {step:>{len(str(total))}}/{total}  reward {values['samples/reward']:.3f}  "
+        f"kl {kl:.2f} nats  length {values['samples/length']:.1f}  "
+        f"stopped {100 * values['samples/stopped']:.0f} %"
+    )

@@ -1,0 +1,183 @@
+"""Preference optimisation: `config.preference.loss` names any loss of `dpojax.losses`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dpojax.config.errors import ConfigError
+from dpojax.config.resolved import ResolvedRun
+from dpojax.config.rules import apply_rules, one_of, precision
+from dpojax.methods import preference
+from dpojax.methods.preference import LossRequirements
+from dpojax.stages.adapters import open_adapters
+from dpojax.stages.data import DataRequirements
+from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.preference_summary import open_summary
+from dpojax.stages.references import (
+    NO_REFERENCE,
+    Reference,
+    open_reference,
+    reference_weights,
+)
+from dpojax.stages.samples import sampled_metrics
+from dpojax.stages.setup import Setup
+from dpojax.stages.stage import Summarise, require_language_model
+from dpojax.stages.train import EvaluateSamples
+from dpojax.training.loop import StopSignal
+from dpojax.training.objective import Hyper, Objective, OptionError
+
+RULES = (
+    one_of("reference.kind", ("cached", "live"), "cached or live"),
+    precision("reference.dtype"),
+)
+
+
+class BoundLoss(NamedTuple):
+    """A loss with every option that it takes.
+
+    Attributes:
+      name: of a loss, or of several joined by +.
+      options: by name. Numbers are traced in the step; text and truth values are not.
+      requirements: what the loss needs of data and reference.
+    """
+
+    name: str
+    options: dict[str, Any]
+    requirements: LossRequirements
+
+
+class Preference(ExampleStage):
+    """Trains a policy on preferences, against a reference policy where the loss has one."""
+
+    name = "preference"
+
+    @classmethod
+    def resolve(cls, config: ConfigDict) -> BoundLoss:
+        super().resolve(config)
+        stage = config.preference
+        apply_rules(RULES, stage, "preference.")
+        loss = bind_loss(stage)
+        if loss.requirements.live and stage.reference.kind != "live":
+            raise ConfigError(
+                f"config.preference.reference.kind: {loss.name} needs the reference's whole "
+                "distributions, which are not cached; set it to live"
+            )
+        if stage.lora.rank:
+            _check_reference_of_adapters(stage, loss)
+        stage.update({key: loss.options[key] for key in preference.OPTIONS if key in loss.options})
+        return loss
+
+    @classmethod
+    def traced_options(cls, config: ConfigDict) -> tuple[str, ...]:
+        options = bind_loss(config.preference).options
+        return tuple(key for key, value in options.items() if type(value) in (int, float))
+
+    @classmethod
+    def open(cls, setup: Setup) -> Self:
+        require_language_model(setup, cls.name)
+        base_is_reference = not setup.config.preference.reference.path
+        adapters = open_adapters(setup, cls.name, base_is_reference=base_is_reference)
+        return cls(setup, cls.language_programs(setup), adapters)
+
+    @classmethod
+    def objective_of(cls, run: ResolvedRun) -> Objective:
+        loss = run.settings[cls.name]
+        return preference.objective(loss.name, loss.options)
+
+    @property
+    def loss(self) -> BoundLoss:
+        return self.setup.run.settings[self.name]
+
+    @property
+    def requirements(self) -> DataRequirements:
+        needs = self.loss.requirements
+        labelled = needs.form == "labelled"
+        return DataRequirements(
+            "labelled" if labelled else "ranked",
+            mismatched=labelled and "kl" in needs.inputs,
+            scores=bool(needs.inputs & {"scores", "offset", "probability"}),
+            ties=bool(needs.inputs & {"tie", "ranks"}),
+            best_only=needs.chosen,
+        )
+
+    @cached_property
+    def hyper(self) -> Hyper:
+        return preference.hyper(self.loss.options | {"learning_rate": self.config.learning_rate})
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the loss has a reference that the policy equals at step 0."""
+        return self.programs.objective.needs_reference and self.policy_starts_at_reference
+
+    @property
+    def policy_starts_at_reference(self) -> bool:
+        """Whether the policy at step 0 is the model that it is compared with at the end."""
+        return not (self.config.reference.path or self.config.lora.adapters)
+
+    def open_reference(
+        self, params: dict | None, base: dict | None, stop: StopSignal, writing: ExitStack
+    ) -> Reference:
+        weights = reference_weights(self, params, base, writing)
+        if not self.programs.objective.needs_reference:
+            return NO_REFERENCE
+        return open_reference(self, weights, params, base, stop)
+
+    def open_samples(self, base: dict | None) -> EvaluateSamples | None:
+        if not self.setup.config.samples.reward:
+            return None
+        return sampled_metrics(self, reference_weights(self, None, base).params)
+
+    def live_reference_shapes(self) -> dict | None:
+        if self.config.reference.kind != "live" or self._reference_is_base:
+            return None
+        dtype = jnp.dtype(self.config.reference.dtype)
+        return jax.tree.map(lambda x: x.update(dtype=dtype), self.setup.abstract_params)
+
+    def sampled_reference_shapes(self) -> dict | None:
+        if not self.setup.config.samples.reward or self._reference_is_base:
+            return None
+        return self.setup.abstract_params
+
+    @property
+    def _reference_is_base(self) -> bool:
+        return self.adapters is not None and not self.config.reference.path
+
+    def open_summary(self) -> Summarise:
+        return open_summary(self)
+
+
+def bind_loss(stage: ConfigDict) -> BoundLoss:
+    """The loss that `config.preference` names, with its options as set or by default.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    chosen = {key: stage[key] for key in preference.OPTIONS} | {"weights": stage.loss_weights}
+    try:
+        options = preference.resolve(stage.loss, chosen, stage.preset)
+        return BoundLoss(stage.loss, options, preference.loss_requirements(stage.loss))
+    except OptionError as error:
+        raise ConfigError(f"config.preference.{error}") from error
+
+
+def _check_reference_of_adapters(stage: ConfigDict, loss: BoundLoss) -> None:
+    """Raises ConfigError for a second reference beside the adapters' frozen base."""
+    reference = stage.reference
+    if reference.path and loss.requirements.live:
+        raise ConfigError(
+            f"config.preference.reference.path = {reference.path!r}: under adapters {loss.name} "
+            "compares with their base only; leave it empty, or set config.preference.lora.rank to 0"
+        )
+    is_base = reference.kind == "live" and not reference.path
+    if is_base and reference.dtype == "bfloat16" and stage.lora.base_dtype == "float32":
+        raise ConfigError(
+            "config.preference.reference.dtype = 'bfloat16': the live reference of adapters is "
+            "their base itself, without a copy; set config.preference.lora.base_dtype to bfloat16, "
+            "or leave it"
+        )

@@ -1,0 +1,108 @@
+"""Before and after: what a preference stage did to its policy, on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+
+from dpojax import sharding
+from dpojax.data.rows import Rows
+from dpojax.intervals import wilson_interval
+from dpojax.logprobs import TokenStatistics
+from dpojax.stages.pair_labels import count_pairs, is_labelled
+from dpojax.stages.references import saved_weights
+from dpojax.stages.stage import Summary
+from dpojax.tables import ruled_table
+from dpojax.training.forward import build_divergence
+from dpojax.training.metrics import Window
+
+if TYPE_CHECKING:
+    from dpojax.stages.preference import Preference
+
+Values = dict[str, float]
+
+
+def open_summary(stage: Preference) -> Callable[[Preference, dict], Summary]:
+    """(stage, params) -> a comparison of `params` with the reference on the held-out data.
+
+    The stage may be this one, or another that shares its model, reference and data. The table is
+    saved in the stage's folder. KL is exact over the vocabulary, averaged over the contexts of the
+    held-out responses' tokens. Rewards are implicit ones against the reference, also where the loss
+    needs no reference.
+    """
+    reference = saved_weights(stage)
+    divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
+    live = reference if "kl" in stage.programs.objective.statistics else None
+    put = partial(sharding.put_rows, mesh=stage.setup.mesh)
+
+    def scored(rows: Rows) -> tuple[Rows, TokenStatistics]:
+        tokens = sharding.to_host(stage.programs.score(reference, put(rows), reference=live))
+        return rows._replace(reference=tokens.logprob), tokens
+
+    held_out = [scored(rows) for rows in stage.batches.held_out()]
+
+    def summarise(member: Preference, params: dict) -> Summary:
+        score, metrics, hyper = member.programs.score, member.programs.metrics, member.hyper
+        before, after, kl = Window(), Window(), Window()
+        for rows, tokens in map(put, held_out):
+            before.add(metrics(tokens, rows, hyper))
+            after.add(metrics(score(params, rows, reference=live), rows, hyper))
+            kl.add({"kl": divergence(params, reference, rows)})
+        values = {"before": before.flush(), "after": after.flush()}
+        kl_per_token = {"before": 0.0, "after": kl.flush()["kl"]}
+        pairs = count_pairs(member.batches.data)
+        summary = {"pairs": pairs, "values": values, "kl_per_token_exact": kl_per_token}
+        text = _table(member, pairs, values["before"], values["after"], kl_per_token)
+        member.save_summary(summary, text)
+        return summary
+
+    return summarise
+
+
+def _table(
+    stage: Preference, pairs: int, before: Values, after: Values, kl_per_token: Values
+) -> str:
+    labelled = is_labelled(stage.batches.data)
+    chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
+
+    def both(name: str) -> tuple[str, str]:
+        return f"{before[name]:+.3f}", f"{after[name]:+.3f}"
+
+    ranks = "has the sign of the label" if labelled else "ranks the pair rightly"
+    accuracy = _accuracy(after["rewards/accuracies"], pairs)
+    rows = [
+        ("", "before" if stage.policy_starts_at_reference else "the reference", "after"),
+        (f"implicit reward {ranks}", "all rewards are 0", accuracy),
+    ]
+    if not labelled:
+        likelier = (_accuracy(x["logps/accuracies"], pairs) for x in (before, after))
+        rows += [
+            ("policy finds the chosen response likelier", *likelier),
+            ("reward margin (nats)", *both("rewards/margins")),
+        ]
+    rows += [
+        (f"log-prob of {chosen} (nats)", *both("logps/chosen")),
+        (f"log-prob of {rejected} (nats)", *both("logps/rejected")),
+        (f"{chosen} became less likely", "-", f"{100 * after['displacement']:.1f} %"),
+        (
+            "KL(policy || reference) (nats/token)",
+            *(f"{kl_per_token[when]:.4f}" for when in ("before", "after")),
+        ),
+    ]
+    if stage.programs.objective.baseline is None:  # else the loss depends on the running baseline
+        rows.append(("loss (nats)", f"{before['loss']:.4f}", f"{after['loss']:.4f}"))
+    beta = f" with beta {stage.hyper['beta']:g}" if "beta" in stage.hyper else ""
+    kind = "labelled responses" if labelled else "pairs"
+    title = f"{stage.loss.name.upper()}{beta}, {pairs} held-out {kind} (95 % intervals in brackets)"
+    return "\n".join(ruled_table(title, rows))
+
+
+def _accuracy(share: float, pairs: int) -> str:
+    """A share of pairs with its interval, in percent."""
+    if pairs == 0:
+        return "- (no held-out pair states a preference)"
+    low, high = wilson_interval(round(share * pairs), pairs)
+    return f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

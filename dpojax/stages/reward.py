@@ -1,0 +1,114 @@
+"""Reward models: preferences and rankings fitted by a scalar head."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from ml_collections import ConfigDict
+
+from dpojax.config.errors import ConfigError
+from dpojax.config.rules import apply_rules, at_least, one_of
+from dpojax.intervals import wilson_interval
+from dpojax.methods import reward
+from dpojax.stages.data import DataRequirements
+from dpojax.stages.example_stage import ExampleStage, make_programs
+from dpojax.stages.pair_labels import count_pairs
+from dpojax.stages.setup import Setup, with_scalar_model
+from dpojax.stages.stage import REWARD_MODEL, Stage, Summarise, Summary
+from dpojax.training import checkpoints
+from dpojax.training.forward import build_outputs, reward_model
+
+RULES = (
+    one_of("loss", reward.LOSSES),
+    at_least("margin_scale", 0),
+    at_least("centring", 0),
+)
+
+
+class Reward(ExampleStage):
+    """Trains the model it starts from, with a scalar head, to score responses."""
+
+    name = "reward"
+    makes = REWARD_MODEL
+
+    @classmethod
+    def resolve(cls, config: ConfigDict) -> None:
+        super().resolve(config)
+        apply_rules(RULES, config.reward, "reward.")
+        if config.reward.margin_scale and config.reward.loss != "bradley_terry":
+            raise ConfigError("config.reward.margin_scale: only bradley_terry has margins")
+
+    @classmethod
+    def traced_keys(cls, config: ConfigDict) -> frozenset[str]:
+        # The best checkpoint of each member would have to be kept apart.
+        return frozenset() if config.reward.keep_best else super().traced_keys(config)
+
+    @classmethod
+    def traced_options(cls, config: ConfigDict) -> tuple[str, ...]:
+        return ("centring",)
+
+    @classmethod
+    def open(cls, setup: Setup) -> Self:
+        setup = with_scalar_model(setup)
+        forward = reward_model(setup.model)
+        objective = reward.objective(setup.config.reward.loss)
+        return cls(setup, make_programs(objective, forward, scores_of(forward)))
+
+    @property
+    def requirements(self) -> DataRequirements:
+        config = self.config
+        return DataRequirements(
+            scores=config.margin_scale > 0, ties=config.loss == "plackett_luce_scores"
+        )
+
+    @property
+    def best_metric(self) -> str:
+        return reward.ACCURACY if self.config.keep_best else ""
+
+    def options(self) -> dict[str, Any]:
+        return {key: self.config[key] for key in ("margin_scale", "centring")}
+
+    def open_summary(self) -> Summarise:
+        return summarise
+
+    def score_centre(self, step: int | None) -> float | None:
+        """The mean score of the held-out responses; None at a checkpoint that was not evaluated."""
+        step = self.best_step if step is None else step
+        metadata = checkpoints.metadata_of(self.checkpoint_folder, step)
+        return metadata.get("evaluation", {}).get(reward.MEAN)
+
+
+def scores_of(forward):
+    """`build_outputs(forward)` with the signature of `build_score`; there is no reference."""
+    outputs = build_outputs(forward)
+
+    def score(params, rows, *, reference=None):
+        del reference
+        return outputs(params, rows)
+
+    return score
+
+
+def summarise(stage: Stage, params: dict) -> Summary:
+    """How often a reward model ranks held-out pairs rightly; saved for a person.
+
+    Where the best of several evaluations is kept, its accuracy is a little too high for new data.
+    """
+    values, pairs = stage.evaluate(params), count_pairs(stage.batches.data)
+    step = stage.best_step or stage.steps
+    low, high = wilson_interval(round(values["rewards/accuracies"] * pairs), pairs)
+    accuracy = f"{100 * values['rewards/accuracies']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    why = ", the best held-out accuracy" if stage.best_metric else ""
+    spread = (values["rewards/squares"] - values["rewards/mean"] ** 2) ** 0.5
+    lines = [
+        f"reward model, {stage.config.loss}: {pairs} held-out pairs (95 % interval)",
+        f"kept                     step {step} of {stage.steps}{why}",
+        f"ranks the pair rightly   {accuracy}",
+        f"mean gap of a pair       {values['rewards/margins']:+.3f}",
+        f"scores, mean and spread  {values['rewards/mean']:+.3f} ± {spread:.3f} (an export "
+        "subtracts the mean)",
+        f"loss (nats)              {values['loss']:.4f}",
+    ]
+    summary = {"pairs": pairs, "step": step, "values": {"after": values}}
+    stage.save_summary(summary, "\n".join(lines))
+    return summary

@@ -1,0 +1,27 @@
+"""SFT: maximum likelihood of the best responses."""
+
+from __future__ import annotations
+
+from dpojax.config.resolved import ResolvedRun
+from dpojax.methods import sft
+from dpojax.stages.data import DataRequirements
+from dpojax.stages.example_stage import ExampleStage
+from dpojax.training.objective import Objective
+
+
+class SFT(ExampleStage):
+    """Trains a policy on the best response of each record, or on plain texts."""
+
+    name = "sft"
+
+    @classmethod
+    def objective_of(cls, run: ResolvedRun) -> Objective:
+        return sft.objective()
+
+    @property
+    def requirements(self) -> DataRequirements:
+        return DataRequirements("best")
+
+    @property
+    def score_prompt(self) -> bool:
+        return self.config.score_prompt
