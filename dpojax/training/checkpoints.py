@@ -1,4 +1,4 @@
-"""Asynchronous, sharded checkpoints on Orbax v1: what a run needs to go on as if never stopped."""
+"""Asynchronous, sharded checkpoints on Orbax v1: a resumed run continues as if never stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,15 +15,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from dpojax import storage
 from dpojax.sharding import path_of
 
-POSITION, SCORE = "data position", "score"
-SPACE_MARGIN = 1.05  # of the arrays' bytes, for indices and metadata
+POSITION, SCORE = "data position", "score"  # keys that are added to a checkpoint's metadata
+SPACE_MARGIN = 1.05  # disk space per byte of the arrays: indices and metadata need some too
 SHOWN_DIFFERENCES = 8
+ORBAX_RECORDS = ("_CHECKPOINT_METADATA", "state/_METADATA")  # files of every checkpoint
 
 
 class Best(NamedTuple):
-    """A checkpoint that was scored."""
+    """The step and score of a scored checkpoint."""
 
     score: float
     step: int
@@ -43,21 +44,30 @@ logging.getLogger("absl").addFilter(_only_problems_of_orbax)
 
 
 class Checkpoints:
-    """The checkpoints of one run, `folder/<step>`: the newest `keep` are kept, and the best.
+    """The checkpoints of one run, in `folder/<step>`. Old ones are removed, the best one stays.
 
-    A context manager: on leaving, it waits for the save in flight. In a run of several processes
-    every process makes every call, and `folder` is one that all of them see. What a killed process
-    left half-written is removed on opening, so only one run may have a folder open at a time.
+    Use it as a context manager: on exit it waits for the save that is in progress.
+
+    With several processes, every process makes every call, and all of them see the same `folder`.
+    Opening a folder removes what a killed process left incomplete, so only one run may have it
+    open.
+
+    Args:
+      folder: a local folder or one on `gs://`. Orbax cannot write to `s3://`.
+      max_checkpoints: how many of the newest checkpoints are kept, 1 or more.
 
     Raises:
-      ValueError: `keep` is below 1.
+      ValueError: `max_checkpoints` is below 1.
+      CheckpointError: `folder` is on `s3://`.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
-        if keep < 1:
-            raise ValueError(f"checkpoints in {folder}: keep must be at least 1, got {keep}")
-        self.folder = os.path.abspath(folder)
-        self._keep = keep
+    def __init__(self, folder: str | os.PathLike, *, max_checkpoints: int = 2):
+        if max_checkpoints < 1:
+            raise ValueError(f"{folder}: max_checkpoints must be at least 1, got {max_checkpoints}")
+        self.folder = storage.as_path(folder)
+        if str(self.folder).startswith("s3://"):
+            raise CheckpointError(f"{folder}: Orbax writes to local folders and gs:// only")
+        self._max_checkpoints = max_checkpoints
         self._orbax = self._open()
         self._in_flight = None  # (path, response) of the save that nobody has waited for
 
@@ -70,17 +80,17 @@ class Checkpoints:
         except CheckpointError as failed:
             if error is None:
                 raise
-            error.add_note(str(failed))  # what stopped the run matters more
+            error.add_note(str(failed))  # the error that stopped the run matters more
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step, None where there is none. Waits for the save in flight."""
+        """The newest complete step, or None. Waits for the save in progress."""
         self.wait()
         return max(_complete_steps(self.folder), default=None)
 
     @property
     def best(self) -> Best | None:
-        """The complete checkpoint of the highest score; None where none was scored. Waits."""
+        """The complete checkpoint with the highest score, or None. Waits for the save."""
         self.wait()
         return best(self.folder)
 
@@ -93,23 +103,26 @@ class Checkpoints:
         metadata: dict,
         score: float | None = None,
     ) -> bool:
-        """Starts to write `state` and returns while the writing goes on; False if step is there.
+        """Start to write `state`; the writing continues after the return.
 
         The arrays of `state` may be donated as soon as this returns. Older checkpoints are removed
         only when this one is complete.
 
         Args:
           step: number of optimiser steps that made `state`; not below the newest on disk.
-          state: any pytree of jax arrays, typed PRNG keys included.
-          data: a Grain iterator, whose position is saved, or None. It has to be the same in every
-            process.
+          state: any pytree of jax arrays; typed PRNG keys are allowed.
+          data: a Grain iterator whose position is saved, or None. Every process must be at the same
+            position.
           metadata: small JSON dict, returned by `restore`.
-          score: the higher the better. The best that is on disk stays there, however old; of equal
-            scores the newest. A checkpoint without one is never the best.
+          score: higher is better. The checkpoint with the highest score is never removed; of equal
+            scores the newest counts. A checkpoint without a score is never the best.
+
+        Returns:
+          False if `step` is already on disk; then nothing is written.
 
         Raises:
-          CheckpointError: the previous save failed; too little disk space for this one; an older
-            step than the newest on disk. Complete checkpoints are untouched.
+          CheckpointError: the previous save failed; there is too little disk space; `step` is
+            older than the newest on disk. Complete checkpoints are untouched.
         """
         latest = self.latest
         if latest is not None and step <= latest:
@@ -120,23 +133,23 @@ class Checkpoints:
                 "newest checkpoint, or start in an empty workdir"
             )
         _require_space(self.folder, state)
-        path = f"{self.folder}/{step}"
-        described, scored = _described_by(metadata, data), None
+        path = self.folder / str(step)
+        record, scores = _with_position(metadata, data), None
         if score is not None:
-            scored = {SCORE: float(score)}
-            described |= scored
+            scores = {SCORE: float(score)}
+            record |= scores
         with _explained(f"cannot write the checkpoint {path}", self._reopen):
             response = self._orbax.save_checkpointables_async(
-                step, {"state": state}, force=True, custom_metadata=described, metrics=scored
+                step, {"state": state}, force=True, custom_metadata=record, metrics=scores
             )
         self._in_flight = (path, response)
         return True
 
     def wait(self) -> None:
-        """Blocks until the save in flight is complete on disk.
+        """Block until the save in progress is complete on disk.
 
         Raises:
-          CheckpointError: it failed; the checkpoints before it are complete and still there.
+          CheckpointError: it failed. Earlier checkpoints are complete and still there.
         """
         if self._in_flight is None:
             return
@@ -147,24 +160,24 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, data: Any = None, step: int | None = None
     ) -> tuple[Any, dict]:
-        """The state of `step` (the newest by default), bit for bit, and its metadata.
+        """Return the state of a step, bit for bit, and its metadata.
 
         Args:
-          abstract_state: pytree of `jax.ShapeDtypeStruct`; its shardings (of any mesh) say where
-            the arrays go, its dtypes what they are cast to.
-          data: a Grain iterator of the same pipeline, moved in place to the saved position.
-          step: one of the complete checkpoints.
+          abstract_state: pytree of `jax.ShapeDtypeStruct`. Arrays are cast to its dtypes and placed
+            on its shardings, which may belong to another mesh than the saved ones.
+          data: a Grain iterator of the same pipeline; it is moved to the saved position.
+          step: the step of a complete checkpoint; None is the newest.
 
         Raises:
-          CheckpointError: no such checkpoint, or its tree is not that of `abstract_state`.
+          CheckpointError: no such checkpoint, or its arrays differ from those of `abstract_state`.
         """
         self.wait()
         path = _path_of_step(self.folder, step)
-        found = _described(path)
-        _require_same_tree(path, found.metadata, abstract_state)
+        record = _record(path)
+        _require_same_tree(path, record.metadata, abstract_state)
         with _explained(f"cannot read the checkpoint {path}"):
             items = ocp.load_checkpointables(path, {"state": _placed(abstract_state)})
-        metadata = dict(found.custom_metadata)
+        metadata = dict(record.custom_metadata)
         position = metadata.pop(POSITION, None)
         metadata.pop(SCORE, None)
         if data is not None:
@@ -174,12 +187,12 @@ class Checkpoints:
         return items["state"], metadata
 
     def metadata(self, step: int | None = None) -> dict:
-        """The metadata that was saved with `step` (the newest by default), without the arrays."""
+        """Return the metadata of a step (the newest by default) without reading arrays."""
         self.wait()
         return metadata_of(self.folder, step)
 
     def close(self) -> None:
-        """Waits for the save in flight and ends Orbax's threads. Raises as `wait` does."""
+        """Wait for the save in progress and end Orbax's threads. Raises as `wait` does."""
         try:
             self.wait()
         finally:
@@ -187,53 +200,52 @@ class Checkpoints:
 
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        newest = policies.LatestN(self._keep)
+        newest = policies.LatestN(self._max_checkpoints)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[SCORE],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
         return ocp.training.Checkpointer(
-            self.folder,
+            os.fspath(self.folder),
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=True,
         )
 
     def _reopen(self) -> None:
-        """After a failed save: Orbax would raise once more, and has forgotten older checkpoints."""
+        """Recover from a failed save: Orbax would raise again, and forgets older checkpoints."""
         with contextlib.suppress(Exception):
             self._orbax.close()
         self._orbax = self._open()
 
 
 def best(folder: str | os.PathLike) -> Best | None:
-    """The complete checkpoint of the highest score in a folder; None where none was scored."""
-    folder = os.path.abspath(folder)
+    """Return the complete checkpoint with the highest score in a folder; None if none has one."""
     scored = []
-    for step in _complete_steps(folder):
-        found = _described(_path_of_step(folder, step)).custom_metadata
-        if SCORE in found:
-            scored.append(Best(found[SCORE], step))
+    for step in _complete_steps(storage.as_path(folder)):
+        metadata = _record(_path_of_step(folder, step)).custom_metadata
+        if SCORE in metadata:
+            scored.append(Best(metadata[SCORE], step))
     return max(scored, default=None)
 
 
 def metadata_of(folder: str | os.PathLike, step: int | None = None) -> dict:
-    """The metadata that was saved with `step` (the newest by default), without the arrays.
+    """Return the metadata of a step (the newest by default) without reading arrays.
 
     Raises:
       CheckpointError: there is no such checkpoint.
     """
-    found = dict(_described(_path_of_step(os.path.abspath(folder), step)).custom_metadata)
-    return {name: value for name, value in found.items() if name not in (POSITION, SCORE)}
+    metadata = _record(_path_of_step(folder, step)).custom_metadata
+    return {name: value for name, value in metadata.items() if name not in (POSITION, SCORE)}
 
 
 def save_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> None:
-    """Writes one pytree of arrays under `folder`, once: complete when this returns, or not there.
+    """Write one pytree of arrays under `folder`. It is complete on return, or absent.
 
-    A folder that holds a complete tree with equal `metadata` is left as it is.
+    A folder that already holds a complete tree with equal `metadata` is left as it is.
 
     Raises:
-      CheckpointError: the folder holds a tree with other metadata; too little disk space.
+      CheckpointError: the folder holds a tree with other metadata, or the disk is too small.
     """
     with saving_tree(folder, tree, metadata):
         pass
@@ -241,12 +253,12 @@ def save_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> None:
 
 @contextlib.contextmanager
 def saving_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> Iterator[None]:
-    """`save_tree` beside what is done meanwhile: complete when this is left, or not there.
+    """Do `save_tree` while the body runs. The tree is complete on exit, or absent.
 
-    The arrays of `tree` may be donated as soon as this is entered.
+    The arrays of `tree` may be donated in the body.
 
     Raises:
-      CheckpointError: as `save_tree`; of a write that failed when this is left.
+      CheckpointError: on entry as `save_tree` does; on exit if the write failed.
     """
     with Checkpoints(folder, max_checkpoints=1) as checkpoints:
         if not checkpoints.save(0, tree, metadata=metadata):
@@ -256,18 +268,21 @@ def saving_tree(folder: str | os.PathLike, tree: Any, metadata: dict) -> Iterato
                     f"{checkpoints.folder}: holds a tree with metadata {there}, not {metadata}; "
                     "use another workdir, or delete this folder if no run needs it"
                 )
-        del tree  # or the arrays would stay until the writing has ended
+        del tree  # this reference would keep the arrays in memory until the write ends
         yield
 
 
 def load_tree(folder: str | os.PathLike, abstract: Any) -> Any:
-    """The pytree of `save_tree`, laid out and cast as `abstract` (`jax.ShapeDtypeStruct`s) says.
+    """Return the pytree that `save_tree` wrote, with the shardings and dtypes of `abstract`.
+
+    Args:
+      abstract: pytree of `jax.ShapeDtypeStruct`.
 
     Raises:
-      CheckpointError: nothing complete is there, or its tree is not that of `abstract`.
+      CheckpointError: no complete tree is there, or its arrays differ from those of `abstract`.
     """
-    path = _path_of_step(os.path.abspath(folder), None)
-    _require_same_tree(path, _described(path).metadata, abstract)
+    path = _path_of_step(folder, None)
+    _require_same_tree(path, _record(path).metadata, abstract)
     with _explained(f"cannot read {path}"):
         return ocp.load(path, _placed(abstract))
 
@@ -275,19 +290,19 @@ def load_tree(folder: str | os.PathLike, abstract: Any) -> Any:
 def load_params(
     folder: str | os.PathLike, abstract_params: Any, step: int | None = None, *, within: str = ""
 ) -> Any:
-    """Only the `params` of a state in the checkpoints of `folder`; the rest is not read.
+    """Return the `params` of a saved state; the optimiser's arrays are not read.
 
-    For an export, and for the next stage, which starts a new optimiser.
+    An export uses this, and the next stage, which starts a new optimiser.
 
     Args:
-      within: the field of the saved tree that is the state; "" is the whole of it.
+      step: the step of a complete checkpoint; None is the newest.
+      within: the field of the saved tree that holds the state; "" if the tree is the state.
 
     Raises:
-      CheckpointError: no such checkpoint, or its parameters are not those of `abstract_params`.
+      CheckpointError: no such checkpoint, or its parameters differ from `abstract_params`.
     """
-    path = _path_of_step(os.path.abspath(folder), step)
-    saved = _described(path).metadata
-    wrap = (lambda tree: {within: tree}) if within else (lambda tree: tree)
+    path = _path_of_step(folder, step)
+    saved = _record(path).metadata
     state = saved.get(within) if within and isinstance(saved, dict) else saved
     if not isinstance(state, dict) or "params" not in state:
         missing = f"{within}.params" if within else "params"
@@ -295,13 +310,15 @@ def load_params(
     _require_same_tree(path, {"params": state["params"]}, {"params": abstract_params})
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    abstract_tree = {"params": _placed(abstract_params)}
     with _explained(f"cannot read the parameters in {path}"), context:
-        found = ocp.load(path, wrap({"params": _placed(abstract_params)}))
-    return (found[within] if within else found)["params"]
+        if within:
+            return ocp.load(path, {within: abstract_tree})[within]["params"]
+        return ocp.load(path, abstract_tree)["params"]
 
 
 def _placed(abstract: Any) -> Any:
-    """`abstract`, where an array without a sharding goes to this process's first device."""
+    """Give arrays without a sharding this process's first device."""
     default = SingleDeviceSharding(jax.local_devices()[0])
 
     def one(leaf):
@@ -311,22 +328,35 @@ def _placed(abstract: Any) -> Any:
     return jax.tree.map(one, abstract)
 
 
-def _described_by(metadata: dict, data: Any) -> dict:
-    """The metadata to write, with the iterator's position.
+def _with_position(metadata: dict, data: Any) -> dict:
+    """Return the metadata with the data iterator's position.
 
-    All processes read the whole order of batches, so there is one position, whatever their number.
+    Every process reads all batches in the same order, so one position serves all processes.
     """
     return dict(metadata) if data is None else metadata | {POSITION: data.get_state()}
 
 
-def _complete_steps(folder: str) -> list[int]:
-    if not os.path.isdir(folder):
+def _complete_steps(folder: storage.Path) -> list[int]:
+    """Return the steps of the complete checkpoints, sorted.
+
+    On a bucket neither a save nor a removal happens at once. Orbax marks a save as complete with a
+    file that it writes last. A checkpoint that lacks Orbax's records was partly removed.
+    """
+    if not folder.is_dir():
         return []
-    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+    steps = [one.step for one in ocp.path.step.standard_name_format().find_all(os.fspath(folder))]
+    if not storage.is_local(folder):
+        steps = [
+            step
+            for step in steps
+            if all((folder / str(step) / name).exists() for name in ORBAX_RECORDS)
+        ]
+    return sorted(steps)
 
 
-def _path_of_step(folder: str, step: int | None) -> str:
-    """The folder of a complete checkpoint, of the newest where `step` is None."""
+def _path_of_step(folder: str | os.PathLike, step: int | None) -> str:
+    """Return the folder of a complete checkpoint, the newest where `step` is None."""
+    folder = storage.as_path(folder)
     steps = _complete_steps(folder)
     if not steps or step not in (None, *steps):
         raise CheckpointError(
@@ -336,42 +366,44 @@ def _path_of_step(folder: str, step: int | None) -> str:
     return f"{folder}/{steps[-1] if step is None else step}"
 
 
-def _described(path: str) -> ocp.CheckpointMetadata:
-    """Orbax's record of a checkpoint: `.metadata` (its tree of shapes), `.custom_metadata`."""
+def _record(path: str) -> ocp.CheckpointMetadata:
+    """Read Orbax's record of a checkpoint: `.metadata` (a tree of shapes), `.custom_metadata`."""
     with _explained(f"cannot read the checkpoint {path}"):
         return ocp.metadata(path, "state")
 
 
 @contextlib.contextmanager
 def _explained(what: str, recover: Callable[[], None] | None = None):
-    """Turns whatever Orbax raises into a CheckpointError that says what was being done."""
+    """Turn any error of Orbax into a CheckpointError that says what failed."""
     try:
         yield
     except Exception as error:
         if recover is not None:
             recover()
         cause = error
-        while cause.__cause__ is not None:  # Orbax wraps what happened in "incompatible handler"
+        while cause.__cause__ is not None:  # Orbax wraps the cause in "incompatible handler"
             cause = cause.__cause__
         raise CheckpointError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
 def _stored_shape(leaf) -> tuple[int, ...]:
-    """The shape on disk: a typed PRNG key is stored as its uint32 words."""
+    """Return the shape on disk: a typed PRNG key is stored as its uint32 words."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.eval_shape(jax.random.key_data, leaf).shape
     return tuple(leaf.shape)
 
 
-def _require_same_tree(path: str, saved: Any, wanted: Any) -> None:
-    saved, wanted = (
+def _require_same_tree(path: str, saved: Any, expected: Any) -> None:
+    """Raise unless both trees have arrays of the same names and shapes."""
+    saved, expected = (
         {path_of(keys): _stored_shape(leaf) for keys, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (saved, wanted)
+        for tree in (saved, expected)
     )
     differences = [
-        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} asked"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
+        f"{expected.get(name, 'absent')} expected"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
     ]
     if differences:
         shown = "\n  ".join(differences[:SHOWN_DIFFERENCES])
@@ -383,12 +415,18 @@ def _require_same_tree(path: str, saved: Any, wanted: Any) -> None:
         )
 
 
-def _require_space(folder: str, tree: Any) -> None:
-    """Raises unless `folder` has room for every array of `tree` (all processes write to it)."""
+def _require_space(folder: storage.Path, tree: Any) -> None:
+    """Raise unless a local `folder` has room for every array of `tree`.
+
+    All processes write to the same folder, so the whole tree counts.
+    """
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     needed = int(needed * SPACE_MARGIN)
-    free = shutil.disk_usage(folder).free
-    if jax.process_count() > 1:  # agree, or the others would wait for a process that has raised
+    free = storage.free_bytes(folder)
+    if free is None:  # a bucket is never full
+        return
+    # Processes agree, because the others would wait forever for one that raises alone.
+    if jax.process_count() > 1:
         free = int(multihost_utils.process_allgather(np.float32(free)).min())
     if free < needed:
         raise CheckpointError(
