@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+import types
 
 from absl import app
 
@@ -13,3 +15,12 @@ def parse(arguments: list[str]) -> list[str]:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"{arguments[0]}: {error.args[0] if error.args else error}")
+
+
+def load_config_file(path: str) -> types.ModuleType:
+    """The module of a config file, for its functions besides get_config(); FILE:VARIANT is FILE."""
+    file, extension, _ = path.partition(".py:")
+    spec = importlib.util.spec_from_file_location("config_file", file + (".py" if extension else ""))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

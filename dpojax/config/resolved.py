@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dpojax import storage
 from dpojax.config.contents import Content, contents_of
+from dpojax.config.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,23 @@ class ResolvedRun:
         """
         return contents_of(self.config)
 
-    def as_json(self) -> dict:
-        """The config as JSON has it."""
-        return json.loads(self.config.to_json())
+
+
+def workdir_path(workdir: str | storage.Path) -> storage.Path:
+    """The folder that --workdir names, local or in a bucket.
+
+    Raises:
+      ConfigError: the name is empty, or of a kind of storage that is not known.
+    """
+    try:
+        return storage.as_path(workdir, "--workdir")
+    except storage.StorageError as error:
+        raise ConfigError(str(error)) from error
+
+
+def as_json(config: ConfigDict) -> dict:
+    """A config as JSON has it."""
+    return json.loads(config.to_json())
 
 
 def editable(config: ConfigDict) -> ConfigDict:

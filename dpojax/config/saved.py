@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -20,7 +19,7 @@ from dpojax import storage
 from dpojax.config.contents import Content, changed_contents, moved_keys
 from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
-from dpojax.config.resolved import ResolvedRun, flat
+from dpojax.config.resolved import ResolvedRun, as_json, flat
 
 CONFIG, CONTENTS = "config.json", "contents.json"
 # A resumed run may change these. With those of the second line, and attention, sums come out in
@@ -40,7 +39,7 @@ def write_or_compare_config(run: ResolvedRun) -> None:
       ConfigError: the workdir belongs to a run of another config, or a file behind a path has
         changed since it began; the message names the keys, or the file and both hashes.
     """
-    now, path = run.as_json(), run.workdir / CONFIG
+    now, path = as_json(run.config), run.workdir / CONFIG
     if path.exists():
         before = storage.read_json(path, hint="use another --workdir")
         contents = _read_contents(run.workdir)
@@ -52,7 +51,7 @@ def write_or_compare_config(run: ResolvedRun) -> None:
                 "take back these changes:\n" + "\n".join(changed)
             )
     if jax.process_index() == 0:
-        storage.write_json(run.workdir / CONTENTS, _as_json(run.contents))
+        storage.write_json(run.workdir / CONTENTS, _with_version(run.contents))
         storage.write_json(path, now)
 
 
@@ -63,7 +62,7 @@ def compare_config(run: ResolvedRun) -> None:
       ConfigError: the workdir belongs to a run of another config.
     """
     before = storage.read_json(run.workdir / CONFIG, hint="use another --workdir")
-    if changed := config_differences(before, run.as_json()):
+    if changed := config_differences(before, as_json(run.config)):
         raise ConfigError(
             f"{run.workdir} holds a finished run of another config; give this one its own "
             "--workdir, or take back these changes:\n" + "\n".join(changed)
@@ -101,7 +100,7 @@ def read_run_config(run: storage.Path) -> ConfigDict:
 
 
 def config_from_json(values: dict, *, where: str) -> ConfigDict:
-    """The config that `ResolvedRun.as_json` gave; `where` names it in errors.
+    """The config that `as_json` gave; `where` names it in errors.
 
     Raises:
       ConfigError: it has a key, or a value, that this version of the library does not know.
@@ -167,5 +166,5 @@ def _read_contents(workdir: storage.Path) -> dict[str, Content]:
     return {key: Content(*pair) for key, pair in files.items()}
 
 
-def _as_json(contents: Mapping[str, Content]) -> dict:
-    return {"version": code_version(), "files": json.loads(json.dumps(contents))}
+def _with_version(contents: Mapping[str, Content]) -> dict:
+    return {"version": code_version(), "files": contents}

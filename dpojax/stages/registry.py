@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from dpojax import storage
 from dpojax.config.errors import ConfigError
-from dpojax.config.resolved import ResolvedRun, editable
+from dpojax.config.resolved import ResolvedRun, editable, workdir_path
 from dpojax.config.rules import SHARED_RULES, apply_rules
 from dpojax.stages.classifier import Classifier
 from dpojax.stages.data import tokenize_config
@@ -23,7 +23,6 @@ from dpojax.stages.stage import Stage
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage for stage in (SFT, Preference, Reward, Classifier, PPO)
 }
-PATH_KEYS = ("model.path", "tokenizer", "chat_template", "token_cache", "compilation_cache")
 
 
 def resolve(config: ConfigDict, workdir: str | storage.Path) -> ResolvedRun:
@@ -32,10 +31,7 @@ def resolve(config: ConfigDict, workdir: str | storage.Path) -> ResolvedRun:
     Raises:
       ConfigError: naming a key whose value no run can use; an empty workdir.
     """
-    try:
-        folder = storage.as_path(workdir, "--workdir")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    folder = workdir_path(workdir)
     config = editable(config)
     apply_rules(SHARED_RULES, config)
     check_order(config.stages)

@@ -1,0 +1,127 @@
+"""The reward-KL frontier of Rafailov et al. 2023, figure 2 (left), from one config.
+
+`make_frontier` carries out a plan of jobs (`frontier.plan`). A job that is done is skipped when the
+same command is called again. plan.json holds the config, the runs and the jobs, and each job can be
+run by hand with the command that stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from dpojax import storage
+from dpojax.config.errors import ConfigError
+from dpojax.config.resolved import as_json, workdir_path
+from dpojax.config.saved import config_differences
+from dpojax.frontier.configs import RunConfigs
+from dpojax.frontier.plan import Plan, Planner
+from dpojax.frontier.runs import Run
+from dpojax.jobs import in_process, local_workers
+from dpojax.jobs.job import plan_as_json
+from dpojax.runs.workdirs import workdir_lock
+from dpojax.stages.registry import resolve
+from dpojax.training.compilation_cache import shared_programs
+
+PLAN = "plan.json"
+COMPILED = "compiled"  # programs that the runs share
+SAMPLES_FOR_BEST = 4  # of each prompt, times the largest n of best-of-n, are the fewest
+
+
+def make_frontier(
+    config: ConfigDict,
+    runs: Sequence[Run],
+    workdir: str | storage.Path,
+    *,
+    workers: int = 1,
+    together: bool = False,
+) -> storage.Path:
+    """Does every job that is not done; returns the workdir, ready for `frontier.results`.
+
+    A run whose loss is not finite ends there; the others go on.
+
+    Args:
+      workers: jobs that are done at a time, each in a process of its own; 1 stays in this one.
+      together: runs that differ in traced numbers alone are one job, see `sweeps.group`.
+
+    Raises:
+      ConfigError: a run that could not start, before anything is made; or the workdir holds the
+        plan of another config.
+      what the jobs raise, and `Preempted`: the same command goes on.
+    """
+    folder = workdir_path(workdir)
+    check_frontier(config, runs, folder, workers)
+    with workdir_lock(folder):
+        plan = Planner(config, folder, parts=workers).plan(runs, together=together)
+        write_or_compare_plan(config, runs, plan, folder)
+        cache = config.compilation_cache or str(folder / COMPILED)
+        if workers > 1:
+            local_workers.run_jobs(
+                plan.jobs, folder, "frontier", workers=workers, compilation_cache=cache
+            )
+        else:
+            with shared_programs(cache):
+                in_process.run_jobs(plan.jobs, folder, "frontier")
+    return folder
+
+
+def check_frontier(
+    config: ConfigDict, runs: Sequence[Run], folder: storage.Path, workers: int
+) -> None:
+    """Raises ConfigError for a run that could not start."""
+    configs = RunConfigs(config, folder)
+    for run in runs:
+        resolve(configs.config_of(run), configs.workdir_of(run))
+    if config.frontier.reward == "classifier":
+        resolve(configs.stage_config("classifier"), folder)
+    if workers > 1 and not local_workers.on_cpu():
+        raise ConfigError(f"{workers} runs at once: only on a CPU, and in one process; take 1")
+    frontier = config.frontier
+    largest = max(frontier.best_of_n, default=0)
+    if (least := SAMPLES_FOR_BEST * largest) > frontier.reference_samples:
+        raise ConfigError(
+            f"config.frontier.reference_samples = {frontier.reference_samples}: best of {largest} "
+            f"is estimated from at least {least} of each prompt; raise it, or lower "
+            "config.frontier.best_of_n"
+        )
+
+
+def write_or_compare_plan(
+    config: ConfigDict, runs: Sequence[Run], plan: Plan, folder: storage.Path
+) -> None:
+    """Writes plan.json and the files that its jobs read, or compares it with the one there first.
+
+    Raises:
+      ConfigError: plan.json is of another config, or lacks a run, or has one with other settings;
+        it names the keys.
+    """
+    path = folder / PLAN
+    content = {
+        "config": as_json(config),
+        "runs": [
+            run._asdict() | {"name": run.name, "changes": dict(run.changes)} for run in runs
+        ],
+        "jobs": plan_as_json(plan.jobs),
+    }
+    if path.exists():
+        _require_same(storage.read_json(path), content, folder)
+    for file, values in plan.files.items():
+        storage.write_json(storage.as_path(file), values)
+    storage.write_json(path, content)  # runs may be added
+
+
+def _require_same(before: dict, now: dict, folder: storage.Path) -> None:
+    if changed := config_differences(before["config"], now["config"]):
+        raise ConfigError(
+            f"{folder} holds a frontier of another config; give this one its own --workdir, or "
+            "take back these changes:\n" + "\n".join(changed)
+        )
+    runs_now = {run["name"]: run for run in now["runs"]}
+    if missing := [run["name"] for run in before["runs"] if run["name"] not in runs_now]:
+        raise ConfigError(f"{folder} holds runs that this plan has not: {', '.join(missing)}")
+    for run in before["runs"]:
+        if changed := config_differences(run["changes"], runs_now[run["name"]]["changes"]):
+            raise ConfigError(
+                f"{folder} holds {run['name']} with other settings:\n" + "\n".join(changed)
+            )
