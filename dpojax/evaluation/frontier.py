@@ -1,8 +1,8 @@
-"""The reward-KL frontier: what methods reached, what best-of-n reaches, and which lies below which.
+"""The reward-KL frontier: estimates of reward and KL, best-of-n, Pareto hulls and their distances.
 
-All in NumPy float64. Rewards are exact numbers of sampled responses in any unit, KL is of whole
-sequences in nats, and standard errors are over prompts unless a field says otherwise. What can be
-reached at all stands in `optimum.py`.
+All in NumPy float64. Rewards are exact rewards of sampled responses, in any unit. KL is that of
+whole sequences, in nats. Standard errors are over prompts unless a field says otherwise. The best
+possible reward at a KL is in `optimum.py`.
 
 >>> print(mean_over_prompts([1.0, 2.0, 3.0]).value)
 2.0
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A value and its standard error; nan where there is none."""
+    """A value and its standard error; nan where unknown."""
 
     value: Array | float
     error: Array | float
@@ -37,19 +37,19 @@ class Points(NamedTuple):
 
 
 class Shortfall(NamedTuple):
-    """How far one hull lies below another where it does most; negative if it never does."""
+    """How far one hull lies below another at most; negative if it lies above everywhere."""
 
-    reward: float  # the largest, in units of reward
-    reward_at: float  # the KL where that is
-    sigmas: float  # the largest in standard errors of the difference
-    sigmas_at: float
+    reward: float  # largest difference, in units of reward
+    reward_at: float  # KL of that
+    sigmas: float  # largest difference, in standard errors of the difference
+    sigmas_at: float  # KL of that
 
 
 def mean_over_prompts(values: ArrayLike, prompts: ArrayLike | None = None) -> Estimate:
-    """The mean of samples, with a standard error that knows which samples share a prompt.
+    """The mean of n samples, with a cluster-robust standard error: clusters are prompts.
 
-    error^2 = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2 over G prompts; with one sample
-    a prompt it is the usual s / sqrt(n). Nan from a single prompt.
+    error^2 = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2 over G prompts. With one sample
+    for each prompt it is the usual s / sqrt(n). The error of a single prompt is nan.
 
     Args:
       values: [samples].
@@ -80,11 +80,11 @@ def mean_over_prompts(values: ArrayLike, prompts: ArrayLike | None = None) -> Es
 def sequence_kl(
     policy: ArrayLike, reference: ArrayLike, prompts: ArrayLike | None = None
 ) -> Estimate:
-    """KL(policy || reference), nats, as the mean log-ratio of responses that the policy sampled.
+    """Estimates KL(policy || reference), nats, by the mean log-ratio of the policy's own samples.
 
     Args:
-      policy, reference: log-probs of the same responses, sampled at temperature 1 from all of the
-        vocabulary, [samples]; a truncated response counts with the tokens that it has.
+      policy, reference: log-probs of the same responses, [samples]. They were sampled at
+        temperature 1 from the whole vocabulary. A truncated response counts with its tokens.
       prompts: as for `mean_over_prompts`.
 
     >>> print(sequence_kl([-1.0, -2.0], [-1.5, -3.5]))
@@ -97,30 +97,33 @@ def sequence_kl(
 def sequence_kl_of_tokens(
     token_kl: ArrayLike, mask: ArrayLike, prompts: ArrayLike | None = None
 ) -> Estimate:
-    """`sequence_kl` from the exact KL of the next-token distributions along each sample.
+    """Estimates KL(policy || reference), nats, by the exact KL of each next-token distribution.
 
-    The Rao-Blackwell form (Amini et al. 2025): the same expectation, each token's log-ratio
-    replaced by its mean over the vocabulary. Never negative, and of less variance.
+    The Rao-Blackwellised estimate (Amini et al. 2025): each token's log-ratio is replaced by its
+    mean over the vocabulary. The expectation is that of `sequence_kl`, the variance is smaller, and
+    the estimate is never negative.
 
     Args:
-      token_kl, mask: [samples, tokens], nats; what the mask leaves out may be anything.
+      token_kl: [samples, tokens], nats.
+      mask: [samples, tokens]; masked entries of `token_kl` may be anything.
       prompts: as for `mean_over_prompts`.
 
     >>> print(sequence_kl_of_tokens([[0.5, 0.5], [1.0, 9.0]], [[1, 1], [1, 0]]))
     Estimate(value=1.0, error=0.0)
     """
-    kept = np.where(np.asarray(mask, bool), np.asarray(token_kl, np.float64), 0)
-    return mean_over_prompts(kept.sum(-1), prompts)
+    masked = np.where(np.asarray(mask, bool), np.asarray(token_kl, np.float64), 0)
+    return mean_over_prompts(masked.sum(-1), prompts)
 
 
 def best_of_n(rewards: ArrayLike, n: int) -> Estimate:
-    """Expected reward of the best of n responses, from m >= n of each prompt, without bias.
+    """Unbiased estimate of the expected reward of the best of n responses.
 
-    The mean over all subsets of n: sum_i C(i - 1, n - 1) / C(m, n) r_(i), r_(i) the i-th smallest.
+    It is the mean over all subsets of n of the m samples of a prompt:
+    sum_i C(i - 1, n - 1) / C(m, n) r_(i), where r_(i) is the i-th smallest reward.
 
     Args:
       rewards: of samples of the reference, [prompts, m].
-      n: in [1, m].
+      n: from 1 to m.
 
     Raises:
       ValueError: n is out of range.
@@ -138,9 +141,9 @@ def best_of_n(rewards: ArrayLike, n: int) -> Estimate:
 
 
 def best_of_n_kl_bound(n: ArrayLike) -> Array:
-    """log n - (n - 1) / n, nats: the KL of best-of-n where no two responses tie, else a bound.
+    """KL(best of n || reference) if no two responses tie: log n - (n - 1) / n, nats.
 
-    Stiennon et al. 2020, appendix G.3; an upper bound by Beirami et al. 2024.
+    Stiennon et al. 2020, appendix G.3. With ties it is an upper bound: Beirami et al. 2024.
 
     >>> print(f"{best_of_n_kl_bound(4):.4f}")
     0.6363
@@ -150,17 +153,17 @@ def best_of_n_kl_bound(n: ArrayLike) -> Array:
 
 
 def best_of_n_kl(rewards: ArrayLike, n: int) -> Estimate:
-    """KL(best of n || reference), nats, with the ties of the rewards taken into account.
+    """Estimates KL(best of n || reference), nats, with tied rewards taken into account.
 
-    The density ratio of a response whose reward is r is (F(r)^n - F(r-)^n) / (F(r) - F(r-)), with
-    F the distribution of rewards under the reference; where r has no mass of its own it is
-    n F(r)^(n-1). F is that of the prompt's samples: a reward that came twice is an atom, one that
-    came once is taken for a point of a continuous part, exact if there are no ties at all.
-    Assumes that a tie is broken without regard to the response.
+    Let F be the distribution function of the reward under the reference. The density ratio of a
+    response with reward r is (F(r)^n - F(r-)^n) / (F(r) - F(r-)) if r has probability mass (an
+    atom), else n F(r)^(n-1). F is estimated by the samples of a prompt: a reward that occurs
+    twice or more is an atom, and one that occurs once is a point of the continuous part. This is
+    exact if there are no ties. It assumes that ties are broken without regard to the response.
 
     Args:
       rewards: of samples of the reference, [prompts, m].
-      n: in [1, m].
+      n: from 1 to m.
 
     Raises:
       ValueError: n is out of range.
@@ -176,9 +179,10 @@ def best_of_n_kl(rewards: ArrayLike, n: int) -> Estimate:
 
 
 def pareto_hull(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
-    """Indices of the points that no other beats in reward at no more KL, by rising KL.
+    """Indices of the points on the Pareto hull, by rising KL.
 
-    Of equal points the first stays; a point with a nan does not.
+    A point is on the hull if no other point has at least its reward at no more KL. Of equal points
+    the first one is on the hull. A point with a nan never is.
 
     Args:
       kl, reward: [points].
@@ -196,13 +200,13 @@ def pareto_hull(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
 
 
 def hull_below(lower: Points, upper: Points) -> Shortfall:
-    """How far the first method's hull lies below the second's, over the KLs that both span.
+    """Measures how far the first method's hull lies below the second's, at KLs that both span.
 
-    Hulls are straight lines between their points, so the largest gap of reward is at a point of
-    one of them, and all of those in the common range are tried. The standard error of a hull at a
-    KL is that of its reward and, through its slope, of its KL, interpolated; those of the hulls
-    are added as if independent, which prompts in common make too large. The largest of many
-    differences is large by chance too: 2 standard errors there are weak evidence.
+    Hulls are straight lines between their points, so the largest gap is at a point of one of them;
+    all points in the common range are tried. The standard error of a hull at a KL combines those of
+    its reward and of its KL (times the slope of the hull), interpolated. The errors of the two
+    hulls are combined as if independent; prompts in common make the result too large. The largest
+    of many differences is also large by chance: 2 standard errors are weak evidence here.
 
     Returns:
       All nan if the hulls have no KL in common.
@@ -234,10 +238,10 @@ def hull_below(lower: Points, upper: Points) -> Shortfall:
 
 
 def checked_rewards(rewards: ArrayLike, caller: str) -> Array:
-    """Rewards [prompts, samples] in float64.
+    """Returns rewards [prompts, samples] in float64.
 
     Raises:
-      ValueError: another shape, nothing in it, or a reward that is not finite.
+      ValueError: another shape, an empty array, or a reward that is not finite.
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 2 or not rewards.size:
@@ -254,16 +258,17 @@ def _check_n(n: int, m: int, caller: str) -> None:
 
 
 def _best_of_n_kl(rewards: Array, n: int) -> float:
+    """`best_of_n_kl` of one prompt, rewards [m]. Arrays are [levels], one per distinct reward."""
     _, counts = np.unique(rewards, return_counts=True)
-    above = np.cumsum(counts) / len(rewards)
-    below = above - counts / len(rewards)
+    above = np.cumsum(counts) / len(rewards)  # F(r)
+    below = above - counts / len(rewards)  # F(r-)
     below[0] = 0.0
-    chosen = above**n - below**n
-    some = chosen > 0  # a level whose probability underflows contributes nothing
-    ratio = np.log(np.where(some, chosen, 1.0) / (counts / len(rewards)))
-    atoms = np.where(some, chosen * ratio, 0.0)
+    chosen = above**n - below**n  # probability that best-of-n has this reward
+    positive = chosen > 0  # a level whose probability underflows contributes nothing
+    ratio = np.log(np.where(positive, chosen, 1.0) / (counts / len(rewards)))
+    atoms = np.where(positive, chosen * ratio, 0.0)
 
-    def antiderivative(u):  # of n u^(n-1) log(n u^(n-1))
+    def antiderivative(u: Array) -> Array:  # of n u^(n-1) log(n u^(n-1))
         log = np.log(np.where(u > 0, u, 1.0))
         return u**n * (np.log(n) + (n - 1) * log - (n - 1) / n)
 
@@ -277,5 +282,6 @@ def _hull(points: Points) -> Points:
 
 
 def _error_at_kl(hull: Points) -> Array:
+    """Standard error of the hull's reward at each point; an error in KL acts through the slope."""
     slope = np.gradient(hull.reward, hull.kl) if len(hull.kl) > 1 else np.zeros(1)
     return np.hypot(hull.reward_error, slope * hull.kl_error)

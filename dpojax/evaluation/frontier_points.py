@@ -22,7 +22,7 @@ from dpojax.evaluation.frontier import Points, best_of_n_kl_bound, pareto_hull
 
 BEST_OF_N, REFERENCE = "best_of_n", "sft"
 
-# How figure and report call the methods, in the order in which they list them.
+# Names of the methods in figure and report, in the order in which they list them.
 NAMES = {
     "dpo": "DPO",
     "online_dpo": "Online DPO",
@@ -36,13 +36,13 @@ NAMES = {
 
 
 class Point(NamedTuple):
-    """What the samples of one checkpoint of one run are like; nan where it was not measured."""
+    """Measurements on the samples of one checkpoint of one run; nan where not measured."""
 
     method: str  # one of `NAMES`, or the name of a loss
-    setting: str  # what the sweep varies, as "beta=0.1"; "n=4" for best of n
+    setting: str  # what the sweep varies, such as "beta=0.1"; "n=4" for best of n
     seed: int
     step: int
-    kl: float  # of whole sequences from the reference, nats
+    kl: float  # KL(policy || reference) of whole sequences, nats
     kl_error: float  # standard errors over prompts, here and below
     reward: float
     reward_error: float
@@ -51,7 +51,7 @@ class Point(NamedTuple):
     repetition: float
     stopped: float  # share of the responses that ended by EOS, in [0, 1]
     accuracy: float  # of the implicit reward on held-out pairs, in [0, 1]
-    # Spearman's, of the implicit and the exact reward on held-out responses of the reference.
+    # Spearman's, between implicit and exact reward on held-out responses of the reference.
     rank_correlation: float = math.nan
     rank_correlation_error: float = math.nan
 
@@ -60,14 +60,14 @@ TYPES = {"method": str, "setting": str, "seed": int, "step": int}  # all others 
 
 
 def write_points(path: str | os.PathLike, points: Iterable[Point]) -> None:
-    """Writes a CSV with a header, all or nothing; a float is written so that it reads back exactly.
+    """Writes a CSV with a header, all or nothing. Floats read back exactly.
 
     Args:
       path: its folder must exist.
     """
     text = io.StringIO(newline="")
     text.write(",".join(Point._fields) + "\n")
-    # Quotes every string, as the default forgets those with a lone carriage return.
+    # Quotes every string: the default does not quote those with a lone carriage return.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     for point in points:
         row = zip(Point._fields, point)
@@ -79,10 +79,10 @@ def write_points(path: str | os.PathLike, points: Iterable[Point]) -> None:
 
 
 def read_points(path: str | os.PathLike) -> list[Point]:
-    """The points of `write_points`, equal to the last bit and in their order.
+    """Reads what `write_points` wrote: the same points, bit for bit, in the same order.
 
     Raises:
-      ValueError: other columns, or a value that is no number, with file, line and column.
+      ValueError: other columns, or a value that is no number. It names file, line and column.
     """
     points = []
     with open(path, encoding="utf-8", newline="") as file:
@@ -109,33 +109,34 @@ def _parse(row: Sequence[str], where: str) -> Point:
 
 
 def name(method: str) -> str:
-    """How figure and report call a method: a loss goes by its own name."""
+    """The name of a method in figure and report; a loss without one has its own name."""
     return NAMES.get(method, method)
 
 
 def by_method(points: Iterable[Point]) -> dict[str, list[Point]]:
-    """The points of each method, in the order of `NAMES` and then as they came."""
-    points = list(points)
-    found = dict.fromkeys(point.method for point in points)
-    order = [m for m in NAMES if m in found] + [m for m in found if m not in NAMES]
-    return {method: [p for p in points if p.method == method] for method in order}
+    """Groups points by method: first those in `NAMES`, in that order, then others as they come."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.method, []).append(point)
+    order = [m for m in NAMES if m in groups] + [m for m in groups if m not in NAMES]
+    return {method: groups[method] for method in order}
 
 
 def without_base(points: Iterable[Point]) -> tuple[list[Point], Point]:
-    """The points of the methods, and the one whose method is `REFERENCE`: the base, at KL 0.
+    """Separates the base, the one point of the reference, at KL 0, from the points of the methods.
 
     Raises:
-      ValueError: there is no such point, or more than one.
+      ValueError: there is no point whose method is `REFERENCE`, or more than one.
     """
     points = list(points)
-    found = [point for point in points if point.method == REFERENCE]
-    if len(found) != 1:
-        raise ValueError(f"need one point of the reference, method {REFERENCE}, got {len(found)}")
-    return [point for point in points if point.method != REFERENCE], found[0]
+    bases = [point for point in points if point.method == REFERENCE]
+    if len(bases) != 1:
+        raise ValueError(f"need one point of the reference, method {REFERENCE}, got {len(bases)}")
+    return [point for point in points if point.method != REFERENCE], bases[0]
 
 
 def is_finite(point: Point) -> bool:
-    """Whether KL and reward are numbers, so that it can be drawn and compared."""
+    """Whether KL and reward are finite, so that the point can be drawn and compared."""
     return bool(np.isfinite([point.kl, point.reward]).all())
 
 
@@ -152,16 +153,17 @@ def arrays(points: Sequence[Point]) -> Points:
 
 
 def at_the_bound(point: Point) -> Point:
-    """A point of best-of-n at log n - (n - 1) / n nats, which its KL cannot exceed.
+    """Moves a point of best-of-n to the upper bound of its KL, log n - (n - 1) / n nats.
 
-    Its own `kl` is an estimate, lower where rewards tie. Any other point stays as it is.
+    The `kl` of such a point is an estimate, which is lower if rewards tie. Points of other methods
+    are returned unchanged.
 
     Raises:
       ValueError: the setting of a point of best-of-n is not like "n=4".
     """
     if point.method != BEST_OF_N:
         return point
-    found = re.fullmatch(r"n=([1-9][0-9]*)", point.setting)
-    if not found:
+    match = re.fullmatch(r"n=([1-9][0-9]*)", point.setting)
+    if not match:
         raise ValueError(f'best_of_n: setting must be like "n=4", got {point.setting!r}')
-    return point._replace(kl=float(best_of_n_kl_bound(int(found[1]))), kl_error=0.0)
+    return point._replace(kl=float(best_of_n_kl_bound(int(match[1]))), kl_error=0.0)

@@ -1,9 +1,9 @@
 """The best reward that any policy can have at each KL from the reference, estimated from samples.
 
-The optimum is pi*(y | x) = reference(y | x) exp(r(x, y) / beta) / Z(x) of Rafailov et al. 2023,
-eq. 4, for one beta common to all prompts. `optimum` estimates its reward and KL from samples of
-the reference whose rewards are exact, and says how far they can be trusted. All in NumPy float64;
-KL is of whole sequences in nats.
+The optimal policy is pi*(y | x) = reference(y | x) exp(r(x, y) / beta) / Z(x) (Rafailov et al.
+2023, eq. 4), with one beta for all prompts. `optimum` estimates its reward and KL from samples of
+the reference with exact rewards, and says up to which KL the estimates can be trusted. All in NumPy
+float64; KL is that of whole sequences, in nats.
 
 >>> rewards = np.random.default_rng(0).normal(size=(500, 64))  # of 64 responses to each prompt
 >>> curve = optimum(rewards, [np.inf, 4, 2, 1])
@@ -30,11 +30,12 @@ from dpojax.evaluation.frontier import Array, Estimate, checked_rewards, mean_ov
 
 
 class Optimum(NamedTuple):
-    """The optimal policy of each beta, arrays [betas] by falling beta, so by rising KL.
+    """Reward and KL of the optimal policy of each beta, arrays [betas], by rising KL.
 
-    `reward` and `kl` are corrected by the jackknife; the `plain_` ones are biased low where few
-    samples carry the weight, and their gap tells how much. `_error` is over prompts as a sample of
-    prompts; `_sampling_error` is of the responses alone, for these very prompts.
+    `reward` and `kl` are corrected by the jackknife. `plain_reward` and `plain_kl` are not: they
+    are biased low where few samples have most of the weight, and the difference shows how much.
+    `_error` regards the prompts as a sample of all prompts. `_sampling_error` is that of sampling
+    responses to these same prompts.
     """
 
     beta: Array
@@ -44,7 +45,7 @@ class Optimum(NamedTuple):
     kl: Array
     kl_error: Array
     kl_sampling_error: Array
-    frontier_error: Array  # of the best reward at this KL: of reward - beta kl, over prompts
+    frontier_error: Array  # of the best reward at this KL: that of reward - beta kl, over prompts
     plain_reward: Array
     plain_kl: Array
     effective: Array  # median over prompts of the effective number of samples, 1 / sum of w^2
@@ -52,19 +53,19 @@ class Optimum(NamedTuple):
 
 
 def optimum(rewards: ArrayLike, betas: ArrayLike, *, min_effective: float = 10.0) -> Optimum:
-    """Reward and KL of the optimal policies, from samples of the reference.
+    """Estimates reward and KL of the optimal policies from samples of the reference.
 
-    Self-normalised importance sampling with weights w = exp(r / beta) / sum exp(r / beta) in each
+    Self-normalised importance sampling, with weights w = exp(r / beta) / sum exp(r / beta) in each
     prompt: E[r] = sum w r, KL = E[r] / beta - log mean exp(r / beta), which cannot exceed log m.
-    Both are biased low by O(1 / effective samples), of which the jackknife over the m samples
-    removes the leading term. A beta is trusted where the median prompt has `min_effective`
-    effective samples and the mean KL is at most log(m / min_effective).
+    Both are biased low by O(1 / effective samples). The jackknife over the m samples removes the
+    leading term of the bias. A beta is trusted if the median prompt has `min_effective` effective
+    samples and the mean KL is at most log(m / min_effective).
 
     Args:
       rewards: exact rewards of m samples of the reference for each prompt, [prompts, m], m >= 3.
-      betas: [betas], > 0, in units of reward per nat, in any order; np.inf is the reference
-        itself, where a curve ought to begin.
-      min_effective: effective samples that are enough.
+      betas: [betas], > 0, in units of reward per nat, in any order. np.inf is the reference
+        itself; a curve should begin there.
+      min_effective: number of effective samples that is enough.
 
     Raises:
       ValueError: a beta that is not positive, or rewards that are not finite or too few.
@@ -90,11 +91,11 @@ def optimum(rewards: ArrayLike, betas: ArrayLike, *, min_effective: float = 10.0
 def optimal_reward_at(kl: ArrayLike, curve: Optimum) -> Estimate:
     """The best reward at a KL, by monotone cubic interpolation between trusted betas.
 
-    It runs in sqrt(KL), in which the curve starts as a straight line: near the reference the best
-    reward is the base plus sqrt(2 KL) times the reward's standard deviation. The trusted part ends
-    at the first beta that is not trusted; beyond it, or before its first point, value and error
-    are nan. The error is that of reward - beta kl, since beta is the slope of the curve: an error
-    of the KL there moves a point along the frontier.
+    The curve is interpolated over sqrt(KL), in which it starts as a straight line: near the
+    reference the best reward is the base plus sqrt(2 KL) times the reward's standard deviation. The
+    trusted part ends at the first beta that is not trusted. Outside of it, value and error are nan.
+    The error is that of reward - beta kl, because beta is the slope of the curve: an error of the
+    KL moves a point along the frontier.
 
     Args:
       kl: nats, any shape.
@@ -119,10 +120,10 @@ def share_of_optimal_gain(
 ) -> Estimate:
     """(reward - base) / (optimal reward at the same KL - base): 1 is the theoretical limit.
 
-    Errors are propagated to first order as if independent: with s the share, error^2 =
+    Errors are propagated to first order as if independent. With s the share, error^2 =
     (reward_error^2 + s^2 (optimal error^2 + (slope kl_error)^2) + (1 - s)^2 base error^2) / gain^2.
-    Prompts that all of them share correlate them, mostly so that this is too large. Nan where the
-    curve is not trusted, or where the optimum gains nothing.
+    Prompts in common correlate the errors, so the result is mostly too large. The share is nan
+    where the curve is not trusted, or where the optimum gains nothing.
 
     Args:
       reward, kl: of a policy, any shape; errors of the same shape or scalars.
@@ -152,10 +153,11 @@ def above_limit(
     reward_error: ArrayLike = 0.0,
     kl_error: ArrayLike = 0.0,
 ) -> Estimate:
-    """Reward minus the best reward at the same KL: more than a few errors above 0 cannot be.
+    """Reward minus the best reward at the same KL.
 
-    error^2 = reward_error^2 + (slope kl_error)^2 + the optimum's error^2, as if independent: too
-    large where prompts are in common. Nan where the curve is not trusted.
+    A value that is several errors above 0 means that something was measured wrongly. error^2 =
+    reward_error^2 + (slope kl_error)^2 + the optimum's error^2, as if independent; prompts in
+    common make it too large. The value is nan where the curve is not trusted.
 
     Args:
       reward, kl: of a policy, any shape; errors of the same shape or scalars.
@@ -166,21 +168,24 @@ def above_limit(
     """
     reward, kl = np.asarray(reward, np.float64), np.asarray(kl, np.float64)
     best, slope, best_error = _interpolate(kl, curve)
-    acting = np.where(np.asarray(kl_error) == 0, 0.0, slope * kl_error)
-    error = np.sqrt(np.asarray(reward_error) ** 2 + acting**2 + best_error**2)
+    # The slope is infinite at KL 0, where 0 * inf would be nan.
+    along_slope = np.where(np.asarray(kl_error) == 0, 0.0, slope * kl_error)
+    error = np.sqrt(np.asarray(reward_error) ** 2 + along_slope**2 + best_error**2)
     return Estimate(reward - best, error)
 
 
 def trusted_up_to(curve: Optimum) -> float:
-    """The KL, in nats, where the trusted part of the curve ends; nan if there is none."""
+    """The KL, in nats, where the trusted part of the curve ends; nan if nothing is trusted."""
     kl = _trusted(curve)[0]
     return float(kl[-1]) if len(kl) > 1 else np.nan
 
 
 def write_optimum(path: str | os.PathLike, curve: Optimum) -> None:
     """Writes the curve as JSON, all or nothing; its numbers read back exactly."""
-    strict = lambda x: x if isinstance(x, bool) or np.isfinite(x) else str(x)  # JSON has no inf
-    columns = {k: [strict(x) for x in np.asarray(v).tolist()] for k, v in curve._asdict().items()}
+    columns = {
+        name: [value if np.isfinite(value) else str(value) for value in np.asarray(values).tolist()]
+        for name, values in curve._asdict().items()
+    }  # JSON has no inf and no nan: they are written as text
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(columns, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -188,10 +193,10 @@ def write_optimum(path: str | os.PathLike, curve: Optimum) -> None:
 
 
 def read_optimum(path: str | os.PathLike) -> Optimum:
-    """The curve of `write_optimum`.
+    """Reads what `write_optimum` wrote.
 
     Raises:
-      ValueError: no JSON, other fields, a value that is no number, or unequal lengths, with the
+      ValueError: no JSON, other fields, a value that is no number, or unequal lengths. It names the
         file and the field.
     """
     try:
@@ -214,9 +219,14 @@ def read_optimum(path: str | os.PathLike) -> Optimum:
 
 
 def _tilt(rewards: Array, beta: float) -> tuple[Array, Array, Array]:
-    """Mean reward and KL of the weights exp(r / beta) in each row, and the rewards' exp, unscaled.
+    """Mean reward and KL under the weights exp(r / beta) of each prompt.
 
-    Rows fall, so that the first exp is 1; rewards [prompts, m].
+    Args:
+      rewards: [prompts, m]; each row falls, so its largest weight is the first, exp(0) = 1.
+      beta: in units of reward per nat.
+
+    Returns:
+      Mean reward [prompts], KL [prompts] and the weights [prompts, m], not normalised.
     """
     top = rewards[:, :1]
     weight = np.exp((rewards - top) / beta)
@@ -226,14 +236,15 @@ def _tilt(rewards: Array, beta: float) -> tuple[Array, Array, Array]:
 
 
 def _without_one(rewards: Array, beta: float, weight: Array) -> tuple[Array, Array]:
-    """Mean reward and KL with each sample left out, [prompts, m]; rows fall."""
+    """Mean reward and KL with each sample left out, both [prompts, m]; rows of rewards fall."""
     top, m = rewards[:, :1], rewards.shape[1]
     part = weight * (rewards - top)
-    # Without a sample that is not the largest, the sum is 1 or more: nothing cancels.
-    rest = weight.sum(1, keepdims=True) - weight
-    rest[:, 0] = 1.0
-    gain = (part.sum(1, keepdims=True) - part) / rest
-    reward, kl = top + gain, gain / beta - np.log(rest / (m - 1))
+    # The sum of the other weights is at least 1, that of the largest reward, so nothing cancels.
+    # Column 0 leaves out that one: it is computed apart.
+    others = weight.sum(1, keepdims=True) - weight
+    others[:, 0] = 1.0
+    gain = (part.sum(1, keepdims=True) - part) / others
+    reward, kl = top + gain, gain / beta - np.log(others / (m - 1))
     reward[:, 0], kl[:, 0], _ = _tilt(rewards[:, 1:], beta)
     return reward, kl
 
@@ -259,7 +270,7 @@ def _one_beta(rewards: Array, beta: float) -> dict[str, float]:
 
 
 def _trusted(curve: Optimum) -> tuple[Array, Array, Array]:
-    """Rising KL, reward and its error at it, up to the first beta that is not trusted."""
+    """KL, reward and its error [points] up to the first beta that is not trusted; KL rises."""
     end = len(curve.trusted) if curve.trusted.all() else int(np.argmin(curve.trusted))
     x = curve.kl[:end]
     rising = x > np.maximum.accumulate(np.concatenate([[-np.inf], x]))[:-1]

@@ -1,8 +1,8 @@
-"""A policy on held-out prompts, by its own samples: reward, KL from the reference, and the texts.
+"""Evaluates a policy by its own samples for held-out prompts: reward, KL from the reference, texts.
 
-found = evaluate(params, reference_params, model, tokenizer, prompts, reward,
-                 sampler=sampler, samples_per_prompt=4, seed=0)
-found.reward.value, found.kl.value, found.kl_of_tokens.error
+evaluation = evaluate(params, reference_params, model, tokenizer, prompts, reward,
+                      sampler=sampler, samples_per_prompt=4, seed=0)
+evaluation.reward.value, evaluation.kl.value, evaluation.kl_of_tokens.error
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpojax.sampling import Sample, Sampler, generate
 from dpojax.sharding import put_rows, row_shards, to_host
 from dpojax.training.forward import build_score
 
-NO_LIMIT = 2**30  # tokens: how long a prompt may be is the sampler's to say
+NO_LIMIT = 2**30  # tokens; the sampler limits the length of a prompt
 
 
 class NothingStopped(ValueError):
@@ -36,7 +36,7 @@ class NothingStopped(ValueError):
 
 
 class SampledText(NamedTuple):
-    """One response as it was scored."""
+    """One response and its reward."""
 
     prompt: str
     response: str
@@ -45,21 +45,21 @@ class SampledText(NamedTuple):
 
 
 class PolicyEvaluation(NamedTuple):
-    """What P prompts with K samples each say of a policy; errors are over prompts.
+    """Measurements on K samples of a policy for each of P prompts; errors are over prompts.
 
     Attributes:
       reward: the mean.
-      kl: KL(policy || reference) of whole responses, nats, as the mean log-ratio; of the policy as
-        it was sampled, with its temperature. A cut response counts with the tokens that it has.
-      kl_of_tokens: the same expectation with each token's log-ratio replaced by the exact KL of the
-        next-token distributions (Amini et al. 2025), so of less variance; nan unless the
-        temperature is 1.
+      kl: KL(policy || reference) of whole responses, nats, by the mean log-ratio. The policy is the
+        one that was sampled, at its temperature. A truncated response counts with its tokens.
+      kl_of_tokens: the same expectation with less variance: each token's log-ratio is replaced by
+        the exact KL of the next-token distributions (Amini et al. 2025). nan unless the temperature
+        is 1.
       lengths: tokens of the responses, without the stop token.
       stopped: share of responses that ended before the length limit.
-      distinct_1, distinct_2, repetition: see `text_statistics`; repetition of 4-grams.
+      distinct_1, distinct_2, repetition: see `text_statistics`; repetition is that of 4-grams.
       texts: the first sample of each of the first prompts.
       rewards, log_ratios: [P, K].
-      drawn: K samples of each prompt.
+      drawn: the K samples of each prompt.
     """
 
     reward: Estimate
@@ -76,14 +76,21 @@ class PolicyEvaluation(NamedTuple):
     drawn: list[list[Sample]]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers by the names that they have in metrics.jsonl."""
-        estimates = {"reward": self.reward, "kl": self.kl, "kl_of_tokens": self.kl_of_tokens}
-        found = {"length": self.lengths.mean}
-        found |= {name: estimate.value for name, estimate in estimates.items()}
-        found |= {f"{name}_error": estimate.error for name, estimate in estimates.items()}
-        names = ("stopped", "distinct_1", "distinct_2", "repetition")
-        found |= {name: getattr(self, name) for name in names}
-        return {f"samples/{name}": float(value) for name, value in found.items()}
+        """The numbers under their names in metrics.jsonl."""
+        values = {
+            "length": self.lengths.mean,
+            "reward": self.reward.value,
+            "kl": self.kl.value,
+            "kl_of_tokens": self.kl_of_tokens.value,
+            "reward_error": self.reward.error,
+            "kl_error": self.kl.error,
+            "kl_of_tokens_error": self.kl_of_tokens.error,
+            "stopped": self.stopped,
+            "distinct_1": self.distinct_1,
+            "distinct_2": self.distinct_2,
+            "repetition": self.repetition,
+        }
+        return {f"samples/{name}": float(value) for name, value in values.items()}
 
 
 def evaluate(
@@ -104,74 +111,102 @@ def evaluate(
     fixed_length: bool = False,
     shown: int = 4,
 ) -> PolicyEvaluation:
-    """Draw from the policy and score what it says.
+    """Samples from the policy and scores the responses.
 
-    Every program has one shape for given prompts, so evaluating again compiles nothing. In a run of
-    several processes all call it.
+    The shapes depend on the prompts only, so a second evaluation compiles nothing. In a run of
+    several processes, all of them have to call it.
 
     Args:
-      prompts: texts; randomness is keyed by their places.
-      reward: as `rewards.Reward`.
-      batch_size: prompts of a batch to sample, and, about, responses of one to score.
-      score: the jitted `training.forward.build_score(model)` of the run; None makes one.
-      mesh: that of both params; None: they lie on one device.
-      fixed_length: responses that all run into the length limit are no error.
-      shown: how many `texts` to keep.
+      params, reference_params: weights of the policy and of the reference.
+      model: of both.
+      tokenizer: of both.
+      prompts: P texts; a prompt's random numbers depend on its index.
+      reward: maps (prompts, responses) to scores, see `rewards.Reward`.
+      sampler: draws the responses.
+      samples_per_prompt: K.
+      seed: of the samples.
+      temperature: of the samples.
+      batch_size: prompts in a batch for sampling, and about the number of responses in a batch for
+        scoring.
+      score: the jitted `training.forward.build_score(model)` of the run; None builds one.
+      mesh: where both params are; None is one device.
+      fixed_length: accept that no response ends before the length limit.
+      shown: number of `texts` in the result.
 
     Raises:
       NothingStopped: see `require_stops`.
       RewardError: see `rewards.Reward`.
     """
     ids = encode_prompts(tokenizer, prompts)
-    how = {"seed": seed, "temperature": temperature, "samples": samples_per_prompt}
     limits = {"max_new_tokens": sampler.max_new_tokens, "batch_size": batch_size, "mesh": mesh}
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        drawn = generate(sampler, params, ids, batch_size=batch_size, **how)
+        drawn = generate(
+            sampler,
+            params,
+            ids,
+            batch_size=batch_size,
+            seed=seed,
+            temperature=temperature,
+            samples=samples_per_prompt,
+        )
         if not fixed_length:
             require_stops(drawn, sampler)
         score = score or jax.jit(build_score(model))
         ratios, token_kl = divergences(score, params, reference_params, ids, drawn, **limits)
     responses = [response_texts(tokenizer, *pair) for pair in zip(ids, drawn)]
-    asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
-    rewards = reward(asked, [text for own in responses for text in own]).reshape(ratios.shape)
-    found = _summary(drawn, rewards, ratios, token_kl if temperature == 1 else None)
-    rows = zip(prompts, responses, rewards, drawn)
-    texts = [SampledText(p, t[0], float(r[0]), d[0].stopped) for p, t, r, d in rows]
-    return found._replace(texts=texts[:shown])
+    scores = reward(repeated, [text for texts in responses for text in texts])
+    rewards = scores.reshape(ratios.shape)
+    texts = [
+        SampledText(prompt, texts[0], float(scores[0]), samples[0].stopped)
+        for prompt, texts, scores, samples in zip(prompts, responses, rewards, drawn)
+    ]
+    token_kl = token_kl if temperature == 1 else None
+    return _summary(drawn, rewards, ratios, token_kl, texts[:shown])
 
 
-def _summary(drawn, rewards, ratios, token_kl) -> PolicyEvaluation:
-    """All but the texts; arrays are [P, K]."""
-    samples = [sample for own in drawn for sample in own]
-    group = np.arange(rewards.size) // rewards.shape[1]
-    words = [s.tokens[: len(s.tokens) - s.stopped].tolist() for s in samples]
-    mean = lambda values: mean_over_prompts(values.ravel(), group)
+def _summary(
+    drawn: list[list[Sample]],
+    rewards: NDArray[np.float64],
+    ratios: NDArray[np.float64],
+    token_kl: NDArray[np.float64] | None,
+    texts: list[SampledText],
+) -> PolicyEvaluation:
+    """Averages over the samples; arrays are [P, K]."""
+    samples = [sample for group in drawn for sample in group]
+    prompt_of_sample = np.arange(rewards.size) // rewards.shape[1]
+    tokens = [s.tokens[: len(s.tokens) - s.stopped].tolist() for s in samples]
+
+    def mean(values: NDArray[np.float64]) -> Estimate:
+        return mean_over_prompts(values.ravel(), prompt_of_sample)
+
     return PolicyEvaluation(
-        mean(rewards),
-        mean(ratios),
-        Estimate(np.nan, np.nan) if token_kl is None else mean(token_kl),
-        lengths(words),
-        float(np.mean([s.stopped for s in samples])),
-        distinct_n(words, 1),
-        distinct_n(words, 2),
-        mean_repetition(words),
-        [],
-        rewards,
-        ratios,
-        drawn,
+        reward=mean(rewards),
+        kl=mean(ratios),
+        kl_of_tokens=Estimate(np.nan, np.nan) if token_kl is None else mean(token_kl),
+        lengths=lengths(tokens),
+        stopped=float(np.mean([s.stopped for s in samples])),
+        distinct_1=distinct_n(tokens, 1),
+        distinct_2=distinct_n(tokens, 2),
+        repetition=mean_repetition(tokens),
+        texts=texts,
+        rewards=rewards,
+        log_ratios=ratios,
+        drawn=drawn,
     )
 
 
 def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each prompt, as they stand before a response in training."""
+    """Token ids of each prompt, the same as before a response in training."""
     records = [Record(f"prompt {i}", prompt, ("",)) for i, prompt in enumerate(prompts)]
-    policy = TokenizeConfig(max_length=NO_LIMIT, truncation="error", identical="keep", empty="keep")
-    return [example.prompt for example in tokenise(records, tokenizer, policy)[0]]
+    config = TokenizeConfig(max_length=NO_LIMIT, truncation="error", identical="keep", empty="keep")
+    examples, _ = tokenise(records, tokenizer, config)
+    return [example.prompt for example in examples]
 
 
 def response_texts(tokenizer, prompt: Sequence[int], samples: Sequence[Sample]) -> list[str]:
-    """What each sample adds to the prompt's text, special tokens left out: " was fine"."""
+    """The text that each sample adds to its prompt, such as " was fine", without special tokens."""
 
     def decode(ids) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -179,22 +214,22 @@ def response_texts(tokenizer, prompt: Sequence[int], samples: Sequence[Sample]) 
     prompt = [int(token) for token in prompt]
     before, texts = decode(prompt), []
     for sample in samples:
-        own = sample.tokens.tolist()
-        # Decoded alone, a first token would lose its space in some tokenizers.
-        whole = decode(prompt + own)
-        texts.append(whole[len(before) :] if whole.startswith(before) else decode(own))
+        tokens = sample.tokens.tolist()
+        # Decoded alone, the first token would lose its space under some tokenizers.
+        whole = decode(prompt + tokens)
+        texts.append(whole[len(before) :] if whole.startswith(before) else decode(tokens))
     return texts
 
 
 def require_stops(drawn: Sequence[Sequence[Sample]], sampler: Sampler) -> None:
-    """Raise NothingStopped if there are responses, and none ended before the length limit."""
-    samples = [sample for own in drawn for sample in own]
+    """Raises NothingStopped if there are responses, and none ended before the length limit."""
+    samples = [sample for group in drawn for sample in group]
     if samples and not any(sample.stopped for sample in samples):
         raise NothingStopped(
             f"all {len(samples)} responses were cut at max_new_tokens = {sampler.max_new_tokens}; "
             f"none reached a stop token (ids {list(sampler.stop)}): raise max_new_tokens, check "
-            "the stop tokens and whether the policy was trained to end, or say that a fixed "
-            "length is meant (fixed_length)"
+            "the stop tokens and whether the policy was trained to end, or set fixed_length if "
+            "this is intended"
         )
 
 
@@ -209,27 +244,38 @@ def divergences(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of every response, nats [P, K]: its log-ratio policy / reference, and its tokens' exact KL.
+    """Computes the log-ratio and the exact token KLs of every response.
 
-    Both log-probs come from `score`, so equal weights give exactly 0. The log-ratio is of the
-    policy as it was sampled, with its temperature; KL(policy || reference), summed over the
-    response's contexts, is that of temperature 1.
+    Both log-probs come from `score`, so equal weights give exactly 0. The log-ratio belongs to the
+    policy that was sampled, at its temperature. The KL is that of temperature 1.
 
     Args:
       score: jitted `training.forward.build_score(model)`.
-      prompts: token ids. drawn: K samples of each.
+      params, reference_params: weights of the policy and of the reference.
+      prompts: token ids of P prompts.
+      drawn: K samples of each.
+      max_new_tokens: most tokens of a sample.
+      batch_size: about the number of responses in a batch.
+      mesh: where both params are; None is one device.
+
+    Returns:
+      log policy(y) - log reference(y) and KL(policy || reference) summed over the contexts of the
+      response's tokens, both in nats, [P, K].
     """
     count = sum(map(len, drawn))
     ratio, kl = np.zeros((2, count))
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "mesh": mesh}
     for rows, placed in _batches(prompts, drawn, **limits):
-        own = score(params, placed)
-        # Roles are exchanged: `kl` is that of the third argument from the first.
-        theirs = score(reference_params, placed, reference=params)
-        own, theirs, exact = to_host((own.logprob, theirs.logprob, theirs.kl))
-        ratio += _by_example(rows, np.float64(own) - theirs, count)
-        kl += _by_example(rows, exact, count)
-    samples = [sample for own in drawn for sample in own]
+        of_policy = score(params, placed)
+        # `score` returns KL(reference || params), so the policy is passed as the reference here.
+        of_reference = score(reference_params, placed, reference=params)
+        policy_logprob, reference_logprob, token_kl = to_host(
+            (of_policy.logprob, of_reference.logprob, of_reference.kl)
+        )
+        ratio += _by_example(rows, np.float64(policy_logprob) - reference_logprob, count)
+        kl += _by_example(rows, token_kl, count)
+    # `behaviour` are the log-probs at the sampling temperature, `logprobs` those at temperature 1.
+    samples = [sample for group in drawn for sample in group]
     ratio += [np.sum(s.behaviour - s.logprobs, dtype=np.float64) for s in samples]
     return ratio.reshape(len(drawn), -1), kl.reshape(len(drawn), -1)
 
@@ -241,9 +287,9 @@ def response_logprobs(
     drawn: Sequence[Sequence[Sample]],
     **limits,
 ) -> NDArray[np.float64]:
-    """Log-prob of every response at temperature 1, whichever policy drew it, nats [P, K].
+    """Log-prob of every response at temperature 1, nats [P, K], whichever policy sampled it.
 
-    Args: as of `divergences`.
+    Arguments are those of `divergences`.
     """
     count = sum(map(len, drawn))
     total = np.zeros(count)
@@ -260,11 +306,11 @@ def _batches(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[Rows, Rows]]:
-    """The responses, packed into rows, about `batch_size` at a time: as NumPy and on the mesh."""
+    """Yields batches of about `batch_size` responses, each as NumPy rows and on the mesh."""
     examples = [
         Example(f"prompt {i}", prompt, (sample.tokens,), (not sample.stopped,), None)
-        for i, (prompt, own) in enumerate(zip(prompts, drawn))
-        for sample in own
+        for i, (prompt, samples) in enumerate(zip(prompts, drawn))
+        for sample in samples
     ]
     shards = 1 if mesh is None else row_shards(mesh)
     count = -(-batch_size // (2 * shards)) * shards  # most rows hold two responses or more
@@ -272,35 +318,43 @@ def _batches(
     sizes = [size_of(example) for example in examples]
     packed = first_fit(sizes, Size(shape.length, shape.scored))
     for start in range(0, len(packed), shape.rows):
-        # Whole rows of a first fit are packed by it in the same way again.
+        # `collate` packs the examples of whole rows of a first fit into the same rows again.
         chosen = [index for row in packed[start : start + shape.rows] for index in row]
         rows = collate(examples, sorted(chosen), shape)
         yield rows, rows if mesh is None else put_rows(rows, mesh)
 
 
 def _shape(prompts: Sequence[np.ndarray], new: int, rows: int) -> Shape:
-    """The one shape for all batches of `rows` rows, whatever the responses' lengths."""
-    lengths = [len(prompt) for prompt in prompts]
-    length = -(-(max(lengths) + new) // 32) * 32
-    return Shape(1, rows, length, scored=length, examples=length // (min(lengths) + 1), responses=1)
+    """One shape for all batches of `rows` rows and responses of up to `new` tokens."""
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    length = -(-(max(prompt_lengths) + new) // 32) * 32
+    return Shape(
+        micro_batches=1,
+        rows=rows,
+        length=length,
+        scored=length,
+        examples=length // (min(prompt_lengths) + 1),
+        responses=1,
+    )
 
 
 def _by_example(rows: Rows, values: np.ndarray, count: int) -> np.ndarray:
-    """Sums [count] of the values [M, R, S] of scored tokens over each example's own."""
+    """Sums the values [M, R, S] of scored tokens over each example, [count]."""
     scored = rows.response >= 0
-    owner = np.take_along_axis(rows.example, np.maximum(rows.response, 0), axis=-1)
-    return np.bincount(owner[scored], values[scored].astype(np.float64), minlength=count)
+    example = np.take_along_axis(rows.example, np.maximum(rows.response, 0), axis=-1)  # [M, R, S]
+    return np.bincount(example[scored], values[scored].astype(np.float64), minlength=count)
 
 
 class RankCorrelation(NamedTuple):
-    """Spearman's rho and a 95 % interval; nan where a side has only one value."""
+    """Spearman's rho and a 95 % interval; nan if one of the rewards is constant."""
 
     value: float
     low: float
     high: float
 
     def metrics(self) -> dict[str, float]:
-        """By the names of metrics.jsonl, with the standard error that the interval would be of."""
+        """The numbers under their names in metrics.jsonl, with a standard error."""
+        # That of a normal distribution with the same 95 % interval.
         error = (self.high - self.low) / (2 * 1.96)
         name = "samples/rank_correlation"
         return {name: self.value, f"{name}_error": error}
@@ -314,9 +368,9 @@ def rank_correlation(
     resamples: int = 1000,
     seed: int = 0,
 ) -> RankCorrelation:
-    """How well one reward orders responses as another does, such as DPO's implicit reward.
+    """Spearman's rank correlation of two rewards, such as DPO's implicit and the exact one.
 
-    The interval is a percentile bootstrap over prompts, whose responses stay together.
+    The interval is a percentile bootstrap that resamples prompts with all their responses.
 
     Args:
       implicit, exact: [responses].
@@ -339,15 +393,15 @@ def rank_correlation(
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(members), (resamples, len(members)))
-    found = [_spearman(pair[:, np.concatenate([members[g] for g in row])]) for row in drawn]
-    known = [value for value in found if not np.isnan(value)]
+    values = [_spearman(pair[:, np.concatenate([members[g] for g in row])]) for row in drawn]
+    known = [value for value in values if not np.isnan(value)]
     low, high = np.quantile(known, [0.025, 0.975]) if known else (np.nan, np.nan)
     return RankCorrelation(_spearman(pair), float(low), float(high))
 
 
 def _spearman(pair: np.ndarray) -> float:
-    """Of two rows [2, n]: the correlation of their ranks, equal values sharing their mean rank."""
-    from scipy.stats import rankdata  # takes a second, which no run waits for at its start
+    """Correlation of the ranks of two rows [2, n]; equal values share their mean rank."""
+    from scipy.stats import rankdata  # the import takes a second, which no run should wait for
 
     ranks = rankdata(pair, axis=1)
     a, b = ranks - ranks.mean(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
-"""How long, how varied and how repetitive sampled responses are, from their tokens alone.
+"""Length, diversity and repetition of sampled responses, computed from their tokens.
 
-A response is a sequence of tokens, ids or words, without padding or end-of-sequence token: what
-counts as a token changes every number here, so compare only what one tokeniser made.
+A response is a sequence of tokens (ids or words) without padding and end-of-sequence token. Every
+number here depends on the tokenizer, so only compare numbers that one tokenizer made.
 
 >>> responses = [["a", "b", "a", "b"], ["c"]]
 >>> print(distinct_n(responses, 1), repetition(responses[0], 2), lengths(responses).mean)
@@ -20,17 +20,17 @@ Response = Sequence[Hashable]
 
 
 class Lengths(NamedTuple):
-    """Of responses, in tokens; nan where there is no response."""
+    """Lengths of responses in tokens; nan if there is no response."""
 
     mean: float
-    deviation: float  # of a sample, n - 1; nan for a single response
+    deviation: float  # standard deviation with n - 1; nan for a single response
     shortest: float
     median: float
     longest: float
 
 
 def lengths(responses: Sequence[Response]) -> Lengths:
-    """Statistics of the number of tokens of each response.
+    """Statistics of the numbers of tokens of responses.
 
     >>> print(lengths([[1, 2], [3], [4, 5, 6]]))
     Lengths(mean=2.0, deviation=1.0, shortest=1.0, median=2.0, longest=3.0)
@@ -43,10 +43,10 @@ def lengths(responses: Sequence[Response]) -> Lengths:
 
 
 def distinct_n(responses: Sequence[Response], n: int) -> float:
-    """Different n-grams in all responses together, over all their tokens: in [0, 1].
+    """Distinct n-grams in all responses together, divided by all their tokens: in [0, 1].
 
-    Li et al. 2016, who divide by tokens for every n, where others divide by n-grams.
-    It falls as there are more responses: compare equal numbers of them. Nan without tokens.
+    Li et al. 2016 divide by tokens for every n; others divide by n-grams. The value falls with the
+    number of responses, so only compare equal numbers of them. It is nan without tokens.
 
     Raises:
       ValueError: n < 1.
@@ -61,9 +61,9 @@ def distinct_n(responses: Sequence[Response], n: int) -> float:
 
 
 def repetition(response: Response, n: int = 4) -> float:
-    """Share of a response's n-grams that are repeats, 1 - different / all: seq-rep-n, in [0, 1).
+    """seq-rep-n of Welleck et al. 2019: share of n-grams that are repeats, 1 - distinct / all.
 
-    Welleck et al. 2019. Nan for a response of fewer than n tokens.
+    It is in [0, 1), and nan for a response of fewer than n tokens.
 
     Raises:
       ValueError: n < 1.
@@ -77,7 +77,7 @@ def repetition(response: Response, n: int = 4) -> float:
 
 
 def mean_repetition(responses: Sequence[Response], n: int = 4) -> float:
-    """Mean of `repetition` over the responses that have an n-gram, nan if none has.
+    """Mean of `repetition` over the responses with n tokens or more; nan if there is none.
 
     >>> mean_repetition([[7, 7, 7, 7, 7], [1, 2, 3, 4], [1]], n=4)
     0.25
