@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,35 +32,53 @@ class NonFiniteLoss(FloatingPointError):
     """The loss or its gradient is NaN or infinite; the state before the step is kept."""
 
 
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """Steps between two logs, evaluations and checkpoints; 0 is never before the end."""
+    """Steps between two logs, evaluations and checkpoints; 0 means only at the end."""
 
     log: int
     evaluate: int
     checkpoint: int
 
-    def due(self, step: int, steps: int) -> tuple[bool, ...]:
-        """Whether to log, evaluate and save after `step` of `steps`; always after the last."""
-        return tuple(
-            step == steps or (interval > 0 and step % interval == 0)
-            for interval in dataclasses.astuple(self)
-        )
+    def due(self, step: int, steps: int) -> Due:
+        """What is to be done after `step` of `steps`; everything after the last."""
+        intervals = (self.log, self.evaluate, self.checkpoint)
+        return Due(*(step == steps or (n > 0 and step % n == 0) for n in intervals))
 
 
 @dataclasses.dataclass
 class TrainLoop:
     """What a stage needs in order to run; call it with a state.
 
-    step: the jitted step, (state, rows on the mesh, hyper) -> (state, report); donates the state.
-    batches: NumPy rows in training order, positioned at the state's step; its state is saveable.
-    to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are wanted.
-    evaluate: state -> values by metric name, on the held-out data.
-    spans: add up where the time goes.
-    keep_best: a metric of `evaluate`; whenever it is higher than before, the state is saved and
-      stays on disk until one is better. Step 0 does not count; "" keeps no best.
-    flops: model FLOPs of a batch, and `ceiling`, FLOP/s of a matmul on all devices together; it is
-      asked when a speed is first logged, since measuring it takes a second.
+    Attributes:
+      stage: its name.
+      step: the jitted step, (state, rows on the mesh, hyper) -> (state, report). It donates the
+        state.
+      batches: NumPy rows in training order, positioned at the state's step; it can be saved.
+      to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are needed.
+      evaluate: state -> values by metric name, on the held-out data.
+      flops: rows -> the model FLOPs of a batch.
+      ceiling: -> FLOP/s of a matmul on all devices together. It is called when a speed is first
+        logged, since measuring it takes a second.
+      hyper: the step's numbers.
+      steps: of the whole run.
+      every: how often to log, evaluate and save.
+      examples: of the data, by the numbers in rows.
+      checkpoints: where states go.
+      writer: of metrics.
+      stop: a SIGTERM.
+      keep_best: a metric of `evaluate`. Whenever it is higher than before, the state is saved and
+        stays on disk until one is better. Step 0 does not count; "" keeps no best.
+      spans: add up where the time goes.
+      warned: the terminal has said that updates are lost to rounding.
     """
 
     stage: str
@@ -78,13 +97,13 @@ class TrainLoop:
     stop: StopSignal
     keep_best: str = ""
     spans: Spans = dataclasses.field(default_factory=Spans)
-    warned: bool = False  # that updates are lost; said once
+    warned: bool = False
 
     def __call__(self, state: State) -> State:
         """Train to the last step and return the final state, which is also on disk.
 
         Raises:
-          NonFiniteLoss: naming the examples; the last good checkpoint is untouched.
+          NonFiniteLoss: naming the examples; the last good checkpoint is kept.
           Preempted: after a SIGTERM, once the state is saved.
         """
         try:
@@ -117,25 +136,22 @@ class TrainLoop:
                 bar.update()
                 if done == first:
                     pace.restart()  # without the compilation
-                log, evaluate, save = self.every.due(done, self.steps)
+                due = self.every.due(done, self.steps)
                 stopping = self.stop.agreed(done)
-                if log or evaluate or save or stopping:
+                if any(due) or stopping:
                     with self.spans(COMPILE if done == first else STEP):
                         self._check(*pending, done)
-                if log:
-                    values = pace.flush()
-                    self.warned = self.warned or say_lost(self.stage, done, values)
-                    self.writer.write(done, values, split="train")
-                    bar.set_postfix_str(_postfix(values))
+                if due.log:
+                    bar.set_postfix_str(_postfix(self._log(pace, done)))
                 values = {}
-                if evaluate:
+                if due.evaluate:
                     values = self._evaluate(state, done)
                     pace.restart()
-                better = values.get(self.keep_best, -math.inf) > highest
-                if better:
+                is_best = values.get(self.keep_best, -math.inf) > highest
+                if is_best:
                     highest = values[self.keep_best]
-                if save or stopping or better:
-                    self._save(state, done, values, better)
+                if due.save or stopping or is_best:
+                    self._save(state, done, values, is_best)
                 if stopping and done < self.steps:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
@@ -144,40 +160,47 @@ class TrainLoop:
         return state
 
     def _check(self, rows: Rows, report: Report, step: int) -> None:
+        """Refuse a step whose loss or gradient was not finite."""
         if bool(report.finite):
             return
-        shown = what_is_not_finite(rows, np.asarray(sharding.to_host(report.bad)), self.examples)
+        names = name_the_not_finite(rows, np.asarray(sharding.to_host(report.bad)), self.examples)
         raise NonFiniteLoss(
-            f"{self.stage}: loss or gradient is not finite at step {step}: {shown}. The last good "
+            f"{self.stage}: loss or gradient is not finite at step {step}: {names}. The last good "
             f"checkpoint ({self.checkpoints.latest}) is kept; look at these records with "
             "scripts/inspect_data.py, or lower the learning rate in a new workdir (an exported SFT "
             "policy as config.model.path saves that stage)"
         )
 
+    def _log(self, pace: _Pace, step: int) -> dict[str, float]:
+        values = pace.flush()
+        self.warned = self.warned or warn_of_lost_updates(self.stage, step, values)
+        self.writer.write(step, values, split="train")
+        return values
+
     def _evaluate(self, state: State, step: int) -> dict[str, float]:
         with self.spans(EVALUATION):
             values = self.evaluate(state)
         self.writer.write(step, values, split="eval")
-        say_evaluation(self.stage, step, self.steps, values)
+        print_evaluation(self.stage, step, self.steps, values)
         return values
 
-    def _save(self, state: State, step: int, values: dict[str, float], best: bool) -> None:
-        """`values`: of the evaluation at this step, empty where there was none."""
+    def _save(self, state: State, step: int, values: dict[str, float], is_best: bool) -> None:
+        """Save the state; `values` are of the evaluation at this step, empty if there was none."""
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
         metadata = {"stage": self.stage, "evaluation": evaluation}
-        score = values[self.keep_best] if best else None
+        score = values[self.keep_best] if is_best else None
         with self.spans(CHECKPOINT):
             self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
 
 
-def say_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -> None:
-    """A line on the terminal, above the bar; of the first process alone."""
+def print_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -> None:
+    """Print a line above the progress bar, in the first process alone."""
     if jax.process_index() == 0:
         tqdm.write(f"{name}  {evaluation_line(step, steps, values)}")
 
 
-def say_lost(name: str, step: int, values: dict[str, float]) -> bool:
-    """Whether updates were lost to rounding; a line on the terminal says so."""
+def warn_of_lost_updates(name: str, step: int, values: dict[str, float]) -> bool:
+    """Print a warning if rounding swallows most updates; returns whether it does."""
     lost = values.get(LOST_UPDATES, 0.0)
     if lost > MOST_LOST and jax.process_index() == 0:
         tqdm.write(
@@ -187,8 +210,16 @@ def say_lost(name: str, step: int, values: dict[str, float]) -> bool:
     return lost > MOST_LOST
 
 
-def what_is_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]) -> str:
-    """Names the examples of a batch whose loss is not finite, or all where only the gradient is."""
+def name_the_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]) -> str:
+    """Name the examples of a batch whose loss is not finite.
+
+    If only the gradient is not finite, name all of them.
+
+    Args:
+      rows: the batch.
+      bad: [M, R, E] bool, of the step's report.
+      examples: of the data, by the numbers in rows.
+    """
     names = [examples[i].id for i in rows.example[bad] if i >= 0]
     if not names:
         all_of_them = [examples[i].id for i in rows.example.ravel() if i >= 0]
@@ -199,7 +230,7 @@ def what_is_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example])
 class _Pace:
     """Metrics and speed since the last log."""
 
-    def __init__(self, flops, ceiling):
+    def __init__(self, flops: Callable[[Rows], float], ceiling: Callable[[], float]):
         self.window, self.flops_of, self.ceiling = Window(), flops, ceiling
         self.seen = 0  # tokens since the last log; the other counts are since the last restart
         self.restart()
@@ -232,6 +263,7 @@ class _Pace:
 
 
 def _postfix(values: dict[str, float]) -> str:
+    """The numbers beside the progress bar."""
     shown = {"loss": "loss", "rewards/accuracies": "accuracy", "accuracy": "accuracy"}
     return ", ".join(
         f"{short} {values[name]:.3f}"

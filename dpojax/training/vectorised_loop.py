@@ -1,4 +1,4 @@
-"""The loop around lanes: members of a sweep train on the same batches, and end or fail alone."""
+"""The loop around a vectorised step: members train on the same batches, and end or fail alone."""
 
 from __future__ import annotations
 
@@ -14,30 +14,36 @@ from dpojax.data.rows import Rows
 from dpojax.data.tokenise import Example
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import (
+    Due,
     Every,
-    Preempted,
-    StopSignal,
-    say_evaluation,
-    say_lost,
-    what_is_not_finite,
+    name_the_not_finite,
+    print_evaluation,
+    warn_of_lost_updates,
 )
 from dpojax.training.metrics import MetricWriter, Window, progress
+from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.state import State
+from dpojax.training.step import Report
 from dpojax.training.vectorised_step import MemberHyperparameters, MemberStates
 
-POSITION_OF = "orders"
+POSITIONS = "orders"  # the key of the iterators' positions in a checkpoint
 
 
 @dataclasses.dataclass
 class Member:
-    """What a member has of its own.
+    """What belongs to one member alone.
 
-    evaluate: state -> values by metric name, on the held-out data.
-    checkpoints: where its final state goes.
-    ended: by an earlier call; its lane is idle, and it has nothing of the above.
-    error: why it failed; "" if it did not.
-    found: its last evaluation.
-    warned: that its updates are lost to rounding; said once.
+    Attributes:
+      name: its folder's.
+      steps: of its run.
+      evaluate: state -> values by metric name, on the held-out data.
+      writer: of its metrics.
+      checkpoints: where its final state goes.
+      ended: by an earlier call; its state is idle, and it has nothing of the above.
+      error: why it failed; "" if it did not.
+      evaluation: the values of its last evaluation.
+      window: metrics of its steps since the last log.
+      warned: the terminal has said that its updates are lost to rounding.
     """
 
     name: str
@@ -47,35 +53,43 @@ class Member:
     checkpoints: Checkpoints | None = None
     ended: bool = False
     error: str = ""
-    found: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     window: Window = dataclasses.field(default_factory=Window)
     warned: bool = False
 
-    def going(self, done: int) -> bool:
+    def trains_after(self, done: int) -> bool:
+        """Whether it takes another step after `done` steps."""
         return not self.ended and not self.error and done < self.steps
 
 
 @dataclasses.dataclass
 class MemberChunk:
-    """Members whose lanes one call computes, in order; what is left of the lanes is idle."""
+    """The members that one call of the step computes.
+
+    Attributes:
+      members: in the order of the states; states beyond their number are idle.
+      states: of the members.
+      hyperparameters: of the members.
+      unread: metrics of the steps since `read`, on the device.
+    """
 
     members: Sequence[Member]
-    lanes: MemberStates
-    numbers: MemberHyperparameters
-    unread: list = dataclasses.field(default_factory=list)  # metrics of steps, on the device
+    states: MemberStates
+    hyperparameters: MemberHyperparameters
+    unread: list = dataclasses.field(default_factory=list)
 
     def read(self) -> None:
         """Hand the metrics of the steps since the last call to the members' windows."""
         steps, self.unread = sharding.to_host(self.unread), []
         for metrics in steps:
-            for lane, member in enumerate(self.members):
+            for index, member in enumerate(self.members):
                 if member.ended:
                     continue
-                member.window.add(jax.tree.map(lambda x, i=lane: x[i], metrics))
+                member.window.add(jax.tree.map(lambda x, i=index: x[i], metrics))
 
 
 class Orders:
-    """Batches of several orders of the same examples side by side, as one saveable iterator."""
+    """Batches of several orders of the same examples, as one iterator that can be saved."""
 
     def __init__(self, iterators: Sequence):
         self._iterators = iterators
@@ -84,28 +98,34 @@ class Orders:
         return [next(iterator) for iterator in self._iterators]
 
     def get_state(self) -> dict:
-        return {POSITION_OF: [iterator.get_state() for iterator in self._iterators]}
+        return {POSITIONS: [iterator.get_state() for iterator in self._iterators]}
 
     def set_state(self, state: dict) -> None:
-        for iterator, own in zip(self._iterators, state[POSITION_OF], strict=True):
-            iterator.set_state(own)
+        for iterator, position in zip(self._iterators, state[POSITIONS], strict=True):
+            iterator.set_state(position)
 
 
 @dataclasses.dataclass
 class VectorisedLoop:
-    """What members need in order to train together.
+    """What members need in order to train together; call it with their chunks.
 
-    step: (lanes, rows on the mesh, numbers) -> (lanes, reports); donates the lanes.
-    lane: (lanes, index) -> that member's state.
-    batches: lists of NumPy rows, one of every order, positioned at the first step; saveable.
-    place: such a list -> the rows of every turn on the mesh.
-    rows_of: such a list, turn, lane -> the NumPy rows that this lane saw.
-    checkpoints: of all lanes, until every member has ended.
+    Attributes:
+      stage: its name.
+      step: (states, rows on the mesh, hyperparameters) -> (states, reports); donates the states.
+      take_member: (states, index) -> that member's state.
+      batches: lists of NumPy rows, one of every order, positioned at the first step; it can be
+        saved.
+      place: such a list -> the rows of every chunk on the mesh.
+      rows_of: (such a list, chunk, index in the chunk) -> the NumPy rows that this member saw.
+      every: how often to log, evaluate and save.
+      examples: of the data, by the numbers in rows.
+      checkpoints: of all members' states, until every member has ended.
+      stop: a SIGTERM.
     """
 
     stage: str
     step: Callable
-    lane: Callable[[MemberStates, int], State]
+    take_member: Callable[[MemberStates, int], State]
     batches: Iterator[list[Rows]]
     place: Callable[[list[Rows]], list[Rows]]
     rows_of: Callable[[list[Rows], int, int], Rows]
@@ -114,107 +134,144 @@ class VectorisedLoop:
     checkpoints: Checkpoints
     stop: StopSignal
 
-    def __call__(self, turns: Sequence[MemberChunk], done: int) -> None:
-        """Train until every member has ended or failed; final states are on disk then.
+    def __call__(self, chunks: Sequence[MemberChunk], done: int) -> None:
+        """Train until every member has ended or failed; then their final states are on disk.
 
         Raises:
-          Preempted: after a SIGTERM, once all lanes are saved.
+          Preempted: after a SIGTERM, once all states are saved.
         """
-        members = [m for turn in turns for m in turn.members if not m.ended]
+        members = [member for chunk in chunks for member in chunk.members if not member.ended]
         last, pending = max(member.steps for member in members), None
         if done == 0:
-            self._each(turns, members, self._evaluate, 0)
+            self._each(chunks, members, self._evaluate, 0)
         with progress(last, done, f"{self.stage} x {len(members)}") as bar:
-            while any(member.going(done) for member in members):
+            while any(member.trains_after(done) for member in members):
                 batch = next(self.batches)
-                reports = self._step_all(turns, batch, done)
-                going = [member for member in members if member.going(done)]
+                reports = self._step_all(chunks, batch, done)
+                active = [member for member in members if member.trains_after(done)]
                 done += 1
                 bar.update()
                 if pending is not None:  # one step behind, so that the device never waits for us
-                    self._check(turns, *pending, done - 1)
+                    self._check(chunks, *pending, done - 1)
                 pending = batch, reports
-                due = {member.name: self.every.due(done, member.steps) for member in going}
+                due = {member.name: self.every.due(done, member.steps) for member in active}
                 stopping = self.stop.agreed(done)
                 if stopping or any(any(flags) for flags in due.values()):
-                    self._check(turns, *pending, done)
-                    self._tell(turns, going, due, done)
+                    self._check(chunks, *pending, done)
+                    self._report(chunks, active, due, done)
                 saving = self.every.checkpoint and done % self.every.checkpoint == 0
                 if done < last and (saving or stopping):
-                    self._save(turns, done)
+                    self._save(chunks, done)
                 if stopping and done < last:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {last}, saved")
         for member in members:
             member.checkpoints.wait()
 
-    def _step_all(self, turns: Sequence[MemberChunk], batch: list[Rows], done: int) -> list:
-        """One step of every turn that goes on; None for the others."""
-        reports: list = []
-        for turn, rows in zip(turns, self.place(batch)):
-            if not any(member.going(done) for member in turn.members):
+    def _step_all(
+        self, chunks: Sequence[MemberChunk], batch: list[Rows], done: int
+    ) -> list[Report | None]:
+        """One step of every chunk with a member that still trains; None for the others."""
+        reports: list[Report | None] = []
+        for chunk, rows in zip(chunks, self.place(batch)):
+            if not any(member.trains_after(done) for member in chunk.members):
                 reports.append(None)
                 continue
-            turn.lanes, report = self.step(turn.lanes, rows, turn.numbers)
-            turn.unread.append(report.metrics)
+            chunk.states, report = self.step(chunk.states, rows, chunk.hyperparameters)
+            chunk.unread.append(report.metrics)
             reports.append(report)
         return reports
 
-    def _tell(self, turns, going: Sequence[Member], due: dict, done: int) -> None:
+    def _report(
+        self,
+        chunks: Sequence[MemberChunk],
+        active: Sequence[Member],
+        due: dict[str, Due],
+        done: int,
+    ) -> None:
         """Log, evaluate and save what is due, of the members that took this step."""
-        for turn in turns:
-            turn.read()
-        asked = lambda k: [m for m in going if due[m.name][k] and not m.error]
-        for member in asked(0):
-            values = member.window.flush()
-            name = f"{self.stage} {member.name}"
-            member.warned = member.warned or say_lost(name, done, values)
-            member.writer.write(done, values, split="train")
-        self._each(turns, asked(1), self._evaluate, done)
-        self._each(turns, [m for m in asked(2) if done == m.steps], self._finish, done)
+        for chunk in chunks:
+            chunk.read()
+        active = [member for member in active if not member.error]
+        for member in active:
+            if due[member.name].log:
+                self._log(member, done)
+        evaluating = [member for member in active if due[member.name].evaluate]
+        self._each(chunks, evaluating, self._evaluate, done)
+        self._each(chunks, [m for m in active if done == m.steps], self._finish, done)
 
-    def _each(self, turns, members: Sequence[Member], act: Callable, done: int) -> None:
-        for turn in turns:
-            for index, member in enumerate(turn.members):
+    def _each(
+        self, chunks: Sequence[MemberChunk], members: Sequence[Member], act: Callable, done: int
+    ) -> None:
+        """Call `act` (member, its state, done) for these members."""
+        for chunk in chunks:
+            for index, member in enumerate(chunk.members):
                 if member in members:
-                    act(member, self.lane(turn.lanes, index), done)
+                    act(member, self.take_member(chunk.states, index), done)
+
+    def _log(self, member: Member, done: int) -> None:
+        values = member.window.flush()
+        name = f"{self.stage} {member.name}"
+        member.warned = member.warned or warn_of_lost_updates(name, done, values)
+        member.writer.write(done, values, split="train")
 
     def _evaluate(self, member: Member, state: State, done: int) -> None:
-        values = member.found = member.evaluate(state)
+        values = member.evaluation = member.evaluate(state)
         member.writer.write(done, values, split="eval")
-        say_evaluation(f"{self.stage} {member.name}", done, member.steps, values)
+        print_evaluation(f"{self.stage} {member.name}", done, member.steps, values)
 
     def _finish(self, member: Member, state: State, done: int) -> None:
-        finite = {name: x for name, x in member.found.items() if math.isfinite(x)}
+        finite = {name: x for name, x in member.evaluation.items() if math.isfinite(x)}
         metadata = {"stage": self.stage, "evaluation": finite}
         member.checkpoints.save(done, state, metadata=metadata)
 
-    def _check(self, turns, batch: list[Rows], reports: list, step: int) -> None:
-        """Members whose loss was not finite at this step have failed."""
-        for t, (turn, report) in enumerate(zip(turns, reports)):
+    def _check(
+        self,
+        chunks: Sequence[MemberChunk],
+        batch: list[Rows],
+        reports: Sequence[Report | None],
+        step: int,
+    ) -> None:
+        """Mark the members whose loss was not finite at this step as failed."""
+        for c, (chunk, report) in enumerate(zip(chunks, reports)):
             if report is None or bool(report.finite.all()):
                 continue
             finite, bad = sharding.to_host((report.finite, report.bad))
-            for lane, member in enumerate(turn.members):
-                if not finite[lane] and member.going(step - 1):
-                    rows = self.rows_of(batch, t, lane)
-                    found = what_is_not_finite(rows, np.asarray(bad[lane]), self.examples)
-                    member.error = f"loss or gradient is not finite at step {step}: {found}"
+            for index, member in enumerate(chunk.members):
+                if not finite[index] and member.trains_after(step - 1):
+                    rows = self.rows_of(batch, c, index)
+                    names = name_the_not_finite(rows, np.asarray(bad[index]), self.examples)
+                    member.error = f"loss or gradient is not finite at step {step}: {names}"
 
-    def _save(self, turns: Sequence[MemberChunk], done: int) -> None:
-        failed = {m.name: m.error for turn in turns for m in turn.members if m.error}
-        lanes = {f"turn {i}": turn.lanes for i, turn in enumerate(turns)}
+    def _save(self, chunks: Sequence[MemberChunk], done: int) -> None:
+        failed = {m.name: m.error for chunk in chunks for m in chunk.members if m.error}
+        states = {_key(c): chunk.states for c, chunk in enumerate(chunks)}
         metadata = {"stage": self.stage, "failed": failed}
-        self.checkpoints.save(done, lanes, self.batches, metadata=metadata)
+        self.checkpoints.save(done, states, self.batches, metadata=metadata)
 
 
 def resume(
-    checkpoints: Checkpoints, abstract: MemberStates, turns: int, batches: Orders
+    checkpoints: Checkpoints, abstract: MemberStates, chunks: int, batches: Orders
 ) -> tuple[list[MemberStates], int, dict[str, str]] | None:
-    """The lanes of every turn, the steps done and the members that had failed; None at step 0."""
+    """Read the states of a sweep that was stopped.
+
+    Args:
+      checkpoints: of all members' states.
+      abstract: of one chunk's states.
+      chunks: how many there are.
+      batches: is put back to where it was.
+
+    Returns:
+      The states of every chunk, the steps done, and why which members had failed. None where
+      nothing is saved.
+    """
     done = checkpoints.latest
     if done is None:
         return None
-    wanted = {f"turn {i}": abstract for i in range(turns)}
-    lanes, metadata = checkpoints.restore(wanted, batches)
-    return [lanes[f"turn {i}"] for i in range(turns)], done, metadata["failed"]
+    states, metadata = checkpoints.restore({_key(c): abstract for c in range(chunks)}, batches)
+    return [states[_key(c)] for c in range(chunks)], done, metadata["failed"]
+
+
+def _key(chunk: int) -> str:
+    """The name of a chunk's states in a checkpoint."""
+    return f"chunk {chunk}"

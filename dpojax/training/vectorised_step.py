@@ -1,8 +1,8 @@
-"""Members of a sweep as lanes of one program: the whole step over a mesh with an axis of its own.
+"""Members of a sweep as one program: the whole step over a mesh with a sweep axis.
 
-A lane is a member's train state; lanes differ in traced numbers alone (beta, learning rate, the
-length of the run, ...). Rows, cached reference log-probs and frozen weights are the same arrays for
-all of them, and nothing is communicated between lanes.
+Members differ in traced numbers alone (beta, learning rate, the length of the run, ...). Rows,
+cached reference log-probs and frozen weights are the same arrays for all of them. No member
+communicates with another.
 """
 
 from __future__ import annotations
@@ -28,61 +28,68 @@ MakeStep = Callable[[Array, Array], Callable[..., tuple[State, Report]]]
 
 
 class MemberHyperparameters(NamedTuple):
-    """What a member may differ in; every array leads with an axis of lanes once stacked."""
+    """The numbers in which members may differ. Once stacked, every array leads with [N] members."""
 
     hyper: Hyper
     warmup_steps: Array  # int32
-    steps: Array  # int32, after which the member is left as it is
+    steps: Array  # int32, after which the member's state is not changed
     seed: Array  # int32, of the state's random key
 
 
 class MemberStates(NamedTuple):
-    """Train states side by side; every array leads with an axis of lanes [L]."""
+    """The members' train states. Every array leads with [N] members."""
 
     states: State
-    alive: Array  # [L] bool: no loss or gradient of the lane has ever been NaN or infinite
+    alive: Array  # [N] bool: the member's loss and gradient have always been finite
 
 
 def build_vectorised_step(
     make_step: MakeStep, abstract: MemberStates, *, own_rows: bool = False
-) -> Callable:
-    """(lanes, rows, numbers, frozen) -> (lanes, reports): one step of every lane, jitted.
+) -> Callable[..., tuple[MemberStates, Report]]:
+    """Build one step of every member, jitted.
 
-    A lane whose loss is not finite keeps its last good state for good, and one that has done its
-    `steps` its last; neither touches the others. From then on it reports zeros, and `finite`.
-    Reports lead with [L]. Donates the lanes.
+    A member whose loss is not finite keeps its last good state for good. One that has done its
+    `steps` keeps its last state. Neither changes the others. From then on a member reports zero
+    metrics and `finite=True`.
 
     Args:
+      make_step: builds a member's step.
       abstract: of `abstract_member_states`.
-      own_rows: rows lead with [L] as well: members that see other batches (other seeds).
+      own_rows: rows lead with [N], too: the members see different batches (other seeds).
+
+    Returns:
+      (states, rows, hyperparameters, frozen) -> (states, reports), which donates the states. The
+      reports lead with [N].
     """
 
-    def one(lane: MemberStates, rows, numbers: MemberHyperparameters, frozen):
-        state, alive = lane
-        step = make_step(numbers.warmup_steps, numbers.steps)
-        take = lambda state: step(state, rows, numbers.hyper, frozen)
-        said = jax.eval_shape(take, state)[1]
+    def one(member: MemberStates, rows, hyperparameters: MemberHyperparameters, frozen):
+        state, alive = member
+        step = make_step(hyperparameters.warmup_steps, hyperparameters.steps)
 
-        def leave(state: State) -> tuple[State, Report]:
-            report = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), said)
+        def take(state: State) -> tuple[State, Report]:
+            return step(state, rows, hyperparameters.hyper, frozen)
+
+        def skip(state: State) -> tuple[State, Report]:
+            shapes = jax.eval_shape(take, state)[1]
+            report = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             return state, report._replace(finite=jnp.array(True))
 
-        going = alive & (state.step < numbers.steps)
-        state, report = jax.lax.cond(going, take, leave, state)
+        active = alive & (state.step < hyperparameters.steps)
+        state, report = jax.lax.cond(active, take, skip, state)
         return MemberStates(state, alive & report.finite), report
 
     mesh = abstract.alive.sharding.mesh
     axes = (0, 0 if own_rows else None, 0, None)
-    # Not `shard_map` where a lane has several devices: XLA's partitioner dies of some such meshes.
+    # Not `shard_map` where a member has several devices: XLA's partitioner dies of some meshes.
     if mesh.size > mesh.shape[SWEEP]:
         every = jax.vmap(one, in_axes=axes, spmd_axis_name=SWEEP)
     else:
-        by_lane, shared = PartitionSpec(SWEEP), PartitionSpec()
+        by_member, shared = PartitionSpec(SWEEP), PartitionSpec()
         every = jax.shard_map(
-            partial(_of_device, one, axes),
+            partial(_members_of_device, one, axes),
             mesh=mesh,
-            in_specs=tuple(shared if axis is None else by_lane for axis in axes),
-            out_specs=by_lane,
+            in_specs=tuple(shared if axis is None else by_member for axis in axes),
+            out_specs=by_member,
             axis_names={SWEEP},
             check_vma=False,
         )
@@ -90,37 +97,51 @@ def build_vectorised_step(
     return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _of_device(one: Callable, axes: tuple, lanes: MemberStates, *given):
-    """`one` of every lane of a device; a single one does without `vmap`, which computes both ways
-    of every branch and on a CPU took a tenth longer."""
-    if len(lanes.alive) > 1:
-        return jax.vmap(one, in_axes=axes)(lanes, *given)
-    first = lambda x: x[0]
-    own = [x if axis is None else jax.tree.map(first, x) for x, axis in zip((lanes, *given), axes)]
-    return jax.tree.map(lambda x: x[None], one(*own))
+def _members_of_device(one: Callable, axes: tuple, states: MemberStates, *arguments):
+    """Apply `one` to every member of a device.
+
+    A single member does without `vmap`, which computes both sides of every branch. On a CPU that
+    took a tenth longer.
+    """
+    if len(states.alive) > 1:
+        return jax.vmap(one, in_axes=axes)(states, *arguments)
+    first = [
+        x if axis is None else jax.tree.map(lambda leaf: leaf[0], x)
+        for x, axis in zip((states, *arguments), axes)
+    ]
+    return jax.tree.map(lambda x: x[None], one(*first))
 
 
-def abstract_member_states(abstract: State, lanes: int, mesh: Mesh) -> MemberStates:
-    """Shapes, dtypes and shardings of `lanes` states that each look like `abstract`.
+def abstract_member_states(abstract: State, members: int, mesh: Mesh) -> MemberStates:
+    """Shapes, dtypes and shardings of the states of several members.
 
     Args:
-      mesh: of `sharding.sweep_mesh`; each lane is sharded over its other axes as `abstract` is.
+      abstract: of one member's state.
+      members: how many there are.
+      mesh: of `sharding.sweep_mesh`. Each state is sharded over its other axes as `abstract` is.
     """
 
-    def one(leaf):
+    def stacked(leaf):
         spec = PartitionSpec(SWEEP, *leaf.sharding.spec)
-        where = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype, sharding=where)
+        placed = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=placed)
 
-    by_lane = NamedSharding(mesh, PartitionSpec(SWEEP))
-    alive = jax.ShapeDtypeStruct((lanes,), bool, sharding=by_lane)
-    return MemberStates(jax.tree.map(one, abstract), alive)
+    by_member = NamedSharding(mesh, PartitionSpec(SWEEP))
+    alive = jax.ShapeDtypeStruct((members,), bool, sharding=by_member)
+    return MemberStates(jax.tree.map(stacked, abstract), alive)
 
 
 def new_member_states(
     params: dict, make_state: Callable[[dict, Array], State], seeds: Array, abstract: MemberStates
 ) -> MemberStates:
-    """MemberStates that all start from the same parameters; make_state(params, seed) -> State."""
+    """States that all start from the same parameters.
+
+    Args:
+      params: where every member starts.
+      make_state: (params, seed) -> State.
+      seeds: [N].
+      abstract: of `abstract_member_states`.
+    """
 
     def build(params, seeds):
         states = jax.vmap(make_state, in_axes=(None, 0))(params, seeds)
@@ -131,14 +152,16 @@ def new_member_states(
 
 
 def build_take_member(abstract: State) -> Callable[[MemberStates, Array], State]:
-    """(lanes, index) -> the state of one lane, laid out as `abstract`."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    take = lambda lanes, index: jax.tree.map(lambda x: x[index], lanes.states)
-    return jax.jit(take, out_shardings=shardings)
+    """Build (states, index) -> the state of one member, laid out as `abstract`."""
+
+    def take(states: MemberStates, index: Array) -> State:
+        return jax.tree.map(lambda x: x[index], states.states)
+
+    return jax.jit(take, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
 
 
-def stack(numbers: Sequence[MemberHyperparameters], mesh: Mesh) -> MemberHyperparameters:
-    """The numbers of several members on the mesh, an axis of lanes in front."""
-    by_lane = NamedSharding(mesh, PartitionSpec(SWEEP))
-    stacked = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(list(numbers)))
-    return sharding.put(stacked, by_lane)
+def stack(hyperparameters: Sequence[MemberHyperparameters], mesh: Mesh) -> MemberHyperparameters:
+    """Put the hyperparameters of several members on the mesh; every array leads with [N]."""
+    by_member = NamedSharding(mesh, PartitionSpec(SWEEP))
+    stacked = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(list(hyperparameters)))
+    return sharding.put(stacked, by_member)

@@ -46,20 +46,22 @@ def make_step(model, objective, optimizer):
     return make
 
 
-def alone(make, optimizer, params, rows, numbers: MemberHyperparameters, frozen=NO_FROZEN_WEIGHTS):
+def alone(
+    make, optimizer, params, rows, hyperparameters: MemberHyperparameters, frozen=NO_FROZEN_WEIGHTS
+):
     """The member trained by itself, with Python's numbers in its schedule, on one device."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     abstract = abstract_state(params, optimizer, mesh, SHARDING_RULES)
     start = jax.tree.map(jnp.copy, params)
-    state = new_state(start, optimizer, abstract, seed=int(numbers.seed))
-    step = jax.jit(make(int(numbers.warmup_steps), int(numbers.steps)))
-    for _ in range(int(numbers.steps)):
-        state, report = step(state, rows, numbers.hyper, frozen)
+    state = new_state(start, optimizer, abstract, seed=int(hyperparameters.seed))
+    step = jax.jit(make(int(hyperparameters.warmup_steps), int(hyperparameters.steps)))
+    for _ in range(int(hyperparameters.steps)):
+        state, report = step(state, rows, hyperparameters.hyper, frozen)
     return state, report
 
 
 class Together:
-    """Members as lanes of a mesh with the given axes."""
+    """Members on a mesh with the given axes."""
 
     def __init__(self, make, optimizer, params, members, *, axis=1, mesh=(1, 1, 1), own_rows=False):
         self.own_rows = own_rows
@@ -68,11 +70,13 @@ class Together:
         self.plain, self.mesh = plain, sharding.sweep_mesh(plain, axis)
         own = abstract_state(params, optimizer, plain, SHARDING_RULES)
         self.abstract = abstract_member_states(own, len(members), self.mesh)
-        self.numbers = stack(members, self.mesh)
+        self.hyperparameters = stack(members, self.mesh)
         start = partial(initial_state, optimizer=optimizer)
         make_state = lambda p, seed: start(p, seed=seed)
-        self.lanes = new_member_states(params, make_state, self.numbers.seed, self.abstract)
-        self.lane = build_take_member(own)
+        self.states = new_member_states(
+            params, make_state, self.hyperparameters.seed, self.abstract
+        )
+        self.take_member = build_take_member(own)
         self.step = build_vectorised_step(make, self.abstract, own_rows=own_rows)
 
     def place(self, rows):
@@ -85,8 +89,10 @@ class Together:
         frozen = jax.device_put(frozen, sharding.replicated(self.plain))
         with jax.set_mesh(self.mesh):
             for _ in range(steps):
-                self.lanes, self.reports = self.step(self.lanes, placed, self.numbers, frozen)
-        return [self.lane(self.lanes, i) for i in range(len(self.lanes.alive))]
+                self.states, self.reports = self.step(
+                    self.states, placed, self.hyperparameters, frozen
+                )
+        return [self.take_member(self.states, i) for i in range(len(self.states.alive))]
 
 
 def assert_same(got, want, atol):
@@ -115,8 +121,8 @@ def test_members_together_equal_members_alone(
     together = Together(make, optimizer, params, members, axis=axis, mesh=mesh)
     states = together.train(rows)
     assert together.step._cache_size() == 1
-    for i, numbers in enumerate(members):
-        state, report = alone(make, optimizer, params, rows, numbers)
+    for i, hyperparameters in enumerate(members):
+        state, report = alone(make, optimizer, params, rows, hyperparameters)
         assert_same(states[i].params, state.params, tolerance)
         total = together.reports.metrics["loss"].total[i]
         np.testing.assert_allclose(total, report.metrics["loss"].total, atol=1e-4)
@@ -132,9 +138,11 @@ def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, ro
     states = together.train(rows, steps=4)
     assert [int(state.step) for state in states] == [2, 4]
     assert together.reports.metrics["loss"].weight.tolist() == [0, 10]
-    for state, numbers in zip(states, members):
+    for state, hyperparameters in zip(states, members):
         assert_same(
-            state.params, alone(make, optax.identity(), params, rows, numbers)[0].params, 1e-6
+            state.params,
+            alone(make, optax.identity(), params, rows, hyperparameters)[0].params,
+            1e-6,
         )
 
 
@@ -144,7 +152,7 @@ def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, 
     two = [member(np.nan), member(0.1)]
     together = Together(make, optax.identity(), params, two, axis=axis)
     broken, healthy = together.train(rows)
-    assert together.lanes.alive.tolist() == [False, True]
+    assert together.states.alive.tolist() == [False, True]
     assert_same(broken.params, params, 0)
     assert int(broken.step) == 0
     want, _ = alone(make, optax.identity(), params, rows, member(0.1))
@@ -157,12 +165,12 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
     members = [member(0.1), member(0.5)]
     together = Together(make, optax.identity(), params, members, axis=2, own_rows=True)
     both = jax.tree.map(lambda *x: np.stack(x), rows, other)
-    for state, numbers, own in zip(together.train(both), members, (rows, other)):
-        want, _ = alone(make, optax.identity(), params, own, numbers)
+    for state, hyperparameters, own in zip(together.train(both), members, (rows, other)):
+        want, _ = alone(make, optax.identity(), params, own, hyperparameters)
         assert_same(state.params, want.params, 1e-6)
 
 
-def test_frozen_weights_are_the_same_for_all_lanes(model, params, reference_params, rows):
+def test_frozen_weights_are_the_same_for_all_members(model, params, reference_params, rows):
     objective = preference.objective("tdpo", {"alpha": 0.5, "stop_chosen": True})
     make = make_step(model, objective, optax.identity())
     members = [member(beta, steps=1) for beta in BETAS[-2:]]
@@ -187,7 +195,9 @@ def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, me
     )
     with jax.set_mesh(together.mesh):
         placed = together.place(rows)
-        lowered = together.step.lower(together.lanes, placed, together.numbers, None)
+        lowered = together.step.lower(
+            together.states, placed, together.hyperparameters, NO_FROZEN_WEIGHTS
+        )
     found = collectives(lowered.compile().as_text())
     groups = [group for collective in found for group in collective.groups]
     half = int(np.prod(mesh))  # devices of one place on the sweep axis
