@@ -1,7 +1,7 @@
-"""The figure of a frontier run: reward against KL of every checkpoint, under the theoretical limit.
+"""The figure of a frontier run: reward against KL of every checkpoint, and the theoretical limit.
 
-Below it stands the share of the optimal gain that each method's Pareto hull reaches. Bars and the
-band around the limit are two standard errors to either side.
+The lower panel shows the share of the optimal gain that each method's Pareto hull reaches. Bars and
+the band around the limit are two standard errors to either side.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -30,7 +31,7 @@ from dpojax.evaluation.optimum import (
 )
 from dpojax.evaluation.plots import BLUE, GREEN, GREY, PURPLE, STYLE, VERMILLION
 
-# Okabe and Ito's colours again, and a shape each, so that no method is told by its colour alone.
+# Okabe and Ito's colours as in `plots`. Marks differ too, so that no method needs its colour.
 LOOKS = {
     "dpo": (BLUE, "o"),
     "online_dpo": ("#56B4E9", "s"),
@@ -45,21 +46,24 @@ SPARE = [("#7A5C00", "X"), (GREEN, "h"), (PURPLE, "<"), (GREY, "P"), (VERMILLION
 SIZE, DPI = (7.0, 5.9), 200  # inches: a README's 700 pixels, and a paper's text width
 BARS = 2.0  # standard errors
 CAPTION = "faint: every checkpoint of every run; lines: Pareto hulls; bars and band: ± 2 s.e."
-FAR = 3.0  # a method whose KL is so many times that of any other runs out of the figure
+FAR = 3.0  # the figure does not show a method beyond this many times the KL of all others
 TICKS = [0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100]
+# Places of a label relative to its point, in the order of preference.
 TRIES = [(side, rise) for rise in (0, 1, -1, 2, -2, 3, -3, 4, -4) for side in (1, 0, -1)]
 
 
 def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
-    """Every point with finite KL and reward, the hull of each method, limit, best-of-n and base.
+    """Draws all points with finite KL and reward, the hulls, the limit, best-of-n and the base.
 
-    KL runs on a square-root scale, in which the limit starts as a straight line. Best-of-n stands
-    at its exact bound of the KL, with an open mark where its measured KL is lower. The limit stops
-    where it is no longer trusted, and so do the shares below. One method that goes `FAR` beyond all
-    others does not squeeze them: the title counts its points that are not shown.
+    The KL axis has a square-root scale, on which the limit starts as a straight line. Best-of-n is
+    placed at the upper bound of its KL, with an open mark at its measured KL if that is lower. The
+    limit and the shares end where the limit is no longer trusted. If one method goes `FAR` beyond
+    all others, the axis ends before it, and the title counts the points that are not shown.
 
     Args:
-      base: of the reference itself, at KL 0.
+      points: one per checkpoint, without the reference.
+      optimum: the theoretical limit.
+      base: the point of the reference, at KL 0.
     """
     methods = frontier_points.by_method(filter(frontier_points.is_finite, points))
     looks = looks_of(methods)
@@ -84,7 +88,7 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
 
 
 def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | os.PathLike) -> None:
-    """Writes `figure` to each path (png, pdf or svg by its suffix), each all or nothing.
+    """Writes `figure` to each path (png, pdf or svg by its suffix), all or nothing.
 
     Args:
       paths: their folders must exist.
@@ -102,14 +106,14 @@ def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | o
 
 
 def looks_of(methods: Sequence[str] | Mapping) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each method: its own, or a spare one for a loss that has none."""
+    """Colour and mark of each method: those in `LOOKS`, else spare ones."""
     others = [method for method in methods if method not in LOOKS]
     spare = {method: SPARE[i % len(SPARE)] for i, method in enumerate(others)}
     return {method: LOOKS.get(method) or spare[method] for method in methods}
 
 
 def _largest(methods: Mapping[str, Sequence[Point]]) -> float:
-    """The KL at which the figure ends: that of the farthest point, or of the second method's."""
+    """The KL where the axis ends: the largest of all points, or without one far method."""
     ends = sorted((max(p.kl for p in members) for members in methods.values()), reverse=True)
     if not ends:
         return 1.0
@@ -117,18 +121,24 @@ def _largest(methods: Mapping[str, Sequence[Point]]) -> float:
 
 
 def _not_shown(methods: Mapping[str, Sequence[Point]], largest: float) -> str:
-    far = {m: [p.kl for p in members if p.kl > largest] for m, members in methods.items()}
-    told = [
-        f"{len(kls)} of {frontier_points.name(m)}, to {max(kls):.0f} nats"
-        for m, kls in far.items()
-        if kls
-    ]
-    return f"\nnot shown: {'; '.join(told)}" if told else ""
+    """The line of the title that counts the points beyond the end of the axis."""
+    counts = []
+    for method, members in methods.items():
+        kls = [point.kl for point in members if point.kl > largest]
+        if kls:
+            name = frontier_points.name(method)
+            counts.append(f"{len(kls)} of {name}, to {max(kls):.0f} nats")
+    return f"\nnot shown: {'; '.join(counts)}" if counts else ""
 
 
 def _sqrt_scale(axes: Axes, largest: float) -> None:
-    forward = lambda x: np.sign(x) * np.sqrt(np.abs(x))  # a measured KL may lie just below 0
-    axes.set_xscale("function", functions=(forward, lambda x: np.sign(x) * x**2))
+    def root(x: np.ndarray) -> np.ndarray:
+        return np.sign(x) * np.sqrt(np.abs(x))  # a measured KL may lie just below 0
+
+    def square(x: np.ndarray) -> np.ndarray:
+        return np.sign(x) * x**2
+
+    axes.set_xscale("function", functions=(root, square))
     axes.set_xlim(-0.002 * largest, 1.1 * largest)
     axes.xaxis.set_major_locator(FixedLocator([0, *(t for t in TICKS if t > largest / 200)]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -215,57 +225,68 @@ def _dress_shares(axes: Axes, optimum: Optimum) -> None:
     axes.set_xlabel("KL(policy || reference), nats per sequence")
 
 
+class End(NamedTuple):
+    """A label, the point that it names, and its colour."""
+
+    text: str
+    kl: float
+    reward: float
+    color: str
+
+
 def _ends(
     methods: Mapping[str, Sequence[Point]],
     looks: Mapping,
     optimum: Optimum,
     base: Point,
     largest: float,
-) -> list[tuple[str, float, float, str]]:
-    """What is named in the figure: text, KL, reward and colour."""
+) -> list[End]:
+    """The labels of the figure, where hull, limit or base is to be named."""
     ends = []
     for method, members in methods.items():
         hull = frontier_points.hull(map(frontier_points.at_the_bound, members))
         last = [point for point in hull if point.kl <= largest or point is hull[0]][-1]
-        ends.append((frontier_points.name(method), last.kl, last.reward, looks[method][0]))
-    steep = 0.3 * trusted_up_to(optimum)  # to the left of the limit there is never a mark
+        color, _ = looks[method]
+        ends.append(End(frontier_points.name(method), last.kl, last.reward, color))
+    steep = 0.3 * trusted_up_to(optimum)  # there is no mark to the left of the limit
     if np.isfinite(steep):
         best = float(optimal_reward_at(steep, optimum).value)
-        ends.append(("theoretical limit", steep, best, "black"))
-    return [*ends, ("SFT (reference)", base.kl, base.reward, "black")]
+        ends.append(End("theoretical limit", steep, best, "black"))
+    return [*ends, End("SFT (reference)", base.kl, base.reward, "black")]
 
 
-def _label(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names each end beside it, where the text hides the least of the marks and of other names."""
-    axes.figure.draw_without_rendering()  # so that places are known
-    marks = [
+def _label(axes: Axes, ends: Sequence[End]) -> None:
+    """Writes each label beside its point, where it hides the fewest marks and other labels."""
+    axes.figure.draw_without_rendering()  # places everything
+    drawn = [
         axes.transData.transform(xy)
         for artist in (*axes.collections, *axes.lines)
         for xy in _drawn_at(artist)
     ]
-    marks, taken = np.array(marks).reshape(-1, 2), []
-    for text, kl, reward, color in sorted(ends, key=lambda end: -end[1]):
+    marks, taken = np.array(drawn).reshape(-1, 2), []
+    for end in sorted(ends, key=lambda end: -end.kl):
         label = axes.annotate(
-            text, (kl, reward), (0, 0), textcoords="offset points", va="center", zorder=7,
-            color=_dark(color), weight="bold", annotation_clip=False,
+            end.text, (end.kl, end.reward), (0, 0), textcoords="offset points", va="center",
+            zorder=7, color=_dark(end.color), weight="bold", annotation_clip=False,
         )  # fmt: skip
         label.set_in_layout(False)
         label.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
-        cost = lambda step, label=label: (
-            _cost(_move(label, step), axes, marks, taken) + 5 * abs(step[1])
-        )
-        best = min(TRIES, key=cost)
-        taken.append(_move(label, best))
+        costs = []
+        for side, rise in TRIES:
+            box = _move(label, side, rise)
+            costs.append(_cost(box, axes, marks, taken) + 5 * abs(rise))
+        taken.append(_move(label, *TRIES[int(np.argmin(costs))]))
 
 
-def _move(label: Annotation, step: tuple[int, int]) -> np.ndarray:
-    """Puts the label so many steps right and up of its point; its corners [2, 2] in pixels."""
-    label.set_position((8 * step[0], 11 * step[1]))
-    label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[step[0]])
+def _move(label: Annotation, side: int, rise: int) -> np.ndarray:
+    """Moves a label by steps to the right and up of its point; its corners in pixels, [2, 2]."""
+    label.set_position((8 * side, 11 * rise))
+    label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[side])
     return label.get_window_extent().get_points()
 
 
 def _cost(box: np.ndarray, axes: Axes, marks: np.ndarray, taken: Sequence[np.ndarray]) -> float:
+    """How bad a place of a label is: other labels and the frame count more than hidden marks."""
     (x0, y0), (x1, y1) = box
     inside = axes.bbox.get_points()
     outside = x0 < inside[0, 0] or y0 < inside[0, 1] or x1 > inside[1, 0] or y1 > inside[1, 1]
@@ -275,7 +296,7 @@ def _cost(box: np.ndarray, axes: Axes, marks: np.ndarray, taken: Sequence[np.nda
 
 
 def _drawn_at(artist) -> np.ndarray:
-    """Where an artist draws, in units of the data: lines are followed, bands count for nothing."""
+    """Points [n, 2] of what an artist draws, in data units: many on a line, none of a band."""
     if hasattr(artist, "get_xydata"):
         xy = np.asarray(artist.get_xydata(), float)
         if artist.get_linestyle() == "None" or len(xy) < 2:

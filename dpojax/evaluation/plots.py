@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, which readers with any colour vision tell apart.
+# Okabe and Ito's colours, which can be told apart with any colour vision.
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#A85C90", "#6B6B6B"
 COLUMNS, PANEL = 3, (10 / 3, 2.6)  # inches; two rows of three fill a README's width
 TICKS = [1, 2, 2.5, 5, 10]
@@ -42,35 +42,35 @@ STYLE = {
 
 
 class Curve(NamedTuple):
-    """One metric of a stage: its name in the file, its colour, and how it is called."""
+    """One metric of a stage."""
 
-    metric: str
+    metric: str  # its name in the metrics file
     color: str | None = None  # None: blue for train and vermillion for eval
-    label: str = ""
+    label: str = ""  # written at the curve's end
 
 
 class Panel(NamedTuple):
-    """One set of axes: what it shows of a stage, and in which unit."""
+    """One set of axes with curves of a stage."""
 
     stage: str
     title: str
     unit: str
     curves: tuple[Curve, ...]
-    scale: float = 1.0
-    level: tuple[float, str] | None = None  # a dashed line, already in `unit`, and its name
+    scale: float = 1.0  # turns the metrics into `unit`
+    level: tuple[float, str] | None = None  # height of a dashed line, in `unit`, and its name
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> None:
     """Draws the curves of a run's stages into `path` (png, pdf or svg), all or nothing.
 
-    A stage whose lines have rewards gets loss, accuracy, rewards, KL and displacement; any other
-    stage gets its loss; one that drew samples gets their reward and KL. What a stage did not log is
-    left out. Every logged point is drawn; the
-    thick line is a centred running mean of the training points.
+    A stage that logs rewards gets panels of loss, accuracy, rewards, KL and displacement. Any other
+    stage gets its loss, and its accuracy if it is a classifier. A stage that draws samples also
+    gets their reward and KL. A panel without a logged metric is left out. Every logged point is
+    drawn; the thick line is a centred running mean of the training points.
 
     Args:
       metrics: stage name -> lines as `read_metrics` returns them, of any splits.
-      path: the folder must exist.
+      path: its folder must exist.
     """
     panels = [panel for stage, lines in metrics.items() for panel in _panels(stage, lines)]
     columns = min(COLUMNS, max(1, len(panels)))
@@ -98,62 +98,86 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
 
 
 def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
-    """The panels of a stage for which it has at least one finite point."""
-    name = stage.upper() if len(stage) <= 4 else stage.capitalize()
-    paired = _logged(lines, "rewards/margins")
-    if not paired and not _logged(lines, "rewards/chosen"):
-        classes = _logged(lines, "accuracy")
-        unit = "nats per text" if classes else "nats per token"
-        panels = [Panel(stage, f"{name} loss", unit, (Curve("loss"),))]
-        if classes:
-            panels.append(
-                Panel(stage, f"{name} accuracy", "% of texts", (Curve("accuracy"),), scale=100)
-            )
+    """The panels of a stage that have at least one finite point."""
+    if _logged(lines, "rewards/margins") or _logged(lines, "rewards/chosen"):
+        panels = _preference_panels(stage, lines)
     else:
-        levels = [line["loss/at_reference"] for line in lines if "loss/at_reference" in line]
-        start = levels[0] if levels else None
-        is_log_two = start is not None and math.isclose(start, math.log(2), rel_tol=1e-4)
-        level = start and (start, "log 2" if is_log_two else "policy = reference")
-        one = "pair" if paired else "response"
-        rewards = (
-            Curve("rewards/chosen", GREEN, "chosen"),
-            Curve("rewards/rejected", PURPLE, "rejected"),
-            Curve("rewards/margins", "#333333", "margin"),
-        )
-        panels = [
-            Panel(stage, f"{name} loss", f"loss per {one}", (Curve("loss"),), level=level),
-            Panel(
-                stage,
-                "Reward accuracy" if stage == "reward" else "Implicit-reward accuracy",
-                f"% of {one}s",
-                (Curve("rewards/accuracies"),),
-                scale=100,
-                level=(50, "chance"),
-            ),
-            Panel(stage, "Rewards" if stage == "reward" else "Implicit rewards", "nats", rewards),
-            Panel(
-                stage,
-                "Divergence from reference",
-                "KL estimate, nats per token",
-                (Curve("kl/per_token"),),
-            ),
-            Panel(
-                stage,
-                "Chosen made less likely",
-                f"% of {one}s",
-                (Curve("displacement"),),
-                scale=100,
-            ),
-        ]
-    sampled = {
-        "Reward of samples": ("mean reward", "objective/scores", "samples/reward"),
-        "KL of samples": ("nats per response", "objective/kl", "samples/kl"),
-    }
-    panels += [
-        Panel(stage, title, unit, (Curve(train), Curve(held_out)))
-        for title, (unit, train, held_out) in sampled.items()
-    ]
+        panels = _likelihood_panels(stage, lines)
+    panels += _sample_panels(stage)
     return [p for p in panels if any(_logged(lines, curve.metric) for curve in p.curves)]
+
+
+def _title(stage: str) -> str:
+    return stage.upper() if len(stage) <= 4 else stage.capitalize()
+
+
+def _likelihood_panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
+    """The panels of SFT or of a classifier."""
+    title = _title(stage)
+    if not _logged(lines, "accuracy"):
+        return [Panel(stage, f"{title} loss", "nats per token", (Curve("loss"),))]
+    accuracy = Curve("accuracy")
+    return [
+        Panel(stage, f"{title} loss", "nats per text", (Curve("loss"),)),
+        Panel(stage, f"{title} accuracy", "% of texts", (accuracy,), scale=100),
+    ]
+
+
+def _preference_panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
+    """The panels of a stage with rewards: explicit ones of a reward model, or implicit ones."""
+    unit = "pair" if _logged(lines, "rewards/margins") else "response"
+    explicit = stage == "reward"
+    rewards = (
+        Curve("rewards/chosen", GREEN, "chosen"),
+        Curve("rewards/rejected", PURPLE, "rejected"),
+        Curve("rewards/margins", "#333333", "margin"),
+    )
+    return [
+        Panel(
+            stage,
+            f"{_title(stage)} loss",
+            f"loss per {unit}",
+            (Curve("loss"),),
+            level=_loss_at_reference(lines),
+        ),
+        Panel(
+            stage,
+            "Reward accuracy" if explicit else "Implicit-reward accuracy",
+            f"% of {unit}s",
+            (Curve("rewards/accuracies"),),
+            scale=100,
+            level=(50, "chance"),
+        ),
+        Panel(stage, "Rewards" if explicit else "Implicit rewards", "nats", rewards),
+        Panel(
+            stage,
+            "Divergence from reference",
+            "KL estimate, nats per token",
+            (Curve("kl/per_token"),),
+        ),
+        Panel(
+            stage, "Chosen made less likely", f"% of {unit}s", (Curve("displacement"),), scale=100
+        ),
+    ]
+
+
+def _loss_at_reference(lines: Sequence[Mapping]) -> tuple[float, str] | None:
+    """The loss of a policy that equals its reference, where it was logged, and its name."""
+    losses = [line["loss/at_reference"] for line in lines if "loss/at_reference" in line]
+    if not losses or not losses[0]:
+        return None
+    is_log_two = math.isclose(losses[0], math.log(2), rel_tol=1e-4)
+    return losses[0], "log 2" if is_log_two else "policy = reference"
+
+
+def _sample_panels(stage: str) -> list[Panel]:
+    """The panels of samples that were drawn in training or in evaluations."""
+    reward = Curve("objective/scores"), Curve("samples/reward")
+    kl = Curve("objective/kl"), Curve("samples/kl")
+    return [
+        Panel(stage, "Reward of samples", "mean reward", reward),
+        Panel(stage, "KL of samples", "nats per response", kl),
+    ]
 
 
 def _logged(lines: Sequence[Mapping], metric: str) -> bool:
@@ -161,16 +185,22 @@ def _logged(lines: Sequence[Mapping], metric: str) -> bool:
 
 
 def _points(lines: Sequence[Mapping], metric: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a metric. Where policy == reference no accuracy is defined."""
-    reward = lambda line: line.get("rewards/margins", line.get("rewards/chosen"))
-    defined = lambda line: metric != "rewards/accuracies" or reward(line) != 0
-    found = {
+    """Steps and finite values of a metric, both [points]."""
+    values = {
         line["step"]: line[metric]
         for line in lines
-        if line["split"] == split and math.isfinite(line.get(metric, math.nan)) and defined(line)
+        if line["split"] == split
+        and math.isfinite(line.get(metric, math.nan))
+        and is_defined(metric, line)
     }
-    steps = np.array(sorted(found))
-    return steps, np.array([found[step] for step in steps])
+    steps = np.array(sorted(values))
+    return steps, np.array([values[step] for step in steps])
+
+
+def is_defined(metric: str, line: Mapping) -> bool:
+    """Whether a metric means something: where policy == reference, no reward ranks a pair."""
+    reward = line.get("rewards/margins", line.get("rewards/chosen"))
+    return metric != "rewards/accuracies" or reward != 0
 
 
 def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping]) -> None:
@@ -211,7 +241,7 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping]) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a fifteenth of the points, over those there are at the ends."""
+    """Centred running mean over a fifteenth of the points; at the ends over fewer."""
     half = len(values) // 30
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
@@ -220,7 +250,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve]]) -> None:
-    """Names curves at their right ends, pushed apart where they would overlap."""
+    """Writes labels at the right ends of curves, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     below = -math.inf
     for height, curve in sorted(ends, key=lambda end: end[0]):
@@ -231,7 +261,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve]]) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    """One legend for all panels, since a colour means the same in each that has no labels."""
+    """Draws one legend for all panels without labels: a colour means the same in each of them."""
     entries = {
         "train, running mean": Line2D([], [], color=BLUE, lw=1.7),
         "train, as logged": Line2D([], [], color=BLUE, lw=0.7, alpha=0.45),

@@ -1,10 +1,10 @@
-"""Rewards of texts behind one function, (prompts, responses) -> scores.
+"""Rewards of texts behind one interface, (prompts, responses) -> scores.
 
     reward = open_reward("classifier:FOLDER:POSITIVE")
     scores = reward(["i think"], [" it is a gem"])  # float64 [1]
 
-A text is its prompt and its response without anything between them: a response brings the space
-that it begins with. What is scored is the text; end-of-sequence tokens are not part of it.
+A text is its prompt followed by its response, with nothing between them: a response includes the
+space that it begins with. A text contains no end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
@@ -39,12 +40,12 @@ class RewardError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """A function of texts that is checked in every call.
+    """A function that scores texts, with a check of its scores in every call.
 
     Attributes:
-      name: what errors call it.
+      name: for error messages.
       function: (prompts, responses) -> n numbers.
-      fingerprint: differs wherever the scores may.
+      fingerprint: different for rewards whose scores may differ.
     """
 
     name: str
@@ -52,11 +53,12 @@ class Reward:
     fingerprint: str = ""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
-        """The scores, float64 [n].
+        """Scores n texts, float64 [n].
 
         Raises:
-          RewardError: not n numbers, or one that is not finite; it shows the first such text.
-          ValueError: not as many responses as prompts.
+          RewardError: the function returned something other than n finite numbers. The message
+            shows the first text with a bad score.
+          ValueError: the numbers of prompts and responses differ.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses")
@@ -80,37 +82,47 @@ class Reward:
 
 
 def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) -> Reward:
-    """The reward that a command line names, one of SPECS; folders may be names of the hub.
+    """Opens the reward that a config or command line names.
+
+    Args:
+      spec: one of SPECS; a folder may also be a name on the hub.
+      mesh: where models are placed; None is one device.
+      batch_size: texts in a batch of a model.
 
     Raises:
-      RewardError: an unknown name, or a label that the classifier has not.
-      OSError, ValueError: what is in the folder cannot be read; see `huggingface.load`.
+      RewardError: an unknown name, or a label that the classifier does not have.
+      OSError, ValueError: the folder cannot be read; see `huggingface.load`.
     """
-    kind, _, rest = spec.partition(":")
+    kind, _, argument = spec.partition(":")
     if kind == "reviews":
-        return exact_reviews(rest or "probability")
-    if kind == "classifier" and rest:
-        folder, colon, label = rest.rpartition(":")
-        if not colon or pathlib.Path(rest).is_dir():
-            folder, label = rest, "POSITIVE"
+        return exact_reviews(argument or "probability")
+    if kind == "classifier" and argument:
+        folder, colon, label = argument.rpartition(":")
+        if not colon or pathlib.Path(argument).is_dir():
+            folder, label = argument, "POSITIVE"
         return classifier(folder, label, mesh=mesh, batch_size=batch_size)
-    if kind == "reward_model" and rest:
-        from transformers import AutoTokenizer  # takes seconds, and brings torch where it is
+    if kind == "reward_model" and argument:
+        # The import takes seconds, and imports torch where it is installed.
+        from transformers import AutoTokenizer
 
-        config, params, _ = huggingface.load(rest, mesh=mesh)
-        tokenizer = AutoTokenizer.from_pretrained(rest)
-        model = decoder.build(config)
-        how = {"name": spec, "mesh": mesh, "batch_size": batch_size}
-        centre = huggingface.read_centre(rest)
-        return scalar_head(model, params, tokenizer, offset=centre, **how)
+        config, params, _ = huggingface.load(argument, mesh=mesh)
+        return scalar_head(
+            decoder.build(config),
+            params,
+            AutoTokenizer.from_pretrained(argument),
+            name=spec,
+            offset=huggingface.read_centre(argument),
+            mesh=mesh,
+            batch_size=batch_size,
+        )
     raise RewardError(f"reward {spec!r}: is not one of {SPECS}")
 
 
 def exact_reviews(kind: str = "probability") -> Reward:
-    """The embedded task's own: P(positive | text), or its log-odds in nats.
+    """The exact reward of the embedded task: P(positive | text), or its log-odds in nats.
 
     Raises:
-      RewardError: another kind than "probability" or "log_odds".
+      RewardError: `kind` is neither "probability" nor "log_odds".
     """
 
     def probability(prompts, responses):
@@ -128,23 +140,28 @@ def classifier(
 ) -> Reward:
     """P(label | text) by a sequence classifier of transformers, in [0, 1].
 
-    A BERT-type encoder with a softmax over its labels, or a decoder with the same at the text's
-    last token; with a single label the probability is the sigmoid of its logit. Upper and lower
-    case are one in `label`, and "pos" and "neg" are what "positive" and "negative" are. A text is
-    encoded by the folder's own tokenizer, and cut where it is longer than the model reads.
+    The model is a BERT-type encoder, or a decoder that classifies at the text's last token. The
+    probability is a softmax over the labels, or the sigmoid of the logit if there is one label. A
+    text is encoded by the folder's tokenizer, and truncated to what the model can read.
+
+    Args:
+      folder: of the model and its tokenizer.
+      label: a name in `id2label`. Case is ignored; "pos" is "positive", and "neg" is "negative".
+      mesh: where the model is placed; None is one device.
+      batch_size: texts in a batch.
 
     Raises:
       RewardError: the model has no such label.
       OSError, ValueError: see `huggingface.load_classifier` and `huggingface.load`.
     """
-    from transformers import AutoConfig, AutoTokenizer  # as in `open_reward`
+    from transformers import AutoConfig, AutoTokenizer  # late, see `open_reward`
 
     name = f"classifier:{folder}"
-    known = AutoConfig.from_pretrained(folder)
-    labels = [known.id2label[i] for i in sorted(known.id2label)]
-    chosen = _label_among(labels, label, name)
+    hf_config = AutoConfig.from_pretrained(folder)
+    labels = [hf_config.id2label[i] for i in sorted(hf_config.id2label)]
+    index = _label_index(labels, label, name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if known.model_type in ENCODERS:
+    if hf_config.model_type in ENCODERS:
         config, params, _ = huggingface.load_classifier(folder, mesh=mesh)
         longest = config.max_positions - config.first_position
         apply = encoder.build(config).apply
@@ -161,20 +178,23 @@ def classifier(
         if logits.ndim == 1:
             return 1 / (1 + np.exp(-logits))
         weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weight[:, chosen] / weight.sum(axis=1)
+        return weight[:, index] / weight.sum(axis=1)
 
-    return Reward(name, probability, f"{fingerprint(params)} {labels[chosen]}")
+    return Reward(name, probability, f"{fingerprint(params)} {labels[index]}")
 
 
-def _label_among(labels: Sequence[str], label: str, name: str) -> int:
-    """The place of the label that is meant."""
+def _label_index(labels: Sequence[str], label: str, name: str) -> int:
+    """The index of a label: the exact name, else the only one with the same `_short_label`."""
     if label in labels:
         return labels.index(label)
-    plain = lambda text: {"positive": "pos", "negative": "neg"}.get(text.lower(), text.lower())
-    same = [place for place, other in enumerate(labels) if plain(other) == plain(label)]
+    same = [i for i, other in enumerate(labels) if _short_label(other) == _short_label(label)]
     if len(same) != 1:
         raise RewardError(f"reward {name}: no label {label!r} in its id2label, only {labels}")
     return same[0]
+
+
+def _short_label(label: str) -> str:
+    return {"positive": "pos", "negative": "neg"}.get(label.lower(), label.lower())
 
 
 def scalar_head(
@@ -187,19 +207,28 @@ def scalar_head(
     mesh: Mesh | None = None,
     batch_size: int = 64,
 ) -> Reward:
-    """A learned reward model's score at the response's last token, minus `offset`.
+    """The score of a learned reward model at the response's last token, minus `offset`.
 
-    Texts become tokens as in training (`data.tokenise`): a response ends with EOS, where it is
-    scored. Where the rewards are to have mean 0 on some texts, `offset` is their mean score.
+    Texts are tokenised as in training (`data.tokenise`): a response ends with EOS, and the score is
+    taken there.
+
+    Args:
+      model: with a scalar head.
+      params: its weights.
+      tokenizer: its tokenizer.
+      name: for error messages.
+      offset: the mean score on some texts, on which the reward then has mean 0.
+      mesh: where the model is placed; None is one device.
+      batch_size: texts in a batch.
 
     Raises:
-      ValueError: a model without a scalar head; in a call, `DataError` for a text that is longer
-        than the model's positions.
+      ValueError: the model has no scalar head. A call raises `DataError` if a text is longer than
+        the model's positions.
     """
     if not model.config.scalar_head:
         raise ValueError(f"reward {name}: the model has no scalar head (it predicts tokens)")
     longest = model.config.max_positions
-    policy = TokenizeConfig(max_length=longest, truncation="error", identical="keep", empty="keep")
+    config = TokenizeConfig(max_length=longest, truncation="error", identical="keep", empty="keep")
     scores_of = _batched(_last_score(model), params, longest, mesh, batch_size)
 
     def score(prompts, responses):
@@ -207,19 +236,19 @@ def scalar_head(
             Record(f"reward {name}: text {index}", prompt, (response,))
             for index, (prompt, response) in enumerate(zip(prompts, responses))
         ]
-        examples, _ = tokenise(records, tokenizer, policy)
+        examples, _ = tokenise(records, tokenizer, config)
         return scores_of([[*e.prompt, *e.responses[0]] for e in examples]) - offset
 
     return Reward(name, score, f"{fingerprint(params)} {offset}")
 
 
 def _last_score(model: Model) -> Callable:
-    """(params, tokens [B, T], lengths [B]) -> scores [B] at the last tokens."""
+    """Builds (params, tokens [B, T], lengths [B]) -> scores at the last tokens, [B] or [B, L]."""
 
     def apply(params, tokens, lengths):
-        hidden = model.apply(params, plain_rows(tokens))
-        last = jax.numpy.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
-        return model.scores(params, last)[:, 0]
+        hidden_BxTxD = model.apply(params, plain_rows(tokens))
+        last_Bx1xD = jnp.take_along_axis(hidden_BxTxD, lengths[:, None, None] - 1, axis=1)
+        return model.scores(params, last_Bx1xD)[:, 0]
 
     return apply
 
@@ -227,33 +256,46 @@ def _last_score(model: Model) -> Callable:
 def _batched(
     apply: Callable, params, longest: int, mesh: Mesh | None, batch_size: int
 ) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]:
-    """`apply(params, tokens [B, T], lengths [B])` as a function of lists of ids, any number of.
+    """Turns `apply(params, tokens [B, T], lengths [B])` into a function of any number of texts.
 
     Texts of similar lengths share a batch of fixed size, padded on the right to a power of two.
+
+    Args:
+      apply: returns one result for each text, [B, ...].
+      params: its first argument.
+      longest: most tokens of a text.
+      mesh: where the batches are placed; None is one device.
+      batch_size: texts in a batch; rounded up to a multiple of the mesh's row shards.
+
+    Returns:
+      A function of lists of token ids; its result is float64 [n, ...].
     """
     size = batch_size if mesh is None else -(-batch_size // row_shards(mesh)) * row_shards(mesh)
-    # Rows lie on a mesh behind an axis of micro-batches, of which there is one.
-    program = jax.jit(lambda params, tokens, lengths: apply(params, tokens[0], lengths[0]))
+
+    @jax.jit
+    def program(params, tokens_1xBxT, lengths_1xB):
+        # `put_rows` shards the second axis: the first one is that of micro-batches.
+        return apply(params, tokens_1xBxT[0], lengths_1xB[0])
 
     def run(texts):
         for index, ids in enumerate(texts):
             if not len(ids):
                 raise RewardError(f"text {index}: it has no token; a score needs at least one")
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = {}
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            batch = _pad([texts[i] for i in chosen], size, longest)
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        results = {}
+        for start in range(0, len(by_length), size):
+            indices = by_length[start : start + size]
+            batch = _pad([texts[i] for i in indices], size, longest)
             with nullcontext() if mesh is None else jax.set_mesh(mesh):
                 batch = batch if mesh is None else put_rows(batch, mesh)
-                found |= zip(chosen, to_host(program(params, *batch)))
-        return np.array([found[i] for i in range(len(texts))], np.float64)
+                results |= zip(indices, to_host(program(params, *batch)))
+        return np.array([results[i] for i in range(len(texts))], np.float64)
 
     return run
 
 
 def _pad(texts: Sequence[Sequence[int]], size: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [1, size, T] and lengths [1, size]; what fills up the batch has one token."""
+    """Tokens [1, size, T] and lengths [1, size]; rows without a text have length 1."""
     width = SHORTEST
     while width < max(map(len, texts)):
         width *= 2

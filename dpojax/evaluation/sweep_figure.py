@@ -10,16 +10,17 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS
+from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS, is_defined
 
 COLORS = matplotlib.colormaps["viridis"]
 MOST = 6  # panels
 
 
 class Panel(NamedTuple):
-    """What one set of axes shows: a metric over steps, or over another metric."""
+    """One set of axes: a metric over steps, or over another metric."""
 
     title: str
     unit: str
@@ -52,12 +53,12 @@ PANELS = (
 
 
 def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
-    """Draw the evaluations of all members, a colour each, in the order given; all or nothing.
+    """Draws the evaluations of all members of a sweep, a colour for each; all or nothing.
 
-    Nothing is drawn where nothing is finite.
+    No file is written if no metric of any panel is finite.
 
     Args:
-      members: name -> lines of its metrics file, of the split `eval`.
+      members: name -> lines of its metrics file, of the split `eval`, in the order of the legend.
       path: .png, .pdf or .svg.
     """
     panels = [p for p in PANELS if any(_points(lines, p)[0] for lines in members.values())]
@@ -87,22 +88,22 @@ def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
 
 
 def _points(lines: Sequence[Mapping], panel: Panel) -> tuple[list[float], list[float]]:
-    """Finite points; where policy == reference no accuracy is defined."""
-    x_of = (lambda line: line["step"]) if panel.over is None else lambda line: line[panel.over[0]]
-    wanted = {panel.metric} | ({panel.over[0]} if panel.over else set())
-    found = [
-        (x_of(line), panel.scale * line[panel.metric])
-        for line in lines
-        if wanted <= line.keys() and all(math.isfinite(line[name]) for name in wanted)
-        if panel.metric != "rewards/accuracies" or line.get("rewards/margins") != 0
-    ]
-    return [x for x, _ in found], [y for _, y in found]
+    """The finite points of a panel: x and y."""
+    x_metric = "step" if panel.over is None else panel.over[0]
+    x, y = [], []
+    for line in lines:
+        finite = all(math.isfinite(line.get(name, math.nan)) for name in (x_metric, panel.metric))
+        if finite and is_defined(panel.metric, line):
+            x.append(line[x_metric])
+            y.append(panel.scale * line[panel.metric])
+    return x, y
 
 
-def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color):
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color) -> Line2D:
+    """Draws the curve of one member, and marks its last evaluation, the result."""
     x, y = _points(lines, panel)
     (drawn,) = axes.plot(x, y, "-", color=color, lw=1.3)
-    if x:  # the last evaluation is the result
+    if x:
         axes.plot(x[-1:], y[-1:], "o", color=color, ms=5, mec="white", mew=0.7, zorder=3)
     return drawn
 
