@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,16 @@ class Report:
         if len(tally.examples) < EXAMPLES:
             tally.examples.append(id)
 
+    def measure(self, prompt: int, responses: Sequence[int]) -> None:
+        """Adds the numbers of tokens of an encoded record to the histograms in `lengths`."""
+        self.lengths["prompt"][prompt] += 1
+        self.lengths["response"].update(responses)
+        if len(responses) == 2:
+            chosen, rejected = responses
+            self.lengths["chosen"][chosen] += 1
+            self.lengths["rejected"][rejected] += 1
+        self.lengths["longest"][prompt + max(responses)] += 1
+
     @property
     def dropped(self) -> int:
         """Number of dropped records, over all causes."""
@@ -102,7 +113,7 @@ class Report:
     def require_some(self) -> None:
         """Raises DataError with the table of causes if every record was dropped."""
         if self.dropped == self.read:
-            raise DataError(f"all {self.read:,} records were dropped:\n{self._causes()}")
+            raise DataError(f"all {self.read:,} records were dropped:\n{_causes_table(self)}")
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Statistics of each histogram in `lengths`: name -> count, mean, median, p95 and max."""
@@ -163,36 +174,39 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"{self.read:,} records read, {self.kept:,} kept, {self.dropped:,} dropped"]
-        parts += [self._causes(), self._lengths(), self._specials()]
+        parts += [_causes_table(self), _lengths_table(self), _ends_table(self)]
         return "\n\n".join(part for part in parts if part)
 
-    def _causes(self) -> str:
-        rows = []
-        for outcome, title in OUTCOMES.items():
-            tallies = self.tallies[outcome]
-            if not tallies:
-                continue
-            rows.append([title, "records", "share", "for example"])
-            for cause in sorted(tallies, key=lambda cause: -tallies[cause].count):
-                tally = tallies[cause]
-                share = f"{100 * tally.count / max(self.read, 1):.2f} %"
-                ids = ", ".join(tally.examples)
-                rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, ids])
-        return "\n".join(text_table(rows, left=(0, 3)))
 
-    def _lengths(self) -> str:
-        rows = [["tokens before truncation", "mean", "median", "95 %", "max"]]
-        for name, row in self.statistics().items():
-            label = "prompt + longest response" if name == "longest" else name
-            numbers = [f"{row[key]:,.1f}" for key in ("mean", "median", "p95")]
-            rows.append([f"  {label}", *numbers, f"{row['max']:,}"])
-        return "\n".join(text_table(rows)) if len(rows) > 1 else ""
+def _causes_table(report: Report) -> str:
+    rows = []
+    for outcome, title in OUTCOMES.items():
+        tallies = report.tallies[outcome]
+        if not tallies:
+            continue
+        rows.append([title, "records", "share", "for example"])
+        for cause in sorted(tallies, key=lambda cause: -tallies[cause].count):
+            tally = tallies[cause]
+            share = f"{100 * tally.count / max(report.read, 1):.2f} %"
+            ids = ", ".join(tally.examples)
+            rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, ids])
+    return "\n".join(text_table(rows, left=(0, 3)))
 
-    def _specials(self) -> str:
-        rows = [["start of prompt", "examples"]]
-        for number, count in sorted(self.starts.items()):
-            rows.append([f"  {number} x BOS", f"{count:,}"])
-        if self.ends:
-            rows.append(["end of response", "responses"])
-        rows += [[f"  {name}", f"{count:,}"] for name, count in self.ends.items()]
-        return "\n".join(text_table(rows)) if len(rows) > 1 else ""
+
+def _lengths_table(report: Report) -> str:
+    rows = [["tokens before truncation", "mean", "median", "95 %", "max"]]
+    for name, row in report.statistics().items():
+        label = "prompt + longest response" if name == "longest" else name
+        numbers = [f"{row[key]:,.1f}" for key in ("mean", "median", "p95")]
+        rows.append([f"  {label}", *numbers, f"{row['max']:,}"])
+    return "\n".join(text_table(rows)) if len(rows) > 1 else ""
+
+
+def _ends_table(report: Report) -> str:
+    rows = [["start of prompt", "examples"]]
+    for number, count in sorted(report.starts.items()):
+        rows.append([f"  {number} x BOS", f"{count:,}"])
+    if report.ends:
+        rows.append(["end of response", "responses"])
+    rows += [[f"  {name}", f"{count:,}"] for name, count in report.ends.items()]
+    return "\n".join(text_table(rows)) if len(rows) > 1 else ""

@@ -139,50 +139,15 @@ def tokenise(
     return examples, report
 
 
-class _Encoder:
-    """Encodes records with one tokenizer and config, and counts into one report."""
+class _Renderer:
+    """Turns records into texts, with the tokenizer's chat template for messages."""
 
     def __init__(self, tokenizer: Any, config: TokenizeConfig, report: Report) -> None:
         self.tokenizer, self.config, self.report = tokenizer, config, report
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if config.append_eos and self.eos is None:
-            raise DataError(
-                "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or "
-                "append_eos=False in TokenizeConfig"
-            )
-        self.start = start_tokens(tokenizer)
-        self.invents_space = self._encode(["a"])[0] != self._encode(["\na"])[0][-1:]
         specials = [re.escape(token) for token in _special_tokens(tokenizer)]
         self.special = re.compile("|".join(specials)) if specials else None
 
-    def examples(self, records: Sequence[Record]) -> list[Example]:
-        """The examples of one chunk of records; encodes all its texts in two calls."""
-        rendered = []
-        for record in records:
-            try:
-                rendered.append((record, *self._texts(record)))
-            except _Drop as drop:
-                self.report.count("dropped", drop.cause, record.id)
-        prompts = self._encode([prompt for _, prompt, _ in rendered])
-        wholes = iter(self._encode([p + text for _, p, texts in rendered for text in texts]))
-        examples = []
-        for (record, _, texts), prompt in zip(rendered, prompts):
-            responses = self._responses(record, prompt, texts, [next(wholes) for _ in texts])
-            try:
-                examples.append(self._example(record, self._prompt(prompt), responses))
-            except _Drop as drop:
-                self.report.count("dropped", drop.cause, record.id)
-        return examples
-
-    def _encode(self, texts: list[str]) -> list[Ids]:
-        if not texts:
-            return []
-        # verbose=False: no warning about the model's length, which TokenizeConfig limits.
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
-
-    def _texts(self, record: Record) -> tuple[str, tuple[str, ...]]:
+    def texts(self, record: Record) -> tuple[str, tuple[str, ...]]:
         """The prompt and its responses as text, chat template applied; raises _Drop."""
         contents = [record.prompt, *record.responses]
         if not isinstance(record.prompt, str):
@@ -190,7 +155,7 @@ class _Encoder:
         if self.special and any(self.special.search(text) for text in contents):
             self.report.count("noted", "special_in_text", record.id)
         if any(not _has_text(response) for response in record.responses):
-            self._apply(self.config.empty, "empty", record)
+            _apply(self.config.empty, "empty", record, self.report)
         if isinstance(record.prompt, str):
             return record.prompt, record.responses
         prompt = self._render(record, record.prompt, generate=True)
@@ -217,6 +182,49 @@ class _Encoder:
             )
         except jinja2.TemplateError as error:
             raise DataError(f"{record.id}: the chat template refuses this: {error}") from error
+
+
+class _Encoder:
+    """Encodes records with one tokenizer and config, and counts into one report."""
+
+    def __init__(self, tokenizer: Any, config: TokenizeConfig, report: Report) -> None:
+        self.tokenizer, self.config, self.report = tokenizer, config, report
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if config.append_eos and self.eos is None:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or "
+                "append_eos=False in TokenizeConfig"
+            )
+        self.start = start_tokens(tokenizer)
+        self.invents_space = self._encode(["a"])[0] != self._encode(["\na"])[0][-1:]
+        self.renderer = _Renderer(tokenizer, config, report)
+
+    def examples(self, records: Sequence[Record]) -> list[Example]:
+        """The examples of one chunk of records; encodes all its texts in two calls."""
+        rendered = []
+        for record in records:
+            try:
+                rendered.append((record, *self.renderer.texts(record)))
+            except _Drop as drop:
+                self.report.count("dropped", drop.cause, record.id)
+        prompts = self._encode([prompt for _, prompt, _ in rendered])
+        wholes = iter(self._encode([p + text for _, p, texts in rendered for text in texts]))
+        examples = []
+        for (record, _, texts), prompt in zip(rendered, prompts):
+            responses = self._responses(record, prompt, texts, [next(wholes) for _ in texts])
+            try:
+                examples.append(self._example(record, self._prompt(prompt), responses))
+            except _Drop as drop:
+                self.report.count("dropped", drop.cause, record.id)
+        return examples
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        if not texts:
+            return []
+        # verbose=False: no warning about the model's length, which TokenizeConfig limits.
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
 
     def _prompt(self, ids: Ids) -> Ids:
         """The prompt with its start tokens once: a text or a template may contain them already."""
@@ -256,16 +264,17 @@ class _Encoder:
 
     def _example(self, record: Record, prompt: Ids, responses: list[Ids]) -> Example:
         """One example within the limits; raises _Drop."""
-        self._measure(prompt, responses)
+        self.report.measure(len(prompt), [len(ids) for ids in responses])
         if _has_equal(responses):
-            self._apply(self.config.identical, "identical", record)
-        cut_prompt = self._cut_prompt(record, prompt, responses)
-        cut_responses = self._cut_responses(cut_prompt, responses)
+            _apply(self.config.identical, "identical", record, self.report)
+        longest = max(map(len, responses))
+        cut_prompt = _cut_prompt(record, prompt, longest, self.config, len(self.start))
+        cut_responses = _cut_responses(cut_prompt, responses, self.config)
         cut = tuple(len(a) < len(b) for a, b in zip(cut_responses, responses))
         if not all(cut_responses):
             raise _Drop("nothing_left")
         if any(cut) and _has_equal(cut_responses) and not _has_equal(responses):
-            self._apply(self.config.identical, "identical_after_cut", record)
+            _apply(self.config.identical, "identical_after_cut", record, self.report)
         if len(cut_prompt) < len(prompt):
             self.report.count("cut", "prompt_start", record.id)
         if any(cut):
@@ -281,57 +290,63 @@ class _Encoder:
             rank=record.rank,
         )
 
-    def _apply(self, choice: str, cause: str, record: Record) -> None:
-        """Drops, notes or refuses a record: `choice` is the config's "drop", "keep" or "error"."""
-        if choice == "error":
-            raise DataError(f"{record.id}: {cause} (TokenizeConfig says error)")
-        if choice == "drop":
-            raise _Drop(cause)
-        self.report.count("noted", cause, record.id)
-
-    def _measure(self, prompt: Ids, responses: list[Ids]) -> None:
-        lengths = [len(ids) for ids in responses]
-        measured = self.report.lengths
-        measured["prompt"][len(prompt)] += 1
-        measured["response"].update(lengths)
-        if len(lengths) == 2:
-            measured["chosen"][lengths[0]] += 1
-            measured["rejected"][lengths[1]] += 1
-        measured["longest"][len(prompt) + max(lengths)] += 1
-
-    def _cut_prompt(self, record: Record, prompt: Ids, responses: list[Ids]) -> Ids:
-        """The prompt, without its start if it is too long and has to be cut; raises _Drop."""
-        config, longest = self.config, max(map(len, responses))
-        limit = len(prompt) if config.max_prompt_length is None else config.max_prompt_length
-        if len(prompt) <= limit and len(prompt) + longest <= config.max_length:
-            return prompt
-        if config.truncation == "error":
-            raise DataError(
-                f"{record.id}: a prompt of {len(prompt)} tokens and a longest response of {longest}"
-                f" exceed max_length={config.max_length} or "
-                f"max_prompt_length={config.max_prompt_length} (truncation says error)"
-            )
-        if config.truncation == "drop":
-            raise _Drop("prompt_too_long" if len(prompt) > limit else "too_long")
-        if config.truncation == "cut_prompt_start":
-            limit = min(limit, config.max_length - longest)
-        if len(prompt) <= limit:
-            return prompt
-        first = len(self.start)
-        if limit <= first:
-            raise _Drop("too_long")
-        return prompt[:first] + prompt[len(prompt) - limit + first :]
-
-    def _cut_responses(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
-        if self.config.truncation != "cut_response_end":
-            return responses
-        room = max(self.config.max_length - len(prompt), 0)
-        return [ids[:room] for ids in responses]
-
     def _count_ends(self, prompt: Ids, responses: list[Ids]) -> None:
         self.report.starts[prompt.count(self.bos)] += 1
         for ids in responses:
             self.report.ends["with EOS" if ids[-1] == self.eos else "without EOS"] += 1
+
+
+def _apply(choice: str, cause: str, record: Record, report: Report) -> None:
+    """Drops, notes or refuses a record: `choice` is the config's "drop", "keep" or "error"."""
+    if choice == "error":
+        raise DataError(f"{record.id}: {cause} (TokenizeConfig says error)")
+    if choice == "drop":
+        raise _Drop(cause)
+    report.count("noted", cause, record.id)
+
+
+def _cut_prompt(
+    record: Record, prompt: Ids, longest: int, config: TokenizeConfig, start: int
+) -> Ids:
+    """Cuts the start of a prompt where it is too long and `config` says so.
+
+    Args:
+      record: for error messages.
+      prompt: ids with start tokens.
+      longest: tokens of the longest response.
+      config: the limits.
+      start: number of start tokens, which are never cut.
+
+    Raises:
+      _Drop: the record has to be dropped.
+      DataError: it is too long, and `config.truncation` is "error".
+    """
+    limit = len(prompt) if config.max_prompt_length is None else config.max_prompt_length
+    if len(prompt) <= limit and len(prompt) + longest <= config.max_length:
+        return prompt
+    if config.truncation == "error":
+        raise DataError(
+            f"{record.id}: a prompt of {len(prompt)} tokens and a longest response of {longest}"
+            f" exceed max_length={config.max_length} or "
+            f"max_prompt_length={config.max_prompt_length} (truncation says error)"
+        )
+    if config.truncation == "drop":
+        raise _Drop("prompt_too_long" if len(prompt) > limit else "too_long")
+    if config.truncation == "cut_prompt_start":
+        limit = min(limit, config.max_length - longest)
+    if len(prompt) <= limit:
+        return prompt
+    if limit <= start:
+        raise _Drop("too_long")
+    return prompt[:start] + prompt[len(prompt) - limit + start :]
+
+
+def _cut_responses(prompt: Ids, responses: list[Ids], config: TokenizeConfig) -> list[Ids]:
+    """Cuts the ends of responses where they are too long and `config` says so."""
+    if config.truncation != "cut_response_end":
+        return responses
+    room = max(config.max_length - len(prompt), 0)
+    return [ids[:room] for ids in responses]
 
 
 def _has_text(response: str | Sequence[dict]) -> bool:

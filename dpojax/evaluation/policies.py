@@ -118,8 +118,7 @@ def evaluate(
 
     Args:
       params, reference_params: weights of the policy and of the reference.
-      model: of both.
-      tokenizer: of both.
+      model, tokenizer: of both.
       prompts: P texts; a prompt's random numbers depend on its index.
       reward: maps (prompts, responses) to scores, see `rewards.Reward`.
       sampler: draws the responses.
@@ -138,32 +137,32 @@ def evaluate(
       RewardError: see `rewards.Reward`.
     """
     ids = encode_prompts(tokenizer, prompts)
+    sampling = {"seed": seed, "temperature": temperature, "samples": samples_per_prompt}
     limits = {"max_new_tokens": sampler.max_new_tokens, "batch_size": batch_size, "mesh": mesh}
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        drawn = generate(
-            sampler,
-            params,
-            ids,
-            batch_size=batch_size,
-            seed=seed,
-            temperature=temperature,
-            samples=samples_per_prompt,
-        )
+        drawn = generate(sampler, params, ids, batch_size=batch_size, **sampling)
         if not fixed_length:
             require_stops(drawn, sampler)
         score = score or jax.jit(build_score(model))
         ratios, token_kl = divergences(score, params, reference_params, ids, drawn, **limits)
     responses = [response_texts(tokenizer, *pair) for pair in zip(ids, drawn)]
-    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
-    scores = reward(repeated, [text for texts in responses for text in texts])
-    rewards = scores.reshape(ratios.shape)
+    rewards = _rewards(reward, prompts, responses)
+    evaluation = _summary(drawn, rewards, ratios, token_kl if temperature == 1 else None)
     texts = [
         SampledText(prompt, texts[0], float(scores[0]), samples[0].stopped)
         for prompt, texts, scores, samples in zip(prompts, responses, rewards, drawn)
     ]
-    token_kl = token_kl if temperature == 1 else None
-    return _summary(drawn, rewards, ratios, token_kl, texts[:shown])
+    return evaluation._replace(texts=texts[:shown])
+
+
+def _rewards(
+    reward: Callable, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """Scores K responses to each of P prompts, [P, K]."""
+    reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
+    repeated = [prompt for prompt, texts in zip(prompts, responses) for _ in texts]
+    scores = reward(repeated, [text for texts in responses for text in texts])
+    return scores.reshape(len(prompts), -1)
 
 
 def _summary(
@@ -171,9 +170,8 @@ def _summary(
     rewards: NDArray[np.float64],
     ratios: NDArray[np.float64],
     token_kl: NDArray[np.float64] | None,
-    texts: list[SampledText],
 ) -> PolicyEvaluation:
-    """Averages over the samples; arrays are [P, K]."""
+    """Averages over the samples, without texts; arrays are [P, K]."""
     samples = [sample for group in drawn for sample in group]
     prompt_of_sample = np.arange(rewards.size) // rewards.shape[1]
     tokens = [s.tokens[: len(s.tokens) - s.stopped].tolist() for s in samples]
@@ -190,7 +188,7 @@ def _summary(
         distinct_1=distinct_n(tokens, 1),
         distinct_2=distinct_n(tokens, 2),
         repetition=mean_repetition(tokens),
-        texts=texts,
+        texts=[],
         rewards=rewards,
         log_ratios=ratios,
         drawn=drawn,
