@@ -13,7 +13,7 @@ class Interval(NamedTuple):
 
 
 def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Interval:
-    """Computes the Wilson score interval of a share, for independent trials. Wilson 1927.
+    """Compute the Wilson score interval of a share, for independent trials. Wilson 1927.
 
     Args:
       successes: how many of the trials succeeded; the share is `successes / trials`.

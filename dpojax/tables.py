@@ -16,7 +16,7 @@ SHORTEST_RULE = 3  # dashes that Markdown needs below a heading
 
 
 def text_table(rows: Sequence[Row], *, left: Collection[int] = (0,), gap: str = "  ") -> list[str]:
-    """Aligns the columns of a table.
+    """Align the columns of a table.
 
     Args:
       rows: the cells of each line, all of the same number of columns.

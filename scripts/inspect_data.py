@@ -26,7 +26,7 @@ DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints examples, report and lint; returns the exit status: 0, 1 (see --strict), 2 (error)."""
+    """Print examples, report and lint; return the exit status: 0, 1 (see --strict), 2 (error)."""
     args = _arguments(argv)
     try:
         report, findings = _inspect(args)
@@ -62,7 +62,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
-    """Reads, checks and tokenises the data, and prints all about it."""
+    """Read, check and tokenise the data, and print all about it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     if args.chat_template:
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def _one(paths: list[str]) -> str | list[str]:
 
 
 def _require_utf8(pattern: str) -> None:
-    """Raises DataError with the number of bad lines; reading would stop at the first one."""
+    """Raise DataError with the number of bad lines; reading would stop at the first one."""
     for file in sorted(glob.glob(pattern)):
         if file.endswith(sources.JSON_SUFFIXES) and (lines := lint.not_utf8(file)):
             first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
@@ -115,7 +115,7 @@ def _require_utf8(pattern: str) -> None:
 
 
 def render(example: tokenise.Example, tokenizer, colour: bool) -> str:
-    """Formats an example for a terminal: the tokens of the prompt and of each response."""
+    """Format an example for a terminal: the tokens of the prompt and of each response."""
     blocks = [("prompt", DIM, example.prompt, False)]
     names = _names(len(example.responses), example.label)
     for (name, style), ids, cut in zip(names, example.responses, example.cut):

@@ -17,7 +17,7 @@ class Size(NamedTuple):
 
 
 def first_fit(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
-    """Packs examples into rows: the largest example first, each into the first row with room.
+    """Pack examples into rows: the largest example first, each into the first row with room.
 
     The first of the `capacities` that holds an example is the capacity of the row that it opens.
     Deterministic: examples of equal size stay in order.
@@ -44,7 +44,7 @@ def first_fit(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
 
 
 def best_fill(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
-    """Packs examples into rows: the largest one left, and the others that fill its row best.
+    """Pack examples into rows: the largest one left, and the others that fill its row best.
 
     Arguments, result and errors are those of `first_fit`.
     """
@@ -61,7 +61,7 @@ def best_fill(sizes: Sequence[Size], *capacities: Size) -> list[list[int]]:
 
 
 def level(sizes: Sequence[Size], rows: int) -> list[list[int]]:
-    """Spreads examples over at most `rows` rows of about the same length.
+    """Spread examples over at most `rows` rows of about the same length.
 
     The largest example comes first, and each goes into the row that is the shortest by then.
     """
@@ -97,7 +97,7 @@ def _holds(room: Size, size: Size) -> bool:
 
 
 def _fullest(items: Sequence[int], sizes: Sequence[Size], room: Size) -> list[int]:
-    """Chooses the items whose tokens fill the room best, large ones before small ones.
+    """Choose the items whose tokens fill the room best, large ones before small ones.
 
     A subset sum: the sums of tokens that can be reached are the bits of one integer. From the
     largest sum down, one choice of items is made for each sum, and taken if its scored tokens fit

@@ -123,7 +123,7 @@ def grammar() -> Grammar:
 
 
 def build(negative: Rules, positive: Rules, *, leak: float = LEAK) -> Grammar:
-    """Builds the matrices from two tables of rules, one for each sentiment.
+    """Build the matrices from two tables of rules, one for each sentiment.
 
     Both tables need the choices "begin" and "anew". The next state "end" ends the text.
 
@@ -172,7 +172,7 @@ def _transition(rules: Rules, states: tuple[str, ...]) -> np.ndarray:
 
 
 def _weights(listed: str | Weights) -> Weights:
-    """Parses "a:2 b" to {"a": 2.0, "b": 1.0}."""
+    """Parse "a:2 b" to {"a": 2.0, "b": 1.0}."""
     if isinstance(listed, dict):
         return listed
     pairs = (item.partition(":") for item in listed.split())

@@ -48,7 +48,7 @@ def held_out_chances(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def fit(x: scipy.sparse.csr_array) -> np.ndarray:
-    """Fits the weights w [words] that minimise -sum log sigmoid(x w) + PENALTY / 2 |w|^2.
+    """Fit the weights w [words] that minimise -sum log sigmoid(x w) + PENALTY / 2 |w|^2.
 
     Args:
       x: [pairs, words].

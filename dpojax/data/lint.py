@@ -92,7 +92,7 @@ def lint(
     evaluation: Sequence[Record] | None = None,
     control_tokens: Iterable[str] = (),
 ) -> list[Finding]:
-    """Runs all checks.
+    """Run all checks.
 
     Args:
       records: the training data.
@@ -122,7 +122,7 @@ def lint(
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Formats findings for a terminal: a table, and the notes below it."""
+    """Format findings for a terminal: a table, and the notes below it."""
     rows = [["lint", "count", "of", "share", "for example"]]
     for finding in findings:
         share = f"{100 * finding.count / finding.of:.2f} %" if finding.of else "-"
@@ -134,7 +134,7 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def not_utf8(file: str | os.PathLike) -> list[int]:
-    """Finds all lines of a .json or .jsonl file (also .gz) that are not UTF-8.
+    """Find all lines of a .json or .jsonl file (also .gz) that are not UTF-8.
 
     `sources.read` stops at the first such line, since nobody would notice a text that was skipped
     or repaired. With the whole list a user can repair the file at once.
@@ -204,7 +204,7 @@ def _plain(content: Content) -> str:
 
 
 def _duplicates(texts: Sequence[_Texts]) -> Iterator[str]:
-    """Yields "ID / ID OF THE FIRST" for every record that repeats an earlier one."""
+    """Yield "ID / ID OF THE FIRST" for every record that repeats an earlier one."""
     first: dict[tuple, str] = {}
     for text in texts:
         key = (text.prompt, text.responses, text.places, text.label)
@@ -214,7 +214,7 @@ def _duplicates(texts: Sequence[_Texts]) -> Iterator[str]:
 
 
 def _contradicting(texts: Sequence[_Texts]) -> Iterator[str]:
-    """Yields "ID / ID" for every record with a claim that another record denies.
+    """Yield "ID / ID" for every record with a claim that another record denies.
 
     Unpaired records contradict each other if the same response has both labels.
     """
@@ -229,7 +229,7 @@ def _contradicting(texts: Sequence[_Texts]) -> Iterator[str]:
 
 
 def _claims(text: _Texts) -> Iterator[tuple]:
-    """Yields (prompt, better, worse) for every preference that a record states.
+    """Yield (prompt, better, worse) for every preference that a record states.
 
     A desirable response is better than None, an undesirable one is worse.
     """
@@ -244,7 +244,7 @@ def _claims(text: _Texts) -> Iterator[tuple]:
 
 
 def _shared(texts: Sequence[_Texts], evaluation: Sequence[_Texts]) -> Iterator[str]:
-    """Yields "ID / ID" for every record whose question is in the evaluation data."""
+    """Yield "ID / ID" for every record whose question is in the evaluation data."""
     first = {text.question: text.id for text in reversed(evaluation)}
     for text in texts:
         if text.question in first:
@@ -256,14 +256,14 @@ def _control_pattern(tokens: Iterable[str]) -> re.Pattern:
 
 
 def _matching(records: Sequence[Record], pattern: re.Pattern) -> Iterator[str]:
-    """Yields the id of every record in which some text matches."""
+    """Yield the id of every record in which some text matches."""
     for record in records:
         if any(pattern.search(text) for text in _written(record)):
             yield record.id
 
 
 def _written(record: Record) -> Iterator[str]:
-    """Yields every text of a record, message by message."""
+    """Yield every text of a record, message by message."""
     for content in (record.prompt, *record.responses):
         if isinstance(content, str):
             yield content
@@ -272,7 +272,7 @@ def _written(record: Record) -> Iterator[str]:
 
 
 def longer_chosen(pairs: Sequence[_Texts]) -> Finding:
-    """Measures how often the longer response (in characters) is chosen, with a 95 % interval."""
+    """Measure how often the longer response (in characters) is chosen, with a 95 % interval."""
     differences = [len(pair.responses[0]) - len(pair.responses[-1]) for pair in pairs]
     ids = [pair.id for pair, difference in zip(pairs, differences) if difference > 0]
     unequal = sum(difference != 0 for difference in differences)
@@ -284,7 +284,7 @@ def longer_chosen(pairs: Sequence[_Texts]) -> Finding:
 
 
 def words_disagree(pairs: Sequence[_Texts]) -> Finding:
-    """Finds pairs whose words speak for the rejected response, see `label_noise`; surest first."""
+    """Find pairs whose words speak for the rejected response, see `label_noise`; surest first."""
     step = max(1, math.ceil(len(pairs) / label_noise.MOST_PAIRS))
     pairs = [pair for pair in pairs[::step] if pair.responses[0] != pair.responses[-1]]
     if len(pairs) < label_noise.FEWEST_PAIRS:

@@ -98,7 +98,7 @@ def size_of(example: Example, *, score_prompt: bool = False) -> Size:
 
 
 def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:
-    """Distributes the examples of a batch over micro-batches and rows, for the least time.
+    """Distribute the examples of a batch over micro-batches and rows, for the least time.
 
     Several packings are priced: for each row length of the buckets, rows are filled up to that
     length (a row of one longer example is longer), by `first_fit` and by `best_fill`; and the last
@@ -139,7 +139,7 @@ def plan(
     costs: Costs = USUAL,
     max_buckets: int = 4,
 ) -> Shape:
-    """Chooses one shape that holds every batch and takes little time.
+    """Choose one shape that holds every batch and takes little time.
 
     More rows in a micro-batch need more memory for activations, so they have to save enough time.
 
@@ -385,7 +385,7 @@ def _time(needs: np.ndarray, buckets: Sequence[Bucket], costs: Costs) -> float:
 
 
 def _coarse(n: int) -> int:
-    """Rounds up, so that runs with other seeds often have the same shape and share programs.
+    """Round up, so that runs with other seeds often have the same shape and share programs.
 
     Micro-batches beyond the need are not computed, and further examples of a row cost a few sums.
     """

@@ -69,7 +69,7 @@ def pairs_of(
     labels: Labels,
     rng: np.random.Generator,
 ) -> tuple[list[tuple[int, int]], Counter]:
-    """Makes the pairs of one prompt.
+    """Make the pairs of one prompt.
 
     Blank completions are left out first (`empty`), then pairs of equal texts (`identical`) and
     ties (`ties`). A completion that came twice makes its pairs twice. The label of a pair does not
@@ -124,7 +124,7 @@ def ranking_of(
     labels: Labels,
     rng: np.random.Generator,
 ) -> tuple[list[int], list[int], Counter]:
-    """Ranks the completions of one prompt.
+    """Rank the completions of one prompt.
 
     Blank completions (`empty`) and repeated ones (`identical`) are left out. There is no ranking
     if fewer than two are left, or if all are tied (`ties`).

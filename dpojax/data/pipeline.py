@@ -38,7 +38,7 @@ def train_batches(
     score_prompt: bool = False,
     attach: Attach | None = None,
 ) -> grain.DatasetIterator:
-    """Iterates over `Rows` (NumPy) in `order`.
+    """Iterate over `Rows` (NumPy) in `order`.
 
     Batches are prepared ahead in a thread. The position of the iterator can be saved.
     """
@@ -59,12 +59,12 @@ def fixed_batches(
     score_prompt: bool = False,
     attach: Attach | None = None,
 ) -> Iterator[Rows]:
-    """Iterates over `batches` of indices as `Rows`; a smaller last batch has more padding."""
+    """Iterate over `batches` of indices as `Rows`; a smaller last batch has more padding."""
     for indices in batches:
         rows = collate(examples, indices, shape, score_prompt=score_prompt)
         yield rows if attach is None else attach(rows)
 
 
 def in_order(indices: range, batch_size: int) -> list[range]:
-    """Splits `indices` into batches of at most `batch_size`."""
+    """Split `indices` into batches of at most `batch_size`."""
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]

@@ -13,7 +13,7 @@ CHUNK = 256  # texts per call of the tokenizer
 def prefixes(
     texts: Iterable[str], tokenizer, *, held_out: bool, limit: int = 0, seed: int = 0
 ) -> list[str]:
-    """Draws prompts: the first 2 to 8 tokens of a text, as text.
+    """Draw prompts: the first 2 to 8 tokens of a text, as text.
 
     A hash of the text decides whether it is held out (the same for every seed), its place in the
     order and the number of its tokens in the prompt. Left out are texts that are too short, and

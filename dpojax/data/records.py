@@ -97,7 +97,7 @@ class Reject:
 
 
 def detect(row: Mapping[str, Any], id: str = "row") -> str:
-    """Finds the form of a row from its keys.
+    """Find the form of a row from its keys.
 
     Raises:
       DataError: no known form has these keys; the message lists the forms.
@@ -124,7 +124,7 @@ def detect(row: Mapping[str, Any], id: str = "row") -> str:
 
 
 def parse(row: Mapping[str, Any], id: str, form: str = "auto") -> Record | Reject:
-    """Parses one row.
+    """Parse one row.
 
     Args:
       row: fields by name.
@@ -228,7 +228,7 @@ class _Fields:
 
 
 def _record(id: str, prompt: Content, responses: Iterable[Content], **fields: Any) -> Record:
-    """Makes a record. If text and messages are mixed, text becomes a message."""
+    """Make a record. If text and messages are mixed, text becomes a message."""
     responses = tuple(responses)
     if all(isinstance(content, str) for content in (prompt, *responses)):
         return Record(id, prompt, responses, **fields)
@@ -259,7 +259,7 @@ def _pair(fields: _Fields) -> Record | Reject:
 
 
 def _split_dialogues(first: Messages, second: Messages) -> tuple[Messages, ...] | None:
-    """Splits two dialogues with a common prompt into (prompt, first answer, second answer).
+    """Split two dialogues with a common prompt into (prompt, first answer, second answer).
 
     The prompt is the longest common start that leaves each dialogue a message. The result is None
     if there is no common start, or if an answer would contain a turn of the user or the system.
@@ -308,7 +308,7 @@ def _instruction(fields: _Fields) -> Record:
 
 
 def _ranked(fields: _Fields) -> Record:
-    """Orders by `ranks` (1 is best), else `scores` (high is best); ties keep the file's order."""
+    """Order by `ranks` (1 is best), else `scores` (high is best); ties keep the file's order."""
     prompt = fields.content("prompt")
     listed = fields.items("responses", 1)
     parts = _Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
@@ -402,7 +402,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """Describes a value in a word or two, for an error."""
+    """Describe a value in a word or two, for an error."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, list | tuple):

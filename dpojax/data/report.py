@@ -78,7 +78,7 @@ class Report:
         self.ends: dict[str, int] = defaultdict(int)
 
     def count(self, outcome: str, cause: str, id: str) -> None:
-        """Counts record `id` under an outcome and a cause.
+        """Count record `id` under an outcome and a cause.
 
         Raises:
           KeyError: the outcome is not in OUTCOMES, or the cause not in CAUSES. This is a bug of the
@@ -92,7 +92,7 @@ class Report:
             tally.examples.append(id)
 
     def measure(self, prompt: int, responses: Sequence[int]) -> None:
-        """Adds the numbers of tokens of an encoded record to the histograms in `lengths`."""
+        """Add the numbers of tokens of an encoded record to the histograms in `lengths`."""
         self.lengths["prompt"][prompt] += 1
         self.lengths["response"].update(responses)
         if len(responses) == 2:
@@ -111,7 +111,7 @@ class Report:
         return self.tallies[outcome].get(cause, Tally()).count
 
     def require_some(self) -> None:
-        """Raises DataError with the table of causes if every record was dropped."""
+        """Raise DataError with the table of causes if every record was dropped."""
         if self.dropped == self.read:
             raise DataError(f"all {self.read:,} records were dropped:\n{_causes_table(self)}")
 

@@ -137,7 +137,7 @@ def sample(
     *,
     return_sentiment: bool = False,
 ) -> list[str] | tuple[list[str], np.ndarray]:
-    """Draws whole reviews, or continuations of prompts, from the exact distribution.
+    """Draw whole reviews, or continuations of prompts, from the exact distribution.
 
     Args:
       rng: source of randomness.
@@ -168,7 +168,7 @@ def sample(
 def _posterior_draw(
     rng: np.random.Generator, model: Grammar, prompts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws (sentiment, state) given each prompt: two [n] int arrays."""
+    """Draw (sentiment, state) given each prompt: two [n] int arrays."""
     tokens, lengths, ended = _encode(prompts, model)
     if ended.any():
         raise ValueError(f"prompt {int(np.argmax(ended))} holds {EOS}: a prompt must be open")
@@ -186,7 +186,7 @@ def _posterior_draw(
 def _walk(
     rng: np.random.Generator, model: Grammar, sentiment: np.ndarray, state: np.ndarray
 ) -> np.ndarray:
-    """Runs the chain from each state to the boundary.
+    """Run the chain from each state to the boundary.
 
     Args:
       rng: source of randomness.
@@ -221,7 +221,7 @@ def _cumulative(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _draw(rng: np.random.Generator, cumulative: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Draws a column for each row number in `rows` [n], by the probabilities of that row: [n]."""
+    """Draw a column for each row number in `rows` [n], by the probabilities of that row: [n]."""
     width = cumulative.shape[1]
     flat = np.searchsorted(cumulative.ravel(), rows + rng.random(len(rows)), side="right")
     return np.minimum(flat - rows * width, width - 1)
@@ -332,7 +332,7 @@ def _may_pair(prompt: str, first: str, second: str, split: str) -> bool:
 
 
 def _blocks(kind: str, split: str, seed: int) -> Iterator[np.random.Generator]:
-    """Yields a random generator for each block of a stream, without end."""
+    """Yield a random generator for each block of a stream, without end."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {SPLITS}")
     for block in itertools.count():

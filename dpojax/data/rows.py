@@ -52,7 +52,7 @@ def collate(
     *,
     score_prompt: bool = False,
 ) -> Rows:
-    """Packs the examples at `indices` into one batch of `shape`, arrays [M, R, ...].
+    """Pack the examples at `indices` into one batch of `shape`, arrays [M, R, ...].
 
     Raises:
       ValueError: they do not fit, since the shape was planned for other batches.
@@ -133,7 +133,7 @@ def utilisation(rows: Rows) -> float:
 
 
 def _write(row: Rows, example: Example, e: int, column: int, score: int, score_prompt: bool):
-    """Writes the tokens of an example into one row.
+    """Write the tokens of an example into one row.
 
     Args:
       row: arrays [T], [S], ...
@@ -162,7 +162,7 @@ def _write(row: Rows, example: Example, e: int, column: int, score: int, score_p
 
 
 def _write_judgement(row: Rows, example: Example, e: int):
-    """Writes rank, scores, label and category of an example into one row's [E, K] and [E]."""
+    """Write rank, scores, label and category of an example into one row's [E, K] and [E]."""
     count = len(example.responses)
     row.rank[e, :count] = range(count) if example.rank is None else example.rank
     row.scores[e, :count] = 0.0 if example.scores is None else example.scores

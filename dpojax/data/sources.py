@@ -37,7 +37,7 @@ def load_records(
     form: str = "auto",
     columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Record], Report]:
-    """Reads the records of a data set, and counts the rows without a preference in a report.
+    """Read the records of a data set, and count the rows without a preference in a report.
 
     Args:
       path: what `read` takes.
@@ -71,7 +71,7 @@ def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
 
 
 def read(path: Path | Sequence[Path], *, split: str | None = None) -> Iterator[Row]:
-    """Yields (row, id) for every record, in file order; ids are "FILE:NUMBER", 1-based.
+    """Yield (row, id) for every record, in file order; ids are "FILE:NUMBER", 1-based.
 
     Args:
       path: a .json, .jsonl (both also .gz) or .parquet file, a glob pattern, a list of files, a
@@ -160,7 +160,7 @@ def _names(paths: list[pathlib.Path | str]) -> list[str]:
 
 
 def _rows(file: pathlib.Path | str, split: str | None) -> Iterator[tuple[dict, int]]:
-    """Yields (row, number) of one file, folder or hub data set."""
+    """Yield (row, number) of one file, folder or hub data set."""
     if isinstance(file, str) or file.is_dir():
         return _numbered(_data_set(file, split))
     if file.name.endswith(".parquet"):
@@ -262,7 +262,7 @@ def _choose(splits: Sequence[str] | Mapping[str, Any], split: str | None, name: 
 
 
 def _parsed(file: pathlib.Path, content: bytes, first_line: int = 1) -> Any:
-    """Parses JSON; errors name the file and the line (`content` starts at `first_line`)."""
+    """Parse JSON; errors name the file and the line (`content` starts at `first_line`)."""
     try:
         return json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -293,7 +293,7 @@ def _parquet(file: pathlib.Path) -> Iterator[dict]:
 
 
 def _with_class_names(data_set: Any) -> Iterator[dict]:
-    """Yields the rows with the name of a ClassLabel instead of its number; -1, "none", is null."""
+    """Yield the rows with the name of a ClassLabel instead of its number; -1, "none", is null."""
     features = data_set.features or {}
     class_names = {name: f.names for name, f in features.items() if hasattr(f, "int2str")}
     for row in data_set:
@@ -306,13 +306,13 @@ def _with_class_names(data_set: Any) -> Iterator[dict]:
 
 
 def _data_set(path: pathlib.Path | str, split: str | None) -> Iterator[dict]:
-    """Yields the rows of a folder (saved by `datasets`, or of data files) or a hub data set."""
+    """Yield the rows of a folder (saved by `datasets`, or of data files) or a hub data set."""
     with _reading(path):
         yield from _with_class_names(_opened(path, split))
 
 
 def _opened(path: pathlib.Path | str, split: str | None) -> Any:
-    """Opens a folder or a hub data set with `datasets`: the split, or the whole without splits."""
+    """Open a folder or a hub data set with `datasets`: the split, or the whole without splits."""
     import datasets
 
     saved = isinstance(path, pathlib.Path) and any(
@@ -331,7 +331,7 @@ def _opened(path: pathlib.Path | str, split: str | None) -> Any:
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path | str) -> Iterator[None]:
-    """Turns errors of `datasets` into a DataError that names the path."""
+    """Turn errors of `datasets` into a DataError that names the path."""
     import datasets
 
     try:

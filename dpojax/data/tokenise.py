@@ -104,7 +104,7 @@ class _Drop(Exception):
 def tokenise(
     records: Sequence[Record], tokenizer: Any, config: TokenizeConfig, report: Report | None = None
 ) -> tuple[list[Example], Report]:
-    """Tokenises records.
+    """Tokenise records.
 
     The prompt is encoded once. Prompt and response are also encoded as one text, so that the
     tokenizer invents no space between them; the response's ids are those after the prompt's. If a
@@ -297,7 +297,7 @@ class _Encoder:
 
 
 def _apply(choice: str, cause: str, record: Record, report: Report) -> None:
-    """Drops, notes or refuses a record: `choice` is the config's "drop", "keep" or "error"."""
+    """Drop, note or refuse a record: `choice` is the config's "drop", "keep" or "error"."""
     if choice == "error":
         raise DataError(f"{record.id}: {cause} (TokenizeConfig says error)")
     if choice == "drop":
@@ -308,7 +308,7 @@ def _apply(choice: str, cause: str, record: Record, report: Report) -> None:
 def _cut_prompt(
     record: Record, prompt: Ids, longest: int, config: TokenizeConfig, start: int
 ) -> Ids:
-    """Cuts the start of a prompt where it is too long and `config` says so.
+    """Cut the start of a prompt where it is too long and `config` says so.
 
     Args:
       record: for error messages.
@@ -342,7 +342,7 @@ def _cut_prompt(
 
 
 def _cut_responses(prompt: Ids, responses: list[Ids], config: TokenizeConfig) -> list[Ids]:
-    """Cuts the ends of responses where they are too long and `config` says so."""
+    """Cut the ends of responses where they are too long and `config` says so."""
     if config.truncation != "cut_response_end":
         return responses
     room = max(config.max_length - len(prompt), 0)

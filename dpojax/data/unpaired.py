@@ -12,7 +12,7 @@ from dpojax.data.tokenise import Example
 
 
 def split(record: Record) -> list[Record]:
-    """Splits a record into labelled single responses.
+    """Split a record into labelled single responses.
 
     The first of two or more responses becomes a desirable record, "ID:chosen", and the last an
     undesirable one, "ID:rejected". Responses between them are left out. The result is empty if all
@@ -38,7 +38,7 @@ def split(record: Record) -> list[Record]:
 
 
 def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Gives every example a mismatched response as its second, for KTO's KL estimate.
+    """Give every example a mismatched response as its second, for KTO's KL estimate.
 
     A mismatched response answers another prompt: it is that of the next example with another prompt
     in a fixed random order, cyclically. So desirable and undesirable responses keep their shares.

@@ -12,7 +12,7 @@ SMALLEST = 3 + 256  # the special tokens and every byte
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019, GPT-2).
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019, GPT-2).
 
     It puts BOS before a text. The same texts give the same tokenizer.
 

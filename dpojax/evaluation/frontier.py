@@ -80,7 +80,7 @@ def mean_over_prompts(values: ArrayLike, prompts: ArrayLike | None = None) -> Es
 def sequence_kl(
     policy: ArrayLike, reference: ArrayLike, prompts: ArrayLike | None = None
 ) -> Estimate:
-    """Estimates KL(policy || reference), nats, by the mean log-ratio of the policy's own samples.
+    """Estimate KL(policy || reference), nats, by the mean log-ratio of the policy's own samples.
 
     Args:
       policy, reference: log-probs of the same responses, [samples]. They were sampled at
@@ -97,7 +97,7 @@ def sequence_kl(
 def sequence_kl_of_tokens(
     token_kl: ArrayLike, mask: ArrayLike, prompts: ArrayLike | None = None
 ) -> Estimate:
-    """Estimates KL(policy || reference), nats, by the exact KL of each next-token distribution.
+    """Estimate KL(policy || reference), nats, by the exact KL of each next-token distribution.
 
     The Rao-Blackwellised estimate (Amini et al. 2025): each token's log-ratio is replaced by its
     mean over the vocabulary. The expectation is that of `sequence_kl`, the variance is smaller, and
@@ -153,7 +153,7 @@ def best_of_n_kl_bound(n: ArrayLike) -> Array:
 
 
 def best_of_n_kl(rewards: ArrayLike, n: int) -> Estimate:
-    """Estimates KL(best of n || reference), nats, with tied rewards taken into account.
+    """Estimate KL(best of n || reference), nats, with tied rewards taken into account.
 
     Let F be the distribution function of the reward under the reference. The density ratio of a
     response with reward r is (F(r)^n - F(r-)^n) / (F(r) - F(r-)) if r has probability mass (an
@@ -200,7 +200,7 @@ def pareto_hull(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
 
 
 def hull_below(lower: Points, upper: Points) -> Shortfall:
-    """Measures how far the first method's hull lies below the second's, at KLs that both span.
+    """Measure how far the first method's hull lies below the second's, at KLs that both span.
 
     Hulls are straight lines between their points, so the largest gap is at a point of one of them;
     all points in the common range are tried. The standard error of a hull at a KL combines those of
@@ -238,7 +238,7 @@ def hull_below(lower: Points, upper: Points) -> Shortfall:
 
 
 def checked_rewards(rewards: ArrayLike, caller: str) -> Array:
-    """Returns rewards [prompts, samples] in float64.
+    """Return rewards [prompts, samples] in float64.
 
     Raises:
       ValueError: another shape, an empty array, or a reward that is not finite.

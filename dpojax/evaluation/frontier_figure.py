@@ -53,7 +53,7 @@ TRIES = [(side, rise) for rise in (0, 1, -1, 2, -2, 3, -3, 4, -4) for side in (1
 
 
 def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
-    """Draws all points with finite KL and reward, the hulls, the limit, best-of-n and the base.
+    """Draw all points with finite KL and reward, the hulls, the limit, best-of-n and the base.
 
     The KL axis has a square-root scale, on which the limit starts as a straight line. Best-of-n is
     placed at the upper bound of its KL, with an open mark at its measured KL if that is lower. The
@@ -88,7 +88,7 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
 
 
 def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | os.PathLike) -> None:
-    """Writes `figure` to each path (png, pdf or svg by its suffix), all or nothing.
+    """Write `figure` to each path (png, pdf or svg by its suffix), all or nothing.
 
     Args:
       paths: their folders must exist.
@@ -256,7 +256,7 @@ def _ends(
 
 
 def _label(axes: Axes, ends: Sequence[End]) -> None:
-    """Writes each label beside its point, where it hides the fewest marks and other labels."""
+    """Write each label beside its point, where it hides the fewest marks and other labels."""
     axes.figure.draw_without_rendering()  # places everything
     drawn = [
         axes.transData.transform(xy)
@@ -279,7 +279,7 @@ def _label(axes: Axes, ends: Sequence[End]) -> None:
 
 
 def _move(label: Annotation, side: int, rise: int) -> np.ndarray:
-    """Moves a label by steps to the right and up of its point; its corners in pixels, [2, 2]."""
+    """Move a label by steps to the right and up of its point; its corners in pixels, [2, 2]."""
     label.set_position((8 * side, 11 * rise))
     label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[side])
     return label.get_window_extent().get_points()

@@ -60,7 +60,7 @@ TYPES = {"method": str, "setting": str, "seed": int, "step": int}  # all others 
 
 
 def write_points(path: str | os.PathLike, points: Iterable[Point]) -> None:
-    """Writes a CSV with a header, all or nothing. Floats read back exactly.
+    """Write a CSV with a header, all or nothing. Floats read back exactly.
 
     Args:
       path: its folder must exist.
@@ -79,7 +79,7 @@ def write_points(path: str | os.PathLike, points: Iterable[Point]) -> None:
 
 
 def read_points(path: str | os.PathLike) -> list[Point]:
-    """Reads what `write_points` wrote: the same points, bit for bit, in the same order.
+    """Read what `write_points` wrote: the same points, bit for bit, in the same order.
 
     Raises:
       ValueError: other columns, or a value that is no number. It names file, line and column.
@@ -114,7 +114,7 @@ def name(method: str) -> str:
 
 
 def by_method(points: Iterable[Point]) -> dict[str, list[Point]]:
-    """Groups points by method: first those in `NAMES`, in that order, then others as they come."""
+    """Group points by method: first those in `NAMES`, in that order, then others as they come."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(point.method, []).append(point)
@@ -123,7 +123,7 @@ def by_method(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def without_base(points: Iterable[Point]) -> tuple[list[Point], Point]:
-    """Separates the base, the one point of the reference, at KL 0, from the points of the methods.
+    """Separate the base, the one point of the reference, at KL 0, from the points of the methods.
 
     Raises:
       ValueError: there is no point whose method is `REFERENCE`, or more than one.
@@ -153,7 +153,7 @@ def arrays(points: Sequence[Point]) -> Points:
 
 
 def at_the_bound(point: Point) -> Point:
-    """Moves a point of best-of-n to the upper bound of its KL, log n - (n - 1) / n nats.
+    """Move a point of best-of-n to the upper bound of its KL, log n - (n - 1) / n nats.
 
     The `kl` of such a point is an estimate, which is lower if rewards tie. Points of other methods
     are returned unchanged.

@@ -56,7 +56,7 @@ def report(
     figure: str = "frontier.png",
     failed: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes the report as Markdown.
+    """Write the report as Markdown.
 
     Args:
       points: one per checkpoint, without the reference.
@@ -85,7 +85,7 @@ def report(
 
 
 def conclusions(points: Sequence[Point], optimum: Optimum, base: Point) -> list[str]:
-    """States what the points show: against the limit, DPO against each method, open doubts.
+    """State what the points show: against the limit, DPO against each method, open doubts.
 
     The comparison with the limit comes first: a point above it by more than `CLAIM` standard errors
     means that something was measured wrongly.
@@ -155,7 +155,7 @@ def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
 
 
 def by_prompt(lines: Sequence[Mapping]) -> Samples:
-    """Groups lines with method, setting, prompt, response and reward, as `report` takes them.
+    """Group lines with method, setting, prompt, response and reward, as `report` takes them.
 
     Each run, "METHOD, SETTING", is a group of its own. The order of the lines is kept.
 
@@ -189,7 +189,7 @@ def _row(near: float, point: Point, optimum: Optimum, base: Point) -> Row:
 
 
 def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
-    """Says whether a point lies above the limit. All points have finite KL and reward."""
+    """Say whether a point lies above the limit. All points have finite KL and reward."""
     measured = frontier_points.arrays(points)
     gap = above_limit(
         measured.reward,
@@ -225,7 +225,7 @@ def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
 
 
 def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
-    """Compares the hulls of DPO and of another method, in both directions."""
+    """Compare the hulls of DPO and of another method, in both directions."""
     hulls = [frontier_points.arrays(frontier_points.hull(methods[m])) for m in ("dpo", other)]
     name = escaped(frontier_points.name(other))
     start, stop = max(h.kl[0] for h in hulls), min(h.kl[-1] for h in hulls)
@@ -253,7 +253,7 @@ def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
 
 
 def _beyond(dpo: Point, end: Point, name: str) -> str:
-    """Says where the other hull goes on past the end of DPO's and gets a higher reward."""
+    """Say where the other hull goes on past the end of DPO's and gets a higher reward."""
     gain, error = end.reward - dpo.reward, math.hypot(end.reward_error, dpo.reward_error)
     if end.kl <= dpo.kl or not gain > CLAIM * error:
         return ""
@@ -271,7 +271,7 @@ def _most(gap: Shortfall) -> str:
 
 
 def _doubts(points: Sequence[Point], base: Point) -> list[str]:
-    """Says what these points do not settle."""
+    """Say what these points do not settle."""
     doubts = [
         "A hull is made of the best of many noisy checkpoints, so it lies a little too high, the "
         "more so the more runs a method has; the errors do not contain that.",
@@ -318,7 +318,7 @@ def _about_the_table(optimum: Optimum) -> str:
 
 
 def _which(point: Point) -> str:
-    """Names a point in a sentence: method, setting, seed and step."""
+    """Name a point in a sentence: method, setting, seed and step."""
     setting = escaped(point.setting)
     parts = [frontier_points.name(point.method), setting]
     parts += [f"seed {point.seed}", f"step {point.step}"]
@@ -358,7 +358,7 @@ def _pm(value: float, error: float | None, digits: int = 3, *, percent: bool = F
 
 
 def escaped(text: str) -> str:
-    """Escapes a text so that Markdown shows it as it is, on one line.
+    """Escape a text so that Markdown shows it as it is, on one line.
 
     >>> print(escaped("a|b *c* <br />"))
     a\\|b \\*c\\* &lt;br /&gt;

@@ -53,7 +53,7 @@ class Optimum(NamedTuple):
 
 
 def optimum(rewards: ArrayLike, betas: ArrayLike, *, min_effective: float = 10.0) -> Optimum:
-    """Estimates reward and KL of the optimal policies from samples of the reference.
+    """Estimate reward and KL of the optimal policies from samples of the reference.
 
     Self-normalised importance sampling, with weights w = exp(r / beta) / sum exp(r / beta) in each
     prompt: E[r] = sum w r, KL = E[r] / beta - log mean exp(r / beta), which cannot exceed log m.
@@ -181,7 +181,7 @@ def trusted_up_to(curve: Optimum) -> float:
 
 
 def write_optimum(path: str | os.PathLike, curve: Optimum) -> None:
-    """Writes the curve as JSON, all or nothing; its numbers read back exactly."""
+    """Write the curve as JSON, all or nothing; its numbers read back exactly."""
     columns = {
         name: [value if np.isfinite(value) else str(value) for value in np.asarray(values).tolist()]
         for name, values in curve._asdict().items()
@@ -193,7 +193,7 @@ def write_optimum(path: str | os.PathLike, curve: Optimum) -> None:
 
 
 def read_optimum(path: str | os.PathLike) -> Optimum:
-    """Reads what `write_optimum` wrote.
+    """Read what `write_optimum` wrote.
 
     Raises:
       ValueError: no JSON, other fields, a value that is no number, or unequal lengths. It names the

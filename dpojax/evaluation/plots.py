@@ -61,7 +61,7 @@ class Panel(NamedTuple):
 
 
 def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> None:
-    """Draws the curves of a run's stages into `path` (png, pdf or svg), all or nothing.
+    """Draw the curves of a run's stages into `path` (png, pdf or svg), all or nothing.
 
     A stage that logs rewards gets panels of loss, accuracy, rewards, KL and displacement. Any other
     stage gets its loss, and its accuracy if it is a classifier. A stage that draws samples also
@@ -250,7 +250,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve]]) -> None:
-    """Writes labels at the right ends of curves, moved apart where they would overlap."""
+    """Write labels at the right ends of curves, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     below = -math.inf
     for height, curve in sorted(ends, key=lambda end: end[0]):
@@ -261,7 +261,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, Curve]]) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    """Draws one legend for all panels without labels: a colour means the same in each of them."""
+    """Draw one legend for all panels without labels: a colour means the same in each of them."""
     entries = {
         "train, running mean": Line2D([], [], color=BLUE, lw=1.7),
         "train, as logged": Line2D([], [], color=BLUE, lw=0.7, alpha=0.45),

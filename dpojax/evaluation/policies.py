@@ -111,7 +111,7 @@ def evaluate(
     fixed_length: bool = False,
     shown: int = 4,
 ) -> PolicyEvaluation:
-    """Samples from the policy and scores the responses.
+    """Sample from the policy and score the responses.
 
     The shapes depend on the prompts only, so a second evaluation compiles nothing. In a run of
     several processes, all of them have to call it.
@@ -158,7 +158,7 @@ def evaluate(
 def _rewards(
     reward: Callable, prompts: Sequence[str], responses: Sequence[Sequence[str]]
 ) -> NDArray[np.float64]:
-    """Scores K responses to each of P prompts, [P, K]."""
+    """Score K responses to each of P prompts, [P, K]."""
     reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
     repeated = [prompt for prompt, texts in zip(prompts, responses) for _ in texts]
     scores = reward(repeated, [text for texts in responses for text in texts])
@@ -171,7 +171,7 @@ def _summary(
     ratios: NDArray[np.float64],
     token_kl: NDArray[np.float64] | None,
 ) -> PolicyEvaluation:
-    """Averages over the samples, without texts; arrays are [P, K]."""
+    """Average over the samples, without texts; arrays are [P, K]."""
     samples = [sample for group in drawn for sample in group]
     prompt_of_sample = np.arange(rewards.size) // rewards.shape[1]
     tokens = [s.tokens[: len(s.tokens) - s.stopped].tolist() for s in samples]
@@ -220,7 +220,7 @@ def response_texts(tokenizer, prompt: Sequence[int], samples: Sequence[Sample]) 
 
 
 def require_stops(drawn: Sequence[Sequence[Sample]], sampler: Sampler) -> None:
-    """Raises NothingStopped if there are responses, and none ended before the length limit."""
+    """Raise NothingStopped if there are responses, and none ended before the length limit."""
     samples = [sample for group in drawn for sample in group]
     if samples and not any(sample.stopped for sample in samples):
         raise NothingStopped(
@@ -242,7 +242,7 @@ def divergences(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Computes the log-ratio and the exact token KLs of every response.
+    """Compute the log-ratio and the exact token KLs of every response.
 
     Both log-probs come from `score`, so equal weights give exactly 0. The log-ratio belongs to the
     policy that was sampled, at its temperature. The KL is that of temperature 1.
@@ -304,7 +304,7 @@ def _batches(
     batch_size: int,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[Rows, Rows]]:
-    """Yields batches of about `batch_size` responses, each as NumPy rows and on the mesh."""
+    """Yield batches of about `batch_size` responses, each as NumPy rows and on the mesh."""
     examples = [
         Example(f"prompt {i}", prompt, (sample.tokens,), (not sample.stopped,), None)
         for i, (prompt, samples) in enumerate(zip(prompts, drawn))
@@ -337,7 +337,7 @@ def _shape(prompts: Sequence[np.ndarray], new: int, rows: int) -> Shape:
 
 
 def _by_example(rows: Rows, values: np.ndarray, count: int) -> np.ndarray:
-    """Sums the values [M, R, S] of scored tokens over each example, [count]."""
+    """Sum the values [M, R, S] of scored tokens over each example, [count]."""
     scored = rows.response >= 0
     example = np.take_along_axis(rows.example, np.maximum(rows.response, 0), axis=-1)  # [M, R, S]
     return np.bincount(example[scored], values[scored].astype(np.float64), minlength=count)

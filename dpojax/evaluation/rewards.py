@@ -53,7 +53,7 @@ class Reward:
     fingerprint: str = ""
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:
-        """Scores n texts, float64 [n].
+        """Score n texts, float64 [n].
 
         Raises:
           RewardError: the function returned something other than n finite numbers. The message
@@ -82,7 +82,7 @@ class Reward:
 
 
 def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) -> Reward:
-    """Opens the reward that a config or command line names.
+    """Open the reward that a config or command line names.
 
     Args:
       spec: one of SPECS; a folder may also be a name on the hub.
@@ -243,7 +243,7 @@ def scalar_head(
 
 
 def _last_score(model: Model) -> Callable:
-    """Builds (params, tokens [B, T], lengths [B]) -> scores at the last tokens, [B] or [B, L]."""
+    """Build (params, tokens [B, T], lengths [B]) -> scores at the last tokens, [B] or [B, L]."""
 
     def apply(params, tokens, lengths):
         hidden_BxTxD = model.apply(params, plain_rows(tokens))
@@ -256,7 +256,7 @@ def _last_score(model: Model) -> Callable:
 def _batched(
     apply: Callable, params, longest: int, mesh: Mesh | None, batch_size: int
 ) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]:
-    """Turns `apply(params, tokens [B, T], lengths [B])` into a function of any number of texts.
+    """Turn `apply(params, tokens [B, T], lengths [B])` into a function of any number of texts.
 
     Texts of similar lengths share a batch of fixed size, padded on the right to a power of two.
 

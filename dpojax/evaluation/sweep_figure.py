@@ -53,7 +53,7 @@ PANELS = (
 
 
 def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
-    """Draws the evaluations of all members of a sweep, a colour for each; all or nothing.
+    """Draw the evaluations of all members of a sweep, a colour for each; all or nothing.
 
     No file is written if no metric of any panel is finite.
 
@@ -100,7 +100,7 @@ def _points(lines: Sequence[Mapping], panel: Panel) -> tuple[list[float], list[f
 
 
 def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color) -> Line2D:
-    """Draws the curve of one member, and marks its last evaluation, the result."""
+    """Draw the curve of one member, and mark its last evaluation, the result."""
     x, y = _points(lines, panel)
     (drawn,) = axes.plot(x, y, "-", color=color, lw=1.3)
     if x:
