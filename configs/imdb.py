@@ -93,12 +93,12 @@ VARIANTS = {"small": _small, "paper": _paper}
 
 def frontier(config):
     """The 22 runs of the paper's figure 2; with a model.path, all with the same settings."""
-    from dpojax.frontier.plan import paper_runs
+    from dpojax.frontier.runs import paper_runs
 
     if config.model.path:  # step sizes and KL coefficients below are those of the small model
         return paper_runs()
     # The learned reward is in logits, which spread several times as wide as a probability.
-    own = {
+    of_method = {
         "ppo": {"evaluate_every": 15, "ppo.kl_coefficient": 0.3},
         "ppo_gt": {"evaluate_every": 15, "ppo.kl_coefficient": 0.1},
     }
@@ -107,5 +107,8 @@ def frontier(config):
         "beta=0.05": {"preference.learning_rate": 2e-4},
         "beta=0.1": {"preference.learning_rate": 2e-4},
     }
-    of = lambda run: own.get(run.method, {}) | rates.get(run.setting, {})
-    return [run._replace(changes={**run.changes, **of(run)}) for run in paper_runs()]
+    runs = []
+    for run in paper_runs():
+        changes = of_method.get(run.method, {}) | rates.get(run.setting, {})
+        runs.append(run._replace(changes={**run.changes, **changes}))
+    return runs

@@ -38,7 +38,7 @@ def frontier(config):
 
     All learn from the same prompts: preferred-FT goes over them once, DPO and unlikelihood twice.
     """
-    from dpojax.frontier.plan import paper_runs
+    from dpojax.frontier.runs import paper_runs
 
     common = {
         "preference.batch_size": 32,
@@ -51,19 +51,19 @@ def frontier(config):
         "evaluate_every": 100,
     }
     # The learned reward is in logits, which spread several times as wide as the true one.
-    own = {
+    of_method = {
         "ppo": {"evaluate_every": 12, "ppo.kl_coefficient": 0.3},
         "ppo_gt": {"evaluate_every": 12, "ppo.kl_coefficient": 0.1},
         "preferred_ft": {"preference.epochs": 1},
     }
     # Found by single runs: benchmarks/RESULTS.md.
     rates = {0.05: 2e-4, 0.1: 2e-4, 1.0: 1e-3, 2.0: 8e-4, 5.0: 6e-4}
-    rate = lambda run: {
-        "preference.learning_rate": rates.get(run.changes.get("preference.beta"), 5e-4)
-    }
-    runs = paper_runs(beta=(0.05, 0.1, 1.0, 2.0, 5.0), common=common)
-    changes = lambda run: run.changes | own.get(run.method, {}) | rate(run)
-    return [run._replace(changes=changes(run)) for run in runs]
+    runs = []
+    for run in paper_runs(beta=(0.05, 0.1, 1.0, 2.0, 5.0), common=common):
+        rate = rates.get(run.changes.get("preference.beta"), 5e-4)
+        changes = run.changes | of_method.get(run.method, {})
+        runs.append(run._replace(changes=changes | {"preference.learning_rate": rate}))
+    return runs
 
 
 def sweep():

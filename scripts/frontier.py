@@ -1,10 +1,13 @@
-"""The frontier: python scripts/frontier.py --config=configs/reviews.py --workdir=runs/frontier
+"""Frontier: python scripts/frontier.py --config=configs/reviews.py --workdir=runs/frontier
 
-Makes everything that the figure needs, and the figure: SFT, preferences, a reward model, the
-methods over their sweeps, best-of-n and the theoretical optimum. The same command goes on where it
-was stopped. --add=simpo,ipo adds losses of the library by name, --add=online_dpo online DPO;
---methods=dpo,unlikelihood leaves out all others. --dry_run makes nothing: it builds every
-program from shapes alone, and says so.
+Makes the reward-KL frontier of Rafailov et al. 2023, figure 2, and everything that it needs: SFT,
+preferences of the SFT policy's completions, a reward model, and one run per method and setting of
+the config file's frontier(config). The same command goes on where it was stopped; the plan of all
+jobs, with the command of each, is WORKDIR/plan.json.
+
+--add=simpo,ipo adds runs of other losses, --add=online_dpo online DPO; --methods=dpo,unlikelihood
+leaves out all others. --dry_run makes nothing: it builds every program from shapes alone, and says
+so.
 
 Without an accelerator as many runs go on at once as there are cores, in a process each
 (--workers). With one they go on one after another, but for those of a method that differ in numbers
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from dpojax.config.command_line import parse
@@ -35,47 +38,47 @@ flags.mark_flag_as_required("config")
 
 
 def main(_) -> int:
-    logging.set_verbosity(logging.WARNING)
-    from dpojax.config.checks import ConfigError
-    from dpojax.frontier import dry_run
-    from dpojax.frontier import plan as frontier
-    from dpojax.frontier import results as frontier_results
-    from dpojax.jobs import local_workers as workers
-    from dpojax.runs.run import FAILURES
-    from dpojax.training.loop import Preempted
+    from dpojax.runs.command import exit_status
 
-    try:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        runs = frontier.read_runs(path, CONFIG.value)
-        if unknown := set(METHODS.value) - {run.method for run in runs}:
-            names = ", ".join(sorted(unknown))
-            raise ConfigError(f"--methods: {names}: not among the runs of {path}")
-        common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
-        runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
-        online = {"online_beta": CONFIG.value.frontier.online_beta}
-        runs += [frontier.of_loss(name, common, **online) for name in ADD.value]
-        if DRY_RUN.value:
-            for line in dry_run.dry_run(CONFIG.value, runs):
-                print(line, flush=True)
-            return 0
-        at_once = WORKERS.value or workers.default_workers()
-        together = at_once == 1 if TOGETHER.value is None else TOGETHER.value
-        folder = frontier.make(
-            CONFIG.value, runs, WORKDIR.value, at_once=at_once, together=together
-        )
-        text = frontier_results.write(folder)
-    except Preempted as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
-        return 143
-    except FAILURES as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(text.split("\n## Samples")[0])
+    return exit_status(make)
+
+
+def make() -> int:
+    from dpojax.frontier import dry_run, frontier, results
+    from dpojax.jobs import local_workers
+
+    runs = planned_runs()
+    if DRY_RUN.value:
+        for line in dry_run.dry_run(CONFIG.value, runs):
+            print(line, flush=True)
+        return 0
+    workers = WORKERS.value or local_workers.default_workers()
+    together = workers == 1 if TOGETHER.value is None else TOGETHER.value
+    folder = frontier.make_frontier(
+        CONFIG.value, runs, WORKDIR.value, workers=workers, together=together
+    )
+    print(results.write(folder).split("\n## Samples")[0])
     print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md")
-    failed = frontier_results.failures(folder)
-    for name, why in failed.items():
+    failures = results.failures(folder)
+    for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failures else 0
+
+
+def planned_runs() -> list:
+    """The runs of the config file that --methods leaves, and those that --add names."""
+    from dpojax.config.errors import ConfigError
+    from dpojax.frontier.runs import read_runs, run_of_loss
+
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    runs = read_runs(path, CONFIG.value)
+    if unknown := set(METHODS.value) - {run.method for run in runs}:
+        names = ", ".join(sorted(unknown))
+        raise ConfigError(f"--methods: {names}: not among the runs of {path}")
+    common = dict(set.intersection(*(set(run.changes.items()) for run in runs)))
+    runs = [run for run in runs if not METHODS.value or run.method in METHODS.value]
+    beta = CONFIG.value.frontier.online_beta
+    return runs + [run_of_loss(name, common, online_beta=beta) for name in ADD.value]
 
 
 if __name__ == "__main__":

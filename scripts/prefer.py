@@ -3,7 +3,8 @@
 
 Draws completions of every prompt from a policy, scores them by a reward, and writes pairs (or
 ranked lists) as Parquet, for --config.preference.data.source=pairs. The same command again makes
-what is missing; several processes share the work (--process=0/4 where JAX does not count them itself).
+what is missing; several processes share the work (--process=0/4 where JAX does not count them
+itself).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Sweep: python scripts/sweep.py --config=configs/reviews.py --workdir=runs/sweep
 
 Trains what the function sweep() of the config file returns, a list of changed keys such as
-{"preference.beta": 0.1}: members that differ in numbers that the step traces (beta, label smoothing,
-learning rate, length, ...) in one program over one pass of the data, the others one after another.
-Each gets a workdir of its own under --workdir; sweep.csv and sweep.png show all. The same command
-goes on where it was stopped.
+{"preference.beta": 0.1}. Members that differ in numbers that the step traces (beta, label
+smoothing, learning rate, length, ...) train in one program over one pass of the data, the others
+one after another. Each gets a workdir of its own under --workdir; sweep.csv and sweep.png show all.
+The same command goes on where it was stopped.
 
 Without an accelerator every core is a device, and members are spread over them (--cpu_devices).
 """
@@ -15,7 +15,7 @@ import os
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from dpojax.config.command_line import parse
@@ -30,23 +30,20 @@ CPU_DEVICES = flags.DEFINE_integer(
 def main(_) -> int:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value or _cores())
-    from dpojax.runs.run import FAILURES
-    from dpojax.sweeps import sweep
-    from dpojax.training.loop import Preempted
+    from dpojax.runs.command import exit_status
 
-    logging.set_verbosity(logging.WARNING)
-    try:
-        members = sweep.read_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
-        failed = sweep.make(CONFIG.value, members, WORKDIR.value)
-    except Preempted as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
-        return 143
-    except FAILURES as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    for name, why in failed.items():
+    return exit_status(make)
+
+
+def make() -> int:
+    from dpojax.sweeps.members import read_sweep
+    from dpojax.sweeps.sweep import run_sweep
+
+    members = read_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
+    failures = run_sweep(CONFIG.value, members, WORKDIR.value)
+    for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
 def _cores() -> int:

@@ -20,7 +20,9 @@ def parse(arguments: list[str]) -> list[str]:
 def load_config_file(path: str) -> types.ModuleType:
     """The module of a config file, for its functions besides get_config(); FILE:VARIANT is FILE."""
     file, extension, _ = path.partition(".py:")
-    spec = importlib.util.spec_from_file_location("config_file", file + (".py" if extension else ""))
+    spec = importlib.util.spec_from_file_location(
+        "config_file", file + (".py" if extension else "")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

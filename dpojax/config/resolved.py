@@ -41,7 +41,6 @@ class ResolvedRun:
         return contents_of(self.config)
 
 
-
 def workdir_path(workdir: str | storage.Path) -> storage.Path:
     """The folder that --workdir names, local or in a bucket.
 

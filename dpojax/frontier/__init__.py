@@ -1,1 +1,1 @@
-"""The reward-KL frontier: its runs, the plan of jobs that makes them, and what is read from them."""
+"""The reward-KL frontier: its runs, the jobs that make them, and what is read from them."""

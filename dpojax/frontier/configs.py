@@ -8,9 +8,11 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.resolved import ResolvedRun
 from dpojax.frontier.runs import ONLINE, PPO, PREFERENCE, Run
 from dpojax.runs.preferences import Settings
 from dpojax.stages import token_cache
+from dpojax.stages.registry import resolve
 
 # Names of jobs, and of the folders in the frontier's workdir that they make.
 POLICY, PREFERENCES, REWARD_MODEL = "policy", "preferences", "reward_model"
@@ -35,12 +37,22 @@ class RunConfigs(NamedTuple):
         if run.stage == PPO:
             learned = f"reward_model:{self.folder / REWARD_MODEL}"
             config.ppo.reward = learned if run.method == "ppo" else self.true_reward
-            config.ppo.update(prompts=self.config.frontier.prompts, limit=self.config.frontier.count)
+            config.ppo.update(
+                prompts=self.config.frontier.prompts, limit=self.config.frontier.count
+            )
         else:
             config.preference.data.source = str(self.folder / PREFERENCES)
             config.preference.reference.cache = str(self.folder / "reference_logprobs")
         config.update_from_flattened_dict(dict(run.changes))
         return config
+
+    def resolve(self, run: Run) -> ResolvedRun:
+        """A run, checked.
+
+        Raises:
+          ConfigError: it could not start.
+        """
+        return resolve(self.config_of(run), self.workdir_of(run))
 
     def workdir_of(self, run: Run) -> storage.Path:
         return self.folder / "runs" / run.name

@@ -72,7 +72,7 @@ def check_frontier(
     """Raises ConfigError for a run that could not start."""
     configs = RunConfigs(config, folder)
     for run in runs:
-        resolve(configs.config_of(run), configs.workdir_of(run))
+        configs.resolve(run)
     if config.frontier.reward == "classifier":
         resolve(configs.stage_config("classifier"), folder)
     if workers > 1 and not local_workers.on_cpu():
@@ -99,9 +99,7 @@ def write_or_compare_plan(
     path = folder / PLAN
     content = {
         "config": as_json(config),
-        "runs": [
-            run._asdict() | {"name": run.name, "changes": dict(run.changes)} for run in runs
-        ],
+        "runs": [run._asdict() | {"name": run.name, "changes": dict(run.changes)} for run in runs],
         "jobs": plan_as_json(plan.jobs),
     }
     if path.exists():

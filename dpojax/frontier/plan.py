@@ -21,7 +21,6 @@ from dpojax.frontier.configs import CLASSIFIER, POLICY, PREFERENCES, REWARD_MODE
 from dpojax.frontier.runs import ONLINE, Run
 from dpojax.jobs.job import Job, command
 from dpojax.runs.workdirs import FAILED, FINISHED, digest
-from dpojax.stages.registry import resolve
 from dpojax.sweeps.members import same_program
 
 TOGETHER, JOBS = "together", "jobs"  # folders of the frontier's workdir
@@ -142,9 +141,7 @@ class Planner:
         config.reward.data.source = str(self.folder / PREFERENCES)
         return [
             self._train_job("reward", config, workdir, needs=needs),
-            self._export_job(
-                REWARD_MODEL, workdir, self.folder / REWARD_MODEL, needs=("reward",)
-            ),
+            self._export_job(REWARD_MODEL, workdir, self.folder / REWARD_MODEL, needs=("reward",)),
         ]
 
     def _run_job(self, run: Run, needs: tuple[str, ...]) -> Job:
@@ -164,7 +161,10 @@ class Planner:
         name, done = f"{runs[0].method}-{len(runs)}-runs-{key[:4]}", self.folder / TOGETHER / key
         done = done.with_suffix(".done")
         members = [
-            {"config": as_json(self.configs.config_of(run)), "workdir": str(self.configs.workdir_of(run))}
+            {
+                "config": as_json(self.configs.config_of(run)),
+                "workdir": str(self.configs.workdir_of(run)),
+            }
             for run in runs
         ]
         return Job(
@@ -274,7 +274,7 @@ class Planner:
             if any(run.stage == ONLINE for run in of_method):
                 groups += [[run] for run in of_method]
                 continue
-            resolved = [resolve(self.configs.config_of(run), self.configs.workdir_of(run)) for run in of_method]
+            resolved = [self.configs.resolve(run) for run in of_method]
             groups += [[of_method[i] for i in indices] for indices in same_program(resolved)]
         return groups
 

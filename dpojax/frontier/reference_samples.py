@@ -1,6 +1,6 @@
 """Rewards of many samples of the reference: for best-of-n and the optimum.
 
-    python -m dpojax.frontier.reference_samples --config=CONFIG.json --policy=FOLDER --out=FILE.npz
+python -m dpojax.frontier.reference_samples --config=CONFIG.json --policy=FOLDER --out=FILE.npz
 """
 
 from __future__ import annotations

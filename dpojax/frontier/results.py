@@ -3,123 +3,72 @@
 from __future__ import annotations
 
 import json
-import pathlib
+import math
 import platform
 
 import jax
 import numpy as np
 
-from dpojax.evaluation.frontier import (
-    best_of_n,
-    best_of_n_kl,
-    mean_over_prompts,
-)
+from dpojax import storage
+from dpojax.config.saved import CONFIG
+from dpojax.evaluation.frontier import best_of_n, best_of_n_kl, mean_over_prompts
 from dpojax.evaluation.frontier_figure import draw
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point, write_points
 from dpojax.evaluation.frontier_report import by_prompt, report
 from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
 from dpojax.frontier import online
-from dpojax.frontier.plan import PLAN, SAMPLES
-from dpojax.jobs.plan import read_seconds
+from dpojax.frontier.frontier import PLAN
+from dpojax.frontier.plan import SAMPLES
+from dpojax.frontier.runs import ONLINE, PREFERENCE
+from dpojax.jobs.progress import read_seconds
 from dpojax.runs.workdirs import failure_of
 from dpojax.stages.samples import FILE, last_samples
 from dpojax.training.metrics import read_metrics
 
+# Fields of a point that are metrics `samples/...` of an evaluation.
+SAMPLED = ("kl", "kl_error", "reward", "reward_error", "length", "distinct_2", "repetition")
+SAMPLED += ("stopped", "rank_correlation", "rank_correlation_error")
 BETAS = (np.inf, *np.geomspace(10, 0.02, 40))
 
 
-def collect(folder: pathlib.Path) -> tuple[list[Point], Optimum, Point]:
+def collect(folder: storage.Path) -> tuple[list[Point], Optimum, Point]:
     """The points of all checkpoints and of best-of-n, the limit, and the reference's own point."""
-    plan = json.loads((folder / PLAN).read_text())
-    with np.load(folder / SAMPLES) as found:
-        rewards, lengths = found["rewards"], found["lengths"]
-    reward = mean_over_prompts(rewards.ravel(), np.arange(rewards.size) // rewards.shape[1])
-    missing = dict.fromkeys(Point._fields, float("nan"))
-    measured = {"seed": plan["config"]["seed"], "step": 0, "kl": 0.0, "kl_error": 0.0}
-    measured |= {"reward": reward.value, "reward_error": reward.error}
-    measured |= {"length": float(lengths.mean())}
-    base = Point(**missing | {"method": REFERENCE, "setting": ""} | measured)
+    plan = storage.read_json(folder / PLAN)
+    with np.load(storage.local_copy(folder / SAMPLES)) as samples:
+        rewards, lengths = samples["rewards"], samples["lengths"]  # [P, m]
+    base = _reference_point(rewards, lengths, plan["config"]["seed"])
     points = [point for run in plan["runs"] for point in _points_of(folder, plan, run)]
     for n in plan["config"]["frontier"]["best_of_n"]:
         kl, best = best_of_n_kl(rewards, n), best_of_n(rewards, n)
-        found = {"kl": kl.value, "kl_error": kl.error}
-        found |= {"reward": best.value, "reward_error": best.error}
-        named = {"method": BEST_OF_N, "setting": f"n={n}", "seed": base.seed, "step": 0}
-        points.append(Point(**missing | named | found))
+        points.append(
+            _point(
+                method=BEST_OF_N,
+                setting=f"n={n}",
+                seed=base.seed,
+                step=0,
+                kl=kl.value,
+                kl_error=kl.error,
+                reward=best.value,
+                reward_error=best.error,
+            )
+        )
     return points, optimum(rewards, BETAS), base
 
 
-def _parts(folder: pathlib.Path, plan: dict, run: dict) -> list[pathlib.Path]:
-    """The folders of the stages that a run trained, one after the other."""
-    workdir = folder / "runs" / run["name"]
-    if run["stage"] != online.STAGE:
-        return [workdir / run["stage"]]
-    rounds = plan["config"]["frontier"]["online_rounds"]
-    return [trained / "preference" for trained in online.runs_of(workdir, rounds)]
+def write(folder: storage.Path) -> str:
+    """Writes frontier.csv, optimum.json, samples.jsonl, frontier.png, .pdf and report.md.
 
-
-def _points_of(folder: pathlib.Path, plan: dict, run: dict) -> list[Point]:
-    """One point per evaluation of a run, but for those before a part's first step.
-
-    Steps go on from part to part.
-    """
-    parts = _parts(folder, plan, run)
-    seed = json.loads((parts[0].parent / "config.json").read_text())["seed"]
-    lines, before = [], 0
-    for part in parts:
-        own = [line for line in read_metrics(part) if line["split"] == "eval" and line["step"] > 0]
-        lines += [line | {"step": before + line["step"]} for line in own]
-        before = max((line["step"] for line in lines), default=0)
-    get = lambda line, name: float(line.get(f"samples/{name}", float("nan")))
-    return [
-        Point(
-            run["method"],
-            run["setting"],
-            seed,
-            line["step"],
-            *(get(line, name) for name in ("kl", "kl_error", "reward", "reward_error", "length")),
-            *(get(line, name) for name in ("distinct_2", "repetition", "stopped")),
-            float(line.get("rewards/accuracies", float("nan"))),
-            *(get(line, name) for name in ("rank_correlation", "rank_correlation_error")),
-        )
-        for line in lines
-        if "samples/kl" in line
-    ]
-
-
-def _samples(folder: pathlib.Path, plan: dict) -> list[dict]:
-    """The last checkpoint's responses of every run, one line per prompt."""
-    found = []
-    for run in plan["runs"]:
-        last = _parts(folder, plan, run)[-1]
-        if not (last / FILE).exists():  # it failed before
-            continue
-        found += [
-            {
-                "method": run["method"],
-                "setting": run["setting"],
-                "prompt": line["prompt"],
-                "response": line["response"],
-                "reward": line["reward"],
-                "logprob_ratio": line["log_ratio"],
-            }
-            for line in last_samples(last)
-        ]
-    return found
-
-
-def write(folder: pathlib.Path) -> str:
-    """Write frontier.csv, optimum.json, samples.jsonl, frontier.png, .pdf and report.md.
-
-    Returns the report.
+    Returns:
+      the report.
     """
     points, curve, base = collect(folder)
-    plan = json.loads((folder / PLAN).read_text())
+    plan = storage.read_json(folder / PLAN)
     write_points(folder / "frontier.csv", [base, *points])
     write_optimum(folder / "optimum.json", curve)
     draw(points, curve, base, folder / "frontier.png", folder / "frontier.pdf")
     samples = _samples(folder, plan)
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    lines = "".join(json.dumps(line) + "\n" for line in samples)
+    storage.write_text(folder / "samples.jsonl", lines)
     seconds = read_seconds(folder)
     text = report(
         points,
@@ -130,24 +79,103 @@ def write(folder: pathlib.Path) -> str:
         seconds=_by_kind(seconds.jobs, plan) | {"the whole plan": seconds.passed},
         failed=failures(folder),
     )
-    (folder / "report.md").write_text(text)
+    storage.write_text(folder / "report.md", text)
     return text
 
 
-def failures(folder: pathlib.Path) -> dict[str, str]:
+def failures(folder: storage.Path) -> dict[str, str]:
     """Why runs of the plan failed, by name."""
-    names = [run["name"] for run in json.loads((folder / PLAN).read_text())["runs"]]
+    names = [run["name"] for run in storage.read_json(folder / PLAN)["runs"]]
     return {name: why for name in names if (why := failure_of(folder / "runs" / name))}
+
+
+def _point(**values: object) -> Point:
+    """A point of these values; what it does not have is nan."""
+    return Point(**dict.fromkeys(Point._fields, math.nan) | values)
+
+
+def _reference_point(rewards: np.ndarray, lengths: np.ndarray, seed: int) -> Point:
+    reward = mean_over_prompts(rewards.ravel(), np.arange(rewards.size) // rewards.shape[1])
+    return _point(
+        method=REFERENCE,
+        setting="",
+        seed=seed,
+        step=0,
+        kl=0.0,
+        kl_error=0.0,
+        reward=reward.value,
+        reward_error=reward.error,
+        length=float(lengths.mean()),
+    )
+
+
+def _stage_folders(folder: storage.Path, plan: dict, run: dict) -> list[storage.Path]:
+    """The folders of the stages that a run trained, one after the other."""
+    workdir = folder / "runs" / run["name"]
+    if run["stage"] != ONLINE:
+        return [workdir / run["stage"]]
+    rounds = plan["config"]["frontier"]["online_rounds"]
+    return [trained / PREFERENCE for trained in online.trained_runs(workdir, rounds)]
+
+
+def _points_of(folder: storage.Path, plan: dict, run: dict) -> list[Point]:
+    """One point per evaluation of a run, but for those before a stage's first step.
+
+    Steps go on from stage to stage.
+    """
+    stages = _stage_folders(folder, plan, run)
+    seed = storage.read_json(stages[0].parent / CONFIG)["seed"]
+    points, before = [], 0
+    for stage in stages:
+        lines = [line for line in read_metrics(stage, "eval") if line["step"] > 0]
+        for line in lines:
+            if "samples/kl" in line:
+                points.append(_point_of(line, run, seed, before + line["step"]))
+        before += max((line["step"] for line in lines), default=0)
+    return points
+
+
+def _point_of(line: dict, run: dict, seed: int, step: int) -> Point:
+    sampled = {name: float(line.get(f"samples/{name}", math.nan)) for name in SAMPLED}
+    return _point(
+        method=run["method"],
+        setting=run["setting"],
+        seed=seed,
+        step=step,
+        accuracy=float(line.get("rewards/accuracies", math.nan)),
+        **sampled,
+    )
+
+
+def _samples(folder: storage.Path, plan: dict) -> list[dict]:
+    """The last checkpoint's responses of every run, one line per prompt."""
+    samples = []
+    for run in plan["runs"]:
+        last = _stage_folders(folder, plan, run)[-1]
+        if not (last / FILE).exists():  # the run failed before
+            continue
+        for line in last_samples(last):
+            samples.append(
+                {
+                    "method": run["method"],
+                    "setting": run["setting"],
+                    "prompt": line["prompt"],
+                    "response": line["response"],
+                    "reward": line["reward"],
+                    "logprob_ratio": line["log_ratio"],
+                }
+            )
+    return samples
 
 
 def _by_kind(seconds: dict[str, float], plan: dict) -> dict[str, float]:
     """Seconds by stage, the runs of a method together."""
     methods = {run["name"]: run["method"] for run in plan["runs"]}
-    found: dict[str, float] = {}
+    by_kind: dict[str, float] = {}
     for name, taken in seconds.items():
         key = methods.get(name, name.split("-")[0])  # preferences-1of2
-        found[key] = found.get(key, 0.0) + taken
-    return found
+        by_kind[key] = by_kind.get(key, 0.0) + taken
+    return by_kind
 
 
 def _environment() -> dict[str, str]:

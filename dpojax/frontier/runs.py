@@ -21,7 +21,8 @@ class Run(NamedTuple):
       method: a name of `evaluation.frontier_points.NAMES`, or of a loss.
       setting: what differs from the method's other runs, for the figure: "beta=0.1".
       changes: config keys, with values that differ from the config.
-      stage: "preference", "ppo", or "online": rounds of the preference stage, see `frontier.online`.
+      stage: "preference", "ppo", or "online": rounds of the preference stage, see
+        `frontier.online`.
     """
 
     method: str
@@ -73,9 +74,7 @@ def online_runs(
       common: config keys that all of them change.
     """
     common = dict(common or {})
-    return [
-        Run(ONLINE_DPO, f"beta={b:g}", common | {"preference.beta": b}, ONLINE) for b in beta
-    ]
+    return [Run(ONLINE_DPO, f"beta={b:g}", common | {"preference.beta": b}, ONLINE) for b in beta]
 
 
 def run_of_loss(

@@ -41,6 +41,9 @@ class Batches:
     score_prompt: bool = False
     shape: Shape | None = None
 
+    def with_shape(self, shape: Shape) -> Batches:
+        return dataclasses.replace(self, shape=shape)
+
     @property
     def order(self):
         """The batches of the whole training, each a list of indices of examples."""

@@ -14,7 +14,7 @@ from dpojax.intervals import wilson_interval
 from dpojax.methods import classifier
 from dpojax.stages import classifier_data
 from dpojax.stages.data import DataRequirements, StageData
-from dpojax.stages.example_stage import ExampleStage, make_programs
+from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
 from dpojax.stages.reward import scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import CLASSIFIER, Stage, Summarise, Summary
@@ -50,11 +50,14 @@ class Classifier(ExampleStage):
     def with_labels(cls, setup: Setup, labels: tuple[str, ...]) -> Self:
         """The stage for a model with these labels."""
         setup = with_scalar_model(setup, labels)
-        forward = forwards.classifier(setup.model)
-        if not labels:  # not known yet
-            forward = forwards.reward_model(setup.model)
+        return cls(setup, cls.build_programs(setup))
+
+    @classmethod
+    def build_programs(cls, setup: Setup) -> Programs:
+        labels_known = bool(setup.model.config.labels)
+        forward = (forwards.classifier if labels_known else forwards.reward_model)(setup.model)
         objective = classifier.objective(setup.config.classifier.first_token)
-        return cls(setup, make_programs(objective, forward, scores_of(forward)))
+        return make_programs(objective, forward, scores_of(forward))
 
     @property
     def requirements(self) -> DataRequirements:

@@ -114,7 +114,7 @@ class ExampleStage(Stage):
     @classmethod
     def open(cls, setup: Setup) -> Self:
         require_language_model(setup, cls.name)
-        return cls(setup, cls.language_programs(setup), open_adapters(setup, cls.name))
+        return cls(setup, cls.build_programs(setup), open_adapters(setup, cls.name))
 
     @classmethod
     def objective_of(cls, run: ResolvedRun) -> Objective:
@@ -153,8 +153,8 @@ class ExampleStage(Stage):
     # From here on every such stage is alike.
 
     @classmethod
-    def language_programs(cls, setup: Setup) -> Programs:
-        """Programs of a model with a language-model head."""
+    def build_programs(cls, setup: Setup) -> Programs:
+        """The stage's programs for the setup's model, which has the stage's head."""
         objective = cls.objective_of(setup.run)
         forward = language_model(
             setup.model, statistics=objective.statistics, max_logits=setup.max_logits
@@ -256,7 +256,11 @@ class ExampleStage(Stage):
         return self.batches.steps
 
     def with_shape(self, shape: Shape) -> Self:
-        return dataclasses.replace(self, batches=dataclasses.replace(self.batches, shape=shape))
+        return dataclasses.replace(self, batches=self.batches.with_shape(shape))
+
+    def batches_with_seed(self, seed: int) -> Batches:
+        """The same examples in the order of another seed."""
+        return dataclasses.replace(self.batches, seed=seed)
 
     def shape_for(self, every: Sequence[Batches], *, mesh: Mesh | None = None) -> Shape:
         """See `choose_shape`."""
@@ -267,6 +271,12 @@ class ExampleStage(Stage):
             coupled=self.programs.objective.coupled,
             mesh=mesh,
         )
+
+    def stepping_on(self, mesh: Mesh) -> Self:
+        """The same stage for steps on another mesh; it still evaluates on its own."""
+        setup = self.setup._replace(mesh=mesh)
+        programs = self.programs._replace(forward=self.build_programs(setup).forward)
+        return dataclasses.replace(self, setup=setup, programs=programs)
 
     def for_member(self, run: ResolvedRun) -> Self:
         """The same stage, data and programs included, of a run with other traced numbers."""

@@ -83,7 +83,7 @@ class Preference(ExampleStage):
         require_language_model(setup, cls.name)
         base_is_reference = not setup.config.preference.reference.path
         adapters = open_adapters(setup, cls.name, base_is_reference=base_is_reference)
-        return cls(setup, cls.language_programs(setup), adapters)
+        return cls(setup, cls.build_programs(setup), adapters)
 
     @classmethod
     def objective_of(cls, run: ResolvedRun) -> Objective:

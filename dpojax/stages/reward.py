@@ -11,7 +11,7 @@ from dpojax.config.rules import apply_rules, at_least, one_of
 from dpojax.intervals import wilson_interval
 from dpojax.methods import reward
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.example_stage import ExampleStage, make_programs
+from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
 from dpojax.stages.pair_labels import count_pairs
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import REWARD_MODEL, Stage, Summarise, Summary
@@ -50,9 +50,13 @@ class Reward(ExampleStage):
     @classmethod
     def open(cls, setup: Setup) -> Self:
         setup = with_scalar_model(setup)
+        return cls(setup, cls.build_programs(setup))
+
+    @classmethod
+    def build_programs(cls, setup: Setup) -> Programs:
         forward = reward_model(setup.model)
         objective = reward.objective(setup.config.reward.loss)
-        return cls(setup, make_programs(objective, forward, scores_of(forward)))
+        return make_programs(objective, forward, scores_of(forward))
 
     @property
     def requirements(self) -> DataRequirements:

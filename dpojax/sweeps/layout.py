@@ -1,57 +1,69 @@
-"""How members that train together lie on the devices, and what is kept of that while they do."""
+"""How members that train together lie on the devices; that stays so while they train."""
 
 from __future__ import annotations
 
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from dpojax import sharding
-from dpojax.config.checks import ConfigError
+from dpojax import sharding, storage
+from dpojax.config.errors import ConfigError
 from dpojax.runs.workdirs import digest
-from dpojax.stages.stage import Stage
+from dpojax.stages.setup import Setup
 
-LANES = "lanes.json"  # in the folder of a group
+LAYOUT = "layout.json"  # in the folder of a group
 
 
 class Layout(NamedTuple):
-    """How members lie on devices."""
+    """How members lie on devices.
+
+    Attributes:
+      axis: devices, or groups of devices, that members are spread over.
+      vmapped: members on each place of the axis in one call of the step.
+      at_once: members that are trained at once, in one call or several.
+    """
 
     axis: int
-    vmapped: int  # on each place of the axis in one call
+    vmapped: int
     at_once: int
 
 
-def folder_of(workdirs: Sequence[pathlib.Path], folder: pathlib.Path) -> pathlib.Path:
+def group_folder(workdirs: Sequence[storage.Path], folder: storage.Path) -> storage.Path:
     """Where the checkpoints of runs that train together are, while they do."""
     return folder / digest([workdir.name for workdir in workdirs])
 
 
-def begun(folder: pathlib.Path) -> Layout | None:
-    """How the lanes of the checkpoints in a group's folder lie; None where there are none yet."""
-    found = Layout(0, 0, 0)
-    if (folder / LANES).exists() and any(path.name.isdigit() for path in folder.glob("*/*")):
-        kept = json.loads((folder / LANES).read_text())
-        found = Layout(*(kept.get(name, 0) for name in Layout._fields))
-    found = Layout(*map(sharding.agreed, found))
-    return found if found.axis else None
+def begun_layout(folder: storage.Path) -> Layout | None:
+    """The layout of the checkpoints in a group's folder; None where there are none yet."""
+    layout, path = Layout(0, 0, 0), folder / LAYOUT
+    if path.exists() and any(step.name.isdigit() for step in folder.glob("*/*")):
+        saved = storage.read_json(path, hint=f"delete {folder} to begin these members again")
+        layout = Layout(**saved)
+    layout = Layout(*map(sharding.agreed, layout))
+    return layout if layout.axis else None
 
 
-def mesh_of(every: Sequence[Stage], begun: Layout | None, folder: pathlib.Path) -> Mesh:
-    """The mesh with an axis for lanes: as they were begun, else config.sweep.axis, or the largest
-    that members fill.
+def mesh_with_members(
+    setup: Setup, members: int, begun: Layout | None, folder: storage.Path
+) -> Mesh:
+    """The mesh with an axis for members.
+
+    It is as long as it was when the members began, else config.sweep.axis, or the longest that the
+    members fill.
+
+    Args:
+      begun: of members that have begun.
+      folder: of the group, for the message.
 
     Raises:
       ConfigError: an axis that does not divide the mesh.
     """
-    asked, mesh = every[0].setup.config.sweep, every[0].setup.mesh
-    members = min(len(every), asked.at_once or len(every))
+    settings, mesh = setup.config.sweep, setup.mesh
+    at_once = min(members, settings.at_once or members)
     data = mesh.shape["data"]
-    largest = max(n for n in range(1, min(data, members) + 1) if data % n == 0)
-    axis = begun.axis if begun else asked.axis or largest
+    longest = max(n for n in range(1, min(data, at_once) + 1) if data % n == 0)
+    axis = begun.axis if begun else settings.axis or longest
     try:
         return sharding.sweep_mesh(mesh, axis)
     except ValueError as error:

@@ -1,0 +1,87 @@
+"""The table and the figure of a sweep's members."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dpojax import storage
+from dpojax.evaluation.sweep_figure import draw
+from dpojax.runs.workdirs import FINISHED
+from dpojax.tables import text_table
+from dpojax.training.metrics import read_metrics
+
+TABLE, FIGURE = "sweep.csv", "sweep.png"
+
+
+class Column(NamedTuple):
+    """A column of the printed table, shown where the metric was logged."""
+
+    heading: str
+    metric: str  # of the last evaluation
+    scale: float
+    number_format: str
+
+
+COLUMNS = (
+    Column("held-out loss", "loss", 1, ".4f"),
+    Column("accuracy, %", "rewards/accuracies", 100, ".1f"),
+    Column("accuracy, %", "accuracy", 100, ".1f"),
+    Column("margin, nats", "rewards/margins", 1, "+.3f"),
+    Column("KL estimate, nats/token", "kl/per_token", 1, ".4f"),
+    Column("chosen less likely, %", "displacement", 100, ".1f"),
+    Column("reward of samples", "samples/reward", 1, ".3f"),
+    Column("±", "samples/reward_error", 1, ".3f"),
+    Column("KL of samples, nats", "samples/kl", 1, ".2f"),
+    Column("±", "samples/kl_error", 1, ".2f"),
+)
+
+
+def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
+    """Writes sweep.csv and sweep.png of the members that are finished.
+
+    Args:
+      plan: what sweep.json holds.
+
+    Returns:
+      the table as text.
+    """
+    stage = plan["config"]["stages"][-1]
+    evaluations = {
+        name: read_metrics(folder / name / stage, "eval")
+        for name in plan["members"]
+        if (folder / name / FINISHED).exists()
+    }
+    last = {name: lines[-1] for name, lines in evaluations.items() if lines}
+    storage.write_text(folder / TABLE, _csv(last, plan["members"]))
+    if evaluations:
+        draw(evaluations, folder / FIGURE)
+    return "\n".join(text_table(_rows(last)))
+
+
+def _csv(last: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:
+    """The keys that members change, and all metrics of their last evaluations."""
+    keys = list(dict.fromkeys(key for changes in members.values() for key in changes))
+    metrics = sorted({key for line in last.values() for key in line} - {"split", "time", "step"})
+    table = io.StringIO()
+    out = csv.writer(table)
+    out.writerow(["member", *keys, "step", *metrics])
+    for name, line in last.items():
+        values = [line.get(metric, math.nan) for metric in metrics]
+        changed = [members[name].get(key, "") for key in keys]
+        out.writerow([name, *changed, line["step"], *values])
+    return table.getvalue()
+
+
+def _rows(last: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """The headings, and the last evaluation of every member."""
+    columns = [c for c in COLUMNS if any(c.metric in line for line in last.values())]
+    rows = [["", *(column.heading for column in columns)]]
+    for name, line in last.items():
+        values = (column.scale * line.get(column.metric, math.nan) for column in columns)
+        cells = [format(x, column.number_format) for x, column in zip(values, columns)]
+        rows.append([name, *cells])
+    return rows
