@@ -84,13 +84,13 @@ def test_likelihood_of_a_small_grammar_is_the_sum_over_hidden_paths():
     words = ("yes", "no", "so", "else")
     strings = [list(s) for n in range(5) for s in itertools.product(words, repeat=n)]
     for ends in (False, True):
-        found = reviews.log_likelihood(
+        log_p = reviews.log_likelihood(
             [" ".join([*string, reviews.EOS] if ends else string) for string in strings], model
         )
         expected = [
             [math.log(sum_over_paths(model, string, s, ends)) for s in (0, 1)] for string in strings
         ]
-        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(log_p, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("text", ["i hated", "good plot", "not bad", "zebra ."])
@@ -100,8 +100,8 @@ def test_likelihood_of_the_review_grammar_is_the_sum_over_hidden_paths(text, end
         math.log(sum_over_paths(rules.grammar(), text.split(), sentiment, ends))
         for sentiment in (0, 1)
     ]
-    found = reviews.log_likelihood([f"{text} {reviews.EOS}" if ends else text])
-    np.testing.assert_allclose(found[0], expected, rtol=1e-11)
+    log_p = reviews.log_likelihood([f"{text} {reviews.EOS}" if ends else text])
+    np.testing.assert_allclose(log_p[0], expected, rtol=1e-11)
 
 
 def test_rules_whose_words_differ_by_sentiment_are_refused():

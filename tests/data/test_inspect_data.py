@@ -115,7 +115,7 @@ def test_the_report_is_written_whole(data, tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--form", "pairs"], "form 'pairs' is not known"),
         (["--truncation", "cut"], "truncation should be one of"),
@@ -123,11 +123,11 @@ def test_the_report_is_written_whole(data, tokenizer, tmp_path, capsys):
         (["--split", "train"], "has no splits"),
     ],
 )
-def test_an_error_is_one_message_without_a_traceback(data, tokenizer, capsys, options, said):
+def test_an_error_is_one_message_without_a_traceback(data, tokenizer, capsys, options, message):
     assert run(data, tokenizer, *options) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
-    assert said in captured.err
+    assert message in captured.err
     assert captured.out == ""
 
 

@@ -119,7 +119,7 @@ def test_a_response_that_begins_with_the_prompt_or_its_last_turn_repeats_it(
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "is_fault"),
     [
         ("a<|im_end|>", True),
         ("<|eot_id|>", True),
@@ -132,10 +132,10 @@ def test_a_response_that_begins_with_the_prompt_or_its_last_turn_repeats_it(
         ("[INSTALL]", False),
     ],
 )
-def test_control_tokens_of_any_model_are_found(text, found):
+def test_control_tokens_of_any_model_are_found(text, is_fault):
     records = [pair(1), pair(2, chosen=text)]
     got = counted("control_token", records, control_tokens=["<<custom>>"])
-    assert got == ((1, ("f:2",)) if found else (0, ()))
+    assert got == ((1, ("f:2",)) if is_fault else (0, ()))
 
 
 def test_broken_text_is_found_in_prompts_and_responses():
@@ -266,5 +266,5 @@ def test_texts_that_are_in_both_halves_of_imdb_are_found(shared):
     ]
     both = set(train) & set(test)
     assert len(both) == 123
-    found = find("in_evaluation", as_records[0], evaluation=as_records[1])
-    assert found.count == int(np.sum([text in both for text in train]))
+    finding = find("in_evaluation", as_records[0], evaluation=as_records[1])
+    assert finding.count == int(np.sum([text in both for text in train]))

@@ -54,11 +54,11 @@ def test_the_second_response_is_that_of_an_example_with_another_prompt(data, max
         with pytest.raises(DataError, match=f"{len(data)} examples with the same prompt"):
             with_mismatched(data, max_length)
         return
-    found = with_mismatched(data, max_length)
-    assert len(found) == len(data)
-    for i, (before, after) in enumerate(zip(data, found)):
-        own, mismatched = after.responses
-        assert own is before.responses[0]
+    result = with_mismatched(data, max_length)
+    assert len(result) == len(data)
+    for i, (before, after) in enumerate(zip(data, result)):
+        response, mismatched = after.responses
+        assert response is before.responses[0]
         room = max(1, max_length - len(prompts[i]))
         others = [e.responses[0].tolist() for e, p in zip(data, prompts) if p != prompts[i]]
         possible = {(tuple(whole[:room]), len(whole) > room) for whole in others}
@@ -81,15 +81,15 @@ def test_split_pairs_meet_desirable_and_undesirable_responses_alike():
     """A fixed shuffle stands between: pair after pair, the next prompt's first half is always the
     chosen one."""
     data = [example([i], [2 * i + half]) for i in range(200) for half in (0, 1)]
-    found = with_mismatched(data, 10)
-    rejected = np.mean([e.responses[1][0] % 2 for e in found])
+    result = with_mismatched(data, 10)
+    rejected = np.mean([e.responses[1][0] % 2 for e in result])
     assert 0.4 < rejected < 0.6
-    assert found == with_mismatched(data, 10)
+    assert result == with_mismatched(data, 10)
 
 
 def test_a_long_run_of_one_prompt_has_the_one_other_response():
     count = 300
     data = [example([1], [1])] * count + [example([2], [9])]
-    found = with_mismatched(data, 10)
-    assert all(e.responses[1].tolist() == [9] for e in found[:count])
-    assert found[count].responses[1].tolist() == [1]
+    result = with_mismatched(data, 10)
+    assert all(e.responses[1].tolist() == [9] for e in result[:count])
+    assert result[count].responses[1].tolist() == [1]

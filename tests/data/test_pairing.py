@@ -63,31 +63,31 @@ def scored(texts):
 @given(TEXTS)
 def test_deterministic_pairs_are_all_those_that_differ_in_text_and_score(texts):
     s = scored(texts)
-    found, left_out = pairs_of(texts, s, "all", Labels(), rng(0))
-    want, said = set(), Counter(empty=sum(not text.strip() for text in texts))
+    pairs, left_out = pairs_of(texts, s, "all", Labels(), rng(0))
+    expected, expected_left_out = set(), Counter(empty=sum(not text.strip() for text in texts))
     for i, j in itertools.permutations(range(len(texts)), 2):
         if not texts[i].strip() or not texts[j].strip():
             continue
         if texts[i] != texts[j] and s[i] - s[j] > 1e-9:
-            want.add((i, j))
+            expected.add((i, j))
         elif i < j and texts[i] == texts[j]:
-            said["identical"] += 1
+            expected_left_out["identical"] += 1
         elif i < j and abs(s[i] - s[j]) <= 1e-9:
-            said["ties"] += 1
-    assert len(found) == len(want)
-    assert set(found) == want
-    assert left_out == said
+            expected_left_out["ties"] += 1
+    assert len(pairs) == len(expected)
+    assert set(pairs) == expected
+    assert left_out == expected_left_out
 
 
 @given(TEXTS)
 def test_best_against_worst_is_one_pair_with_the_widest_gap(texts):
     s = scored(texts)
     every, _ = pairs_of(texts, s, "all", Labels(), rng(0))
-    found, left_out = pairs_of(texts, s, "best_worst", Labels(), rng(0))
-    assert len(found) == bool(every)
+    pairs, left_out = pairs_of(texts, s, "best_worst", Labels(), rng(0))
+    assert len(pairs) == bool(every)
     if every:
-        assert found[0] in every
-        assert s[found[0][0]] - s[found[0][1]] == max(s[i] - s[j] for i, j in every)
+        assert pairs[0] in every
+        assert s[pairs[0][0]] - s[pairs[0][1]] == max(s[i] - s[j] for i, j in every)
     elif sum(bool(text.strip()) for text in texts) > 1:
         assert left_out["identical"] + left_out["ties"] == 1
 
@@ -109,18 +109,18 @@ def test_sampled_labels_have_the_frequencies_of_bradley_and_terry(mode):
 def test_sampled_labels_of_different_pairs_are_independent():
     same = 0
     for trial in range(2000):
-        found, _ = pairs_of("abc", [0.0, 0.0, 0.0], "all", BRADLEY_TERRY, rng(2, trial))
-        same += ((0, 1) in found) == ((1, 2) in found)
+        pairs, _ = pairs_of("abc", [0.0, 0.0, 0.0], "all", BRADLEY_TERRY, rng(2, trial))
+        same += ((0, 1) in pairs) == ((1, 2) in pairs)
     assert binomtest(same, 2000, 0.5).pvalue > 1e-3
 
 
 def test_a_label_depends_on_its_own_pair_alone():
     for trial in range(50):
         whole, _ = pairs_of("abcd", [0.0] * 4, "all", BRADLEY_TERRY, rng(3, trial))
-        found, left_out = pairs_of(
+        pairs, left_out = pairs_of(
             ["a", " ", "c", "c"], [0.0] * 4, "all", BRADLEY_TERRY, rng(3, trial)
         )
-        assert found == [pair for pair in whole if sorted(pair) in ([0, 2], [0, 3])]
+        assert pairs == [pair for pair in whole if sorted(pair) in ([0, 2], [0, 3])]
         assert left_out == {"empty": 1, "identical": 1}
 
 
@@ -151,10 +151,12 @@ def test_a_ranking_holds_every_text_once_and_states_exactly_the_pairs(texts):
 
 def test_sampled_rankings_have_the_frequencies_of_plackett_and_luce():
     scores, trials = np.array([0.5, 3.0, -1.0]), 6000
-    found = Counter(
+    counts = Counter(
         tuple(ranking_of("abc", scores, BRADLEY_TERRY, rng(5, trial))[0]) for trial in range(trials)
     )
     weight = np.exp(scores / 2)
     orders = list(itertools.permutations(range(3)))
-    want = [weight[i] / weight.sum() * weight[j] / (weight[j] + weight[k]) for i, j, k in orders]
-    assert chisquare([found[o] for o in orders], trials * np.array(want)).pvalue > 1e-3
+    expected = [
+        weight[i] / weight.sum() * weight[j] / (weight[j] + weight[k]) for i, j, k in orders
+    ]
+    assert chisquare([counts[o] for o in orders], trials * np.array(expected)).pvalue > 1e-3

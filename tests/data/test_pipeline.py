@@ -48,12 +48,12 @@ def test_an_iterator_set_to_a_saved_position_goes_on_with_the_next_batch(taken):
     for _ in range(taken):
         next(iterator)
     position = iterator.get_state()
-    want = next(iterator)
+    expected = next(iterator)
     resumed = train_batches(EXAMPLES, batches, shape)
     resumed.set_state(position)
     got = next(resumed)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-    np.testing.assert_array_equal(got.example, want.example)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.example, expected.example)
 
 
 def test_a_ragged_last_batch_is_padded_with_nothing_and_loses_nothing():

@@ -16,8 +16,8 @@ SENTENCE = "the film was slow and long but its end made up for it , i think , mo
 
 def texts(count=400):
     """Texts that each begin with a word of their own; one is there twice, one is too short."""
-    found = [f"n{i} {SENTENCE}" for i in range(count)]
-    return [*found, found[0], "short one"]
+    numbered = [f"n{i} {SENTENCE}" for i in range(count)]
+    return [*numbered, numbered[0], "short one"]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
 
 
-def own_words(found):
-    return [prefix.split()[0] for prefix in found]
+def first_words(prompts):
+    return [prefix.split()[0] for prefix in prompts]
 
 
 def test_a_made_tokenizer_loses_nothing_begins_with_its_bos_and_is_the_same_again(pieces):
@@ -51,31 +51,33 @@ def test_a_made_tokenizer_loses_nothing_begins_with_its_bos_and_is_the_same_agai
 
 
 def test_prefixes_are_two_to_eight_tokens_of_each_text_and_the_seed_draws_them(tokenizer):
-    found = prefixes(texts(), tokenizer, held_out=False)
-    assert {len(prefix.split()) for prefix in found} == set(range(2, 9))
+    prompts = prefixes(texts(), tokenizer, held_out=False)
+    assert {len(prefix.split()) for prefix in prompts} == set(range(2, 9))
     assert all(
-        f"{prefix} " in f"{word} {SENTENCE} " for prefix, word in zip(found, own_words(found))
+        f"{prefix} " in f"{word} {SENTENCE} " for prefix, word in zip(prompts, first_words(prompts))
     )
-    assert len(found) == len(set(own_words(found)))  # the text that is there twice counts once
-    assert "short one" not in found
-    assert found == prefixes(texts()[::-1], tokenizer, held_out=False)
-    assert found[:7] == prefixes(texts(), tokenizer, held_out=False, limit=7)
-    assert found != prefixes(texts(), tokenizer, held_out=False, seed=1)
+    assert len(prompts) == len(
+        set(first_words(prompts))
+    )  # the text that is there twice counts once
+    assert "short one" not in prompts
+    assert prompts == prefixes(texts()[::-1], tokenizer, held_out=False)
+    assert prompts[:7] == prefixes(texts(), tokenizer, held_out=False, limit=7)
+    assert prompts != prefixes(texts(), tokenizer, held_out=False, seed=1)
 
 
 def test_a_prefix_alone_has_the_tokens_that_its_text_begins_with(pieces):
     ids = lambda text: pieces(text, add_special_tokens=False)["input_ids"]
-    found = prefixes(texts(), pieces, held_out=False)
+    prompts = prefixes(texts(), pieces, held_out=False)
     whole = [tuple(ids(text)) for text in texts()]
-    for prefix in found:
-        own = tuple(ids(prefix))
-        assert 2 <= len(own) <= 8
-        assert any(other[: len(own)] == own for other in whole)
+    for prefix in prompts:
+        tokens = tuple(ids(prefix))
+        assert 2 <= len(tokens) <= 8
+        assert any(other[: len(tokens)] == tokens for other in whole)
 
 
 def test_held_out_prefixes_come_from_other_texts_whatever_the_seeds(tokenizer):
-    train = own_words(prefixes(texts(), tokenizer, held_out=False, seed=0))
-    test = own_words(prefixes(texts(), tokenizer, held_out=True, seed=1))
+    train = first_words(prefixes(texts(), tokenizer, held_out=False, seed=0))
+    test = first_words(prefixes(texts(), tokenizer, held_out=True, seed=1))
     assert not set(train) & set(test)
     share = len(test) / (len(train) + len(test))
     assert share == pytest.approx(HELD_OUT, abs=0.06)  # four standard errors of 400 texts
@@ -86,8 +88,8 @@ def test_a_spec_names_a_source_and_its_split(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "b.json").write_text(json.dumps({"train": rows, "test": [{"label": 1}]}))
     how = {"limit": 5, "seed": 0, "tokenizer": tokenizer}
-    want = prefixes(texts(), tokenizer, held_out=True, limit=5)
-    assert read_prompts(f"prefixes:{tmp_path}/a.jsonl", split="eval", **how) == want
-    assert read_prompts(f"prefixes:{tmp_path}/b.json@train", split="eval", **how) == want
+    expected = prefixes(texts(), tokenizer, held_out=True, limit=5)
+    assert read_prompts(f"prefixes:{tmp_path}/a.jsonl", split="eval", **how) == expected
+    assert read_prompts(f"prefixes:{tmp_path}/b.json@train", split="eval", **how) == expected
     with pytest.raises(DataError, match=r"b\.json:1: field 'text' should be text"):
         read_prompts(f"prefixes:{tmp_path}/b.json@test", split="eval", **how)

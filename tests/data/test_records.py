@@ -244,7 +244,7 @@ STIENNON = {
 
 
 @pytest.mark.parametrize(
-    ("row", "form", "said"),
+    ("row", "form", "parts"),
     [
         ({"question": "q", "answer": "a"}, "auto", ["answer, question", "pair: prompt", "hh:"]),
         ({**PAIR, "rejected": None}, "auto", ["'rejected'", "text", "null"]),
@@ -290,11 +290,11 @@ STIENNON = {
         (PAIR, "pairs", ["'pairs'", "hh", "ranked"]),
     ],
 )
-def test_a_fault_names_the_record_the_field_and_what_was_expected(row, form, said):
+def test_a_fault_names_the_record_the_field_and_what_was_expected(row, form, parts):
     with pytest.raises(DataError) as caught:
         parse(row, "file.jsonl:7", form)
     message = str(caught.value)
-    for part in said + ([] if form == "pairs" else ["file.jsonl:7"]):
+    for part in parts + ([] if form == "pairs" else ["file.jsonl:7"]):
         assert part in message
 
 

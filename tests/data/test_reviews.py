@@ -14,11 +14,11 @@ from dpojax.data import reviews
 WORDS = reviews.grammar().words
 
 
-def chi_square(found: collections.Counter, expected: dict[str, float]) -> float:
+def chi_square(observed: collections.Counter, expected: dict[str, float]) -> float:
     """p-value of the counts, with all that is expected fewer than 5 times taken as one."""
-    total = sum(found.values())
+    total = sum(observed.values())
     common = [word for word, p in expected.items() if p * total >= 5]
-    counts = [found[word] for word in common]
+    counts = [observed[word] for word in common]
     means = [expected[word] * total for word in common]
     rest = total - sum(means)
     return scipy.stats.chisquare([*counts, total - sum(counts)], [*means, rest]).pvalue
@@ -114,8 +114,8 @@ def test_negation_turns_the_polarity_of_a_word(better, worse):
 
 def test_first_words_are_drawn_with_their_exact_probabilities():
     texts = reviews.sample(np.random.default_rng(1), 20_000)
-    found = collections.Counter((text.split() or [""])[0] for text in texts)
-    assert chi_square(found, next_word_probabilities("")) > 1e-3
+    observed = collections.Counter((text.split() or [""])[0] for text in texts)
+    assert chi_square(observed, next_word_probabilities("")) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_first_words_are_drawn_with_their_exact_probabilities():
 )
 def test_continuations_are_drawn_from_the_exact_conditional(prefix):
     texts = reviews.sample(np.random.default_rng(2), 10_000, [prefix] * 10_000)
-    found = collections.Counter((text.split() or [""])[0] for text in texts)
-    assert chi_square(found, next_word_probabilities(prefix)) > 1e-3
+    observed = collections.Counter((text.split() or [""])[0] for text in texts)
+    assert chi_square(observed, next_word_probabilities(prefix)) > 1e-3
 
 
 def test_prompts_of_different_lengths_each_get_their_own_continuation():

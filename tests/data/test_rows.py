@@ -22,7 +22,7 @@ examples = st.builds(
 
 def read_back(rows, score_prompt=False):
     """{index of the example: (prompt, responses)}, from tokens, branch and segment alone."""
-    found = {}
+    read = {}
     slots = rows.present.shape[-1]
     for place in np.ndindex(rows.tokens.shape[:2]):
         for e, index in enumerate(rows.example[place]):
@@ -33,7 +33,7 @@ def read_back(rows, score_prompt=False):
                 here & (rows.branch[place] == k)
             ].tolist()
             count = int(rows.present[place][e].sum())
-            found.setdefault(int(index), []).append(
+            read.setdefault(int(index), []).append(
                 (branch(0), [branch(k + 1) for k in range(count)])
             )
             scored = [
@@ -43,7 +43,7 @@ def read_back(rows, score_prompt=False):
             prompt = branch(0)[1:] if score_prompt else []
             assert scored[0] == prompt + branch(1)
             assert scored[1:] == [branch(k + 1) for k in range(1, count)]
-    return found
+    return read
 
 
 @given(st.lists(examples, min_size=1, max_size=12), st.booleans(), st.integers(1, 3))
@@ -51,8 +51,10 @@ def test_every_example_stands_once_in_the_rows(data, score_prompt, multiple):
     batch = list(range(len(data)))
     shape = plan(data, [batch], multiple=multiple, score_prompt=score_prompt)
     rows = collate(data, batch, shape, score_prompt=score_prompt)
-    want = {i: [(e.prompt.tolist(), [y.tolist() for y in e.responses])] for i, e in enumerate(data)}
-    assert read_back(rows, score_prompt) == want
+    expected = {
+        i: [(e.prompt.tolist(), [y.tolist() for y in e.responses])] for i, e in enumerate(data)
+    }
+    assert read_back(rows, score_prompt) == expected
     assert shape.rows % multiple == 0
     assert ((rows.segment == 0) | (rows.tokens > 0)).all()
 
@@ -84,9 +86,9 @@ def test_what_the_data_say_of_a_response_lands_at_its_slot(data):
             continue
         label, scores, rank = data[index].label, data[index].scores, data[index].rank
         count = len(data[index].responses)
-        want = scores or none[:count], rank or tuple(range(count))
-        assert rows.scores[place].tolist() == [*want[0], *none[count:]]
-        assert rows.rank[place].tolist() == [*want[1], *none[count:]]
+        expected = scores or none[:count], rank or tuple(range(count))
+        assert rows.scores[place].tolist() == [*expected[0], *none[count:]]
+        assert rows.rank[place].tolist() == [*expected[1], *none[count:]]
         assert rows.desirable[place] == (label in (None, True))
     assert (rows.rank.dtype, rows.scores.dtype, rows.desirable.dtype) == (
         np.int32,

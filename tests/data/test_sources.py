@@ -121,7 +121,7 @@ def test_an_object_of_several_lists_wants_a_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", LINES + '{"prompt": \n', "a.jsonl:4: not valid JSON"),
         ("a.json", '[\n{"prompt": "p"},\n{"prompt" "q"}\n]', "a.json:3: not valid JSON"),
@@ -139,12 +139,12 @@ def test_an_object_of_several_lists_wants_a_split(tmp_path):
         ("a.csv", "a,b\n", "a file that ends in .json"),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, said):
+def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError) as caught:
         rows(path)
     assert str(path) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_gzip_file_that_was_cut_short_is_refused(tmp_path):

@@ -287,11 +287,11 @@ def test_cut_prompt_start_keeps_bos_and_the_end_of_the_prompt():
 
 def test_cut_prompt_start_drops_a_record_whose_responses_leave_no_room():
     records = [LONG, pair("a", "b", "c")]
-    for length, kept in [(10, 2), (9, 1)]:
+    for length, count in [(10, 2), (9, 1)]:
         policy = TokenizeConfig(max_length=length, truncation="cut_prompt_start")
         examples, report = tokenise(records, LETTER, policy)
-        assert len(examples) == kept
-        assert report.number("dropped", "too_long") == 2 - kept
+        assert len(examples) == count
+        assert report.number("dropped", "too_long") == 2 - count
 
 
 def test_cut_response_end_marks_the_cut_responses_and_takes_their_eos():
@@ -324,8 +324,8 @@ def test_responses_that_cutting_made_equal_follow_the_policy_for_equal_ones():
     policy = TokenizeConfig(max_length=5, truncation="cut_response_end")
     with pytest.raises(DataError, match="identical_after_cut"):
         one(record, LETTER, policy)
-    kept = TokenizeConfig(max_length=5, truncation="cut_response_end", identical="keep")
-    example, report = one(record, LETTER, kept)
+    keep = TokenizeConfig(max_length=5, truncation="cut_response_end", identical="keep")
+    example, report = one(record, LETTER, keep)
     assert lengths(example) == (3, [2, 2])
     assert report.number("noted", "identical_after_cut") == 1
 
@@ -365,7 +365,7 @@ def test_when_all_are_dropped_the_causes_are_shown():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"truncation": "cut"}, "truncation should be one of drop, cut_prompt_start"),
         ({"identical": "ignore"}, "identical should be one of drop, keep, error"),
@@ -375,8 +375,8 @@ def test_when_all_are_dropped_the_causes_are_shown():
         ({"max_prompt_length": 0}, "between 1"),
     ],
 )
-def test_a_policy_that_makes_no_sense_is_refused(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_policy_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         TokenizeConfig(**options)
 
 
@@ -465,9 +465,9 @@ def test_chunks_do_not_show(monkeypatch, chunk):
     records = [pair(letters(n), letters(3), letters(4), id=f"f:{n}") for n in range(1, 8)]
     expected, _ = tokenise(records, LETTER, WIDE)
     monkeypatch.setattr("dpojax.data.tokenise.CHUNK", chunk)
-    found, _ = tokenise(records, LETTER, WIDE)
-    assert [e.id for e in found] == [e.id for e in expected]
-    for a, b in zip(found, expected):
+    chunked, _ = tokenise(records, LETTER, WIDE)
+    assert [e.id for e in chunked] == [e.id for e in expected]
+    for a, b in zip(chunked, expected):
         np.testing.assert_array_equal(np.concatenate(a.responses), np.concatenate(b.responses))
 
 

@@ -30,8 +30,8 @@ def test_best_of_n_is_unbiased():
     draws = np.array(list(itertools.product(range(3), repeat=4)))
     estimates = [frontier.best_of_n(reward[draw][None], 2).value for draw in draws]
     below = np.cumsum(reference) ** 2
-    want = np.diff(below, prepend=0) @ reward
-    np.testing.assert_allclose(reference[draws].prod(1) @ estimates, want, rtol=1e-12)
+    expected = np.diff(below, prepend=0) @ reward
+    np.testing.assert_allclose(reference[draws].prod(1) @ estimates, expected, rtol=1e-12)
 
 
 def test_best_of_many_does_not_overflow():
@@ -57,9 +57,9 @@ def test_the_kl_of_best_of_n_is_that_of_its_distribution(n, reward):
     """With samples whose shares are the reference's probabilities exactly."""
     counts, reward = np.array([2, 4, 6, 8]), np.array(reward)
     chosen = best_of_n_by_enumeration(counts / 20, reward, n)
-    want = (chosen * np.log(chosen / (counts / 20))).sum()
+    expected = (chosen * np.log(chosen / (counts / 20))).sum()
     got = frontier.best_of_n_kl(np.repeat(reward, counts)[None], n).value
-    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
     assert got <= frontier.best_of_n_kl_bound(n) + 1e-12
 
 
@@ -87,8 +87,8 @@ def test_the_hull_is_exactly_the_points_that_nothing_dominates(points):
     kl, reward = np.array(points).reshape(-1, 2).T
     index = frontier.pareto_hull(kl, reward)
     better = lambda a, b: a[0] <= b[0] and a[1] >= b[1] and a != b
-    want = {p for p in points if not any(better(q, p) for q in points)}
-    assert [points[i] for i in index] == sorted(want)
+    expected = {p for p in points if not any(better(q, p) for q in points)}
+    assert [points[i] for i in index] == sorted(expected)
     assert all(points.index(points[i]) == i for i in index)
 
 

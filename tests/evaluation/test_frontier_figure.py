@@ -41,10 +41,10 @@ def test_every_checkpoint_of_every_run_is_drawn(run, axes):
     methods = by_method(run[0])
     drawn = [c.get_offsets() for c in axes[0].collections if isinstance(c, PathCollection)]
     drawn = {tuple(xy) for offsets in drawn for xy in np.asarray(offsets)}
-    want = {(p.kl, p.reward) for p in run[0] if p.method != "best_of_n"}
-    assert drawn == want
+    expected = {(p.kl, p.reward) for p in run[0] if p.method != "best_of_n"}
+    assert drawn == expected
     assert len(methods) == 7
-    assert len(want) > 200
+    assert len(expected) > 200
 
 
 @pytest.mark.parametrize("method", finished_frontier.METHODS)

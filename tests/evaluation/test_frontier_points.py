@@ -86,8 +86,8 @@ def test_methods_come_in_one_order_whatever_the_order_of_the_points():
 
 def test_best_of_n_is_placed_at_the_bound_of_its_kl_and_other_points_stay():
     point = ONE._replace(method="best_of_n", setting="n=4")
-    want = math.log(4) - 3 / 4
-    assert frontier_points.at_the_bound(point) == point._replace(kl=want, kl_error=0.0)
+    bound = math.log(4) - 3 / 4
+    assert frontier_points.at_the_bound(point) == point._replace(kl=bound, kl_error=0.0)
     assert frontier_points.at_the_bound(ONE) is ONE
     with pytest.raises(ValueError, match="n=4"):
         frontier_points.at_the_bound(point._replace(setting="4"))

@@ -121,15 +121,15 @@ def test_the_jackknife_is_what_leaving_samples_out_one_by_one_gives(task):
         variance = 7 / 8 * ((parts - np.mean(parts, axis=0)) ** 2).sum(0)
         np.testing.assert_allclose(getattr(got, f"plain_{name}"), whole.mean(), rtol=1e-10)
         np.testing.assert_allclose(getattr(got, name), corrected.mean(), rtol=1e-10)
-        want = corrected.std(ddof=1) / math.sqrt(3)
-        np.testing.assert_allclose(getattr(got, f"{name}_error"), want, rtol=1e-10)
-        want = math.sqrt(variance.sum()) / 3
-        np.testing.assert_allclose(getattr(got, f"{name}_sampling_error"), want, rtol=1e-10)
+        expected = corrected.std(ddof=1) / math.sqrt(3)
+        np.testing.assert_allclose(getattr(got, f"{name}_error"), expected, rtol=1e-10)
+        expected = math.sqrt(variance.sum()) / 3
+        np.testing.assert_allclose(getattr(got, f"{name}_sampling_error"), expected, rtol=1e-10)
 
     soft_value = lambda r: 0.7 * np.log(np.exp(r / 0.7).mean(1))
     corrected = 8 * soft_value(rewards) - 7 * np.mean([soft_value(r) for r in rest], axis=0)
-    want = corrected.std(ddof=1) / math.sqrt(3)
-    np.testing.assert_allclose(got.frontier_error, want, rtol=1e-10)
+    expected = corrected.std(ddof=1) / math.sqrt(3)
+    np.testing.assert_allclose(got.frontier_error, expected, rtol=1e-10)
 
 
 def test_a_normal_reward_has_the_optimum_sqrt_2_kl():
@@ -232,8 +232,8 @@ def test_a_point_above_the_limit_has_the_error_of_all_that_was_measured():
     got = optimum.above_limit([0.9, 0.9], [2.25, 16.0], curve, reward_error=0.04, kl_error=0.3)
     slope = 0.2 / (2 * 1.5)
     np.testing.assert_allclose(got.value, [0.9 - 0.8, np.nan], rtol=1e-12)
-    want = math.sqrt(0.04**2 + (slope * 0.3) ** 2 + 0.03**2)
-    np.testing.assert_allclose(got.error, [want, np.nan], rtol=1e-12)
+    expected = math.sqrt(0.04**2 + (slope * 0.3) ** 2 + 0.03**2)
+    np.testing.assert_allclose(got.error, [expected, np.nan], rtol=1e-12)
 
 
 def test_the_limit_is_trusted_up_to_the_last_kl_before_the_first_doubt():

@@ -50,8 +50,8 @@ def figures(monkeypatch):
 
 
 def axes_of(figure, title):
-    (found,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
-    return found
+    (panel,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
+    return panel
 
 
 def texts(axes):
@@ -192,4 +192,4 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         training_curves({"dpo": DPO}, path)
     assert path.read_bytes() == b"old"
-    assert [found.name for found in tmp_path.iterdir()] == ["curves.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]

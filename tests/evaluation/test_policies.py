@@ -63,7 +63,7 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def found(params):
+def evaluation(params):
     return evaluate(*params, MODEL, TOKENIZER, PROMPTS, exact_reviews(), seed=0, **HOW)
 
 
@@ -71,7 +71,7 @@ def drawn(params, **how):
     """What `evaluate` draws, [(prompt's ids, sample)]."""
     ids = [TOKENIZER(prompt)["input_ids"] for prompt in PROMPTS]
     samples = generate(SAMPLER, params, ids, batch_size=4, samples=SAMPLES, seed=0, **how)
-    return [(own, sample) for own, many in zip(ids, samples) for sample in many]
+    return [(tokens, sample) for tokens, many in zip(ids, samples) for sample in many]
 
 
 def log_softmax(z):
@@ -93,15 +93,15 @@ def plain(params, pairs, temperature=1.0):
     return np.array(ratios), np.array(kls)
 
 
-def test_kl_is_the_mean_log_ratio_of_full_forward_passes(params, found):
+def test_kl_is_the_mean_log_ratio_of_full_forward_passes(params, evaluation):
     ratios, kls = plain(params, drawn(params[0]))
-    np.testing.assert_allclose(found.log_ratios.ravel(), ratios, atol=1e-4)
-    np.testing.assert_allclose(found.kl.value, ratios.mean(), rtol=1e-4)
-    np.testing.assert_allclose(found.kl_of_tokens.value, kls.mean(), rtol=1e-4)
-    for estimate, values in ((found.kl, ratios), (found.kl_of_tokens, kls)):
+    np.testing.assert_allclose(evaluation.log_ratios.ravel(), ratios, atol=1e-4)
+    np.testing.assert_allclose(evaluation.kl.value, ratios.mean(), rtol=1e-4)
+    np.testing.assert_allclose(evaluation.kl_of_tokens.value, kls.mean(), rtol=1e-4)
+    for estimate, values in ((evaluation.kl, ratios), (evaluation.kl_of_tokens, kls)):
         of_prompts = values.reshape(len(PROMPTS), SAMPLES).mean(1)
         np.testing.assert_allclose(estimate.error, scipy.stats.sem(of_prompts), rtol=1e-3)
-    assert found.kl_of_tokens.error < found.kl.error
+    assert evaluation.kl_of_tokens.error < evaluation.kl.error
     assert kls.min() > 0.1
 
 
@@ -121,32 +121,32 @@ def test_a_policy_does_not_diverge_from_itself(params):
     assert same.kl_of_tokens.value == 0
 
 
-def test_rewards_lengths_and_texts_are_those_of_the_samples(params, found):
+def test_rewards_lengths_and_texts_are_those_of_the_samples(params, evaluation):
     pairs = drawn(params[0])
     words = [[t for t in sample.tokens if t != EOS] for _, sample in pairs]
-    texts = [" " + " ".join(TOKENIZER.convert_ids_to_tokens(own)) for own in words]
-    asked = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
-    want = reviews.reward([p + t for p, t in zip(asked, texts)])
-    np.testing.assert_allclose(found.rewards.ravel(), want, rtol=1e-6)
-    np.testing.assert_allclose(found.reward.value, want.mean(), rtol=1e-6)
-    shown = [(text.prompt, text.response) for text in found.texts]
-    assert shown == [(p, t.rstrip()) for p, t in zip(asked, texts)][::SAMPLES][:4]
-    assert found.lengths.mean == np.mean([len(own) for own in words])
+    texts = [" " + " ".join(TOKENIZER.convert_ids_to_tokens(tokens)) for tokens in words]
+    repeated = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
+    expected = reviews.reward([p + t for p, t in zip(repeated, texts)])
+    np.testing.assert_allclose(evaluation.rewards.ravel(), expected, rtol=1e-6)
+    np.testing.assert_allclose(evaluation.reward.value, expected.mean(), rtol=1e-6)
+    shown = [(text.prompt, text.response) for text in evaluation.texts]
+    assert shown == [(p, t.rstrip()) for p, t in zip(repeated, texts)][::SAMPLES][:4]
+    assert evaluation.lengths.mean == np.mean([len(tokens) for tokens in words])
     stopped = [sample.tokens[-1] == EOS for _, sample in pairs]
-    assert found.stopped == np.mean(stopped)
-    assert 0 < found.stopped < 1
-    assert found.metrics()["samples/kl_error"] == found.kl.error
-    assert found.metrics()["samples/length"] == found.lengths.mean
+    assert evaluation.stopped == np.mean(stopped)
+    assert 0 < evaluation.stopped < 1
+    assert evaluation.metrics()["samples/kl_error"] == evaluation.kl.error
+    assert evaluation.metrics()["samples/length"] == evaluation.lengths.mean
 
 
-def test_evaluating_again_compiles_nothing(params, found):
+def test_evaluating_again_compiles_nothing(params, evaluation):
     before = SCORE._cache_size()
     again = evaluate(*params, MODEL, TOKENIZER, PROMPTS, exact_reviews(), seed=1, **HOW)
     assert SCORE._cache_size() == before
-    assert not np.array_equal(again.rewards, found.rewards)
+    assert not np.array_equal(again.rewards, evaluation.rewards)
 
 
-def test_eight_devices_find_the_same_divergences(params, found):
+def test_eight_devices_find_the_same_divergences(params, evaluation):
     mesh = make_mesh(data=4, tensor=2)
     placed = [jax.device_put(p, tree_shardings(p, mesh, SHARDING_RULES)) for p in params]
     pairs = drawn(params[0])
@@ -156,8 +156,8 @@ def test_eight_devices_find_the_same_divergences(params, found):
         ratios, token_kl = divergences(
             SCORE, *placed, prompts, samples, max_new_tokens=NEW, batch_size=3, mesh=mesh
         )
-    np.testing.assert_allclose(ratios.ravel(), found.log_ratios.ravel(), atol=1e-4)
-    np.testing.assert_allclose(token_kl.mean(), found.kl_of_tokens.value, rtol=1e-4)
+    np.testing.assert_allclose(ratios.ravel(), evaluation.log_ratios.ravel(), atol=1e-4)
+    np.testing.assert_allclose(token_kl.mean(), evaluation.kl_of_tokens.value, rtol=1e-4)
 
 
 def test_responses_that_are_all_cut_are_refused_unless_a_fixed_length_is_meant(params):
@@ -167,8 +167,10 @@ def test_responses_that_are_all_cut_are_refused_unless_a_fixed_length_is_meant(p
     run = lambda **more: evaluate(
         endless, params[1], MODEL, TOKENIZER, PROMPTS, exact_reviews(), seed=0, **HOW, **more
     )
-    said = r"all 15 responses were cut at max_new_tokens = 9; none reached a stop token \(ids \[2\]"
-    with pytest.raises(NothingStopped, match=said):
+    message = (
+        r"all 15 responses were cut at max_new_tokens = 9; none reached a stop token \(ids \[2\]"
+    )
+    with pytest.raises(NothingStopped, match=message):
         run()
     assert run(fixed_length=True).stopped == 0
 
@@ -185,7 +187,7 @@ def test_a_reward_that_breaks_is_named_with_its_text(params):
 def test_prompts_are_encoded_as_in_training_and_responses_keep_their_space():
     prompts = ["i think", "the plot"]
     ids = encode_prompts(TOKENIZER, prompts)
-    assert [own.tolist() for own in ids] == TOKENIZER(prompts)["input_ids"]
+    assert [tokens.tolist() for tokens in ids] == TOKENIZER(prompts)["input_ids"]
     word = TOKENIZER("good", add_special_tokens=False)["input_ids"]
     sample = Sample(np.array([*word, *word, EOS]), np.zeros(3), np.zeros(3), True)
     assert response_texts(TOKENIZER, ids[0], [sample, sample]) == [" good good"] * 2
@@ -229,9 +231,11 @@ def test_rank_correlation_is_spearmans():
     rng = np.random.default_rng(0)
     for implicit in (rng.normal(size=40), rng.integers(0, 4, 40)):
         exact = implicit + rng.normal(size=40)
-        found = rank_correlation(implicit, exact)
-        np.testing.assert_allclose(found.value, scipy.stats.spearmanr(implicit, exact).statistic)
-        assert found.low < found.value < found.high
+        correlation = rank_correlation(implicit, exact)
+        np.testing.assert_allclose(
+            correlation.value, scipy.stats.spearmanr(implicit, exact).statistic
+        )
+        assert correlation.low < correlation.value < correlation.high
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -240,8 +244,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     for _ in range(80):
         x = rng.normal(size=60)
         y = r * x + np.sqrt(1 - r**2) * rng.normal(size=60)
-        found = rank_correlation(x, y, resamples=100)
-        covered += found.low < 6 / np.pi * np.arcsin(r / 2) < found.high
+        correlation = rank_correlation(x, y, resamples=100)
+        covered += correlation.low < 6 / np.pi * np.arcsin(r / 2) < correlation.high
     assert 68 <= covered <= 79
 
 
@@ -250,7 +254,7 @@ def test_repeated_responses_of_a_prompt_narrow_the_interval_only_if_taken_for_in
     x = rng.normal(size=30)
     y = x + rng.normal(size=30)
     one = rank_correlation(x, y)
-    width = lambda found: found.high - found.low
+    width = lambda correlation: correlation.high - correlation.low
     x, y, prompts = (np.repeat(a, 4) for a in (x, y, np.arange(30)))
     np.testing.assert_allclose(width(rank_correlation(x, y, prompts)), width(one), rtol=0.01)
     assert width(rank_correlation(x, y)) < 0.7 * width(one)

@@ -86,13 +86,15 @@ def scored(tmp_path_factory):
 
 
 def their_logits(folder, ids):
-    """Of transformers' own sequence classifier, one text at a time."""
+    """Logits of the sequence classifier of transformers, one text at a time."""
     torch = pytest.importorskip("torch", reason="the expected values come from torch")
     import transformers
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        return np.concatenate([model(torch.tensor([own])).logits.double().numpy() for own in ids])
+        return np.concatenate(
+            [model(torch.tensor([tokens])).logits.double().numpy() for tokens in ids]
+        )
 
 
 def whole(texts):
@@ -103,18 +105,18 @@ def test_the_exact_reward_is_the_posterior_of_the_grammar(texts):
     log_p = reviews.log_likelihood(whole(texts))
     odds = log_p[:, 1] - log_p[:, 0]
     np.testing.assert_allclose(open_reward("reviews:log_odds")(*texts), odds, rtol=1e-9)
-    want = np.exp(log_p[:, 1]) / np.exp(log_p).sum(1)
-    np.testing.assert_allclose(open_reward("reviews")(*texts), want, rtol=1e-9)
+    expected = np.exp(log_p[:, 1]) / np.exp(log_p).sum(1)
+    np.testing.assert_allclose(open_reward("reviews")(*texts), expected, rtol=1e-9)
 
 
 def test_a_classifier_gives_the_probabilities_of_transformers(roberta, positive, texts):
     tokenizer = reviews.tokenizer()
     ids = [[1, *tokenizer(t, add_special_tokens=False)["input_ids"]] for t in whole(texts)]
     assert len(ids[1]) > POSITIONS
-    logits = their_logits(roberta, [[*own[: POSITIONS - 1], 2] for own in ids])
-    want = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
-    np.testing.assert_allclose(positive(*texts), want, atol=1e-5)
-    assert np.ptp(want) > 0.01
+    logits = their_logits(roberta, [[*tokens[: POSITIONS - 1], 2] for tokens in ids])
+    expected = np.exp(logits[:, 1]) / np.exp(logits).sum(1)
+    np.testing.assert_allclose(positive(*texts), expected, atol=1e-5)
+    assert np.ptp(expected) > 0.01
 
 
 def test_the_label_stands_in_the_spec_and_eight_devices_score_as_one(roberta, positive, texts):
@@ -131,21 +133,21 @@ def test_a_label_that_the_classifier_has_not_is_refused_with_those_it_has(robert
 
 def test_a_decoder_of_one_label_gives_its_sigmoid(scored, texts):
     folder, _, _ = scored
-    found = classifier(str(folder), "LABEL_0", batch_size=6)(*texts)
+    scores = classifier(str(folder), "LABEL_0", batch_size=6)(*texts)
     tokenizer = reviews.tokenizer()
     logits = their_logits(folder, [tokenizer(t)["input_ids"][:POSITIONS] for t in whole(texts)])
-    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits[:, 0])), atol=1e-5)
-    assert np.ptp(found) > 0.01
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits[:, 0])), atol=1e-5)
+    assert np.ptp(scores) > 0.01
 
 
 def test_a_reward_model_scores_the_end_of_sequence_behind_the_response(scored, texts):
     folder, model, params = scored
     short = [part[2:] for part in texts]  # without the long one
     tokenizer = reviews.tokenizer()
-    found = scalar_head(model, params, tokenizer, offset=0.25, batch_size=4)(*short)
+    scores = scalar_head(model, params, tokenizer, offset=0.25, batch_size=4)(*short)
     logits = their_logits(folder, [[*tokenizer(t)["input_ids"], 2] for t in whole(short)])
-    np.testing.assert_allclose(found, logits[:, 0] - 0.25, atol=1e-4)
-    assert np.ptp(found) > 0.1
+    np.testing.assert_allclose(scores, logits[:, 0] - 0.25, atol=1e-4)
+    assert np.ptp(scores) > 0.1
 
 
 def test_a_text_beyond_the_reward_models_positions_is_named(scored, texts):
@@ -156,7 +158,7 @@ def test_a_text_beyond_the_reward_models_positions_is_named(scored, texts):
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"),
+    ("scores", "message"),
     [
         ([0.0, np.nan, np.inf], r"reward mine: 2 of 3 .* is nan for text 1, prompt 'b', .* ' y'"),
         ([0.0, -np.inf, 1.0], r"1 of 3 scores are not finite; the first is -inf for text 1"),
@@ -165,8 +167,8 @@ def test_a_text_beyond_the_reward_models_positions_is_named(scored, texts):
         (1.0, r"shape \(\) for 3 texts"),
     ],
 )
-def test_scores_that_cannot_be_used_are_refused(scores, said):
-    with pytest.raises(RewardError, match=said):
+def test_scores_that_cannot_be_used_are_refused(scores, message):
+    with pytest.raises(RewardError, match=message):
         Reward("mine", lambda prompts, responses: scores)("abc", [" x", " y", " z"])
 
 
@@ -207,6 +209,8 @@ def test_fingerprints_differ_where_scores_may(scored):
     stored = open_reward(f"reward_model:{folder}")
     cases = [(params, 0.0), (params, 1.0), (jax.tree.map(lambda x: 2 * x, params), 0.0)]
     tokenizer = reviews.tokenizer()
-    found = [scalar_head(model, p, tokenizer, offset=offset).fingerprint for p, offset in cases]
-    assert len(set(found)) == 3
-    assert stored.fingerprint == found[0]
+    fingerprints = [
+        scalar_head(model, p, tokenizer, offset=offset).fingerprint for p, offset in cases
+    ]
+    assert len(set(fingerprints)) == 3
+    assert stored.fingerprint == fingerprints[0]

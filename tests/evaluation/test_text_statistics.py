@@ -57,14 +57,14 @@ def test_repetition_of_a_corpus_is_the_mean_over_responses_that_are_long_enough(
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=20))
 def test_length_statistics_are_those_of_the_counts(sizes):
     got = lengths([["token"] * size for size in sizes])
-    want = (
+    expected = (
         statistics.mean(sizes),
         statistics.stdev(sizes),
         min(sizes),
         statistics.median(sizes),
         max(sizes),
     )
-    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_what_has_no_value_is_nan():
