@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from dpojax import storage
 from dpojax.data.records import DataError
 from dpojax.data.tokenise import Example
 
@@ -95,33 +94,25 @@ class Examples(Sequence[Example]):
         )
 
 
-def save(path: pathlib.Path, examples: Examples, about: dict[str, Any]) -> None:
-    """Write a file that holds the examples, and `about` as JSON; it is there as a whole or not."""
+def save(path: str | os.PathLike, examples: Examples, about: dict[str, Any]) -> None:
+    """Write a file that holds the examples, and `about` as JSON: the whole file or nothing."""
     schema = SCHEMA.with_metadata({ABOUT: json.dumps(about)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, name = tempfile.mkstemp(suffix=".unfinished", dir=path.parent)
-    try:
-        with os.fdopen(unfinished, "w+b") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                writer.write_batch(examples.batch.replace_schema_metadata(schema.metadata))
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").digest()
-            file.write(digest)
-        os.chmod(name, 0o644)  # mkstemp keeps others out of a cache that is to be shared
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with storage.replacing(path) as unfinished, unfinished.open("w+b") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(examples.batch.replace_schema_metadata(schema.metadata))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.write(digest)
 
 
-def load(path: pathlib.Path) -> tuple[Examples, dict[str, Any]]:
-    """The examples in a file, mapped, and what was said about them.
+def load(path: str | os.PathLike) -> tuple[Examples, dict[str, Any]]:
+    """Map a file of examples into memory; return them and the `about` that was saved with them.
 
     Raises:
       DataError: the file is not as it was written.
     """
     try:
-        content = pa.memory_map(str(path)).read_buffer()
+        content = pa.memory_map(str(storage.local_copy(path))).read_buffer()
         arrow, digest = content[:-DIGEST], content[-DIGEST:]
         if hashlib.sha256(arrow).digest() != digest.to_pybytes():
             raise DataError("its bytes are not those that were written")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from dpojax import storage
 from dpojax.data import reviews, sources
 from dpojax.data.prefixes import prefixes
 from dpojax.data.records import DataError
@@ -18,7 +18,7 @@ PREFIXES = "prefixes:"
 def read_prompts(
     source: str, *, split: str, limit: int, seed: int, tokenizer: Any = None
 ) -> list[str]:
-    """Reads the first prompts of a source, in order.
+    """Read the first prompts of a source, in order.
 
     Args:
       source: one of
@@ -42,10 +42,10 @@ def read_prompts(
         texts = _texts(source.removeprefix(PREFIXES))
         prompts = prefixes(texts, tokenizer, held_out=split == "eval", limit=limit, seed=seed)
     elif source.endswith(".txt"):
-        path = pathlib.Path(source)
+        path = storage.as_path(source)
         if not path.is_file():
-            raise DataError(f"{path.absolute()}: no such file")
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            raise DataError(f"{path}: no such file")
+        prompts = [line for line in path.read_text().splitlines() if line.strip()]
     else:
         prompts = list(itertools.islice(_field("prompt", source, None), limit or None))
     if not prompts:
@@ -55,7 +55,7 @@ def read_prompts(
 
 def _texts(source: str) -> Iterator[str]:
     path, at, split = source.rpartition("@")
-    if not at or pathlib.Path(source).exists():
+    if not at or storage.as_path(source).exists():
         path, split = source, ""
     return _field("text", path, split or None)
 

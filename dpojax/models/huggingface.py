@@ -1,16 +1,14 @@
-"""Hugging Face checkpoints in and out, without torch.
+"""Read and write Hugging Face checkpoints, without torch.
 
-`load` and `save` exchange decoders, with a language-model or a scalar head; `load_classifier` reads
-BERT-type encoders.
+`load` and `save` handle decoders with a language-model head or a scalar head. `load_classifier`
+reads BERT-type encoders.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 
 import jax
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpojax import storage
 from dpojax.models import encoder, safetensors_io
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import Params, build
@@ -37,23 +36,23 @@ from dpojax.models.transfer import read_params, tensors_of
 
 __all__ = ["config_to_raw", "load", "load_classifier", "read_centre", "read_config", "save"]
 
-# Some repositories also hold the weights in other formats, or twice.
+# Only these files are fetched: some repositories also hold the weights in other formats, or twice.
 FILES = ["*.json", "model*.safetensors"]
 CENTRE = "reward_centre.json"
 
 
 def read_config(path: str | os.PathLike) -> tuple[DecoderConfig, dict]:
-    """The configuration in a folder, or of a model on the hub, and config.json as it is.
+    """Return the configuration of a model, and its config.json as it is.
 
     Raises:
       FileNotFoundError: the folder has no config.json.
-      ValueError: a model_type, key or value that is not supported; it is named.
+      ValueError: a model_type, key or value is not supported; the message names it.
     """
     return _read_config(local_folder(path, ["config.json"]), DECODERS)
 
 
 def read_classifier_config(path: str | os.PathLike) -> EncoderConfig:
-    """The configuration of a BERT-type classifier; errors as of `read_config`."""
+    """Return the configuration of a BERT-type classifier. Raises as `read_config` does."""
     return _read_config(local_folder(path, ["config.json"]), ENCODERS)[0]
 
 
@@ -61,7 +60,7 @@ def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there; is this a Hugging Face model folder?")
-    raw = json.loads(file.read_text())
+    raw = storage.read_json(file)
     try:
         return config_from_raw(raw, families), raw
     except ValueError as error:
@@ -69,31 +68,31 @@ def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
 
 
 def read_centre(path: str | os.PathLike) -> float:
-    """The score that counts as 0 in a folder with a scalar head; 0 where it does not say."""
+    """Return the score of a scalar head that counts as 0; 0.0 if its folder names none."""
     file = local_folder(path, [CENTRE]) / CENTRE
-    return float(json.loads(file.read_text())["score"]) if file.is_file() else 0.0
+    return float(storage.read_json(file)["score"]) if file.is_file() else 0.0
 
 
 def load(
     path: str | os.PathLike, *, mesh: Mesh | None = None, dtype=jnp.float32
 ) -> tuple[DecoderConfig, Params, dict]:
-    """A checkpoint's configuration, weights and config.json.
+    """Load a checkpoint: its configuration, weights and config.json.
 
-    With `config.scalar_head` where config.json names a `...ForSequenceClassification`, and with
-    `config.labels` where that has several.
+    If config.json names a `...ForSequenceClassification`, `config.scalar_head` is set, and
+    `config.labels` if it has several labels.
 
-    Files are mapped, not read: every device's shard is copied out of them layer by layer, so the
-    host holds the shards of one array at a time and never the model.
+    Files are memory-mapped. Each device's shard is copied out of them layer by layer, so the host
+    holds the shards of one array at a time and never the whole model.
 
     Args:
-      path: a folder with safetensors, or the name of a model on the hub.
-      mesh: where to put the weights (by SHARDING_RULES); None: whole, on the first device.
-      dtype: of the arrays that come out, whatever the files hold.
+      path: a folder with safetensors (local or on a bucket), or the name of a model on the hub.
+      mesh: where to put the weights, by SHARDING_RULES; None puts them on the first device.
+      dtype: dtype of the returned arrays, whatever the files hold.
 
     Raises:
-      FileNotFoundError: no config.json or safetensors.
-      ValueError: what `read_config` rejects; a tensor that is missing, unknown or of a wrong
-        shape; a head that is stored beside the embedding it should be tied to, and differs.
+      FileNotFoundError: there is no config.json, or there are no safetensors.
+      ValueError: `read_config` rejects it; a tensor is missing, unknown or of a wrong shape; a
+        stored head differs from the embedding that it should be tied to.
     """
     folder = local_folder(path, FILES)
     config, raw = _read_config(folder, DECODERS)
@@ -104,9 +103,9 @@ def load(
 def load_classifier(
     path: str | os.PathLike, *, mesh: Mesh | None = None, dtype=jnp.float32
 ) -> tuple[EncoderConfig, Params, dict]:
-    """As `load`, of a `BertForSequenceClassification` or `RobertaForSequenceClassification`.
+    """Load a `BertForSequenceClassification` or `RobertaForSequenceClassification`; see `load`.
 
-    `encoder.build(config).apply(params, tokens, lengths)` then gives its logits.
+    `encoder.build(config).apply(params, tokens, lengths)` returns its logits.
     """
     folder = local_folder(path, FILES)
     config, raw = _read_config(folder, ENCODERS)
@@ -125,62 +124,70 @@ def save(
     centre: float | None = None,
     max_shard_bytes: int = 5 * 2**30,
 ) -> None:
-    """A folder that `from_pretrained` of transformers' AutoModelForCausalLM reads.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` of transformers reads.
 
-    Or of AutoModelForSequenceClassification where `config.scalar_head`; that class wants a padding
-    token in config.json (from `raw` or `tokenizer`) for more than one text.
+    With `config.scalar_head` it is read by AutoModelForSequenceClassification, which needs a
+    padding token in config.json (from `raw` or `tokenizer`) for more than one text.
 
-    Written beside its place and moved there when complete. Tensors have the dtypes of `params`.
-    In a run of several processes all must call it; the first one writes.
+    The folder appears as a whole; on a bucket config.json is written last. Tensors have the dtypes
+    of `params`. With several processes, all of them make this call and the first one writes.
 
     Args:
-      raw: config.json as `load` returned it, whose keys are kept; None: `config_to_raw(config)`. It
-        may be that of the language model whose trunk `config` has.
-      tokenizer: anything with `save_pretrained`; without `raw` it also gives the ids of special
-        tokens. generation_config: a dict, or anything with `save_pretrained`.
-      centre: of a scalar head: see `read_centre`. transformers has no place for it.
-      max_shard_bytes: a file is not filled beyond this, unless by a single tensor.
+      folder: a local folder or one on a bucket.
+      raw: config.json as `load` returned it, whose keys are kept; None is `config_to_raw(config)`.
+        It may describe the language model from which a scalar-head model was made.
+      tokenizer: anything with `save_pretrained`; without `raw` it also provides the ids of special
+        tokens.
+      generation_config: a dict, or anything with `save_pretrained`.
+      centre: the score of a scalar head that counts as 0, see `read_centre`. It gets a file of its
+        own, since transformers has no place for it.
+      max_shard_bytes: the largest size of a file, unless a single tensor is larger.
 
     Raises:
       FileExistsError: `folder` exists and is not empty, or is a file.
       ValueError: `raw` describes another model than `config`.
     """
-    folder = pathlib.Path(folder)
     first = jax.process_index() == 0
-    if first and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: is already there and not empty; choose a new folder")
+    if first:
+        require_new_folder(folder)
     raw = _checked_raw(config, raw, params, tokenizer)
     tensors = list(tensors_of(family_of(raw), config, params))
     if not first:
         for tensor in tensors:
-            tensor.fetch()  # a gather that the first process takes part in
+            tensor.fetch()  # takes part in the first process's gather
     else:
-        partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-        partial.mkdir(parents=True)
-        try:
-            _write(partial, raw, tensors, tokenizer, generation_config, max_shard_bytes)
+        with storage.replacing_folder(storage.as_path(folder)) as unfinished:
             if centre is not None:
-                (partial / CENTRE).write_text(json.dumps({"score": centre}) + "\n")
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                storage.write_json(unfinished / CENTRE, {"score": centre})
+            _write(unfinished, raw, tensors, tokenizer, generation_config, max_shard_bytes)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("dpojax.models.huggingface.save")
 
 
 def local_folder(path: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
-    """The folder of a model: `path` itself, or a snapshot of the hub's files that match a pattern.
+    """Return a local folder of a model: `path` itself, or a copy of a bucket's or the hub's files.
+
+    Args:
+      patterns: names of the files that are needed from a bucket or the hub.
 
     Raises:
       FileNotFoundError: no such folder, and not a name of the hub.
     """
-    if pathlib.Path(path).is_dir():
-        return pathlib.Path(path)
+    folder = storage.as_path(path, "the name of a model")
+    if folder.is_dir():
+        return storage.local_copy(folder, patterns)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path)):
         raise FileNotFoundError(f"{path}: no such folder, and not a name like owner/model")
     from huggingface_hub import snapshot_download  # only a name of the hub needs it
 
     return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+
+
+def require_new_folder(folder: str | os.PathLike) -> None:
+    """Raise FileExistsError unless a folder is not there, or is empty."""
+    folder = storage.as_path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: is already there and not empty; choose a new folder")
 
 
 def _checked_raw(config: DecoderConfig, raw: dict | None, params: Params, tokenizer) -> dict:
@@ -209,12 +216,12 @@ def _write(
     generation_config,
     max_shard_bytes: int,
 ) -> None:
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if hasattr(generation_config, "save_pretrained"):
         generation_config.save_pretrained(folder)
     elif generation_config is not None:
-        text = json.dumps(generation_config, indent=2) + "\n"
-        (folder / "generation_config.json").write_text(text)
+        storage.write_json(folder / "generation_config.json", generation_config)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     safetensors_io.write_folder(folder, tensors, max_shard_bytes)
+    # Last: on a bucket, whose files appear one by one, it tells that the others are there.
+    storage.write_json(folder / "config.json", raw)

@@ -1,8 +1,9 @@
-"""Safetensors files as memory-mapped NumPy views, and back, one tensor at a time.
+"""Read safetensors files as memory-mapped NumPy views, and write them one tensor at a time.
 
 Format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header
-`{name: {dtype, shape, data_offsets}}`, then the tensors' bytes. NumPy views into the mapped file
-let a shard read only its own pages, in any dtype that ml_dtypes knows.
+`{name: {dtype, shape, data_offsets}}`, then the tensors' bytes. Each tensor is a NumPy view into
+the mapped file, so a device's shard reads only its own pages. Paths are local: `storage.local_copy`
+fetches what is on a bucket.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from dpojax import storage
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -34,14 +37,14 @@ INDEX = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: a read-only view that touches the disk where it is indexed."""
+    """A tensor in a file: a read-only view that reads the disk when it is indexed."""
 
     view: np.ndarray
     file: pathlib.Path
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written; `fetch` makes its values when its turn comes."""
+    """A tensor to write. `fetch` returns its values; it is called once, when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,17 +57,17 @@ class Tensor(NamedTuple):
 
 
 def read_folder(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of `model.safetensors`, or of the files that its index names.
+    """Return every tensor of `model.safetensors`, or of the files that the index names.
 
     Raises:
-      FileNotFoundError: no safetensors here, or a file that the index names is missing.
-      ValueError: a file is cut short or is not safetensors, or an index disagrees with its files.
+      FileNotFoundError: there are no safetensors, or a file that the index names is missing.
+      ValueError: a file is incomplete or is not safetensors; the index disagrees with its files.
     """
     if (folder / SINGLE).is_file():
         return read_file(folder / SINGLE)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(_nothing_to_read(folder))
-    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    weight_map = storage.read_json(folder / INDEX)["weight_map"]
     tensors: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
@@ -87,10 +90,10 @@ def _nothing_to_read(folder: pathlib.Path) -> str:
 
 
 def read_file(path: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of one file, as views.
+    """Return every tensor of one file, as views.
 
     Raises:
-      ValueError: a file that is cut short or is not safetensors; a dtype that is not in DTYPES.
+      ValueError: the file is incomplete or is not safetensors; a dtype is not in DTYPES.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -109,16 +112,20 @@ def read_file(path: pathlib.Path) -> dict[str, Stored]:
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: {name!r} has dtype {entry['dtype']}, which is not supported")
         dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        wanted = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
-        if stop > len(data) or stop - start != wanted:
-            raise ValueError(f"{path}: {name!r} wants {wanted} bytes; is the file cut short?")
+        size = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
+        if stop > len(data) or stop - start != size:
+            raise ValueError(f"{path}: {name!r} needs {size} bytes; is the file cut short?")
         view = np.frombuffer(data[start:stop], dtype).reshape(entry["shape"])
         tensors[name] = Stored(view, path)
     return tensors
 
 
 def write_folder(folder: pathlib.Path, tensors: Iterable[Tensor], max_shard_bytes: int) -> None:
-    """One `model.safetensors`, or `model-00001-of-0000N.safetensors` and an index when larger."""
+    """Write one `model.safetensors`, or several files and an index if it would be too large.
+
+    Args:
+      max_shard_bytes: the largest size of a file, unless a single tensor is larger.
+    """
     tensors = list(tensors)
     files: list[list[Tensor]] = [[]]
     for tensor in tensors:
@@ -136,11 +143,11 @@ def write_folder(folder: pathlib.Path, tensors: Iterable[Tensor], max_shard_byte
         weight_map |= {tensor.name: file for tensor in group}
     total = sum(tensor.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    storage.write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_file(path: pathlib.Path, tensors: list[Tensor]) -> None:
-    """One file, each tensor fetched when it is written."""
+    """Write one file. Each tensor is fetched when it is written, so one is in memory at a time."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

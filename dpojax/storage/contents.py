@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from dpojax.storage.files import download, replacing, replacing_folder
@@ -45,12 +47,15 @@ def content_hash(path: PathLike) -> str:
     return digest.hexdigest()
 
 
-def local_copy(path: PathLike) -> pathlib.Path:
+def local_copy(path: PathLike, patterns: Sequence[str] = ("*",)) -> pathlib.Path:
     """Return a local path with the same content: `path` itself, or a mirror of a bucket's.
 
     The mirror is in the folder that the environment variable `DPOJAX_MIRROR` names, by default
     `~/.cache/dpojax/mirror`. Each version of a file or folder is downloaded once. Old versions
     stay; the folder may be deleted while no run is active.
+
+    Args:
+      patterns: of a folder on a bucket, only the files whose relative names match one of these.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -58,6 +63,12 @@ def local_copy(path: PathLike) -> pathlib.Path:
     if is_local(path):
         return pathlib.Path(path)
     versions = _versions(path)
+    if "" not in versions:
+        versions = {
+            name: version
+            for name, version in versions.items()
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        }
     version = "\n".join(f"{name} {versions[name]}" for name in sorted(versions))
     folder = _mirror_folder() / _digest(os.fspath(path)) / _digest(version)
     copy = folder / Path(path).name
@@ -70,7 +81,7 @@ def local_copy(path: PathLike) -> pathlib.Path:
                 filesystem(path).get_file(os.fspath(path), str(unfinished))
         else:
             with replacing_folder(copy) as unfinished:
-                download(path, unfinished)
+                download(path, unfinished, versions)
     return copy
 
 

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dpojax.storage.paths import (
@@ -129,7 +129,7 @@ def share_folder(source: PathLike, target: PathLike, ignore: Sequence[str] = ())
         _upload(pathlib.Path(source), target, ignore)
     elif is_local(target):
         with replacing_folder(target) as unfinished:
-            download(source, unfinished, ignore)
+            download(source, unfinished, _oldest_first(source, ignore))
     else:
         _copy_objects(source, target, ignore)
 
@@ -159,14 +159,12 @@ def free_bytes(path: PathLike) -> int | None:
     return shutil.disk_usage(existing).free
 
 
-def download(folder: PathLike, to: pathlib.Path, ignore: Sequence[str] = ()) -> None:
-    """Write the objects below a bucket's folder into a local folder, oldest first."""
+def download(folder: PathLike, to: pathlib.Path, names: Iterable[str]) -> None:
+    """Write objects below a bucket's folder, given by relative name, into a local folder."""
     fs = filesystem(folder)
-    objects = objects_below(folder)
-    for name in sorted(objects, key=lambda name: (modified(objects[name]), name)):
-        if not _is_ignored(name, ignore):
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(f"{os.fspath(folder)}/{name}", str(to / name))
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        fs.get_file(f"{os.fspath(folder)}/{name}", str(to / name))
 
 
 @contextlib.contextmanager
@@ -202,17 +200,22 @@ def _upload(folder: pathlib.Path, path: PathLike, ignore: Sequence[str] = ()) ->
 
 
 def _copy_objects(source: PathLike, target: PathLike, ignore: Sequence[str]) -> None:
-    objects = objects_below(source)
-    names = [name for name in objects if not _is_ignored(name, ignore)]
-    names.sort(key=lambda name: (modified(objects[name]), name))
+    names = _oldest_first(source, ignore)
     with _all_objects(target, names):
         if (fs := filesystem(source)) is filesystem(target):
             for name in names:
                 fs.cp_file(f"{os.fspath(source)}/{name}", f"{os.fspath(target)}/{name}")
         else:
             with tempfile.TemporaryDirectory(prefix="dpojax-copy-") as folder:
-                download(source, pathlib.Path(folder), ignore)
+                download(source, pathlib.Path(folder), names)
                 _upload(pathlib.Path(folder), target)
+
+
+def _oldest_first(folder: PathLike, ignore: Sequence[str]) -> list[str]:
+    """Return the relative names of a bucket's objects in the order in which they were written."""
+    objects = objects_below(folder)
+    names = [name for name in objects if not _is_ignored(name, ignore)]
+    return sorted(names, key=lambda name: (modified(objects[name]), name))
 
 
 @contextlib.contextmanager

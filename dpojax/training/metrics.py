@@ -1,11 +1,10 @@
-"""Metrics as sums and weights, the files that they go to, and the lines that a person reads."""
+"""Metrics: weighted sums on devices, the files that hold them, and lines to print."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Mapping
@@ -15,15 +14,26 @@ import jax
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
+from dpojax import storage
+
 FILE = "metrics.jsonl"
-RESERVED = ("step", "split", "time")
+RESERVED = ("step", "split", "time")  # fields of a line that are no metrics
+# (metric, scale, text) of the line about an evaluation.
+SHOWN = (
+    ("loss", 1, "eval loss {value:.4f}"),
+    ("rewards/accuracies", 100, "accuracy {value:.1f} %"),
+    ("accuracy", 100, "accuracy {value:.1f} %"),
+    ("rewards/margins", 1, "margin {value:+.2f}"),
+    ("displacement", 100, "chosen less likely {value:.0f} %"),
+    ("kl/per_token", 1, "kl {value:.3f} nats/token"),
+)
 
 
 class Metric(NamedTuple):
-    """A weighted sum and its weight, any equal shapes: what a device function returns.
+    """A weighted sum and its weight, of equal shapes. Device functions return metrics like this.
 
-    Parts of a batch are put together with `merge`, and only the line that logs divides. Padded
-    examples have weight 0, so a metric does not depend on batch size or device count.
+    `merge` adds up the parts of a batch; only the code that logs divides. Padded examples have
+    weight 0, so a metric does not depend on the batch size or the number of devices.
     """
 
     total: ArrayLike
@@ -31,7 +41,7 @@ class Metric(NamedTuple):
 
     @property
     def value(self) -> ArrayLike:
-        """total / weight; nan on the host where nothing was counted."""
+        """Return total / weight as a float; nan if the weight is 0. Only on the host."""
         if isinstance(self.weight, jax.core.Tracer):
             raise TypeError("Metric.value divides on the host; return the Metric from jit instead")
         total, weight = jax.device_get((self.total, self.weight))
@@ -39,26 +49,26 @@ class Metric(NamedTuple):
 
 
 def merge(a: Metric, b: Metric) -> Metric:
-    """The metric of both parts together."""
+    """Return the metric of two parts taken together."""
     return Metric(a.total + b.total, a.weight + b.weight)
 
 
 class Window:
-    """Metrics of the steps since the last `flush`, without waiting for a device.
+    """Collects the metrics of several steps without waiting for a device.
 
-    `add` only keeps references to the device arrays; `flush` fetches them once and sums them on
-    the host in float64, so that a long window loses no digits.
+    `add` only stores references to device arrays. `flush` fetches them all at once and sums them on
+    the host in float64, so a long window loses no digits.
     """
 
     def __init__(self):
         self._steps: list[Mapping[str, Metric]] = []
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
-        """Adds the scalar metrics of one step; names may differ between steps."""
+        """Add the scalar metrics of one step; names may differ between steps."""
         self._steps.append(metrics)
 
     def flush(self) -> dict[str, float]:
-        """The weighted mean of every metric since the last flush, nan where nothing was counted."""
+        """Return the weighted mean of each metric since the last flush; nan if its weight is 0."""
         steps, self._steps = jax.device_get(self._steps), []
         sums: dict[str, Metric] = {}
         for metrics in steps:
@@ -69,16 +79,19 @@ class Window:
 
 
 class MetricWriter:
-    """Appends metrics to `folder/metrics.jsonl` and, for TensorBoard, to `folder/tensorboard`.
+    """Appends metrics to `folder/metrics.jsonl`, and event files for TensorBoard to a subfolder.
 
-    A context manager. Only process 0 of a distributed run writes; the others do nothing.
+    Use it as a context manager. Only process 0 of a distributed run writes.
 
     Args:
-      folder: made if it is not there.
-      tensorboard: also write event files.
-      resume_step: lines after this step are removed before anything is written, so that a resumed
-        run has every step once; None keeps all lines. A last line that a killed process left
-        without its end is removed in any case.
+      folder: a local folder or one on a bucket; it is made if it is not there.
+      tensorboard: also write event files, to `folder/tensorboard`.
+      resume_step: lines after this step are removed first, so that a resumed run has every step
+        once. None keeps all lines. An incomplete last line, left by a killed process, is always
+        removed.
+
+    Raises:
+      ValueError: a line of the existing file is not JSON; the message names file and line.
     """
 
     def __init__(
@@ -91,15 +104,12 @@ class MetricWriter:
         self._file = self._events = None
         if jax.process_index() != 0:
             return
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _truncate(folder / FILE, resume_step)
-        self._file = (folder / FILE).open("a", encoding="utf-8")
+        folder = storage.as_path(folder)
+        _remove_later_steps(folder / FILE, resume_step)
+        self._file = storage.LineWriter(folder / FILE)
         if tensorboard:
-            from tensorboardX import SummaryWriter  # costs a second and a protobuf runtime
-
-            purge = None if resume_step is None else resume_step + 1
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            purge_step = None if resume_step is None else resume_step + 1
+            self._events = _event_writer(folder / "tensorboard", purge_step)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -108,9 +118,10 @@ class MetricWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, float], split: str = "train") -> None:
-        """Appends one line, complete on return: `{"step", "split", "time", name: value, ...}`.
+        """Append one line: `{"step", "split", "time", name: value, ...}`.
 
-        `time` is in seconds since 1970. NaN and infinity become null, since JSON has neither.
+        `time` is in seconds since 1970. NaN and infinity become null, since JSON has neither. A
+        local file has the line on return, a bucket's a few seconds later.
 
         Raises:
           ValueError: a metric is called `step`, `split` or `time`.
@@ -122,30 +133,63 @@ class MetricWriter:
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": int(step), "split": split, "time": round(time.time(), 3)}
         line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(line, allow_nan=False))
         if self._events is not None:
             for name, number in numbers.items():
                 self._events.add_scalar(f"{split}/{name}", number, int(step))
 
     def close(self) -> None:
-        """Closes the files; writing afterwards does nothing."""
+        """Close the files; later writes do nothing."""
         for open_file in (self._file, self._events):
             if open_file is not None:
                 open_file.close()
         self._file = self._events = None
 
 
-def read_metrics(folder: str | os.PathLike, split: str | None = None) -> list[dict]:
-    """The lines of `folder/metrics.jsonl` in order, of one split or of all; null becomes nan.
+def _event_writer(folder: storage.Path, purge_step: int | None):
+    """Return a `SummaryWriter` of tensorboardX that writes to a local folder or to a bucket."""
+    from tensorboardX import SummaryWriter, record_writer  # costs a second and a protobuf runtime
 
-    A torn last line is left out; no file is an empty list.
+    for scheme in ("gs", "s3"):  # its own writers for buckets need packages that we do not
+        record_writer.register_writer_factory(scheme, _BucketEvents)
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+class _BucketEvents:
+    """An event file on a bucket, as tensorboardX opens one: each flush writes the whole object."""
+
+    def __init__(self, path: str):
+        self._path, self._content = path, bytearray()
+
+    @classmethod
+    def open(cls, path: str) -> _BucketEvents:
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """A bucket needs no folders."""
+
+    def write(self, record: bytes) -> None:
+        self._content += record
+
+    def flush(self) -> None:
+        storage.write_bytes(self._path, bytes(self._content))
+
+    close = flush
+
+
+def read_metrics(folder: str | os.PathLike, split: str | None = None) -> list[dict]:
+    """Return the lines of `folder/metrics.jsonl` in order; null becomes nan.
+
+    An incomplete last line is left out. If there is no file, the list is empty.
+
+    Args:
+      split: only lines of this split; None is all.
 
     Raises:
-      ValueError: another line is not JSON; the message names file and line.
+      ValueError: a line is not JSON; the message names file and line.
     """
-    path = pathlib.Path(folder) / FILE
-    lines = [json.loads(text) for text in _whole_lines(path)]
+    lines = [json.loads(text) for text in _checked_lines(storage.as_path(folder) / FILE)]
     return [
         {name: math.nan if value is None else value for name, value in line.items()}
         for line in lines
@@ -154,10 +198,10 @@ def read_metrics(folder: str | os.PathLike, split: str | None = None) -> list[di
 
 
 def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
-    """A bar on stderr with steps per second and time left; silent where stderr is no
-    terminal and on all processes but the first.
+    """Return a progress bar on stderr with steps per second and the time left.
 
-    Numbers go beside it with `bar.set_postfix(loss=..., accuracy=..., refresh=False)`.
+    It is silent if stderr is not a terminal, and on all processes but the first. Show numbers
+    beside it with `bar.set_postfix(loss=..., accuracy=..., refresh=False)`.
     """
     return tqdm(
         total=total,
@@ -173,50 +217,37 @@ def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
 
 
 def evaluation_line(step: int, total: int, values: Mapping[str, float]) -> str:
-    """One line about an evaluation for a person: `step  200/1000  eval loss 0.5312  accuracy ...`.
+    """Return one printable line: `step  200/1000  eval loss 0.5312  accuracy ...`.
 
-    Shows of `values` the metrics that it knows by TRL's names, and passes over the others; no
-    accuracy while the policy is the reference, where all margins are 0.
+    It shows the metrics of `SHOWN` and no others. While the policy still is the reference, all
+    margins are 0 and the accuracy means nothing, so it is not shown.
     """
-    known = {
-        "loss": lambda x: f"eval loss {x:.4f}",
-        "rewards/accuracies": lambda x: f"accuracy {100 * x:.1f} %",
-        "accuracy": lambda x: f"accuracy {100 * x:.1f} %",
-        "rewards/margins": lambda x: f"margin {x:+.2f}",
-        "displacement": lambda x: f"displaced {100 * x:.0f} %",
-        "kl/per_token": lambda x: f"kl {x:.3f} nats/token",
-    }
     if values.get("rewards/margins") == 0:
         values = {name: value for name, value in values.items() if name != "rewards/accuracies"}
     parts = [f"step {step:>{len(str(total))}}/{total}"]
-    parts += [show(values[name]) for name, show in known.items() if name in values]
+    parts += [
+        template.format(value=values[name] * scale)
+        for name, scale, template in SHOWN
+        if name in values
+    ]
     return "  ".join(parts)
 
 
-def _whole_lines(path: pathlib.Path) -> list[str]:
-    """The lines that have their end and are JSON objects, a torn last one left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, text in enumerate(lines[:-1], start=1):
+def _checked_lines(path: storage.Path) -> list[str]:
+    """Return the whole lines of a file, each of which is a JSON object."""
+    lines = storage.read_lines(path)
+    for number, text in enumerate(lines, start=1):
         try:
             valid = isinstance(json.loads(text), dict)
         except ValueError:
             valid = False
         if not valid:
             raise ValueError(f"{path}, line {number}: not a JSON object: {text[:80]!r}; remove it")
-    return lines[:-1]
+    return lines
 
 
-def _truncate(path: pathlib.Path, last_step: int | None) -> None:
-    """Rewrites the file, all or nothing, without a torn last line and steps after `last_step`."""
-    if not path.is_file():
-        return
-    kept = [
-        text
-        for text in _whole_lines(path)
-        if last_step is None or json.loads(text)["step"] <= last_step
-    ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
-    temporary.replace(path)
+def _remove_later_steps(path: storage.Path, last_step: int | None) -> None:
+    """Rewrite the file without the lines after `last_step`; None only checks the lines."""
+    _checked_lines(path)
+    if last_step is not None:
+        storage.rewrite_lines(path, lambda text: json.loads(text)["step"] <= last_step)

@@ -1,10 +1,9 @@
-"""Where a stage's time goes: spans of the loop, parts of the step, and a trace of a few steps."""
+"""Where a stage's time goes: spans of the loop, parts of the step, a trace of a few steps."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import pathlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpojax import storage
 from dpojax.data.rows import Rows
 from dpojax.training.forward import NO_FROZEN_WEIGHTS, Forward, FrozenWeights, build_outputs
 from dpojax.training.objective import Hyper, Objective
@@ -21,24 +21,26 @@ from dpojax.training.step import build_gradient
 
 COMPILE, DATA, STEP = "compilation and first step", "waiting for data", "steps"
 EVALUATION, CHECKPOINT = "evaluation", "waiting for checkpoints"
-TRACED = range(3, 6)  # steps of this process, which a trace shows
+TRACED = range(3, 6)  # the steps of this process that a trace shows
 REPEATS = 3
 TABLE, TRACE = "profile.txt", "trace"
 
 
 class Spans:
-    """Seconds of a loop by what they were spent on, and a trace of some of its steps.
+    """Adds up the seconds of a loop by activity, and traces some of its steps.
 
     Args:
       folder: where the trace goes; None makes none.
     """
 
-    def __init__(self, folder: pathlib.Path | None = None):
-        self.folder, self.seconds, self.steps = folder, {}, 0
+    def __init__(self, folder: str | os.PathLike | None = None):
+        self.folder = None if folder is None else storage.as_path(folder)
+        self.seconds, self.steps = {}, 0
         self._tracing = False
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a `with` block as `name`."""
         began = time.perf_counter()
         try:
             yield
@@ -46,7 +48,7 @@ class Spans:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def stepped(self, report: Any) -> None:
-        """One more step is under way and will give `report`; the last one traced is waited for."""
+        """Count a step that was dispatched; wait for its report if it is the last one traced."""
         self.steps += 1
         if self.folder is not None and self.steps == TRACED.start - 1:
             jax.profiler.start_trace(str(self.folder / TRACE))
@@ -71,26 +73,39 @@ def parts_of_step(
     hyper: Hyper,
     frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
 ) -> dict[str, float]:
-    """Seconds of a step's forward pass, backward pass and update, on one batch; medians.
+    """Measure a step's forward pass, backward pass and update on one batch.
 
-    Programs of their own: the loss alone, the loss with its gradient, and the whole step. A part is
-    what the next program takes longer.
+    Three programs are timed: the loss, the loss with its gradient, and the whole step. The
+    backward pass is what the second takes longer than the first, and so on.
 
     Args:
       step: (state, rows, hyper, frozen) -> (state, report), which donates the state.
+
+    Returns:
+      Median seconds of `forward`, `backward` and `update`.
     """
     outputs = build_outputs(forward)
-    loss = lambda params: objective.terms(outputs(params, rows, frozen), rows, hyper).loss.sum()
     gradient = jax.jit(build_gradient(forward, objective))
-    whole = lambda fresh: step(fresh, rows, hyper, frozen)
-    first = _median(jax.jit(loss), lambda: state.params)
-    second = _median(lambda state: gradient(state, rows, hyper, frozen), lambda: state)
-    third = _median(whole, lambda: jax.tree.map(jnp.copy, state))
-    return {"forward": first, "backward": second - first, "update": third - second}
+
+    @jax.jit
+    def loss(state: State):
+        return objective.terms(outputs(state.params, rows, frozen), rows, hyper).loss.sum()
+
+    of_loss = _median(loss, lambda: state)
+    of_gradient = _median(lambda state: gradient(state, rows, hyper, frozen), lambda: state)
+    # The step donates its state, so every run gets a copy.
+    of_step = _median(
+        lambda copy: step(copy, rows, hyper, frozen), lambda: jax.tree.map(jnp.copy, state)
+    )
+    return {
+        "forward": of_loss,
+        "backward": of_gradient - of_loss,
+        "update": of_step - of_gradient,
+    }
 
 
 def table(spans: Spans, parts: dict[str, float], utilisation: float) -> str:
-    """What took how long, for a person."""
+    """Format the seconds and shares as a table."""
     total = sum(spans.seconds.values())
     lines = [f"{'where the time went':<30}{'seconds':>10}{'share':>8}"]
     for name, seconds in sorted(spans.seconds.items(), key=lambda item: -item[1]):
@@ -102,21 +117,23 @@ def table(spans: Spans, parts: dict[str, float], utilisation: float) -> str:
     return "\n".join(lines)
 
 
-def write(folder: pathlib.Path, spans: Spans, parts: dict[str, float], utilisation: float) -> str:
-    """profile.txt and profile.json; returns the table."""
-    text = table(spans, parts, utilisation)
-    (folder / TABLE).write_text(text + "\n")
-    found = {"spans": spans.seconds, "step": parts, "utilisation": utilisation}
-    (folder / TABLE).with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+def write(
+    folder: str | os.PathLike, spans: Spans, parts: dict[str, float], utilisation: float
+) -> str:
+    """Write profile.txt and profile.json; return the table."""
+    folder, text = storage.as_path(folder), table(spans, parts, utilisation)
+    storage.write_text(folder / TABLE, text + "\n")
+    numbers = {"spans": spans.seconds, "step": parts, "utilisation": utilisation}
+    storage.write_json((folder / TABLE).with_suffix(".json"), numbers)
     return text
 
 
 def _median(function: Callable, argument: Callable[[], Any]) -> float:
-    """Seconds of a call, without compilation."""
+    """Median seconds of a call, without compilation."""
     times = []
     for _ in range(1 + REPEATS):
-        given = jax.block_until_ready(argument())
+        value = jax.block_until_ready(argument())
         began = time.perf_counter()
-        jax.block_until_ready(function(given))
+        jax.block_until_ready(function(value))
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])

@@ -1,15 +1,14 @@
-"""The reference is data: its per-token log-probs, computed once, hashed, and read by every run.
+"""The reference's per-token log-probs: computed once, stored, and read by every run.
 
-A store holds one float32 per scored token of every example, in the order of the examples, under a
-key that hashes the reference's weights, the token ids and the precision. Sweeps share it.
+A store holds one float32 per scored token of every example, in the order of the examples. Its file
+is named by a hash of the reference's weights, the token ids and the precision, so that all runs of
+a sweep share it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -17,21 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dpojax import sharding
+from dpojax import sharding, storage
 from dpojax.data.packing import size_of
 from dpojax.data.rows import Rows
 from dpojax.data.tokenise import Example
 
-FORMAT = "dpojax reference log-probs, version 1"  # changes when the same inputs give other numbers
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token, between packings and devices
+FORMAT = (
+    "dpojax reference log-probs, version 1"  # change it when the same inputs give other numbers
+)
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats per token; packings and devices differ
 
 
 class ReferenceMismatch(ValueError):
-    """Cached log-probs that are not those of this reference on this data."""
+    """Stored log-probs do not belong to this reference and this data."""
 
 
 class Store:
-    """Per-token log-probs of a data set: `values` [all scored tokens] float32, nats."""
+    """Per-token log-probs of a data set.
+
+    Attributes:
+      values: [scored tokens of all examples] float32, nats; nan where not yet computed.
+      starts: [examples + 1] int64, where each example begins in `values`.
+    """
 
     def __init__(self, examples: Sequence[Example], values: np.ndarray | None = None):
         counts = [size_of(example).scored for example in examples]
@@ -43,19 +49,19 @@ class Store:
             )
 
     def attach(self, rows: Rows) -> Rows:
-        """`rows` with `reference` [..., S] filled in; zero at padding."""
+        """Return `rows` with `reference` [..., S] filled in; padding gets zero."""
         reference = np.zeros(rows.target.shape, np.float32)
-        for row, begin, end, example in self._places(rows):
+        for row, begin, end, example in self._spans(rows):
             reference[row][begin:end] = self.values[self.starts[example] : self.starts[example + 1]]
         return rows._replace(reference=reference)
 
     def write(self, rows: Rows, logprobs: np.ndarray) -> None:
-        """Keep log-probs [..., S] that were computed for `rows`."""
-        for row, begin, end, example in self._places(rows):
+        """Store the log-probs [..., S] that were computed for `rows`."""
+        for row, begin, end, example in self._spans(rows):
             self.values[self.starts[example] : self.starts[example + 1]] = logprobs[row][begin:end]
 
-    def _places(self, rows: Rows) -> Iterator[tuple[tuple, int, int, int]]:
-        """(row, first scored token, one past its last, example) of every example in the batch."""
+    def _spans(self, rows: Rows) -> Iterator[tuple[tuple, int, int, int]]:
+        """Yield (row, begin, end, example): the scored tokens of each example in the batch."""
         for row in np.ndindex(rows.example.shape[:-1]):
             begin = 0
             for example in rows.example[row]:
@@ -68,7 +74,15 @@ class Store:
 def compute(
     score: Callable[[Rows], Array], examples: Sequence[Example], batches: Iterable[Rows]
 ) -> Store:
-    """The reference's log-probs of every example; `batches` holds each once, as NumPy rows."""
+    """Compute the reference's log-probs of every example.
+
+    Args:
+      score: returns log-probs [..., S] of rows, in nats.
+      batches: NumPy rows that hold every example once.
+
+    Raises:
+      ReferenceMismatch: a log-prob is not finite, or an example is in no batch.
+    """
     store = Store(examples)
     for rows in batches:
         store.write(rows, sharding.to_host(score(rows)))
@@ -85,25 +99,25 @@ def compute(
 def cached(
     folder: str | os.PathLike, key: str, examples: Sequence[Example], make: Callable[[], Store]
 ) -> tuple[Store, bool]:
-    """The store under `folder/key.npy` and True, or a new one made, saved whole, and False."""
-    path = pathlib.Path(folder) / f"{key}.npy"
+    """Load the store `folder/KEY.npy`, or make and save it. Every process makes this call.
+
+    Returns:
+      the store, and True if it was loaded.
+
+    Raises:
+      ReferenceMismatch: the file is damaged, or is of other examples.
+    """
+    path = storage.as_path(folder, "the reference's cache folder") / f"{key}.npy"
     if sharding.agreed(path.exists()):
         try:
-            return Store(examples, np.load(path, mmap_mode="r")), True
+            values = np.load(storage.local_copy(path), mmap_mode="r")
+            return Store(examples, values), True
         except ValueError as error:
             raise ReferenceMismatch(f"{path}: not a usable store ({error}); delete it") from error
     store = make()
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished, name = tempfile.mkstemp(suffix=".unfinished", dir=path.parent)
-        try:
-            with os.fdopen(unfinished, "wb") as file:
-                np.save(file, store.values)
-            os.chmod(name, 0o644)  # mkstemp keeps others out of a cache that is to be shared
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        with storage.replacing(path) as unfinished:
+            np.save(unfinished, store.values)
     return store, False
 
 
@@ -114,10 +128,14 @@ def verify(
     examples: Sequence[Example],
     dtype: str,
 ) -> float:
-    """The largest |stored - recomputed| log-prob [..., S] in nats over the examples of `rows`.
+    """Return the largest |stored - recomputed| log-prob in nats over the examples of `rows`.
+
+    Args:
+      recomputed: log-probs [..., S].
+      dtype: the compute dtype, which decides the tolerance.
 
     Raises:
-      ReferenceMismatch: it exceeds what packing and hardware explain; it names the example.
+      ReferenceMismatch: the difference is above the tolerance; the message names the example.
     """
     difference = np.abs(sharding.to_host(recomputed) - store.attach(rows).reference)
     difference = np.where(rows.response >= 0, difference, 0.0)
@@ -136,9 +154,12 @@ def verify(
 def key_of(
     weights: str, examples: Sequence[Example], *, model: str, dtype: str, tokenizer: str
 ) -> str:
-    """The name under which a reference's log-probs are kept: a hash of all that they depend on.
+    """Return the name of a store: a hash of everything that its log-probs depend on.
 
-    weights: their `fingerprint`; model and tokenizer: text that differs wherever they do.
+    Args:
+      weights: the `fingerprint` of the reference's weights.
+      model: text that differs between architectures.
+      tokenizer: text that differs between tokenizers.
     """
     digest = hashlib.sha256(f"{FORMAT} {dtype} {model} {tokenizer} {weights}".encode())
     for example in examples:
@@ -149,10 +170,10 @@ def key_of(
 
 
 def fingerprint(params) -> str:
-    """A hash of the weights that does not depend on how they are sharded; nothing is gathered.
+    """Return a hash of the weights that does not depend on their sharding. Nothing is gathered.
 
-    Every element's bits are mixed with its position and summed modulo 2^32, twice; integer sums
-    come out the same in any order.
+    Each element's bits are mixed with its position, then summed modulo 2^32; twice, with different
+    constants. Integer sums do not depend on the order.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     sums = jax.jit(lambda xs: [_mixed_sums(x) for x in xs])([x for _, x in leaves])
@@ -164,6 +185,7 @@ def fingerprint(params) -> str:
 
 
 def _mixed_sums(x: Array) -> Array:
+    """Return the two position-mixed sums of an array's bits: [2] uint32."""
     wide = x if x.dtype.itemsize == 4 else x.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(wide, jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
+from dpojax import storage
 from dpojax.training.metrics import (
     Metric,
     MetricWriter,
@@ -22,6 +23,7 @@ from dpojax.training.metrics import (
     progress,
     read_metrics,
 )
+from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 
 @given(
@@ -132,6 +134,17 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_metrics_on_a_bucket_are_resumed_like_those_on_a_disk(bucket):  # noqa: F811
+    folder = f"{bucket}/run"
+    for resume_step, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+        with MetricWriter(folder, resume_step=resume_step) as writer:
+            for step in steps:
+                writer.write(step, {"loss": step * len(steps)})
+    assert [line["loss"] for line in read_metrics(folder)] == [3, 6, 6, 8]
+    (*_, events) = storage.as_path(f"{folder}/tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.write(7, {"rewards/margins": 0.25}, split="eval")
@@ -175,7 +188,7 @@ def test_an_evaluation_is_one_line_for_a_person():
         "something/else": 1.0,
     }
     assert evaluation_line(200, 1000, values) == (
-        "step  200/1000  eval loss 0.5312  accuracy 71.2 %  margin +0.84  displaced 34 %  "
+        "step  200/1000  eval loss 0.5312  accuracy 71.2 %  margin +0.84  chosen less likely 34 %  "
         "kl 0.012 nats/token"
     )
     assert evaluation_line(5, 10, {"loss": 1.0}) == "step  5/10  eval loss 1.0000"
