@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import glob
 import gzip
 import hashlib
 import json
 import os
-import pathlib
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dpojax import storage
 from dpojax.data import records
 from dpojax.data.records import DataError, Record, Reject
 from dpojax.data.report import Report
@@ -110,56 +109,65 @@ def fingerprint(path: Path | Sequence[Path], *, split: str | None = None) -> str
             with _reading(file):
                 digest.update(_opened(file, split)._fingerprint.encode())
             continue
-        inner = sorted(file.rglob("[!.]*")) if file.is_dir() else [file]  # `datasets` skips .names
-        for part in filter(pathlib.Path.is_file, inner):
-            try:
-                with open(part, "rb") as content:
-                    own = hashlib.file_digest(content, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(f"{part}: cannot be read: {error}") from error
-            digest.update(f"{part.relative_to(file)} {own}\n".encode())
+        local = storage.local_copy(file)
+        # `datasets` does not read files whose names begin with a dot.
+        parts = sorted(local.rglob("[!.]*")) if local.is_dir() else [local]
+        for part in parts:
+            if part.is_file():
+                try:
+                    part_hash = storage.content_hash(part)
+                except OSError as error:
+                    raise DataError(f"{part}: cannot be read: {error}") from error
+                digest.update(f"{part.relative_to(local)} {part_hash}\n".encode())
     return digest.hexdigest()
 
 
-def _files(path: Path | Sequence[Path]) -> list[pathlib.Path | str]:
+def _files(path: Path | Sequence[Path]) -> list[storage.Path | str]:
     """The existing files and folders that `path` names. A str is the name of a hub data set."""
     if not isinstance(path, str | os.PathLike):
         if not path:
             raise DataError("the list of data files is empty")
         return [file for part in path for file in _files(part)]
-    local = pathlib.Path(path).expanduser()
-    if local.exists():
-        return [local.absolute()]
+    try:
+        place = storage.as_path(path, "the name of a data set")
+    except storage.StorageError as error:
+        raise DataError(str(error)) from error
+    if place.exists():
+        return [place]
     if re.search(r"[*?\[]", str(path)):
-        matches = sorted(glob.glob(str(local), recursive=True))
+        matches = storage.matches(place)
         if not matches:
-            raise DataError(f"{local.absolute()}: no file matches this pattern")
-        return [pathlib.Path(match).absolute() for match in matches]
+            raise DataError(f"{place}: no file matches this pattern")
+        return matches
     on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) is not None
-    if on_hub and not str(path).endswith(SUFFIXES) and not _suggestion(local):
+    if on_hub and not str(path).endswith(SUFFIXES) and not _suggestion(place):
         return [str(path)]
-    raise DataError(f"{local.absolute()}: no such file or folder{_suggestion(local)}")
+    raise DataError(f"{place}: no such file or folder{_suggestion(place)}")
 
 
-def _suggestion(missing: pathlib.Path) -> str:
+def _suggestion(missing: storage.Path) -> str:
     """' (did you mean ...)' with the near names in the missing file's folder, or ''."""
-    folder = missing.absolute().parent
+    folder = missing.parent
     if not folder.is_dir():
         return ""
-    near = difflib.get_close_matches(missing.name, os.listdir(folder), cutoff=0.7)
+    names = [path.name for path in folder.iterdir()]
+    near = difflib.get_close_matches(missing.name, names, cutoff=0.7)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def _names(paths: list[pathlib.Path | str]) -> list[str]:
+def _names(paths: list[storage.Path | str]) -> list[str]:
     """A short name for each file: its file name, or with folders if two files share a name."""
     short = [os.path.basename(path) for path in paths]
     if len(set(short)) == len(short):
         return short
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    try:
+        common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # local files and a bucket's have no folder in common
+        return [str(path) for path in paths]
     return [os.path.relpath(path, common) for path in paths]
 
 
-def _rows(file: pathlib.Path | str, split: str | None) -> Iterator[tuple[dict, int]]:
+def _rows(file: storage.Path | str, split: str | None) -> Iterator[tuple[dict, int]]:
     """Yield (row, number) of one file, folder or hub data set."""
     if isinstance(file, str) or file.is_dir():
         return _numbered(_data_set(file, split))
@@ -178,29 +186,29 @@ def _numbered(rows: Any) -> Iterator[tuple[dict, int]]:
     return ((row, number) for number, row in enumerate(rows, start=1))
 
 
-def _refuse_split(file: pathlib.Path, split: str | None) -> None:
+def _refuse_split(file: storage.Path, split: str | None) -> None:
     if split is not None:
         raise DataError(f"{file}: has no splits, but split {split!r} was asked for; leave it out")
 
 
-def _content(file: pathlib.Path) -> bytes:
+def _content(file: storage.Path) -> bytes:
     """The bytes of a file, decompressed if its name ends in .gz, without a byte order mark."""
     try:
-        data = file.read_bytes()
+        data = storage.local_copy(file).read_bytes()
         data = gzip.decompress(data) if file.name.endswith(".gz") else data
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
-def _json_lines(file: pathlib.Path, content: bytes) -> Iterator[tuple[dict, int]]:
+def _json_lines(file: storage.Path, content: bytes) -> Iterator[tuple[dict, int]]:
     # Split the bytes, not the text: str.splitlines also splits at U+2028 inside a JSON string.
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield _object(_parsed(file, line, first_line=number), f"{file}:{number}"), number
 
 
-def _json(file: pathlib.Path, split: str | None) -> Iterator[tuple[dict, int]]:
+def _json(file: storage.Path, split: str | None) -> Iterator[tuple[dict, int]]:
     """Rows of a .json file: JSON lines if the first line is an object, else one array or object."""
     content = _content(file)
     if not content.strip():
@@ -233,7 +241,7 @@ def _is_container(value: dict) -> bool:
     return False
 
 
-def _listed(file: pathlib.Path, value: Any, split: str | None) -> list:
+def _listed(file: storage.Path, value: Any, split: str | None) -> list:
     """The list of rows in an object such as {"data": [...]} or {"train": [...], "test": [...]}."""
     lists = _row_lists(value) if isinstance(value, dict) else {}
     if not lists:
@@ -261,7 +269,7 @@ def _choose(splits: Sequence[str] | Mapping[str, Any], split: str | None, name: 
     return split
 
 
-def _parsed(file: pathlib.Path, content: bytes, first_line: int = 1) -> Any:
+def _parsed(file: storage.Path, content: bytes, first_line: int = 1) -> Any:
     """Parse JSON; errors name the file and the line (`content` starts at `first_line`)."""
     try:
         return json.loads(content.decode("utf-8"))
@@ -281,12 +289,14 @@ def _object(row: Any, where: str) -> dict:
     return row
 
 
-def _parquet(file: pathlib.Path) -> Iterator[dict]:
+def _parquet(file: storage.Path) -> Iterator[dict]:
     import datasets
 
     try:
         # Streaming reads the file in place; otherwise a copy of it would go to the cache.
-        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        rows = datasets.load_dataset(
+            "parquet", data_files=str(storage.local_copy(file)), split="train", streaming=True
+        )
         yield from _with_class_names(rows)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{file}: cannot be read as parquet: {error}") from error
@@ -305,23 +315,22 @@ def _with_class_names(data_set: Any) -> Iterator[dict]:
         yield row | named
 
 
-def _data_set(path: pathlib.Path | str, split: str | None) -> Iterator[dict]:
+def _data_set(path: storage.Path | str, split: str | None) -> Iterator[dict]:
     """Yield the rows of a folder (saved by `datasets`, or of data files) or a hub data set."""
     with _reading(path):
         yield from _with_class_names(_opened(path, split))
 
 
-def _opened(path: pathlib.Path | str, split: str | None) -> Any:
+def _opened(path: storage.Path | str, split: str | None) -> Any:
     """Open a folder or a hub data set with `datasets`: the split, or the whole without splits."""
     import datasets
 
-    saved = isinstance(path, pathlib.Path) and any(
-        (path / name).exists() for name in ("state.json", "dataset_dict.json")
-    )
-    if saved:
-        opened = datasets.load_from_disk(str(path))
+    on_hub = isinstance(path, str)
+    folder = path if on_hub else storage.local_copy(path)
+    if not on_hub and any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+        opened = datasets.load_from_disk(str(folder))
     else:
-        opened = datasets.load_dataset(str(path), streaming=isinstance(path, pathlib.Path))
+        opened = datasets.load_dataset(str(folder), streaming=not on_hub)
     if not isinstance(opened, datasets.Dataset):
         return opened[_choose(opened, split, str(path))]
     if split is not None:
@@ -330,7 +339,7 @@ def _opened(path: pathlib.Path | str, split: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path | str) -> Iterator[None]:
+def _reading(path: storage.Path | str) -> Iterator[None]:
     """Turn errors of `datasets` into a DataError that names the path."""
     import datasets
 
@@ -339,6 +348,6 @@ def _reading(path: pathlib.Path | str) -> Iterator[None]:
     except DataError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        place = path if isinstance(path, pathlib.Path) else f"{pathlib.Path(path).absolute()}"
-        kind = "a data set" if isinstance(path, pathlib.Path) else "a file, nor as a hub data set"
+        place = storage.as_path(path)
+        kind = "a file, nor as a hub data set" if isinstance(path, str) else "a data set"
         raise DataError(f"{place}: cannot be read as {kind}: {error}") from error

@@ -18,7 +18,7 @@ from dpojax.storage.files import (
 )
 from dpojax.storage.lines import LineWriter, read_lines, rewrite_lines
 from dpojax.storage.locks import Locked, lock
-from dpojax.storage.paths import Path, StorageError, as_path, is_local
+from dpojax.storage.paths import Path, StorageError, as_path, is_local, matches
 
 __all__ = [
     "LineWriter",
@@ -31,6 +31,7 @@ __all__ = [
     "is_local",
     "local_copy",
     "lock",
+    "matches",
     "read_json",
     "read_lines",
     "remove_folder",

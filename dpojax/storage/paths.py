@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 from typing import Any
@@ -61,6 +62,14 @@ def _require_bucket(text: str, scheme: str, rest: str, what: str) -> None:
         raise StorageError(
             f"{what} = {text}: needs {BUCKETS[scheme]}; pip install 'dpojax[{EXTRAS[scheme]}]'"
         )
+
+
+def matches(pattern: PathLike) -> list[epath.Path]:
+    """Return the paths that match a glob pattern, sorted; `**` stands for any folders."""
+    text = os.fspath(pattern)
+    if is_local(text):
+        return [Path(name) for name in sorted(glob.glob(text, recursive=True))]
+    return [Path(f"{scheme_of(text)}://{name}") for name in sorted(filesystem(text).glob(text))]
 
 
 def filesystem(path: PathLike) -> fsspec.AbstractFileSystem:
