@@ -1,7 +1,7 @@
 """The train steps whose growth benchmarks/growth.py looks at: what varies, and how it is measured.
 
 Every point is the step that a run compiles: DPO with the reference's log-probs in its rows, AdamW,
-clipping, donated state; for members of a sweep, that step in lanes. Models are small, of random
+clipping, donated state; for members of a sweep, the vectorised step. Models are small, of random
 weights, in float32, and all rows are full.
 """
 
@@ -39,7 +39,7 @@ from dpojax.training.state import (
 )
 from dpojax.training.step import build_step
 from dpojax.training.vectorised_step import (
-    Numbers,
+    MemberHyperparameters,
     abstract_member_states,
     build_vectorised_step,
     new_member_states,
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
     x: int
     case: Case
-    members: int = 0  # lanes of a sweep; 0: the step of a single run
+    members: int = 0  # of a sweep; 0: the step of a single run
     mesh: str = "data"  # the axis that the devices lie on
     devices: int = 1
 
@@ -163,7 +163,7 @@ def build(point: Point) -> Program:
     )
     rows = synthetic_rows(case)
     rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))  # costs as any other
-    build_one = _lanes if point.members else _alone
+    build_one = _vectorised if point.members else _alone
     where = sharding.sweep_mesh(mesh, point.devices if on_sweep else 1) if point.members else mesh
     members = (point.members,) if point.members else ()
     with jax.set_mesh(where):
@@ -194,25 +194,26 @@ def _alone(make_step, abstract: State, mesh: Mesh):
     return step, (abstract, hyper), start
 
 
-def _lanes(make_step, abstract: State, mesh: Mesh, members: int):
+def _vectorised(make_step, abstract: State, mesh: Mesh, members: int):
     """The same for the members of a sweep, which differ in beta."""
-    lanes = abstract_member_states(abstract, members, mesh)
+    states = abstract_member_states(abstract, members, mesh)
     whole = jnp.int32
-    of = lambda i: Numbers(_hyper(0.1 * (i + 1)), whole(0), whole(10**6), whole(i))
-    numbers = stack([of(i) for i in range(members)], mesh)
+    of = lambda i: MemberHyperparameters(_hyper(0.1 * (i + 1)), whole(0), whole(10**6), whole(i))
+    hyperparameters = stack([of(i) for i in range(members)], mesh)
 
     def start(compiled, init, rows):
         placed = sharding.put_rows(rows, mesh)
         make = lambda params, seed: initial_state(params, make_optimizer(CONFIG.optimizer), seed)
-        state = new_member_states(init(), make, numbers.seed, lanes)
+        state = new_member_states(init(), make, hyperparameters.seed, states)
 
         def run(state):
-            state, report = compiled(state, placed, numbers, NO_FROZEN_WEIGHTS)
+            state, report = compiled(state, placed, hyperparameters, NO_FROZEN_WEIGHTS)
             return state, report.finite
 
         return state, run
 
-    return build_vectorised_step(make_step, lanes), (lanes, numbers, NO_FROZEN_WEIGHTS), start
+    arguments = states, hyperparameters, NO_FROZEN_WEIGHTS
+    return build_vectorised_step(make_step, states), arguments, start
 
 
 def _hyper(beta: float) -> dict:

@@ -19,12 +19,15 @@ ACCURACY, MEAN = "rewards/accuracies", "rewards/mean"
 def objective(loss: str) -> Objective:
     """The mean of a reward model's loss over all pairs, or all rankings, of the optimiser batch.
 
-    `bradley_terry` (Rafailov et al. 2023, eq. 2): every pair of a better and a worse response, ties
-    left out. hyper["margin_scale"] times the gap of the data's scores is the margin by which it
-    ought to be told apart (Touvron et al. 2023), hyper["centring"] weighs the squared sum of its
-    scores (Eisenstein et al. 2023). `plackett_luce_scores` (eq. 18): whole rankings, centred alike.
+    `bradley_terry` (Rafailov et al. 2023, eq. 2) takes every pair of a better and a worse response,
+    without ties. Its margin is hyper["margin_scale"] times the gap of the data's scores (Touvron et
+    al. 2023). hyper["centring"] weighs the squared sum of a pair's scores (Eisenstein et al. 2023).
+    `plackett_luce_scores` (eq. 18) takes whole rankings, and centres them in the same way.
 
     The outputs that it reads are scores [..., R, E, K], of `training.forward.reward_model`.
+
+    Args:
+      loss: one of `LOSSES`.
 
     Raises:
       OptionError: another loss.
@@ -33,7 +36,7 @@ def objective(loss: str) -> Objective:
         raise OptionError("loss", f"must be one of {', '.join(LOSSES)}, got {loss!r}")
 
     def terms(scores: Array, rows: Rows, hyper: Hyper) -> Terms:
-        pair, gap = all_pairs(scores), all_pairs(rows.scores)
+        pair, gap = all_pairs(scores), all_pairs(rows.scores)  # [..., R, E, P]
         present, rank = all_pairs(rows.present), all_pairs(rows.rank)
         mask = present.chosen & present.rejected & (rank.chosen < rank.rejected)
         if loss == "bradley_terry":
@@ -42,8 +45,8 @@ def objective(loss: str) -> Objective:
             value, weight = jnp.where(mask, value, 0.0).sum(-1), mask.sum(-1)
         else:
             value = losses.plackett_luce_scores(scores, mask=rows.present, ranks=rows.rank)
-            whole = jnp.where(rows.present, scores, 0.0).sum(-1)
-            value += hyper["centring"] * whole**2
+            total = jnp.where(rows.present, scores, 0.0).sum(-1)  # [..., R, E]
+            value += hyper["centring"] * total**2
             weight = rows.present.sum(-1) > 1
             value = jnp.where(weight, value, 0.0)
         return Terms(value, weight.astype(jnp.float32), _metrics(scores, rows, pair, mask))

@@ -15,8 +15,8 @@ from dpojax.training.responses import response_sums
 def objective() -> Objective:
     """The token mean of -log policy over all scored tokens of the optimiser batch, nats.
 
-    Ouyang et al. 2022; with the preferred responses as data it is the "Preferred-FT" baseline of
-    Rafailov et al. 2023, section 6. Whether the prompt's tokens count is decided by the rows.
+    Ouyang et al. 2022. With the preferred responses as data it is the "Preferred-FT" baseline of
+    Rafailov et al. 2023, section 6. The rows decide whether the prompt's tokens count.
     """
 
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:

@@ -1,4 +1,4 @@
-"""What decides how examples are packed: a micro-batch's costs for a model on a mesh."""
+"""The costs of a micro-batch for a model on a mesh; they decide how examples are packed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def packing_costs(
     dtype: str,
     kernel: Kernel = XLA,
 ) -> Costs:
-    """Costs from shapes alone.
+    """Compute the costs from shapes alone.
 
-    Attention is to cost as much as all else of a layer in rows of 4 width tokens, whatever the
-    kernel: with all T x T scores FLOPs say 6 width; on two CPU cores, by stretches, the clock 1.5.
+    In a row of 4 * width tokens, attention is taken to cost as much as the rest of a layer,
+    whatever the kernel. By FLOPs with all T x T scores that would be 6 * width; by the clock on two
+    CPU cores, with a kernel that works by stretches, 1.5 * width.
 
     Args:
+      config: of the model.
       params: of the model, arrays or their shapes.
-      mesh: an abstract one has to say what its devices are.
-      trained: what a gradient is of, such as adapters; `params` by default.
+      mesh: of the run. An abstract one has to name its devices.
+      trained: what the gradient belongs to, such as adapters; `params` by default.
       remat, dtype, kernel: as `models.decoder.build` takes them.
     """
     body, head = product_weights(params)

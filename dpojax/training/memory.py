@@ -1,4 +1,4 @@
-"""Bytes: what a train step will want of a device, what a program does want, and what there is."""
+"""Memory of a device: what a step is predicted to need, what a program needs, what there is."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from dpojax.models.config import DecoderConfig
 from dpojax.sharding import row_shards
 from dpojax.training import host_memory
 
-SHARE = 0.9  # of the memory that may be planned with; the rest is for what nobody foresees
+SHARE = 0.9  # of the memory that plans may use; the rest is for what nobody foresees
 
 
 class Footprint(NamedTuple):
-    """Predicted bytes of one device during a train step, by what they hold."""
+    """Predicted bytes of one device during a train step."""
 
     weights: int
     optimizer: int  # its moments
-    gradient: int  # twice where micro-batches are added up; of adapted kernels once, on the way
+    gradient: int  # twice under gradient accumulation; that of adapted kernels once
     frozen: int  # weights beside the state: a live reference, the base of adapters
-    activations: int  # stored for the backward pass, and one layer's own
-    logits: int  # those that exist at once, the head's gradient, and over fsdp the head gathered
+    activations: int  # stored for the backward pass, and those of the layer being computed
+    logits: int  # that exist at once, with the head's gradient and, over fsdp, the gathered head
 
     @property
     def total(self) -> int:
@@ -54,13 +54,15 @@ def predict(
     kernel: Kernel = XLA,
     max_logits: int,
 ) -> Footprint:
-    """What a step will want, from shapes alone; within a third of what XLA reports on a CPU.
+    """Predict what a step needs from shapes alone, within a third of what XLA reports on a CPU.
 
     Args:
+      config: of the model.
       shape: of a batch.
+      mesh: of the run.
       state: shapes and shardings of the train state.
       frozen: those of a live reference, or of adapters' base and the merged weights; None without.
-      adapted: those of the kernels that adapters change, whose gradient exists until it is
+      adapted: those of the kernels that adapters change. Their gradient exists until it is
         contracted to the adapters'.
       remat, dtype, kernel: as `models.decoder.build` takes them.
       max_logits: float32 logits that may exist at once on all devices together.
@@ -73,7 +75,7 @@ def predict(
     scores = _scores(config, kernel, shape.length) // tensor
     stored = stored_of(config, remat, tensor=tensor, kernel=kernel, length=shape.length)
     size = jnp.dtype(dtype).itemsize
-    own = 4 * tokens * (3 * inner + scores)  # of the layer under way, in float32
+    layer = 4 * tokens * (3 * inner + scores)  # of the layer being computed, in float32
     vocabulary = config.vocab_size if not config.scalar_head else 0
     scored = rows * row_shards(mesh) * shape.scored
     logits = logits_at_once(scored, vocabulary, max_logits=max_logits, mesh=mesh)
@@ -87,7 +89,7 @@ def predict(
         optimizer=bytes_per_device(state.opt_state),
         gradient=weights * (2 if shape.micro_batches > 1 else 1) + bytes_per_device(adapted),
         frozen=bytes_per_device(frozen),
-        activations=size * config.layers * tokens * stored + own,
+        activations=size * config.layers * tokens * stored + layer,
         logits=4 * logits // sharers + head,
     )
 
@@ -95,10 +97,13 @@ def predict(
 def stored_of(
     config: DecoderConfig, remat: str, *, tensor: int = 1, kernel: Kernel = XLA, length: int = 0
 ) -> int:
-    """How many numbers of a token a layer stores for its backward pass, in a row of `length`."""
+    """Count the numbers that a layer stores of a token for its backward pass.
+
+    The token is in a row of `length`.
+    """
     inner, heads = _inner(config, tensor), config.heads * config.head_dim // tensor
     keys = 2 * config.kv_heads * config.head_dim // tensor
-    # A kernel that has no scores keeps what it made of the heads.
+    # A kernel that stores no scores stores the heads' output.
     scores = _scores(config, kernel, length) // tensor
     products = 2 * config.width + heads + keys + inner + (0 if kernel.scores else heads)
     return {
@@ -111,10 +116,10 @@ def stored_of(
 def gradient_in_tokens(
     config: DecoderConfig, params: Any, mesh: Mesh, *, remat: str, dtype: str, kernel: Kernel = XLA
 ) -> float:
-    """How many tokens' stored activations, of all devices together, take a gradient's memory.
+    """How many tokens' stored activations take as much memory as a gradient, on all devices.
 
-    Scores, which only remat `none` stores, are left out: how many a token has is the length of its
-    row, and that is chosen by this number.
+    Attention scores, which only remat `none` stores, are left out. Their number depends on the
+    length of the row, which is chosen by this number.
     """
     stored = stored_of(config, remat, tensor=mesh.shape["tensor"], kernel=kernel)
     of_token = jnp.dtype(dtype).itemsize * config.layers * stored
@@ -122,7 +127,7 @@ def gradient_in_tokens(
 
 
 def _scores(config: DecoderConfig, kernel: Kernel, length: int) -> int:
-    """That a token of a row has, of all heads; 0 where a kernel holds none of them."""
+    """Attention scores of a token, of all heads; 0 where the kernel stores none."""
     return config.heads * scores_of(length) // length if kernel.scores and length else 0
 
 
@@ -131,7 +136,7 @@ def _inner(config: DecoderConfig, tensor: int) -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of arrays, or of their shapes: what the fullest device holds; 0 for None."""
+    """Bytes of arrays, or of their shapes, on the fullest device; 0 for None."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -140,32 +145,36 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """What a compiled program needs of a device beside what goes in and comes out."""
+    """Bytes that a compiled program needs on a device besides its arguments and results."""
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def needed(compiled: jax.stages.Compiled) -> str:
-    """What a compiled program needs of each device, as the compiler counts it."""
-    found = compiled.memory_analysis()
-    if found is None:
-        return "what its compiler does not say"
-    given = found.argument_size_in_bytes
-    beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return f"{gib(given + beside)} of each device ({gib(given)} given, {gib(beside)} beside that)"
+    """Say what a compiled program needs on each device, as the compiler counts it."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return "an amount that its compiler does not report"
+    arguments = sizes.argument_size_in_bytes
+    more = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (
+        f"{gib(arguments + more)} on each device ({gib(arguments)} for arguments, {gib(more)} for "
+        "results and temporary arrays)"
+    )
 
 
 def lean(jitted: Callable, *, say: Callable[[str], None] | None = None) -> Callable:
-    """The same function; before it first runs, what compiling it has freed is given back.
+    """Compile a function at its first call, and return the freed memory before it runs.
 
     Args:
-      say: is told then what the program needs (`needed`).
+      jitted: the function.
+      say: gets a line about the memory that the program needs (`needed`).
     """
     compiled = False
 
     def run(*args):
         nonlocal compiled
         if not compiled:
-            program = jitted.lower(*args).compile()  # which the call below finds
+            program = jitted.lower(*args).compile()  # the call below finds it in jit's cache
             if say is not None:
                 say(needed(program))
             give_back()
@@ -176,10 +185,10 @@ def lean(jitted: Callable, *, say: Callable[[str], None] | None = None) -> Calla
 
 
 def give_back() -> None:
-    """To the system, what this process has freed.
+    """Return to the system the memory that this process has freed.
 
-    Compiling GPT-2 small's step frees 0.25 GiB, which glibc keeps in pieces; they would add to the
-    most that the process ever holds. Elsewhere than in glibc nothing is done.
+    Compiling GPT-2 small's step frees 0.25 GiB. glibc keeps it in pieces, and they would add to the
+    process's peak. Without glibc nothing is done.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "malloc_trim"):
@@ -187,8 +196,10 @@ def give_back() -> None:
 
 
 def limit_bytes() -> int:
-    """What one device of this process may hold: its own limit, or its part of the memory that the
-    host has to give."""
+    """Bytes that one device of this process may hold.
+
+    That is the device's own limit, or else its share of the memory that the host has available.
+    """
     devices = jax.local_devices()
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:

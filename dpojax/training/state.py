@@ -1,4 +1,4 @@
-"""The train state, its optimiser, and how both lie on a mesh."""
+"""The train state, its optimiser, and their shardings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpojax import sharding
 from dpojax.losses import RunningMean
 from dpojax.training.objective import OptionError
 
-# Weight decay spares norms, biases and position embeddings; a and b are adapters'.
+# Only these decay: not norms, biases and position embeddings. a and b are adapters'.
 DECAYED = ("kernel", "tokens", "a", "b")
 
 
@@ -31,11 +31,11 @@ class State(NamedTuple):
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW or RMSprop, without the learning rate.
+    """Build gradient clipping by global norm, then AdamW or RMSprop, without the learning rate.
 
-    The update is a descent direction of unit scale: the step subtracts learning_rate times it, so
-    that the learning rate stays a traced number which a sweep can vary. `update` takes the global
-    norm as `norm`, where the caller knows it.
+    The update is a descent direction of unit scale. The step subtracts learning_rate times it, so
+    the learning rate stays a traced number that a sweep can vary. `update` takes the global norm as
+    `norm`, if the caller knows it.
 
     Args:
       config: name ("adamw" or "rmsprop"), clip_norm (0 is off), weight_decay, b1, b2, eps,
@@ -60,9 +60,9 @@ def make_optimizer(config) -> optax.GradientTransformation:
 
 
 def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, whose `update` takes the norm as `norm` where it is known.
+    """Build `optax.clip_by_global_norm` with an `update` that takes the norm as `norm`.
 
-    It multiplies by one factor, which fuses with what follows; optax divides, in a pass of its own.
+    It multiplies by one factor, which fuses with what follows. Optax divides in a separate pass.
     """
 
     def update(gradient, state, params=None, *, norm=None, **_):
@@ -81,10 +81,11 @@ def descend(param: Array, update: Array, rate: Array) -> Array:
 def make_schedule(
     schedule: str, warmup_steps: ArrayLike, steps: ArrayLike
 ) -> Callable[[Array], Array]:
-    """The learning rate's factor in [0, 1] at a step (counted from 0).
+    """Build the learning rate's factor in [0, 1] at a step (counted from 0).
 
-    Linear warm-up as the DPO authors' code has it, min(1, (step + 1) / (warmup_steps + 1)), then
-    constant, or decaying to zero at `steps` along a line or a cosine. Both numbers may be traced.
+    First a linear warm-up as in the DPO authors' code, min(1, (step + 1) / (warmup_steps + 1)).
+    Then it is constant, or decays to zero at `steps` along a line or a cosine. Both numbers may be
+    traced.
 
     Raises:
       OptionError: `schedule` is not constant, linear or cosine.
@@ -107,9 +108,9 @@ def make_schedule(
 def abstract_state(
     abstract_params, optimizer: optax.GradientTransformation, mesh: Mesh, rules
 ) -> State:
-    """Shapes, dtypes and shardings of the state for parameters of the given shapes.
+    """Shapes, dtypes and shardings of the state for parameters of these shapes.
 
-    The optimiser's moments lie as their parameters do, everything else is replicated.
+    The optimiser's moments are sharded as their parameters are; everything else is replicated.
     """
     params = sharding.tree_shardings(abstract_params, mesh, rules)
     shapes = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), abstract_params)
@@ -125,7 +126,7 @@ def abstract_state(
 
 
 def new_state(params, optimizer: optax.GradientTransformation, abstract: State, seed: int) -> State:
-    """A state at step 0 that starts from (and takes over the buffers of) `params`."""
+    """Make a state at step 0 from `params`, whose buffers it takes over."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     build = jax.jit(
         lambda p: initial_state(p, optimizer, seed), out_shardings=shardings, donate_argnums=0
@@ -134,7 +135,7 @@ def new_state(params, optimizer: optax.GradientTransformation, abstract: State, 
 
 
 def initial_state(params, optimizer: optax.GradientTransformation, seed: ArrayLike) -> State:
-    """A state at step 0; `new_state` is this under jit, where the mesh wants it."""
+    """Make a state at step 0; `new_state` is this under jit, with shardings."""
     key = jax.random.key_data(jax.random.key(seed))
     baseline = RunningMean(jnp.zeros(()), jnp.zeros(()))
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, baseline)

@@ -1,4 +1,4 @@
-"""How fast and how large: model FLOPs, the matmul ceiling that they are held against, memory."""
+"""Speed and size of a run: model FLOPs, the matmul speed to compare them with, peak memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpojax.sharding import make_mesh, path_of
 def model_flops(
     matmul_params: int, head_params: int, tokens: int, scored: int, *, backward: bool = True
 ) -> float:
-    """FLOPs that a batch needs: 2 per parameter and token forward, and twice that backward.
+    """Count the FLOPs of a batch: 2 per parameter and token forward, and twice that backward.
 
     Kaplan et al. 2020, table 1, without the attention scores, whose share is small for rows much
     shorter than six times the width. Recomputation is not counted, so that utilisation is
@@ -27,7 +27,7 @@ def model_flops(
     Args:
       matmul_params: parameters that multiply every token; no embedding table, no LM head.
       head_params: width x vocabulary; only scored tokens go through it.
-      tokens: tokens of the batch that are no padding.
+      tokens: tokens of the batch, without padding.
       scored: tokens whose log-prob is computed.
       backward: also count the gradient.
     """
@@ -38,15 +38,16 @@ def model_flops(
 def matmul_flops_per_second(
     dtype: DTypeLike, *, size: int | None = None, seconds: float = 0.3
 ) -> float:
-    """The matmul speed of this process's first device, measured: the ceiling of utilisation.
+    """Measure the matmul speed of this process's first device: the ceiling of utilisation.
 
-    A CPU device stands for the whole host, whose cores all CPU devices share. The best of several
-    runs of square products [size, size], after a warm-up; measured once per dtype and size.
+    It is the best of several runs of square products [size, size] after a warm-up, measured once
+    per dtype and size. A CPU device stands for the whole host, because all CPU devices share its
+    cores.
 
     Args:
       dtype: of the factors, e.g. `"bfloat16"`.
       size: 1024 on a CPU and 8192 elsewhere by default.
-      seconds: for how long to repeat; at least three runs are made.
+      seconds: how long to repeat; at least three runs are made.
     """
     return _measured(jnp.dtype(dtype).name, size, seconds)
 
@@ -78,7 +79,7 @@ def _measured(dtype: str, size: int | None, seconds: float) -> float:
 
 
 def product_weights(params: dict) -> tuple[int, int]:
-    """Weights that a token is multiplied with: of the layers, and of the head that gives logits."""
+    """Count the weights that a token is multiplied by, in the layers and in the head."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     sizes = {path_of(keys): leaf.size for keys, leaf in leaves}
     body = sum(size for path, size in sizes.items() if path.startswith("blocks/"))
@@ -87,14 +88,14 @@ def product_weights(params: dict) -> tuple[int, int]:
 
 
 def memory_bytes() -> dict[str, int]:
-    """Peak memory in bytes, under a name that says whose.
+    """Read the peak memory in bytes.
 
     Returns:
-      `peak_device_bytes`, of the fullest local device, where the backend counts it; otherwise
-      `peak_host_rss_bytes`, of this process.
+      `peak_device_bytes` of the fullest local device, if the backend counts it. Otherwise
+      `peak_host_rss_bytes` of this process.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     if peaks:
         return {"peak_device_bytes": max(peaks)}
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB

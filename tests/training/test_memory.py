@@ -104,8 +104,8 @@ def test_what_a_program_needs_is_what_it_is_given_and_what_it_makes_beside():
     compiled = jax.jit(step, donate_argnums=0).lower(mebi(2), mebi(1)).compile()
     found = compiled.memory_analysis()
     assert memory.needed(compiled) == (
-        f"{6 + found.temp_size_in_bytes // 2**20} MiB of each device (3 MiB given, "
-        f"{3 + found.temp_size_in_bytes // 2**20} MiB beside that)"
+        f"{6 + found.temp_size_in_bytes // 2**20} MiB on each device (3 MiB for arguments, "
+        f"{3 + found.temp_size_in_bytes // 2**20} MiB for results and temporary arrays)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What PPO's two models minimise on an iteration's experience, as the train step sees it."""
+"""What PPO's two models minimise on an iteration's experience, as the train step needs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpojax.training.objective import Hyper, Objective, Terms, masked_metric
 
 
 class Experience(NamedTuple):
-    """The responses of an iteration, [R, ...]: the first fields of `Rows`, and what was made of it.
+    """The responses of an iteration, [R, ...]: fields of `Rows`, and what was computed from them.
 
     Float arrays are [R, T], one number per scored token, 0 at padding.
     """
@@ -37,8 +37,8 @@ class Experience(NamedTuple):
     target: Array
     response: Array
     present: Array
-    logprobs: Array  # nats, of the policy that sampled
-    values: Array  # of the value model then
+    logprobs: Array  # nats, of the policy that sampled the responses
+    values: Array  # of the value model at that time
     advantages: Array  # whitened over the batch
     returns: Array
     buckets: Buckets = Buckets()  # as in `Rows`
@@ -58,17 +58,18 @@ def hyper(
     max_kl: float = math.inf,
     value_warmup: int = 0,
 ) -> Hyper:
-    """The numbers of PPO as traced arrays: another value compiles nothing anew.
+    """Make PPO's numbers traced arrays, so that another value compiles nothing anew.
 
     Args:
+      learning_rate, value_learning_rate: of the policy and of the value model.
       clip, value_clip: see `rl.clipped_surrogate` and `rl.clipped_value_loss`.
       discount, gae_lambda: see `rl.gae`.
-      kl_target, kl_horizon: of the sequences' KL, see `rl.update_kl`; an infinite horizon leaves
-        the coefficient of the state as it is, a finite one is over 0.2 times an iteration's
-        responses.
-      missing_eos_penalty: what a response that was cut loses of its score.
-      max_kl: nats per token (`rl.approx_kl`, of a minibatch); once it is passed, the rest of the
-        iteration's minibatches is left out.
+      kl_target, kl_horizon: of the sequences' KL, see `rl.update_kl`. An infinite horizon leaves
+        the state's coefficient unchanged. A finite one has to be over 0.2 times the number of an
+        iteration's responses.
+      missing_eos_penalty: is subtracted from the score of a response that was truncated.
+      max_kl: nats per token (`rl.approx_kl`, of a minibatch). Once it is exceeded, the remaining
+        minibatches of the iteration are skipped.
       value_warmup: iterations at the start that train the value model alone.
     """
     numbers = {
@@ -88,7 +89,7 @@ def hyper(
 
 
 def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
-    """The pass of a policy with an entropy bonus: log-probs and entropies of the tokens [R, T]."""
+    """Build the forward pass of a policy with an entropy bonus: log-probs and entropies [R, T]."""
 
     def forward(params: dict, rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> TokenStatistics:
         del frozen
@@ -99,7 +100,7 @@ def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
 
 
 def token_values(model: Model) -> Forward:
-    """The value model's pass: V before each token of the responses, [R, T]."""
+    """Build the value model's forward pass: the value before each token of the responses [R, T]."""
 
     def forward(params: dict, rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
         del frozen
@@ -109,7 +110,7 @@ def token_values(model: Model) -> Forward:
 
 
 def policy_objective(entropy: float = 0.0) -> Objective:
-    """The clipped surrogate less `entropy` times the entropy, a mean over tokens."""
+    """The clipped surrogate minus `entropy` times the entropy, a mean over tokens."""
 
     def terms(outputs: TokenStatistics, part: Experience, hyper: Hyper) -> Terms:
         mask, new, old = part.response >= 0, outputs.logprob, part.logprobs

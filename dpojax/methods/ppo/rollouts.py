@@ -1,4 +1,4 @@
-"""The state of PPO, the responses that its policy draws, and the rows that they are."""
+"""PPO's state, the responses that its policy samples, and the rows that they are packed into."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Responses(NamedTuple):
     """The N responses of an iteration, of up to T tokens each, packed into rows by `pack`."""
 
     rows: Rows  # [R, ...], each response alone behind its prompt; `example` is its number
-    place: Array  # [R, T] int32, of each scored token: response * T + its place in it; else N T
+    place: Array  # [R, T] int32: response * T + the token's place in it; N * T at padding
     lengths: Array  # [N] int32, 0 where there is none
     stopped: Array  # [N] bool
 
     def by_response(self, values: Array) -> Array:
-        """By scored token [R, T] as by response [N, T], zero behind its end."""
+        """Rearrange values by scored token [R, T] by response: [N, T], 0 after its end."""
         size = len(self.lengths) * self.place.shape[1]
         flat = jnp.zeros(size + 1, values.dtype).at[self.place].set(values)
         return flat[:-1].reshape(len(self.lengths), -1)
 
     def by_token(self, values: Array) -> Array:
-        """By response [N, T] as by scored token [R, T], zero at padding."""
+        """Rearrange values by response [N, T] by scored token: [R, T], 0 at padding."""
         return jnp.take(values.ravel(), self.place, mode="fill", fill_value=0)
 
 
@@ -51,7 +51,7 @@ class PPOState(NamedTuple):
 
 
 def with_value_head(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
-    """A value model: a copy of the policy's trunk, and a scalar head that gives 0 everywhere."""
+    """Make a value model: a copy of the policy's trunk with a scalar head that gives 0."""
     config, params = with_scalar_head(config, params, jax.random.key(0))
     params = jax.tree.map(jnp.copy, params)
     return config, params | {"score": jax.tree.map(jnp.zeros_like, params["score"])}
@@ -67,7 +67,7 @@ def new_ppo_state(
     seed: int,
     kl_coefficient: float,
 ) -> PPOState:
-    """A state at iteration 0 that takes over the buffers of both models' parameters.
+    """Make a state at iteration 0, which takes over the buffers of both models' parameters.
 
     Args:
       optimizer: of each model, see `training.state.make_optimizer`.
@@ -83,9 +83,10 @@ def new_ppo_state(
 
 
 def draw(sampler: Sampler, state: PPOState, prompts: Prompts, *, samples: int = 1) -> Samples:
-    """`samples` responses to each prompt, as the policy has them: at temperature 1, untruncated.
+    """Sample `samples` responses to each prompt from the policy itself: temperature 1, no top-k.
 
-    From the run's key and the iteration; prompts of one iteration need different ids.
+    The random key is that of the run and the iteration. Prompts of one iteration need different
+    ids.
     """
     return sampler(state.policy.params, prompts, seed=_sampler_seed(state), samples=samples)
 
@@ -96,19 +97,20 @@ def _sampler_seed(state: PPOState) -> Array:
 
 
 def iteration_key(state: PPOState) -> Array:
-    """Of the iteration: 0 draws responses, 1 + epoch the minibatches."""
+    """The iteration's random key. Fold in 0 to draw responses, 1 + epoch to draw minibatches."""
     return jax.random.fold_in(jax.random.wrap_key_data(state.policy.rng), state.iteration)
 
 
 def pack(prompts: Prompts, samples: Samples, *, multiple: int = 1) -> Responses:
-    """On the host: the responses behind their prompts, as many to a row as it holds.
+    """Pack prompts with their responses into rows, as many as fit, on the host.
 
-    The number of rows is one of at most eight, each a multiple of `multiple`, so that `update` is
-    compiled for few; which responses share a row depends on their lengths alone.
+    The number of rows is one of at most eight, so that `update` is compiled for few shapes. Which
+    responses share a row depends on their lengths alone.
 
     Args:
-      prompts, samples: NumPy arrays, as `draw` gives them; a response of no token is left out.
-      multiple: of the rows: minibatches x micro-batches of an update, times `sharding.row_shards`.
+      prompts, samples: NumPy arrays, as `draw` gives them. A response without tokens is left out.
+      multiple: the number of rows is a multiple of it: minibatches x micro-batches of an update,
+        times `sharding.row_shards`.
     """
     count, new = samples.tokens.shape[1:]
     tokens, lengths = samples.tokens.reshape(-1, new), samples.lengths.reshape(-1)
@@ -133,6 +135,6 @@ def pack(prompts: Prompts, samples: Samples, *, multiple: int = 1) -> Responses:
 
 
 def row_shape(prompt: int, new: int) -> Shape:
-    """One row that holds any prompt of up to `prompt` tokens and a response of up to `new`."""
+    """The shape of a row that holds a prompt of `prompt` tokens and a response of `new` tokens."""
     length = -(-(prompt + new) // 16) * 16
     return Shape(1, 1, length, scored=new, examples=length // 2, responses=1)

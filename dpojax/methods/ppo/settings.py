@@ -10,12 +10,12 @@ from dpojax.training.objective import OptionError
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """What is compiled into `update`; all other numbers are in `hyper`.
+    """What is compiled into `update`. All other numbers are in `hyper`.
 
     Attributes:
-      epochs: how often the responses of an iteration are gone through.
-      minibatches: optimiser steps of an epoch, each on rows of its own.
-      micro_batches: parts of a minibatch whose gradients are added up, to save memory.
+      epochs: how often an iteration goes through its responses.
+      minibatches: optimiser steps of an epoch, each on other rows.
+      micro_batches: parts of a minibatch (gradient accumulation), to save memory.
       entropy: weight of the entropy bonus, in reward per nat and token; 0 computes none.
       kl_estimator: of the penalty in the rewards, see `rl.shape_rewards`.
 

@@ -44,14 +44,20 @@ def build_update(
     *,
     max_logits: int = MAX_LOGITS,
 ) -> Callable[..., tuple[PPOState, Report]]:
-    """(state, reference_params, responses, scores [N], hyper) -> (new state, report).
+    """Build an iteration of PPO after its responses were scored.
 
-    The report's `bad` [N] marks scores that are not finite: one of them, and neither model is
-    trained. Not jitted here: the caller adds donation and shardings.
+    It is not jitted: the caller adds donation and shardings.
 
     Args:
-      policy, value: a decoder, and one with a scalar head (`with_value_head`).
-      optimizer: as the state was made with.
+      policy: a decoder.
+      value: a decoder with a scalar head (`with_value_head`).
+      settings: what is compiled in.
+      optimizer: the one that the state was made with.
+      max_logits: float32 logits that may exist at once.
+
+    Returns:
+      (state, reference_params, responses, scores [N], hyper) -> (new state, report). The report's
+      `bad` [N] marks scores that are not finite. If there is one, neither model is trained.
     """
     prepare = build_experience(policy, value, settings, max_logits=max_logits)
     optimise = build_optimise(policy, value, settings, optimizer, max_logits=max_logits)
@@ -84,15 +90,17 @@ def build_optimise(
     *,
     max_logits: int = MAX_LOGITS,
 ) -> Callable[..., tuple[PPOState, dict[str, Metric], Array]]:
-    """(state, experience, hyper) -> (state with both models trained, metrics, whether all finite).
+    """Build the epochs of minibatch steps on an iteration's experience.
 
     Gradients are means over the tokens of a minibatch, as TRL's, by `training.step.build_step`.
+
+    Returns:
+      (state, experience, hyper) -> (state with both models trained, metrics, whether all finite).
     """
-    constant = lambda step: 1.0
-    forward = with_entropy if settings.entropy else language_model
-    forward = forward(policy, max_logits=max_logits)
-    policy_step = build_step(forward, policy_objective(settings.entropy), optimizer, constant)
-    value_step = build_step(token_values(value), value_objective(), optimizer, constant)
+    build_forward = with_entropy if settings.entropy else language_model
+    forward = build_forward(policy, max_logits=max_logits)
+    policy_step = build_step(forward, policy_objective(settings.entropy), optimizer, _constant)
+    value_step = build_step(token_values(value), value_objective(), optimizer, _constant)
 
     def both_steps(models: tuple[State, State], part: Experience, hyper: Hyper):
         at_value = hyper | {"learning_rate": hyper["value_learning_rate"]}
@@ -108,11 +116,16 @@ def build_optimise(
         def step(carry, index):
             models, stop = carry
             part = over_rows(jax.tree.map(lambda x: x[index], experience))
-            run = lambda models: both_steps(models, part, hyper)
-            shapes = jax.eval_shape(run, models)[1:]
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
-            skip = lambda models: (models, zeros, jnp.array(True))
-            (new_policy, new_value), metrics, finite = jax.lax.cond(stop, skip, run, models)
+
+            def take(models):
+                return both_steps(models, part, hyper)
+
+            def skip(models):
+                _, metrics, _ = jax.eval_shape(take, models)
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+                return models, zeros, jnp.array(True)
+
+            (new_policy, new_value), metrics, finite = jax.lax.cond(stop, skip, take, models)
             new_policy = jax.tree.map(lambda a, b: jnp.where(trains, a, b), new_policy, models[0])
             kl, weight = metrics["policy/approxkl_avg"]
             stop |= kl > hyper["max_kl"] * weight
@@ -128,18 +141,23 @@ def build_optimise(
     return optimise
 
 
+def _constant(step: Array) -> float:
+    """The learning rate's factor at every step."""
+    return 1.0
+
+
 def _minibatches(state: PPOState, present: Array, settings: PPO) -> Array:
     """Rows of each step, int32 [epochs * minibatches, micro_batches, R / both].
 
-    The rows are shuffled and dealt to the minibatches in turn, dummies last: whatever their number,
-    the others fall in the same way, and the step leaves out empty micro-batches.
+    The rows are shuffled and dealt to the minibatches in turn, empty rows last. So the number of
+    empty rows does not change where the others go, and the step skips empty micro-batches.
     """
-    missing = ~present[:, 0, 0]
+    empty = ~present[:, 0, 0]
 
     def dealt(epoch):
         key = jax.random.fold_in(iteration_key(state), 1 + epoch)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(missing)))
-        shuffled = jnp.lexsort((jax.vmap(jax.random.bits)(keys), missing))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(empty)))
+        shuffled = jnp.lexsort((jax.vmap(jax.random.bits)(keys), empty))
         return shuffled.reshape(-1, settings.minibatches).T
 
     order = jax.vmap(dealt)(jnp.arange(settings.epochs)).astype(jnp.int32)
