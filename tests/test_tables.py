@@ -1,5 +1,8 @@
 """Tables of text: columns of equal width."""
 
+import doctest
+
+from dpojax import tables
 from dpojax.tables import markdown_table, ruled_table, text_table
 
 ROWS = [["", "before", "after"], ["loss (nats)", "0.693", "0.512"]]
@@ -55,3 +58,9 @@ def test_a_markdown_column_of_long_texts_is_not_padded():
         f"| a    | {long} |",
         "| b    | y   |",
     ]
+
+
+def test_the_example_of_the_docstring_is_what_is_printed():
+    result = doctest.testmod(tables)
+    assert result.attempted
+    assert not result.failed

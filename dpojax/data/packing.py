@@ -93,8 +93,9 @@ USUAL = Costs()
 
 def size_of(example: Example, *, score_prompt: bool = False) -> Size:
     """Tokens and scored tokens of `example` in a row."""
-    scored = sum(map(len, example.responses)) + (len(example.prompt) - 1) * score_prompt
-    return Size(len(example.prompt) + sum(map(len, example.responses)), scored)
+    prompt, responses = len(example.prompt), sum(map(len, example.responses))
+    scored = responses + prompt - 1 if score_prompt else responses
+    return Size(prompt + responses, scored)
 
 
 def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:

@@ -1,5 +1,6 @@
 """Preferences between completions: brute force, frequencies, and what is left out."""
 
+import doctest
 import itertools
 from collections import Counter
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
-from dpojax.data import reviews
+from dpojax.data import pairing, reviews
 from dpojax.data.pairing import NEUTRAL_WORDS, ROUNDING, Labels, pairs_of, places, ranking_of
 from dpojax.data.records import parse
 
@@ -160,3 +161,9 @@ def test_sampled_rankings_have_the_frequencies_of_plackett_and_luce():
         weight[i] / weight.sum() * weight[j] / (weight[j] + weight[k]) for i, j, k in orders
     ]
     assert chisquare([counts[o] for o in orders], trials * np.array(expected)).pvalue > 1e-3
+
+
+def test_the_example_of_the_docstring_is_what_it_gives():
+    result = doctest.testmod(pairing)
+    assert result.attempted
+    assert not result.failed
