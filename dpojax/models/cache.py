@@ -1,4 +1,7 @@
-"""Keys and values of what was read: prompts, and the branches that several samples make of each."""
+"""The cache of keys and values: of prompts, and of the samples (branches) of each prompt.
+
+Letters of shapes: see `dpojax.models`; here T is the number of slots for tokens of a branch.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ from dpojax.sharding import ROWS, constrain
 
 
 class Prompts(NamedTuple):
-    """Of B prompts in P columns, in the compute dtype; what stands behind `lengths` is not read."""
+    """Keys and values of prompts in the compute dtype; columns after `lengths` are not read."""
 
-    keys: Array  # [layers, B, kv_heads, P, head_dim]
-    values: Array  # as keys
+    keys: Array  # [L, B, K, P, E]
+    values: Array  # [L, B, K, P, E]
     lengths: Array  # int32 [B]
 
 
 class Branches(NamedTuple):
-    """N branches of each prompt, T tokens long at most. Only these are written while decoding."""
+    """Keys and values of N branches of each prompt. Decoding writes these, never the prompts."""
 
     prompts: Prompts
-    keys: Array  # [layers, B, N, kv_heads, T, head_dim]
-    values: Array  # as keys
+    keys: Array  # [L, B, N, K, T, E]
+    values: Array  # [L, B, N, K, T, E]
 
 
 def by_head(x: Array) -> Array:
-    """[B, P, kv_heads, head_dim] as the cache holds it, so that products read whole matrices."""
+    """Transpose [B, P, K, E] to [B, K, P, E], so that products read whole matrices."""
     return constrain(jnp.swapaxes(x, 1, 2), ROWS, "tensor", None, None)
 
 
 def branch(prompts: Prompts, samples: int, tokens: int) -> Branches:
-    """`samples` empty branches of each prompt with room for `tokens` tokens."""
+    """Make `samples` empty branches of each prompt, with slots for `tokens` tokens."""
     layers, rows, heads, _, dim = prompts.keys.shape
     empty = jnp.zeros((layers, rows, samples, heads, tokens, dim), prompts.keys.dtype)
     empty = constrain(empty, None, ROWS, None, "tensor", None, None)
@@ -42,32 +45,35 @@ def branch(prompts: Prompts, samples: int, tokens: int) -> Branches:
 
 
 def widen(branches: Branches, tokens: int) -> Branches:
-    """The same branches with room for `tokens` tokens."""
-    more = tokens - branches.keys.shape[4]
-    pad = lambda x: jnp.pad(x, [(0, 0)] * 4 + [(0, more), (0, 0)])
-    return branches._replace(keys=pad(branches.keys), values=pad(branches.values))
+    """Give branches more slots, for `tokens` tokens in all."""
+    more_slots = tokens - branches.keys.shape[4]
+    padding = [(0, 0)] * 4 + [(0, more_slots), (0, 0)]
+    return branches._replace(
+        keys=jnp.pad(branches.keys, padding), values=jnp.pad(branches.values, padding)
+    )
 
 
 class Visible(NamedTuple):
-    """What the token in a slot attends to."""
+    """Which columns of its prompt and which slots of its branch a token attends to."""
 
     prompt: Array  # bool [B, P]
     branch: Array  # bool [T]
 
 
 def visible(branches: Branches, slot: Array, window: int | None) -> Visible:
-    """Of its own branch, up to itself, and of the prompt: all that is in its window.
+    """Compute what the tokens in a slot attend to: the prompt, and their branch up to themselves.
 
-    The token in slot t stands at the position lengths + t.
+    The token in slot t has the position lengths + t. With a window, it sees only the last `window`
+    positions, its own included.
     """
     lengths = branches.prompts.lengths[:, None]
-    column = jnp.arange(branches.prompts.keys.shape[3])[None]
-    earlier = jnp.arange(branches.keys.shape[4])
-    prompt, own = column < lengths, earlier <= slot
+    column = jnp.arange(branches.prompts.keys.shape[3])[None]  # [1, P]
+    slots = jnp.arange(branches.keys.shape[4])  # [T]
+    in_prompt, in_branch = column < lengths, slots <= slot
     if window is not None:
-        prompt &= lengths + slot - column < window
-        own &= slot - earlier < window
-    return Visible(prompt, own)
+        in_prompt &= lengths + slot - column < window
+        in_branch &= slot - slots < window
+    return Visible(in_prompt, in_branch)
 
 
 def attend_cached(
@@ -82,40 +88,51 @@ def attend_cached(
     *,
     softcap: float | None = None,
 ) -> tuple[Array, Branches]:
-    """`attention.attend` of one new token a branch, in one softmax over its prompt and itself.
+    """Compute `attention.attend` of one new token in every branch.
+
+    One softmax is over the prompt and the branch together.
 
     Args:
-      index: the layer. slot: where the new tokens go, the same in all branches.
-      query: [B, N, heads, head_dim]. key, value: [B, N, kv_heads, head_dim].
+      branches: the cache.
+      index: the layer.
+      slot: where the new tokens go, the same in all branches.
+      query: [B, N, H, E], of the new tokens.
+      key, value: [B, N, K, E], of the new tokens.
+      mask: see `visible`.
+      scale: the factor of the scores.
+      softcap: c maps a score z to c tanh(z / c), before the mask.
 
     Returns:
-      [B, N, heads, head_dim], and the branches with the new keys and values in their place.
+      [B, N, H, E], and the branches with the new keys and values in their slot.
     """
-    rows, samples, heads, dim = query.shape
-    groups, columns = key.shape[2], branches.prompts.keys.shape[3]
+    prompt_count, samples, heads, head_dim = query.shape
+    kv_heads, prompt_columns = key.shape[2], branches.prompts.keys.shape[3]
     start = (index, 0, 0, 0, slot, 0)
     branches = branches._replace(
         keys=jax.lax.dynamic_update_slice(branches.keys, key[None, :, :, :, None], start),
         values=jax.lax.dynamic_update_slice(branches.values, value[None, :, :, :, None], start),
     )
-    prompts, own = _layer(branches.prompts, index), _layer(branches, index)
-    query = query.reshape(rows, samples, groups, heads // groups, dim)
-    to_prompt = product("bnkgh,bkph->bkngp", query, prompts[0], dtype=jnp.float32)
-    to_own = product("bnkgh,bnkth->bnkgt", query, own[0], dtype=jnp.float32)
-    scores = scale * jnp.concatenate([jnp.swapaxes(to_prompt, 1, 2), to_own], axis=-1)
+    prompt_key, prompt_value = _layer(branches.prompts, index)  # [B, K, P, E]
+    branch_key, branch_value = _layer(branches, index)  # [B, N, K, T, E]
+    query = query.reshape(prompt_count, samples, kv_heads, heads // kv_heads, head_dim)
+    # The keys of a prompt are read once for all its branches, and never repeated in memory.
+    to_prompt = product("bnkge,bkpe->bkngp", query, prompt_key, dtype=jnp.float32)
+    to_branch = product("bnkge,bnkte->bnkgt", query, branch_key, dtype=jnp.float32)
+    scores = jnp.concatenate([jnp.swapaxes(to_prompt, 1, 2), to_branch], axis=-1)
+    scores = scale * scores  # [B, N, K, G, P + T]
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    seen = jnp.concatenate(
-        [mask.prompt, jnp.broadcast_to(mask.branch, (rows, *mask.branch.shape))], axis=-1
-    )
+    branch_mask = jnp.broadcast_to(mask.branch, (prompt_count, *mask.branch.shape))
+    seen = jnp.concatenate([mask.prompt, branch_mask], axis=-1)  # [B, P + T]
     scores = jnp.where(seen[:, None, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = product("bnkgp,bkph->bnkgh", weights[..., :columns], prompts[1], dtype=jnp.float32)
-    mixed += product("bnkgt,bnkth->bnkgh", weights[..., columns:], own[1], dtype=jnp.float32)
-    return mixed.astype(value.dtype).reshape(rows, samples, heads, dim), branches
+    to_prompt, to_branch = weights[..., :prompt_columns], weights[..., prompt_columns:]
+    mixed = product("bnkgp,bkpe->bnkge", to_prompt, prompt_value, dtype=jnp.float32)
+    mixed += product("bnkgt,bnkte->bnkge", to_branch, branch_value, dtype=jnp.float32)
+    return mixed.astype(value.dtype).reshape(prompt_count, samples, heads, head_dim), branches
 
 
 def _layer(cache: Prompts | Branches, index: Array) -> tuple[Array, Array]:
-    return tuple(
-        jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (cache.keys, cache.values)
-    )
+    """The keys and values of one layer."""
+    keys = jax.lax.dynamic_index_in_dim(cache.keys, index, keepdims=False)
+    return keys, jax.lax.dynamic_index_in_dim(cache.values, index, keepdims=False)

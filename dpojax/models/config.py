@@ -1,4 +1,4 @@
-"""What a decoder-only language model is, as data."""
+"""The configuration of a decoder-only language model."""
 
 from __future__ import annotations
 
@@ -22,15 +22,25 @@ def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embeddings: angles of pair i are position * frequency_i.
+    """Rotary position embeddings: pair i is rotated by the angle position * frequency_i.
 
-    kind: `default` (frequency_i = theta^(-2i / dim)), `linear` (all divided by `factor`),
-      `llama3` (long wavelengths divided, short ones kept, a ramp between), or `yarn`
-      (the same idea with a ramp over pairs; cosine and sine are multiplied by `attention_factor`).
-    original_max_positions: the context length before scaling (llama3, yarn).
-    dim: how many dimensions of a head, from its first, are rotated; None: all. An odd number (a
-      quarter of six is one) is rounded up to pairs, but divides the exponents as it is.
-    interleaved: pairs are (0, 1), (2, 3), ..; otherwise i goes with i + dim / 2.
+    Attributes:
+      kind: `default`: frequency_i = theta^(-2i / dim). `linear`: all frequencies are divided by
+        `factor`. `llama3`: low frequencies are divided by `factor`, high ones are not, and a ramp
+        over the frequencies lies between. `yarn`: the same with a ramp over pairs; cosine and sine
+        are also multiplied by `attention_factor`.
+      theta: the base of the frequencies.
+      factor: by how much the context is longer than the original one.
+      original_max_positions: the context length before scaling (llama3, yarn).
+      low_freq_factor, high_freq_factor: the ends of the ramp of llama3, in turns over the original
+        context.
+      attention_factor: see yarn.
+      beta_fast, beta_slow: the ends of the ramp of yarn, in turns over the original context.
+      truncate: whether the ramp of yarn starts and ends at whole pairs.
+      dim: how many dimensions of a head, from its first, are rotated; all if None. If it is odd (a
+        quarter of 6 dimensions is 1), the number of pairs is rounded up; the exponents are divided
+        by the odd number.
+      interleaved: pairs are (0, 1), (2, 3), ...; otherwise i is paired with i + dim / 2.
     """
 
     kind: str = "default"
@@ -61,27 +71,34 @@ class DecoderConfig:
     Start from a family: `DecoderConfig(**LLAMA, vocab_size=512, width=64, layers=5, heads=8,
     mlp_width=172, max_positions=512)`.
 
-    kv_heads: heads of keys and values, each shared by heads / kv_heads queries; None: heads.
-    head_dim: None: width / heads.
-    norm_offset: norms multiply by norm_offset + scale (Gemma: 1).
-    post_norms: norms also behind attention and MLP, before they are added to the residual stream.
-    qk_norm: RMSNorm over each head of queries and keys, before they are rotated.
-    residual: `sequential` (attention, then the MLP on the sum), `parallel` (both read the same x,
-      each through its norm) or `parallel_one_norm` (through one norm).
-    embedding_scale: what token embeddings are multiplied by, rounded to the compute dtype.
-    rope: for positions = 'rope'; `max_positions` is then a statement, not a limit.
-    local_rope: that of layers with a window, where it differs from the others'.
-    activation: a name of `layers.ACTIVATIONS`. gated_mlp: down(activation(gate(x)) * up(x)).
-    tied_head: the head is the token embedding. head_bias: logits get a bias.
-    head_softcap, attention_softcap: c maps a logit, or scaled queries . keys, to c tanh(z / c).
-    scalar_head: in the place of the head (whose settings then say nothing) one score per token;
-      with `labels`, two or more names of classes, one logit of each per token.
-    attention_scale: what queries . keys are multiplied by; None: 1 / sqrt(head_dim).
-    attention_scale_by_layer: in layer l = 0, 1, .. the scale is divided by l + 1.
-    windows: () or one entry per layer: None, or how many positions back (itself included) a token
-      sees.
-    initializer_range: the standard deviation of initial weights; with `scaled_residual_init` that
-      of the two projections into the residual stream is divided by sqrt(2 * layers).
+    Attributes:
+      kv_heads: heads of keys and values; heads / kv_heads queries share each. None: heads.
+      head_dim: size of a head. None: width / heads.
+      norm: `layernorm` or `rmsnorm`.
+      norm_offset: norms multiply by norm_offset + scale (1 in Gemma, else 0).
+      post_norms: further norms after attention and MLP, before the residual addition.
+      qk_norm: RMSNorm over each head of queries and keys, before they are rotated.
+      residual: `sequential`: attention, then the MLP on the sum. `parallel`: both read the same x,
+        each through its own norm. `parallel_one_norm`: both read it through one norm.
+      embedding_scale: a factor of token embeddings, rounded to the compute dtype.
+      positions: `learned` embeddings or `rope`.
+      rope: for positions = 'rope'. `max_positions` then does not limit the model.
+      local_rope: the rope of layers with a window, if they have another.
+      activation: a name in `layers.ACTIVATIONS`.
+      gated_mlp: the MLP is down(activation(gate(x)) * up(x)) and not down(activation(up(x))).
+      tied_head: the weight of the head is the token embedding.
+      head_bias: whether logits have a bias.
+      head_softcap, attention_softcap: c maps a logit, or a scaled query . key, to c tanh(z / c).
+      scalar_head: the model has one score per token and no language-model head. With `labels`, it
+        has one logit per token and label.
+      labels: two or more names of classes.
+      attention_scale: the factor of query . key. None: 1 / sqrt(head_dim).
+      attention_scale_by_layer: in layer l = 0, 1, ... the scale is divided by l + 1.
+      windows: (), or one entry per layer: None, or how many positions a token sees, itself and the
+        ones before it.
+      initializer_range: the standard deviation of initial weights.
+      scaled_residual_init: that of the two projections into the residual stream is divided by
+        sqrt(2 * layers).
 
     Raises:
       ValueError: a size that is not positive, an unknown name, or sizes that do not fit together.
@@ -142,7 +159,9 @@ class DecoderConfig:
             raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads {self.heads}")
         self._check_rope()
         if self.labels and (not self.scalar_head or len(set(self.labels)) < 2):
-            raise ValueError(f"labels: {self.labels} are not those of a classifier's head")
+            raise ValueError(
+                f"labels: {self.labels}; a classifier has scalar_head and two or more labels"
+            )
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"windows: {len(self.windows)} entries for {self.layers} layers")
         for window in self.windows:
@@ -160,11 +179,9 @@ class DecoderConfig:
             raise ValueError(f"head_dim: rope rotates pairs, but head_dim is {self.head_dim}")
         if (self.rope.dim or 0) > self.head_dim:
             raise ValueError(f"rope.dim: {self.rope.dim} is more than head_dim {self.head_dim}")
-        pairing = self.rope.dim, self.rope.interleaved
-        if self.local_rope is not None and (
-            (self.local_rope.dim, self.local_rope.interleaved) != pairing
-        ):
-            raise ValueError("local_rope: it has to rotate the same pairs as rope")
+        local = self.local_rope or self.rope
+        if (local.dim, local.interleaved) != (self.rope.dim, self.rope.interleaved):
+            raise ValueError("local_rope: it must rotate the same pairs as rope")
 
 
 GPT2 = {"scaled_residual_init": True}

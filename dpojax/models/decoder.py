@@ -1,4 +1,7 @@
-"""The decoder: NNX describes the architecture, everyone else sees a plain dict of arrays."""
+"""The decoder. NNX describes the architecture; all other code sees a plain dict of arrays.
+
+Letters of shapes: see `dpojax.models`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from dpojax.sharding import ROWS, constrain
 
 Params = dict
 
-# Stacked layers lead with an axis that is never sharded: the scan walks over it.
+# Weights of layers are stacked. The axis of layers is never sharded, as the scan goes over it.
 SHARDING_RULES = (
     (r"(embed/tokens|embed/positions|head/kernel)$", P("tensor", "fsdp")),
     (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
@@ -44,7 +47,7 @@ SHARDING_RULES = (
     (r".*", P()),
 )
 
-# What the backward pass of a layer finds stored; all else is computed again.
+# What is stored for the backward pass of a layer; everything else is computed again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(DENSE, MIXED),
@@ -55,20 +58,22 @@ REMAT = {
 class Model(NamedTuple):
     """Pure functions over `params`, a nested dict of arrays (float32 as `init` makes them).
 
-    init(key) -> params: float32; run it under jit with out_shardings for large models.
-    apply(params, rows) -> hidden [R, T, width] in the compute dtype, after the final norm. `rows`
-      is any object with int32 arrays [R, T] `tokens, positions, segment, branch`. An id or learned
-      position outside its table makes its row NaN; it never reads another entry of the table.
-    head(params) -> Head, its weight [vocab_size, width] the embedding table where tied.
-    scores(params, hidden [..., width]) -> float32 [...]: one number per token, of a model with
-      `scalar_head`, which has no `head`; with `labels` their logits, [..., labels].
-    prefill(params, tokens [B, P], lengths [B]) -> (hidden [B, width] at each prompt's last token,
-      Prompts). Prompts are padded on the right; of length 0: a dummy, whose hidden means nothing.
-    decode(params, tokens [B, N], branches, slot) -> (hidden [B, N, width], branches): reads the
-      token in `slot` (int32 scalar, 0 first) of each of N branches (`cache.branch`) of B prompts.
-    cast(params) -> params whose products' weights are in the compute dtype, to do once what the
-      others do in every call; nothing that they compute changes.
-    kernel: how `apply` computes attention.
+    Attributes:
+      init: (key) -> params, float32. Run it under jit with out_shardings for large models.
+      apply: (params, rows) -> hidden states [R, T, D] in the compute dtype, after the final norm.
+        `rows` is any object with the four arrays of `attention.PlainRows`. A token id or learned
+        position outside its table makes its row NaN; it never reads another entry of the table.
+      head: (params) -> Head. Its weight [V, D] is the embedding table if tied.
+      scores: (params, hidden [..., D]) -> float32 [...], one number per token, for a model with
+        `scalar_head`, which has no `head`. With `labels` it gives their logits, [..., labels].
+      prefill: (params, tokens [B, P], lengths [B]) -> (hidden [B, D] at the last token of each
+        prompt, cache.Prompts). Prompts are padded on the right. One of length 0 is a dummy, whose
+        hidden state has no meaning.
+      decode: (params, tokens [B, N], branches, slot) -> (hidden [B, N, D], branches). It reads one
+        token in each branch and writes its keys and values into `slot`, an int32 scalar, 0 first.
+      cast: (params) -> params with the weights of products in the compute dtype. The other
+        functions cast in every call; with this it is done once. Their results do not change.
+      kernel: how `apply` computes attention.
     """
 
     config: DecoderConfig
@@ -89,13 +94,15 @@ def build(
     remat: str = "none",
     kernel: Kernel = XLA,
 ) -> Model:
-    """The decoder that `config` describes.
+    """Build the decoder that `config` describes.
 
     Args:
+      config: the architecture.
       compute_dtype: of activations and products; norms and softmax stay in float32.
-      remat: a name of REMAT: `none` stores all that the backward pass wants, `dots` the products
-        with weights (and what a kernel kept), `full` only every layer's input.
-      kernel: of attention in `apply`, see `models.kernels`; the sampler's goes through XLA.
+      remat: a name of REMAT. `none` stores everything that the backward pass needs; `dots` stores
+        the products with weights and what an attention kernel saves; `full` stores only the input
+        of each layer.
+      kernel: of attention in `apply`, see `models.kernels`. `prefill` and `decode` use XLA.
 
     Raises:
       ValueError: an unknown remat policy or activation.
@@ -127,9 +134,9 @@ def build(
     def scores(params: Params, hidden: Array) -> Array:
         if not config.scalar_head:
             raise ValueError("scalar_head: this model has none; see models.scores.with_scalar_head")
-        weight = params["score"]["kernel"]
-        found = product("...d,od->...o", hidden, weight, dtype=jnp.float32)
-        return found if config.labels else found[..., 0]
+        weight = params["score"]["kernel"]  # [1 or labels, D]
+        outputs = product("...d,od->...o", hidden, weight, dtype=jnp.float32)
+        return outputs if config.labels else outputs[..., 0]
 
     def prefill(params: Params, tokens: Array, lengths: Array) -> tuple[Array, Prompts]:
         return nnx.merge(graphdef, params).prefill(tokens, lengths)
@@ -144,23 +151,25 @@ def build(
 
 
 def _cast(dtype, params: Params) -> Params:
-    def one(keys, leaf):
+    """Cast weights of products and embedding tables; biases and norms stay in float32."""
+
+    def cast_leaf(keys, leaf):
         in_product = keys[-1].key in ("kernel", "tokens", "positions")
         return leaf.astype(dtype) if in_product else leaf
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(cast_leaf, params)
 
 
 def logits(model: Model, params: Params, rows) -> Array:
-    """All logits, float32 [R, T, vocab_size]: for tests and small inputs only.
+    """Compute all logits, float32 [R, T, V]: for tests and small inputs only.
 
-    Training reads log-probs through `dpojax.logprobs`, which never builds this array.
+    Training gets log-probs from `dpojax.logprobs`, which never builds this array.
     """
     return logits_of(model.apply(params, rows), model.head(params))
 
 
 class Embed(nnx.Module):
-    """Token embeddings, plus learned position embeddings where the family has them: [R, T, D]."""
+    """Token embeddings, plus learned position embeddings if the family has them: [R, T, D]."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.scale = config.embedding_scale
@@ -169,20 +178,21 @@ class Embed(nnx.Module):
         self.positions = _table(config.max_positions, config, rngs) if learned else None
 
     def __call__(self, rows, dtype) -> Array:
-        # With its width whole, a table is looked up where it lies; sharded by width as well, XLA
+        # The table is gathered over its width before the look-up. If its width were sharded, XLA
         # would gather the activations of all rows on every device.
-        tokens = constrain(self.tokens[...], "tensor", None)
-        x = jnp.take(tokens, rows.tokens, axis=0, mode="fill").astype(dtype)
+        tokens = constrain(self.tokens[...], "tensor", None)  # [V, D]
+        # mode="fill": an id outside the table gives NaN. The default would read another entry.
+        x = jnp.take(tokens, rows.tokens, axis=0, mode="fill").astype(dtype)  # [R, T, D]
         x = x if self.scale is None else x * jnp.asarray(self.scale, dtype)
         if self.positions is not None:
             table = constrain(self.positions[...], None, None)
-            places = jnp.take(table, rows.positions, axis=0, mode="fill")
-            x = x + places.astype(dtype)
+            positions = jnp.take(table, rows.positions, axis=0, mode="fill")
+            x = x + positions.astype(dtype)
         return x
 
 
 class Output(nnx.Module):
-    """The weights of a head; `Model.head` hands them out, nothing here applies them."""
+    """The weights of a head, [outputs, D] and [outputs], for `Model.head` and `Model.scores`."""
 
     def __init__(self, size: int, config: DecoderConfig, rngs: nnx.Rngs, *, tied=False, bias=False):
         self.kernel = None if tied else _table(size, config, rngs)
@@ -195,7 +205,11 @@ def _table(size: int, config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or x + attention(norm(x)) + mlp(norm(x))."""
+    """One layer, [R, T, D] -> [R, T, D].
+
+    Sequential: x + attention(norm(x)), then x + mlp(norm(x)). Parallel: x + attention(norm(x)) +
+    mlp(norm(x)).
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.parallel = config.residual != "sequential"
@@ -209,29 +223,32 @@ class Block(nnx.Module):
     def __call__(
         self, x: Array, context: Context, layer: Layer, attend: Callable
     ) -> tuple[Array, Any]:
-        """The new x, and what `attend` keeps of this layer."""
+        """Compute the new x; also return what `attend` returns besides its result."""
         normed = self.attention_norm(x)
-        attended, kept = self.attention.mix(normed, context, layer, attend)
+        attended, more = self.attention.with_attend(normed, context, layer, attend)
         if self.parallel:
             normed = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return constrain(x + attended + self.mlp(normed), ROWS, None, None), kept
+            return constrain(x + attended + self.mlp(normed), ROWS, None, None), more
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         x = constrain(x + attended, ROWS, None, None)
         hidden = self.mlp(self.mlp_norm(x))
         if self.mlp_post_norm is not None:
             hidden = self.mlp_post_norm(hidden)
-        return constrain(x + hidden, ROWS, None, None), kept
+        return constrain(x + hidden, ROWS, None, None), more
 
 
 class Decoder(nnx.Module):
-    """Embedding, one stacked block scanned over the layers, final norm."""
+    """Embedding, blocks and final norm. The blocks' weights are stacked, and a scan runs them."""
 
     def __init__(self, config: DecoderConfig, dtype, remat: str, kernel: Kernel, rngs: nnx.Rngs):
+        def make_block(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.mask_of, self.attend = kernel.mask, kernel.attend
+        self.make_mask, self.attend = kernel.mask, kernel.attend
         self.embed = Embed(config, rngs)
-        self.blocks = nnx.vmap(lambda rngs: Block(config, rngs))(rngs.split(config.layers))
+        self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
         self.final_norm = Norm(config)
         tied, bias = config.tied_head, config.head_bias
         has_head = not config.scalar_head and (bias or not tied)
@@ -242,42 +259,46 @@ class Decoder(nnx.Module):
         self.score = Output(outputs, config, rngs) if config.scalar_head else None
 
     def __call__(self, rows) -> Array:
-        shared = context(self.config, rows.positions, partial(self.mask_of, rows))
+        shared = context(self.config, rows.positions, partial(self.make_mask, rows))
 
         def attend(*args, **kwargs):
             return self.attend(*args, **kwargs), None
 
-        def body(x, block_and_layer):
+        def run_block(x, block_and_layer):
             block, layer = block_and_layer
             return block(x, shared, layer, attend)
 
-        # The scan is itself the barrier that prevent_cse would add.
-        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        # prevent_cse is not needed inside a scan, which XLA does not merge with other code.
+        run_block = jax.checkpoint(run_block, policy=REMAT[self.remat], prevent_cse=False)
         x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
-        x, _ = jax.lax.scan(body, x, (self.blocks, layer_constants(self.config)))
+        x, _ = jax.lax.scan(run_block, x, (self.blocks, layer_constants(self.config)))
         return self.final_norm(x)
 
     def prefill(self, tokens: Array, lengths: Array) -> tuple[Array, Prompts]:
         """See `Model.prefill`."""
         column = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-        real = column < lengths[:, None]
-        # Padding is token 0 at position 0: both are in their tables, so it cannot be NaN.
-        tokens, positions = jnp.where(real, tokens, 0), jnp.where(real, column, 0)
-        rows = PlainRows(tokens, positions, real.astype(jnp.int32), jnp.zeros_like(tokens))
+        is_real = column < lengths[:, None]  # [B, P]
+        # Padding becomes token 0 at position 0. Both are in their tables, so it is never NaN.
+        rows = PlainRows(
+            tokens=jnp.where(is_real, tokens, 0),
+            positions=jnp.where(is_real, column, 0),
+            segment=is_real.astype(jnp.int32),
+            branch=jnp.zeros_like(tokens),
+        )
         shared = context(self.config, rows.positions, partial(XLA.mask, rows))
 
         def attend(query, key, value, *args, **kwargs):
             return attend_causally(query, key, value, *args, **kwargs), (key, value)
 
-        def body(x, block_and_layer):
+        def run_block(x, block_and_layer):
             block, layer = block_and_layer
             x, (key, value) = block(x, shared, layer, attend)
             return x, (cache.by_head(key), cache.by_head(value))
 
         x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
-        x, (keys, values) = jax.lax.scan(body, x, (self.blocks, layer_constants(self.config)))
+        x, (keys, values) = jax.lax.scan(run_block, x, (self.blocks, layer_constants(self.config)))
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        x = jnp.take_along_axis(x, last, axis=1)
+        x = jnp.take_along_axis(x, last, axis=1)  # [B, 1, D]
         return self.final_norm(x)[:, 0], Prompts(keys, values, lengths)
 
     def decode(self, tokens: Array, branches: Branches, slot: Array) -> tuple[Array, Branches]:
@@ -286,15 +307,16 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(lengths[:, None] + slot, tokens.shape)
         shared = context(self.config, positions, partial(cache.visible, branches, slot))
 
-        def body(carry, block_and_layer):
+        def run_block(carry, block_and_layer):
             x, branches = carry
             block, layer, index = block_and_layer
             attend = partial(cache.attend_cached, branches, index, slot)
             return block(x, shared, layer, attend), None
 
-        rows = PlainRows(tokens, positions, tokens, tokens)
-        x = constrain(self.embed(rows, self.dtype), ROWS, None, None)
+        # The embedding reads tokens and positions only; a sample takes the place of a column.
+        rows = PlainRows(tokens, positions, segment=tokens, branch=tokens)
+        x = constrain(self.embed(rows, self.dtype), ROWS, None, None)  # [B, N, D]
         indices = jnp.arange(self.config.layers)
         layers = (self.blocks, layer_constants(self.config), indices)
-        (x, branches), _ = jax.lax.scan(body, (x, branches), layers)
+        (x, branches), _ = jax.lax.scan(run_block, (x, branches), layers)
         return self.final_norm(x), branches

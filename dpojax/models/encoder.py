@@ -1,4 +1,7 @@
-"""BERT-type sequence classifiers (Devlin et al. 2018; RoBERTa, Liu et al. 2019)."""
+"""Sequence classifiers of the BERT type (Devlin et al. 2018; RoBERTa, Liu et al. 2019).
+
+Letters of shapes: see `dpojax.models`; here B texts, T columns of a text.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,13 @@ Params = dict
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """A bidirectional transformer with norms behind its attention and its MLP, and a classifier.
+    """A bidirectional transformer with norms after its attention and its MLP, and a classifier.
 
-    labels: names, in the order of the logits. types: rows of the token-type table, of which a
-    single text uses the first. first_position: the row of the position table that a text's first
-    token reads (RoBERTa: 2).
+    Attributes:
+      labels: names, in the order of the logits.
+      types: size of the token-type table; a single text uses its first entry.
+      first_position: the entry of the position table for a text's first token (RoBERTa: 2).
+      Others as in `DecoderConfig`.
 
     Raises:
       ValueError: sizes that are not positive or do not fit together, an unknown activation.
@@ -45,14 +50,14 @@ class EncoderConfig:
 
     def __post_init__(self):
         if not self.labels or self.types < 1 or not 0 <= self.first_position < self.max_positions:
-            raise ValueError(f"labels, types, first_position: do not make a classifier in {self}")
+            raise ValueError(f"labels, types, first_position: not those of a classifier in {self}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: {self.activation!r} is not in {list(ACTIVATIONS)}")
-        _ = self.block  # which checks the sizes
+        _ = self.block  # making it checks the sizes
 
     @property
     def block(self) -> DecoderConfig:
-        """What the parts that are shared with decoders read."""
+        """The config of attention, MLP and norms, which decoders have as well."""
         return DecoderConfig(
             self.vocab_size,
             self.width,
@@ -69,10 +74,12 @@ class EncoderConfig:
 class Classifier(NamedTuple):
     """Pure functions over `params`, a nested dict of arrays.
 
-    init(key) -> params, float32.
-    apply(params, tokens, lengths) -> logits, float32 [B, labels]. tokens: int [B, T], of which the
-      first lengths[B] of a row count; what stands behind them changes nothing. An id outside the
-      table makes its row NaN.
+    Attributes:
+      config: the architecture.
+      init: (key) -> params, float32.
+      apply: (params, tokens, lengths) -> logits, float32 [B, labels]. `tokens` is int [B, T] and
+        `lengths` int [B]. Tokens after the length of a text change nothing. A token id outside the
+        table makes its row NaN.
     """
 
     config: EncoderConfig
@@ -81,7 +88,7 @@ class Classifier(NamedTuple):
 
 
 def build(config: EncoderConfig, *, compute_dtype=jnp.float32) -> Classifier:
-    """The classifier that `config` describes; norms and softmax stay in float32."""
+    """Build the classifier that `config` describes; norms and softmax stay in float32."""
 
     def make(rngs: nnx.Rngs) -> Encoder:
         return Encoder(config, jnp.dtype(compute_dtype), rngs)
@@ -114,14 +121,14 @@ class Embed(nnx.Module):
         self.norm = Norm(config.block)
 
     def __call__(self, tokens: Array, dtype) -> Array:
-        places = self.positions[...][self.first_position :][: tokens.shape[1]]
-        x = jnp.take(self.tokens[...], tokens, axis=0, mode="fill")
-        x = x + (places + self.types[...][:1])[None]
+        positions = self.positions[...][self.first_position :][: tokens.shape[1]]  # [T, D]
+        x = jnp.take(self.tokens[...], tokens, axis=0, mode="fill")  # [B, T, D]
+        x = x + (positions + self.types[...][:1])[None]
         return self.norm(x.astype(dtype))
 
 
 class Block(nnx.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x))."""
+    """One layer, [B, T, D] -> [B, T, D]: norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.attention, self.mlp = Attention(config, rngs), Mlp(config, rngs)
@@ -136,24 +143,28 @@ class Encoder(nnx.Module):
     """Embedding, stacked blocks, and a classifier on the first token's hidden state."""
 
     def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
+        def make_block(rngs: nnx.Rngs) -> Block:
+            return Block(config.block, rngs)
+
         self.block, self.dtype = config.block, dtype
         self.embed = Embed(config, rngs)
-        self.blocks = nnx.vmap(lambda rngs: Block(config.block, rngs))(rngs.split(config.layers))
+        self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
         width, std = (config.width,), config.initializer_range
         self.pooler = Dense(width, width, bias=True, std=std, rngs=rngs)
         self.classifier = Dense(width, (len(config.labels),), bias=True, std=std, rngs=rngs)
 
     def __call__(self, tokens: Array, lengths: Array) -> Array:
         batch, columns = tokens.shape
-        real = jnp.arange(columns)[None] < lengths[:, None]
-        mask = jnp.broadcast_to(real[:, None], (batch, columns, columns))
-        shared = Context((mask,), ())
+        is_real = jnp.arange(columns)[None] < lengths[:, None]  # [B, T]
+        mask = jnp.broadcast_to(is_real[:, None], (batch, columns, columns))
+        shared = Context(masks=(mask,), angles=())
 
-        def body(x, block_and_layer):
+        def run_block(x, block_and_layer):
             block, layer = block_and_layer
             return block(x, shared, layer), None
 
-        x = self.embed(jnp.where(real, tokens, 0), self.dtype)
-        x, _ = jax.lax.scan(body, x, (self.blocks, layer_constants(self.block)))
-        pooled = jnp.tanh(self.pooler(x[:, :1]))
+        # Padding becomes token 0, so that an id outside the table cannot make it NaN.
+        x = self.embed(jnp.where(is_real, tokens, 0), self.dtype)
+        x, _ = jax.lax.scan(run_block, x, (self.blocks, layer_constants(self.block)))
+        pooled = jnp.tanh(self.pooler(x[:, :1]))  # [B, 1, D]
         return self.classifier(pooled)[:, 0].astype(jnp.float32)

@@ -1,13 +1,15 @@
 """Attention on GPUs for rows that share prompts: FlashAttention in Pallas, memory linear in length.
 
-The mask is computed where it is used, from two spans of columns a token (`spans`). Blocks of
-columns that no token of a block sees are not computed: of every block there is a list of those to
-visit, as in FlexAttention (Dong et al. 2024), which is data and may differ from row to row. The
-lists are all that is kept and grows with T^2: 2 (T / 64)^2 int32 a row, 2 MiB at 32,768 columns.
+The kernels compute the mask where they use it, from two spans of columns for each token (`spans`).
+They skip blocks of columns that no token of a block sees. For every block there is a list of blocks
+to visit, as in FlexAttention (Dong et al. 2024). The lists are data and may differ from row to row.
+Only they need memory that grows with T^2: 2 (T / 64)^2 int32 for a row, or 2 MiB at 32,768 columns.
 
-Forward is algorithm 1 of FlashAttention-2 (Dao 2023), backward its algorithm 2 as two kernels, one
-for the gradient of the queries and one for that of keys and values, so that each number has one
-writer and the result does not depend on the order of blocks.
+The forward pass is algorithm 1 of FlashAttention-2 (Dao 2023). The backward pass is its algorithm 2
+as two kernels, one for the gradient of the queries and one for that of keys and values. So each
+number is written by one program, and the result does not depend on the order of blocks.
+
+Letters of shapes: see `dpojax.models`; T' is T padded to a multiple of a block, X = T' / block.
 """
 
 from __future__ import annotations
@@ -32,79 +34,93 @@ from dpojax.models.flash_kernels import (
 from dpojax.models.layers import MIXED
 from dpojax.models.spans import Spans, blocks_seen, spans
 
-BLOCK = 64  # columns; what the lists of blocks name
-LEAST = 16  # of each dimension of a matrix that tensor cores multiply
-# A program holds up to four tiles, of queries, keys, values and a cotangent: 64 KiB of the shared
-# memory, of which every GPU since Ampere has 99 KiB or more. Forward the next keys and values are
-# copied while these are used, which makes 80 KiB.
+BLOCK = 64  # columns of a block, as the lists of blocks count them
+MIN_TILE = 16  # the smallest side of a matrix that tensor cores multiply
+# A program holds up to four tiles: of queries, keys, values and a cotangent. They take 64 KiB of
+# shared memory, of which every GPU since Ampere has 99 KiB or more. In the forward pass the next
+# keys and values are copied while the current ones are used, which makes 80 KiB.
 TILE_BYTES = 16 * 1024
-# Without tensor cores, as full float32 is multiplied, scores of 64 by 64 overflow the registers.
+# Full float32 is multiplied without tensor cores. Scores of 64 by 64 then overflow the registers.
 FLOAT32_TILE = 32
-LARGEST = 256  # head_dim, at which a tile of float32 has the least columns
+MAX_HEAD_DIM = 256  # at which a float32 tile of TILE_BYTES has MIN_TILE columns
 
 
 class Visits(NamedTuple):
-    """Which blocks each block visits, ascending: the first `count` of its list."""
+    """Which blocks each block visits: the first `count` of its list, in ascending order."""
 
-    count: Array  # int32 [R, T' / block]
-    blocks: Array  # int32 [R, T' / block, T' / block]
-
-
-class Seen(NamedTuple):
-    """What tokens see, of rows padded to T', a multiple of a block."""
-
-    spans: Spans
-    keys: Visits  # of each block of queries
-    queries: Visits  # of each block of keys
+    count: Array  # int32 [R, X]
+    blocks: Array  # int32 [R, X, X]
 
 
-def seen(rows, window: int | None = None, *, block: int = BLOCK) -> Seen:
-    """What `attention.attention_mask` says, for rows laid out as `spans.spans` asks.
+class FlashMask(NamedTuple):
+    """Which columns tokens see, of rows padded to T' columns."""
+
+    spans: Spans  # [R, T'] each
+    keys: Visits  # the blocks of keys that each block of queries visits
+    queries: Visits  # the blocks of queries that each block of keys visits
+
+
+def flash_mask(rows, window: int | None = None, *, block: int = BLOCK) -> FlashMask:
+    """Compute the mask of `attention.attention_mask` as spans and lists of blocks.
 
     Args:
-      block: columns, a power of two of at least 16.
+      rows: laid out as `spans.spans` needs it.
+      window: how many positions a token sees, or None.
+      block: columns of a block, a power of two of at least 16.
     """
-    found = spans(rows, window, -(-rows.tokens.shape[1] // block) * block)
-    column = jax.lax.broadcasted_iota(jnp.int32, found.own.shape, 1)
-    blocks = blocks_seen(found.own, column, block) | blocks_seen(found.first, found.last, block)
-    return Seen(found, _visits(blocks), _visits(blocks.swapaxes(1, 2)))
+    seen = spans(rows, window, -(-rows.tokens.shape[1] // block) * block)
+    column = jax.lax.broadcasted_iota(jnp.int32, seen.branch_first.shape, 1)
+    in_branch = blocks_seen(seen.branch_first, column, block)
+    blocks = in_branch | blocks_seen(seen.prompt_first, seen.prompt_last, block)  # [R, X, X]
+    return FlashMask(seen, _visits(blocks), _visits(blocks.swapaxes(1, 2)))
 
 
 def attend(
     query, key, value, mask, scale, *, softcap=None, tile: int | None = None, interpret=False
 ) -> Array:
-    """As `attention.attend`, with `seen` as its mask. Like XLA's on a GPU, products of float32 are
-    of TF32 unless `jax_default_matmul_precision` asks for more.
+    """Compute `attention.attend` with a FlashMask.
+
+    As with XLA on a GPU, products of float32 use TF32, unless `jax_default_matmul_precision` is set
+    to more.
 
     Args:
+      query, key, value, scale, softcap: as for `attention.attend`.
+      mask: see `flash_mask`.
       tile: columns that a program works on at once, a power of two from 16 to the mask's block; by
         default what fits into shared memory.
       interpret: run the kernels' program on a CPU, for tests.
     """
-    block = mask.spans.own.shape[1] // mask.keys.count.shape[1]
+    block = mask.spans.branch_first.shape[1] // mask.keys.count.shape[1]
     tile = tile or min(block, _tile(query.shape[3], query.dtype))
     mix = functools.partial(_mix, Settings(tile, block, softcap, interpret))
     return by_device(mix, scaled(query, scale), key, value, mask)
 
 
-def _tile(dim: int, dtype) -> int:
-    bytes_each = jnp.dtype(dtype).itemsize
-    most = FLOAT32_TILE if bytes_each > 2 else BLOCK
-    return max(LEAST, min(most, TILE_BYTES // (pl.next_power_of_2(dim) * bytes_each)))
+def _tile(head_dim: int, dtype) -> int:
+    """How many columns of a head fit into TILE_BYTES."""
+    itemsize = jnp.dtype(dtype).itemsize
+    largest = FLOAT32_TILE if itemsize > 2 else BLOCK
+    return max(MIN_TILE, min(largest, TILE_BYTES // (pl.next_power_of_2(head_dim) * itemsize)))
 
 
 def _visits(blocks: Array) -> Visits:
+    """Lists of the true entries of each row of `blocks`, bool [R, X, X]."""
+    # A stable sort puts the true entries first and leaves them in ascending order.
     order = jnp.argsort(~blocks, axis=-1, stable=True)
     return Visits(blocks.sum(-1, dtype=jnp.int32), order.astype(jnp.int32))
 
 
-def _mix(settings: Settings, query, key, value, mask: Seen) -> Array:
-    """Of one device's rows and heads; [R, T, heads, head_dim] like `query`."""
-    _, columns, _, dim = query.shape
-    longer = mask.spans.own.shape[1] - columns
-    wider = max(LEAST, pl.next_power_of_2(dim)) - dim
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, longer), (0, 0), (0, wider)))
-    return _flash(settings, *map(pad, (query, key, value)), mask)[:, :columns, :, :dim]
+def _mix(settings: Settings, query, key, value, mask: FlashMask) -> Array:
+    """Attention of the rows and heads of one device, [R, T, H, E] like `query`.
+
+    Columns are padded to T', and heads to a power of two: zeros add nothing to a product.
+    """
+    _, columns, _, head_dim = query.shape
+    more_columns = mask.spans.branch_first.shape[1] - columns
+    more_dims = max(MIN_TILE, pl.next_power_of_2(head_dim)) - head_dim
+    padding = ((0, 0), (0, more_columns), (0, 0), (0, more_dims))
+    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    return _flash(settings, query, key, value, mask)[:, :columns, :, :head_dim]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -112,104 +128,117 @@ def _flash(settings: Settings, query, key, value, mask) -> Array:
     return _flash_forward(settings, query, key, value, mask)[0]
 
 
-def _flash_forward(settings: Settings, query, key, value, mask: Seen):
+def _flash_forward(settings: Settings, query, key, value, mask: FlashMask):
     rows, length, heads, _ = query.shape
-    at = _by_query(settings, query, key)
-    sums = jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)
+    specs = _specs_by_query(settings, query, key)
+    logsumexp_shape = jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)
     call = pl.pallas_call(
         functools.partial(flash_forward, settings),
         grid=(length // settings.tile, heads, rows),
-        in_specs=[*at.mask, at.query, at.key, at.key],
-        out_specs=[at.query, at.sums],
-        out_shape=[query, sums],
-        **_how(settings, query, stages=2),
+        in_specs=[*specs.mask, specs.query, specs.key, specs.key],
+        out_specs=[specs.query, specs.per_query],
+        out_shape=[query, logsumexp_shape],
+        **_call_options(settings, query, stages=2),
     )
-    kept = call(*mask.keys, *mask.spans, query, key, value)
-    mixed, logsumexp = checkpoint_name(tuple(kept), MIXED)
+    outputs = call(*mask.keys, *mask.spans, query, key, value)
+    mixed, logsumexp = checkpoint_name(tuple(outputs), MIXED)
     return mixed, (query, key, value, mask, mixed, logsumexp)
 
 
 def _flash_backward(settings: Settings, saved, cotangent):
     query, key, value, mask, mixed, logsumexp = saved
     rows, length, heads, _ = query.shape
-    # What the softmax takes off the gradient of each of a query's weights.
+    # delta = sum_e mixed * cotangent, [R, H, T']. The gradient of a score is
+    # weight * (gradient of the weight - delta), from the sum of the softmax.
     delta = (mixed.astype(jnp.float32) * cotangent.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    given = *mask.spans, query, key, value, cotangent, logsumexp, delta
-    tiles, how = length // settings.tile, _how(settings, query, stages=1)
+    inputs = *mask.spans, query, key, value, cotangent, logsumexp, delta
+    tiles, options = length // settings.tile, _call_options(settings, query, stages=1)
 
-    at = _by_query(settings, query, key)
-    to_query = pl.pallas_call(
+    specs = _specs_by_query(settings, query, key)
+    d_query = pl.pallas_call(
         functools.partial(flash_query_gradient, settings),
         grid=(tiles, heads, rows),
-        in_specs=[*at.mask, at.query, at.key, at.key, at.query, at.sums, at.sums],
-        out_specs=at.query,
+        in_specs=specs.backward_inputs(),
+        out_specs=specs.query,
         out_shape=query,
-        **how,
-    )(*mask.keys, *given)
+        **options,
+    )(*mask.keys, *inputs)
 
-    at = _by_key(settings, query, key)
-    to_key, to_value = pl.pallas_call(
+    specs = _specs_by_key(settings, query, key)
+    d_key, d_value = pl.pallas_call(
         functools.partial(flash_key_gradient, settings),
         grid=(tiles, key.shape[2], rows),
-        in_specs=[*at.mask, at.query, at.key, at.key, at.query, at.sums, at.sums],
-        out_specs=[at.key, at.key],
+        in_specs=specs.backward_inputs(),
+        out_specs=[specs.key, specs.key],
         out_shape=[key, value],
-        **how,
-    )(*mask.queries, *given)
-    return to_query, to_key, to_value, None
+        **options,
+    )(*mask.queries, *inputs)
+    return d_query, d_key, d_value, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
 class Specs(NamedTuple):
-    """Which part of each array a program is given; its grid is (tiles, heads, rows)."""
+    """Which part of each array a program gets. The grid is (tiles, heads, rows)."""
 
     mask: tuple[pl.BlockSpec, ...]  # of a count, a list of blocks, and three spans
-    query: pl.BlockSpec  # of queries, and of what has their shape
-    key: pl.BlockSpec
-    sums: pl.BlockSpec  # of what there is one of a query
+    query: pl.BlockSpec  # of queries, and of arrays with their shape, [R, T', H, E]
+    key: pl.BlockSpec  # of keys and values, [R, T', K, E]
+    per_query: pl.BlockSpec  # of arrays with one number for each query, [R, H, T']
+
+    def backward_inputs(self) -> list[pl.BlockSpec]:
+        """Of the mask, query, key, value, cotangent, logsumexp and delta."""
+        per_query = self.per_query
+        return [*self.mask, self.query, self.key, self.key, self.query, per_query, per_query]
 
 
-def _by_query(settings: Settings, query: Array, key: Array) -> Specs:
-    """A tile of one head's queries, and all keys of its group."""
-    tile, (_, length, heads, dim) = settings.tile, query.shape
-    each = heads // key.shape[2]
+def _specs_by_query(settings: Settings, query: Array, key: Array) -> Specs:
+    """A program gets one tile of one head's queries, and all keys of its group."""
+    tile, (_, length, heads, head_dim) = settings.tile, query.shape
+    group = heads // key.shape[2]
     span = pl.BlockSpec((None, tile), lambda t, h, r: (r, t))
+    keys_of_head = pl.BlockSpec(
+        (None, length, None, head_dim), lambda t, h, r: (r, 0, jax.lax.div(h, group), 0)
+    )
     return Specs(
-        (*_visit_specs(settings, length), span, span, span),
-        pl.BlockSpec((None, tile, None, dim), lambda t, h, r: (r, t, h, 0)),
-        pl.BlockSpec((None, length, None, dim), lambda t, h, r: (r, 0, jax.lax.div(h, each), 0)),
-        pl.BlockSpec((None, None, tile), lambda t, h, r: (r, h, t)),
+        mask=(*_visit_specs(settings, length), span, span, span),
+        query=pl.BlockSpec((None, tile, None, head_dim), lambda t, h, r: (r, t, h, 0)),
+        key=keys_of_head,
+        per_query=pl.BlockSpec((None, None, tile), lambda t, h, r: (r, h, t)),
     )
 
 
-def _by_key(settings: Settings, query: Array, key: Array) -> Specs:
-    """A tile of one head's keys, and all queries of all heads that read them."""
-    tile, (_, length, heads, dim) = settings.tile, query.shape
-    each = heads // key.shape[2]
-    span = pl.BlockSpec((None, length), lambda t, g, r: (r, 0))
+def _specs_by_key(settings: Settings, query: Array, key: Array) -> Specs:
+    """A program gets one tile of one head's keys, and all queries of all heads that read them."""
+    tile, (_, length, heads, head_dim) = settings.tile, query.shape
+    group = heads // key.shape[2]
+    span = pl.BlockSpec((None, length), lambda t, k, r: (r, 0))
     return Specs(
-        (*_visit_specs(settings, length), span, span, span),
-        pl.BlockSpec((None, length, each, dim), lambda t, g, r: (r, 0, g, 0)),
-        pl.BlockSpec((None, tile, None, dim), lambda t, g, r: (r, t, g, 0)),
-        pl.BlockSpec((None, each, length), lambda t, g, r: (r, g, 0)),
+        mask=(*_visit_specs(settings, length), span, span, span),
+        query=pl.BlockSpec((None, length, group, head_dim), lambda t, k, r: (r, 0, k, 0)),
+        key=pl.BlockSpec((None, tile, None, head_dim), lambda t, k, r: (r, t, k, 0)),
+        per_query=pl.BlockSpec((None, group, length), lambda t, k, r: (r, k, 0)),
     )
 
 
 def _visit_specs(settings: Settings, length: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    block_of = lambda t: jax.lax.div(t, settings.block // settings.tile)
+    """The count and the list of blocks of the block that a tile lies in."""
+
+    def block_of(tile):
+        return jax.lax.div(tile, settings.block // settings.tile)
+
     return (
         pl.BlockSpec((None, None), lambda t, h, r: (r, block_of(t))),
         pl.BlockSpec((None, None, length // settings.block), lambda t, h, r: (r, block_of(t), 0)),
     )
 
 
-def _how(settings: Settings, query: Array, stages: int) -> dict:
-    # With 4 warps the sums of a wider head would not fit into a thread's registers.
+def _call_options(settings: Settings, query: Array, stages: int) -> dict:
+    # With 4 warps, the sums of a head over 64 dimensions do not fit into a thread's registers.
     warps = 4 if query.shape[3] <= 64 else 8
     params = triton.CompilerParams(num_warps=warps, num_stages=stages)
-    return dict(compiler_params=params, interpret=settings.interpret)
+    return {"compiler_params": params, "interpret": settings.interpret}
 
 
-FLASH = Kernel(seen, attend)
+FLASH = Kernel(flash_mask, attend)

@@ -1,4 +1,7 @@
-"""Products, norms, activations and the MLP: the parts that know nothing of tokens."""
+"""Products, norms, activations and the MLP: the layers that treat every token alone.
+
+Letters of shapes: see `dpojax.models`.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,27 @@ def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-MATRICES = ("nd", "df", "nf")  # of a product of two: rows of numbers, a weight, what they give
-DENSE = "dense"  # what a product with a weight gives, to rematerialisation policies
-MIXED = "mixed"  # what a kernel of attention keeps for its backward pass, to the same
+def _quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _squared_relu(x: Array) -> Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+MATRICES = ("nd", "df", "nf")  # subscripts of a product of matrices: inputs, weight, result
+# Names of activations, by which rematerialisation policies (`decoder.REMAT`) choose what is stored.
+DENSE = "dense"  # products with weights
+MIXED = "mixed"  # what an attention kernel saves for its backward pass
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu2": _squared_relu,
     "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -40,11 +52,16 @@ ACTIVATIONS = {
 
 
 def product(subscripts: str, x: Array, y: Array, dtype=None) -> Array:
-    """Every matrix product of the model: einsum in x's dtype, summed in float32.
+    """Compute an einsum of two arrays in the dtype of x, with sums in float32.
 
-    The result has `dtype`, by default x's. y is rounded to x's dtype, but its gradient is not: a
-    float32 weight gets the float32 sum. Backward, the cotangent is rounded to x's dtype first, so
-    that all three products run at its speed.
+    Every matrix product of the model goes through here. y is rounded to the dtype of x, but the
+    gradient of y is not: a float32 weight gets the float32 sum. The backward pass rounds the
+    cotangent to the dtype of x first, so that all three products run at the speed of that dtype.
+
+    Args:
+      subscripts: as for einsum, with an arrow.
+      x, y: the factors.
+      dtype: of the result; by default that of x.
     """
     if x.dtype == jnp.float32:
         return jnp.einsum(subscripts, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -52,20 +69,20 @@ def product(subscripts: str, x: Array, y: Array, dtype=None) -> Array:
 
 
 def _summed_in_float32(subscripts: str, x: Array, y: Array, dtype) -> Array:
-    """einsum of two arrays of one low-precision dtype.
+    """Compute an einsum of two arrays of one low-precision dtype.
 
-    Accelerators sum in float32 whatever the result's dtype. XLA's products on a CPU take their fast
-    path only where float32 is asked for.
+    Accelerators sum in float32, whatever the dtype of the result is. On a CPU, XLA takes its fast
+    path only if the result is float32, so it is rounded afterwards there.
     """
 
-    def rounded_after(x, y):
+    def float32_then_rounded(x, y):
         summed = jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
         return summed.astype(dtype)
 
-    def asked_for(x, y):
+    def direct(x, y):
         return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
 
-    return jax.lax.platform_dependent(x, y, cpu=rounded_after, default=asked_for)
+    return jax.lax.platform_dependent(x, y, cpu=float32_then_rounded, default=direct)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -78,24 +95,25 @@ def _product_forward(subscripts, dtype, x, y):
 
 
 def _product_backward(subscripts, dtype, saved, cotangent):
-    (x, y), cotangent = saved, cotangent.astype(saved[0].dtype)
-    inputs, out = subscripts.split("->")
-    of_x, of_y = inputs.split(",")
-    rounded = y.astype(x.dtype)
-    dx = _summed_in_float32(f"{out},{of_y}->{of_x}", cotangent, rounded, x.dtype)
-    if (of_x, of_y, out) == MATRICES:
+    x, y = saved
+    cotangent = cotangent.astype(x.dtype)
+    inputs, out_axes = subscripts.split("->")
+    x_axes, y_axes = inputs.split(",")
+    rounded_y = y.astype(x.dtype)
+    dx = _summed_in_float32(f"{out_axes},{y_axes}->{x_axes}", cotangent, rounded_y, x.dtype)
+    if (x_axes, y_axes, out_axes) == MATRICES:
         return dx, weight_gradient(x, cotangent).astype(y.dtype)
-    return dx, _summed_in_float32(f"{of_x},{out}->{of_y}", x, cotangent, y.dtype)
+    return dx, _summed_in_float32(f"{x_axes},{out_axes}->{y_axes}", x, cotangent, y.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 class Dense(nnx.Module):
-    """An affine map [R, T, *inward] -> [R, T, *outward]; weights are rounded to x's dtype.
+    """An affine map [R, T, *inward] -> [R, T, *outward] in the dtype of its input.
 
-    The product is one of two matrices, [R T, inward] and [inward, outward]: on a CPU the gradient
-    of an MLP took 2.3 times as long when the weight's gradient summed over two axes, R and T.
+    The product is one of two matrices, [R * T, inward] and [inward, outward]. On a CPU, the
+    gradient of an MLP took 2.3 times as long if the weight's gradient summed over two axes.
     """
 
     def __init__(self, inward: tuple, outward: tuple, *, bias: bool, std: float, rngs: nnx.Rngs):
@@ -107,17 +125,23 @@ class Dense(nnx.Module):
     def __call__(self, x: Array) -> Array:
         size = math.prod(self.inward)
         kernel = self.kernel[...].reshape(size, -1)
-        y = product("{},{}->{}".format(*MATRICES), x.reshape(-1, size), kernel)
+        y = product("{},{}->{}".format(*MATRICES), x.reshape(-1, size), kernel)  # [R * T, outward]
         y = checkpoint_name(y, DENSE)
         y = y.reshape(*x.shape[:2], *self.outward)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
 
 
 class Norm(nnx.Module):
-    """LayerNorm or RMSNorm over the last axis, in float32; x's dtype comes out."""
+    """LayerNorm or RMSNorm over the last axis, in float32; the result has the dtype of x."""
 
     def __init__(self, config: DecoderConfig, *, kind: str | None = None, size: int | None = None):
-        """kind: a name of NORMS, by default the config's. size: of that axis, by default width."""
+        """Make scale and bias.
+
+        Args:
+          config: gives epsilon and offset.
+          kind: a name of NORMS; by default the config's.
+          size: of the last axis; by default the config's width.
+        """
         size = config.width if size is None else size
         self.eps, self.offset = config.norm_eps, config.norm_offset
         self.center = (kind or config.norm) == "layernorm"
@@ -137,7 +161,7 @@ class Norm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+    """down(activation(up(x))), or if gated down(activation(gate(x)) * up(x)); x is [R, T, D]."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[config.activation]
@@ -151,11 +175,14 @@ class Mlp(nnx.Module):
         if self.gate is None:
             hidden = self.activation(self.up(x))
         else:
-            hidden = self.activation(self.gate(x)) * self.up(x)
+            hidden = self.activation(self.gate(x)) * self.up(x)  # [R, T, mlp_width]
         return self.down(constrain(hidden, ROWS, None, "tensor"))
 
 
 def residual_std(config: DecoderConfig) -> float:
-    """Initial standard deviation of a projection into the residual stream (GPT-2, section 2.3)."""
+    """The initial standard deviation of a projection into the residual stream.
+
+    With `scaled_residual_init` it is that of GPT-2 (Radford et al. 2019, section 2.3).
+    """
     scale = (2 * config.layers) ** -0.5 if config.scaled_residual_init else 1.0
     return scale * config.initializer_range

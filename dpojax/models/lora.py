@@ -1,10 +1,10 @@
-"""LoRA (Hu et al. 2021) on any decoder, as functions of the parameter tree.
+"""LoRA (Hu et al. 2021) for any decoder, as functions of the parameter tree.
 
     adapters = lora.init(key, base, config)
     hidden = model.apply(lora.apply(base, adapters, config), rows)   # the policy
     hidden = model.apply(base, rows)                                 # the reference: adapters off
 
-The model knows nothing of it. `lora_peft` exchanges adapters with the peft library.
+The model does not know about adapters. `lora_peft` reads and writes those of the peft library.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dpojax.models.decoder import Params
 
 Adapters = dict
 
-# a lies over the mesh as the kernel's inward axes do and b as its outward axes, so that a @ b
-# comes out sharded like the kernel and nothing is communicated; the rank is never sharded.
+# a is sharded like the inward axes of its kernel, and b like the outward axes. So a @ b is sharded
+# like the kernel without any communication. The rank is never sharded.
 LORA_RULES = (
     (r"attention/(query|key|value)/kernel/a$", P(None, "fsdp", None)),
     (r"attention/(query|key|value)/kernel/b$", P(None, None, "tensor")),
@@ -41,12 +41,15 @@ LORA_RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which kernels are adapted, and by how much.
+    """Which kernels are adapted, and how.
 
-    rank: columns of a, rows of b. alpha: a @ b is multiplied by alpha / rank, or with
-    `rank_stabilised` by alpha / sqrt(rank) (Kalajdzievski 2023). targets: regular expressions that
-    are searched for in the paths of the blocks' kernels, such as `blocks/mlp/up/kernel`; by
-    default they find all of them. Embeddings, norms, biases and the head cannot be adapted.
+    Attributes:
+      rank: columns of a, rows of b.
+      alpha: a @ b is multiplied by alpha / rank, or by alpha / sqrt(rank) if `rank_stabilised`.
+      targets: regular expressions. A kernel is adapted if one is found in its path, such as
+        `blocks/mlp/up/kernel`. By default all kernels of the blocks are. Embeddings, norms, biases
+        and the head cannot be adapted.
+      rank_stabilised: see `alpha`; Kalajdzievski 2023.
 
     Raises:
       ValueError: a rank or alpha that is not positive, no target, a pattern that does not compile.
@@ -79,14 +82,20 @@ class LoraConfig:
 
 
 def init(key: Array, params: Params, config: LoraConfig) -> Adapters:
-    """New adapters, float32: a random, b zero, so that they change nothing yet.
+    """Make new adapters, float32. They change nothing yet: a is random and b is zero.
 
-    A dict with the paths of the targeted kernels [L, *inward, *outward]; at each stand
-    `{"a": [L, inward, rank], "b": [L, rank, outward]}`, the axes of either side flattened to one.
-    a is uniform within 1 / sqrt(inward), as in the authors' code and in peft (the paper: Gaussian).
+    a is uniform within 1 / sqrt(inward), as in the authors' code and in peft. (Departure from the
+    paper, where it is Gaussian.) Each kernel gets a key by its path, so the a of a kernel does not
+    depend on the other targets.
 
     Args:
+      key: for a.
       params: arrays or their ShapeDtypeStructs; only shapes are read.
+      config: which kernels to adapt.
+
+    Returns:
+      A nested dict with the paths of the adapted kernels [L, *inward, *outward]. At each path it
+      has `{"a": [L, inward, rank], "b": [L, rank, outward]}`, each side flattened to one axis.
 
     Raises:
       ValueError: a target that is found in no kernel's path; the paths are listed.
@@ -102,23 +111,23 @@ def init(key: Array, params: Params, config: LoraConfig) -> Adapters:
     for path, leaf in kernels.items():
         if any(re.search(pattern, path) for pattern in config.targets):
             layers, inward, outward = sizes(path, leaf.shape)
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             bound, shape = inward**-0.5, (layers, inward, config.rank)
-            flat[f"{path}/a"] = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
+            flat[f"{path}/a"] = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
             flat[f"{path}/b"] = jnp.zeros((layers, config.rank, outward), jnp.float32)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def apply(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
-    """`base` with kernel + scale * a @ b at every adapted path; all else is `base` itself.
+    """Compute kernel + scale * a @ b at every adapted path; all other arrays are those of `base`.
 
-    Gradients reach `adapters` only. The sum is made, and left, in the wider dtype of kernel and
-    adapters: a bfloat16 base keeps small deltas, and the model casts to its compute dtype layer by
-    layer.
+    Gradients flow to `adapters` only. The sum has the wider dtype of kernel and adapters, so that
+    small changes of a bfloat16 base are not rounded away. The model casts it to its compute dtype
+    layer by layer.
 
-    Memory: the adapted kernels exist a second time, in that dtype, for as long as the forward and
-    backward pass want them, and their gradient [L, inward, outward] exists until it is contracted
-    to those of a and b. What LoRA spares here is the optimiser's state and checkpoints.
+    Memory: the adapted kernels exist a second time, in that dtype, during the forward and backward
+    pass. Their gradient [L, inward, outward] exists until it is contracted to those of a and b. So
+    LoRA saves the memory of the optimiser's state and of checkpoints here, but not this.
 
     Raises:
       ValueError: an adapter that fits no kernel of `base`; its path is named.
@@ -131,51 +140,56 @@ def apply(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
 
 
 def merge(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
-    """`apply`, rounded to the dtypes of `base`: for `huggingface.save`."""
+    """Compute `apply` and round to the dtypes of `base`: for `huggingface.save`."""
     return jax.tree.map(lambda x, old: x.astype(old.dtype), apply(base, adapters, config), base)
 
 
 def adaptable(params: Params) -> dict:
-    """path -> leaf of every kernel that can be adapted."""
+    """Find the kernels that can be adapted: path -> leaf."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return {path: leaf for path, leaf in flat.items() if re.match(r"blocks/.*/kernel$", path)}
 
 
 def adapted(params: Params, adapters: Adapters) -> dict:
-    """path -> leaf of the kernels that the adapters change."""
+    """Find the kernels that these adapters change: path -> leaf."""
     kernels = adaptable(params)
     return {path: kernels[path] for path in pairs(adapters)}
 
 
 def inward_axes(path: str) -> int:
-    """How many axes of a kernel, after that of layers, are summed over: heads and their size."""
+    """Count the axes of a kernel, after that of layers, that a product sums over.
+
+    The attention's output projection has two, heads and their size; all other kernels have one.
+    """
     return 2 if path.endswith("attention/out/kernel") else 1
 
 
 def sizes(path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(layers, inward, outward) of a stacked kernel."""
+    """Compute (layers, inward, outward) of a stacked kernel, each side flattened to one axis."""
     middle = 1 + inward_axes(path)
     return shape[0], math.prod(shape[1:middle]), math.prod(shape[middle:])
 
 
 def pairs(adapters: Adapters) -> dict[str, dict[str, Array]]:
-    """path of a kernel -> its {"a": ..., "b": ...}."""
-    found: dict[str, dict[str, Array]] = {}
+    """Group the arrays of adapters by kernel: path of the kernel -> {"a": ..., "b": ...}."""
+    by_kernel: dict[str, dict[str, Array]] = {}
     for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items():
         kernel, _, name = path.rpartition("/")
-        found.setdefault(kernel, {})[name] = leaf
-    return found
+        by_kernel.setdefault(kernel, {})[name] = leaf
+    return by_kernel
 
 
 def _product(path: str, pair: dict[str, Array], kernels: dict) -> Array:
-    """a @ b, [L, inward, outward]."""
+    """Compute a @ b, [L, inward, outward]."""
     if path not in kernels:
         raise ValueError(f"adapters: {path}: the model has no such kernel")
     layers, inward, outward = sizes(path, kernels[path].shape)
-    found = {name: leaf.shape for name, leaf in sorted(pair.items())}
-    rank = found.get("a", (0,))[-1]
-    wanted = {"a": (layers, inward, rank), "b": (layers, rank, outward)}
-    if found != wanted:
-        raise ValueError(f"adapters: {path}: has the shapes {found}, but the kernel wants {wanted}")
-    # A float32 product even where accelerators would round its inputs: it costs next to nothing.
+    shapes = {name: leaf.shape for name, leaf in sorted(pair.items())}
+    rank = shapes.get("a", (0,))[-1]
+    expected = {"a": (layers, inward, rank), "b": (layers, rank, outward)}
+    if shapes != expected:
+        raise ValueError(
+            f"adapters: {path}: has the shapes {shapes}, but the kernel needs {expected}"
+        )
+    # In full float32, where accelerators would round the inputs by default: it costs little.
     return jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Between the tensors of a Hugging Face folder and our arrays, as the name maps say."""
+"""Reading and writing of our arrays as the tensors of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ def read_params(
     mesh: Mesh | None,
     dtype,
 ) -> Params:
-    """The arrays that `init` would make, from the safetensors in a folder.
+    """Read the arrays that `init` would make from the safetensors in a folder.
+
+    Args:
+      folder: with one or more safetensors files.
+      family: names the tensors.
+      config: of the model.
+      init: `init` of the model; only shapes are taken from it.
+      mesh: where the arrays are put, by `SHARDING_RULES`; None: the first device.
+      dtype: of the arrays.
 
     Raises:
       FileNotFoundError: no safetensors there.
@@ -55,7 +63,7 @@ def read_params(
 
 
 def tensors_of(family: Family, config: Config, params: Params) -> Iterator[Tensor]:
-    """What a folder of this family holds for these arrays."""
+    """Yield the tensors that a folder of this family holds for these arrays."""
     flat = traverse_util.flatten_dict(params, sep="/")
     for weight, layer, name in _weights(family, config, flat):
         leaves = [flat[path] for path in weight.paths]
@@ -69,22 +77,18 @@ def tensors_of(family: Family, config: Config, params: Params) -> Iterator[Tenso
 
 
 def _fetch(weight: Weight, leaves: list[jax.Array], layer: int | None) -> np.ndarray:
-    """One of their tensors on this host, gathered from all processes where it must be."""
+    """One of their tensors on this host, gathered from all processes if they share it."""
     arrays = leaves if layer is None else [leaf[layer] for leaf in leaves]
-    return weight.join(
-        [
-            np.asarray(
-                array
-                if array.is_fully_addressable
-                else multihost_utils.process_allgather(array, tiled=True)
-            )
-            for array in arrays
-        ]
-    )
+    on_host = []
+    for array in arrays:
+        if not array.is_fully_addressable:
+            array = multihost_utils.process_allgather(array, tiled=True)
+        on_host.append(np.asarray(array))
+    return weight.join(on_host)
 
 
 def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
-    """Names as our tables have them; base-model files leave the prefix out."""
+    """Rename tensors as our tables name them; files of base models leave the prefix out."""
     for theirs, ours in family.renamed:
         tensors = {
             ours + name.removeprefix(theirs) if name.startswith(theirs) else name: stored
@@ -103,7 +107,7 @@ def _in_trunk(weight: Weight) -> bool:
 
 
 def _weights(family: Family, config: Config, paths):
-    """(weight, layer or None, name) for every tensor that a model with these paths has."""
+    """Yield (weight, layer or None, name) for every tensor that a model with these paths has."""
     for weight in family.weights:
         if not all(path in paths for path in weight.paths):
             continue
@@ -119,7 +123,7 @@ def _sources(
     tensors: dict[str, Stored],
     folder: pathlib.Path,
 ) -> dict[str, list[np.ndarray]]:
-    """For each of our arrays the views it is made of: one per layer, or just one."""
+    """Find, for each of our arrays, the views that it is made of: one for each layer, or one."""
     sources: dict[str, list[np.ndarray]] = {path: [] for path in flat}
     used = set()
     for weight, layer, name in _weights(family, config, flat):
@@ -135,13 +139,14 @@ def _sources(
         used.add(name)
         for path, view in zip(weight.paths, weight.split(stored.view, shapes)):
             sources[path].append(view)
-    _nothing_left(family, config, tensors, used)
+    _check_unused(family, config, tensors, used)
     return sources
 
 
-def _nothing_left(
+def _check_unused(
     family: Family, config: Config, tensors: dict[str, Stored], used: set[str]
 ) -> None:
+    """Refuse a tensor that the model does not use, unless it is known to be harmless."""
     names = {path: weight.name for weight in family.weights for path in weight.paths}
     embedding, head = names["embed/tokens"], names.get("head/kernel")
     for name in sorted(set(tensors) - used):
@@ -157,15 +162,15 @@ def _nothing_left(
 
 
 def _array(views: list[np.ndarray], shape: tuple[int, ...], dtype, sharding: Sharding) -> jax.Array:
-    """A jax array whose every shard is copied from the views."""
+    """Make a jax array, each shard of which is copied from the views."""
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         if len(shape) == views[0].ndim:
             return views[0][index].astype(dtype)
         layers = [view[index[1:]] for view in views[index[0]]]
         out = np.empty((len(layers), *layers[0].shape), dtype)
-        for place, layer in zip(out, layers):
-            place[...] = layer
+        for layer, view in enumerate(layers):
+            out[layer] = view
         return out
 
     return jax.make_array_from_callback(shape, sharding, shard)

@@ -1,4 +1,4 @@
-"""Where every tensor of a Hugging Face checkpoint goes, as data read in both directions."""
+"""Which array of ours each tensor of a Hugging Face checkpoint is; used to load and to save."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import numpy as np
 
 
 class Weight(NamedTuple):
-    """One of their tensors and the arrays of ours that it holds.
+    """One tensor of a checkpoint ("theirs") and the arrays of ours that it holds.
 
-    name: `{layer}` stands for the layer number. paths: several when their tensor is these arrays
-    joined. layout: our axes, an arrow, and their axes, where letters that stand together are one
-    axis of theirs: "dnh -> nh d" is our [D, heads, head_dim] as their [heads * head_dim, D]. An
-    asterisk stands before the axis along which several arrays are joined: "dnh -> *nh d" has all
-    heads of the first array, then all of the second; "dnh -> n*h d" has, for each head in turn,
-    its part of every array.
+    Attributes:
+      name: of their tensor; `{layer}` stands for the number of the layer.
+      paths: of our arrays; several if their tensor is these arrays joined.
+      layout: our axes, an arrow, their axes. Letters that stand together are one axis of theirs:
+        "dnh -> nh d" is our [D, heads, head_dim] as their [heads * head_dim, D]. An asterisk marks
+        the axis along which several arrays are joined. "dnh -> *nh d" has all heads of the first
+        array, then all heads of the second. "dnh -> n*h d" has, for each head in turn, its part of
+        every array.
     """
 
     name: str
@@ -23,34 +25,36 @@ class Weight(NamedTuple):
     layout: str
 
     def their_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of their tensor, from those of our arrays (without the axis of layers)."""
+        """Compute the shape of their tensor from those of our arrays (without layers)."""
         sizes = dict(zip(self._theirs(), self._joined_shape(shapes)))
         groups = self.layout.split(" -> ")[1].replace("*", "").split()
         return tuple(int(np.prod([sizes[axis] for axis in group])) for group in groups)
 
     def split(self, tensor: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Our arrays, as views of their tensor."""
+        """Cut their tensor into our arrays, which are views of it."""
         axis, order = self._join_axis(), self._order()
         ends = np.cumsum([shape[order[axis]] for shape in shapes])
         pieces = np.split(tensor.reshape(self._joined_shape(shapes)), ends[:-1], axis=axis)
         return [piece.transpose(np.argsort(order)) for piece in pieces]
 
     def join(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """Their tensor, from our arrays."""
+        """Make their tensor of our arrays."""
         order = self._order()
         pieces = [array.transpose(order) for array in arrays]
         joined = np.concatenate(pieces, axis=self._join_axis())
         return joined.reshape(self.their_shape([array.shape for array in arrays]))
 
     def _theirs(self) -> str:
-        """Their axes, none merged."""
+        """Their axes, none merged: "nhd" of "dnh -> nh d"."""
         return self.layout.split(" -> ")[1].replace(" ", "").replace("*", "")
 
     def _order(self) -> list[int]:
+        """For each of their axes, its place among ours."""
         ours = self.layout.split(" -> ")[0]
         return [ours.index(axis) for axis in self._theirs()]
 
     def _join_axis(self) -> int:
+        """The place of the joined axis among theirs, none merged; 0 if there is one array."""
         return max(0, self.layout.split(" -> ")[1].replace(" ", "").find("*"))
 
     def _joined_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -62,7 +66,7 @@ class Weight(NamedTuple):
 
 
 def table(theirs: str, ours: str) -> Weight:
-    """A matrix with a row per token, position or label, the same in both."""
+    """A matrix with one row for each token, position or label; the same in both."""
     return Weight(theirs, (ours,), "vd -> v d")
 
 

@@ -213,7 +213,7 @@ def test_what_is_not_understood_is_named(family, change, message):
     [
         ({"residual": "diagonal"}, "residual: 'diagonal' is not one of sequential, parallel"),
         ({"residual": "parallel", "post_norms": True}, "post_norms: residual is 'parallel'"),
-        ({"local_rope": Rope(dim=2)}, "local_rope: it has to rotate the same pairs as rope"),
+        ({"local_rope": Rope(dim=2)}, "local_rope: it must rotate the same pairs as rope"),
         ({"rope": None, "positions": "learned", "local_rope": Rope()}, "local_rope: give it"),
     ],
 )

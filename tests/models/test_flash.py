@@ -20,7 +20,7 @@ SMALL = (((11, (5, 17, 7)), (20, (3, 9))), ((0, (13, 6)), (9, (40, 14))))
 
 def interpreted(block=BLOCK, tile=None) -> Kernel:
     attend = functools.partial(flash.attend, tile=tile, interpret=True)
-    return Kernel(functools.partial(flash.seen, block=block), attend)
+    return Kernel(functools.partial(flash.flash_mask, block=block), attend)
 
 
 def small_rows() -> PlainRows:
@@ -100,12 +100,15 @@ def test_under_vmap_over_queries_and_scales_flash_equals_plain_attention():
 @pytest.mark.parametrize("window", [None, 10])
 def test_the_spans_are_the_plain_mask_and_padding_sees_itself(window):
     rows = rows_of(LAYOUTS)
-    own, first, last = (np.asarray(x)[..., None] for x in spans(rows, window, 300))
+    branch_first, prompt_first, prompt_last = (
+        np.asarray(x)[..., None] for x in spans(rows, window, 300)
+    )
     column = np.arange(300)
-    found = ((own <= column) & (column <= column[:, None])) | (first <= column) & (column <= last)
+    sees = (branch_first <= column) & (column <= column[:, None])
+    sees |= (prompt_first <= column) & (column <= prompt_last)
     real, mask = rows.segment > 0, np.asarray(attention_mask(rows, window))
-    np.testing.assert_array_equal(found[real], mask[real])
-    np.testing.assert_array_equal(found[~real], np.broadcast_to(np.eye(300), found.shape)[~real])
+    np.testing.assert_array_equal(sees[real], mask[real])
+    np.testing.assert_array_equal(sees[~real], np.broadcast_to(np.eye(300), sees.shape)[~real])
 
 
 @pytest.mark.parametrize("window", [None, 10])
@@ -114,9 +117,12 @@ def test_blocks_are_visited_if_and_only_if_a_token_sees_a_column(window):
     mask = np.asarray(attention_mask(rows, window)) & (rows.segment > 0)[..., None]
     mask = np.pad(mask, ((0, 0), (0, 112 - LENGTH), (0, 112 - LENGTH)))
     mask |= np.eye(112, dtype=bool)  # padding sees itself
-    seen = flash.seen(rows, window, block=16)
+    flash_mask = flash.flash_mask(rows, window, block=16)
     needed = mask.reshape(2, 7, 16, 7, 16).any((2, 4))
-    for visits, expected in ((seen.keys, needed), (seen.queries, needed.swapaxes(1, 2))):
+    for visits, expected in (
+        (flash_mask.keys, needed),
+        (flash_mask.queries, needed.swapaxes(1, 2)),
+    ):
         for row in range(2):
             for block in range(7):
                 listed = visits.blocks[row, block, : visits.count[row, block]]
@@ -154,7 +160,7 @@ def test_flash_lowers_for_a_gpu_at_the_sizes_of_real_models(dim, dtype):
     tokens = jax.ShapeDtypeStruct((2, 4100), jnp.int32)
 
     def loss(query, key, value, tokens):
-        mask = flash.seen(plain_rows(tokens), 1000)
+        mask = flash.flash_mask(plain_rows(tokens), 1000)
         return flash.attend(query, key, value, mask, 0.1, softcap=50.0).astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
@@ -187,7 +193,7 @@ def test_outside_the_kernels_no_array_is_quadratic_in_the_row():
         return max(sizes(jax.make_jaxpr(jax.grad(loss))(arrays, mask).jaxpr))
 
     assert largest(flash.FLASH) == 2 * 16 * length
-    assert largest(XLA) >= length**2 / 4  # a stretch's
+    assert largest(XLA) >= length**2 / 4  # the scores of a stretch
     program = lowered(flash.FLASH, "cuda")
     assert all(name in program for name in KERNELS)
     assert "1024x1024x" not in program

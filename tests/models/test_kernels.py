@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_checkpoints import random_params, random_tokens
 
-from dpojax.config.checks import ConfigError
 from dpojax.config.defaults import default_config
+from dpojax.config.errors import ConfigError
 from dpojax.models import flash, kernels, splash
 from dpojax.models.attention import XLA, Kernel, PlainRows, attention_mask, plain_rows
 from dpojax.models.config import LLAMA, DecoderConfig
@@ -19,8 +19,8 @@ from dpojax.models.decoder import SHARDING_RULES, build
 from dpojax.sharding import ROWS, SWEEP, make_mesh, sweep_mesh, tree_shardings
 from dpojax.stages import setup
 
-INTERPRETED = Kernel(splash.stretches, functools.partial(splash.attend, interpret=True))
-FLASH_INTERPRETED = Kernel(flash.seen, functools.partial(flash.attend, interpret=True))
+INTERPRETED = Kernel(splash.span_masks, functools.partial(splash.attend, interpret=True))
+FLASH_INTERPRETED = Kernel(flash.flash_mask, functools.partial(flash.attend, interpret=True))
 LENGTH = 300  # of three blocks of 128, once padded
 # The examples of each row, (prompt, responses) in tokens: K = 1, 2, 3; no prompt; beyond a block.
 LAYOUTS = (
@@ -69,7 +69,7 @@ def values_and_gradients(kernel, rows, *, window=None, softcap=None):
 def test_own_branch_and_prompt_together_are_the_plain_mask(window):
     rows = rows_of()
     column, found, run = np.arange(LENGTH), 0, 0
-    for seen, blocks in jax.jit(splash.stretches, static_argnums=1)(rows, window):
+    for seen, blocks in jax.jit(splash.span_masks, static_argnums=1)(rows, window):
         seen, block = np.asarray(seen)[:, :LENGTH, None], seen.shape[1] // blocks.shape[1]
         stretch = (column >= (seen & 0xFFFF)) & (column <= (seen >> 16))
         of_blocks = np.asarray(blocks)[:, column[:, None] // block, column // block]
@@ -213,7 +213,7 @@ def test_auto_takes_the_kernel_of_the_platform():
 def test_what_cudnn_cannot_do_auto_gives_to_another_and_a_name_refuses(
     config, dtype, where, vmapped, reason, instead, caplog
 ):
-    kernels._say_once.cache_clear()
+    kernels._warn_once.cache_clear()
     for _ in range(2):
         assert kernels.choose("auto", config, dtype, where, vmapped=vmapped) is instead
     skipped = ["cudnn", "flash"] if instead is XLA else ["cudnn"]
@@ -225,7 +225,7 @@ def test_what_cudnn_cannot_do_auto_gives_to_another_and_a_name_refuses(
 
 
 def test_what_flash_cannot_do_is_refused_by_name():
-    with pytest.raises(ValueError, match="'flash': heads are to have up to 256 dimensions"):
+    with pytest.raises(ValueError, match="'flash': heads may have up to 256 dimensions"):
         kernels.choose("flash", WIDER, "bfloat16", device("gpu"))
 
 
@@ -248,4 +248,4 @@ def test_an_attention_that_the_devices_do_not_have_names_its_key(name, message):
 def test_a_row_too_long_for_splash_is_refused():
     tokens = jax.ShapeDtypeStruct((1, 2**16 + 2), jnp.int32)
     with pytest.raises(ValueError, match="splash takes 65536 at most"):
-        jax.eval_shape(lambda tokens: splash.stretches(plain_rows(tokens)), tokens)
+        jax.eval_shape(lambda tokens: splash.span_masks(plain_rows(tokens)), tokens)

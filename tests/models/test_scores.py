@@ -159,7 +159,7 @@ def test_a_classifier_has_the_labels_of_its_config_and_a_single_one_is_a_score()
     assert (score.scalar_head, score.labels) == (True, ())
     both = config_from_raw(raw | {"id2label": {"0": "bad", "1": "good"}})
     assert (both.scalar_head, both.labels) == (True, ("bad", "good"))
-    with pytest.raises(ValueError, match=r"labels: \('bad', 'good'\) are not those of"):
+    with pytest.raises(ValueError, match=r"labels: \('bad', 'good'\); a classifier has"):
         DecoderConfig(
             **GPT2,
             vocab_size=4,

@@ -1,6 +1,6 @@
-"""Hugging Face model families as data: which key of config.json is which field of ours.
+"""Hugging Face model families as data: which key of config.json is which field of our config.
 
-A key that a family does not list is an error: it may change the maths.
+A key that a family does not list is an error, because it may change the model's maths.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ ENCODERS = {"bert": BERT, "roberta": ROBERTA}
 
 
 def config_from_raw(raw: dict, families: Mapping[str, Family] = DECODERS):
-    """The DecoderConfig, or what else the families describe, that a config.json describes.
+    """Make our config from a config.json: a DecoderConfig, or an EncoderConfig for ENCODERS.
+
+    Args:
+      raw: config.json.
+      families: model_type -> Family.
 
     Raises:
-      ValueError: an unknown model_type; a key that is missing, unknown, or set to what is not
+      ValueError: an unknown model_type; a key that is missing, unknown, or has a value that is not
         supported.
     """
     family = family_of(raw, families)
@@ -63,7 +67,10 @@ def config_from_raw(raw: dict, families: Mapping[str, Family] = DECODERS):
 
 
 def _head_of(raw: dict) -> dict:
-    """Our fields of a sequence classifier's head; the name of a single label, a score, is lost."""
+    """Our fields for the head of a sequence classifier.
+
+    With a single label it gives a score, and the name of the label is lost.
+    """
     names = raw.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         return {"scalar_head": False}
@@ -72,7 +79,7 @@ def _head_of(raw: dict) -> dict:
 
 
 def as_classifier(raw: dict, labels: tuple[str, ...]) -> dict:
-    """config.json of the same trunk as a sequence classifier; without labels, as one score."""
+    """Make a config.json of a sequence classifier with the same trunk; no labels: one score."""
     names = labels or ("LABEL_0",)
     return raw | {
         "architectures": [family_of(raw).classifier],
@@ -82,7 +89,7 @@ def as_classifier(raw: dict, labels: tuple[str, ...]) -> dict:
 
 
 def family_of(raw: dict, families: Mapping[str, Family] = DECODERS) -> Family:
-    """The family that a config.json names.
+    """Look up the family that a config.json names.
 
     Raises:
       ValueError: its model_type is missing or not supported.
@@ -94,10 +101,10 @@ def family_of(raw: dict, families: Mapping[str, Family] = DECODERS) -> Family:
 
 
 def config_to_raw(config: DecoderConfig) -> dict:
-    """A config.json for a model that was made here, as the first family that can express it.
+    """Make a config.json for a model of ours, as the first family that can express it.
 
     Raises:
-      ValueError: no family can, with the fields that stand in the way of each.
+      ValueError: no family can; the message lists the fields that prevent it for each.
     """
     obstacles = []
     for model_type, family in DECODERS.items():
@@ -118,6 +125,6 @@ def config_to_raw(config: DecoderConfig) -> dict:
 
 
 def differences(one, other) -> list[str]:
-    """The names of fields that differ between two configs of one class."""
+    """List the names of the fields that differ between two configs of one class."""
     names = [field.name for field in dataclasses.fields(one)]
     return [name for name in names if getattr(one, name) != getattr(other, name)]

@@ -8,21 +8,17 @@ from dpojax.models.weights import ATTENTION, Weight, affine, norm, table
 
 
 def _trunk(prefix: str) -> tuple[Weight, ...]:
-    """All below the classifier; both families name it alike, after their prefix."""
-    e, layer = f"{prefix}.embeddings", f"{prefix}.encoder.layer.{{layer}}"
-    qkv = ("query", "key", "value")
+    """The weights below the classifier. Both families give them the same names after a prefix."""
+    embeddings, layer = f"{prefix}.embeddings", f"{prefix}.encoder.layer.{{layer}}"
+    attention = f"{layer}.attention.self"
     return (
-        table(f"{e}.word_embeddings.weight", "embed/tokens"),
-        table(f"{e}.position_embeddings.weight", "embed/positions"),
-        table(f"{e}.token_type_embeddings.weight", "embed/types"),
-        *norm(f"{e}.LayerNorm", "embed/norm"),
-        *(
-            weight
-            for part in qkv
-            for weight in affine(
-                f"{layer}.attention.self.{part}", f"{ATTENTION}/{part}", "dnh -> nh d", "nh -> nh"
-            )
-        ),
+        table(f"{embeddings}.word_embeddings.weight", "embed/tokens"),
+        table(f"{embeddings}.position_embeddings.weight", "embed/positions"),
+        table(f"{embeddings}.token_type_embeddings.weight", "embed/types"),
+        *norm(f"{embeddings}.LayerNorm", "embed/norm"),
+        *affine(f"{attention}.query", f"{ATTENTION}/query", "dnh -> nh d", "nh -> nh"),
+        *affine(f"{attention}.key", f"{ATTENTION}/key", "dnh -> nh d", "nh -> nh"),
+        *affine(f"{attention}.value", f"{ATTENTION}/value", "dnh -> nh d", "nh -> nh"),
         *affine(f"{layer}.attention.output.dense", f"{ATTENTION}/out", "nhd -> d nh", "d -> d"),
         *norm(f"{layer}.attention.output.LayerNorm", "blocks/attention_norm"),
         *affine(f"{layer}.intermediate.dense", "blocks/mlp/up", "df -> f d", "f -> f"),
@@ -44,7 +40,7 @@ ROBERTA_WEIGHTS = (
 
 
 def labels_of(raw: dict) -> tuple[str, ...]:
-    """The names of a classifier's labels, in the order of its logits."""
+    """Read the names of a classifier's labels, in the order of its logits."""
     names = raw.get("id2label")
     if not names:
         count = raw.get("num_labels") or raw.get("_num_labels") or 2
@@ -60,7 +56,7 @@ def _read_bert(raw: dict) -> dict:
 
 
 def _read_roberta(raw: dict) -> dict:
-    # Its positions count from the id of padding, which has a row of the table to itself.
+    # Positions are counted from the id of padding, which has an entry of the table for itself.
     padding = raw.get("pad_token_id", 1)
     if padding is None:
         raise ValueError("pad_token_id: null, but roberta counts positions from it")
@@ -107,7 +103,7 @@ ROBERTA = BERT._replace(
     classifier="RobertaForSequenceClassification",
     prefix="roberta.",
     weights=ROBERTA_WEIGHTS,
-    # Older files hold a pooler that the classifier never reads.
+    # Older files have a pooler that the classifier does not use.
     harmless_tensors=r"\.embeddings\.position_ids$|^roberta\.pooler\.",
     read=_read_roberta,
 )

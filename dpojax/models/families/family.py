@@ -1,4 +1,4 @@
-"""What a Hugging Face model family is, as data, and the keys that all of them share."""
+"""The description of a Hugging Face model family, and the keys that all families share."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ REQUIRED = object()
 
 
 class Family(NamedTuple):
-    """One model_type.
+    """One model_type of transformers.
 
-    architecture: the transformers class of the language model; classifier: that of the sequence
-    classifier. prefix: what base-model checkpoints leave out of names.
-    base: fields of the config that all members share. keys: their key -> (our field, its
-    default or REQUIRED). fixed: key -> the only value that is supported. harmless: keys that do
-    not change the maths. weights: where tensors go; harmless_tensors: a pattern of buffers that
-    need no reading; renamed: (the start of a name, what it is called here). special: keys that
-    `read` (raw -> fields) and `write` (config -> keys) translate, being more than a new name.
+    Attributes:
+      architecture: the transformers class of the language model.
+      classifier: the transformers class of the sequence classifier.
+      prefix: the start of tensor names that checkpoints of base models leave out.
+      base: fields of our config that are the same for all members.
+      keys: their key -> (our field, its default or REQUIRED).
+      fixed: their key -> the only value that is supported.
+      harmless: keys that do not change the maths.
+      weights: which array of ours each tensor is.
+      harmless_tensors: a pattern of names of tensors that are not read.
+      special: keys for which a new name is not enough; `read` and `write` translate them.
+      read: config.json -> fields of our config, for the special keys.
+      write: our config -> the special keys.
+      config: the class of our config.
+      renamed: pairs (start of a tensor's name, what it is in `weights`).
     """
 
     architecture: str
@@ -39,7 +47,7 @@ class Family(NamedTuple):
     renamed: tuple[tuple[str, str], ...] = ()
 
 
-# Bookkeeping, generation defaults, dropout (never applied here) and output switches.
+# Bookkeeping, defaults of generation, dropout (never applied here) and switches of outputs.
 _HARMLESS = """
 architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype
 use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id
@@ -69,10 +77,10 @@ ROPE = frozenset(
 
 
 def windows_of(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
-    """One window per layer from `layer_types`; () where no layer has one.
+    """Compute the window of each layer from `layer_types`; () if no layer has one.
 
     Raises:
-      ValueError: another kind of layer.
+      ValueError: an unknown kind of layer.
     """
     if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
         raise ValueError(f"layer_types: {sorted(unknown)[0]!r} is not supported")
@@ -81,11 +89,11 @@ def windows_of(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    """The inverse: `layer_types` for config.json."""
+    """Make `layer_types` for config.json: the inverse of `windows_of`."""
     kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
     return kinds or ["full_attention"] * config.layers
 
 
 def widest(config: DecoderConfig) -> int | None:
-    """`sliding_window` for config.json: it knows one window for all layers that have any."""
+    """Make `sliding_window` for config.json, where all layers with a window share its size."""
     return max((window or 0 for window in config.windows), default=None)

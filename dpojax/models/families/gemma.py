@@ -35,7 +35,10 @@ GEMMA_WEIGHTS = (
 
 
 def _read(raw: dict, pattern: int) -> dict:
-    """What both read alike; every `pattern`-th layer has no window, unless layer_types says."""
+    """Read the keys that both families share.
+
+    Without layer_types, each `pattern`-th layer has no window, and the others have one.
+    """
     kinds = raw.get("layer_types") or [
         "sliding_attention" if (layer + 1) % pattern else "full_attention"
         for layer in range(raw["num_hidden_layers"])
@@ -74,15 +77,15 @@ def _read_gemma3(raw: dict) -> dict:
     nested = raw.get("rope_parameters") or {}
     if unknown := sorted(set(nested) - {"full_attention", "sliding_attention"}):
         raise ValueError(f"rope_parameters.{unknown[0]}: gemma3_text has one set per layer type")
-    # Older files: rope_theta and rope_scaling are those of layers without a window.
+    # In older files, rope_theta and rope_scaling belong to the layers without a window.
     context = {"max_position_embeddings": raw.get("max_position_embeddings", 131_072)}
     old = {key: raw.get(key) for key in ("rope_theta", "rope_scaling")}
-    globally = context | old | {"rope_parameters": nested.get("full_attention")}
-    locally = context | {"rope_parameters": nested.get("sliding_attention")}
+    global_keys = context | old | {"rope_parameters": nested.get("full_attention")}
+    local_keys = context | {"rope_parameters": nested.get("sliding_attention")}
     local_theta = raw.get("rope_local_base_freq") or 10_000.0
     fields = _read(raw, raw.get("sliding_window_pattern") or 6)
-    rope = read_rope(globally, theta=1_000_000.0)
-    local = read_rope(locally, theta=float(local_theta)) if fields["windows"] else None
+    rope = read_rope(global_keys, theta=1_000_000.0)
+    local = read_rope(local_keys, theta=float(local_theta)) if fields["windows"] else None
     return fields | {"rope": rope, "local_rope": None if local == rope else local}
 
 
@@ -112,7 +115,7 @@ GEMMA2 = LLAMA_FAMILY._replace(
     | {"final_logit_softcapping": ("head_softcap", 30.0)}
     | {"attn_logit_softcapping": ("attention_softcap", 50.0)},
     fixed=COMMON_FIXED | {"use_bidirectional_attention": False},
-    # Old files have hidden_act as well, but only hidden_activation is read.
+    # Old files have hidden_act as well; transformers reads only hidden_activation.
     harmless=LLAMA_FAMILY.harmless | {"hidden_act"},
     weights=GEMMA_WEIGHTS,
     special=ROPE | _SPECIAL,
@@ -126,7 +129,7 @@ GEMMA3 = GEMMA2._replace(
     keys=_KEYS
     | {"max_position_embeddings": ("max_positions", 131_072)}
     | {"final_logit_softcapping": ("head_softcap", None)},
-    # transformers has the key of Gemma 2's attention cap but never applies it.
+    # transformers has the key of Gemma 2's attention cap here, too, but never applies it.
     fixed=COMMON_FIXED | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     special=ROPE
     | _SPECIAL

@@ -9,7 +9,7 @@ from dpojax.models.weights import ATTENTION, QKV, SCORE, Weight, affine, fused, 
 
 _G, _N = "transformer.h.{layer}", "gpt_neox.layers.{layer}"
 
-# A table lists all that a family may hold; entries whose arrays a config lacks are left out.
+# A table lists all tensors that a family may have. Those whose arrays a model lacks are left out.
 GPT2_WEIGHTS = (
     table("transformer.wte.weight", "embed/tokens"),
     table("transformer.wpe.weight", "embed/positions"),
@@ -126,7 +126,7 @@ GPT2_FAMILY = Family(
     | {"scale_attn_by_inverse_layer_idx": ("attention_scale_by_layer", False)}
     | {"tie_word_embeddings": ("tied_head", True)},
     fixed=COMMON_FIXED,
-    # reorder_and_upcast_attn only asks for the float32 softmax that is always used here.
+    # reorder_and_upcast_attn means a float32 softmax, which is always used here.
     harmless=_GPT_HARMLESS | {"reorder_and_upcast_attn"},
     weights=GPT2_WEIGHTS,
     harmless_tensors=r"\.attn\.(bias|masked_bias)$",

@@ -1,4 +1,4 @@
-"""Llama and the families that are nearly Llama: Mistral, Qwen 2 and 3, Phi-3."""
+"""Llama, and the families that differ little from it: Mistral, Qwen 2 and 3, Phi-3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpojax.models.weights import ATTENTION, GATE_UP, QKV, SCORE, affine, fused,
 
 _L = "model.layers.{layer}"
 
-# A table lists all that a family may hold; entries whose arrays a config lacks are left out.
+# A table lists all tensors that a family may have. Those whose arrays a model lacks are left out.
 EMBEDDING = table("model.embed_tokens.weight", "embed/tokens")
 HEADS = (*norm("model.norm", "final_norm"), table("lm_head.weight", "head/kernel"), SCORE)
 ATTENTION_WEIGHTS = (
@@ -51,7 +51,7 @@ PHI3_WEIGHTS = (
 
 
 def biases(raw: dict) -> dict:
-    """Our two fields for `attention_bias`."""
+    """Read `attention_bias`, which sets two fields of ours."""
     biased = bool(raw.get("attention_bias", False))
     return {"qkv_bias": biased, "out_bias": biased}
 
@@ -108,10 +108,10 @@ def _write_qwen3(config: DecoderConfig) -> dict:
 
 
 def _read_phi3(raw: dict) -> dict:
-    # Files hold partial_rotary_factor at the top or inside rope_parameters.
+    # partial_rotary_factor may stand at the top of the file or inside rope_parameters.
     head_dim = raw["hidden_size"] // raw["num_attention_heads"]
     partial = raw.get("partial_rotary_factor") or 1.0
-    # transformers takes "yarn" in a Phi-3 file for longrope.
+    # No scaling: transformers reads "yarn" in a file of Phi-3 as longrope.
     rope = read_rope(raw, kinds=("default",), head_dim=head_dim, partial=partial)
     return {"rope": rope, "windows": _one_window(raw, None)}
 
