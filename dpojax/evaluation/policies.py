@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
-from dpojax.data.packing import Shape, Size, first_fit, size_of
+from dpojax.data.filling import Size, first_fit
+from dpojax.data.packing import Shape, size_of
 from dpojax.data.records import Record
 from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example, TokenizeConfig, tokenise
