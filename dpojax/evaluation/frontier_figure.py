@@ -7,19 +7,21 @@ the band around the limit are two standard errors to either side.
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from dpojax import storage
 from dpojax.evaluation import frontier_points
 from dpojax.evaluation.frontier import Estimate
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point
@@ -94,15 +96,10 @@ def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | o
       paths: their folders must exist.
     """
     drawn = figure(points, optimum, base)
-    for path in map(pathlib.Path, paths):
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    for path in map(storage.as_path, paths):
         dated = {"CreationDate": None} if path.suffix == ".pdf" else None
-        try:
-            with matplotlib.rc_context(STYLE):
-                drawn.savefig(temporary, metadata=dated)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with storage.replacing(path) as unfinished, matplotlib.rc_context(STYLE):
+            drawn.savefig(unfinished, metadata=dated)
 
 
 def looks_of(methods: Sequence[str] | Mapping) -> dict[str, tuple[str, str]]:
@@ -295,18 +292,18 @@ def _cost(box: np.ndarray, axes: Axes, marks: np.ndarray, taken: Sequence[np.nda
     return 1000 * clash + 500 * outside + hidden
 
 
-def _drawn_at(artist) -> np.ndarray:
+def _drawn_at(artist: Artist) -> np.ndarray:
     """Points [n, 2] of what an artist draws, in data units: many on a line, none of a band."""
-    if hasattr(artist, "get_xydata"):
-        xy = np.asarray(artist.get_xydata(), float)
-        if artist.get_linestyle() == "None" or len(xy) < 2:
-            return xy
-        steps = np.linspace(0, len(xy) - 1, 60 * (len(xy) - 1) + 1 if len(xy) < 50 else len(xy))
-        at = np.arange(len(xy))
-        return np.stack([np.interp(steps, at, xy[:, i]) for i in (0, 1)], axis=1)
-    return (
-        np.asarray(artist.get_offsets()) if isinstance(artist, PathCollection) else np.zeros((0, 2))
-    )
+    if isinstance(artist, PathCollection):  # of a scatter plot
+        return np.asarray(artist.get_offsets())
+    if not isinstance(artist, Line2D):
+        return np.zeros((0, 2))
+    xy = np.asarray(artist.get_xydata(), float)
+    if artist.get_linestyle() == "None" or len(xy) < 2:
+        return xy
+    steps = np.linspace(0, len(xy) - 1, 60 * (len(xy) - 1) + 1 if len(xy) < 50 else len(xy))
+    at = np.arange(len(xy))
+    return np.stack([np.interp(steps, at, xy[:, i]) for i in (0, 1)], axis=1)
 
 
 def _dark(color: str) -> np.ndarray:

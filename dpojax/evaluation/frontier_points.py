@@ -11,13 +11,13 @@ import csv
 import io
 import math
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dpojax import storage
 from dpojax.evaluation.frontier import Points, best_of_n_kl_bound, pareto_hull
 
 BEST_OF_N, REFERENCE = "best_of_n", "sft"
@@ -60,11 +60,7 @@ TYPES = {"method": str, "setting": str, "seed": int, "step": int}  # all others 
 
 
 def write_points(path: str | os.PathLike, points: Iterable[Point]) -> None:
-    """Write a CSV with a header, all or nothing. Floats read back exactly.
-
-    Args:
-      path: its folder must exist.
-    """
+    """Write a CSV with a header, all or nothing. Floats read back exactly."""
     text = io.StringIO(newline="")
     text.write(",".join(Point._fields) + "\n")
     # Quotes every string: the default does not quote those with a lone carriage return.
@@ -72,10 +68,7 @@ def write_points(path: str | os.PathLike, points: Iterable[Point]) -> None:
     for point in points:
         row = zip(Point._fields, point)
         writer.writerow([TYPES.get(column, float)(value) for column, value in row])
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    temporary.replace(path)
+    storage.write_text(path, text.getvalue())
 
 
 def read_points(path: str | os.PathLike) -> list[Point]:
@@ -85,13 +78,13 @@ def read_points(path: str | os.PathLike) -> list[Point]:
       ValueError: other columns, or a value that is no number. It names file, line and column.
     """
     points = []
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if tuple(header) != Point._fields:
-            raise ValueError(f"{path}: columns must be {','.join(Point._fields)}, got {header}")
-        for row in reader:
-            points.append(_parse(row, f"{path}, line {reader.line_num}"))
+    text = storage.as_path(path).read_bytes().decode()  # bytes keep carriage returns
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = next(reader, [])
+    if tuple(header) != Point._fields:
+        raise ValueError(f"{path}: columns must be {','.join(Point._fields)}, got {header}")
+    for row in reader:
+        points.append(_parse(row, f"{path}, line {reader.line_num}"))
     return points
 
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 
+from dpojax import storage
 from dpojax.evaluation.frontier import Array, Estimate, checked_rewards, mean_over_prompts
 
 
@@ -186,10 +186,7 @@ def write_optimum(path: str | os.PathLike, curve: Optimum) -> None:
         name: [value if np.isfinite(value) else str(value) for value in np.asarray(values).tolist()]
         for name, values in curve._asdict().items()
     }  # JSON has no inf and no nan: they are written as text
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(columns, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    storage.write_text(path, json.dumps(columns, indent=1, allow_nan=False) + "\n")
 
 
 def read_optimum(path: str | os.PathLike) -> Optimum:
@@ -199,10 +196,7 @@ def read_optimum(path: str | os.PathLike) -> Optimum:
       ValueError: no JSON, other fields, a value that is no number, or unequal lengths. It names the
         file and the field.
     """
-    try:
-        columns = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    columns = storage.read_json(path)
     if not isinstance(columns, dict) or set(columns) != set(Optimum._fields):
         raise ValueError(f"{path}: fields must be {', '.join(Optimum._fields)}")
     arrays = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from dpojax import storage
 
 # Okabe and Ito's colours, which can be told apart with any colour vision.
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#A85C90", "#6B6B6B"
@@ -88,13 +89,8 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
         if panels:
             _legend(figure)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
-        path = pathlib.Path(path)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        try:
-            figure.savefig(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with storage.replacing(path) as unfinished:
+            figure.savefig(unfinished)
 
 
 def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:

@@ -10,7 +10,6 @@ space that it begins with. A text contains no end-of-sequence token.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -20,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
+from dpojax import storage
 from dpojax.data import reviews
 from dpojax.data.records import Record
 from dpojax.data.tokenise import TokenizeConfig, tokenise
@@ -98,7 +98,7 @@ def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) ->
         return exact_reviews(argument or "probability")
     if kind == "classifier" and argument:
         folder, colon, label = argument.rpartition(":")
-        if not colon or pathlib.Path(argument).is_dir():
+        if not colon or storage.as_path(argument).is_dir():
             folder, label = argument, "POSITIVE"
         return classifier(folder, label, mesh=mesh, batch_size=batch_size)
     if kind == "reward_model" and argument:
@@ -109,7 +109,7 @@ def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) ->
         return scalar_head(
             decoder.build(config),
             params,
-            AutoTokenizer.from_pretrained(argument),
+            AutoTokenizer.from_pretrained(huggingface.pretrained_name(argument)),
             name=spec,
             offset=huggingface.read_centre(argument),
             mesh=mesh,
@@ -157,10 +157,11 @@ def classifier(
     from transformers import AutoConfig, AutoTokenizer  # late, see `open_reward`
 
     name = f"classifier:{folder}"
-    hf_config = AutoConfig.from_pretrained(folder)
+    pretrained = huggingface.pretrained_name(folder)
+    hf_config = AutoConfig.from_pretrained(pretrained)
     labels = [hf_config.id2label[i] for i in sorted(hf_config.id2label)]
     index = _label_index(labels, label, name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
     if hf_config.model_type in ENCODERS:
         config, params, _ = huggingface.load_classifier(folder, mesh=mesh)
         longest = config.max_positions - config.first_position

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from dpojax import storage
 from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS, is_defined
 
 COLORS = matplotlib.colormaps["viridis"]
@@ -52,7 +53,7 @@ PANELS = (
 )
 
 
-def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
+def draw(members: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> None:
     """Draw the evaluations of all members of a sweep, a colour for each; all or nothing.
 
     No file is written if no metric of any panel is finite.
@@ -79,12 +80,8 @@ def draw(members: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> None:
             _label(axes, panel)
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        try:
-            figure.savefig(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with storage.replacing(path) as unfinished:
+            figure.savefig(unfinished)
 
 
 def _points(lines: Sequence[Mapping], panel: Panel) -> tuple[list[float], list[float]]:

@@ -34,10 +34,21 @@ from dpojax.models.families import (
 from dpojax.models.safetensors_io import Tensor
 from dpojax.models.transfer import read_params, tensors_of
 
-__all__ = ["config_to_raw", "load", "load_classifier", "read_centre", "read_config", "save"]
+__all__ = [
+    "config_to_raw",
+    "load",
+    "load_classifier",
+    "local_folder",
+    "pretrained_name",
+    "read_centre",
+    "read_config",
+    "require_new_folder",
+    "save",
+]
 
 # Only these files are fetched: some repositories also hold the weights in other formats, or twice.
 FILES = ["*.json", "model*.safetensors"]
+TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # of tokenizers and configs
 CENTRE = "reward_centre.json"
 
 
@@ -181,6 +192,17 @@ def local_folder(path: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
     from huggingface_hub import snapshot_download  # only a name of the hub needs it
 
     return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+
+
+def pretrained_name(path: str | os.PathLike) -> str:
+    """Return what `from_pretrained` of transformers accepts: a local folder, or a name of the hub.
+
+    Of a folder on a bucket, everything but the weights is copied: the tokenizer and the configs.
+    """
+    folder = storage.as_path(path, "the name of a model")
+    if not folder.is_dir():
+        return os.fspath(path)
+    return str(storage.local_copy(folder, TEXT_FILES))
 
 
 def require_new_folder(folder: str | os.PathLike) -> None:
