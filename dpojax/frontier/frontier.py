@@ -16,7 +16,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import as_json, workdir_path
 from dpojax.config.saved import config_differences
 from dpojax.frontier.configs import RunConfigs
-from dpojax.frontier.plan import Plan, Planner
+from dpojax.frontier.plan import Plan, plan_frontier
 from dpojax.frontier.runs import Run
 from dpojax.jobs import in_process, local_workers
 from dpojax.jobs.job import plan_as_json
@@ -53,7 +53,7 @@ def make_frontier(
     folder = workdir_path(workdir)
     check_frontier(config, runs, folder, workers)
     with workdir_lock(folder):
-        plan = Planner(config, folder, parts=workers).plan(runs, together=together)
+        plan = plan_frontier(config, runs, folder, parts=workers, together=together)
         write_or_compare_plan(config, runs, plan, folder)
         cache = config.compilation_cache or str(folder / COMPILED)
         if workers > 1:

@@ -14,7 +14,12 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.frontier.configs import RunConfigs
+from dpojax.frontier.job_maker import JobMaker
+from dpojax.frontier.runs import Run
+from dpojax.jobs.job import Job
 from dpojax.runs.preferences import Settings
+from dpojax.runs.workdirs import FAILED
 
 PREFERENCES, TRAINED, EXPORTED = "preferences", "run", "policy"  # in a round's folder
 
@@ -56,3 +61,51 @@ def config_of_round(config: ConfigDict, workdir: storage.Path, number: int) -> C
     round_config.preference.data.source = str(folder / PREFERENCES)
     round_config.preference.reference.cache = str(folder / "reference_logprobs")
     return round_config
+
+
+def online_jobs(
+    configs: RunConfigs, maker: JobMaker, run: Run, needs: tuple[str, ...]
+) -> list[Job]:
+    """Preferences, training and export of each round, one after the other.
+
+    The rounds together draw as many completions as the preferences of the other runs have. A round
+    that fails ends the run.
+    """
+    frontier, config, workdir = (
+        configs.config.frontier,
+        configs.config_of(run),
+        configs.workdir_of(run),
+    )
+    rounds, failure_file = frontier.online_rounds, str(workdir / FAILED)
+    first = dataclasses.replace(
+        configs.preference_settings(), limit=-(-frontier.count // rounds), seed=config.seed
+    )
+    jobs: list[Job] = []
+    for number in range(rounds):
+        name, folder = f"{run.name}-round-{number}", round_folder(workdir, number)
+        jobs += [
+            maker.preferences(
+                f"{name}-{PREFERENCES}",
+                settings_of_round(first, workdir, number),
+                needs=needs,
+                kind=f"{run.method}-{PREFERENCES}",
+                failure_file=failure_file,
+            ),
+            maker.train(
+                name,
+                config_of_round(config, workdir, number),
+                folder / TRAINED,
+                needs=(f"{name}-{PREFERENCES}",),
+                kind=run.method,
+                failure_file=failure_file,
+            ),
+            maker.export(
+                f"{name}-{EXPORTED}",
+                folder / TRAINED,
+                folder / EXPORTED,
+                needs=(name,),
+                failure_file=failure_file,
+            ),
+        ]
+        needs = (jobs[-1].name,)
+    return jobs
