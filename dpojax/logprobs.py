@@ -73,6 +73,9 @@ def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int
 
     Returns:
       [..., T].
+
+    Raises:
+      ValueError: shapes that do not belong together.
     """
     return _logprobs_by_chunk(hidden, head, targets, max_logits, with_entropy=False).logprob
 
@@ -99,6 +102,7 @@ def token_statistics(
     Do not differentiate it: the gradient would store the logits of every chunk and a copy of every
     chunk of the head. Use `token_logprobs_and_entropy` instead.
     """
+    _check_shapes(hidden, head, targets)
     chunks = vocabulary_chunks(targets.size, len(head.weight), max_logits)
     head = head._replace(weight=head.weight.astype(hidden.dtype))
     update = partial(_update_moments, hidden, targets)
@@ -235,6 +239,19 @@ def weight_gradient(x: Array, cotangent: Array) -> Array:
     )
 
 
+def _check_shapes(hidden: Array, head: Head, targets: Array) -> None:
+    """Refuse shapes that would broadcast to a wrong result. Under jit this runs when tracing."""
+    if hidden.ndim == 0 or hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"hidden: {hidden.shape} must be the shape of targets, {targets.shape}, and the width"
+        )
+    if head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"head.weight: {head.weight.shape} must be [vocabulary, width], and the width of "
+            f"hidden is {hidden.shape[-1]}"
+        )
+
+
 def _token_chunk_count(shape: tuple[int, ...], vocabulary: int, max_logits: float) -> int:
     """Into how many chunks the last axis of tokens is cut."""
     chunks = math.ceil(math.prod(shape) * vocabulary / max_logits)
@@ -306,6 +323,7 @@ class _Moments(NamedTuple):
 def _logprobs_by_chunk(
     hidden: Array, head: Head, targets: Array, max_logits: int, *, with_entropy: bool
 ) -> _LogprobAndEntropy:
+    _check_shapes(hidden, head, targets)
     chunks = vocabulary_chunks(targets.size, len(head.weight), max_logits)
     static = _Static(head.scale, head.softcap, chunks, max_logits, with_entropy)
     return _chunked_logprobs(static, hidden, head.weight, head.bias, targets)

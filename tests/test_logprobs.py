@@ -36,23 +36,23 @@ def problem(seed=0, *, bias=True, scale=0.5, softcap=3.0):
 
 def value_and_gradients(function, hidden, head, targets):
     def total(hidden, weight, bias):
-        found = function(hidden, head._replace(weight=weight, bias=bias), targets)
-        return jnp.sum(jnp.linspace(-1, 1, found.size).reshape(found.shape) * found)
+        values = function(hidden, head._replace(weight=weight, bias=bias), targets)
+        return jnp.sum(jnp.linspace(-1, 1, values.size).reshape(values.shape) * values)
 
     arguments = (hidden, head.weight, head.bias)
-    wanted = (0, 1) if head.bias is None else (0, 1, 2)
-    return function(hidden, head, targets), jax.grad(total, wanted)(*arguments)
+    argnums = (0, 1) if head.bias is None else (0, 1, 2)
+    return function(hidden, head, targets), jax.grad(total, argnums)(*arguments)
 
 
 def with_entropy_plain(hidden, head, targets):
     """Log-prob and entropy, [2, rows, tokens], through the full logits."""
     logprobs = jax.nn.log_softmax(logits_of(hidden, head), axis=-1)
-    own = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-    return jnp.stack([own, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)])
+    target_logprobs = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    return jnp.stack([target_logprobs, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)])
 
 
-def with_entropy(hidden, head, targets, **given):
-    return jnp.stack(token_logprobs_and_entropy(hidden, head, targets, **given)[:2])
+def with_entropy(hidden, head, targets, **options):
+    return jnp.stack(token_logprobs_and_entropy(hidden, head, targets, **options)[:2])
 
 
 TWINS = pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_chunked_values_and_gradients_equal_the_plain_twin(max_logits, kind, by_
 
 
 def test_parts_that_fit_a_cpus_cache_equal_the_plain_twin():
-    """Three of 1,024 words, the last of which repeats some; their logits are kept."""
+    """Three of 1,024 words, the last of which repeats some; their logits are stored."""
     keys = jax.random.split(jax.random.key(7), 3)
     hidden = jax.random.normal(keys[0], (2, 1024, WIDTH))
     head = Head(jax.random.normal(keys[1], (3000, WIDTH)), softcap=5.0)
@@ -95,13 +95,13 @@ def test_the_gradient_of_an_entropy_keeps_no_copies_of_parts_of_the_head():
         total = lambda h, w: function(h, Head(w), targets, max_logits=targets.size * 6).entropy
         return str(jax.make_jaxpr(jax.grad(lambda h, w: total(h, w).sum(), (0, 1)))(hidden, weight))
 
-    copies, kept = f"f32[4,6,{WIDTH}]", f"f32[4,{ROWS},{TOKENS},6]"
+    copies, stored_logits = f"f32[4,6,{WIDTH}]", f"f32[4,{ROWS},{TOKENS},6]"
     plainly = program(token_statistics)
     assert copies in plainly
-    assert kept in plainly
+    assert stored_logits in plainly
     ours = program(token_logprobs_and_entropy)
     assert copies not in ours
-    assert kept not in ours
+    assert stored_logits not in ours
 
 
 def test_log_probs_equal_torch():
@@ -151,6 +151,15 @@ def test_statistics_and_kl_are_those_of_the_full_distribution(max_logits):
     np.testing.assert_allclose(kl, (p * np.log(p / q)).sum(-1), atol=1e-5)
 
 
+@pytest.mark.parametrize("function", [token_logprobs, token_logprobs_and_entropy, token_statistics])
+def test_shapes_that_do_not_belong_together_are_refused(function):
+    hidden, head, targets = problem()
+    with pytest.raises(ValueError, match=r"hidden: \(2, 7, 8\) must be the shape of targets"):
+        function(hidden, head, targets[:1])
+    with pytest.raises(ValueError, match=r"head.weight: \(8, 23\) must be \[vocabulary, width\]"):
+        function(hidden, head._replace(weight=head.weight.T), targets)
+
+
 def test_sums_by_response_leave_padding_out_even_when_it_is_nan():
     values = jnp.array([[1.0, 2.0, 4.0, jnp.nan]])
     response = jnp.array([[0, 2, 2, -1]])
@@ -163,10 +172,10 @@ def test_a_weights_gradient_is_the_sum_of_outer_products(shape, dtype):
     rows, inward, outward = shape
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.normal(size=(rows, n)), dtype) for n in (inward, outward))
-    found = jax.jit(weight_gradient)(x, g)
-    assert found.dtype == jnp.float32
+    gradient = jax.jit(weight_gradient)(x, g)
+    assert gradient.dtype == jnp.float32
     exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
-    np.testing.assert_allclose(found, exact, atol=1e-5)
+    np.testing.assert_allclose(gradient, exact, atol=1e-5)
 
 
 def test_what_fills_up_the_vocabulary_says_nothing_where_all_logits_are_far_below_zero():
@@ -174,9 +183,9 @@ def test_what_fills_up_the_vocabulary_says_nothing_where_all_logits_are_far_belo
     hidden, weight = jax.random.normal(keys[0], (2, 9, 8)), jax.random.normal(keys[1], (300, 8))
     bias = jax.random.normal(keys[2], (300,)) - 200.0  # exp(200) is no float32
     targets = jax.random.randint(keys[3], (2, 9), 0, 300)
-    total = lambda logprobs, **given: jax.jit(
+    total = lambda logprobs, **options: jax.jit(
         jax.grad(
-            lambda *arrays: logprobs(arrays[0], Head(*arrays[1:]), targets, **given).sum(),
+            lambda *arrays: logprobs(arrays[0], Head(*arrays[1:]), targets, **options).sum(),
             (0, 1, 2),
         )
     )(hidden, weight, bias)
@@ -203,9 +212,9 @@ def test_parts_of_a_vocabulary_that_devices_share_equal_the_plain_twin(max_logit
 
     @jax.jit
     def both(hidden, weight, bias, targets):
-        given = hidden, head._replace(weight=weight, bias=bias), targets
-        statistics = token_statistics(*given, max_logits=max_logits)
-        return value_and_gradients(by_parts, *given), statistics.logprob
+        arguments = hidden, head._replace(weight=weight, bias=bias), targets
+        statistics = token_statistics(*arguments, max_logits=max_logits)
+        return value_and_gradients(by_parts, *arguments), statistics.logprob
 
     with jax.set_mesh(mesh):
         got, logprob = both(hidden, head.weight, head.bias, targets)
@@ -222,16 +231,16 @@ def test_a_head_that_devices_share_is_gathered_once_and_not_for_each_of_its_part
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
     weight = shape(PartitionSpec("tensor", "fsdp"), jnp.float32, 1024, 64)
-    given = shape(rows, jnp.float32, 8, 16, 64), weight, shape(rows, jnp.int32, 8, 16)
+    arguments = shape(rows, jnp.float32, 8, 16, 64), weight, shape(rows, jnp.int32, 8, 16)
     parts = 4  # of the vocabulary
     loss = lambda hidden, weight, targets: token_logprobs(
         hidden, Head(weight), targets, max_logits=8 * 16 * 1024 // parts
     ).sum()
     with jax.set_mesh(mesh):
-        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*given).compile()
-    found = collectives(program.as_text())
-    assert parts in {one.times for one in found}  # the parts' gradients are reduced in turn
-    gathered = [one for one in found if one.kind == "all-gather"]
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
+    communication = collectives(program.as_text())
+    assert parts in {one.times for one in communication}  # the parts' gradients are reduced in turn
+    gathered = [one for one in communication if one.kind == "all-gather"]
     assert 4 * 1024 * 64 // tensor in {one.size for one in gathered}
     assert {one.times for one in gathered} == {1}
 
@@ -255,9 +264,9 @@ def mesh_of(platform, **sizes) -> AbstractMesh:
 )
 def test_parts_are_of_a_caches_size_where_a_model_runs_on_one_cpu(platform, sizes, in_parts):
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
-    given = shape(jnp.float32, 2048, 8), shape(jnp.float32, 3000, 8), shape(jnp.int32, 2048)
+    arguments = shape(jnp.float32, 2048, 8), shape(jnp.float32, 3000, 8), shape(jnp.int32, 2048)
     with jax.sharding.use_abstract_mesh(mesh_of(platform, **sizes)):
-        program = jax.make_jaxpr(lambda h, w, t: token_logprobs(h, Head(w), t))(*given)
+        program = jax.make_jaxpr(lambda h, w, t: token_logprobs(h, Head(w), t))(*arguments)
     assert ("scan" in str(program)) == in_parts
 
 

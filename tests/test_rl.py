@@ -73,11 +73,13 @@ def test_decay_one_is_monte_carlo_and_decay_zero_one_step(rollout):
 def test_tokens_that_are_masked_inside_a_response_are_stepped_over(rollout):
     """As if the response had been written without them."""
     rewards, values = rollout["rewards"][:1], rollout["values"][:1]
-    kept = np.array([0, 2, 3, 5])
-    mask = np.isin(np.arange(TOKENS), kept)[None]
+    present = np.array([0, 2, 3, 5])
+    mask = np.isin(np.arange(TOKENS), present)[None]
     got = gae(rewards, values, mask, discount=0.9, gae_lambda=0.8)
-    want = gae(rewards[:, kept], values[:, kept], mask[:, kept], discount=0.9, gae_lambda=0.8)
-    np.testing.assert_allclose(got.advantages[:, kept], want.advantages, atol=1e-12)
+    want = gae(
+        rewards[:, present], values[:, present], mask[:, present], discount=0.9, gae_lambda=0.8
+    )
+    np.testing.assert_allclose(got.advantages[:, present], want.advantages, atol=1e-12)
     assert (np.asarray(got.returns)[~mask] == 0).all()
 
 

@@ -88,13 +88,17 @@ def llama():
 
 def same_tokens(one, other):
     """Two lists of prompts' samples hold the same tokens."""
-    ids = lambda found: [[sample.tokens.tolist() for sample in own] for own in found]
+    ids = lambda responses: [
+        [sample.tokens.tolist() for sample in of_prompt] for of_prompt in responses
+    ]
     assert ids(one) == ids(other)
 
 
-def full_texts(found):
+def full_texts(responses):
     """Prompts with their responses [texts, longest], and the columns that predict these."""
-    texts = [(prompt, sample) for prompt, own in zip(PROMPTS, found) for sample in own]
+    texts = [
+        (prompt, sample) for prompt, of_prompt in zip(PROMPTS, responses) for sample in of_prompt
+    ]
     tokens = np.zeros((len(texts), max(map(len, PROMPTS)) + NEW), np.int32)
     for row, (prompt, sample) in enumerate(texts):
         tokens[row, : len(prompt) + NEW] = [*prompt, *sample.tokens]
@@ -105,21 +109,23 @@ def full_texts(found):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_is_the_argmax_of_a_full_forward_pass_token_by_token(family):
     sampler, params = sampler_of(family)
-    found = generate(
+    responses = generate(
         sampler, params, PROMPTS, batch_size=3, seed=0, temperature=0, top_p=0.5, samples=3
     )
-    tokens, sources, samples = full_texts(found)
+    tokens, sources, samples = full_texts(responses)
     logits = jax.jit(lambda params, rows: decoder.logits(sampler.model, params, rows))
     logits = np.asarray(logits(params, plain_rows(tokens)))
-    own = np.take_along_axis(logits, sources[..., None], axis=1)
-    np.testing.assert_array_equal([sample.tokens for sample in samples], own.argmax(-1))
+    logits_at_sources = np.take_along_axis(logits, sources[..., None], axis=1)
+    np.testing.assert_array_equal(
+        [sample.tokens for sample in samples], logits_at_sources.argmax(-1)
+    )
     assert not any(sample.behaviour.any() for sample in samples)
-    assert len({*own.argmax(-1).flat}) > 3
+    assert len({*logits_at_sources.argmax(-1).flat}) > 3
 
 
 def test_log_probs_are_those_that_training_computes(llama):
-    sampler, params, found = llama
-    tokens, sources, samples = full_texts(found)
+    sampler, params, responses = llama
+    tokens, sources, samples = full_texts(responses)
 
     @jax.jit
     def expected(params):
@@ -134,52 +140,52 @@ def test_log_probs_are_those_that_training_computes(llama):
 
 
 def test_batch_order_and_number_of_samples_change_no_draw(llama):
-    sampler, params, found = llama
+    sampler, params, responses = llama
     alone = generate(sampler, params, PROMPTS, batch_size=1, **HOW)
-    same_tokens(alone, [own[:1] for own in found])
+    same_tokens(alone, [of_prompt[:1] for of_prompt in responses])
     order = [2, 0, 1]
     shuffled = [PROMPTS[i] for i in order]
     again = generate(sampler, params, shuffled, batch_size=3, ids=order, samples=3, **HOW)
-    same_tokens(again, [found[i] for i in order])
+    same_tokens(again, [responses[i] for i in order])
 
 
 def test_every_seed_prompt_id_sample_and_place_draws_anew(llama):
-    sampler, params, found = llama
+    sampler, params, responses = llama
     same_prompt = [PROMPTS[0]] * 2
     how = {"batch_size": 3, "temperature": 0.7, "samples": 3}
     drawn = [generate(sampler, params, same_prompt, seed=seed, **how) for seed in (5, 6)]
     texts = {tuple(s.tokens) for batch in drawn for samples in batch for s in samples}
     assert len(texts) == 12
-    same_tokens(drawn[0][:1], found[:1])
+    same_tokens(drawn[0][:1], responses[:1])
     assert all(len(set(text)) > 2 for text in texts)
 
 
 @pytest.mark.parametrize("shape", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 4}])
 def test_eight_devices_draw_what_one_draws(llama, shape):
-    sampler, params, found = llama
+    sampler, params, responses = llama
     mesh = make_mesh(**shape)
     placed = jax.device_put(params, tree_shardings(params, mesh, SHARDING_RULES))
     with jax.set_mesh(mesh):
         meshed = generate(sampler, placed, PROMPTS, batch_size=8, **HOW, samples=3)
-    same_tokens(found, meshed)
-    for a, b in zip(itertools.chain(*found), itertools.chain(*meshed)):
+    same_tokens(responses, meshed)
+    for a, b in zip(itertools.chain(*responses), itertools.chain(*meshed)):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
 def test_a_response_ends_with_its_first_stop_token_and_zeros_follow(llama):
-    sampler, params, found = llama
-    stop = (int(found[0][0].tokens[3]), int(found[2][1].tokens[6]))
+    sampler, params, responses = llama
+    stop = (int(responses[0][0].tokens[3]), int(responses[2][1].tokens[6]))
     stopping = build_sampler(sampler.model, max_new_tokens=NEW, stop=stop)
     drawn = jax.device_get(stopping(params, pad(PROMPTS, range(3), 4), **HOW, samples=3))
     lengths = set()
     for prompt, number in itertools.product(range(3), range(3)):
-        free, own = found[prompt][number], Samples(*(x[prompt, number] for x in drawn))
+        free, ended = responses[prompt][number], Samples(*(x[prompt, number] for x in drawn))
         hits = np.flatnonzero(np.isin(free.tokens, stop))
         length = hits[0] + 1 if len(hits) else NEW
-        assert (own.lengths, own.stopped) == (length, bool(len(hits)))
-        np.testing.assert_array_equal(own.tokens[:length], free.tokens[:length])
-        np.testing.assert_allclose(own.logprobs[:length], free.logprobs[:length], atol=1e-5)
-        assert not np.any([x[length:].any() for x in own[:3]])
+        assert (ended.lengths, ended.stopped) == (length, bool(len(hits)))
+        np.testing.assert_array_equal(ended.tokens[:length], free.tokens[:length])
+        np.testing.assert_allclose(ended.logprobs[:length], free.logprobs[:length], atol=1e-5)
+        assert not np.any([x[length:].any() for x in ended[:3]])
         lengths.add(int(length))
     assert len(lengths) > 1
     dummy = [x[3] for x in drawn]
@@ -187,8 +193,8 @@ def test_a_response_ends_with_its_first_stop_token_and_zeros_follow(llama):
 
 
 def test_responses_that_go_on_without_those_that_stopped_draw_the_same(llama, monkeypatch):
-    sampler, params, found = llama
-    stop = (int(found[0][0].tokens[3]), int(found[2][1].tokens[6]))
+    sampler, params, responses = llama
+    stop = (int(responses[0][0].tokens[3]), int(responses[2][1].tokens[6]))
     stopping = build_sampler(sampler.model, max_new_tokens=NEW, stop=stop)
     whole = generate(stopping, params, PROMPTS, batch_size=3, **HOW, samples=3)
     monkeypatch.setattr(batches, "FIRST_REBATCH_TOKENS", 6)
@@ -202,7 +208,7 @@ def test_responses_that_go_on_without_those_that_stopped_draw_the_same(llama, mo
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
         np.testing.assert_allclose(a.behaviour, b.behaviour, atol=1e-4)
     # All prompts at first, then the responses of more than 6 tokens alone.
-    longer = sum(len(s.tokens) > 6 or not s.stopped for own in whole for s in own)
+    longer = sum(len(s.tokens) > 6 or not s.stopped for of_prompt in whole for s in of_prompt)
     assert calls[0] == len(PROMPTS)
     assert 0 < sum(calls[1:]) == longer < 3 * len(PROMPTS)
 
@@ -226,11 +232,11 @@ def truncated(logits, temperature, top_k, top_p):
     """The distribution by sorting: the twin of what the sampler does by bisection."""
     p = softmax(logits / temperature)
     order = np.argsort(-p)
-    kept = order[: top_k or len(p)]
-    before = np.concatenate([[0], np.cumsum(p[kept] / p[kept].sum())[:-1]])
-    kept = kept[before < top_p] if top_p < 1 else kept
+    allowed = order[: top_k or len(p)]
+    before = np.concatenate([[0], np.cumsum(p[allowed] / p[allowed].sum())[:-1]])
+    allowed = allowed[before < top_p] if top_p < 1 else allowed
     out = np.zeros_like(p)
-    out[kept] = p[kept] / p[kept].sum()
+    out[allowed] = p[allowed] / p[allowed].sum()
     return out
 
 
@@ -265,13 +271,13 @@ def test_four_thousand_draws_pass_a_chi_square_test(two_tokens, how):
     assert not counts[p == 0].any()
     for expected, observed in ((p_first, counts.sum(1)), (p, counts)):
         possible = expected > 0
-        wanted, seen = len(pairs) * expected[possible], observed[possible]
-        rare = wanted < 5
+        expected_counts, observed_counts = len(pairs) * expected[possible], observed[possible]
+        rare = expected_counts < 5
         if rare.any():
-            wanted = np.append(wanted[~rare], wanted[rare].sum())
-            seen = np.append(seen[~rare], seen[rare].sum())
-        assert len(wanted) > 1
-        assert stats.chisquare(seen, wanted).pvalue > 1e-3
+            expected_counts = np.append(expected_counts[~rare], expected_counts[rare].sum())
+            observed_counts = np.append(observed_counts[~rare], observed_counts[rare].sum())
+        assert len(expected_counts) > 1
+        assert stats.chisquare(observed_counts, expected_counts).pvalue > 1e-3
     behaviour = np.asarray(drawn.behaviour).reshape(-1, 2).sum(1)
     np.testing.assert_allclose(behaviour, np.log(p[tuple(pairs.T)]), atol=1e-4)
     plain = softmax(first)[:, None] * softmax(second)
@@ -284,16 +290,16 @@ def test_truncation_is_that_of_a_sort_for_random_logits():
     logits = (4 * rng.standard_normal((200, 33))).astype(np.float32)
     cut = jax.jit(truncate)
     for top_k, top_p in [(0, 1.0), (1, 1.0), (7, 1.0), (0, 0.9), (0, 1e-6), (12, 0.5), (99, 0.99)]:
-        found = np.asarray(cut(logits, jnp.int32(top_k), jnp.float32(top_p)))
+        cut_logits = np.asarray(cut(logits, jnp.int32(top_k), jnp.float32(top_p)))
         expected = np.stack([truncated(row.astype(float), 1.0, top_k, top_p) for row in logits])
-        np.testing.assert_array_equal(np.isfinite(found), expected > 0)
-        np.testing.assert_array_equal(found[expected > 0], logits[expected > 0])
+        np.testing.assert_array_equal(np.isfinite(cut_logits), expected > 0)
+        np.testing.assert_array_equal(cut_logits[expected > 0], logits[expected > 0])
 
 
 def test_equal_logits_stay_together_under_truncation():
     logits = jnp.array([[2.0, 1.0, 1.0, -3.0]])
-    kept = jnp.isfinite(truncate(logits, jnp.int32(2), jnp.float32(1.0)))
-    assert kept.tolist() == [[True, True, True, False]]
+    stays = jnp.isfinite(truncate(logits, jnp.int32(2), jnp.float32(1.0)))
+    assert stays.tolist() == [[True, True, True, False]]
 
 
 def test_an_extreme_temperature_gives_numbers(two_tokens):
@@ -318,11 +324,11 @@ def test_weights_cast_once_are_those_that_every_call_casts():
 
 
 def test_a_cache_that_grows_draws_the_same(llama, monkeypatch):
-    sampler, params, found = llama
+    sampler, params, responses = llama
     monkeypatch.setattr(sampler_module, "FIRST_CACHE_TOKENS", 5)  # then 10 and 12
     fresh = build_sampler(decoder.build(sampler.model.config), max_new_tokens=NEW)
     again = generate(fresh, params, PROMPTS, batch_size=3, **HOW, samples=3)
-    same_tokens(found, again)
+    same_tokens(responses, again)
 
 
 def test_greedy_is_what_transformers_generates(tmp_path, llama):

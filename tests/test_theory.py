@@ -42,8 +42,8 @@ def minimise(loss):
     flat = jax.jit(jax.value_and_grad(lambda x: loss(x.reshape(PROMPTS, RESPONSES))))
     function = lambda x: tuple(map(np.asarray, flat(x)))
     start = np.zeros(PROMPTS * RESPONSES)
-    found = scipy.optimize.minimize(function, start, jac=True, options={"gtol": 1e-10})
-    return jnp.array(found.x.reshape(PROMPTS, RESPONSES))
+    solution = scipy.optimize.minimize(function, start, jac=True, options={"gtol": 1e-10})
+    return jnp.array(solution.x.reshape(PROMPTS, RESPONSES))
 
 
 def test_the_optimal_policy_is_the_reference_times_exp_reward_over_beta(problem):
@@ -72,8 +72,8 @@ def test_the_optimal_policy_maximises_reward_minus_kl(problem):
 def test_dpo_on_the_preferences_of_a_reward_recovers_its_optimal_policy(problem):
     """Without ever seeing the reward: section 4, equations 4 to 7."""
     reference, reward = problem
-    told = theory.preferences(reward)
-    logits = minimise(lambda x: expected_dpo(jax.nn.log_softmax(x), reference, told))
+    labels = theory.preferences(reward)
+    logits = minimise(lambda x: expected_dpo(jax.nn.log_softmax(x), reference, labels))
     best = theory.optimal_policy(reference, reward, beta=BETA)
     np.testing.assert_allclose(jax.nn.softmax(logits), jnp.exp(best), atol=1e-6)
 

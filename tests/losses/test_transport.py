@@ -57,8 +57,8 @@ def test_masked_pairs_might_as_well_not_be_there(loss, values, mask):
     value, gradient = jax.value_and_grad(total)(*padded, jnp.array(mask))
     want, wanted_gradient = jax.value_and_grad(total)(*subset, None)
     np.testing.assert_allclose(value, want, rtol=1e-5)
-    for got, wanted in zip(gradient, wanted_gradient):
-        np.testing.assert_allclose(got[mask], wanted, rtol=1e-4, atol=1e-6)
+    for got, expected in zip(gradient, wanted_gradient):
+        np.testing.assert_allclose(got[mask], expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(got[~mask], 0)
 
 

@@ -28,9 +28,11 @@ def test_a_soft_label_is_the_expectation_over_hard_ones(policy, reference, beta)
 @given(pairs, pairs, betas, st.floats(0, 0.4))
 def test_the_robust_loss_is_unbiased_under_flips(policy, reference, beta, flips):
     robust = lambda p, r: losses.robust(p, r, beta=beta, label_smoothing=flips)
-    kept, flipped = robust(policy, reference), robust(flip(policy), flip(reference))
+    unflipped, flipped = robust(policy, reference), robust(flip(policy), flip(reference))
     want = losses.dpo(policy, reference, beta=beta)
-    np.testing.assert_allclose((1 - flips) * kept + flips * flipped, want, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        (1 - flips) * unflipped + flips * flipped, want, rtol=1e-3, atol=1e-3
+    )
 
 
 @given(st.floats(-4, 4), st.floats(0.05, 3))
@@ -79,9 +81,9 @@ def test_losses_at_the_reference_do_not_depend_on_the_pair(policy, beta):
 @given(pairs, pairs, betas)
 def test_dpop_adds_to_dpo_only_where_the_chosen_response_lost(policy, reference, beta):
     lost = max(0.0, float(reference.chosen) - float(policy.chosen))
-    kept = Pair(policy.chosen - 3 * lost, policy.rejected)
+    lowered = Pair(policy.chosen - 3 * lost, policy.rejected)
     got = losses.dpop(policy, reference, beta=beta, penalty=3.0)
-    close(got, losses.dpo(kept, reference, beta=beta))
+    close(got, losses.dpo(lowered, reference, beta=beta))
 
 
 @given(pairs, pairs, betas, st.floats(-3, 3))

@@ -151,10 +151,10 @@ def test_attention_by_stretches_equals_that_of_whole_rows(length):
     mask = attention_mask(PlainRows(segment, segment, segment, branch))
 
     def with_gradients(attend):
-        mixed, back = jax.vjp(lambda *x: attend(*x, mask, 0.3, softcap=4.0), *given)
-        return mixed, *back(given[0])
+        mixed, back = jax.vjp(lambda *x: attend(*x, mask, 0.3, softcap=4.0), *arrays)
+        return mixed, *back(arrays[0])
 
-    given = heads(4), heads(2), heads(2)
+    arrays = heads(4), heads(2), heads(2)
     for got, want in zip(with_gradients(attend_causally), with_gradients(attend)):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

@@ -113,8 +113,8 @@ def test_logits_equal_those_of_transformers_and_exports_are_the_same_model(case,
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
 
     config, params, raw = huggingface.load(tmp_path / "in")
-    huggingface.save(tmp_path / "kept", config, params, raw)
-    again = checkpoints.from_pretrained(tmp_path / "kept")
+    huggingface.save(tmp_path / "saved", config, params, raw)
+    again = checkpoints.from_pretrained(tmp_path / "saved")
     checkpoints.assert_same_tensors(again, theirs)
     # A config.json written from our config may name an earlier family that is the same model.
     huggingface.save(tmp_path / "new", config, params)

@@ -35,9 +35,9 @@ def random_heads(heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
     return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)]
 
 
-def values_and_gradients(kernel, given, *, window=None, softcap=None, scale=0.3):
+def values_and_gradients(kernel, heads, *, window=None, softcap=None, scale=0.3):
     """What tokens of examples get, and what queries, keys, values and the scale get back."""
-    rows, (*arrays, cotangent) = small_rows(), given
+    rows, (*arrays, cotangent) = small_rows(), heads
     real = (rows.segment > 0)[..., None, None]
 
     @jax.jit
@@ -47,12 +47,12 @@ def values_and_gradients(kernel, given, *, window=None, softcap=None, scale=0.3)
         mixed, back = jax.vjp(attend, *arrays, scale)
         return jnp.where(real, mixed, 0), *back(cotangent)
 
-    found = both(jnp.where(real, cotangent, 0), jnp.float32(scale), *arrays)
-    return [np.asarray(x, np.float32) for x in found]
+    outputs = both(jnp.where(real, cotangent, 0), jnp.float32(scale), *arrays)
+    return [np.asarray(x, np.float32) for x in outputs]
 
 
 @pytest.mark.parametrize(
-    ("given", "options", "tile"),
+    ("heads", "options", "tile"),
     [
         ({}, {}, None),
         ({}, {"window": 10, "softcap": 1.5}, 16),
@@ -60,24 +60,24 @@ def values_and_gradients(kernel, given, *, window=None, softcap=None, scale=0.3)
         ({"heads": 2, "kv_heads": 2, "dim": 24}, {"softcap": 0.5}, 32),
     ],
 )
-def test_flash_equals_plain_attention_in_values_and_gradients(given, options, tile):
-    given = random_heads(**given)
-    found = values_and_gradients(interpreted(tile=tile), given, **options)
-    expected = values_and_gradients(XLA, given, **options)
-    np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
-    for a, b in zip(found[1:], expected[1:]):
+def test_flash_equals_plain_attention_in_values_and_gradients(heads, options, tile):
+    heads = random_heads(**heads)
+    outputs = values_and_gradients(interpreted(tile=tile), heads, **options)
+    expected = values_and_gradients(XLA, heads, **options)
+    np.testing.assert_allclose(outputs[0], expected[0], atol=2e-6)
+    for a, b in zip(outputs[1:], expected[1:]):
         # Sums of up to thousands of products, in another order: a few roundings of the largest.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * max(1, np.abs(b).max()))
 
 
 def test_in_bfloat16_flash_is_as_near_to_float32_as_plain_attention_is():
     exact = values_and_gradients(XLA, random_heads(), window=20, scale=0.25)[:4]
-    given = random_heads(dtype=jnp.bfloat16)
-    plain, found = (
-        values_and_gradients(kernel, given, window=20, scale=0.25)[:4]
+    heads = random_heads(dtype=jnp.bfloat16)
+    plain, outputs = (
+        values_and_gradients(kernel, heads, window=20, scale=0.25)[:4]
         for kernel in (XLA, interpreted())
     )
-    errors = [[np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(x, exact)] for x in (found, plain)]
+    errors = [[np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(x, exact)] for x in (outputs, plain)]
     assert all(0 < a < 1.1 * b for a, b in zip(*errors)), errors
 
 

@@ -68,25 +68,25 @@ def values_and_gradients(kernel, rows, *, window=None, softcap=None):
 @pytest.mark.parametrize("window", [None, 25])
 def test_own_branch_and_prompt_together_are_the_plain_mask(window):
     rows = rows_of()
-    column, found, run = np.arange(LENGTH), 0, 0
-    for seen, blocks in jax.jit(splash.span_masks, static_argnums=1)(rows, window):
-        seen, block = np.asarray(seen)[:, :LENGTH, None], seen.shape[1] // blocks.shape[1]
-        stretch = (column >= (seen & 0xFFFF)) & (column <= (seen >> 16))
+    column, total, run = np.arange(LENGTH), 0, 0
+    for span, blocks in jax.jit(splash.span_masks, static_argnums=1)(rows, window):
+        span, block = np.asarray(span)[:, :LENGTH, None], span.shape[1] // blocks.shape[1]
+        in_span = (column >= (span & 0xFFFF)) & (column <= (span >> 16))
         of_blocks = np.asarray(blocks)[:, column[:, None] // block, column // block]
-        assert not (stretch & ~of_blocks).any()
-        found, run = found + stretch, run + np.sum(blocks)
+        assert not (in_span & ~of_blocks).any()
+        total, run = total + in_span, run + np.sum(blocks)
     real, mask = rows.segment > 0, jax.jit(attention_mask, static_argnums=1)(rows, window)
-    np.testing.assert_array_equal(found[real], np.asarray(mask)[real])
-    np.testing.assert_array_equal(found[~real], np.broadcast_to(np.eye(LENGTH), found.shape)[~real])
+    np.testing.assert_array_equal(total[real], np.asarray(mask)[real])
+    np.testing.assert_array_equal(total[~real], np.broadcast_to(np.eye(LENGTH), total.shape)[~real])
     assert run < 2 * 2 * 3 * 3
 
 
 def test_splash_equals_plain_attention_in_values_and_gradients():
-    given = {"window": 25, "softcap": 1.5}
-    plain = values_and_gradients(XLA, rows_of(), **given)
+    options = {"window": 25, "softcap": 1.5}
+    plain = values_and_gradients(XLA, rows_of(), **options)
     assert all(x.std() > 0.03 for x in plain)
-    for found, expected in zip(values_and_gradients(INTERPRETED, rows_of(), **given), plain):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for outputs, expected in zip(values_and_gradients(INTERPRETED, rows_of(), **options), plain):
+        np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [8, 2], ids=["four of a member", "two members of each"])
@@ -112,12 +112,12 @@ def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_
         if devices == 8:
             by_member = jax.vmap(jax.grad(loss), axes, spmd_axis_name=SWEEP)
         else:
-            own, shared = jax.P(SWEEP), jax.P()
+            of_member, shared = jax.P(SWEEP), jax.P()
             by_member = jax.shard_map(
                 jax.vmap(jax.grad(loss), axes),
                 mesh=mesh,
-                in_specs=(shared, own, shared),
-                out_specs=own,
+                in_specs=(shared, of_member, shared),
+                out_specs=of_member,
                 axis_names={SWEEP},
                 check_vma=False,
             )
@@ -169,11 +169,11 @@ def test_cudnn_lowers_for_a_gpu_and_computes_no_scores_outside_its_kernels(monke
 
 def test_the_call_of_cudnn_means_plain_attention():
     same_call = functools.partial(kernels.attend_cudnn, implementation="xla")
-    plain, found = (
+    plain, outputs = (
         values_and_gradients(kernel, rows_of(), window=25)
         for kernel in (XLA, Kernel(attention_mask, same_call))
     )
-    for a, b in zip(found, plain):
+    for a, b in zip(outputs, plain):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -217,8 +217,8 @@ def test_what_cudnn_cannot_do_auto_gives_to_another_and_a_name_refuses(
     for _ in range(2):
         assert kernels.choose("auto", config, dtype, where, vmapped=vmapped) is instead
     skipped = ["cudnn", "flash"] if instead is XLA else ["cudnn"]
-    found = [message.split(":")[0].split()[-1] for message in caplog.messages]
-    assert found == skipped
+    named = [message.split(":")[0].split()[-1] for message in caplog.messages]
+    assert named == skipped
     assert reason in caplog.messages[0]
     with pytest.raises(ValueError, match=f"'cudnn': .*{reason}.*; set it to auto or xla"):
         kernels.choose("cudnn", config, dtype, where, vmapped=vmapped)

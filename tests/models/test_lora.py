@@ -119,7 +119,7 @@ def test_a_target_that_finds_nothing_is_an_error_that_lists_the_paths(pattern):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"rank": 0, "alpha": 1.0}, "rank, alpha"),
         ({"rank": 2, "alpha": 0.0}, "rank, alpha"),
@@ -129,8 +129,8 @@ def test_a_target_that_finds_nothing_is_an_error_that_lists_the_paths(pattern):
         ({"rank": 2, "alpha": 1.0, "targets": ("(mlp",)}, r"'\(mlp' is not a pattern"),
     ],
 )
-def test_wrong_settings_are_named(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
         LoraConfig(**settings)
 
 
@@ -187,16 +187,16 @@ def test_the_merged_export_computes_in_transformers_what_is_applied_here(config,
 
 
 @pytest.mark.parametrize(
-    ("path", "shape", "said"),
+    ("path", "shape", "message"),
     [
         ("blocks/attention/wrong/kernel", (2, 16, 2), "has no such kernel"),
         ("blocks/attention/query/kernel", (2, 15, 2), r"query/kernel: has the shapes .*15"),
     ],
 )
-def test_an_adapter_that_fits_no_kernel_is_named(path, shape, said):
+def test_an_adapter_that_fits_no_kernel_is_named(path, shape, message):
     pair = {"a": jnp.zeros(shape), "b": jnp.zeros((2, 2, 16))}
     adapters = traverse_util.unflatten_dict({path: pair}, sep="/")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         lora.apply(checkpoints.random_params(GROUPED), adapters, LOW)
 
 
@@ -234,5 +234,5 @@ def test_each_rule_puts_the_two_sides_where_the_kernel_has_them():
         axes = flat[kernel].spec[1:]
         inward = 2 if "/out/" in path else 1
         half = axes[:inward] if side == "a" else axes[inward:]
-        wanted = [axis for axis in half if axis is not None]
-        assert [axis for axis in placed.spec if axis is not None] == wanted, path
+        expected = [axis for axis in half if axis is not None]
+        assert [axis for axis in placed.spec if axis is not None] == expected, path

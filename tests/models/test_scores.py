@@ -81,8 +81,8 @@ def test_scores_of_packed_responses_equal_those_of_transformers_texts(case, tmp_
     assert scores.shape == (1, 2, 2)
     np.testing.assert_allclose(scores.ravel(), expected, atol=1e-4, rtol=1e-4)
 
-    huggingface.save(tmp_path / "kept", config, params, raw)
-    again = checkpoints.from_pretrained(tmp_path / "kept", CLASSIFIER)
+    huggingface.save(tmp_path / "saved", config, params, raw)
+    again = checkpoints.from_pretrained(tmp_path / "saved", CLASSIFIER)
     checkpoints.assert_same_tensors(again, theirs)
 
 
@@ -120,9 +120,9 @@ def test_the_config_of_a_language_model_becomes_that_of_the_classifier_on_its_tr
     key, labels = jax.random.key(0), ("bad", "fair", "good")
     scored, params = with_scalar_head(config, checkpoints.random_params(config), key, labels)
     huggingface.save(tmp_path / "out", scored, params, raw)
-    found, kept = huggingface.read_config(tmp_path / "out")
-    assert found == scored
-    assert kept["pretraining_tp"] == 7
+    read_config, read_raw = huggingface.read_config(tmp_path / "out")
+    assert read_config == scored
+    assert read_raw["pretraining_tp"] == 7
     theirs = checkpoints.from_pretrained(tmp_path / "out", CLASSIFIER)
     assert theirs.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     model, rows = decoder.build(scored), packed_rows()
