@@ -40,19 +40,21 @@ TINY = {
     "evaluate_every": 3,
     "checkpoint_every": 2,
     "tensorboard": False,
-    "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],  # of this session, see above
+    "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],  # of this session: tests/conftest.py
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_devices(request):
-    """Runs are on two devices, or on as many as the file's DEVICES, and those of processes that it
-    starts: eight of them on two cores mostly wait for each other, and for what is saved of each."""
-    count, make = getattr(request.module, "DEVICES", 2), sharding.make_mesh
-    there = jax.devices()  # eight of them, before a flag says otherwise
+    """Runs use two devices, or as many as the file's DEVICES, in processes that it starts too.
 
-    def make_mesh(*sizes, devices=None, **named):
-        return make(*sizes, devices=(devices or there)[:count], **named)
+    Eight of them on two cores mostly wait for each other, and for what is saved of each.
+    """
+    count, original = getattr(request.module, "DEVICES", 2), sharding.make_mesh
+    all_devices = jax.devices()  # eight of them, before a flag says otherwise
+
+    def make_mesh(*sizes, devices=None, **axes):
+        return original(*sizes, devices=(devices or all_devices)[:count], **axes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", make_mesh)
@@ -74,9 +76,9 @@ def tiny():
 
 def command(workdir, **changes) -> list[str]:
     """The command line of scripts/train.py for the tiny run."""
-    given = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    flags = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
     script, config = ROOT / "scripts" / "train.py", ROOT / "configs" / "reviews.py"
-    return [sys.executable, str(script), f"--config={config}", f"--workdir={workdir}", *given]
+    return [sys.executable, str(script), f"--config={config}", f"--workdir={workdir}", *flags]
 
 
 def environment(devices: int = 1, flags: str = QUICK_COMPILES) -> dict:

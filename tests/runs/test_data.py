@@ -39,10 +39,10 @@ def test_texts_without_a_prompt_are_held_out_one_by_one():
     assert len(train) + len(test) == 1000
 
 
-def test_the_embedded_task_gives_one_response_to_sft_and_two_to_dpo(tiny):
+def test_the_embedded_task_gives_one_response_to_sft_and_two_to_preference_training(tiny):
     config, tokenizer = tiny(), reviews.tokenizer()
-    sft = load(config.sft.data, config.tokens, tokenizer, wants=BEST, seed=0)
-    dpo = load(config.preference.data, config.tokens, tokenizer, wants=RANKED, seed=0)
+    sft = load(config.sft.data, config.tokens, tokenizer, requirements=BEST, seed=0)
+    dpo = load(config.preference.data, config.tokens, tokenizer, requirements=RANKED, seed=0)
     assert {len(e.responses) for e in sft.examples} == {1}
     assert {len(e.responses) for e in dpo.examples} == {2}
     assert (len(sft.held_out), len(dpo.held_out)) == (10, 10)
@@ -54,7 +54,7 @@ def test_a_file_with_one_prompt_cannot_be_split_and_says_so(tiny, tmp_path):
     path.write_text('{"prompt": "the", "chosen": " film", "rejected": " plot"}\n' * 3)
     config = tiny(**{"preference.data.source": str(path)})
     with pytest.raises(DataError, match=r"pairs\.jsonl: 0 examples to train on and 3 held out"):
-        load(config.preference.data, config.tokens, reviews.tokenizer(), wants=RANKED, seed=0)
+        load(config.preference.data, config.tokens, reviews.tokenizer(), requirements=RANKED, seed=0)
 
 
 def test_sft_on_preference_data_takes_the_best_response(tiny, tmp_path):
@@ -65,7 +65,7 @@ def test_sft_on_preference_data_takes_the_best_response(tiny, tmp_path):
     ]
     path.write_text("\n".join(rows))
     config, tokenizer = tiny(**{"sft.data.source": str(path)}), reviews.tokenizer()
-    data = load(config.sft.data, config.tokens, tokenizer, wants=BEST, seed=0)
+    data = load(config.sft.data, config.tokens, tokenizer, requirements=BEST, seed=0)
     texts = {tokenizer.decode(e.responses[0], skip_special_tokens=True) for e in data.examples}
     assert texts == {"was good"}
 
@@ -76,13 +76,13 @@ def test_what_imitates_the_best_response_trains_on_it_alone_and_is_judged_on_all
         for word in ("film", "plot", "acting", "music", "cast", "story")
     ]
     config = tiny(**{"preference.data.source": write(tmp_path / "ranked.jsonl", rows)})
-    given = config.preference.data, config.tokens, reviews.tokenizer()
-    data = load(*given, wants=DataRequirements(chosen=True), seed=0)
-    ranked = load(*given, wants=RANKED, seed=0)
+    source = config.preference.data, config.tokens, reviews.tokenizer()
+    data = load(*source, requirements=DataRequirements(best_only=True), seed=0)
+    ranked = load(*source, requirements=RANKED, seed=0)
     for i, (one, whole) in enumerate(zip(data.examples, ranked.examples, strict=True)):
-        kept = 1 if i in data.training else 3
-        assert [list(x) for x in one.responses] == [list(x) for x in whole.responses[:kept]]
-        assert len(one.cut) == kept
+        count = 1 if i in data.training else 3
+        assert [list(x) for x in one.responses] == [list(x) for x in whole.responses[:count]]
+        assert len(one.cut) == count
 
 
 def write(path, rows):
@@ -94,9 +94,9 @@ def preference(i, **changes):
     return {"prompt": f"the film {i}", "chosen": " was good", "rejected": " was bad"} | changes
 
 
-def load_pairs(tiny, wants=RANKED, **changes):
+def load_pairs(tiny, requirements=RANKED, **changes):
     config = tiny(**{f"preference.data.{key}": value for key, value in changes.items()})
-    return load(config.preference.data, config.tokens, reviews.tokenizer(), wants=wants, seed=0)
+    return load(config.preference.data, config.tokens, reviews.tokenizer(), requirements=requirements, seed=0)
 
 
 def test_separate_files_to_train_and_to_evaluate_are_read_whole(tiny, tmp_path):
@@ -137,7 +137,7 @@ def test_undesirable_completions_are_not_imitated(tiny, tmp_path):
     ]
     path = write(tmp_path / "unpaired.jsonl", rows)
     config = tiny(**{"sft.data.source": path, "sft.data.eval_share": 0.3})
-    data = load(config.sft.data, config.tokens, reviews.tokenizer(), wants=BEST, seed=0)
+    data = load(config.sft.data, config.tokens, reviews.tokenizer(), requirements=BEST, seed=0)
     assert data.reports["train and eval"].number("dropped", "undesirable") == 20
     assert len(data.examples) == 20
 
@@ -181,7 +181,7 @@ def ranking(i, scores):
 
 
 @pytest.mark.parametrize(
-    ("wants", "kept", "rank"),
+    ("requirements", "kept", "rank"),
     [
         (RANKED, 30, {None, (0, 0, 2)}),
         (DataRequirements(ties=True), 40, {None, (0, 0, 2), (0, 0)}),
@@ -189,16 +189,16 @@ def ranking(i, scores):
     ],
 )
 def test_rankings_that_are_all_tied_are_dropped_unless_ties_are_wanted(
-    tiny, tmp_path, wants, kept, rank
+    tiny, tmp_path, requirements, kept, rank
 ):
     kinds = ([3, 2, 1], [2, 2, 1], [1, 1], [2, 1])
     rows = [ranking(i, kinds[i % 4]) for i in range(40)]
-    data = load_pairs(tiny, wants, source=write(tmp_path / "r.jsonl", rows))
+    data = load_pairs(tiny, requirements, source=write(tmp_path / "r.jsonl", rows))
     report = data.reports["train and eval"]
     assert report.number("dropped", "all_tied") == 40 - kept
     assert len(data.examples) == report.kept == kept
     assert {e.rank for e in data.examples} == rank
-    if wants.form == "best":
+    if requirements.form == "best":
         assert {len(e.responses) for e in data.examples} == {1}
         assert {e.scores for e in data.examples} == {(3.0,), (2.0,)}
 
@@ -215,7 +215,7 @@ def test_labelled_data_come_from_pairs_rankings_and_labels_alike(tiny, tmp_path)
     source = write(tmp_path / "m.jsonl", rows)
     data = load_pairs(tiny, LABELLED, source=source, form="auto")
     tokenizer = reviews.tokenizer()
-    found = {
+    texts = {
         e.id: (tokenizer.decode(e.responses[0], skip_special_tokens=True), e.label)
         for e in data.examples
     }
@@ -223,7 +223,7 @@ def test_labelled_data_come_from_pairs_rankings_and_labels_alike(tiny, tmp_path)
     expected |= {f"m.jsonl:{i + 1}:rejected": ("was bad", False) for i in range(20)}
     expected |= {f"m.jsonl:{i + 1}:chosen": ("was great", True) for i in range(10, 20)}
     expected |= {f"m.jsonl:{i + 1}": ("was fine", i % 2 == 0) for i in range(20, 30)}
-    assert found == expected
+    assert texts == expected
     report = data.reports["train and eval"]
     dropped = {cause: tally.count for cause, tally in report.tallies["dropped"].items()}
     assert dropped == {"no_label": 1, "all_tied": 1, "identical": 1}
@@ -241,12 +241,12 @@ def test_a_pair_of_equal_responses_follows_the_policy_before_it_is_split(tiny, t
     config = tiny(
         **{"preference.data.source": write(tmp_path / "p.jsonl", rows), "tokens.identical": policy}
     )
-    given = (config.preference.data, config.tokens, reviews.tokenizer())
+    source = (config.preference.data, config.tokens, reviews.tokenizer())
     if policy == "error":
         with pytest.raises(DataError, match=r"p\.jsonl:10: identical"):
-            load(*given, wants=LABELLED, seed=0)
+            load(*source, requirements=LABELLED, seed=0)
         return
-    data = load(*given, wants=LABELLED, seed=0)
+    data = load(*source, requirements=LABELLED, seed=0)
     outcome = "noted" if policy == "keep" else "dropped"
     assert data.reports["train and eval"].number(outcome, "identical") == 1
     assert len(data.examples) == (20 if policy == "keep" else 18)
@@ -292,8 +292,8 @@ def test_labels_of_one_kind_are_refused(tiny, tmp_path, label, kind):
 
 
 def test_mismatched_responses_stay_on_their_side_of_the_split(tiny):
-    wants = DataRequirements("labelled", mismatched=True)
-    data = load_pairs(tiny, wants, source="reviews")
+    requirements = DataRequirements("labelled", mismatched=True)
+    data = load_pairs(tiny, requirements, source="reviews")
     plain = load_pairs(tiny, LABELLED, source="reviews")
     assert {len(e.responses) for e in data.examples} == {2}
     for part in (data.training, data.held_out):
