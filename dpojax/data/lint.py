@@ -23,13 +23,13 @@ import gzip
 import itertools
 import math
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dpojax import storage
 from dpojax.data import label_noise
 from dpojax.data.records import Content, Record
 from dpojax.data.report import EXAMPLES
@@ -142,7 +142,7 @@ def not_utf8(file: str | os.PathLike) -> list[int]:
     Returns:
       Numbers of the lines, from 1.
     """
-    content = pathlib.Path(file).read_bytes()
+    content = storage.as_path(file).read_bytes()
     content = gzip.decompress(content) if str(file).endswith(".gz") else content
     bad = []
     for number, line in enumerate(content.split(b"\n"), start=1):
