@@ -1,12 +1,16 @@
-"""Imports flow down one list, and files stay small."""
+"""Imports flow down one list, and files, functions and classes stay small."""
 
 import ast
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dpojax"
 ORDER = [
+    {"tables", "intervals", "storage"},
     {"losses", "head", "logprobs", "theory", "rl"},
     {"sharding"},
     {"models"},
@@ -15,60 +19,123 @@ ORDER = [
     {"training"},
     {"methods"},
     {"evaluation"},
-    {"launch"},
+    {"config"},
+    {"jobs"},
+    {"stages"},
+    {"runs"},
+    {"sweeps"},
+    {"frontier"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-FILES = sorted((ROOT / "dpojax").rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
+ALONE = {  # folders whose rooms do not know each other, and who may know all of them
+    "methods": ("sft", "classifier", "reward", "preference", "ppo"),
+    "stages": ("sft", "classifier", "reward", "preference", "ppo"),
+}
+MAY_KNOW_ALL = {"stages/registry.py"}
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_CLASS = 500, 60, 200
 
 
-def imported(path: pathlib.Path):
-    """The modules or packages right below dpojax that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module == "dpojax":
-            names = [f"dpojax.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        yield from (name.split(".")[1] for name in names if name.startswith("dpojax."))
+def imported(path: pathlib.Path) -> set[str]:
+    """The modules of dpojax that a file imports, dotted and without the leading `dpojax.`.
 
-
-def test_imports_flow_down():
-    wrong = []
-    for path in FILES:
-        own = path.relative_to(ROOT / "dpojax").parts[0].removesuffix(".py")
-        if own == "__init__":
+    Imports that only a type checker makes are left out: nothing is loaded by them.
+    """
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
             continue
-        wrong += [(str(path), name) for name in imported(path) if RANK[name] > RANK[own]]
-    assert not wrong
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("dpojax.") for name in names if name.startswith("dpojax.")}
+
+
+def room(path: pathlib.Path) -> str:
+    """`stages/sft.py`."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def top(name: str) -> str:
+    return name.split(".")[0].split("/")[0].removesuffix(".py")
+
+
+def test_every_room_has_its_place_in_the_list():
+    assert {top(room(path)) for path in FILES} - {"__init__"} == set(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=room)
+def test_imports_flow_down(path):
+    if room(path) == "__init__.py":
+        return
+    above = {name for name in imported(path) if RANK[top(name)] > RANK[top(room(path))]}
+    assert not above
+
+
+def test_imports_of_types_flow_down_too():
+    """What only a type checker imports may stand beside, but not above."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpojax."):
+                name = top(node.module.removeprefix("dpojax."))
+                assert RANK[name] <= RANK.get(top(room(path)), len(ORDER)), path
 
 
 def test_losses_and_log_probs_import_nothing_of_dpojax_but_the_head():
-    package = ROOT / "dpojax"
-    alone = [package / name for name in ("head.py", "logprobs.py", "theory.py", "rl.py")]
-    for path in [*alone, *package.glob("losses/*.py")]:
-        own = {"losses"} if path.parent.name == "losses" else set()
-        own = {"head"} if path.name == "logprobs.py" else own
-        assert set(imported(path)) <= own, path
+    files = [PACKAGE / name for name in ("head.py", "logprobs.py", "theory.py", "rl.py")]
+    for path in [*files, *PACKAGE.glob("losses/**/*.py")]:
+        allowed = {"losses"} if path.parent.name == "losses" else set()
+        allowed = {"head"} if path.name == "logprobs.py" else allowed
+        assert {top(name) for name in imported(path)} <= allowed, path
 
 
-def test_methods_never_import_each_other():
-    for path in (ROOT / "dpojax" / "methods").glob("*.py"):
-        assert "methods" not in list(imported(path)), path
+@pytest.mark.parametrize("folder", ALONE)
+def test_rooms_of_one_kind_do_not_import_each_other(folder):
+    """Sub-packages included: a method or a stage is added without touching another."""
+    dotted = folder.replace("/", ".")
+    for path in (PACKAGE / folder).rglob("*.py"):
+        if room(path) in MAY_KNOW_ALL:
+            continue
+        own = path.relative_to(PACKAGE / folder).parts[0].removesuffix(".py")
+        for name in imported(path):
+            if not name.startswith(f"{dotted}."):
+                continue
+            other = name.removeprefix(f"{dotted}.").split(".")[0]
+            assert other == own or other not in ALONE[folder], f"{room(path)} imports {name}"
 
 
-def test_files_and_functions_stay_small():
+def test_only_the_registry_names_the_stages():
+    """Whatever runs stages asks the registry, so that a new stage is added in one place."""
+    for path in FILES:
+        if path.parent.name == "stages":
+            continue
+        stages = {f"stages.{name}" for name in ALONE["stages"]}
+        for name in imported(path):
+            assert ".".join(name.split(".")[:2]) not in stages, f"{room(path)} imports {name}"
+
+
+def test_files_functions_and_classes_stay_small():
     for path in [*FILES, *(ROOT / "scripts").glob("*.py")]:
         text = path.read_text()
-        assert len(text.splitlines()) <= 500, path
+        assert len(text.splitlines()) <= LONGEST_FILE, path
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                lines = node.end_lineno - node.lineno + 1
+                limit = LONGEST_CLASS if isinstance(node, ast.ClassDef) else LONGEST_FUNCTION
+                assert lines <= limit, f"{path}: {node.name} has {lines} lines"
 
 
 def test_a_run_starts_without_libraries_that_it_does_not_need_yet():
-    slow = ("torch", "datasets", "matplotlib", "scipy.stats", "tensorboardX")
+    slow = ("torch", "datasets", "matplotlib", "scipy.stats", "tensorboardX", "gcsfs", "s3fs")
     code = f"import sys, dpojax.runs.run; print(*(x for x in {slow} if x in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

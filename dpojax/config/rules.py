@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpojax.config.errors import ConfigError
+from dpojax.config.errors import ConfigError, config_errors
+from dpojax.training.state import make_optimizer, make_schedule
 
 
 class Rule(NamedTuple):
@@ -98,3 +99,10 @@ def apply_rules(rules: Sequence[Rule], config: ConfigDict, prefix: str = "") -> 
             value = value[part]
         if not rule.allows(value):
             raise ConfigError(f"config.{prefix}{rule.key} = {value!r}: {rule.expected}")
+
+
+def check_optimizer(stage: ConfigDict, name: str) -> None:
+    """Raises ConfigError for an optimiser or a schedule that does not exist."""
+    with config_errors(name):
+        make_optimizer(stage.optimizer)
+        make_schedule(stage.schedule, 0, 1)

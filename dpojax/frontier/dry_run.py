@@ -8,7 +8,6 @@ that does not fit fails here, in minutes.
 from __future__ import annotations
 
 import copy
-import math
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,18 +19,15 @@ from ml_collections import ConfigDict
 from dpojax import sharding, storage
 from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.errors import config_errors
-from dpojax.data.packing import Shape
 from dpojax.data.prefixes import LONGEST
 from dpojax.frontier.configs import RunConfigs
-from dpojax.frontier.runs import PPO, Run
+from dpojax.frontier.runs import Run
 from dpojax.models import encoder, huggingface
 from dpojax.sampling import Prompts, build_sampler
-from dpojax.stages.classifier import Classifier
-from dpojax.stages.ppo import lower_update
 from dpojax.stages.registry import STAGES, resolve
 from dpojax.stages.setup import Setup, open_model
+from dpojax.stages.stage import RowSize
 from dpojax.stages.tokenizers import load_tokenizer
-from dpojax.stages.train import lower_step
 
 PROMPT = 2 * LONGEST  # tokens of the widest prompt: twice those of the paper's
 NOWHERE = "nowhere"  # the workdir of jobs that write nothing
@@ -44,69 +40,34 @@ def dry_run(config: ConfigDict, runs: Sequence[Run]) -> Iterator[str]:
       ConfigError: a run that could not start. OSError, ValueError: a config.json is missing.
     """
     reward = config.frontier.reward
-    responses = config.frontier.completions if config.frontier.pairs == "ranked" else 2
-    yield _train_step(config, "sft")
+    yield _stage(config, "sft")
     if reward == "classifier":
-        yield _classifier_step(config)
+        yield _stage(config, "classifier")
     elif reward.startswith("classifier:"):
         yield _encoder(reward.split(":")[1])
     yield _sampler(config)
     if any(run.method == "ppo" for run in runs):
-        yield _train_step(config, "reward", responses)
+        yield _stage(config, "reward")
     configs, programs = RunConfigs(config, storage.as_path(NOWHERE)), set()
     for run in runs:
+        configs.resolve(run)
         run_config = configs.config_of(run)
-        resolve(run_config, NOWHERE)
         run_config.update(tokenizer=config.tokenizer)
         run_config.model.path = config.model.path  # in the place of the SFT policy
-        program = run.stage if run.stage == PPO else run_config.preference.loss
-        if program in programs:
-            continue
-        programs.add(program)
-        yield (
-            _ppo(run_config)
-            if run.stage == PPO
-            else _train_step(run_config, "preference", responses)
-        )
+        (stage,) = run_config.stages
+        program = stage, run_config[stage].get("loss")
+        if program not in programs:
+            programs.add(program)
+            yield _stage(run_config, stage)
 
 
-def _train_step(config: ConfigDict, name: str, responses: int = 1) -> str:
-    """The train step of a stage, with a text or a prompt and its responses in each row."""
-    setup = _setup(config, name)
-    length = config.tokens.max_length
-    if responses > 1:
-        length = PROMPT + responses * (config.samples.max_new_tokens + 1)
-    return _lowered(STAGES[name].open(setup), length, responses)
-
-
-def _classifier_step(config: ConfigDict) -> str:
-    stage = Classifier.with_labels(_setup(config, Classifier.name), ("neg", "pos"))
-    return _lowered(stage, config.classifier.max_tokens, 1)
-
-
-def _lowered(stage: Any, length: int, responses: int) -> str:
-    config = stage.config
-    micro_rows = stage.setup.config.micro_rows or config.batch_size
-    micro_batches = math.ceil(config.batch_size / micro_rows)
-    lower_step(stage, Shape(micro_batches, micro_rows, length, length, 1, responses))
-    title = f"{stage.name}, loss {config.loss}" if "loss" in config else stage.name
-    rows = f"{micro_batches} x {micro_rows} rows of {length} tokens"
-    return _line(title, stage.setup.abstract_params, rows, copies=2 + _moments(config))
-
-
-def _ppo(config: ConfigDict) -> str:
-    stage = STAGES[PPO].open(_setup(config, PPO))
-    with jax.set_mesh(stage.setup.mesh):
-        lower_update(stage, PROMPT)
-    rows = f"{stage.config.batch_size} prompts, {stage.config.max_new_tokens} new tokens"
-    # Policy and value model with gradient and moments, and the reference.
-    copies = 2 * (2 + _moments(stage.config)) + 1
-    return _line(PPO, stage.setup.abstract_params, rows, copies)
-
-
-def _moments(config: ConfigDict) -> int:
-    """Copies of the parameters that the optimiser keeps."""
-    return 2 if config.optimizer.name == "adamw" else 1
+def _stage(config: ConfigDict, name: str) -> str:
+    """The train step of a stage."""
+    stage = STAGES[name].open(_setup(config, name))
+    responses = config.frontier.completions if config.frontier.pairs == "ranked" else 2
+    lowered = stage.lower(RowSize(PROMPT, config.samples.max_new_tokens, responses))
+    title = f"{name}, loss {stage.config.loss}" if name == "preference" else name
+    return _line(title, stage.setup.abstract_params, lowered.rows, lowered.weight_copies)
 
 
 def _sampler(config: ConfigDict) -> str:

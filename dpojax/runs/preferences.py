@@ -107,7 +107,7 @@ class Settings:
     pairs: str = "all"
     labels: str = "deterministic"
     label_temperature: float = 1.0
-    tie: float = 1e-9
+    tie: float = pairing.ROUNDING
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

@@ -12,12 +12,12 @@ from dpojax import storage
 from dpojax.config.rules import apply_rules, at_least, one_of
 from dpojax.intervals import wilson_interval
 from dpojax.methods import classifier
-from dpojax.stages import classifier_data
+from dpojax.stages import classifier_data, train
 from dpojax.stages.data import DataRequirements, StageData
-from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
-from dpojax.stages.reward import scores_of
+from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.programs import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
-from dpojax.stages.stage import CLASSIFIER, Stage, Summarise, Summary
+from dpojax.stages.stage import CLASSIFIER, Lowered, RowSize, Stage, Summarise, Summary
 from dpojax.training import forward as forwards
 
 LABELS = "labels.json"  # in the stage's folder
@@ -82,6 +82,11 @@ class Classifier(ExampleStage):
         loaded = super().load()
         labelled = self.with_labels(self.setup, loaded.batches.data.labels)
         return dataclasses.replace(labelled, batches=loaded.batches)
+
+    def lower(self, row: RowSize) -> Lowered:
+        labels = self.setup.model.config.labels or ("0", "1")  # those of the data are not known
+        labelled = self.with_labels(self.setup, labels)
+        return train.lower(labelled, self.config.max_tokens, 1)
 
     def save_reports(self) -> str:
         storage.write_text(self.folder / LABELS, json.dumps(self.batches.data.labels) + "\n")

@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
-from dpojax.config.errors import config_errors
 from dpojax.config.resolved import ResolvedRun
-from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules
+from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
 from dpojax.data.packing import Shape
 from dpojax.data.pipeline import steps_in
 from dpojax.data.prompts import EMBEDDED
-from dpojax.data.rows import Rows
-from dpojax.models import lora_peft
 from dpojax.stages import data as stage_data
 from dpojax.stages import token_cache, train
-from dpojax.stages.adapters import StageAdapters, check_lora, open_adapters
+from dpojax.stages.adapters import StageAdapters, check_lora
 from dpojax.stages.batches import Batches, choose_shape
 from dpojax.stages.data import StageData
 from dpojax.stages.description import describe, report_text
+from dpojax.stages.programs import Programs
 from dpojax.stages.references import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
-from dpojax.stages.stage import POLICY, Stage, Summarise, require_language_model
-from dpojax.training.forward import Forward, build_score, language_model
+from dpojax.stages.stage import POLICY, Lowered, RowSize, Stage, Summarise
 from dpojax.training.loop import StopSignal
 from dpojax.training.memory import Footprint
-from dpojax.training.objective import Hyper, Objective
-from dpojax.training.state import make_optimizer, make_schedule
-from dpojax.training.step import build_evaluate
+from dpojax.training.objective import Hyper
 
 PACE_KEYS = ("learning_rate", "warmup_steps", "steps", "epochs")
-
-
-class Programs(NamedTuple):
-    """The functions of a stage that are compiled at first use.
-
-    Attributes:
-      objective: what the stage minimises.
-      forward: the forward pass to train with.
-      score: jitted (params, rows on the mesh, reference=None) -> outputs of whole batches.
-      metrics: jitted (outputs, rows on the mesh, hyper) -> sums and weights.
-    """
-
-    objective: Objective
-    forward: Forward
-    score: Callable[..., Any]
-    metrics: Callable[[Any, Rows, Hyper], dict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +70,7 @@ class ExampleStage(Stage):
 
     @classmethod
     def traced_keys(cls, config: ConfigDict) -> frozenset[str]:
-        """See `Stage`.
-
-        The seed is among them where it only orders the data. Otherwise weights, adapters or the
-        embedded task's records are drawn from it, and members would not share them.
-        """
-        stage = config[cls.name]
-        keys = {f"{cls.name}.{key}" for key in (*PACE_KEYS, *cls.traced_options(config))}
-        draws_weights = len(config.stages) > 1 or not config.model.path or cls.makes != POLICY
-        draws_records = EMBEDDED in (stage.data.source, stage.data.eval_source)
-        draws_adapters = "lora" in stage and stage.lora.rank > 0
-        if not (draws_weights or draws_records or draws_adapters):
-            keys.add("seed")
-        return frozenset(keys)
+        return _traced_keys(cls, config)
 
     @classmethod
     def traced_options(cls, config: ConfigDict) -> Sequence[str]:
@@ -112,14 +79,9 @@ class ExampleStage(Stage):
         return ()
 
     @classmethod
-    def open(cls, setup: Setup) -> Self:
-        require_language_model(setup, cls.name)
-        return cls(setup, cls.build_programs(setup), open_adapters(setup, cls.name))
-
-    @classmethod
-    def objective_of(cls, run: ResolvedRun) -> Objective:
-        """What the stage of this run minimises."""
-        raise NotImplementedError(f"{cls.__name__}.objective_of")
+    @abc.abstractmethod
+    def build_programs(cls, setup: Setup) -> Programs:
+        """The stage's programs for the setup's model, which has the stage's head."""
 
     def options(self) -> dict[str, Any]:
         """The objective's numbers that are traced in the step, besides the learning rate."""
@@ -152,16 +114,6 @@ class ExampleStage(Stage):
 
     # From here on every such stage is alike.
 
-    @classmethod
-    def build_programs(cls, setup: Setup) -> Programs:
-        """The stage's programs for the setup's model, which has the stage's head."""
-        objective = cls.objective_of(setup.run)
-        forward = language_model(
-            setup.model, statistics=objective.statistics, max_logits=setup.max_logits
-        )
-        score = build_score(setup.model, max_logits=setup.max_logits)
-        return make_programs(objective, forward, score)
-
     def prepare(self) -> Self:
         loaded = self.load()
         return loaded.with_shape(loaded.shape_for([loaded.batches]))
@@ -172,7 +124,7 @@ class ExampleStage(Stage):
         Raises:
           DataError: see `stages.data.load`.
         """
-        return self._with_batches(self._load_data())
+        return self._with_batches(_load_data(self))
 
     def read_data(self) -> StageData:
         """Reads and tokenises the stage's data; the cache of tokens is not looked at."""
@@ -198,6 +150,10 @@ class ExampleStage(Stage):
     def footprint(self) -> Footprint:
         return train.footprint(self)
 
+    def lower(self, row: RowSize) -> Lowered:
+        length = row.prompt + row.responses * (row.response + 1)
+        return train.lower(self, length, row.responses)
+
     def describe(self) -> str:
         return describe(self)
 
@@ -217,28 +173,6 @@ class ExampleStage(Stage):
 
     def open_summary(self) -> Summarise:
         return lambda stage, params: None
-
-    def export(
-        self, folder: storage.Path, *, step: int | None = None, adapters: bool = False
-    ) -> None:
-        if not adapters or self.adapters is None:
-            super().export(folder, step=step, adapters=adapters)
-            return
-        is_first = self.name == self.setup.config.stages[0]
-        lora_peft.save_peft(
-            folder,
-            self.adapters.trained(self.checkpoint_folder, step),
-            self.adapters.config,
-            self.setup.model.config,
-            self.setup.imported_config,
-            base=(self.setup.config.model.path or None) if is_first else None,
-        )
-
-    def trained_params(self, step: int | None = None) -> dict:
-        if self.adapters is None:
-            return super().trained_params(step)
-        step = self.best_step if step is None else step
-        return self.adapters.trained_params(self.checkpoint_folder, step)
 
     def policy_params(self, base: dict | None, trained: dict) -> dict:
         """The whole model's parameters, from those that are trained and the adapters' base."""
@@ -297,33 +231,31 @@ class ExampleStage(Stage):
         batches = Batches(data, config.batch_size, steps, seed, score_prompt=self.score_prompt)
         return dataclasses.replace(self, batches=batches)
 
-    def _load_data(self) -> StageData:
-        """From the cache of tokens, or read."""
-        config, settings = self.setup.config, self.data_settings()
-        if self.draws_records:
-            settings["seed"] = config.seed
-        key = partial(token_cache.key_of, self.config.data, self.setup.tokenizer, settings)
-        folder = self.setup.workdir / token_cache.FOLDER
-        if config.token_cache:
-            folder = storage.as_path(config.token_cache)
-        return token_cache.cached(folder, key, self.read_data)
 
+def _traced_keys(stage_class: type[ExampleStage], config: ConfigDict) -> frozenset[str]:
+    """See `Stage.traced_keys`.
 
-def make_programs(objective: Objective, forward: Forward, score: Callable) -> Programs:
-    """Jits what a stage computes besides its step.
-
-    Scoring is one program for rows with and without the reference's log-probs.
+    The seed is among them where it only orders the data. Otherwise weights, adapters or the
+    embedded task's records are drawn from it, and members would not share them.
     """
-    jitted = jax.jit(score)
+    name = stage_class.name
+    stage = config[name]
+    keys = {f"{name}.{key}" for key in (*PACE_KEYS, *stage_class.traced_options(config))}
+    draws_weights = len(config.stages) > 1 or not config.model.path or stage_class.makes != POLICY
+    draws_records = EMBEDDED in (stage.data.source, stage.data.eval_source)
+    draws_adapters = "lora" in stage and stage.lora.rank > 0
+    if not (draws_weights or draws_records or draws_adapters):
+        keys.add("seed")
+    return frozenset(keys)
 
-    def score_rows(params: dict, rows: Rows, reference: dict | None = None) -> Any:
-        return jitted(params, rows._replace(reference=None), reference=reference)
 
-    return Programs(objective, forward, score_rows, jax.jit(build_evaluate(objective)))
-
-
-def check_optimizer(stage: ConfigDict, name: str) -> None:
-    """Raises ConfigError for an optimiser or a schedule that does not exist."""
-    with config_errors(name):
-        make_optimizer(stage.optimizer)
-        make_schedule(stage.schedule, 0, 1)
+def _load_data(stage: ExampleStage) -> StageData:
+    """The stage's examples from the cache of tokens, or read."""
+    config, settings = stage.setup.config, stage.data_settings()
+    if stage.draws_records:
+        settings["seed"] = config.seed
+    key = partial(token_cache.key_of, stage.config.data, stage.setup.tokenizer, settings)
+    folder = stage.setup.workdir / token_cache.FOLDER
+    if config.token_cache:
+        folder = storage.as_path(config.token_cache)
+    return token_cache.cached(folder, key, stage.read_data)

@@ -15,7 +15,14 @@ from ml_collections import ConfigDict
 
 from dpojax import sharding
 from dpojax.config.errors import ConfigError, config_errors
-from dpojax.config.rules import TRAINING_RULES, above, apply_rules, at_least, between
+from dpojax.config.rules import (
+    TRAINING_RULES,
+    above,
+    apply_rules,
+    at_least,
+    between,
+    check_optimizer,
+)
 from dpojax.data.pipeline import order
 from dpojax.data.prompts import EMBEDDED, read_prompts
 from dpojax.data.rows import empty
@@ -29,17 +36,16 @@ from dpojax.sampling import Prompts, Sampler, build_sampler
 from dpojax.stages import ppo_train
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.description import count, mesh_text
-from dpojax.stages.example_stage import check_optimizer
 from dpojax.stages.ppo_summary import summarise
 from dpojax.stages.samples import open_samples
 from dpojax.stages.setup import Setup, with_scalar_model
-from dpojax.stages.stage import Stage, Summarise, require_language_model
+from dpojax.stages.stage import Lowered, RowSize, Stage, Summarise, require_language_model
 from dpojax.training import checkpoints
 from dpojax.training.forward import build_score
 from dpojax.training.loop import StopSignal
 from dpojax.training.memory import Footprint
 from dpojax.training.objective import Hyper
-from dpojax.training.state import abstract_state, make_optimizer
+from dpojax.training.state import abstract_state, make_optimizer, moment_copies
 
 LARGEST_KL_ERROR = 0.2  # to which `rl.update_kl` holds the relative error of the KL
 RULES = (
@@ -156,6 +162,15 @@ class PPO(Stage):
 
     def footprint(self) -> Footprint | None:
         return None
+
+    def lower(self, row: RowSize) -> Lowered:
+        config = self.config
+        with jax.set_mesh(self.setup.mesh):
+            step = lower_update(self, row.prompt)
+        # Policy and value model with gradient and moments, and the reference.
+        copies = 2 * (2 + moment_copies(config.optimizer)) + 1
+        rows = f"{config.batch_size} prompts, {config.max_new_tokens} new tokens"
+        return Lowered(step, rows, copies)
 
     def describe(self) -> str:
         config = self.config

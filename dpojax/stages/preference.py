@@ -17,7 +17,7 @@ from dpojax.methods import preference
 from dpojax.methods.preference import LossRequirements
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.language_stage import LanguageStage
 from dpojax.stages.preference_summary import open_summary
 from dpojax.stages.references import (
     NO_REFERENCE,
@@ -52,7 +52,7 @@ class BoundLoss(NamedTuple):
     requirements: LossRequirements
 
 
-class Preference(ExampleStage):
+class Preference(LanguageStage):
     """Trains a policy on preferences, against a reference policy where the loss has one."""
 
     name = "preference"

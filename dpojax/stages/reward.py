@@ -11,12 +11,13 @@ from dpojax.config.rules import apply_rules, at_least, one_of
 from dpojax.intervals import wilson_interval
 from dpojax.methods import reward
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
+from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.pair_labels import count_pairs
+from dpojax.stages.programs import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import REWARD_MODEL, Stage, Summarise, Summary
 from dpojax.training import checkpoints
-from dpojax.training.forward import build_outputs, reward_model
+from dpojax.training.forward import reward_model
 
 RULES = (
     one_of("loss", reward.LOSSES),
@@ -80,17 +81,6 @@ class Reward(ExampleStage):
         step = self.best_step if step is None else step
         metadata = checkpoints.metadata_of(self.checkpoint_folder, step)
         return metadata.get("evaluation", {}).get(reward.MEAN)
-
-
-def scores_of(forward):
-    """`build_outputs(forward)` with the signature of `build_score`; there is no reference."""
-    outputs = build_outputs(forward)
-
-    def score(params, rows, *, reference=None):
-        del reference
-        return outputs(params, rows)
-
-    return score
 
 
 def summarise(stage: Stage, params: dict) -> Summary:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dpojax.config.resolved import ResolvedRun
 from dpojax.methods import sft
+from dpojax.stages import train
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.language_stage import LanguageStage
+from dpojax.stages.stage import Lowered, RowSize
 from dpojax.training.objective import Objective
 
 
-class SFT(ExampleStage):
+class SFT(LanguageStage):
     """Trains a policy on the best response of each record, or on plain texts."""
 
     name = "sft"
@@ -21,6 +23,9 @@ class SFT(ExampleStage):
     @property
     def requirements(self) -> DataRequirements:
         return DataRequirements("best")
+
+    def lower(self, row: RowSize) -> Lowered:
+        return train.lower(self, self.setup.config.tokens.max_length, 1)
 
     @property
     def score_prompt(self) -> bool:

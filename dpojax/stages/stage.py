@@ -19,7 +19,7 @@ from __future__ import annotations
 import abc
 import json
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 from ml_collections import ConfigDict
@@ -41,6 +41,28 @@ CLASSIFIER = "a classifier"
 Summary = dict[str, Any]
 # (a stage that shares model, reference and data with the one that made this, parameters) -> summary
 Summarise = Callable[["Stage", dict], Summary | None]
+
+
+class RowSize(NamedTuple):
+    """The largest row that a plan expects: tokens of a prompt, of a response, and responses."""
+
+    prompt: int
+    response: int
+    responses: int
+
+
+class Lowered(NamedTuple):
+    """A train step that was lowered.
+
+    Attributes:
+      step: what can be compiled.
+      rows: the batch, in words.
+      weight_copies: float32 copies of the parameters: weights, gradient, moments.
+    """
+
+    step: jax.stages.Lowered
+    rows: str
+    weight_copies: int
 
 
 class Stage(abc.ABC):
@@ -107,6 +129,14 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def footprint(self) -> Footprint | None:
         """The memory that a train step will need of each device; None where nothing predicts it."""
+
+    @abc.abstractmethod
+    def lower(self, row: RowSize) -> Lowered:
+        """Lowers the stage's train step from shapes alone; neither data nor devices need be there.
+
+        Args:
+          row: tokens of a prompt and of each response.
+        """
 
     @abc.abstractmethod
     def describe(self) -> str:

@@ -24,6 +24,7 @@ from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.stages.references import Reference, check_identity, scores_at_start
 from dpojax.stages.setup import with_scalar_params
+from dpojax.stages.stage import Lowered
 from dpojax.stages.throughput import flops_of_batch, peak_flops
 from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
@@ -32,7 +33,14 @@ from dpojax.training.loop import Every, StopSignal, TrainLoop
 from dpojax.training.memory import Footprint, gib, lean, limit_bytes, predict
 from dpojax.training.metrics import MetricWriter, Window
 from dpojax.training.profile import Spans
-from dpojax.training.state import State, abstract_state, make_optimizer, make_schedule, new_state
+from dpojax.training.state import (
+    State,
+    abstract_state,
+    make_optimizer,
+    make_schedule,
+    moment_copies,
+    new_state,
+)
 from dpojax.training.step import build_step
 from dpojax.training.vectorised_step import MakeStep
 
@@ -262,6 +270,19 @@ def require_memory(stage: ExampleStage) -> None:
         f"{stage.name}: a step will want about {needed} of each device, which has {gib(limit)} to "
         f"give. Most are {largest}: {changes.get(largest, spread)}. config.check_memory=False "
         "tries all the same"
+    )
+
+
+def lower(stage: ExampleStage, length: int, responses: int) -> Lowered:
+    """See `Stage.lower`; rows of `length` tokens with one example each."""
+    config = stage.config
+    micro_rows = stage.setup.config.micro_rows or config.batch_size
+    micro_batches = -(-config.batch_size // micro_rows)
+    shape = Shape(micro_batches, micro_rows, length, length, 1, responses)
+    return Lowered(
+        step=lower_step(stage, shape),
+        rows=f"{micro_batches} x {micro_rows} rows of {length} tokens",
+        weight_copies=2 + moment_copies(config.optimizer),
     )
 
 

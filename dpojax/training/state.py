@@ -59,6 +59,11 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(*parts)
 
 
+def moment_copies(config) -> int:
+    """How many copies of the parameters the optimiser of `make_optimizer` keeps."""
+    return {"adamw": 2, "rmsprop": 1}[config.name]
+
+
 def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
     """Build `optax.clip_by_global_norm` with an `update` that takes the norm as `norm`.
 
