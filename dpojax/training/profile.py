@@ -37,6 +37,7 @@ class Spans:
         self.folder = None if folder is None else storage.as_path(folder)
         self.seconds, self.steps = {}, 0
         self._tracing = False
+        self._upload = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -51,7 +52,7 @@ class Spans:
         """Count a step that was dispatched; wait for its report if it is the last one traced."""
         self.steps += 1
         if self.folder is not None and self.steps == TRACED.start - 1:
-            jax.profiler.start_trace(str(self.folder / TRACE))
+            jax.profiler.start_trace(str(self._trace_folder()))
             self._tracing = True
         elif self._tracing and self.steps >= TRACED.stop:
             jax.block_until_ready(report)
@@ -62,6 +63,14 @@ class Spans:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            self._upload.close()
+
+    def _trace_folder(self) -> os.PathLike:
+        """Return the folder that JAX's profiler writes to: a local one, uploaded at the end."""
+        folder = self.folder / TRACE
+        if storage.is_local(folder):
+            return folder
+        return self._upload.enter_context(storage.replacing_folder(folder))
 
 
 def parts_of_step(
