@@ -4,7 +4,7 @@
 """
 
 from dpojax.config.defaults import default_config
-from dpojax.frontier.plan import Run
+from dpojax.frontier.runs import Run
 
 
 def get_config():
@@ -34,6 +34,10 @@ def frontier(config):
         Run("dpo", "beta=0.3", {"preference.beta": 0.3}),
         Run("dpo", "beta=1", {"preference.beta": 1.0}),
         Run("ppo_gt", "kl=2", {"evaluate_every": 14}, "ppo"),
-        Run("unlikelihood", "alpha=0.5", {"preference.loss": "unlikelihood", "preference.alpha": 0.5}),
+        Run(
+            "unlikelihood",
+            "alpha=0.5",
+            {"preference.loss": "unlikelihood", "preference.alpha": 0.5},
+        ),
         Run("preferred_ft", "seed=0", {"preference.loss": "sft"}),
     ]

@@ -2,25 +2,29 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from dpojax import storage
+from dpojax.config.errors import ConfigError
 from dpojax.evaluation.frontier_points import read_points
 from dpojax.evaluation.optimum import read_optimum
 from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import Reward, RewardError, open_reward
-from dpojax.frontier import plan as frontier
 from dpojax.frontier import results as frontier_results
+from dpojax.frontier.configs import RunConfigs
+from dpojax.frontier.frontier import make_frontier, write_or_compare_plan
+from dpojax.frontier.plan import plan_frontier
+from dpojax.frontier.runs import Run, paper_runs, run_of_loss
 from dpojax.runs import preferences as preferences_module
-from dpojax.runs import run as runs
+from dpojax.runs.command import FAILURES
+from dpojax.runs.run import run as train
 from dpojax.stages import samples as samples_module
-from dpojax.config.checks import ConfigError
-from dpojax.frontier.plan import Run
-from dpojax.runs.run import FAILURES
 from dpojax.training.loop import Preempted
 from dpojax.training.metrics import read_metrics
 
@@ -48,7 +52,7 @@ RUNS = [
     Run("dpo", "beta=0.1", {"preference.beta": 0.1}),
     Run("preferred_ft", "seed=1", {"preference.loss": "sft", "seed": 1}),
 ]
-ADDED = frontier.of_loss("simpo", {"preference.steps": 2})
+ADDED = run_of_loss("simpo", {"preference.steps": 2})
 
 
 def config(**changes):
@@ -57,8 +61,8 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("frontier")
-    frontier.make(config(), RUNS, str(folder))
+    folder = storage.as_path(tmp_path_factory.mktemp("frontier"))
+    make_frontier(config(), RUNS, str(folder))
     return folder, frontier_results.write(folder)
 
 
@@ -70,9 +74,9 @@ def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_refer
     assert [(p.step, p.seed) for p in by_method("preferred_ft")] == [(2, 1), (4, 1)]
     assert [p.setting for p in by_method("best_of_n")] == ["n=2", "n=4"]
     (base,) = by_method("sft")
-    with np.load(folder / "reference_samples.npz") as found:
-        assert found["rewards"].shape == (8, 64)
-        assert base.reward == pytest.approx(found["rewards"].mean())
+    with np.load(folder / "reference_samples.npz") as samples:
+        assert samples["rewards"].shape == (8, 64)
+        assert base.reward == pytest.approx(samples["rewards"].mean())
     lines = read_metrics(folder / "runs" / "dpo-beta-0.1" / "preference")
     last = [line for line in lines if line["split"] == "eval"][-1]
     assert by_method("dpo")[-1].kl == last["samples/kl"]
@@ -93,12 +97,12 @@ def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_n
     folder, _ = made
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
     tokens = folder / "tokens"
-    kept = {*tokens.iterdir()}  # of SFT, of the preferences, and of the best of each
-    frontier.make(config(), [*RUNS, ADDED], str(folder))
+    cached = {*tokens.iterdir()}  # of SFT, of the preferences, and of the best of each
+    make_frontier(config(), [*RUNS, ADDED], str(folder))
     log = (folder / "logs" / "simpo-default.txt").read_text()
     assert log.count(f"tokens read from {tokens}") == 1
-    assert len(kept) == 3
-    assert {*tokens.iterdir()} == kept
+    assert len(cached) == 3
+    assert {*tokens.iterdir()} == cached
     after = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
     assert before.items() <= after.items()
     assert (folder / "runs" / "simpo-default" / "finished.json").is_file()
@@ -107,13 +111,13 @@ def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_n
 
 def test_another_config_in_the_same_folder_is_refused_by_key(made):
     with pytest.raises(ConfigError, match=r"frontier\.count: 24 -> 25"):
-        frontier.make(config(**{"frontier.count": 25}), RUNS, str(made[0]))
+        make_frontier(config(**{"frontier.count": 25}), RUNS, str(made[0]))
 
 
 def test_a_run_that_could_not_start_is_refused_before_anything_is_made(tmp_path):
     wrong = Run("dpo", "beta=0", {"preference.beta": 0.0})
     with pytest.raises(ConfigError, match=r"beta = 0\.0: must be greater than 0"):
-        frontier.make(config(), [wrong], str(tmp_path / "none"))
+        make_frontier(config(), [wrong], str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -129,6 +133,13 @@ def misbehaving(*behaviours):
     return lambda *_, **__: Reward("odd", score, exact.fingerprint)
 
 
+def without_runs(made, folder):
+    """A copy of a frontier in which SFT, its policy and the tokens are done, and nothing else."""
+    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
+    shutil.copytree(made, folder, ignore=left_out)
+    return storage.as_path(folder)
+
+
 def sigterm(scores):
     os.kill(os.getpid(), signal.SIGTERM)
     return scores
@@ -139,10 +150,8 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
 ):
     """In the middle of the preferences and of a run: every failure is one that scripts tell in a
     line, and leaves nothing that is half done."""
-    folder = tmp_path / "again"
-    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
-    shutil.copytree(made[0], folder, ignore=left_out)
-    make = lambda: frontier.make(config(), RUNS, str(folder))
+    folder = without_runs(made[0], tmp_path / "again")
+    make = lambda: make_frontier(config(), RUNS, str(folder))
     nan, short = lambda scores: scores * np.nan, lambda scores: scores[:-1]
     monkeypatch.setattr(preferences_module, "open_reward", misbehaving(nan, short, sigterm))
     for error, message in (
@@ -168,11 +177,10 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
 
 
 def test_two_processes_make_the_same_points(made, tmp_path):
-    folder = tmp_path / "beside"
-    left_out = shutil.ignore_patterns("preferences", "runs", "reference*", "plan.json", "*.csv")
-    shutil.copytree(made[0], folder, ignore=left_out)
-    frontier.make(config(), RUNS[:1], str(folder), at_once=2)
-    done = {job.name for job in frontier.jobs(config(), RUNS[:1], folder, 2) if job.ended}
+    folder = without_runs(made[0], tmp_path / "beside")
+    make_frontier(config(), RUNS[:1], str(folder), workers=2)
+    jobs = plan_frontier(config(), RUNS[:1], folder, parts=2).jobs
+    done = {job.name for job in jobs if job.is_done}
     assert done == {"sft", "policy", "preferences", RUNS[0].name, "reference_samples"}
     methods = ("sft", "preference", "best_of_n")
     measured = lambda of: [repr(p) for p in frontier_results.collect(of)[0] if p.method in methods]
@@ -180,12 +188,37 @@ def test_two_processes_make_the_same_points(made, tmp_path):
     assert measured(folder) == measured(made[0])
 
 
+def test_the_plan_holds_every_job_with_a_command_that_runs_by_hand(made, tmp_path):
+    """An export, and a run whose SFT policy and preferences are there."""
+    folder = without_runs(made[0], tmp_path / "by hand")
+    shutil.copytree(made[0] / "preferences", folder / "preferences")
+    shutil.rmtree(folder / "policy")
+    plan = plan_frontier(config(), RUNS, folder)
+    write_or_compare_plan(config(), RUNS, plan, folder)
+    jobs = {job["name"]: job for job in json.loads((folder / "plan.json").read_text())["jobs"]}
+    names = ["sft", "policy", "preferences", "reference_samples", *(run.name for run in RUNS)]
+    assert list(jobs) == names
+    for name in ("policy", RUNS[0].name):
+        python, *arguments = jobs[name]["command"].split()
+        assert (python, arguments[0]) == ("python", "-m")
+        assert not any(map(os.path.exists, jobs[name]["outputs"]))
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert all(map(os.path.exists, jobs[name]["outputs"]))
+    logged = lambda of: [
+        {key: x for key, x in line.items() if not key.startswith(("time", "perf/"))}
+        for line in read_metrics(of / "runs" / RUNS[0].name / "preference")
+    ]
+    assert logged(folder) == logged(made[0])
+
+
 def test_preferences_are_made_in_as_many_parts_as_jobs_at_once_but_no_emptier_than_a_shard():
-    names = lambda at_once, count: [
+    nowhere = storage.as_path("none")
+    names = lambda workers, count: [
         job.name
-        for job in frontier.jobs(
-            config(**{"frontier.count": count}), RUNS, pathlib.Path("none"), at_once
-        )
+        for job in plan_frontier(
+            config(**{"frontier.count": count}), RUNS, nowhere, parts=workers
+        ).jobs
         if job.kind == "preferences"
     ]
     assert names(1, 5_000) == ["preferences"]
@@ -196,7 +229,7 @@ def test_preferences_are_made_in_as_many_parts_as_jobs_at_once_but_no_emptier_th
 def test_best_of_n_wants_enough_samples_of_the_reference(tmp_path):
     few = config(**{"frontier.best_of_n": (2, 32)})
     with pytest.raises(ConfigError, match=r"reference_samples = 64: best of 32 .* at least 128"):
-        frontier.make(few, RUNS, str(tmp_path / "none"))
+        make_frontier(few, RUNS, str(tmp_path / "none"))
 
 
 def test_a_policy_that_never_ends_is_told_in_a_line():
@@ -204,7 +237,7 @@ def test_a_policy_that_never_ends_is_told_in_a_line():
 
 
 def test_the_papers_sweep_has_22_runs():
-    runs = frontier.paper_runs()
+    runs = paper_runs()
     assert len(runs) == 22 == len({run.name for run in runs})
 
 
@@ -214,16 +247,17 @@ def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_
     """This adds runs to what the tests before it look at; so does the one after it."""
     folder, _ = made
     betas = [Run("dpo", f"beta={beta:g}", {"preference.beta": beta}) for beta in (0.1, 0.3, 2.0)]
-    seeds = [Run("preferred_ft", f"seed={i}", {"preference.loss": "sft", "seed": i}) for i in (1, 2, 3)]
-    planned = frontier.jobs(config(), [*betas, *seeds, ADDED], folder, together=True)
+    seeds = [
+        Run("preferred_ft", f"seed={i}", {"preference.loss": "sft", "seed": i}) for i in (1, 2, 3)
+    ]
+    planned = plan_frontier(config(), [*betas, *seeds, ADDED], folder, together=True).jobs
     names = [job.name.rsplit("-", 1)[0] for job in planned]
     assert {"dpo-3-runs", "preferred_ft-3-runs"} <= {*names}
     before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
-    frontier.make(config(), [*betas, *seeds, ADDED], str(folder), together=True)
+    make_frontier(config(), [*betas, *seeds, ADDED], str(folder), together=True)
     assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
-    assert all(job.ended for job in planned)
-    (own,) = frontier.configs(config(), betas[1:2], folder)
-    runs.run(own, str(tmp_path / "alone"))
+    assert all(job.is_done for job in planned)
+    train(RunConfigs(config(), folder).config_of(betas[1]), str(tmp_path / "alone"))
     of_run = lambda workdir: read_metrics(workdir / "preference", "eval")[-1]
     alone, member = of_run(tmp_path / "alone"), of_run(folder / "runs" / "dpo-beta-0.3")
     assert member["loss"] == pytest.approx(alone["loss"], abs=1e-5)
@@ -242,7 +276,7 @@ def test_a_run_that_fails_leaves_the_others_and_is_named_in_the_report(made):
     before = [Run(**{key: run[key] for key in Run._fields}) for run in there]
     planned = [*before, *broken, *whole]
     for _ in range(2):
-        frontier.make(config(), planned, str(folder), together=True)
+        make_frontier(config(), planned, str(folder), together=True)
     assert (folder / "logs" / "hinge-broken.txt").read_text().count("not finite at step") == 1
     text = frontier_results.write(folder)
     failed = text.split("## Runs that failed")[1].split("## Points")[0]

@@ -6,10 +6,13 @@ import pathlib
 
 import pytest
 
-from dpojax.frontier import plan as frontier
-from dpojax.config.checks import ConfigError, check
+from dpojax import storage
+from dpojax.config.errors import ConfigError
+from dpojax.frontier.configs import RunConfigs
 from dpojax.frontier.dry_run import dry_run
-from dpojax.stages.setup import prepare
+from dpojax.stages.registry import resolve
+from dpojax.stages.setup import prepare_setup
+from dpojax.stages.tokenizers import vocabulary_hash
 
 from .conftest import tiny_config
 
@@ -55,11 +58,11 @@ def test_one_key_says_where_the_reviews_are_and_every_run_of_the_plan_can_start(
     assert config.samples.prompts == "prefixes:FOLDER@test"
     runs = imdb.frontier(config)
     assert len(runs) == 22
-    check(config)
-    for own in frontier.configs(config, runs, pathlib.Path("folder")):
-        check(own)
-        longest = 1 + 8 + own.samples.max_new_tokens
-        assert longest <= own.tokens.max_length
+    resolve(config, "folder")
+    for run in runs:
+        run_config = RunConfigs(config, storage.as_path("folder")).resolve(run).config
+        longest = 1 + 8 + run_config.samples.max_new_tokens
+        assert longest <= run_config.tokens.max_length
 
 
 def test_the_papers_programs_are_built_from_shapes_alone(imdb, tmp_path):
@@ -70,10 +73,11 @@ def test_the_papers_programs_are_built_from_shapes_alone(imdb, tmp_path):
         (folder / "config.json").write_text(json.dumps(raw))
     config.frontier.reward = f"classifier:{judge}"
     runs = [run for run in imdb.frontier(config) if run.method in ("dpo", "ppo")]
-    found = {line.split(":")[0]: line for line in dry_run(config, runs)}
-    assert set(found) == {"sft", "classifier", "sampler", "reward", "ppo", "dpo, loss dpo"}
-    assert "774,030,080 parameters" in found["sft"]  # what transformers counts
-    assert "355,361,794 parameters" in found["classifier"]
+    programs = {line.split(":")[0]: line for line in dry_run(config, runs)}
+    names = {"sft", "classifier", "sampler", "reward", "ppo", "preference, loss dpo"}
+    assert set(programs) == names
+    assert "774,030,080 parameters" in programs["sft"]  # what transformers counts
+    assert "355,361,794 parameters" in programs["classifier"]
     config.model.path = str(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"config\.model\.path"):
         list(dry_run(config, []))
@@ -85,12 +89,13 @@ def test_a_tokenizer_is_made_once_from_the_texts_of_sft(tmp_path):
     config = tiny_config(tokenizer="train:300")
     config.sft.data.source = str(texts)
     config.stages = ("sft",)
-    made = prepare(config, tmp_path / "run")
+    made = prepare_setup(resolve(config, tmp_path / "run"))
     assert len(made.tokenizer) == made.model.config.vocab_size <= 300
     texts.unlink()
-    assert prepare(config, tmp_path / "run").tokenizer_hash == made.tokenizer_hash
+    again = prepare_setup(resolve(config, tmp_path / "run"))
+    assert vocabulary_hash(again.tokenizer) == vocabulary_hash(made.tokenizer)
     for value in ("train:many", "train:8"):
         config.tokenizer = value
         texts.write_text(json.dumps({"text": "a"}))
         with pytest.raises(ConfigError, match=r"config\.tokenizer"):
-            prepare(config, tmp_path / value)
+            prepare_setup(resolve(config, tmp_path / value))

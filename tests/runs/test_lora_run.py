@@ -1,5 +1,7 @@
 """Stages that train LoRA adapters: what is trained, kept, resumed and exported."""
 
+import dataclasses
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,18 +12,19 @@ import pytest
 from flax import traverse_util
 from jax.experimental.compilation_cache import compilation_cache
 
+from dpojax.config.errors import ConfigError
+from dpojax.config.resolved import editable
+from dpojax.config.saved import write_or_compare_config
 from dpojax.data import reviews
-from dpojax.stages import references
-from dpojax.runs import run
-from dpojax.stages import stage as stages
-from dpojax.stages import setup as run_setup
-from dpojax.config.checks import ConfigError, check, fill_in, record
-from dpojax.runs.export import export
-from dpojax.stages.train import train_stage
 from dpojax.models import decoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.config import LLAMA, DecoderConfig
 from dpojax.models.lora import LORA_RULES
+from dpojax.runs import run
+from dpojax.runs.export import export
+from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.setup import initial_params, prepare_setup
+from dpojax.stages.train import evaluate_batches
 from dpojax.training import checkpoints
 from dpojax.training.loop import Preempted, StopSignal
 from dpojax.training.state import abstract_state, make_optimizer
@@ -77,19 +80,18 @@ def model_folder(tmp_path_factory):
 def prepared(model_folder, folder, name="preference", **changes):
     """A stage and what it starts from, in a workdir with its config."""
     config = tiny_config(**LORA | {"model.path": model_folder, "stages": (name,)} | changes)
-    check(config)
-    fill_in(config)
-    setup = run_setup.prepare(config, folder)
-    stage = stages.prepare(name, setup)
-    record(config, folder)
+    run = resolve(config, folder)
+    stage = open_stage(prepare_setup(run), name).prepare()
+    write_or_compare_config(run)
     return stage
 
 
 def moved(stage, folder, **changes):
     """The same stage and its compiled programs in another workdir."""
-    config = stage.setup.config.copy_and_resolve_references()
+    config = editable(stage.setup.config)
     config.update_from_flattened_dict(changes)
-    return stage._replace(setup=run_setup.prepare(config, folder))
+    opened = open_stage(prepare_setup(resolve(config, folder)), stage.name)
+    return dataclasses.replace(opened, programs=stage.programs, batches=stage.batches)
 
 
 def trained(stage, start, stop_at=None):
@@ -97,27 +99,27 @@ def trained(stage, start, stop_at=None):
     with jax.set_mesh(stage.setup.mesh), StopSignal() as stop:
         if stop_at:
             stop.agreed = lambda step=0: step == stop_at
-        return train_stage(stage, start, stop)
+        return stage.train(start, stop)
 
 
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
     """A DPO stage of adapters that nothing disturbed; `start` are the weights that it was given."""
     stage = prepared(model_folder, tmp_path_factory.mktemp("lora") / "run")
-    start = run_setup.initial_params(stage.setup)
+    start = initial_params(stage.setup)
     params = trained(stage, lambda: start)
     return SimpleNamespace(stage=stage, folder=stage.setup.workdir, start=start, params=params)
 
 
 def saved_state(stage, step=6):
     optimizer = make_optimizer(stage.config.optimizer)
-    abstract = abstract_state(stage.lora.abstract, optimizer, stage.setup.mesh, LORA_RULES)
+    abstract = abstract_state(stage.adapters.abstract, optimizer, stage.setup.mesh, LORA_RULES)
     with checkpoints.Checkpoints(stage.folder / "checkpoints") as saved:
         return saved.restore(abstract, step=step)[0]
 
 
 def base_on_disk(stage):
-    return checkpoints.load_tree(stage.lora.base_folder, stage.lora.abstract_base)
+    return checkpoints.load_tree(stage.adapters.base_folder, stage.adapters.abstract_base)
 
 
 def flat(tree):
@@ -168,7 +170,7 @@ def test_the_base_is_the_reference_and_stays_as_it_was_in_memory_and_on_disk(
     finished, model_folder
 ):
     _, given, _ = huggingface.load(model_folder)
-    assert finished.stage.lora.base_folder == finished.folder / "preference" / "reference"
+    assert finished.stage.adapters.base_folder == finished.folder / "preference" / "reference"
     assert_same(flat(base_on_disk(finished.stage)), flat(given), **EXACTLY)
     assert_same(flat(finished.start), flat(given), **EXACTLY)
 
@@ -181,7 +183,9 @@ def test_new_adapters_change_nothing_at_all(finished):
 
 
 def test_the_loss_of_a_stage_with_adapters_falls(finished):
-    losses = [line["loss"] for line in lines(finished.folder, "preference") if line["split"] == "train"]
+    losses = [
+        line["loss"] for line in lines(finished.folder, "preference") if line["split"] == "train"
+    ]
     assert losses[0] == pytest.approx(np.log(2), rel=1e-6)
     assert losses[-1] < 0.65
 
@@ -189,14 +193,14 @@ def test_the_loss_of_a_stage_with_adapters_falls(finished):
 def test_what_a_stage_returns_is_the_base_plus_the_product_of_the_adapters(finished):
     expected = merged_in_numpy(finished.start, saved_state(finished.stage).params)
     assert_same(flat(finished.params), expected, rtol=1e-6, atol=1e-7)
-    again = run_setup.trained_params(finished.stage.setup, "preference")
+    again = open_stage(finished.stage.setup, "preference").trained_params()
     assert_same(flat(again), flat(finished.params), **EXACTLY)
 
 
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path):
     stage = moved(finished.stage, tmp_path / "run")
     with pytest.raises(Preempted, match="stopped at step 3 of 6, saved"):
-        trained(stage, partial(run_setup.initial_params, stage.setup), stop_at=3)
+        trained(stage, partial(initial_params, stage.setup), stop_at=3)
     trained(stage, lambda: pytest.fail("a resumed stage reads its base from the workdir"))
     for ours, theirs in zip(
         jax.tree.leaves(saved_state(stage)), jax.tree.leaves(saved_state(finished.stage))
@@ -214,10 +218,10 @@ def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached
 ):
     """On the trained policy, by which the two differ."""
     stage = moved(finished.stage, tmp_path / "run", **{"preference.reference.kind": "live"})
-    with jax.set_mesh(stage.setup.mesh), StopSignal() as stop:
-        used = references.open_reference(stage, None, stop, finished.start)
-        batches = [used.to_device(rows, stage.setup.mesh) for rows in stage.held_out()]
-        live = stage.evaluate(finished.params, iter(batches))
+    with jax.set_mesh(stage.setup.mesh), StopSignal() as stop, ExitStack() as writing:
+        used = stage.open_reference(None, finished.start, stop, writing)
+        batches = (used.to_device(rows, stage.setup.mesh) for rows in stage.batches.held_out())
+        live = evaluate_batches(stage, finished.params, batches)
     cached = [line for line in lines(finished.folder, "preference") if line["split"] == "eval"][-1]
     assert cached["step"] == 6
     assert abs(live["rewards/margins"]) > 0.01
@@ -228,10 +232,14 @@ def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached
 
 def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_folder, tmp_path):
     """TDPO compares whole distributions, in the step, with the base."""
-    changes = {"preference.loss": "tdpo", "preference.reference.kind": "live", "preference.steps": 1}
+    changes = {
+        "preference.loss": "tdpo",
+        "preference.reference.kind": "live",
+        "preference.steps": 1,
+    }
     changes |= {"preference.lora.base_dtype": "bfloat16"}
     stage = prepared(model_folder, tmp_path / "run", **changes)
-    trained(stage, partial(run_setup.initial_params, stage.setup))
+    trained(stage, partial(initial_params, stage.setup))
     identity, at_zero = lines(tmp_path / "run", "preference")[:2]
     assert identity["drift/reference_identity"] <= 1e-6
     np.testing.assert_allclose([identity["loss"], at_zero["loss"]], np.log(2), rtol=1e-6)
@@ -240,8 +248,8 @@ def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_f
     rounded = jax.tree.map(lambda x: x.astype("bfloat16"), given)
     assert {x.dtype for x in jax.tree.leaves(base)} == {np.dtype("bfloat16")}
     assert_same(flat(base), flat(rounded), **EXACTLY)
-    with StopSignal() as stop:
-        assert references.open_reference(stage, None, stop, base).params is base
+    with StopSignal() as stop, ExitStack() as writing:
+        assert stage.open_reference(None, base, stop, writing).params is base
 
 
 def test_an_sft_stage_keeps_its_base_resumes_from_it_and_hands_on_merged_weights(
@@ -250,11 +258,11 @@ def test_an_sft_stage_keeps_its_base_resumes_from_it_and_hands_on_merged_weights
     changes = {"sft.lora.rank": RANK, "sft.lora.alpha": ALPHA, "sft.steps": 2}
     changes |= {"sft.data.limit": 16, "preference.lora.rank": 0}
     stage = prepared(model_folder, tmp_path / "run", "sft", **changes)
-    start = run_setup.initial_params(stage.setup)
+    start = initial_params(stage.setup)
     with pytest.raises(Preempted):
         trained(stage, lambda: start, stop_at=1)
     params = trained(stage, lambda: pytest.fail("its base is in sft/base"))
-    assert stage.lora.base_folder == tmp_path / "run" / "sft" / "base"
+    assert stage.adapters.base_folder == tmp_path / "run" / "sft" / "base"
     expected = merged_in_numpy(start, saved_state(stage, step=2).params)
     assert_same(flat(params), expected, rtol=1e-6, atol=1e-7)
     assert any(np.abs(expected[path] - x).max() > 0 for path, x in flat(start).items())
@@ -290,7 +298,7 @@ def test_exported_adapters_give_the_merged_models_logits_in_peft(finished, model
 def test_a_stage_starts_from_the_adapters_of_a_folder_of_pefts(finished, tmp_path):
     folder = export(str(finished.folder), str(tmp_path / "adapters"), adapters=True)
     stage = moved(finished.stage, tmp_path / "run", **{"preference.lora.adapters": str(folder)})
-    assert_same(flat(stage.lora.start(0)), flat(saved_state(finished.stage).params), **EXACTLY)
+    assert_same(flat(stage.adapters.start(0)), flat(saved_state(finished.stage).params), **EXACTLY)
     assert finished.stage.starts_at_reference
     assert not stage.starts_at_reference
     message = r"config\.preference\.lora\.alpha = 5\.0, but the adapters in .* have 6\.0"
@@ -299,8 +307,10 @@ def test_a_stage_starts_from_the_adapters_of_a_folder_of_pefts(finished, tmp_pat
 
 
 def test_a_stage_without_adapters_has_none_to_export(tmp_path):
-    record(tiny_config(), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"stage preference trained all weights .*without --adapters"):
+    write_or_compare_config(resolve(tiny_config(), tmp_path / "run"))
+    with pytest.raises(
+        ConfigError, match=r"stage preference trained all weights .*without --adapters"
+    ):
         export(str(tmp_path / "run"), str(tmp_path / "out"), adapters=True)
     assert not (tmp_path / "out").exists()
 
@@ -308,8 +318,14 @@ def test_a_stage_without_adapters_has_none_to_export(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preference.lora.targets": ("mlp/", "attn/")}, r"config\.preference\.lora: targets: 'attn/' is found"),
-        ({"preference.lora.adapters": "no/such"}, r"config\.preference\.lora\.adapters: no/such/.*not there"),
+        (
+            {"preference.lora.targets": ("mlp/", "attn/")},
+            r"config\.preference\.lora: targets: 'attn/' is found",
+        ),
+        (
+            {"preference.lora.adapters": "no/such"},
+            r"config\.preference\.lora\.adapters: no/such/.*not there",
+        ),
     ],
 )
 def test_adapters_that_fit_no_kernel_are_refused_before_data_are_read(tmp_path, changes, message):

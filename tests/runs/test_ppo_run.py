@@ -1,8 +1,8 @@
 """A run of PPO: what it leaves behind, and that nothing that stops it changes the result."""
 
+import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
 from collections import Counter
@@ -11,21 +11,22 @@ import jax
 import numpy as np
 import pytest
 
+from dpojax.config.errors import ConfigError
 from dpojax.data import reviews
 from dpojax.evaluation.rewards import Reward, RewardError
-from dpojax.stages import ppo
-from dpojax.stages import setup as run_setup
-from dpojax.config.checks import ConfigError, check
+from dpojax.models import huggingface
 from dpojax.runs.export import export
 from dpojax.runs.run import run
-from dpojax.models import huggingface
+from dpojax.stages.ppo import PPO
+from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.setup import prepare_setup
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import NonFiniteLoss, Preempted
 
 from .conftest import lines, tiny_config
 
 RATE, COEFFICIENT, TARGET, HORIZON, RESPONSES = 0.02, 0.05, 2.0, 64.0, 16
-PPO = {
+CHANGES = {
     "ppo.limit": 16,
     "ppo.steps": 4,
     "ppo.batch_size": 8,
@@ -44,7 +45,7 @@ PPO = {
 
 
 def ppo_config(**changes):
-    config = tiny_config(**(PPO | changes))
+    config = tiny_config(**(CHANGES | changes))
     config.stages = ("ppo",)
     return config
 
@@ -52,20 +53,23 @@ def ppo_config(**changes):
 @pytest.fixture(scope="module")
 def stage():
     """Of all runs in this file, so that its programs are compiled once."""
-    config = ppo_config(**{"samples.reward": "reviews"})
-    return ppo.prepare(run_setup.prepare(config, pathlib.Path("nowhere")))
+    return open_stage(prepare_setup(resolve(ppo_config(), "nowhere")), "ppo").prepare()
 
 
 @pytest.fixture(scope="module")
 def train(stage):
-    """(workdir, changes of the stage) -> None: `run` with the stage that is there."""
+    """(workdir, reward, hyper) -> None: `run` with the stage that is there, and these in it."""
 
-    def start(workdir, **changes):
-        def prepare(setup):
-            return stage._replace(setup=stage.setup._replace(workdir=setup.workdir), **changes)
+    def start(workdir, *, hyper=None, **changes):
+        def opened(setup):
+            here = stage.setup._replace(run=setup.run)
+            return dataclasses.replace(stage, setup=here, **changes)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ppo, "prepare", prepare)
+            patch.setattr(PPO, "open", opened)
+            patch.setattr(PPO, "prepare", lambda opened: opened)
+            if hyper is not None:
+                patch.setattr(PPO, "hyper", hyper)
             run(ppo_config(), str(workdir))
 
     return start
@@ -107,7 +111,7 @@ def split(workdir, name):
 
 def saved_state(stage, workdir, step=None):
     with Checkpoints(workdir / "ppo" / "checkpoints") as saved:
-        return saved.restore(ppo._abstract(stage), step=step)[0]
+        return saved.restore(stage.abstract_state(), step=step)[0]
 
 
 def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(finished):
@@ -231,7 +235,7 @@ def test_the_export_is_the_policy(stage, finished, tmp_path):
 )
 def test_a_config_that_no_run_could_use_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        check(ppo_config(**changes))
+        resolve(ppo_config(**changes), "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,24 @@ import jax
 import numpy as np
 import pytest
 
+from dpojax.config.errors import ConfigError
+from dpojax.config.saved import read_run_config
 from dpojax.data import reviews
 from dpojax.data.records import DataError
-from dpojax.stages import references
-from dpojax.runs import run
-from dpojax.stages import stage as stages
-from dpojax.stages import setup as run_setup
-from dpojax.stages import train as train_module
-from dpojax.config.checks import ConfigError
-from dpojax.runs.export import export, read_config
 from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
+from dpojax.runs import run
+from dpojax.runs.command import STOPPED
+from dpojax.runs.export import export
+from dpojax.stages import batches, example_stage, preference
+from dpojax.stages import train as train_module
+from dpojax.stages.registry import resolve
+from dpojax.stages.setup import prepare_setup
 from dpojax.training import checkpoints, reference
+from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
+from dpojax.training.reference import ReferenceMismatch
 from dpojax.training.state import abstract_state, make_optimizer
 
 from .conftest import command, environment, lines, tiny_config, train
@@ -42,8 +46,8 @@ def finished(tmp_path_factory):
 
 def saved_arrays(workdir, stage="preference", step=6):
     """Every array of a checkpoint: parameters, moments, step and key."""
-    config = read_config(workdir)
-    setup = run_setup.prepare(config, workdir)
+    config = read_run_config(workdir)
+    setup = prepare_setup(resolve(config, workdir))
     optimizer = make_optimizer(config[stage].optimizer)
     abstract = abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
     with checkpoints.Checkpoints(workdir / stage / "checkpoints") as saved:
@@ -131,8 +135,8 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(finished, tmp_path)
             process.send_signal(signal.SIGTERM)
             break
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "saved; the same command resumes" in errors
+    assert process.returncode == STOPPED, errors
+    assert "saved; the same command goes on" in errors
     steps = [int(p.name) for p in (tmp_path / "preference" / "checkpoints").iterdir()]
     assert len(steps) == 1
     assert steps[0] < 6
@@ -150,8 +154,9 @@ def test_the_exported_folder_gives_the_same_log_probs_in_transformers(finished, 
     ids = torch.tensor([tokenizer("the acting was not bad")["input_ids"]])
     with torch.no_grad():
         theirs = torch.log_softmax(model(ids).logits, -1)[0].numpy()
-    setup = run_setup.prepare(read_config(finished[0]), finished[0])
-    params = checkpoints.load_params(finished[0] / "preference" / "checkpoints", setup.abstract_params)
+    setup = prepare_setup(resolve(read_run_config(finished[0]), finished[0]))
+    folder = finished[0] / "preference" / "checkpoints"
+    params = checkpoints.load_params(folder, setup.abstract_params)
     ours = jax.nn.log_softmax(decoder.logits(setup.model, params, plain_rows(ids.numpy())))[0]
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -193,37 +198,43 @@ def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished)
 def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, monkeypatch):
     """In another workdir; those of other weights are not taken."""
     cache, computed, scored = tmp_path / "kept", [], []
-    compute, build = reference.compute, stages._scoring
+    compute, make_programs = reference.compute, example_stage.make_programs
 
-    def counted(score):
-        program = build(score)
-        return lambda *args: scored.append(args) or program(*args)
+    def counted(*args):
+        programs = make_programs(*args)
+
+        def score(*args, **named):
+            scored.append(args)
+            return programs.score(*args, **named)
+
+        return programs._replace(score=score)
 
     monkeypatch.setattr(reference, "compute", lambda *args: computed.append(args) or compute(*args))
-    monkeypatch.setattr(stages, "_scoring", counted)
+    monkeypatch.setattr(example_stage, "make_programs", counted)
 
-    def start(name, **changes):
+    def start(name):
         scored.clear()
-        given = {"preference.reference.cache": str(cache), "preference.steps": 1, "preference.data.eval_limit": 4}
-        config = tiny_config(**given | changes)
+        changes = {"preference.reference.cache": str(cache), "preference.steps": 1}
+        config = tiny_config(**changes | {"preference.data.eval_limit": 4})
         config.stages = ("preference",)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(preference, "open_summary", lambda stage: None)
             patch.setattr(run, "finish", lambda *_: None)
             run.run(config, str(tmp_path / name))
         return len(computed), len(scored), lines(tmp_path / name, "preference")[:2]
 
-    made, _, first = start("first")
-    found, batches, second = start("second")
+    after_first, _, first = start("first")
+    after_second, batches_scored, second = start("second")
     # A training batch, the held-out one for the cache, step 0 and its evaluation, and after step 1.
-    assert (made, found, batches) == (1, 1, 3)
+    assert (after_first, after_second, batches_scored) == (1, 1, 3)
     assert [line["split"] for line in second] == ["identity", "eval"]
-    values = lambda found: [{k: v for k, v in x.items() if k != "time"} for x in found]
+    values = lambda logged: [{k: v for k, v in x.items() if k != "time"} for x in logged]
     assert values(first) == values(second)
     assert len(list(cache.glob("*.npy"))) == 1
 
-    drawn = run_setup.initial_params
+    drawn = run.initial_params
     nudged = lambda setup: jax.tree.map(lambda x: 1.05 * x, drawn(setup))
-    monkeypatch.setattr(run_setup, "initial_params", nudged)
+    monkeypatch.setattr(run, "initial_params", nudged)
     assert start("other")[0] == 2
     assert len(list(cache.glob("*.npy"))) == 2
     ours, theirs = (jax.tree.map(np.asarray, list(examples)) for _, examples, _ in computed)
@@ -233,9 +244,9 @@ def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, 
 def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     make = lambda: jax.jit(lambda x: x @ x + 1)(np.eye(3, dtype=np.float32)).block_until_ready()
-    with run_setup.compiled_once(""):
+    with shared_programs(""):
         assert jax.config.jax_compilation_cache_dir == before
-    with run_setup.compiled_once(tmp_path / "compiled"):
+    with shared_programs(tmp_path / "compiled"):
         assert jax.config.jax_persistent_cache_min_compile_time_secs <= 0.05
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         make()
@@ -250,7 +261,7 @@ def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(
 def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
     started, tmp_path, monkeypatch
 ):
-    build = train_module.train_batches
+    build = batches.train_batches
 
     def poisoned(examples, *args, attach, **kwargs):
         if attach is None:
@@ -265,7 +276,7 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
 
         return build(examples, *args, attach=attach_nan, **kwargs)
 
-    monkeypatch.setattr(train_module, "train_batches", poisoned)
+    monkeypatch.setattr(batches, "train_batches", poisoned)
     with pytest.raises(NonFiniteLoss, match="loss or gradient is not finite") as error:
         started(**{"preference.epochs": 1, "preference.steps": 0, "checkpoint_every": 1})
     assert "reviews/train:8" in str(error.value)
@@ -276,16 +287,14 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
 
 
 def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
-    original = references.keep_weights
+    original = preference.reference_weights
 
     def nudged(*args):
-        kept = original(*args)
-        return kept._replace(params=jax.tree.map(lambda x: 1.05 * x, kept.params))
+        weights = original(*args)
+        return weights._replace(params=jax.tree.map(lambda x: 1.05 * x, weights.params))
 
-    monkeypatch.setattr(references, "keep_weights", nudged)
-    with pytest.raises(
-        references.ReferenceMismatch, match="at step 0 the policy is not the reference"
-    ):
+    monkeypatch.setattr(preference, "reference_weights", nudged)
+    with pytest.raises(ReferenceMismatch, match="at step 0 the policy is not the reference"):
         started(stages=("preference",))
 
 
@@ -300,7 +309,11 @@ def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finish
         ({"mesh.data": 16}, ConfigError, r"config\.mesh: .*needs 16 devices, but there are 8"),
         ({"mesh.data": 8, "micro_rows": 3}, ConfigError, "config.micro_rows: .*multiple of 8"),
         ({"tokens.max_length": 200}, ConfigError, "max_length = 200.*128 positions"),
-        ({"preference.beta": 0.0}, ConfigError, r"config\.preference\.beta = 0\.0: must be greater than 0"),
+        (
+            {"preference.beta": 0.0},
+            ConfigError,
+            r"config\.preference\.beta = 0\.0: must be greater than 0",
+        ),
         ({"preference.data.source": "no/such/file.jsonl"}, DataError, "file.jsonl"),
         ({"model.path": "no/such/folder", "tokenizer": ""}, ConfigError, "no/such/folder"),
         ({"model.width": 15}, ConfigError, r"config\.model: .*width 15"),
@@ -345,7 +358,7 @@ def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
     original = checkpoints._require_space
 
     def full(folder, tree):
-        if folder.endswith("preference/checkpoints") and int(tree.step) == 4:
+        if str(folder).endswith("preference/checkpoints") and int(tree.step) == 4:
             raise checkpoints.CheckpointError(f"{folder}: no space left")
         original(folder, tree)
 
@@ -358,15 +371,20 @@ def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
 
 def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, monkeypatch):
     config = tiny_config(stages=("preference",))
-    monkeypatch.setattr(run_setup, "initial_params", None)  # nobody may ask for them
+    asked_for = lambda setup: pytest.fail("weights were made")
+    monkeypatch.setattr(run, "initial_params", asked_for)
     monkeypatch.setattr(train_module, "limit_bytes", lambda: 2**10)
-    with pytest.raises(ConfigError, match=r"preference: a step will want about .* config\.\w+.* tries"):
+    with pytest.raises(
+        ConfigError, match=r"preference: a step will want about .* config\.\w+.* tries"
+    ):
         run.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
-    config = tiny_config(stages=("preference",), profile=True, **{"preference.steps": 8, "evaluate_every": 4})
+    config = tiny_config(
+        stages=("preference",), profile=True, **{"preference.steps": 8, "evaluate_every": 4}
+    )
     run.run(config, str(tmp_path))
     printed, folder = capsys.readouterr().out, tmp_path / "preference"
     assert (folder / "profile.txt").read_text().strip() in printed
@@ -384,6 +402,8 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
 
 
 def test_a_learning_rate_that_changes_nothing_is_warned_of_once(tmp_path, capsys):
-    config = tiny_config(stages=("preference",), **{"preference.learning_rate": 1e-14, "preference.steps": 3})
+    config = tiny_config(
+        stages=("preference",), **{"preference.learning_rate": 1e-14, "preference.steps": 3}
+    )
     run.run(config, str(tmp_path))
     assert capsys.readouterr().out.count("smaller than the weights can resolve") == 1

@@ -3,27 +3,38 @@
 import csv
 import json
 import pathlib
+import subprocess
+import sys
+from collections import Counter
 from functools import partial
-from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpojax import sharding
-from dpojax.sweeps import layout
-from dpojax.sweeps import sweep
-from dpojax.sweeps import group as together
-from dpojax.runs import run as runs
-from dpojax.stages import setup as run_setup
-from dpojax.config.checks import ConfigError
-from dpojax.runs.export import export, read_config
-from dpojax.runs.workdirs import digest
+from dpojax import sharding, storage
+from dpojax.config.errors import ConfigError
+from dpojax.config.saved import read_run_config
+from dpojax.runs.export import export
+from dpojax.runs.run import run
+from dpojax.runs.workdirs import FINISHED, digest
+from dpojax.stages.preference import Preference
+from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.setup import prepare_setup
+from dpojax.sweeps import group, layout, sweep
+from dpojax.sweeps.members import (
+    member_names,
+    member_run,
+    read_sweep,
+    same_program,
+)
+from dpojax.sweeps.program import MemberProgram
+from dpojax.sweeps.sweep import group_members, run_sweep
 from dpojax.training import memory
 from dpojax.training.loop import Preempted, StopSignal
 
-from .conftest import lines, tiny_config
+from .conftest import environment, lines, tiny_config
 
 MEMBERS = (
     {
@@ -37,7 +48,7 @@ MEMBERS = (
     {"preference.learning_rate": 1e30},
     {"preference.label_smoothing": 0.2},
 )  # the first, which all share their data with, is shorter than the others
-NAMES = tuple(sweep.names_of(MEMBERS, "preference"))
+NAMES = tuple(member_names(MEMBERS, "preference"))
 SHORT, PLAIN, BROKEN, LAST = NAMES
 
 
@@ -45,9 +56,12 @@ def base_config(**changes) -> ConfigDict:
     return tiny_config(**{"preference.schedule": "cosine"} | changes)
 
 
+def setup_of(workdir: pathlib.Path):
+    return prepare_setup(resolve(read_run_config(workdir), workdir))
+
+
 def params_of(workdir: pathlib.Path) -> dict:
-    setup = run_setup.prepare(read_config(workdir), workdir)
-    return run_setup.trained_params(setup, "preference")
+    return open_stage(setup_of(workdir), "preference").trained_params()
 
 
 ADAM = 1e-5  # weights after whole runs whose programs hold other numbers of members
@@ -62,32 +76,43 @@ def assert_same(got: pathlib.Path, want: pathlib.Path, atol: float) -> None:
 def swept(tmp_path_factory):
     """The folder of a finished sweep, why members of it failed, and how often was made what they
     share."""
-    folder = tmp_path_factory.mktemp("swept") / "sweep"
-    shared = {"reference_of": together, "first_scores": together, "summariser": runs}
+    folder, calls = tmp_path_factory.mktemp("swept") / "sweep", Counter()
+
+    def count(patch, owner, name):
+        function = getattr(owner, name)
+
+        def counted(*args):
+            calls[name] += 1
+            return function(*args)
+
+        patch.setattr(owner, name, counted)
+
     with pytest.MonkeyPatch.context() as patch:
-        counted = {name: Mock(wraps=getattr(where, name)) for name, where in shared.items()}
-        for name, where in shared.items():
-            patch.setattr(where, name, counted[name])
-        failed = sweep.make(base_config(), MEMBERS, str(folder))
-    return folder, failed, {name: mock.call_count for name, mock in counted.items()}
+        count(patch, Preference, "open_reference")
+        count(patch, group, "scores_at_start")
+        count(patch, Preference, "open_summary")
+        failed = run_sweep(base_config(), MEMBERS, str(folder))
+    return folder, failed, calls
 
 
 def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
     """The first, which differs in all numbers and ends before the others."""
     config, index = base_config(), 0
     config.update_from_flattened_dict(MEMBERS[index])
-    runs.run(config, str(tmp_path / "alone"))
+    run(config, str(tmp_path / "alone"))
     member = swept[0] / NAMES[index]
     # Adam, on another mesh: what a rounding is divided by may be as small.
     assert_same(member, tmp_path / "alone", atol=ADAM)
-    evaluated = lambda run: [line for line in lines(run, "preference") if line["split"] == "eval"]
+    evaluated = lambda of: [line for line in lines(of, "preference") if line["split"] == "eval"]
     for mine, other in zip(evaluated(member), evaluated(tmp_path / "alone"), strict=True):
         assert mine["step"] == other["step"]
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
     want = json.loads((tmp_path / "alone" / "finished.json").read_text())
     got = json.loads((member / "finished.json").read_text())
     assert got["preference"]["pairs"] == want["preference"]["pairs"]
-    assert got["preference"]["values"]["after"] == pytest.approx(want["preference"]["values"]["after"], abs=1e-4)
+    assert got["preference"]["values"]["after"] == pytest.approx(
+        want["preference"]["values"]["after"], abs=1e-4
+    )
     made = lambda folder: {str(path.relative_to(folder)) for path in folder.glob("[!t]*/*")}
     assert made(member) == made(tmp_path / "alone")
     kept = lambda folder: {path.name for path in folder.glob("tokens/*")}
@@ -97,18 +122,28 @@ def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
 
 def test_the_reference_is_scored_once_for_all_members(swept):
     """Before training, at step 0, and on the held-out pairs in the end."""
-    assert swept[2] == {"reference_of": 1, "first_scores": 1, "summariser": 1}
+    assert swept[2] == {"open_reference": 1, "scores_at_start": 1, "open_summary": 1}
 
 
 def test_adapters_against_a_live_reference_are_what_separate_runs_would_train(swept, tmp_path):
     """TDPO, whose gradient reads the reference's whole distributions: the base, frozen."""
     policy = tmp_path / "policy"
     export(str(swept[0] / SHORT), str(policy), stage="sft")
-    changes = {"model.path": str(policy), "preference.loss": "tdpo", "preference.steps": 3, "preference.lora.rank": 2}
+    changes = {
+        "model.path": str(policy),
+        "preference.loss": "tdpo",
+        "preference.steps": 3,
+        "preference.lora.rank": 2,
+    }
     config = base_config(stages=("preference",), **changes, **{"preference.reference.kind": "live"})
-    assert sweep.make(config, [{"preference.beta": 0.1}, {"preference.beta": 2.0}], str(tmp_path / "sweep")) == {}
+    assert (
+        run_sweep(
+            config, [{"preference.beta": 0.1}, {"preference.beta": 2.0}], str(tmp_path / "sweep")
+        )
+        == {}
+    )
     config.preference.beta = 2.0
-    runs.run(config, str(tmp_path / "alone"))
+    run(config, str(tmp_path / "alone"))
     assert_same(tmp_path / "sweep" / "beta-2", tmp_path / "alone", atol=ADAM)
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "sweep" / "beta-0.1", tmp_path / "alone", atol=ADAM)
@@ -125,7 +160,7 @@ def test_a_member_fails_alone_and_says_why(swept):
     assert set(failed) == {BROKEN}
     assert "not finite at step" in failed[BROKEN]
     assert "reviews/train:" in failed[BROKEN]
-    assert not (folder / BROKEN / runs.FINISHED).exists()
+    assert not (folder / BROKEN / FINISHED).exists()
     assert [path.name for path in folder.glob(f"{sweep.GROUPS}/*")] == []
 
 
@@ -141,8 +176,8 @@ def test_table_and_figure_show_the_finished_members(swept):
 
 def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in swept[0].glob("*/*/checkpoints/*")}
-    monkeypatch.setattr(together._Group, "train", None)  # nobody calls it
-    assert sweep.make(base_config(), MEMBERS, str(swept[0])) == swept[1]
+    monkeypatch.setattr(group.Group, "train", None)  # nobody calls it
+    assert run_sweep(base_config(), MEMBERS, str(swept[0])) == swept[1]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -160,14 +195,14 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "agreed", agreed)
         with pytest.raises(Preempted, match="preference: stopped at step 5 of 6"):
-            sweep.make(config, MEMBERS, str(folder))
-    assert len(list(folder.glob(f"*/{runs.FINISHED}"))) == (2 if stops == 2 else 0)
+            run_sweep(config, MEMBERS, str(folder))
+    assert len(list(folder.glob(f"*/{FINISHED}"))) == (2 if stops == 2 else 0)
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:1]))
         with pytest.raises(ConfigError, match=r"sweep axis of 2.* data axis of 1: go on with"):
-            sweep.make(config, MEMBERS, str(folder))
+            run_sweep(config, MEMBERS, str(folder))
     config.sweep.update(axis=1, vmapped=2, at_once=1)  # for members that have no checkpoint yet
-    assert set(sweep.make(config, MEMBERS, str(folder))) == {BROKEN}
+    assert set(run_sweep(config, MEMBERS, str(folder))) == {BROKEN}
     for name in {*NAMES} - {BROKEN}:
         assert_same(folder / name, swept[0] / name, atol=ADAM if at_once else 0)
         steps = lambda of: sorted((x["step"], x["split"]) for x in lines(of, "preference"))
@@ -177,21 +212,21 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
 def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
     swept, tmp_path, monkeypatch
 ):
-    folder, finish, judged = tmp_path / "sweep", runs.finish, []
+    folder, finish, judged = tmp_path / "sweep", group.finish, []
 
-    def killed(stage, *given):
+    def killed(stage, params, summarise):
         if judged:
             raise KeyboardInterrupt
         judged.append(stage)
-        finish(stage, *given)
+        finish(stage, params, summarise)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "finish", killed)
+        patch.setattr(group, "finish", killed)
         with pytest.raises(KeyboardInterrupt):
-            sweep.make(base_config(), MEMBERS[:2], str(folder))
-    assert len(list(folder.glob(f"*/{runs.FINISHED}"))) == 1
-    monkeypatch.setattr(together, "VectorisedLoop", None)
-    assert sweep.make(base_config(), MEMBERS[:2], str(folder)) == {}
+            run_sweep(base_config(), MEMBERS[:2], str(folder))
+    assert len(list(folder.glob(f"*/{FINISHED}"))) == 1
+    monkeypatch.setattr(group, "VectorisedLoop", None)
+    assert run_sweep(base_config(), MEMBERS[:2], str(folder)) == {}
     for name in NAMES[:2]:
         assert_same(folder / name, swept[0] / name, atol=ADAM)
     assert not list(folder.glob(f"{sweep.GROUPS}/*"))
@@ -199,45 +234,49 @@ def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
 
 def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_others(tmp_path):
     shared = {"sft.learning_rate": 1e30}
-    members = [{"preference.loss": "hinge", "preference.learning_rate": 1e30}, shared, shared | {"preference.beta": 0.2}]
+    members = [
+        {"preference.loss": "hinge", "preference.learning_rate": 1e30},
+        shared,
+        shared | {"preference.beta": 0.2},
+    ]
     members.append({"preference.loss": "dpo"})
-    failed = sweep.make(base_config(), members, str(tmp_path / "sweep"))
+    failed = run_sweep(base_config(), members, str(tmp_path / "sweep"))
     assert [why.split(":")[0] for why in failed.values()] == ["preference", "sft", "sft"]
     assert "loss-dpo" not in failed
-    assert (tmp_path / "sweep" / "loss-dpo" / runs.FINISHED).exists()
+    assert (tmp_path / "sweep" / "loss-dpo" / FINISHED).exists()
     assert not list((tmp_path / "sweep" / sweep.GROUPS).glob("*"))
-    assert sweep.make(base_config(), members, str(tmp_path / "sweep")) == failed
+    assert run_sweep(base_config(), members, str(tmp_path / "sweep")) == failed
 
 
 def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     """Two of five have a device each in a call; their states stay there between calls."""
-    measured, stages_trained, compile_ = [], [], together._Lanes._compile
+    measured, stages_trained, compile_ = [], [], MemberProgram._compile
 
     class Chosen(Exception):
         pass
 
-    def train(group, start, stop):
-        raise Chosen(group.at_once)
+    def train(members, start, stop):
+        raise Chosen(members.at_once)
 
-    def compiled(lanes):
-        measured.append(compile_(lanes))
+    def compiled(program):
+        measured.append(compile_(program))
         return measured[-1]
 
-    monkeypatch.setattr(together._Lanes, "_compile", compiled)
-    monkeypatch.setattr(together._Group, "train", train)
-    monkeypatch.setattr(runs, "train", lambda before, *_: stages_trained.append(before))
+    monkeypatch.setattr(MemberProgram, "_compile", compiled)
+    monkeypatch.setattr(group.Group, "train", train)
+    monkeypatch.setattr(group, "train_in_turn", lambda before, *_: stages_trained.append(before))
     members = [{"preference.beta": beta} for beta in (0.1, 0.2, 0.3, 0.4, 0.5)]
 
     def chosen(limit: float) -> int:
         monkeypatch.setattr(memory, "limit_bytes", lambda: limit)
-        with pytest.raises(Chosen) as found:
-            sweep.make(base_config(), members, str(tmp_path / "sweep"))
-        return found.value.args[0]
+        with pytest.raises(Chosen) as raised:
+            run_sweep(base_config(), members, str(tmp_path / "sweep"))
+        return raised.value.args[0]
 
-    assert chosen(2**40) == 6  # in three calls, a lane of the last one idle
+    assert chosen(2**40) == 6  # in three calls, a place of the last one idle
     states, beside, _ = measured[-1]
-    own = read_config(tmp_path / "sweep" / "beta-0.1")
-    weights = sum(x.size for x in jax.tree.leaves(run_setup.prepare(own, tmp_path).abstract_params))
+    shapes = setup_of(tmp_path / "sweep" / "beta-0.1").abstract_params
+    weights = sum(x.size for x in jax.tree.leaves(shapes))
     assert states == pytest.approx(3 * 4 * weights, rel=0.01)  # with Adam's two moments
     assert beside > states
     assert chosen(beside + 2.5 * states) == 4
@@ -245,7 +284,7 @@ def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     begun = len(stages_trained)
     monkeypatch.setattr(memory, "limit_bytes", lambda: beside + 0.5 * states)
     with pytest.raises(ConfigError, match=r"2 members at once, 2 in .* more than there is"):
-        sweep.make(base_config(), members, str(tmp_path / "sweep"))
+        run_sweep(base_config(), members, str(tmp_path / "sweep"))
     assert len(stages_trained) == begun  # refused before the SFT stage
 
 
@@ -258,16 +297,20 @@ def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tm
         for i in range(40)
     ]
     pairs.write_text("\n".join(map(json.dumps, made)))
-    changes = {"model.path": str(policy), "preference.data.source": str(pairs), "preference.steps": 3}
+    changes = {
+        "model.path": str(policy),
+        "preference.data.source": str(pairs),
+        "preference.steps": 3,
+    }
     config = base_config(stages=("preference",), **changes)
     members = [{"seed": 0, "preference.steps": 2}, {"seed": 7}, {"preference.learning_rate": 1e-20}]
-    assert sweep.make(config, members, str(tmp_path / "sweep")) == {}
+    assert run_sweep(config, members, str(tmp_path / "sweep")) == {}
     said = capsys.readouterr().out.splitlines()
     lost = [line for line in said if "of the updates are smaller than the weights" in line]
     assert [line.split(":")[0] for line in lost] == ["preference learning_rate-1e-20  step 1"]
     assert not (tmp_path / "sweep" / "seed-0-steps-2" / "sft").exists()
     config.seed = 7
-    runs.run(config, str(tmp_path / "alone"))
+    run(config, str(tmp_path / "alone"))
     assert_same(tmp_path / "sweep" / "seed-7", tmp_path / "alone", atol=ADAM)
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "sweep" / "seed-0-steps-2", tmp_path / "alone", atol=ADAM)
@@ -275,21 +318,34 @@ def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tm
 
 def grouped(*members, **changes):
     config = base_config(**changes)
-    return together.same_program([sweep.member_of(config, own) for own in members])
+    return same_program([member_run(config, own, storage.as_path("nowhere")) for own in members])
 
 
 def test_one_program_trains_what_differs_in_traced_numbers_alone():
-    beta, other = {"preference.beta": 0.3}, {"preference.learning_rate": 1e-4, "preference.epochs": 3}
+    beta, other = (
+        {"preference.beta": 0.3},
+        {"preference.learning_rate": 1e-4, "preference.epochs": 3},
+    )
     assert grouped({}, beta, other) == [[0, 1, 2]]
-    assert grouped(beta, {"preference.loss": "ipo", "preference.length_norm": "sum"}, other) == [[0, 2], [1]]
+    assert grouped(beta, {"preference.loss": "ipo", "preference.length_norm": "sum"}, other) == [
+        [0, 2],
+        [1],
+    ]
     assert grouped({}, {"sft.learning_rate": 1e-4}) == [[0], [1]]
     assert grouped({}, {"preference.batch_size": 4}) == [[0], [1]]
     # The seed draws the weights of a new model, the embedded task's records, and adapters.
     assert grouped({}, {"seed": 1}) == [[0], [1]]
-    dpo = {"stages": ("preference",), "model.path": "policy", "preference.data.source": "pairs.jsonl"}
+    dpo = {
+        "stages": ("preference",),
+        "model.path": "policy",
+        "preference.data.source": "pairs.jsonl",
+    }
     assert grouped({}, {"seed": 1}, **dpo) == [[0, 1]]
     assert grouped({}, {"seed": 1}, **dpo, **{"preference.lora.rank": 2}) == [[0], [1]]
-    assert grouped({}, {"seed": 1}, **dpo, **{"preference.data.eval_source": "reviews"}) == [[0], [1]]
+    assert grouped({}, {"seed": 1}, **dpo, **{"preference.data.eval_source": "reviews"}) == [
+        [0],
+        [1],
+    ]
     scoring = {"stages": ("reward",), "model.path": "policy", "reward.keep_best": False}
     scoring["reward.data.source"] = "pairs.jsonl"
     assert grouped({}, {"reward.centring": 0.1}, {"seed": 1}, **scoring) == [[0, 1], [2]]
@@ -297,40 +353,42 @@ def test_one_program_trains_what_differs_in_traced_numbers_alone():
 
 
 def test_members_that_are_added_leave_the_others_as_they_were_begun(tmp_path):
-    made = {name: member_config(own) for name, own in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
-    assert sweep._groups(made, [["b", "a"]], tmp_path) == [["a", "b", "c"]]  # nothing has begun
-    kept = tmp_path / sweep.GROUPS / digest(["b", "a"])
-    (kept / "members" / "20").mkdir(parents=True)
-    lanes = layout.Layout(axis=2, vmapped=1, at_once=2)
-    (kept / layout.LANES).write_text(json.dumps(lanes._asdict()))
-    assert sweep._groups(made, [["b", "a"]], tmp_path) == [["b", "a"], ["c"]]
-    without = {name: made[name] for name in ("b", "c")}
+    folder = storage.as_path(tmp_path)
+    runs = {name: run_of_beta(beta) for name, beta in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    assert group_members(runs, [["b", "a"]], folder) == [["a", "b", "c"]]  # nothing has begun
+    begun = folder / sweep.GROUPS / digest(["b", "a"])
+    (begun / "members" / "20").mkdir(parents=True)
+    on_devices = layout.Layout(axis=2, vmapped=1, at_once=2)
+    (begun / layout.LAYOUT).write_text(json.dumps(on_devices._asdict()))
+    assert group_members(runs, [["b", "a"]], folder) == [["b", "a"], ["c"]]
+    without = {name: runs[name] for name in ("b", "c")}
     with pytest.raises(ConfigError, match=r"is training b, a together: put a back"):
-        sweep._groups(without, [["b", "a"]], tmp_path)
-    (kept / "members" / "20").rename(kept / "members" / "20.orbax-checkpoint-tmp")
-    assert sweep._groups(without, [["b", "a"]], tmp_path) == [["b", "c"]]
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / runs.FINISHED).touch()
-    assert sweep._groups(without, [["b", "a"]], tmp_path) == [["b"], ["c"]]
+        group_members(without, [["b", "a"]], folder)
+    (begun / "members" / "20").rename(begun / "members" / "20.orbax-checkpoint-tmp")
+    assert group_members(without, [["b", "a"]], folder) == [["b", "c"]]
+    (folder / "b").mkdir()
+    (folder / "b" / FINISHED).touch()
+    assert group_members(without, [["b", "a"]], folder) == [["b"], ["c"]]
 
 
-def member_config(beta: float) -> ConfigDict:
-    return sweep.member_of(base_config(), {"preference.beta": beta})
+def run_of_beta(beta: float):
+    return member_run(base_config(), {"preference.beta": beta}, storage.as_path("nowhere"))
 
 
 def test_a_member_has_the_same_name_whatever_others_change():
     rate = {"preference.learning_rate": 1e-4}
-    assert sweep.names_of([rate], "preference") == ["learning_rate-0.0001"]
+    assert member_names([rate], "preference") == ["learning_rate-0.0001"]
     both = [rate, {"sft.learning_rate": 1e-4}]
-    assert sweep.names_of(both, "preference") == ["learning_rate-0.0001", "sft.learning_rate-0.0001"]
+    assert member_names(both, "preference") == ["learning_rate-0.0001", "sft.learning_rate-0.0001"]
 
 
 def test_texts_that_a_new_tokenizer_is_trained_on_may_differ_between_members():
     given = {"tokenizer": "train:300", "preference.data.source": "reviews"}
     config = base_config(stages=("preference",), **given)
-    assert sweep.member_of(config, {"sft.data.limit": 7}).sft.data.limit == 7
+    member = partial(member_run, config, workdir=storage.as_path("nowhere"))
+    assert member({"sft.data.limit": 7}).config.sft.data.limit == 7
     with pytest.raises(ConfigError, match=r"sft\.steps is read by none of the stages preference"):
-        sweep.member_of(config, {"sft.steps": 7})
+        member({"sft.steps": 7})
 
 
 def test_a_sweep_that_cannot_run_is_refused_before_anything_is_made(tmp_path):
@@ -343,17 +401,59 @@ def test_a_sweep_that_cannot_run_is_refused_before_anything_is_made(tmp_path):
     }
     for message, own in wrong.items():
         with pytest.raises(ConfigError, match=message):
-            sweep.make(base_config(), [{"preference.beta": 0.1}, own], str(tmp_path / "sweep"))
+            run_sweep(base_config(), [{"preference.beta": 0.1}, own], str(tmp_path / "sweep"))
     assert not (tmp_path / "sweep").exists()
     (tmp_path / "config.py").write_text("def sweep():\n    return []\n")
     with pytest.raises(ConfigError, match="no function sweep"):
-        sweep.read_sweep(str(tmp_path / "config.py"))
+        read_sweep(str(tmp_path / "config.py"))
 
 
 def test_the_folder_of_another_sweep_is_refused(swept):
     before = (swept[0] / sweep.PLAN).read_bytes()
     with pytest.raises(ConfigError, match=r"preference\.batch_size: 8 -> 4"):
-        sweep.make(base_config(**{"preference.batch_size": 4}), MEMBERS, str(swept[0]))
+        run_sweep(base_config(**{"preference.batch_size": 4}), MEMBERS, str(swept[0]))
     with pytest.raises(ConfigError, match=r"unchanged with \{\}, which is now"):
-        sweep._plan(base_config(), {"unchanged": {"preference.beta": 0.1}}, swept[0])
+        sweep._compared_plan(
+            base_config(), {"unchanged": {"preference.beta": 0.1}}, storage.as_path(swept[0])
+        )
     assert (swept[0] / sweep.PLAN).read_bytes() == before
+
+
+def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monkeypatch):
+    """Of two that train together, and of one alone, whose SFT stage is that of the two."""
+    folder = tmp_path / "sweep"
+    one_step = {"sft.steps": 1, "preference.steps": 1, "preference.data.eval_limit": 4}
+    members = [{"preference.beta": 0.1}, {"preference.beta": 2.0}, {"preference.loss": "hinge"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "run_jobs_aloud", lambda jobs: None)
+        run_sweep(base_config(**one_step), members, str(folder))
+    names = [["beta-0.1", "beta-2"], ["loss-hinge"]]
+    jobs = json.loads((folder / sweep.PLAN).read_text())["jobs"]
+    outputs = [[str(folder / name / FINISHED) for name in together] for together in names]
+    assert [job["outputs"] for job in jobs] == outputs
+    for job, together in zip(jobs, names, strict=True):
+        python, *arguments = job["command"].split()
+        assert python == "python"
+        assert arguments[:2] == ["-m", "dpojax.sweeps.sweep"]
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        finished = {path.parent.name for path in folder.glob(f"*/{FINISHED}")}
+        assert finished == {"beta-0.1", "beta-2", together[-1]}
+    sft = [params_of_sft(folder / name) for name in ("beta-0.1", "loss-hinge")]
+    jax.tree.map(np.testing.assert_array_equal, *sft)
+    assert "sft  step" not in done.stderr + done.stdout  # it was given, not trained again
+    monkeypatch.setattr(sweep, "train_members", None)  # nobody calls it
+    assert run_sweep(base_config(**one_step), members, str(folder)) == {}
+
+
+def params_of_sft(workdir: pathlib.Path) -> dict:
+    return open_stage(setup_of(workdir), "sft").trained_params()
+
+
+def test_members_of_no_sweep_are_refused(swept, tmp_path):
+    with pytest.raises(ConfigError, match="is not the workdir of a sweep"):
+        sweep.train_members(storage.as_path(tmp_path), ["beta-1"])
+    with pytest.raises(ConfigError, match="a sweep without a member 'beta-7'"):
+        sweep.train_members(storage.as_path(swept[0]), [PLAIN, "beta-7"])
