@@ -93,7 +93,7 @@ def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | o
     """Write `figure` to each path (png, pdf or svg by its suffix), all or nothing.
 
     Args:
-      paths: their folders must exist.
+      paths: local files, or objects of a bucket; their folders are made.
     """
     drawn = figure(points, optimum, base)
     for path in map(storage.as_path, paths):

@@ -71,7 +71,7 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
 
     Args:
       metrics: stage name -> lines as `read_metrics` returns them, of any splits.
-      path: its folder must exist.
+      path: a local file, or an object of a bucket; its folder is made.
     """
     panels = [panel for stage, lines in metrics.items() for panel in _panels(stage, lines)]
     columns = min(COLUMNS, max(1, len(panels)))

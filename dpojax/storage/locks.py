@@ -144,11 +144,11 @@ class _Lease:
         fs = filesystem(self.path)
         try:
             info = fs.info(self.path)
-            own = fs.cat_file(self.path).decode() == self._text
+            is_own = fs.cat_file(self.path).decode() == self._text
         except FileNotFoundError:
             return False
-        self._version = _precondition(info) if own else self._version
-        return own
+        self._version = _precondition(info) if is_own else self._version
+        return is_own
 
 
 def _precondition(info: dict) -> str:

@@ -353,12 +353,14 @@ with Checkpoints(folder, max_checkpoints=1) as checkpoints:
 """
 
 
-def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
+@pytest.mark.parametrize("place", ["tmp_path", "bucket"])
+def test_two_processes_write_one_checkpoint_that_one_process_reads(place, request):
+    folder = request.getfixturevalue(place)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    pair = [child(TWO, port, index, tmp_path, **pipes) for index in range(2)]
+    pair = [child(TWO, port, index, folder, **pipes) for index in range(2)]
     for index, process in enumerate(pair):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -367,7 +369,7 @@ def test_two_processes_write_one_checkpoint_that_one_process_reads(tmp_path):
         "w": jax.ShapeDtypeStruct((8, 4), jnp.float32),
         "key": jax.eval_shape(jax.random.key, 0),
     }
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         restored, _ = checkpoints.restore(abstract)
     assert bits(restored) == bits({"w": jnp.arange(32.0).reshape(8, 4), "key": jax.random.key(3)})
 
