@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpojax.config.errors import ConfigError
 from dpojax.data import reviews
 from dpojax.data.records import DataError
 from dpojax.evaluation.rewards import RewardError, open_reward
-from dpojax.stages import classified
-from dpojax.config.checks import ConfigError, check
 from dpojax.runs.export import export
 from dpojax.runs.run import run
+from dpojax.stages import classifier_data
+from dpojax.stages.registry import resolve
 
 from .conftest import lines, tiny_config
 
@@ -41,7 +42,7 @@ def write_parquet(path, rows):
 
 
 def config(source, **changes):
-    given = {
+    settings = {
         "stages": ("classifier",),
         "classifier.data.source": str(source),
         "classifier.data.eval_limit": 40,
@@ -54,7 +55,7 @@ def config(source, **changes):
         "classifier.warmup_steps": 0,
         "evaluate_every": 0,
     }
-    return tiny_config(**given | changes)
+    return tiny_config(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +72,14 @@ def test_it_learns_the_labels_and_says_how_often_it_is_right(trained):
     losses = [line["loss"] for line in lines(workdir, "classifier") if line["split"] == "train"]
     assert losses[0] == pytest.approx(np.log(2), abs=0.02)
     assert losses[-1] < 0.6
-    found = json.loads((workdir / "classifier" / "summary.json").read_text())
-    low, high = found["accuracy_interval"]
-    assert found["labels"] == NAMES
-    assert found["texts"] == 40
-    assert found["values"]["after"]["accuracy"] == 1.0
+    summary = json.loads((workdir / "classifier" / "summary.json").read_text())
+    low, high = summary["accuracy_interval"]
+    assert summary["labels"] == NAMES
+    assert summary["texts"] == 40
+    assert summary["values"]["after"]["accuracy"] == 1.0
     assert (low, high) == pytest.approx((40 / (40 + 1.959964**2), 1.0))  # Wilson's
-    summary = (workdir / "classifier" / "summary.txt").read_text()
-    assert "cross-entropy (nats)" in summary
+    table = (workdir / "classifier" / "summary.txt").read_text()
+    assert "cross-entropy (nats)" in table
     before = next(line for line in lines(workdir, "classifier") if line["split"] == "eval")
     assert before["cross_entropy"] == pytest.approx(np.log(2), abs=0.02)
 
@@ -97,8 +98,8 @@ def test_transformers_gives_the_exported_folder_the_probability_that_the_reward_
     with torch.no_grad():
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     want = torch.softmax(logits.double(), -1)[:, 1].numpy()
-    found = open_reward(f"classifier:{folder}")(*zip(*halves))
-    np.testing.assert_allclose(found, want, atol=1e-5)
+    positive = open_reward(f"classifier:{folder}")(*zip(*halves))
+    np.testing.assert_allclose(positive, want, atol=1e-5)
     assert np.ptp(want) > 0.1
     negative = open_reward(f"classifier:{folder}:Negative")(*zip(*halves))
     np.testing.assert_allclose(negative, 1 - want, atol=1e-5)
@@ -122,7 +123,7 @@ def test_records_that_say_no_class_are_refused_by_file_record_and_field(second, 
     other.write_text(json.dumps({"text": "c", "label": "good"}))
     data = config(path, **{"classifier.data.eval_source": str(other)}).classifier.data
     with pytest.raises(DataError, match=message):
-        classified.load(data, reviews.tokenizer(), max_tokens=24, seed=0)
+        classifier_data.load(data, reviews.tokenizer(), max_tokens=24, seed=0)
 
 
 def test_a_limit_takes_both_classes_of_a_sorted_file_and_texts_are_cut_at_their_end(tmp_path):
@@ -130,12 +131,12 @@ def test_a_limit_takes_both_classes_of_a_sorted_file_and_texts_are_cut_at_their_
     path.write_text("\n".join(json.dumps(row) for row in texts(200)))
     data = config(path, **{"classifier.data.limit": 40}).classifier.data
     tokenizer = reviews.tokenizer()
-    found = classified.load(data, tokenizer, max_tokens=9, seed=0)
-    assert found.labels == ("LABEL_0", "LABEL_1")
-    assert len(found.examples) == 40
-    assert 10 < sum(example.category for example in found.examples) < 30
+    loaded = classifier_data.load(data, tokenizer, max_tokens=9, seed=0)
+    assert loaded.labels == ("LABEL_0", "LABEL_1")
+    assert len(loaded.examples) == 40
+    assert 10 < sum(example.category for example in loaded.examples) < 30
     rows = texts(200)
-    for example in found.examples:
+    for example in loaded.examples:
         row = rows[int(example.id.rpartition(":")[2]) - 1]
         ids = [*example.prompt, *example.responses[0]]
         assert ids == tokenizer(row["text"])["input_ids"][:9]
@@ -143,13 +144,13 @@ def test_a_limit_takes_both_classes_of_a_sorted_file_and_texts_are_cut_at_their_
 
 
 def test_a_classifier_that_could_not_train_is_refused_with_its_key(tmp_path):
-    for key, value, said in [
+    for key, value, message in [
         ("classifier.max_tokens", 1, r"config\.classifier\.max_tokens = 1: 2 or more"),
         ("classifier.data.source", "", r"config\.classifier\.data\.source = ''"),
         ("classifier.data.form", "pair", r"config\.classifier\.data\.form = 'pair'"),
     ]:
-        with pytest.raises(ConfigError, match=said):
-            check(config("a.jsonl", **{key: value}))
+        with pytest.raises(ConfigError, match=message):
+            resolve(config("a.jsonl", **{key: value}), tmp_path)
     long = config("a.jsonl", **{"classifier.max_tokens": 500})
     with pytest.raises(ConfigError, match=r"config\.classifier\.max_tokens = 500, but the model"):
         run(long, str(tmp_path))

@@ -4,9 +4,13 @@ import pathlib
 
 import pytest
 
-from dpojax.sweeps import sweep
-from dpojax.config.checks import ConfigError, check, only_run, record
+from dpojax.config.command_line import load_config_file
 from dpojax.config.defaults import default_config
+from dpojax.config.errors import ConfigError
+from dpojax.config.saved import write_or_compare_config
+from dpojax.runs.workdirs import workdir_lock
+from dpojax.stages.registry import resolve
+from dpojax.sweeps.members import member_config, read_sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -32,25 +36,29 @@ def test_a_value_of_another_type_is_an_error():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("preference.beta", 0.0, r"config\.preference\.beta = 0\.0.*greater than 0"),
+        ("preference.beta", 0.0, r"config\.preference\.beta: .*greater than 0, got 0\.0"),
         ("preference.beta", -0.1, r"config\.preference\.beta"),
         ("preference.beta", float("nan"), r"config\.preference\.beta"),
         ("preference.label_smoothing", 0.5, r"config\.preference\.label_smoothing"),
-        ("preference.length_norm", "mean", r"config\.preference\.length_norm: dpo has no such option"),
+        (
+            "preference.length_norm",
+            "mean",
+            r"preference\.length_norm: dpo has no such option",
+        ),
         ("preference.reference.kind", "frozen", r"cached or live"),
         ("preference.batch_size", 0, r"config\.preference\.batch_size = 0"),
         ("sft.learning_rate", -1.0, r"config\.sft\.learning_rate"),
         ("sft.data.eval_share", 1.0, r"config\.sft\.data\.eval_share"),
         ("preference.data.source", "", r"config\.preference\.data\.source = ''.*is empty"),
-        ("stages", ("ppo", "preference"), r"config\.stages"),
+        ("stages", ("reward", "preference"), r"config\.stages"),
         ("model.compute_dtype", "float16", r"compute_dtype"),
         ("log_every", -1, r"config\.log_every"),
-        ("keep", 0, r"config\.keep"),
+        ("max_checkpoints", 0, r"config\.max_checkpoints"),
         ("seed", -1, r"config\.seed"),
         ("max_logits", 0, r"config\.max_logits"),
         ("row_length", -1, r"config\.row_length"),
         ("preference.reference.dtype", "float16", r"config\.preference\.reference\.dtype"),
-        ("stages", ("preference", "sft"), r"config\.stages"),
+        ("stages", ("preference", "dpo"), r"config\.stages"),
         ("tokens.truncation", "cut", r"config\.tokens"),
         ("sft.optimizer.name", "sgd", r"config\.sft: .*adamw"),
         ("preference.lora.rank", -1, r"config\.preference\.lora\.rank = -1: 0 \(off"),
@@ -62,7 +70,7 @@ def test_a_value_that_no_run_could_use_is_refused_with_its_key(key, value, messa
     config = default_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=message):
-        check(config)
+        resolve(config, "unused")
 
 
 @pytest.mark.parametrize(
@@ -70,14 +78,17 @@ def test_a_value_that_no_run_could_use_is_refused_with_its_key(key, value, messa
     [
         ({"lora.alpha": 0.0}, r"config\.preference\.lora: rank, alpha: must be positive"),
         ({"lora.targets": ()}, r"config\.preference\.lora: targets"),
-        ({"lora.targets": ("mlp/(",)}, r"config\.preference\.lora: targets: 'mlp/\(' is not a pattern"),
+        (
+            {"lora.targets": ("mlp/(",)},
+            r"config\.preference\.lora: targets: 'mlp/\(' is not a pattern",
+        ),
         (
             {"loss": "tdpo", "reference.kind": "live", "reference.path": "other"},
             r"config\.preference\.reference\.path = 'other': .*tdpo compares with their base",
         ),
         (
             {"reference.kind": "live", "reference.dtype": "bfloat16"},
-            r"config\.preference\.reference\.dtype = 'bfloat16': .*set config\.preference\.lora\.base_dtype",
+            r"config\.preference\.reference\.dtype = 'bfloat16': .*preference\.lora\.base_dtype to",
         ),
     ],
 )
@@ -85,52 +96,52 @@ def test_adapters_that_no_run_could_train_are_refused_with_their_key(changes, me
     config = default_config()
     config.preference.update_from_flattened_dict({"lora.rank": 4} | changes)
     with pytest.raises(ConfigError, match=message):
-        check(config)
+        resolve(config, "unused")
     if not any(key.startswith("lora.") for key in changes):
         config.preference.lora.rank = 0  # without adapters the same reference will do
-        check(config)
+        resolve(config, "unused")
 
 
 def test_the_shipped_configs_pass_their_own_check_and_their_sweeps_change_known_keys():
-    from importlib.util import module_from_spec, spec_from_file_location
-
     paths = sorted((ROOT / "configs").glob("*.py"))
     assert {path.stem for path in paths} >= {"reviews", "instructions", "hh"}
     for path in paths:
-        spec = spec_from_file_location(path.stem, path)
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_config_file(str(path))
         config = module.get_config()
         config.preference.data.source = config.preference.data.source or "given on the command line"
         config.sft.data.source = config.sft.data.source or "given on the command line"
-        check(config)
+        resolve(config, "unused")
         # The pairs of imdb are made by its frontier, which sweeps over beta itself.
         assert hasattr(module, "sweep") == (path.stem != "imdb")
         if hasattr(module, "sweep"):
-            members = [sweep.member_of(config, changes) for changes in module.sweep()]
-            assert len({own.to_json() for own in members}) == len(members) > 1
+            members = [member_config(config, changes) for changes in read_sweep(str(path))]
+            assert len({member.to_json() for member in members}) == len(members) > 1
+            for member in members:
+                resolve(member, "unused")
         assert "python scripts/train.py --config=configs/" in module.__doc__
 
 
 def test_the_workdir_of_another_config_is_refused_and_left_as_it_was(tmp_path):
     config = default_config()
     config.preference.beta = 0.1
-    record(config, tmp_path)
+    write_or_compare_config(resolve(config, tmp_path))
     before = (tmp_path / "config.json").read_bytes()
     config.preference.beta = 0.3
     with pytest.raises(ConfigError, match=r"preference\.beta: 0\.1 -> 0\.3"):
-        record(config, tmp_path)
+        write_or_compare_config(resolve(config, tmp_path))
     assert (tmp_path / "config.json").read_bytes() == before
     config.preference.beta = 0.1
     config.log_every = 7
     config.mesh.fsdp = 4
     config.model.remat = "full"
-    record(config, tmp_path)
+    write_or_compare_config(resolve(config, tmp_path))
 
 
 def test_a_second_run_in_the_same_workdir_is_refused_while_the_first_lives(tmp_path):
-    refused = pytest.raises(ConfigError, match=r"process \d+ .*is running in this workdir")
-    with only_run(tmp_path), refused, only_run(tmp_path):
+    refused = pytest.raises(
+        ConfigError, match=r"in use by process \d+ on .*; wait until it has ended"
+    )
+    with workdir_lock(tmp_path), refused, workdir_lock(tmp_path):
         pass
-    with only_run(tmp_path):
+    with workdir_lock(tmp_path):
         pass

@@ -5,15 +5,18 @@ import json
 import numpy as np
 import pytest
 
+from dpojax.config.errors import ConfigError
+from dpojax.config.saved import read_run_config
 from dpojax.data.packing import Shape
 from dpojax.data.rows import empty
 from dpojax.evaluation.rewards import open_reward
-from dpojax.stages import stage as stages
-from dpojax.config.checks import ConfigError, check
-from dpojax.runs.export import export, read_config
-from dpojax.runs.run import run
-from dpojax.stages.setup import prepare
 from dpojax.models import huggingface
+from dpojax.runs.export import export
+from dpojax.runs.run import run
+from dpojax.stages import train
+from dpojax.stages.programs import make_programs
+from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.setup import prepare_setup
 
 from .conftest import lines, tiny_config
 
@@ -34,17 +37,24 @@ def reward_run(tmp_path_factory):
     )
     pairs = workdir / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, rows)))
-    given = {"source": str(pairs), "steps": 12, "learning_rate": 0.03, "warmup_steps": 0}
-    given = {("data." if key == "source" else "") + key: value for key, value in given.items()}
-    config = tiny_config(keep=1, **{f"reward.{key}": value for key, value in given.items()})
-    config.stages, config.reward.batch_size = ("reward",), 8
-    evaluate = stages.Stage.evaluate
+    config = tiny_config(
+        **{
+            "stages": ("reward",),
+            "max_checkpoints": 1,
+            "reward.data.source": str(pairs),
+            "reward.batch_size": 8,
+            "reward.steps": 12,
+            "reward.learning_rate": 0.03,
+            "reward.warmup_steps": 0,
+        }
+    )
+    evaluate = train.evaluate_batches
 
-    def said(self, *args, **kwargs):
-        return evaluate(self, *args, **kwargs) | {"rewards/accuracies": next(accuracies)}
+    def with_accuracy(*args, **kwargs):
+        return evaluate(*args, **kwargs) | {"rewards/accuracies": next(accuracies)}
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stages.Stage, "evaluate", said)
+        patched.setattr(train, "evaluate_batches", with_accuracy)
         run(config, str(workdir / "run"))
     return workdir / "run"
 
@@ -77,7 +87,8 @@ def test_the_exported_reward_is_centred_on_the_held_out_responses(reward_run, tm
     out = export(str(reward_run), str(tmp_path / "exported"))
     held_out = json.loads((reward_run / "reward" / "summary.json").read_text())["values"]["after"]
     assert abs(held_out["rewards/mean"]) > 1e-3
-    data = stages.prepare("reward", prepare(read_config(reward_run), reward_run)).data
+    setup = prepare_setup(resolve(read_run_config(reward_run), reward_run))
+    data = open_stage(setup, "reward").prepare().batches.data
     lines = [int(data.examples[i].id.rsplit(":", 1)[1]) for i in data.held_out]
     prompts = [f"the film {line - 1}" for line in lines for _ in range(2)]
     scores = open_reward(f"reward_model:{out}")(prompts, [" was good", " was bad"] * len(lines))
@@ -91,44 +102,45 @@ def test_a_run_of_labelled_responses_or_without_a_reference_ends_with_its_summar
     config.stages = ("preference",)
     run(config, str(tmp_path))
     text = (tmp_path / "preference" / "summary.txt").read_text()
-    found = json.loads((tmp_path / "config.json").read_text())["preference"]
+    saved = json.loads((tmp_path / "config.json").read_text())["preference"]
     cached = list(tmp_path.glob("preference/reference_logprobs/*.npy"))
     if loss == "kto":
         assert "desirable became less likely" in text
         assert "20 held-out labelled responses" in text
         assert cached
-        assert found["desirable_weight"] == 1.0
+        assert saved["desirable_weight"] == 1.0
     else:
         assert "policy finds the chosen response likelier" in text
         assert not cached
-        assert (found["beta"], found["gamma"]) == (2.0, 1.0)
+        assert (saved["beta"], saved["gamma"]) == (2.0, 1.0)
     assert len(train_losses(tmp_path, "preference")) == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preference.loss": "tdpo"}, "config.preference.reference.kind: tdpo needs .* set it to live"),
-        ({"preference.loss": "simpo", "preference.tau": 1.0}, "config.preference.tau: simpo has no such option"),
-        ({"preference.loss": "dpop"}, "config.preference.penalty: dpop needs it and has no default"),
-        ({"preference.preset": "trl"}, "config.preference.preset: there is no 'trl'"),
+        ({"loss": "tdpo"}, r"config\.preference\.reference\.kind: tdpo needs .* set it to live"),
+        ({"loss": "simpo", "tau": 1.0}, r"config\.preference\.tau: simpo has no such option"),
+        ({"loss": "dpop"}, r"config\.preference\.penalty: dpop needs it and has no default"),
+        ({"preset": "trl"}, r"config\.preference\.preset: there is no 'trl'"),
     ],
 )
 def test_a_loss_that_cannot_run_as_configured_is_refused_by_key(changes, message):
     with pytest.raises(ConfigError, match=message):
-        check(tiny_config(**changes))
+        resolve(tiny_config(**{f"preference.{key}": x for key, x in changes.items()}), "unused")
 
 
 def test_rows_with_and_without_the_references_log_probs_are_scored_by_one_program():
     traced = []
 
-    def score(params, rows, reference_params=None):
+    def score(params, rows, *, reference=None):
+        del reference
         traced.append(rows)
         return params + rows.target
 
-    run = stages._scoring(score)
+    scored = make_programs(None, None, score).score
     rows = empty(Shape(1, 2, 8, 4, 1, 2))
     attached = rows._replace(reference=np.zeros(rows.target.shape, np.float32))
-    for given in (rows, attached):
-        np.testing.assert_array_equal(run(np.int32(3), given), rows.target + 3)
+    for batch in (rows, attached):
+        np.testing.assert_array_equal(scored(np.int32(3), batch), rows.target + 3)
     assert len(traced) == 1

@@ -6,24 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpojax.stages import summary
+from dpojax.stages import preference_summary
+from dpojax.stages.data import StageData
 
 
 def stage(loss: str, label=None):
-    examples = [SimpleNamespace(label=label)]
+    data = StageData([SimpleNamespace(label=label)], 0, {})
     return SimpleNamespace(
-        config=SimpleNamespace(loss=loss),
-        data=SimpleNamespace(examples=examples),
+        loss=SimpleNamespace(name=loss),
+        batches=SimpleNamespace(data=data),
         hyper={"beta": 0.1},
-        objective=SimpleNamespace(baseline=None),
-        starts_at_reference=True,
+        programs=SimpleNamespace(objective=SimpleNamespace(baseline=None)),
+        policy_starts_at_reference=True,
     )
 
 
 def test_held_out_pairs_that_are_all_ties_have_no_accuracy():
-    values = {"before": defaultdict(lambda: math.nan), "after": defaultdict(lambda: math.nan)}
-    values["after"]["loss"] = 1.25
-    text = summary._table(stage("dpo_ties"), 0, values, {"before": 0.0, "after": 0.5})
+    before, after = (defaultdict(lambda: math.nan) for _ in range(2))
+    after["loss"] = 1.25
+    kl_per_token = {"before": 0.0, "after": 0.5}
+    text = preference_summary._table(stage("dpo_ties"), 0, before, after, kl_per_token)
     assert text.count("no held-out pair states a preference") == 3
     assert "1.2500" in text
 
@@ -32,5 +34,6 @@ def test_an_accuracy_has_wilsons_interval():
     """Wilson 1927; 8 of 10: 0.490 to 0.943 (Brown, Cai and DasGupta 2001, equation 4)."""
     z, n, p = 1.959964, 10, 0.8
     middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    want = [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
-    assert summary.interval(p, n) == pytest.approx(want, abs=1e-6)
+    low, high = (100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    assert (low, high) == pytest.approx((49.0, 94.3), abs=0.05)
+    assert preference_summary._accuracy(p, n) == f"80.0 % [{low:.1f}, {high:.1f}]"

@@ -9,13 +9,14 @@ import transformers
 from tokenizers import normalizers, processors
 
 from dpojax import sharding
+from dpojax.config.defaults import default_config
 from dpojax.data import reviews, sources
 from dpojax.data.records import DataError
 from dpojax.runs import run as runs
-from dpojax.stages import setup as run_setup
-from dpojax.stages import stage as stages
 from dpojax.stages import token_cache
-from dpojax.config.defaults import default_config
+from dpojax.stages.description import report_text
+from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.setup import prepare_setup
 
 ROWS = [
     {"prompt": f"the plot {i}", "chosen": " was good", "rejected": " was bad" + " so" * (i % 9)}
@@ -29,9 +30,10 @@ def write(path, rows):
     return str(path)
 
 
-def stage_of(config, workdir, name):
+def prepared(config, workdir, name):
+    """A stage with its data."""
     config.stages = (name,)
-    return stages.prepare(name, run_setup.prepare(config, workdir))
+    return open_stage(prepare_setup(resolve(config, workdir)), name).prepare()
 
 
 def no_tokenizer(self, *args, **kwargs):
@@ -45,8 +47,14 @@ def plain(example):
 
 CASES = {
     "sft on the embedded task": ("sft", {}),
-    "mismatched responses of a file": ("preference", {"preference.loss": "kto", "preference.data.source": "pairs"}),
-    "two files": ("preference", {"preference.data.source": "pairs", "preference.data.eval_source": "pairs"}),
+    "mismatched responses of a file": (
+        "preference",
+        {"preference.loss": "kto", "preference.data.source": "pairs"},
+    ),
+    "two files": (
+        "preference",
+        {"preference.data.source": "pairs", "preference.data.eval_source": "pairs"},
+    ),
     "a classifier": ("classifier", {"classifier.data.source": "texts"}),
 }
 
@@ -58,24 +66,30 @@ def test_a_second_run_tokenises_nothing_and_finds_the_same(tiny, tmp_path, monke
     name, changes = CASES[case]
     changes = {key: files.get(value, value) for key, value in changes.items()}
     config = tiny(**changes, token_cache=str(tmp_path / "tokens"))
-    first = stage_of(config, tmp_path / "first", name)
-    assert token_cache.save(first.data) == f"kept in {first.data.file}"
+    first = prepared(config, tmp_path / "first", name)
+    assert token_cache.save(first.batches.data) == f"kept in {first.batches.data.file}"
     with monkeypatch.context() as without:
         without.setattr(transformers.PreTrainedTokenizerFast, "__call__", no_tokenizer)
         without.setattr(sources, "read", None)
         without.setattr(reviews, "preferences", None)
         without.setattr(reviews, "texts", None)
-        again = stage_of(config, tmp_path / "again", name)
-    assert token_cache.save(again.data) == f"read from {first.data.file}"
-    assert stages.report_of(again) == stages.report_of(first)
-    assert (again.shape, again.data.labels) == (first.shape, first.data.labels)
-    in_json = lambda stage: {part: x.to_json() for part, x in stage.data.reports.items()}
+        again = prepared(config, tmp_path / "again", name)
+    assert token_cache.save(again.batches.data) == f"read from {first.batches.data.file}"
+    assert report_text(again) == report_text(first)
+    assert (again.batches.shape, again.batches.data.labels) == (
+        first.batches.shape,
+        first.batches.data.labels,
+    )
+    in_json = lambda stage: {part: x.to_json() for part, x in stage.batches.data.reports.items()}
     assert in_json(again) == in_json(first)
     monkeypatch.setattr(token_cache, "examples", None)  # made anew, and not read
     config.token_cache = str(tmp_path / "other")
-    fresh = stage_of(config, tmp_path / "fresh", name).data
-    assert [*map(plain, again.data.examples)] == [*map(plain, fresh.examples)]
-    assert (again.data.train, again.data.reports.keys()) == (fresh.train, fresh.reports.keys())
+    fresh = prepared(config, tmp_path / "fresh", name).batches.data
+    assert [*map(plain, again.batches.data.examples)] == [*map(plain, fresh.examples)]
+    assert (again.batches.data.train, again.batches.data.reports.keys()) == (
+        fresh.train,
+        fresh.reports.keys(),
+    )
 
 
 # By what the key is made from: (stage, config key, another value).
@@ -110,10 +124,10 @@ def name_of(tiny, tmp_path, monkeypatch):
     """The file that a stage's examples would be kept in; nothing is read but the source's bytes."""
     files = {"preference": write(tmp_path / "pairs.jsonl", ROWS)}
     files["classifier"] = write(tmp_path / "texts.jsonl", TEXTS)
-    asked = []
+    names = []
 
-    def cached(folder, key, make):
-        asked.append(key())
+    def cached(folder, key, load):
+        names.append(key())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(token_cache, "cached", cached)
@@ -122,10 +136,11 @@ def name_of(tiny, tmp_path, monkeypatch):
         config = tiny(**{f"{stage}.data.source": files[stage], "classifier.data.limit": 20})
         config.update_from_flattened_dict(changes)
         config.stages = (stage,)
-        setup = run_setup.prepare(config, tmp_path / "run")
+        setup = prepare_setup(resolve(config, tmp_path / "run"))
+        setup = setup._replace(tokenizer=tokenizer or setup.tokenizer)
         with pytest.raises(KeyboardInterrupt):
-            stages.prepare(stage, setup._replace(tokenizer=tokenizer or setup.tokenizer))
-        return asked.pop()
+            open_stage(setup, stage).prepare()
+        return names.pop()
 
     return name_of
 
@@ -145,7 +160,13 @@ def test_every_key_that_selects_or_tokenises_is_changed_by_this_file():
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 3}, {"preference.beta": 2.0}, {"preference.batch_size": 4}, {"preference.loss": "ipo"}, {"micro_rows": 8}],
+    [
+        {"seed": 3},
+        {"preference.beta": 2.0},
+        {"preference.batch_size": 4},
+        {"preference.loss": "ipo"},
+        {"micro_rows": 8},
+    ],
 )
 def test_what_only_trains_does_not(name_of, change):
     extra = {"preference.length_norm": "mean"} if "preference.loss" in change else {}
@@ -245,24 +266,24 @@ def test_the_code_and_the_libraries_count(name_of, monkeypatch):
         names.append(name_of())
     assert len({*names}) == 3
     monkeypatch.undo()
-    found = token_cache._code()
-    assert f"numpy {np.__version__}" in found
-    assert len(found) > 15
+    parts = token_cache._code()
+    assert f"numpy {np.__version__}" in parts
+    assert len(parts) > 15
 
 
 def test_a_tokenizer_without_content_keeps_nothing(of_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "content_hash", lambda tokenizer: None)
-    stage = stage_of(of_pairs, tmp_path / "run", "preference")
-    assert "not kept" in token_cache.save(stage.data)
+    stage = prepared(of_pairs, tmp_path / "run", "preference")
+    assert "not kept" in token_cache.save(stage.batches.data)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_takes_no_file_stops_no_run(of_pairs, tmp_path):
     of_pairs.token_cache = str(tmp_path / "file" / "tokens")
     (tmp_path / "file").write_text("")
-    stage = stage_of(of_pairs, tmp_path / "run", "preference")
-    assert "not kept" in token_cache.save(stage.data)
-    assert len(stage.data.examples) > 0
+    stage = prepared(of_pairs, tmp_path / "run", "preference")
+    assert "not kept" in token_cache.save(stage.batches.data)
+    assert len(stage.batches.data.examples) > 0
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(of_pairs, tmp_path, monkeypatch):
@@ -273,9 +294,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(of_pairs, tmp_path, mo
         write(tmp_path / "pairs.jsonl", ROWS * 2)
 
     monkeypatch.setattr(sources, "read", appended)
-    stage = stage_of(of_pairs, tmp_path / "run", "preference")
-    token_cache.save(stage.data)
-    assert stage.data.file is None
+    stage = prepared(of_pairs, tmp_path / "run", "preference")
+    token_cache.save(stage.batches.data)
+    assert stage.batches.data.file is None
     assert not (tmp_path / "run").exists()
 
 
@@ -290,14 +311,15 @@ def test_an_error_in_the_data_is_never_kept(tiny, tmp_path):
 
 
 def test_a_damaged_file_is_named_and_deleting_it_helps(of_pairs, tmp_path):
-    stage = stage_of(of_pairs, tmp_path / "run", "preference")
-    token_cache.save(stage.data)
+    stage = prepared(of_pairs, tmp_path / "run", "preference")
+    token_cache.save(stage.batches.data)
     (file,) = (tmp_path / "run" / "tokens").iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"{file.name}: not a usable cache .*delete it"):
-        stage_of(of_pairs, tmp_path / "run", "preference")
+        prepared(of_pairs, tmp_path / "run", "preference")
     file.unlink()
-    assert len(stage_of(of_pairs, tmp_path / "run", "preference").data.examples) == len(ROWS)
+    stage = prepared(of_pairs, tmp_path / "run", "preference")
+    assert len(stage.batches.data.examples) == len(ROWS)
 
 
 def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):
@@ -306,11 +328,10 @@ def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):
     def waits(value):
         raise AssertionError("all processes have to come here")
 
-    made = stage_of(of_pairs, tmp_path / "run", "preference")
-    setup = made.setup
+    stage = prepared(of_pairs, tmp_path / "run", "preference")
     monkeypatch.setattr(sharding, "agreed", waits)
-    missed = stages.prepare("preference", setup)
-    token_cache.save(made.data)
-    found = stages.prepare("preference", setup)
-    assert (missed.data.found, found.data.found) == (False, True)
-    assert [*map(plain, missed.data.examples)] == [*map(plain, found.data.examples)]
+    missed = open_stage(stage.setup, "preference").prepare().batches.data
+    token_cache.save(stage.batches.data)
+    hit = open_stage(stage.setup, "preference").prepare().batches.data
+    assert (missed.cached, hit.cached) == (False, True)
+    assert [*map(plain, missed.examples)] == [*map(plain, hit.examples)]

@@ -12,19 +12,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dpojax.config.errors import ConfigError
 from dpojax.data import reviews, sources
+from dpojax.data.prompts import read_prompts
 from dpojax.data.records import DataError
 from dpojax.evaluation.policies import NothingStopped
-from dpojax.stages import data as stage_data
-from dpojax.runs import preferences as preferences_module
-from dpojax.stages import setup as run_setup
-from dpojax.config.checks import ConfigError
-from dpojax.stages.data import DataRequirements
-from dpojax.runs.policy import load_policy
-from dpojax.runs.preferences import Settings, prefer
-from dpojax.data.prompts import read_prompts
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import LLAMA, DecoderConfig
+from dpojax.runs import preferences
+from dpojax.runs.policy import load_policy
+from dpojax.runs.preferences import Settings, generate_preferences
+from dpojax.stages import data as stage_data
+from dpojax.stages.data import DataRequirements
+from dpojax.stages.registry import resolve
+from dpojax.stages.setup import prepare_setup
 from dpojax.training import reference
 from dpojax.training.checkpoints import CheckpointError, Checkpoints
 
@@ -50,7 +51,7 @@ def save_model(folder, seed: int = 0):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
+def one_policy():
     """A policy is loaded once and known by its place, so that its sampler is compiled once."""
     known = {}
 
@@ -60,8 +61,8 @@ def compiled_once():
         return known[id(params)][1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(preferences_module, "load_policy", functools.cache(load_policy))
-        patched.setattr(preferences_module, "fingerprint", fingerprint)
+        patched.setattr(preferences, "load_policy", functools.cache(load_policy))
+        patched.setattr(preferences, "fingerprint", fingerprint)
         yield
 
 
@@ -72,16 +73,16 @@ def policy(tmp_path_factory):
 
 def settings(policy, out, **changes):
     """Ten prompts in three shards, three completions each."""
-    given = {"prompts": "reviews", "reward": "reviews", "limit": 10, "completions": 3}
-    given |= {"max_new_tokens": 9, "batch_size": 4, "shard_size": 4}
-    return Settings(policy=policy, out=str(out), **given | changes)
+    values = {"prompts": "reviews", "reward": "reviews", "limit": 10, "completions": 3}
+    values |= {"max_new_tokens": 9, "batch_size": 4, "shard_size": 4}
+    return Settings(policy=policy, out=str(out), **values | changes)
 
 
 @pytest.fixture(scope="module")
 def made(policy, tmp_path_factory):
-    """A finished folder and what `prefer` returned."""
+    """A finished folder and what `generate_preferences` returned."""
     out = tmp_path_factory.mktemp("made") / "pairs"
-    return out, prefer(settings(policy, out))
+    return out, generate_preferences(settings(policy, out))
 
 
 def table(folder, names=PARTS):
@@ -129,7 +130,9 @@ def test_a_lost_shard_is_made_again_to_the_same_bytes_and_the_others_are_left(ma
     times = [(out / name).stat().st_mtime_ns for name in (PARTS[0], PARTS[2])]
     (out / PARTS[1]).unlink()
     lines = []
-    assert prefer(settings(policy, out), log=lines.append)["counts"] == record["counts"]
+    assert (
+        generate_preferences(settings(policy, out), log=lines.append)["counts"] == record["counts"]
+    )
     assert all_bytes(out) == before
     assert [(out / name).stat().st_mtime_ns for name in (PARTS[0], PARTS[2])] == times
     assert ["is there already" in line for line in lines] == [True, False, True]
@@ -137,14 +140,14 @@ def test_a_lost_shard_is_made_again_to_the_same_bytes_and_the_others_are_left(ma
 
 def test_two_processes_make_what_one_makes(made, policy, tmp_path):
     out, record = made
-    first = prefer(settings(policy, tmp_path / "two"), process=(0, 2))
+    first = generate_preferences(settings(policy, tmp_path / "two"), process=(0, 2))
     assert first["counts"] is None
     assert sorted(p.name for p in (tmp_path / "two").glob("*.parquet")) == [PARTS[0], PARTS[2]]
-    second = prefer(settings(policy, tmp_path / "two"), process=(1, 2))
+    second = generate_preferences(settings(policy, tmp_path / "two"), process=(1, 2))
     assert second["counts"] == record["counts"]
     assert all_bytes(tmp_path / "two") == all_bytes(out)
     with pytest.raises(ConfigError, match="process 2 of 2: they are counted from 0"):
-        prefer(settings(policy, tmp_path / "two"), process=(2, 2))
+        generate_preferences(settings(policy, tmp_path / "two"), process=(2, 2))
 
 
 def test_a_process_that_dies_while_it_writes_leaves_no_shard(made, policy, tmp_path, monkeypatch):
@@ -156,9 +159,9 @@ def test_a_process_that_dies_while_it_writes_leaves_no_shard(made, policy, tmp_p
     with monkeypatch.context() as patched:
         patched.setattr(pq.ParquetWriter, "write_table", die)
         with pytest.raises(KeyboardInterrupt):
-            prefer(settings(policy, tmp_path))
+            generate_preferences(settings(policy, tmp_path))
     assert not list(tmp_path.glob("part-*"))
-    prefer(settings(policy, tmp_path))
+    generate_preferences(settings(policy, tmp_path))
     assert all_bytes(tmp_path) == all_bytes(out)
     assert not list(tmp_path.glob(".*"))
 
@@ -168,18 +171,18 @@ def test_a_rerun_with_other_settings_is_refused_and_says_which(made, policy, tmp
     before = all_bytes(out)
     refused = lambda **changes: pytest.raises(ConfigError, match=changes.pop("match"))
     with refused(match=r"made otherwise(.|\n)*temperature: 1.0, now 0.7\Z"):
-        prefer(settings(policy, out, temperature=0.7))
+        generate_preferences(settings(policy, out, temperature=0.7))
     with refused(match=r"limit: 10, now 9\n  what is in prompts: "):
-        prefer(settings(policy, out, limit=9))
+        generate_preferences(settings(policy, out, limit=9))
     with refused(match="what is in reward: 'reviews:probability', now 'reviews:log_odds'"):
-        prefer(settings(policy, out, reward="reviews:log_odds"))
+        generate_preferences(settings(policy, out, reward="reviews:log_odds"))
     other = save_model(tmp_path / "other", seed=1)
     with refused(match=r"these changes:\n  what is in policy: "):
-        prefer(settings(other, out))
+        generate_preferences(settings(other, out))
     assert all_bytes(out) == before
     shutil.copy(out / PARTS[0], tmp_path)
     with refused(match=r"provenance.json: does not say what made the shards beside it"):
-        prefer(settings(policy, tmp_path))
+        generate_preferences(settings(policy, tmp_path))
 
 
 @pytest.mark.parametrize("pairs", ["all", "ranked"])
@@ -187,30 +190,30 @@ def test_the_folder_is_a_data_source_of_training(made, policy, tmp_path, pairs):
     out, record = made
     if pairs == "ranked":
         out = tmp_path / "ranked"
-        record = prefer(settings(policy, out, pairs="ranked", shard_size=20))
+        record = generate_preferences(settings(policy, out, pairs="ranked", shard_size=20))
         for row in pq.read_table(next(out.glob("*.parquet"))).to_pylist():
             texts = [row["prompt"] + text for text in row["responses"]]
             np.testing.assert_allclose(row["scores"], reviews.reward(texts), rtol=1e-9)
             assert row["scores"] == sorted(row["scores"], reverse=True)
             assert row["ranks"][0] == 1
-    found, _ = sources.load_records(out)
-    assert len(found) == record["counts"]["records"]
-    assert all(record.scores[0] > record.scores[-1] for record in found)
+    records, _ = sources.load_records(out)
+    assert len(records) == record["counts"]["records"]
+    assert all(one.scores[0] > one.scores[-1] for one in records)
     config = tiny_config(**{"preference.data.source": str(out), "preference.data.limit": 0})
     config.preference.data.update(eval_share=0.3, eval_limit=0)
     loaded = stage_data.load(
         config.preference.data,
         config.tokens,
         reviews.tokenizer(),
-        wants=DataRequirements("ranked", scores=True),
+        requirements=DataRequirements("ranked", scores=True),
         seed=0,
     )
-    assert loaded.train + len(loaded.held_out) == len(found)
+    assert loaded.train + len(loaded.held_out) == len(records)
 
 
 def test_sampled_labels_sometimes_prefer_the_lower_score(made, policy, tmp_path):
     how = {"labels": "bradley_terry", "label_temperature": 0.1}
-    prefer(settings(policy, tmp_path / "noisy", **how))
+    generate_preferences(settings(policy, tmp_path / "noisy", **how))
     rows, sure = table(tmp_path / "noisy"), table(made[0])
     pairs = lambda rows: {frozenset((r["prompt"], r["chosen"], r["rejected"])) for r in rows}
     assert pairs(sure) <= pairs(rows)
@@ -219,7 +222,7 @@ def test_sampled_labels_sometimes_prefer_the_lower_score(made, policy, tmp_path)
 
 
 def test_completions_that_were_cut_can_be_dropped(made, policy, tmp_path):
-    record = prefer(settings(policy, tmp_path / "whole", truncated="drop"))
+    record = generate_preferences(settings(policy, tmp_path / "whole", truncated="drop"))
     assert record["counts"]["truncated"] == made[1]["counts"]["truncated"]
     rows = table(tmp_path / "whole")
     assert 0 < len(rows) < len(table(made[0]))
@@ -229,15 +232,15 @@ def test_completions_that_were_cut_can_be_dropped(made, policy, tmp_path):
 def test_a_policy_that_never_ends_is_refused_unless_a_fixed_length_is_meant(
     policy, tmp_path, monkeypatch
 ):
-    found = preferences_module.load_policy(policy)
-    kernel = found.params["head"]["kernel"].at[found.tokenizer.eos_token_id, 0].add(-50)
-    endless = found._replace(params=found.params | {"head": {"kernel": kernel}})
-    monkeypatch.setattr(preferences_module, "load_policy", lambda name: endless)
+    loaded = preferences.load_policy(policy)
+    kernel = loaded.params["head"]["kernel"].at[loaded.tokenizer.eos_token_id, 0].add(-50)
+    endless = loaded._replace(params=loaded.params | {"head": {"kernel": kernel}})
+    monkeypatch.setattr(preferences, "load_policy", lambda name: endless)
     with pytest.raises(NothingStopped, match="all 12 responses were cut at max_new_tokens = 9"):
-        prefer(settings(policy, tmp_path))
+        generate_preferences(settings(policy, tmp_path))
     assert not list(tmp_path.glob("*.parquet"))
     # What was refused left no shard, so other settings may have its folder.
-    record = prefer(settings(policy, tmp_path, fixed_length=True, truncated="drop"))
+    record = generate_preferences(settings(policy, tmp_path, fixed_length=True, truncated="drop"))
     assert record["counts"]["truncated"] == 30
     assert record["counts"]["records"] == 0
     with pytest.raises(DataError, match="the data set is empty"):
@@ -265,14 +268,14 @@ def test_prompts_come_from_lines_or_from_records(tmp_path):
 def test_a_policy_may_be_the_stage_of_a_run(tmp_path):
     config = tiny_config()
     (tmp_path / "config.json").write_text(config.to_json())
-    abstract = run_setup.prepare(config, tmp_path).abstract_params
+    abstract = prepare_setup(resolve(config, tmp_path)).abstract_params
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
     with Checkpoints(tmp_path / "sft" / "checkpoints") as saved:
         saved.save(4, {"params": jax.device_put(params)}, metadata={})
-    found = load_policy(f"{tmp_path}:sft")
-    jax.tree.map(np.testing.assert_array_equal, found.params, params)
-    assert found.stop == (reviews.tokenizer().eos_token_id,)
+    loaded = load_policy(f"{tmp_path}:sft")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.stop == (reviews.tokenizer().eos_token_id,)
     with pytest.raises(CheckpointError, match="preference/checkpoints: no complete checkpoint"):
         load_policy(str(tmp_path))
     with pytest.raises(ConfigError, match="a run of sft, preference, without a stage 'ppo'"):
@@ -282,7 +285,7 @@ def test_a_policy_may_be_the_stage_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"pairs": "some"}, "pairs = 'some': one of all, best_worst, ranked"),
         ({"labels": "soft"}, "labels = 'soft': one of deterministic, bradley_terry"),
@@ -292,18 +295,18 @@ def test_a_policy_may_be_the_stage_of_a_run(tmp_path):
         ({"limit": 0}, "limit = 0: the prompts of reviews never end"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(change, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_setting_that_cannot_be_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
         settings("", "", **change)
 
 
 def test_the_script_has_a_flag_for_every_setting_and_says_what_is_wrong():
-    given = dataclasses.asdict(settings("p", "o")) | {"labels": "soft", "process": "0/2"}
+    flags = dataclasses.asdict(settings("p", "o")) | {"labels": "soft", "process": "0/2"}
     done = subprocess.run(
         [
             sys.executable,
             str(ROOT / "scripts" / "prefer.py"),
-            *(f"--{k}={v}" for k, v in given.items()),
+            *(f"--{k}={v}" for k, v in flags.items()),
         ],
         env=environment(),
         capture_output=True,
