@@ -61,6 +61,23 @@ class Member:
         """Whether it takes another step after `done` steps."""
         return not self.ended and not self.error and done < self.steps
 
+    def log(self, stage: str, done: int) -> None:
+        """Write the metrics of the steps since the last log."""
+        values = self.window.flush()
+        self.warned = self.warned or warn_of_lost_updates(f"{stage} {self.name}", done, values)
+        self.writer.write(done, values, split="train")
+
+    def evaluate_and_log(self, stage: str, state: State, done: int) -> None:
+        """Evaluate its state, and write the values."""
+        values = self.evaluation = self.evaluate(state)
+        self.writer.write(done, values, split="eval")
+        print_evaluation(f"{stage} {self.name}", done, self.steps, values)
+
+    def finish(self, stage: str, state: State, done: int) -> None:
+        """Save its final state."""
+        finite = {name: x for name, x in self.evaluation.items() if math.isfinite(x)}
+        self.checkpoints.save(done, state, metadata={"stage": stage, "evaluation": finite})
+
 
 @dataclasses.dataclass
 class MemberChunk:
@@ -143,7 +160,7 @@ class VectorisedLoop:
         members = [member for chunk in chunks for member in chunk.members if not member.ended]
         last, pending = max(member.steps for member in members), None
         if done == 0:
-            self._each(chunks, members, self._evaluate, 0)
+            self._each(chunks, members, Member.evaluate_and_log, 0)
         with progress(last, done, f"{self.stage} x {len(members)}") as bar:
             while any(member.trains_after(done) for member in members):
                 batch = next(self.batches)
@@ -195,35 +212,19 @@ class VectorisedLoop:
         active = [member for member in active if not member.error]
         for member in active:
             if due[member.name].log:
-                self._log(member, done)
+                member.log(self.stage, done)
         evaluating = [member for member in active if due[member.name].evaluate]
-        self._each(chunks, evaluating, self._evaluate, done)
-        self._each(chunks, [m for m in active if done == m.steps], self._finish, done)
+        self._each(chunks, evaluating, Member.evaluate_and_log, done)
+        self._each(chunks, [m for m in active if done == m.steps], Member.finish, done)
 
     def _each(
         self, chunks: Sequence[MemberChunk], members: Sequence[Member], act: Callable, done: int
     ) -> None:
-        """Call `act` (member, its state, done) for these members."""
+        """Call `act` (member, stage, its state, done) for these members."""
         for chunk in chunks:
             for index, member in enumerate(chunk.members):
                 if member in members:
-                    act(member, self.take_member(chunk.states, index), done)
-
-    def _log(self, member: Member, done: int) -> None:
-        values = member.window.flush()
-        name = f"{self.stage} {member.name}"
-        member.warned = member.warned or warn_of_lost_updates(name, done, values)
-        member.writer.write(done, values, split="train")
-
-    def _evaluate(self, member: Member, state: State, done: int) -> None:
-        values = member.evaluation = member.evaluate(state)
-        member.writer.write(done, values, split="eval")
-        print_evaluation(f"{self.stage} {member.name}", done, member.steps, values)
-
-    def _finish(self, member: Member, state: State, done: int) -> None:
-        finite = {name: x for name, x in member.evaluation.items() if math.isfinite(x)}
-        metadata = {"stage": self.stage, "evaluation": finite}
-        member.checkpoints.save(done, state, metadata=metadata)
+                    act(member, self.stage, self.take_member(chunk.states, index), done)
 
     def _check(
         self,

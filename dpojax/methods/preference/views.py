@@ -151,8 +151,8 @@ class PairView(View):
         policy, reference = all_pairs(self.logprobs), all_pairs(self.reference_logprobs)
         if "ld_alpha" in self.settings:
             policy, reference = losses.ld_logprobs(
-                self._head_tail(self.tokens.logprob, policy),
-                self._head_tail(self.rows.reference, reference),
+                _head_tail(self, self.tokens.logprob, policy),
+                _head_tail(self, self.rows.reference, reference),
                 alpha=self.hyper["ld_alpha"],
                 weight_reference=self.settings["ld_weight_reference"],
             )
@@ -160,19 +160,6 @@ class PairView(View):
             alpha = self.hyper.get("divergence_alpha")
             return losses.divergence_scores(policy, reference, kind, alpha=alpha), NO_REFERENCE
         return policy, reference
-
-    def _head_tail(self, values: Array, total: Pair) -> HeadTail:
-        """Sums over each response's tokens up to the shorter response's length, and the rest."""
-        rows, counts = self.rows, self.token_counts
-        responses = rows.present.shape[-1]
-        example = jnp.maximum(rows.response, 0)[..., None] // responses  # [..., R, S, 1]
-        partner = jnp.take_along_axis(counts, example, axis=-2)  # [..., R, S, K] lengths
-        inside = _index_in_response(rows.response)[..., None] < partner
-        by_partner = jax.vmap(self.sums, in_axes=-1, out_axes=-1)
-        heads = by_partner(jnp.where(inside, values[..., None], 0.0))  # [..., R, E, K, K]
-        better, worse = np.triu_indices(responses, k=1)
-        head = Pair(heads[..., better, worse], heads[..., worse, better])
-        return HeadTail(head, jax.tree.map(jnp.subtract, total, head))
 
 
 class RankedView(View):
@@ -218,6 +205,26 @@ class LabelledView(View):
         """KTO's z, from the mismatched responses of the whole batch; a scalar, nats."""
         ratio = (self.logprobs - self.reference_logprobs)[..., 1]
         return losses.kto_baseline(ratio, self.rows.present[..., 1])
+
+
+def _head_tail(view: PairView, values: Array, total: Pair) -> HeadTail:
+    """Sums over each response's tokens up to the shorter response's length, and the rest.
+
+    Args:
+      view: of the pairs.
+      values: per token, [..., R, S].
+      total: sums over whole responses, [..., R, E, P].
+    """
+    rows, counts = view.rows, view.token_counts
+    responses = rows.present.shape[-1]
+    example = jnp.maximum(rows.response, 0)[..., None] // responses  # [..., R, S, 1]
+    partner = jnp.take_along_axis(counts, example, axis=-2)  # [..., R, S, K] lengths
+    inside = _index_in_response(rows.response)[..., None] < partner
+    by_partner = jax.vmap(view.sums, in_axes=-1, out_axes=-1)
+    heads = by_partner(jnp.where(inside, values[..., None], 0.0))  # [..., R, E, K, K]
+    better, worse = np.triu_indices(responses, k=1)
+    head = Pair(heads[..., better, worse], heads[..., worse, better])
+    return HeadTail(head, jax.tree.map(jnp.subtract, total, head))
 
 
 def _index_in_response(response: Array) -> Array:

@@ -1,0 +1,155 @@
+"""Members of one loop end, fail and resume as each would alone."""
+
+import contextlib
+import json
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.training.checkpoints import Checkpoints, load_params
+from dpojax.training.loop import Every
+from dpojax.training.metrics import Metric, MetricWriter
+from dpojax.training.preemption import Preempted, StopSignal
+from dpojax.training.vectorised_loop import Member, MemberChunk, Orders, VectorisedLoop, resume
+from dpojax.training.vectorised_step import MemberStates
+
+STEPS = {"short": 4, "long": 6, "broken": 6}
+CHUNKS = (("short", "long"), ("broken", None))  # a place without a member is idle
+EXAMPLES = [SimpleNamespace(id="file:1")]
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: jax.Array
+
+
+class Report(NamedTuple):
+    metrics: dict
+    finite: jax.Array
+    bad: jax.Array
+
+
+class Batches:
+    """1, 2, 3, ... with a position that is saved."""
+
+    position = 0
+
+    def __next__(self):
+        self.position += 1
+        example = np.zeros((1, 1, 1), int)
+        return SimpleNamespace(number=self.position, example=example)
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def step(states, rows, steps):
+    """Adds the batch's number to a member's params; at batch 3 a member of 6 steps may break."""
+    (done, params), alive = states
+    finite = ~((steps < 0) & (rows.number == 3))
+    active = alive & (done < jnp.abs(steps))
+    taken = active & finite
+    new = State(done + taken, params + jnp.where(taken, rows.number, 0.0))
+    loss = Metric(jnp.where(active, 10.0 * rows.number, 0.0), jnp.where(active, 1.0, 0.0))
+    report = Report({"loss": loss}, finite | ~active, ~finite[:, None, None, None])
+    return MemberStates(new, alive & report.finite), report
+
+
+def new_states():
+    return MemberStates(State(jnp.zeros(2, int), jnp.zeros(2)), jnp.ones(2, bool))
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """(folder, the step to stop after) -> the members, trained from where they are."""
+
+    def run(folder, stop_after=None):
+        monkeypatch.setattr(StopSignal, "agreed", lambda self, done=0: done == stop_after)
+        with contextlib.ExitStack() as stack:
+            saved = stack.enter_context(Checkpoints(folder / "together"))
+            batches = Orders([Batches()])
+            abstract = jax.eval_shape(new_states)
+            resumed = resume(saved, abstract, len(CHUNKS), batches)
+            states, done, failed = resumed or ([new_states()] * 2, 0, {})
+
+            def member(name):
+                own = stack.enter_context(Checkpoints(folder / name))
+                writer = stack.enter_context(
+                    MetricWriter(folder / name, tensorboard=False, resume_step=done)
+                )
+                evaluate = lambda state: {"params": float(state.params)}
+                error = failed.get(name, "")
+                return Member(name, STEPS[name], evaluate, writer, own, error=error)
+
+            chunks = [
+                MemberChunk([member(name) for name in names if name], of_chunk, numbers)
+                for names, of_chunk, numbers in zip(
+                    CHUNKS, states, (jnp.array([4, 6]), jnp.array([-6, 0]))
+                )
+            ]
+            loop = VectorisedLoop(
+                stage="toy",
+                step=step,
+                take_member=lambda states, i: jax.tree.map(lambda x: x[i], states.states),
+                batches=batches,
+                place=lambda batch: [batch[0]] * 2,
+                rows_of=lambda batch, chunk, index: batch[0],
+                every=Every(log=2, evaluate=3, checkpoint=0),
+                examples=EXAMPLES,
+                checkpoints=saved,
+                stop=StopSignal(),
+            )
+            loop(chunks, done)
+            return [member for chunk in chunks for member in chunk.members]
+
+    return run
+
+
+def metrics(folder, split):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {
+        line["step"]: line["loss" if split == "train" else "params"]
+        for line in lines
+        if line["split"] == split
+    }
+
+
+def final(folder, step):
+    return float(load_params(folder, jax.ShapeDtypeStruct((), jnp.float32), step))
+
+
+def test_members_end_and_fail_alone(train, tmp_path):
+    short, long, broken = train(tmp_path)
+    assert not short.error
+    assert not long.error
+    assert broken.error == "loss or gradient is not finite at step 3: file:1"
+    assert final(tmp_path / "short", 4) == 1 + 2 + 3 + 4
+    assert final(tmp_path / "long", 6) == 1 + 2 + 3 + 4 + 5 + 6
+    assert not list((tmp_path / "broken").glob("[0-9]*"))
+    assert metrics(tmp_path / "short", "train") == {2: 15.0, 4: 35.0}
+    assert metrics(tmp_path / "long", "train") == {2: 15.0, 4: 35.0, 6: 55.0}
+    assert metrics(tmp_path / "broken", "train") == {2: 15.0}
+    assert metrics(tmp_path / "short", "eval") == {0: 0.0, 3: 6.0, 4: 10.0}
+    assert metrics(tmp_path / "long", "eval") == {0: 0.0, 3: 6.0, 6: 21.0}
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_what_had_ended_and_failed(train, tmp_path):
+    train(tmp_path / "whole")
+    for stop_after in (1, 3, 5):
+        folder = tmp_path / f"stopped{stop_after}"
+        with pytest.raises(Preempted, match=f"toy: stopped at step {stop_after} of 6, saved"):
+            train(folder, stop_after)
+        members = train(folder)
+        assert [bool(member.error) for member in members] == [False, False, True]
+        assert final(folder / "long", 6) == 21
+        assert final(folder / "short", 4) == 10
+        for split in ("train", "eval"):
+            whole = metrics(tmp_path / "whole" / "long", split)
+            assert metrics(folder / "long", split).keys() == whole.keys()
