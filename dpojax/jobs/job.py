@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shlex
 import signal
 import sys
 import traceback
@@ -115,8 +116,8 @@ def execute_logged(job: Job, folder: storage.Path) -> None:
 
 
 def plan_as_json(jobs: Sequence[Job]) -> list[dict]:
-    """The jobs as a list of JSON objects, with the command in one readable line."""
-    return [job._asdict() | {"command": " ".join(job.command)} for job in jobs]
+    """The jobs as a list of JSON objects, each with its command as one line for a shell."""
+    return [job._asdict() | {"command": shlex.join(job.command)} for job in jobs]
 
 
 @contextlib.contextmanager

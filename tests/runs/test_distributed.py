@@ -51,11 +51,11 @@ def in_two_processes(arguments: list[str]) -> list[tuple[int, str]]:
 
 
 def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone, capsys):
-    found = in_two_processes(
+    ended = in_two_processes(
         command(tmp_path / "two", **{"distributed": True, "mesh.fsdp": 2, "max_buckets": 2})
     )
-    assert [code for code, _ in found] == [0, 0], found
-    printed = [text for _, text in found]
+    assert [code for code, _ in ended] == [0, 0], ended
+    printed = [text for _, text in ended]
     assert "held-out pairs" in printed[0]
     assert "held-out pairs" not in printed[1]
     values = lambda folder: [
@@ -76,6 +76,7 @@ def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_two_processes_sweep_what_one_trains(tmp_path, alone):
     """Each process has a member; both read the same batches."""
     config = tmp_path / "config.py"
@@ -84,9 +85,9 @@ def test_two_processes_sweep_what_one_trains(tmp_path, alone):
     config.write_text(f"{of_run}\n\n{betas}")
     arguments = command(tmp_path / "two", **{"distributed": True, "sweep.axis": 2})
     arguments[1:3] = [str(ROOT / "scripts" / "sweep.py"), f"--config={config}"]
-    found = in_two_processes(arguments)
-    assert [code for code, _ in found] == [0, 0], found
-    assert "on a sweep axis of 2" in found[0][1]
+    ended = in_two_processes(arguments)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "on a sweep axis of 2" in ended[0][1]
     losses = lambda folder, split: [
         line["loss"] for line in lines(folder, "preference") if line["split"] == split
     ]

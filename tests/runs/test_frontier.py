@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 
 from dpojax import storage
 from dpojax.config.errors import ConfigError
-from dpojax.evaluation.frontier_points import read_points
-from dpojax.evaluation.optimum import read_optimum
+from dpojax.evaluation.frontier_points import arrays, at_the_bound, read_points
+from dpojax.evaluation.optimum import above_limit, read_optimum
 from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import Reward, RewardError, open_reward
 from dpojax.frontier import results as frontier_results
@@ -81,6 +82,25 @@ def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_refer
     last = [line for line in lines if line["split"] == "eval"][-1]
     assert by_method("dpo")[-1].kl == last["samples/kl"]
     assert len(read_optimum(folder / "optimum.json").beta) == len(frontier_results.BETAS)
+
+
+def test_no_point_lies_above_the_limit_and_best_of_n_rises_within_its_bound(made):
+    points, curve, base = frontier_results.collect(made[0])
+    measured = arrays([at_the_bound(point) for point in points])
+    gap = above_limit(
+        measured.reward,
+        measured.kl,
+        curve,
+        reward_error=measured.reward_error,
+        kl_error=measured.kl_error,
+    )
+    known = np.isfinite(gap.value)
+    assert (gap.value < 4 * gap.error)[known].all()
+    assert known.sum() >= len(points) // 2
+    best = [point for point in points if point.method == "best_of_n"]
+    assert [*sorted(best, key=lambda point: point.reward)] == best
+    assert base.reward < best[0].reward
+    assert all(0 < point.kl <= at_the_bound(point).kl + 1e-9 for point in best)
 
 
 def test_it_ends_with_figure_report_and_samples_of_every_run(made):
@@ -199,7 +219,7 @@ def test_the_plan_holds_every_job_with_a_command_that_runs_by_hand(made, tmp_pat
     names = ["sft", "policy", "preferences", "reference_samples", *(run.name for run in RUNS)]
     assert list(jobs) == names
     for name in ("policy", RUNS[0].name):
-        python, *arguments = jobs[name]["command"].split()
+        python, *arguments = shlex.split(jobs[name]["command"])
         assert (python, arguments[0]) == ("python", "-m")
         assert not any(map(os.path.exists, jobs[name]["outputs"]))
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)

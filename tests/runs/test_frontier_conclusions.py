@@ -1,7 +1,8 @@
 """A real frontier, made by its one command: what it concludes holds within its error bars.
 
 The reward is exact and the draws are seeded, so a failure is a bug somewhere between the labels
-and the figure, or another machine's rounding of a margin that was too narrow.
+and the figure, or another machine's rounding of a margin that was too narrow. What holds of any
+frontier, however small, `test_frontier.py` asserts in less time.
 """
 
 import math
@@ -17,6 +18,8 @@ from dpojax.evaluation.frontier_points import at_the_bound, read_points, without
 from dpojax.evaluation.optimum import above_limit, read_optimum
 
 from .conftest import ROOT, environment
+
+pytestmark = pytest.mark.slow
 
 ERRORS = 2.5  # standard errors that a conclusion may be off, or has to hold by
 

@@ -20,8 +20,9 @@ from dpojax.models.decoder import SHARDING_RULES
 from dpojax.runs import run
 from dpojax.runs.command import STOPPED
 from dpojax.runs.export import export
-from dpojax.stages import batches, example_stage, preference
+from dpojax.stages import batches, preference
 from dpojax.stages import train as train_module
+from dpojax.stages.preference import Preference
 from dpojax.stages.registry import resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.training import checkpoints, reference
@@ -198,10 +199,10 @@ def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished)
 def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, monkeypatch):
     """In another workdir; those of other weights are not taken."""
     cache, computed, scored = tmp_path / "kept", [], []
-    compute, make_programs = reference.compute, example_stage.make_programs
+    compute, build_programs = reference.compute, Preference.build_programs
 
-    def counted(*args):
-        programs = make_programs(*args)
+    def counted(setup):
+        programs = build_programs(setup)
 
         def score(*args, **named):
             scored.append(args)
@@ -210,7 +211,7 @@ def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, 
         return programs._replace(score=score)
 
     monkeypatch.setattr(reference, "compute", lambda *args: computed.append(args) or compute(*args))
-    monkeypatch.setattr(example_stage, "make_programs", counted)
+    monkeypatch.setattr(Preference, "build_programs", staticmethod(counted))
 
     def start(name):
         scored.clear()

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -432,7 +433,7 @@ def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monk
     outputs = [[str(folder / name / FINISHED) for name in together] for together in names]
     assert [job["outputs"] for job in jobs] == outputs
     for job, together in zip(jobs, names, strict=True):
-        python, *arguments = job["command"].split()
+        python, *arguments = shlex.split(job["command"])
         assert python == "python"
         assert arguments[:2] == ["-m", "dpojax.sweeps.sweep"]
         done = subprocess.run(
