@@ -2,11 +2,12 @@
 
     python benchmarks/every_loss.py --model=SFT_FOLDER --data=FILE --out=every_loss
 
-SFT_FOLDER is a policy that scripts/export.py wrote. A seed decides the order of the data; loss and
-step are compiled once and serve all seeds. Every run ends in one line of OUT/results.jsonl, and a
-second call goes on where the first was stopped. OUT/table.md and OUT/every_loss.png show what is
-there. All policies are judged on the same held-out pairs by their log-ratios against the SFT
-policy, whatever their own loss looks at. Losses that look at scores find a gap of 1 in every pair.
+SFT_FOLDER is a policy that scripts/export.py wrote. A seed decides the order of the data. A loss's
+step is compiled once, for all seeds. Every run ends with one line in OUT/results.jsonl, and a
+second call continues where the first one stopped. OUT/table.md and OUT/every_loss.png show the
+results so far. All policies are evaluated on the same held-out pairs, by their log-ratios against
+the SFT policy, whatever their own loss reads. For losses that read scores, every pair has a score
+gap of 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import itertools
 import json
 import pathlib
 import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib
@@ -23,22 +27,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from dpojax.config.checks import check
 from dpojax.config.defaults import default_config
-from dpojax.data.pipeline import order, train_batches
 from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
 from dpojax.methods import preference
-from dpojax.models.decoder import SHARDING_RULES
-from dpojax.stages import references, setup, token_cache
-from dpojax.stages import stage as stages
-from dpojax.stages.stage import shape_of
-from dpojax.training.forward import FrozenWeights, build_divergence, language_model
-from dpojax.training.loop import StopSignal
-from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
-from dpojax.training.step import build_step
+from dpojax.stages import registry, token_cache
+from dpojax.stages import train as stage_train
+from dpojax.stages.preference import Preference
+from dpojax.stages.references import Reference
+from dpojax.stages.setup import initial_params, prepare_setup
+from dpojax.training.forward import build_divergence
+from dpojax.training.preemption import StopSignal
+from dpojax.training.state import make_optimizer, new_state
 
 # Options without a default; beta and all others are the library's defaults, and nothing is tuned.
-GIVEN = {
+LOSS_OPTIONS = {
     "ipo": {"length_norm": "mean"},
     "dpo_ties": {"threshold": 1.1},
     "dpo_soft": {"scale": 3.0},
@@ -50,90 +52,96 @@ GIVEN = {
     "unlikelihood": {"alpha": 0.1},
     "robust": {"label_smoothing": 0.1},
 }
-METRICS = ("rewards/accuracies", "logps/accuracies", "displacement", "chosen", "rejected", "kl")
+METRICS = ("rewards/accuracies", "logps/accuracies", "displacement")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.jsonl"
-    done = _read(file)
-    have = {(line["loss"], line["seed"]) for line in done}
+    finished = {(line["loss"], line["seed"]) for line in _read(file)}
     losses = args.losses.split(",") if args.losses else preference.LOSSES
-    wanted = [(loss, seed) for loss in losses for seed in range(args.seeds)]
-    with tqdm(total=len(wanted), initial=len(set(wanted) & have), unit="run") as bar:
+    runs = [(loss, seed) for loss in losses for seed in range(args.seeds)]
+    with tqdm(total=len(runs), initial=len(finished & set(runs)), unit="run") as bar:
         for loss in losses:
-            seeds = [seed for seed in range(args.seeds) if (loss, seed) not in have]
+            seeds = [seed for seed in range(args.seeds) if (loss, seed) not in finished]
             for line in train(loss, seeds, args) if seeds else ():
                 with open(file, "a") as out:
                     out.write(json.dumps(line) + "\n")
                 bar.update()
                 bar.set_postfix_str(f"{loss} {100 * line['rewards/accuracies']:.0f} %")
-    done = _read(file)
-    (args.out / "table.md").write_text(table(done))
-    draw(done, args.out / "every_loss.png")
+    results = _read(file)
+    (args.out / "table.md").write_text(table(results))
+    draw(results, args.out / "every_loss.png")
     print((args.out / "table.md").read_text())
 
 
-def train(loss: str, seeds: list[int], args: argparse.Namespace):
+class Opened(NamedTuple):
+    """A prepared preference stage, its reference, and the SFT policy that it starts from."""
+
+    stage: Preference
+    reference: Reference
+    start: dict
+
+
+def train(loss: str, seeds: list[int], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train one loss with each seed; yields a line of results for each."""
-    stage, used, start = _open(loss, args)
+    stage, reference, start = _open(loss, args.out / "runs" / loss, args)
+    by_seed = {seed: stage.batches_with_seed(seed) for seed in seeds}
+    shape = stage.shape_for([*by_seed.values()])
     mesh, optimizer = stage.setup.mesh, make_optimizer(stage.config.optimizer)
-    abstract = abstract_state(stage.setup.abstract_params, optimizer, mesh, SHARDING_RULES)
-    forward = language_model(
-        stage.setup.model, statistics=stage.objective.statistics, max_logits=stage.setup.max_logits
-    )
-    schedule = make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
-    step = jax.jit(build_step(forward, stage.objective, optimizer, schedule), donate_argnums=0)
-    judge = _judge("preference", args)
-    size = {"batch_size": stage.config.batch_size, "steps": stage.steps}
-    orders = {seed: order(stage.data.train, **size, seed=seed) for seed in seeds}
-    stage = stage._replace(shape=shape_of(stage, [*orders.values()]))
-    frozen = FrozenWeights(reference=used.params)
-    for seed, indices in orders.items():
+    abstract = stage_train.abstract_train_state(stage, optimizer)
+    step = stage_train.jitted_step(stage, optimizer, stage.steps)
+    frozen = stage_train.frozen_weights(None, reference)
+    evaluate = _evaluator(args)
+    for seed, batches in by_seed.items():
         state = new_state(jax.tree.map(np.array, start), optimizer, abstract, seed)
-        batches = train_batches(stage.data.examples, indices, stage.shape, attach=used.attach)
         values = []
-        for rows in batches:
-            state, report = step(state, used.to_device(rows, mesh), stage.hyper, frozen)
+        for rows in batches.with_shape(shape).training(reference.attach):
+            placed = reference.to_device(rows, mesh)
+            state, report = step(state, placed, stage.hyper, frozen)
             values.append(report.metrics["loss"].value)
             if not bool(report.finite):
                 raise FloatingPointError(f"{loss}, seed {seed}: not finite at step {len(values)}")
-        found = {"loss": loss, "seed": seed, "first_loss": values[0], "last_loss": values[-1]}
-        yield found | {"steps": len(values), "pairs": judge.pairs} | judge(state.params)
+        line = {"loss": loss, "seed": seed, "first_loss": values[0], "last_loss": values[-1]}
+        line |= {"steps": len(values), "pairs": evaluate.pairs}
+        yield line | evaluate(state.params)
 
 
-class _Judge:
-    """Held-out pairs with the SFT policy's log-probs; calls score a policy on them."""
+class Evaluator:
+    """Held-out pairs with the SFT policy's log-probs; a call evaluates a policy on them."""
 
     def __init__(self, args: argparse.Namespace):
-        self.stage, self.used, self.start = _open("preference", args)
-        self.hyper = self.stage.hyper | {"beta": np.float32(1.0)}
+        opened = _open("dpo", args.out / "runs" / "evaluation", args, beta=1.0)
+        self.stage, self.start = opened.stage, opened.start
         self.divergence = jax.jit(build_divergence(self.stage.setup.model))
-        mesh = self.stage.setup.mesh
-        self.rows = [self.used.to_device(x, mesh) for x in self.stage.held_out(self.used.attach)]
-        self.pairs = len(self.stage.data.held_out)
+        self.rows = [
+            opened.reference.to_device(rows, self.stage.setup.mesh)
+            for rows in self.stage.batches.held_out(opened.reference.attach)
+        ]
+        self.pairs = len(self.stage.batches.data.held_out)
 
-    def __call__(self, params) -> dict[str, float]:
-        stage = self.stage._replace(hyper=self.hyper)
-        values = stage.evaluate(params, iter(self.rows))
+    def __call__(self, params: dict) -> dict[str, float]:
+        values = stage_train.evaluate_batches(self.stage, params, iter(self.rows))
+        metrics = {name: values[name] for name in METRICS}
+        # With beta 1 an implicit reward is the log-ratio itself.
+        metrics |= {"chosen": values["rewards/chosen"], "rejected": values["rewards/rejected"]}
         kl = [self.divergence(params, self.start, rows) for rows in self.rows]
-        found = {name: values[name] for name in METRICS[:3]}
-        found |= {"chosen": values["rewards/chosen"], "rejected": values["rewards/rejected"]}
-        found["kl"] = float(sum(x.total for x in kl) / sum(x.weight for x in kl))
-        return found
+        metrics["kl"] = float(sum(x.total for x in kl) / sum(x.weight for x in kl))
+        return metrics
 
 
-_JUDGES: dict[str, _Judge] = {}
+_EVALUATORS: dict[pathlib.Path, Evaluator] = {}
 
 
-def _judge(name: str, args: argparse.Namespace) -> _Judge:
-    if name not in _JUDGES:
-        _JUDGES[name] = _Judge(args)
-    return _JUDGES[name]
+def _evaluator(args: argparse.Namespace) -> Evaluator:
+    """The one evaluator of all losses, opened by the first."""
+    if args.out not in _EVALUATORS:
+        _EVALUATORS[args.out] = Evaluator(args)
+    return _EVALUATORS[args.out]
 
 
-def _open(loss: str, args: argparse.Namespace):
+def _open(loss: str, workdir: pathlib.Path, args: argparse.Namespace, **options: float) -> Opened:
     """The stage of a loss, its reference, and the weights that it starts from."""
     config = default_config()
     config.stages = ("preference",)
@@ -151,16 +159,14 @@ def _open(loss: str, args: argparse.Namespace):
     )
     config.preference.reference.cache = str(args.out / "reference_logprobs")
     config.token_cache = str(args.out / "tokens")
-    for key, value in GIVEN.get(loss, {}).items():
-        config.preference.update_from_flattened_dict({key: value})
-    check(config)
-    stage = stages.prepare("preference", setup.prepare(config, args.out / "runs" / loss))
-    token_cache.save(stage.data)
-    start = setup.initial_params(stage.setup)
-    with jax.set_mesh(stage.setup.mesh), StopSignal() as stop:
-        needs = stage.objective.needs_reference
-        used = references.open_reference(stage, start, stop) if needs else references.Reference()
-    return stage, used, start
+    config.preference.update_from_flattened_dict(LOSS_OPTIONS.get(loss, {}) | options)
+    setup = prepare_setup(registry.resolve(config, workdir))
+    stage = registry.open_stage(setup, "preference").prepare()
+    token_cache.save(stage.batches.data)
+    start = initial_params(setup)
+    with jax.set_mesh(setup.mesh), StopSignal() as stop, ExitStack() as writing:
+        reference = stage.open_reference(start, None, stop, writing)
+    return Opened(stage, reference, start)
 
 
 def _with_margins(args: argparse.Namespace) -> pathlib.Path:
@@ -176,12 +182,19 @@ def _read(file: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def _mean(runs: list[dict], metric: str) -> float:
+    return statistics.fmean(run[metric] for run in runs)
+
+
 def _by_loss(results: list[dict]) -> list[tuple[str, list[dict]]]:
     """Losses with their runs, the highest mean accuracy first."""
-    results = sorted(results, key=lambda line: line["loss"])
-    groups = [(k, list(g)) for k, g in itertools.groupby(results, key=lambda line: line["loss"])]
-    mean = lambda runs: statistics.fmean(run["rewards/accuracies"] for run in runs)
-    return sorted(groups, key=lambda group: -mean(group[1]))
+
+    def loss_of(line: dict) -> str:
+        return line["loss"]
+
+    ordered = sorted(results, key=loss_of)
+    groups = [(loss, list(runs)) for loss, runs in itertools.groupby(ordered, key=loss_of)]
+    return sorted(groups, key=lambda group: -_mean(group[1], "rewards/accuracies"))
 
 
 def table(results: list[dict]) -> str:
@@ -192,23 +205,24 @@ def table(results: list[dict]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for loss, runs in _by_loss(results):
-
-        def cell(name: str, scale: float = 1.0, digits: int = 1, runs=runs) -> str:
-            values = [scale * run[name] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
-
-        mean = lambda name, runs=runs: statistics.fmean(run[name] for run in runs)
+        first, last = _mean(runs, "first_loss"), _mean(runs, "last_loss")
         lines.append(
-            f"| `{loss}` | {mean('first_loss'):.3f} to {mean('last_loss'):.3f} "
-            f"| {cell('rewards/accuracies', 100)} | {cell('displacement', 100)} "
-            f"| {cell('chosen')} | {cell('rejected')} | {cell('kl', 1, 3)} |"
+            f"| `{loss}` | {first:.3f} to {last:.3f} "
+            f"| {_cell(runs, 'rewards/accuracies', 100)} | {_cell(runs, 'displacement', 100)} "
+            f"| {_cell(runs, 'chosen')} | {_cell(runs, 'rejected')} "
+            f"| {_cell(runs, 'kl', digits=3)} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def _cell(runs: list[dict], metric: str, scale: float = 1.0, digits: int = 1) -> str:
+    values = [scale * run[metric] for run in runs]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
 def draw(results: list[dict], path: pathlib.Path) -> None:
-    """One row per loss: accuracy, displacement and both log-ratios, a mark for every seed."""
+    """Accuracy, share of chosen made less likely, log-ratios: a row per loss, a mark per seed."""
     groups = _by_loss(results)[::-1]
     panels = (
         ("Implicit reward right", "% of held-out pairs", [("rewards/accuracies", BLUE, "")], 100),
@@ -228,8 +242,8 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
                 for y, (_, runs) in enumerate(groups):
                     x = [scale * run[name] for run in runs]
                     axis.plot([min(x), max(x)], [y, y], color=color, alpha=0.35, linewidth=1.5)
-                    given = {"label": label} if label and not y else {}
-                    axis.plot(x, [y] * len(x), ".", color=color, markersize=5, **given)
+                    once = label if label and not y else None  # in the legend
+                    axis.plot(x, [y] * len(x), ".", color=color, markersize=5, label=once)
             axis.set(title=title, xlabel=unit)
             axis.axvline(50 if scale == 100 else 0, color=GREY, linewidth=0.8, linestyle="--")
         axes[0].set_yticks(range(len(groups)), [loss for loss, _ in groups])

@@ -75,7 +75,7 @@ def _examples(form: str, path: str, tokenizer) -> list[Example]:
         config.preference.data,
         config.tokens,
         tokenizer,
-        wants=stage_data.DataRequirements(),
+        requirements=stage_data.DataRequirements(),
         seed=0,
     )
     examples = list(found.examples)

@@ -11,11 +11,11 @@ compiler says that a chip needs beside arguments and results. A minute or two fo
 from __future__ import annotations
 
 import argparse
-import pathlib
 import re
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from dpojax.config.defaults import default_config
 from dpojax.data.packing import Shape
 from dpojax.models.attention import PlainRows
 from dpojax.models.kernels import KERNELS
-from dpojax.stages import setup, train
-from dpojax.stages import stage as stages
+from dpojax.stages import registry, train
+from dpojax.stages.setup import Setup, open_model
 from dpojax.training.memory import gib, temporary_bytes
 
 MODEL = {"width": 1024, "layers": 12, "heads": 16, "kv_heads": 8, "mlp_width": 2816}
@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     chips = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     print(f"{args.topology}, {len(chips)} x {chips[0].device_kind}, jax {jax.__version__}")
     print(f"{'program':>10}{'attention':>11}{'tokens a row':>14}{'temporary':>12}{'compile s':>11}")
-    programs = [("layer", args.layer, lower_layer), ("step", args.step, lower_step)]
+    step = partial(lower_step, remat=args.remat)
+    programs = [("layer", args.layer, lower_layer), ("step", args.step, step)]
     for name, lengths, lower in programs:
         for length in lengths:
             for attention in args.attention:
-                given = (args.remat,) if name == "step" else ()
-                found = _compiled(lambda: lower(chips, attention, length, *given))  # noqa: B023
-                print(f"{name:>10}{attention:>11}{length:>14,}{found}", flush=True)
+                cells = _compiled(partial(lower, chips, attention, length))
+                print(f"{name:>10}{attention:>11}{length:>14,}{cells}", flush=True)
 
 
 def _compiled(lower: Callable[[], jax.stages.Lowered]) -> str:
@@ -72,9 +72,10 @@ def lower_layer(chips, attention: str, length: int) -> jax.stages.Lowered:
     kernel, dim = KERNELS[attention], MODEL["width"] // MODEL["heads"]
     mesh = sharding.make_mesh(data=1, fsdp=len(chips), devices=chips)
     by_row = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(
-        (len(chips), length, *shape), dtype, sharding=by_row
-    )
+
+    def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(chips), length, *shape), dtype, sharding=by_row)
+
     query = array(jnp.bfloat16, MODEL["heads"], dim)
     key = array(jnp.bfloat16, MODEL["kv_heads"], dim)
 
@@ -87,18 +88,20 @@ def lower_layer(chips, attention: str, length: int) -> jax.stages.Lowered:
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key, rows)
 
 
-def lower_step(chips, attention: str, length: int, remat: str = "dots") -> jax.stages.Lowered:
-    """The step of `config.preference`, its reference cached, for one row of `length` tokens a chip."""
+def lower_step(chips, attention: str, length: int, remat: str) -> jax.stages.Lowered:
+    """The DPO step with a cached reference, for one row of `length` tokens a chip."""
     config = default_config()
+    config.stages = ("preference",)
     config.model.update(MODEL, max_positions=length)
     config.model.update(attention=attention, compute_dtype="bfloat16", remat=remat)
+    run = registry.resolve(config, "nowhere")  # nothing is written
     mesh = sharding.make_mesh(data=1, fsdp=len(chips), devices=chips)
-    model, raw = setup.open_model(config, VOCABULARY, mesh)
+    model, _ = open_model(run.config, VOCABULARY, mesh)
     tokenizer = types.SimpleNamespace(eos_token_id=0)
-    lora = dict.fromkeys(("sft", "preference", "reward", "classifier"))
-    own = setup.Setup(config, pathlib.Path("nowhere"), mesh, tokenizer, model, raw, lora)
+    setup = Setup(run, mesh, tokenizer, model, imported_config=None)
+    stage = registry.open_stage(setup, "preference")
     shape = Shape(1, len(chips), length, length // 2, max(1, length // EXAMPLE), 2)
-    return train.lower(stages.without_data("preference", own)._replace(shape=shape, steps=1))
+    return train.lower_step(stage, shape)
 
 
 if __name__ == "__main__":

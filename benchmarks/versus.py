@@ -202,18 +202,23 @@ def _lengths(name: str, data: pathlib.Path, folder: str) -> str:
     from transformers import AutoTokenizer
 
     from dpojax.config.defaults import default_config
-    from dpojax.stages import data as stage_data
+    from dpojax.stages.data import DataRequirements, load
 
     source, form = SOURCES[name]
     config = default_config()
     config.preference.data.update(source=str(data / source), form=form, limit=0, eval_limit=1)
     config.tokens.update(max_length=1024, truncation="drop")
     tokenizer = AutoTokenizer.from_pretrained(str(data / "gpt2-tokenizer"))
-    wants = stage_data.DataRequirements()
-    found = stage_data.load(config.preference.data, config.tokens, tokenizer, wants=wants, seed=0)
+    stage_data = load(
+        config.preference.data,
+        config.tokens,
+        tokenizer,
+        requirements=DataRequirements(),
+        seed=0,
+    )
     lengths = [
         (len(example.prompt), *map(len, example.responses))
-        for example in found.examples[: found.train]
+        for example in stage_data.examples[: stage_data.train]
     ]
     random.Random(0).shuffle(lengths)
     path.write_text(json.dumps(lengths))
