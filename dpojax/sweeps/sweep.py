@@ -10,6 +10,8 @@ trains members of a sweep that has been begun: the command of such a job.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -147,10 +149,17 @@ def _job(group: Sequence[str], folder: storage.Path) -> Job:
     alone = len(group) == 1
     return Job(
         name="-and-".join(group) if len(group) < 3 else f"{group[0]}-and-{len(group) - 1}-more",
-        command=command("dpojax.sweeps.sweep", workdir=folder, members=",".join(group)),
+        command=command("dpojax.sweeps.sweep", workdir=folder, members=_as_line(group)),
         outputs=tuple(str(folder / name / "finished.json") for name in group),
         failure_file=str(folder / group[0] / FAILED) if alone else "",
     )
+
+
+def _as_line(names: Sequence[str]) -> str:
+    """Names with commas between, for --members; a name that holds a comma itself is quoted."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(names)
+    return line.getvalue()
 
 
 def _train_alone(member: ResolvedRun) -> dict[str, str]:
@@ -215,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="of the sweep")
     parser.add_argument("--members", required=True, help="their names, with commas between")
     options = parser.parse_args(arguments)
-    failed = train_members(workdir_path(options.workdir), options.members.split(","))
+    names = next(csv.reader([options.members]))
+    failed = train_members(workdir_path(options.workdir), names)
     for name, why in failed.items():
         print(f"{name} failed: {why}")
 

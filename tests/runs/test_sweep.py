@@ -421,14 +421,16 @@ def test_the_folder_of_another_sweep_is_refused(swept):
 
 
 def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monkeypatch):
-    """Of two that train together, and of one alone, whose SFT stage is that of the two."""
+    """Of two that train together, and of one alone, whose SFT stage is that of the two and whose
+    name holds a comma."""
     folder = tmp_path / "sweep"
     one_step = {"sft.steps": 1, "preference.steps": 1, "preference.data.eval_limit": 4}
-    members = [{"preference.beta": 0.1}, {"preference.beta": 2.0}, {"preference.loss": "hinge"}]
+    mixture = {"preference.loss": "dpo+sft", "preference.loss_weights": (1.0, 0.5)}
+    members = [{"preference.beta": 0.1}, {"preference.beta": 2.0}, mixture]
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "run_jobs_aloud", lambda jobs: None)
         run_sweep(base_config(**one_step), members, str(folder))
-    names = [["beta-0.1", "beta-2"], ["loss-hinge"]]
+    names = [["beta-0.1", "beta-2"], ["loss-dpo+sft-loss_weights-(1.0, 0.5)"]]
     jobs = json.loads((folder / sweep.PLAN).read_text())["jobs"]
     outputs = [[str(folder / name / FINISHED) for name in together] for together in names]
     assert [job["outputs"] for job in jobs] == outputs
@@ -442,7 +444,7 @@ def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monk
         assert done.returncode == 0, done.stderr
         finished = {path.parent.name for path in folder.glob(f"*/{FINISHED}")}
         assert finished == {"beta-0.1", "beta-2", together[-1]}
-    sft = [params_of_sft(folder / name) for name in ("beta-0.1", "loss-hinge")]
+    sft = [params_of_sft(folder / name) for name in ("beta-0.1", *names[1])]
     jax.tree.map(np.testing.assert_array_equal, *sft)
     assert "sft  step" not in done.stderr + done.stdout  # it was given, not trained again
     monkeypatch.setattr(sweep, "train_members", None)  # nobody calls it
