@@ -101,12 +101,14 @@ def execute_logged(job: Job, folder: storage.Path) -> None:
 
     Raises:
       what the job raises otherwise; the traceback is in the log, too.
+      RuntimeError: the job returned and one of its outputs is not there.
     """
     with storage.LineWriter(folder / "logs" / f"{job.name.replace('/', '-')}.txt") as log:
         text = _Log(log)
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
             try:
                 execute(job)
+                _require_outputs(job)
             except BaseException:
                 traceback.print_exc()
                 if not job.has_failed:
@@ -156,6 +158,13 @@ class _Log:
     def end_line(self) -> None:
         if self._rest:
             self.write("\n")
+
+
+def _require_outputs(job: Job) -> None:
+    """Raises RuntimeError where an output is missing: the job would be started again for ever."""
+    missing = [path for path in job.outputs if not _exists(path)]
+    if missing:
+        raise RuntimeError(f"job {job.name}: its command ended without making {missing[0]}")
 
 
 def _exists(path: str) -> bool:

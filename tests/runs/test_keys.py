@@ -4,14 +4,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from dpojax.data import reviews
-from dpojax.stages import ppo
-from dpojax.runs import run
-from dpojax.stages import samples
-from dpojax.stages import setup
-from dpojax.stages import stage as stages
 from dpojax.models import huggingface, lora, lora_peft
 from dpojax.models.config import LLAMA, DecoderConfig
-from dpojax.training.state import make_optimizer, make_schedule
+from dpojax.runs import run
+from dpojax.stages import preference, registry, samples
+from dpojax.stages.registry import open_stage
+from dpojax.stages.setup import initial_params, prepare_setup
+from dpojax.stages.train import lower_step
+from dpojax.training.state import make_schedule
 
 from .conftest import tiny_config
 
@@ -20,31 +20,76 @@ from .conftest import tiny_config
 ELSEWHERE = ("distributed", "frontier.", "sweep.")
 
 
+class Reads:
+    """Which keys of resolved configs are read.
+
+    Attributes:
+      keys: dotted, of every value that was read.
+    """
+
+    def __init__(self):
+        self.keys: set[str] = set()
+        # {id of a part of a config: (its dotted name, the part)}; while a part is in here it lives,
+        # and no other object has its id.
+        self._parts: dict[int, tuple[str, ConfigDict]] = {}
+
+    def watch(self, config, prefix=""):
+        self._parts[id(config)] = prefix, config
+        for key, value in config._fields.items():
+            if isinstance(value, ConfigDict):
+                self.watch(value, f"{prefix}{key}.")
+
+    def note(self, config, key):
+        if id(config) in self._parts:
+            self.keys.add(self._parts[id(config)][0] + key)
+
+
 @pytest.fixture
 def reads(monkeypatch):
-    """{(id of a ConfigDict, key)} of every value that is read."""
-    found = set()
+    """The reads of every config that `run` or `resolve` below has resolved.
 
-    def recording(original):
-        def read(self, key):
-            found.add((id(self), key))
-            return original(self, key)
+    To check a value is not to use it: reads while a config is resolved do not count, but for those
+    of a loss's options, which are bound there.
+    """
+    reads, resolve, read_item = Reads(), registry.resolve, ConfigDict.__getitem__
 
-        return read
+    def read(self, key):  # `config.key` comes here, too
+        reads.note(self, key)
+        return read_item(self, key)
 
-    for method in ("__getattr__", "__getitem__"):
-        monkeypatch.setattr(ConfigDict, method, recording(getattr(ConfigDict, method)))
-    monkeypatch.setattr(run, "check", lambda config: None)
-    monkeypatch.setattr(run, "record", lambda config, folder: folder.mkdir(exist_ok=True))
-    return found
+    def watched(config, workdir):
+        resolved = resolve(config, workdir)
+        reads.watch(resolved.config)
+        if "preference" in resolved.config.stages:
+            preference.bind_loss(resolved.config.preference)
+        return resolved
+
+    monkeypatch.setattr(ConfigDict, "__getitem__", read)
+    for module in (run, registry):
+        monkeypatch.setattr(module, "resolve", watched)
+    monkeypatch.setattr(run, "write_or_compare_config", lambda run: run.workdir.mkdir())
+    return reads
 
 
 def leaves(config, prefix=""):
+    """The dotted names of all keys that hold a value."""
     for key, value in config._fields.items():
         if isinstance(value, ConfigDict):
             yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, (id(config), key)
+            yield prefix + key
+
+
+def test_a_key_that_nothing_reads_is_noticed(reads, tmp_path):
+    """The recorder itself: of a resolved config it sees the keys that are read, and no others."""
+    config = tiny_config()
+    resolved = registry.resolve(config, tmp_path).config
+    reads.keys.clear()  # of the loss's options
+    assert config.ppo.steps == 40  # not a resolved config
+    assert (resolved.sft.batch_size, resolved["sft"]["data"].limit) == (8, 60)
+    assert reads.keys == {"sft", "sft.batch_size", "sft.data", "sft.data.limit"}
+    assert dict(resolved.mesh) == {"data": -1, "fsdp": 1, "tensor": 1}
+    assert reads.keys >= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 
 def small_llama(folder):
@@ -57,19 +102,18 @@ def small_llama(folder):
     config = DecoderConfig(**LLAMA, **shape, vocab_size=len(tokenizer))
     params = jax.jit(decoder.build(config).init)(jax.random.key(5))
     huggingface.save(folder, config, params, tokenizer=tokenizer)
-    wanted = lora.LoraConfig(2, 4.0)
-    adapters = lora.init(jax.random.key(6), params, wanted)
-    lora_peft.save_peft(folder / "adapters", adapters, wanted, config)
+    settings = lora.LoraConfig(2, 4.0)
+    adapters = lora.init(jax.random.key(6), params, settings)
+    lora_peft.save_peft(folder / "adapters", adapters, settings, config)
     return str(folder)
 
 
 def prepare_a_reward_stage(config, workdir):
     """All that reads the config (test_other_stages.py trains one)."""
     config.stages = ("reward",)
-    stage = stages.prepare("reward", setup.prepare(config, workdir))
-    make_optimizer(stage.config.optimizer)
-    make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
-    list(stage.order)
+    stage = open_stage(prepare_setup(registry.resolve(config, workdir)), "reward").prepare()
+    read_what_training_reads(stage)
+    assert stage.best_metric
 
 
 def prepare_a_classifier_stage(config, workdir):
@@ -78,22 +122,26 @@ def prepare_a_classifier_stage(config, workdir):
     texts.write_text("\n".join(f'{{"text": "good {i}", "label": {i % 2}}}' for i in range(60)))
     config.stages = ("classifier",)
     config.classifier.data.source = str(texts)
-    stage = stages.prepare("classifier", setup.prepare(config, workdir))
-    make_optimizer(stage.config.optimizer)
-    make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
-    list(stage.order)
+    setup = prepare_setup(registry.resolve(config, workdir))
+    read_what_training_reads(open_stage(setup, "classifier").prepare())
+
+
+def read_what_training_reads(stage):
+    lower_step(stage, stage.batches.shape)
+    list(stage.batches.order)
 
 
 def prepare_a_ppo_stage(config, workdir):
     """The same (test_ppo_run.py trains one), and one evaluation of its samples."""
     config.stages = ("ppo",)
     config.samples.update(reward="reviews", count=1, per_prompt=1, max_new_tokens=2)
-    stage = ppo.prepare(setup.prepare(config, workdir))
+    stage = open_stage(prepare_setup(registry.resolve(config, workdir)), "ppo").prepare()
     stage.batch(0)
+    assert stage.hyper
     make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
-    params = setup.initial_params(stage.setup)
-    samples.open_samples(stage.setup, params, stage.score)(params)
-    ppo._new_state(stage, params)
+    params = initial_params(stage.setup)
+    samples.open_samples(stage.setup, params, stage.programs.score)(params)
+    stage.new_state(params)
 
 
 def test_every_key_is_read_by_some_run(reads, tmp_path):
@@ -121,7 +169,6 @@ def test_every_key_is_read_by_some_run(reads, tmp_path):
         }
     )
     other.stages = ("preference",)
-    kept = [(config, dict(leaves(config))) for config in (shipped, other)]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
         "\n".join(
@@ -130,14 +177,13 @@ def test_every_key_is_read_by_some_run(reads, tmp_path):
         )
     )
     other.preference.data.source = str(pairs)
-    for number, (config, _) in enumerate(kept):
+    for number, config in enumerate((shipped, other)):
         run.run(config, str(tmp_path / f"run{number}"))
     prepare_a_reward_stage(shipped, tmp_path / "reward")
     prepare_a_classifier_stage(shipped, tmp_path / "classifier")
     prepare_a_ppo_stage(shipped, tmp_path / "ppo")
-    read = {path for _, paths in kept for path, key in paths.items() if key in reads}
-    unread = {key for key in set(kept[0][1]) - read if not key.startswith(ELSEWHERE)}
-    unread -= {"ppo.optimizer.rms_decay"}
+    unread = {key for key in leaves(shipped) if key not in reads.keys}
+    unread = {key for key in unread if not key.startswith(ELSEWHERE)} - {"ppo.optimizer.rms_decay"}
     others = ("sft.", "reward.", "classifier.")
     assert {key for key in unread if not key.startswith(others)} == set()
     optional = {
