@@ -57,7 +57,8 @@ def run(config: ConfigDict, workdir: str | storage.Path) -> None:
 
 def _run(resolved: ResolvedRun) -> None:
     setup = prepare_setup(resolved)
-    stages = [open_stage(setup, name).prepare() for name in resolved.config.stages]
+    opened = [open_stage(setup, name) for name in resolved.config.stages]
+    stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused
     require_memory_for(stages)
     write_or_compare_config(resolved)
     with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:

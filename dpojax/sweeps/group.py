@@ -78,9 +78,8 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
 def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
     """All runs, whatever is left of them: so a plan does not change when the call is repeated."""
     setup = prepare_setup(runs[0], vmapped=True)
-    *names, last = setup.config.stages
-    before = [open_stage(setup, name).prepare() for name in names]
-    loaded = open_stage(setup, last).load()
+    *opened, last = [open_stage(setup, name) for name in setup.config.stages]
+    before, loaded = [stage.prepare() for stage in opened], last.load()
     group = Group([loaded.for_member(run) for run in runs], folder)
     stages = [*before, group.lead.stepping_on(group.mesh)]
     require_memory_for(stages)
