@@ -73,10 +73,10 @@ def _run(config: pathlib.Path, workdir: pathlib.Path, keys: dict) -> dict[str, f
     lines = [
         json.loads(x) for x in (workdir / "preference" / "metrics.jsonl").read_text().splitlines()
     ]
-    first = lambda split: next(line["time"] for line in lines if line["split"] == split)
     at = {"prepared": (workdir / "config.json").stat().st_mtime}
     at["weights"] = (workdir / "preference" / "reference" / "0").stat().st_mtime
-    at |= {split: first(split) for split in SPLITS}
+    for split in SPLITS:
+        at[split] = next(line["time"] for line in lines if line["split"] == split)
     return {part: at[part] - began for part in PARTS}
 
 

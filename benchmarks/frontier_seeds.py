@@ -31,7 +31,7 @@ def read(folder: pathlib.Path) -> Frontier:
         frontier_points.read_points(folder / "frontier.csv")
     )
     methods = frontier_points.by_method(map(frontier_points.at_the_bound, points))
-    hulls = {method: frontier_points.hull(own) for method, own in methods.items()}
+    hulls = {method: frontier_points.hull(points) for method, points in methods.items()}
     return hulls, base, read_optimum(folder / "optimum.json")
 
 
@@ -57,10 +57,13 @@ def shares_table(frontiers: list[Frontier], at: list[float], best: float) -> lis
     for method in methods:
         cells = []
         for kl in at:
-            of = [own for own in frontiers if method in own[0]]
-            found = [share_at(kl, hulls[method], *rest, best) for hulls, *rest in of]
-            shown = ", ".join(f"{100 * share.value:.0f}" for share in found)
-            cells.append(f"{shown} ± {100 * max(share.error for share in found):.0f}")
+            shares = [
+                share_at(kl, hulls[method], base, optimum, best)
+                for hulls, base, optimum in frontiers
+                if method in hulls
+            ]
+            shown = ", ".join(f"{100 * share.value:.0f}" for share in shares)
+            cells.append(f"{shown} ± {100 * max(share.error for share in shares):.0f}")
         lines.append(f"| {frontier_points.name(method)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -73,7 +76,8 @@ def below_table(frontiers: list[Frontier]) -> list[str]:
     for method in others:
         cells = []
         for hulls, *_ in frontiers:
-            gap = hull_below(*(frontier_points.arrays(hulls[own]) for own in ("dpo", method)))
+            dpo, other = (frontier_points.arrays(hulls[name]) for name in ("dpo", method))
+            gap = hull_below(dpo, other)
             cells.append(f"{gap.reward:+.3f} at {gap.reward_at:.1f} nats ({gap.sigmas:.1f} s.e.)")
         lines.append(f"| {frontier_points.name(method)} | " + " | ".join(cells) + " |")
     return lines

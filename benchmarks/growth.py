@@ -5,8 +5,8 @@
 
 Studies: tokens per row, vocabulary, responses per prompt, members of a sweep, (fake) devices, whose
 collectives are read from the compiled program, and there the vocabulary once more, with the head in
-chunks. Each runs in a process of its own. Ends with
-what grew faster than its law, and with exit code 1 if anything did; with all studies, also with
+chunks. Each study runs in a process of its own. At the end the script prints what grew faster than
+its law, and its exit code is 1 if anything did. With all studies it also draws
 benchmarks/figures/growth.png.
 """
 
@@ -37,18 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     for study in args.study:
         # The number of devices is fixed when a process first asks for one.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            own = fresh.submit(measure, study, args.rounds).result()
-        print(f"\n### {study}\n\n{table(own)}", flush=True)
-        records += own
+            study_records = fresh.submit(measure, study, args.rounds).result()
+        print(f"\n### {study}\n\n{table(study_records)}", flush=True)
+        records += study_records
     if args.json:
         unfinished = args.json.with_name(f".{args.json.name}.unfinished")
         unfinished.write_text(json.dumps(records, indent=2) + "\n")
         unfinished.replace(args.json)
-    found = curves(records)
-    print(f"\n### Against the laws\n\n{verdicts(found)}")
+    all_curves = curves(records)
+    print(f"\n### Against the laws\n\n{verdicts(all_curves)}")
     if set(args.study) == set(STUDIES):
-        growth_figure.draw(found, records, FIGURE)
-    faster = [curve for curve in found if not curve.holds]
+        growth_figure.draw(all_curves, records, FIGURE)
+    faster = [curve for curve in all_curves if not curve.holds]
     for curve in faster:
         print(f"\ngrew faster than the mathematics: {curve.study} {curve.mesh} {curve.quantity}")
     return 1 if faster else 0
@@ -88,7 +88,7 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 
 def _device_cells(record: Record) -> tuple[str, ...]:
-    sizes, wanted = record["collective_bytes"], sent_bytes(record)
+    sizes, closed_form = record["collective_bytes"], sent_bytes(record)
     sent = sum(sizes.values())
     kinds = [f"{kind} {n}: {sizes[kind] / MIB:.2f}" for kind, n in record["collectives"].items()]
     return (
@@ -97,15 +97,15 @@ def _device_cells(record: Record) -> tuple[str, ...]:
         f"{record['case']['vocabulary']:,}",
         ", ".join(kinds) or "none",
         f"{sent / MIB:.2f}",
-        f"{sent / wanted:.2f}" if wanted and record["devices"] > 1 else "",
+        f"{sent / closed_form:.2f}" if closed_form and record["devices"] > 1 else "",
         f"{record['arguments'] / MIB:.2f}",
         f"{record['temporary'] / MIB:.1f}",
         f"{record['compile_seconds']:.1f}",
     )
 
 
-def verdicts(found: Sequence[Curve]) -> str:
-    """Of every law, in Markdown: the largest point over what the law gives there."""
+def verdicts(all_curves: Sequence[Curve]) -> str:
+    """A Markdown table: how far the largest point of each curve lies above its law."""
     heads = ("study", "quantity", "law", "largest point / law", "limit", "")
     lines = [
         (
@@ -116,7 +116,7 @@ def verdicts(found: Sequence[Curve]) -> str:
             f"{curve.limit:.2f}",
             "holds" if curve.holds else "GREW FASTER",
         )
-        for curve in found
+        for curve in all_curves
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ("---",) * len(heads), *lines))
 

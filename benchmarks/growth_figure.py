@@ -72,12 +72,12 @@ def draw(curves: Sequence[Curve], records: Sequence[Record], path: pathlib.Path)
     with matplotlib.rc_context(STYLE):
         figure = Figure(SIZE, dpi=160, layout="constrained")
         for i, (axes, panel) in enumerate(zip(figure.subplots(3, 4).flat, PANELS)):
-            own = [c for c in curves if (c.study, c.quantity) == (panel.study, panel.quantity)]
+            drawn = [c for c in curves if (c.study, c.quantity) == (panel.study, panel.quantity)]
             points = [record for record in records if record["study"] == panel.study]
             if panel.study == "devices":
-                _draw_devices(axes, panel, own, points)
+                _draw_devices(axes, panel, drawn, points)
             else:
-                _draw(axes, panel, own[0], points)
+                _draw(axes, panel, drawn[0], points)
             axes.set_title("" if 4 <= i < 8 else panel.title)
             axes.set_xlabel("" if i < 4 else panel.below)
             axes.set_ylabel(panel.unit)
@@ -110,7 +110,11 @@ def _draw(axes: Axes, panel: Panel, curve: Curve, records: Sequence[Record]) -> 
     axes.set_xlim(0, 1.05 * curve.x[-1])
     axes.set_xticks(curve.x[-3:] if len(curve.x) > 4 else curve.x)
     if panel.study in ("vocabulary", "chunks"):
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.0f}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+
+
+def _thousands(x: float, _: int) -> str:
+    return f"{x / 1024:.0f}"
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,9 +39,9 @@ class Curve(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """Measured over expected, at the largest point; 1 where nothing is expected and found."""
-        found, wanted = self.measured[-1], self.expected[-1]
-        return 1.0 if found == wanted == 0 else float(found / max(wanted, 1e-30))
+        """Measured / expected at the largest point; 1 where both are 0."""
+        measured, expected = self.measured[-1], self.expected[-1]
+        return 1.0 if measured == expected == 0 else float(measured / max(expected, 1e-30))
 
     @property
     def holds(self) -> bool:
@@ -144,29 +144,84 @@ def held_bytes(record: Record) -> float:
     return 12 * weights + record["row_bytes"] / shared
 
 
-SENT = "a x closed form", lambda r, c: [sent_bytes(r)]
-# A tied table's gradients as head and as embedding are reduced apart where XLA does not join them.
-SENT_TIED = (
-    "a x (closed form + the table once more)",
-    lambda r, c: [sent_bytes(r) + 4 * c.vocabulary * c.width],
-)
-PRODUCTS = "a x closed form", lambda r, c: [step_flops(r) / r["devices"]]
+class Law(NamedTuple):
+    """A law as a person reads it, and the terms of a point whose factors are fitted."""
+
+    text: str
+    terms: Callable[[Record, Case], list[float]]
+
+
+def _sent(record: Record, case: Case) -> list[float]:
+    return [sent_bytes(record)]
+
+
+def _sent_tied(record: Record, case: Case) -> list[float]:
+    """XLA may reduce the tied table's two gradients, of head and embedding, one by one."""
+    return [sent_bytes(record) + 4 * case.vocabulary * case.width]
+
+
+def _products(record: Record, case: Case) -> list[float]:
+    return [step_flops(record) / record["devices"]]
+
+
+def _held(record: Record, case: Case) -> list[float]:
+    return [held_bytes(record)]
+
+
+def _constant(record: Record, case: Case) -> list[float]:
+    return [1]
+
+
+def _divided(record: Record, case: Case) -> list[float]:
+    return [1, 1 / record["devices"]]
+
+
+def _by_token(record: Record, case: Case) -> list[float]:
+    return [1, scores_of(record["x"]) / record["x"]]
+
+
+def _by_vocabulary(record: Record, case: Case) -> list[float]:
+    return [1, head_flops(record)]
+
+
+def _by_row(record: Record, case: Case) -> list[float]:
+    return [1, case.row_length, scores_of(case.row_length)]
+
+
+def _by_member(record: Record, case: Case) -> list[float]:
+    return [1, record["x"]]
+
+
+SENT = Law("a x closed form", _sent)
+SENT_TIED = Law("a x (closed form + the table once more)", _sent_tied)
+PRODUCTS = Law("a x closed form", _products)
+HELD = Law("a x closed form", _held)
+SAME = Law("a", _constant)
+DIVIDED = Law("a + b / devices", _divided)
+# Of a study's time, and of its temporary memory (the vocabulary's has a closed form of its own).
+TIME_LAWS = {
+    "tokens": Law("a + b (scores of a token)", _by_token),
+    "vocabulary": Law("a + b (FLOPs of the head)", _by_vocabulary),
+    "responses": Law("a + b (P + K R) + c (scores of a row)", _by_row),
+    "members": Law("a + b members", _by_member),
+}
 
 
 def curves(records: Sequence[Record]) -> list[Curve]:
-    """All of the studies that `records` hold."""
-    studies = list(dict.fromkeys(record["study"] for record in records))
-    found = []
+    """The curves of every study that `records` hold."""
+    studies = dict.fromkeys(record["study"] for record in records)
+    all_curves: list[Curve] = []
     for study in studies:
-        own = [record for record in records if record["study"] == study]
+        study_records = [record for record in records if record["study"] == study]
         if study == "chunks":
-            found.append(
-                _curve(own, "collective bytes", _sum("collective_bytes"), *SENT_TIED, BYTES)
-            )
-            found.append(_curve(own, "flops", _of("flops"), *PRODUCTS, EXACT))
+            sent = _total(study_records, "collective_bytes")
+            all_curves.append(_curve(study_records, "collective bytes", sent, SENT_TIED, BYTES))
+            all_curves.append(_flops_curve(study_records))
+        elif study == "devices":
+            all_curves += _device_curves(study_records)
         else:
-            found += _device_curves(own) if study == "devices" else _curves(study, own)
-    return found
+            all_curves += _curves(study, study_records)
+    return all_curves
 
 
 def seconds(record: Record) -> float:
@@ -174,28 +229,12 @@ def seconds(record: Record) -> float:
     return min(record["samples"])
 
 
-def terms(study: str) -> tuple[str, Callable[[Record, Case], list[float]]]:
-    """The law of a study's time, and its terms; also of its memory, but for the vocabulary."""
-    return {
-        "tokens": ("a + b (scores of a token)", lambda r, c: [1, scores_of(r["x"]) / r["x"]]),
-        "vocabulary": (
-            "a + b (FLOPs of the head)",
-            lambda r, c: [1, head_flops(r)],
-        ),
-        "responses": (
-            "a + b (P + K R) + c (scores of a row)",
-            lambda r, c: [1, c.row_length, scores_of(c.row_length)],
-        ),
-        "members": ("a + b members", lambda r, c: [1, r["x"]]),
-    }[study]
-
-
 def instead(curve: Curve, records: Sequence[Record]) -> Line | None:
     """What the study's quantity would be without what keeps it small, where something does."""
     if curve.study == "vocabulary" and curve.quantity == "temporary":
         logits = [2 * 4 * r["scored"] * r["case"]["vocabulary"] for r in records]
-        kept = [min(size, 2 * 4 * r["case"]["max_logits"]) for size, r in zip(logits, records)]
-        return Line("all logits\nat once", curve.measured + np.subtract(logits, kept))
+        capped = [min(size, 2 * 4 * r["case"]["max_logits"]) for size, r in zip(logits, records)]
+        return Line("all logits\nat once", curve.measured + np.subtract(logits, capped))
     if curve.study == "responses":
         table = [
             [1, r["x"] * (c.prompt + c.response), r["x"] * (c.prompt + c.response) ** 2]
@@ -207,41 +246,44 @@ def instead(curve: Curve, records: Sequence[Record]) -> Line | None:
 
 
 def _curves(study: str, records: Sequence[Record]) -> list[Curve]:
-    law, of = terms(study)
-    memory = _curve(records, "temporary", _of("temporary"), law, of, BYTES)
+    law = TIME_LAWS[study]
+    memory = _curve(records, "temporary", _field(records, "temporary"), law, BYTES)
     if study == "vocabulary":
         most = np.array([vocabulary_bytes(record, records[0]) for record in records])
         law_of_memory = "the first's + 2 x logits + 3 x table"
         memory = memory._replace(expected=most, law=law_of_memory, factors=np.ones(1))
-    return [
-        _curve(records, "seconds", seconds, law, of, TIME),
-        memory,
-        _curve(records, "flops", _of("flops"), *PRODUCTS, EXACT),
-    ]
+    times = [seconds(record) for record in records]
+    return [_curve(records, "seconds", times, law, TIME), memory, _flops_curve(records)]
 
 
 def _device_curves(records: Sequence[Record]) -> list[Curve]:
-    found = []
-    shared_out = ("a + b / devices", lambda r, c: [1, 1 / r["devices"]])
-    held = ("a x closed form", lambda r, c: [held_bytes(r)])
-    same = ("a", lambda r, c: [1])
+    device_curves = []
     for mesh in dict.fromkeys(record["mesh"] for record in records):
-        on_many = [record for record in records if record["mesh"] == mesh and record["devices"] > 1]
-        own = on_many if mesh == "sweep" else [records[0] | {"mesh": mesh}, *on_many]
-        found += [
-            _curve(on_many, "collective bytes", _sum("collective_bytes"), *SENT, BYTES),
-            _curve(on_many, "collectives", _sum("collectives"), *same, BYTES),
-            _curve(own, "flops", _of("flops"), *PRODUCTS, EXACT),
-            _curve(own, "arguments", _of("arguments"), *held, BYTES),
-            _curve(own, "temporary", _of("temporary"), *shared_out, BYTES),
+        several = [record for record in records if record["mesh"] == mesh and record["devices"] > 1]
+        # One device is the first point of every mesh but the sweep's.
+        with_one = several if mesh == "sweep" else [records[0] | {"mesh": mesh}, *several]
+        sent, counts = _total(several, "collective_bytes"), _total(several, "collectives")
+        arguments, temporary = _field(with_one, "arguments"), _field(with_one, "temporary")
+        device_curves += [
+            _curve(several, "collective bytes", sent, SENT, BYTES),
+            _curve(several, "collectives", counts, SAME, BYTES),
+            _flops_curve(with_one),
+            _curve(with_one, "arguments", arguments, HELD, BYTES),
+            _curve(with_one, "temporary", temporary, DIVIDED, BYTES),
         ]
-    return found
+    return device_curves
 
 
-def _curve(records: Sequence[Record], quantity: str, measure, law: str, of, limit: float) -> Curve:
-    measured = np.array([float(measure(record)) for record in records])
-    table = np.array([of(r, Case(**r["case"])) for r in records], float)
-    factors = fit(table, measured)
+def _flops_curve(records: Sequence[Record]) -> Curve:
+    return _curve(records, "flops", _field(records, "flops"), PRODUCTS, EXACT)
+
+
+def _curve(
+    records: Sequence[Record], quantity: str, values: Sequence[float], law: Law, limit: float
+) -> Curve:
+    measured = np.array(values, float)
+    terms = np.array([law.terms(record, Case(**record["case"])) for record in records], float)
+    factors = fit(terms, measured)
     study = records[0]["study"]
     return Curve(
         study=study,
@@ -249,16 +291,17 @@ def _curve(records: Sequence[Record], quantity: str, measure, law: str, of, limi
         quantity=quantity,
         x=np.array([record["x"] for record in records]),
         measured=measured,
-        expected=table @ factors,
-        law=law,
+        expected=terms @ factors,
+        law=law.text,
         limit=limit,
         factors=factors,
     )
 
 
-def _of(name: str) -> Callable[[Record], float]:
-    return lambda record: record[name]
+def _field(records: Sequence[Record], name: str) -> list[float]:
+    return [record[name] for record in records]
 
 
-def _sum(name: str) -> Callable[[Record], float]:
-    return lambda record: sum(record[name].values())
+def _total(records: Sequence[Record], name: str) -> list[float]:
+    """The sum over all kinds of collectives, of every record."""
+    return [sum(record[name].values()) for record in records]

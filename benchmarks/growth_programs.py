@@ -142,9 +142,9 @@ def measure(study: str, rounds: int) -> list[dict[str, Any]]:
                 samples[i].append(time.perf_counter() - began)
     return [
         {**point._asdict(), "case": point.case._asdict(), "study": study}
-        | {"samples": own[1:], "compile_seconds": program.compile_seconds}
+        | {"samples": timed[1:], "compile_seconds": program.compile_seconds}
         | program.facts
-        for point, program, own in zip(points, programs, samples)
+        for point, program, timed in zip(points, programs, samples)
     ]
 
 
@@ -158,9 +158,11 @@ def build(point: Point) -> Program:
     abstract = abstract_state(shapes, optimizer, mesh, decoder.SHARDING_RULES)
     forward = language_model(model, max_logits=case.max_logits * mesh.size)
     objective = preference.objective(CONFIG.loss, OPTIONS)
-    make_step = lambda warmup, steps: build_step(
-        forward, objective, optimizer, make_schedule(CONFIG.schedule, warmup, steps)
-    )
+
+    def make_step(warmup, steps):
+        schedule = make_schedule(CONFIG.schedule, warmup, steps)
+        return build_step(forward, objective, optimizer, schedule)
+
     rows = synthetic_rows(case)
     rows = rows._replace(reference=np.zeros(rows.target.shape, np.float32))  # costs as any other
     build_one = _vectorised if point.members else _alone
@@ -195,16 +197,25 @@ def _alone(make_step, abstract: State, mesh: Mesh):
 
 
 def _vectorised(make_step, abstract: State, mesh: Mesh, members: int):
-    """The same for the members of a sweep, which differ in beta."""
+    """The step of all members of a sweep, which differ in beta; the rest as of `_alone`."""
     states = abstract_member_states(abstract, members, mesh)
-    whole = jnp.int32
-    of = lambda i: MemberHyperparameters(_hyper(0.1 * (i + 1)), whole(0), whole(10**6), whole(i))
-    hyperparameters = stack([of(i) for i in range(members)], mesh)
+    each = [
+        MemberHyperparameters(
+            hyper=_hyper(0.1 * (i + 1)),
+            warmup_steps=jnp.int32(0),
+            steps=jnp.int32(10**6),
+            seed=jnp.int32(i),
+        )
+        for i in range(members)
+    ]
+    hyperparameters = stack(each, mesh)
+
+    def make_state(params, seed):
+        return initial_state(params, make_optimizer(CONFIG.optimizer), seed)
 
     def start(compiled, init, rows):
         placed = sharding.put_rows(rows, mesh)
-        make = lambda params, seed: initial_state(params, make_optimizer(CONFIG.optimizer), seed)
-        state = new_member_states(init(), make, hyperparameters.seed, states)
+        state = new_member_states(init(), make_state, hyperparameters.seed, states)
 
         def run(state):
             state, report = compiled(state, placed, hyperparameters, NO_FROZEN_WEIGHTS)
@@ -225,15 +236,18 @@ def _shapes(rows: Rows, mesh: Mesh) -> Rows:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), rows)
 
 
+def _is_matrix(keys: tuple) -> bool:
+    return re.search(r"kernel$|^embed/", sharding.path_of(keys)) is not None
+
+
 def _facts(compiled: jax.stages.Compiled, params, rows: Rows) -> dict[str, Any]:
-    """What the program and its inputs say of themselves; bytes and FLOPs of one device."""
+    """Memory, FLOPs and collectives of the program, and sizes of its inputs; of one device."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
     counts, sizes = Counter(), Counter()
     for one in collectives(text):
         counts[one.kind] += one.times
         sizes[one.kind] += one.times * one.size
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    is_matrix = lambda keys: re.search(r"kernel$|^embed/", sharding.path_of(keys))
     return {
         "temporary": temporary_bytes(compiled),
         "arguments": int(memory.argument_size_in_bytes),
@@ -242,7 +256,7 @@ def _facts(compiled: jax.stages.Compiled, params, rows: Rows) -> dict[str, Any]:
         "collectives": dict(counts),
         "collective_bytes": dict(sizes),
         "parameters": sum(x.size for _, x in leaves),
-        "matrices": sum(x.size for keys, x in leaves if is_matrix(keys)),
+        "matrices": sum(x.size for keys, x in leaves if _is_matrix(keys)),
         "row_bytes": sum(x.nbytes for x in jax.tree.leaves(rows)),
         "rows": math.prod(rows.tokens.shape[:-1]),
         "scored": math.prod(rows.target.shape),  # padding included

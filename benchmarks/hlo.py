@@ -37,7 +37,7 @@ class Collective(NamedTuple):
 
     kind: of KINDS. times: how often it runs. size: bytes that a device puts in or takes out each
     time, whichever is more: of the whole array, where it is gathered or reduced. groups: the ids of
-    devices that it puts together (of a permutation, source and target).
+    devices that exchange data (of a permutation, source and target).
     """
 
     kind: str
@@ -60,7 +60,7 @@ def collectives(text: str) -> list[Collective]:
       ValueError: what is written there is not understood, or a loop with a collective does not say
         how often it runs.
     """
-    found = []
+    used: list[Collective] = []
     for times, instructions in _computations(text):
         for one in instructions:
             if one.opcode.removesuffix("-start") not in KINDS:
@@ -71,8 +71,8 @@ def collectives(text: str) -> list[Collective]:
             widest = max(map(len, groups))
             size = _bytes(one.shape) * (widest if one.opcode == "reduce-scatter" else 1)
             if widest > 1:
-                found.append(Collective(one.opcode, _known(times, one), size, groups))
-    return found
+                used.append(Collective(one.opcode, _known(times, one), size, groups))
+    return used
 
 
 def product_flops(text: str) -> float:
@@ -99,8 +99,8 @@ def _computations(text: str) -> Iterator[tuple[float, list[_Instruction]]]:
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             bodies[head[1]] = []
-        elif (found := _INSTRUCTION.match(line)) and bodies:
-            next(reversed(bodies.values())).append(_Instruction(*found.groups()))
+        elif (instruction := _INSTRUCTION.match(line)) and bodies:
+            next(reversed(bodies.values())).append(_Instruction(*instruction.groups()))
     times = dict.fromkeys(bodies, 0.0)
     times[next(reversed(bodies))] = 1.0  # the entry stands last, and every caller after its callees
     for name in reversed(bodies):
@@ -122,20 +122,20 @@ def _known(times: float, one: _Instruction) -> int:
 
 
 def _groups(rest: str) -> list[list[int]]:
-    if found := _LISTED.search(rest):
-        return [_ints(one) for one in re.findall(r"\{([\d,]+)\}", found[1])]
+    if listed := _LISTED.search(rest):
+        return [_ints(one) for one in re.findall(r"\{([\d,]+)\}", listed[1])]
     # [groups,size]<=[dims]T(permutation): ids in order, reshaped, transposed, cut into groups.
-    if found := _GROUPS.search(rest):
-        count, size, dims, permutation = found.groups()
+    if iota := _GROUPS.search(rest):
+        count, size, dims, permutation = iota.groups()
         return _ids(dims, permutation).reshape(int(count), int(size)).tolist()
-    # A mesh of such ids with named axes, and the axes along which devices are put together.
-    if found := _MESH.search(rest):
-        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])]
+    # A mesh of such ids with named axes, and the axes along which devices exchange data.
+    if mesh := _MESH.search(rest):
+        axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])]
         sizes = [size for _, size in axes]
-        ids = _ids(found[2] or str(math.prod(sizes)), found[3]).reshape(sizes)
-        along = found[4].replace("'", "").replace(" ", "").split(",")
+        ids = _ids(mesh[2] or str(math.prod(sizes)), mesh[3]).reshape(sizes)
+        along = mesh[4].replace("'", "").replace(" ", "").split(",")
         if not set(along) <= {name for name, _ in axes}:
-            raise ValueError(f"axes {found[4]} of {found[1]}: parts of axes are not understood")
+            raise ValueError(f"axes {mesh[4]} of {mesh[1]}: parts of axes are not understood")
         last = [i for i, (name, _) in enumerate(axes) if name in along]
         order = [i for i in range(len(axes)) if i not in last] + last
         return ids.transpose(order).reshape(-1, math.prod(sizes[i] for i in last)).tolist()

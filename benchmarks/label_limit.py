@@ -1,4 +1,6 @@
-"""What an implicit reward is worth that is not the true one: python benchmarks/label_limit.py
+"""What an implicit reward that differs from the true one is worth.
+
+    python benchmarks/label_limit.py
 
 A policy that is the reference tilted by any function f of the response, p(y|x) exp(f(x,y) / b),
 reaches less reward at a KL than one that is tilted by the reward itself. Labels that only say which
@@ -35,24 +37,26 @@ def frontier(tilt: Array, reward: Array, betas: Array) -> tuple[Array, Array]:
 
 
 def shares(tilt: Array, reward: Array, at: list[float]) -> Array:
-    """Of the optimal gain in reward, at each KL."""
+    """The share of the optimal gain in reward that is reached at each KL."""
     gain = []
     for f in (tilt, reward):
-        kl, found = frontier(f, reward, np.geomspace(0.01, 30, 60) * f.std())
-        gain.append(np.interp(at, kl, found) - reward.mean())
+        kl, reached = frontier(f, reward, np.geomspace(0.01, 30, 60) * f.std())
+        gain.append(np.interp(at, kl, reached) - reward.mean())
     return gain[0] / gain[1]
 
 
 def tilts(log_odds: Array, rng: np.random.Generator) -> dict[str, Array]:
-    """Functions of the responses by what they are called."""
+    """Functions f of the responses, by the name of their row in the table."""
     rank = (log_odds.argsort(axis=1).argsort(axis=1) + 0.5) / log_odds.shape[1]
     noise = rng.normal(size=log_odds.shape) * rank.std()
-    with_noise = lambda r: rank + noise * np.sqrt(1 / r**2 - 1)
-    return {
+    by_name = {
         "rank among the reference's responses": rank,
         "log-odds of being positive": log_odds,
-        **{f"rank with noise, correlation {r:g}": with_noise(r) for r in (0.95, 0.9, 0.8, 0.6)},
     }
+    for correlation in (0.95, 0.9, 0.8, 0.6):
+        with_noise = rank + noise * np.sqrt(1 / correlation**2 - 1)
+        by_name[f"rank with noise, correlation {correlation:g}"] = with_noise
+    return by_name
 
 
 def main() -> None:
@@ -63,8 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     prompts = reviews.prompts("eval", args.prompts, 5)
-    asked = [[prompt] * args.samples for prompt in prompts]
-    odds = np.array([reviews.score(p, reviews.sample(rng, len(p), p)) for p in asked])
+    repeated = [[prompt] * args.samples for prompt in prompts]
+    odds = np.array([reviews.score(p, reviews.sample(rng, len(p), p)) for p in repeated])
     reward = 1 / (1 + np.exp(-odds))
     print("| tilted by | " + " | ".join(f"{kl:g} nats" for kl in args.at) + " |")
     print("| --- " * (len(args.at) + 1) + "|")

@@ -86,8 +86,8 @@ def measure(
         clock = [time.perf_counter()]
         samples = jax.device_get(ppo.draw(sampler, state, prompts))
         clock.append(time.perf_counter())
-        said = [tokenizer.decode(own[0]) for own in samples.tokens]
-        scores = np.float32(reviews.reward([f"{x} {y}" for x, y in zip(texts, said)]))
+        drawn = [tokenizer.decode(tokens[0]) for tokens in samples.tokens]
+        scores = np.float32(reviews.reward([f"{x} {y}" for x, y in zip(texts, drawn)]))
         clock.append(time.perf_counter())
         responses = ppo.pack(prompts, samples, multiple=minibatches)
         experience = jax.block_until_ready(prepare(state, reference, responses, scores, hyper)[0])

@@ -16,6 +16,7 @@ import argparse
 import pathlib
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from dpojax.models.attention import XLA
 from dpojax.models.config import GPT2, DecoderConfig
 from dpojax.models.splash import SPLASH
 from dpojax.sharding import AXES
-from dpojax.stages import data as stage_data
+from dpojax.stages.data import DataRequirements, load
 from dpojax.training.costs import packing_costs
 
 LAYOUTS = ((8, 1), (16, 1), (64, 1), (64, 8))  # examples of a batch, row shards
@@ -71,14 +72,14 @@ def _examples(form: str, path: str, tokenizer) -> list[Example]:
     config = default_config()
     config.preference.data.update(source=path, form=form, limit=0, eval_limit=1)
     config.tokens.update(max_length=1024, truncation="drop")
-    found = stage_data.load(
+    loaded = load(
         config.preference.data,
         config.tokens,
         tokenizer,
-        requirements=stage_data.DataRequirements(),
+        requirements=DataRequirements(),
         seed=0,
     )
-    examples = list(found.examples)
+    examples = list(loaded.examples)
     random.Random(0).shuffle(examples)
     return examples
 
@@ -87,21 +88,23 @@ def _completions(shape: str) -> list[Example]:
     """Rankings of K x N, of the lengths alone."""
     responses, tokens = map(int, shape.split("x"))
     prefixes = random.Random(0).choices(range(2, 9), k=4_000)
-    ids = lambda n: np.zeros(n, np.int32)
-    answers, cut = (ids(tokens),) * responses, (False,) * responses
-    return [Example(str(i), ids(n), answers, cut, None) for i, n in enumerate(prefixes)]
+    answers, cut = (np.zeros(tokens, np.int32),) * responses, (False,) * responses
+    return [
+        Example(str(i), np.zeros(length, np.int32), answers, cut, None)
+        for i, length in enumerate(prefixes)
+    ]
 
 
 def _line(path: pathlib.Path, examples: list[Example], batch: int, shards: int, width: int) -> str:
     batches = [range(i, i + batch) for i in range(0, len(examples) - batch + 1, batch)]
-    given = {"multiple": shards, "costs": _costs(width, shards)}
-    shape = plan(examples, batches, **given)
-    found = _use(examples, batches, shape)
-    one = _use(examples, batches, plan(examples, batches, max_buckets=1, **given))
+    plan_with = partial(plan, examples, batches, multiple=shards, costs=_costs(width, shards))
+    shape = plan_with()
+    use = _use(examples, batches, shape)
+    one = _use(examples, batches, plan_with(max_buckets=1))
     sizes = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in shape.buckets)
     return (
-        f"| {path.stem} | {len(examples)} | {batch} x {shards} | {found.columns:.1%} "
-        f"| {found.scored:.1%} | {one.columns:.1%} | {found.cost / one.cost:.2f} "
+        f"| {path.stem} | {len(examples)} | {batch} x {shards} | {use.columns:.1%} "
+        f"| {use.scored:.1%} | {one.columns:.1%} | {use.cost / one.cost:.2f} "
         f"| {sizes or f'{shape.rows} x {shape.length}'} |"
     )
 
@@ -113,12 +116,13 @@ def _costs(width: int, shards: int) -> Costs:
     platform, kernel = ("cpu", XLA) if shards == 1 else ("tpu", SPLASH)
     device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
     mesh = AbstractMesh((shards, 1, 1), AXES, abstract_device=device)
-    given = {"remat": CONFIG.remat, "dtype": CONFIG.compute_dtype, "kernel": kernel}
-    return packing_costs(config, params, mesh, **given)
+    return packing_costs(
+        config, params, mesh, remat=CONFIG.remat, dtype=CONFIG.compute_dtype, kernel=kernel
+    )
 
 
 def _use(examples: list[Example], batches: Sequence[range], shape: Shape) -> Use:
-    """Of all batches together."""
+    """Tokens over columns, scored tokens over slots, and the cost, summed over all batches."""
     tokens = columns = scored = slots = cost = 0
     for batch in batches:
         rows = collate(examples, batch, shape)
@@ -126,8 +130,8 @@ def _use(examples: list[Example], batches: Sequence[range], shape: Shape) -> Use
         used = [buckets[i] for i in bucket_of(needs[needs[:, 0] > 0], buckets)]
         tokens += (rows.segment > 0).sum()
         scored += (rows.response >= 0).sum()
-        columns += sum(cut.rows * cut.length for cut in used)
-        slots += sum(cut.rows * cut.scored for cut in used)
+        columns += sum(bucket.rows * bucket.length for bucket in used)
+        slots += sum(bucket.rows * bucket.scored for bucket in used)
         cost += sum(map(shape.costs.of, used))
     return Use(tokens / columns, scored / slots, cost)
 

@@ -75,17 +75,18 @@ def main() -> None:
 
 
 def _timed(folder: pathlib.Path, config: pathlib.Path, args) -> dict:
-    """Seconds of the separate runs, half of them before the sweep and half after, and of it."""
-    found: dict = {"separate": []}
+    """Seconds of the sweep, and of separate runs: half of them before the sweep, half after."""
+    seconds: dict = {"separate": []}
     before = -(-args.separate // 2)
     for index in range(args.separate + 1):
         if index == before:
-            found["sweep"] = _run("sweep.py", config, folder / "sweep")
+            seconds["sweep"] = _run("sweep.py", config, folder / "sweep")
             continue
-        beta = BETAS[len(found["separate"]) * (args.members - 1) // max(1, args.separate - 1)]
+        beta = BETAS[len(seconds["separate"]) * (args.members - 1) // max(1, args.separate - 1)]
         name = folder / f"run-{beta}"
-        found["separate"].append(_run("train.py", config, name, f"--config.preference.beta={beta}"))
-    return found
+        changed = f"--config.preference.beta={beta}"
+        seconds["separate"].append(_run("train.py", config, name, changed))
+    return seconds
 
 
 def _run(script: str, config: pathlib.Path, workdir: pathlib.Path, *more: str) -> float:

@@ -120,7 +120,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--case", choices=list(CASES), help="only this one; default: all, one after another")
-    add("--steps", type=int, default=7, help="quiet samples wanted; twice as many are tried")
+    add("--steps", type=int, default=7, help="quiet samples to take; twice as many are tried")
     add("--json", type=pathlib.Path, metavar="OUT", help="also write the results here")
     unset = {"default": argparse.SUPPRESS}  # the case's own value
     add("--row-length", type=int, help="tokens of a row, 0: as packing.plan chooses", **unset)
@@ -233,9 +233,9 @@ def synthetic_rows(case: Case) -> Rows:
     examples = [
         Example(f"synthetic:{i + 1}", ids(case.prompt), responses(), whole, None) for i in batch
     ]
-    own = case.prompt + case.responses * case.response
-    length = case.row_length or own
-    rows = -(-case.pairs // (length // own))
+    tokens = case.prompt + case.responses * case.response  # of one example
+    length = case.row_length or tokens
+    rows = -(-case.pairs // (length // tokens))
     return collate(examples, batch, plan(examples, [batch], length=length, micro_rows=rows))
 
 
