@@ -43,15 +43,16 @@ def write_or_compare_config(run: ResolvedRun) -> None:
     if path.exists():
         before = storage.read_json(path, hint="use another --workdir")
         contents = _read_contents(run.workdir)
-        _require_same_contents(run, contents)
         same = moved_keys(contents, run.contents)
         if changed := config_differences(before, now, ignore=same):
             raise ConfigError(
                 f"{run.workdir} holds a run of another config; give this one its own --workdir, or "
                 "take back these changes:\n" + "\n".join(changed)
             )
+        _require_same_contents(run, contents)
     if jax.process_index() == 0:
-        storage.write_json(run.workdir / CONTENTS, _with_version(run.contents))
+        version = _begun_by(run.workdir) or code_version()
+        storage.write_json(run.workdir / CONTENTS, {"version": version, "files": run.contents})
         storage.write_json(path, now)
 
 
@@ -121,10 +122,7 @@ def code_version() -> dict[str, str]:
 
 def code_changed(workdir: storage.Path) -> str:
     """A sentence if another version of the code began the run in a workdir; else ""."""
-    path = workdir / CONTENTS
-    if not path.is_file():
-        return ""
-    before, now = storage.read_json(path).get("version", {}), code_version()
+    before, now = _begun_by(workdir), code_version()
     if not before or before == now:
         return ""
     return (
@@ -166,5 +164,7 @@ def _read_contents(workdir: storage.Path) -> dict[str, Content]:
     return {key: Content(*pair) for key, pair in files.items()}
 
 
-def _with_version(contents: Mapping[str, Content]) -> dict:
-    return {"version": code_version(), "files": contents}
+def _begun_by(workdir: storage.Path) -> dict[str, str]:
+    """The `code_version` that began the run in a workdir; empty where nothing says."""
+    path = workdir / CONTENTS
+    return storage.read_json(path).get("version", {}) if path.is_file() else {}
