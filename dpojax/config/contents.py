@@ -16,6 +16,7 @@ from dpojax import storage
 from dpojax.config.errors import config_errors
 from dpojax.data import sources
 from dpojax.data.prompts import EMBEDDED, PREFIXES
+from dpojax.evaluation.rewards import folder_of
 from dpojax.models.huggingface import local_folder
 
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -111,15 +112,8 @@ def _files(patterns: tuple[str, ...]) -> Callable[[str], str]:
 
 def _reward(spec: str) -> str:
     """Of `evaluation.rewards.open_reward`'s names: those without a folder stand for themselves."""
-    kind, _, folder = spec.partition(":")
-    if kind not in ("classifier", "reward_model"):
-        return spec
-    folder = folder.removesuffix(":" + folder.rpartition(":")[2]) if _has_label(folder) else folder
-    return _files((*WEIGHTS, *TOKENIZER))(folder)
-
-
-def _has_label(folder: str) -> bool:
-    return ":" in folder and not storage.as_path(folder).is_dir()
+    folder = folder_of(spec)
+    return _files((*WEIGHTS, *TOKENIZER))(folder) if folder else spec
 
 
 def _prompts(source: str) -> str:

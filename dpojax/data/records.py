@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpojax.data import pairing
 from dpojax.data.pairing import Labels
@@ -102,23 +102,12 @@ def detect(row: Mapping[str, Any], id: str = "row") -> str:
     Raises:
       DataError: no known form has these keys; the message lists the forms.
     """
-    keys = row.keys()
-    if {"info", "summaries", "choice"} <= keys:
-        return "comparison"
-    if "instruction" in keys and (keys & {"chosen", "output"}):
-        return "instruction"
-    if {"prompt", "responses"} <= keys:
-        return "ranked"
-    if {"prompt", "completion", "label"} <= keys:
-        return "unpaired"
-    if {"chosen", "rejected"} <= keys:
-        explicit = "prompt" in keys or not isinstance(row["chosen"], str)
-        return "pair" if explicit else "hh"
-    if keys & {"text", "messages"} or {"prompt", "completion"} <= keys:
-        return "text"
-    forms = "\n".join(f"  {name}: {fields}" for name, fields in FORMS.items())
+    for name, form in FORMS.items():
+        if form.matches(row):
+            return name
+    forms = "\n".join(f"  {name}: {form.fields}" for name, form in FORMS.items())
     raise DataError(
-        f"{id}: no known form has the fields {_listed(keys)}. Rename them (columns=...) or give "
+        f"{id}: no known form has the fields {_listed(row)}. Rename them (columns=...) or give "
         f"one of these forms:\n{forms}"
     )
 
@@ -138,13 +127,13 @@ def parse(row: Mapping[str, Any], id: str, form: str = "auto") -> Record | Rejec
     if not isinstance(row, Mapping):
         raise DataError(f"{id}: expected an object with named fields, got {_kind(row)}")
     name = detect(row, id) if form == "auto" else form
-    if name not in _PARSERS:
-        raise DataError(f"form {form!r} is not known; choose auto or one of {_listed(_PARSERS)}")
-    return _PARSERS[name](_Fields(row, id))
+    if name not in FORMS:
+        raise DataError(f"form {form!r} is not known; choose auto or one of {_listed(FORMS)}")
+    return FORMS[name].parse(Fields(row, id))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fields:
+class Fields:
     """Checked access to the fields of a row: every error names the record and the field."""
 
     row: Mapping[str, Any]
@@ -220,11 +209,11 @@ class _Fields:
                 return tuple(self.number(name) for name in names)
         return None if self["margin"] is None else (self.number("margin"), 0.0)
 
-    def inside(self, name: str) -> _Fields:
+    def inside(self, name: str) -> Fields:
         """The fields of the object in field `name`."""
         if not isinstance(self[name], Mapping):
             raise self.error(name, "an object with named fields")
-        return _Fields(self[name], self.id, f"{self.path}{name}.")
+        return Fields(self[name], self.id, f"{self.path}{name}.")
 
 
 def _record(id: str, prompt: Content, responses: Iterable[Content], **fields: Any) -> Record:
@@ -240,7 +229,7 @@ def _as_messages(content: Content, role: str) -> Messages:
     return ({"role": role, "content": content},) if isinstance(content, str) else content
 
 
-def _pair(fields: _Fields) -> Record | Reject:
+def _pair(fields: Fields) -> Record | Reject:
     chosen, rejected = fields.content("chosen"), fields.content("rejected")
     stated = fields.content("prompt") if "prompt" in fields.row else None
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -279,7 +268,7 @@ def _is_prompt(stated: Content, common: Messages) -> bool:
     return stated == common
 
 
-def _hh(fields: _Fields) -> Record | Reject:
+def _hh(fields: Fields) -> Record | Reject:
     halves = []
     for name in ("chosen", "rejected"):
         head, separator, answer = fields.text(name).rpartition(HH_SEPARATOR)
@@ -295,7 +284,7 @@ def _hh(fields: _Fields) -> Record | Reject:
     return Record(fields.id, prompt, (chosen, rejected), scores=fields.scores())
 
 
-def _instruction(fields: _Fields) -> Record:
+def _instruction(fields: Fields) -> Record:
     extra = fields.text("input") if fields["input"] is not None else ""
     prompt = INSTRUCTION_TEMPLATE.format(
         instruction=fields.text("instruction"),
@@ -307,11 +296,11 @@ def _instruction(fields: _Fields) -> Record:
     return Record(fields.id, prompt, responses, scores=fields.scores() if paired else None)
 
 
-def _ranked(fields: _Fields) -> Record:
+def _ranked(fields: Fields) -> Record:
     """Order by `ranks` (1 is best), else `scores` (high is best); ties keep the file's order."""
     prompt = fields.content("prompt")
     listed = fields.items("responses", 1)
-    parts = _Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
+    parts = Fields({str(i): part for i, part in enumerate(listed)}, fields.id, "responses.")
     responses = [parts.content(str(i)) for i in range(len(listed))]
     scores = _one_per_response(fields, "scores", len(responses))
     ranks = _one_per_response(fields, "ranks", len(responses))
@@ -329,7 +318,7 @@ def _ranked(fields: _Fields) -> Record:
     )
 
 
-def _one_per_response(fields: _Fields, name: str, count: int) -> list[float] | None:
+def _one_per_response(fields: Fields, name: str, count: int) -> list[float] | None:
     """The numbers in a list field; None if the field is absent or null."""
     if fields[name] is None:
         return None
@@ -342,18 +331,18 @@ def _one_per_response(fields: _Fields, name: str, count: int) -> list[float] | N
     return [float(number) for number in numbers]
 
 
-def _unpaired(fields: _Fields) -> Record:
+def _unpaired(fields: Fields) -> Record:
     if not isinstance(fields["label"], bool):
         raise fields.error("label", "true (desirable) or false (undesirable)")
     return _completion(fields, label=fields["label"])
 
 
-def _completion(fields: _Fields, label: bool | None = None) -> Record:
+def _completion(fields: Fields, label: bool | None = None) -> Record:
     responses = (fields.content("completion"),)
     return _record(fields.id, fields.content("prompt"), responses, label=label)
 
 
-def _comparison(fields: _Fields) -> Record:
+def _comparison(fields: Fields) -> Record:
     info = fields.inside("info")
     if "article" in info.row:
         prompt = ARTICLE_TEMPLATE.format(article=info.text("article"))
@@ -366,12 +355,12 @@ def _comparison(fields: _Fields) -> Record:
         raise fields.error("summaries", "two summaries")
     if isinstance(choice, bool) or choice not in (0, 1):
         raise fields.error("choice", "0 or 1, the index of the better summary")
-    both = _Fields(dict(zip(("0", "1"), summaries)), fields.id, "summaries.")
+    both = Fields(dict(zip(("0", "1"), summaries)), fields.id, "summaries.")
     texts = [both.inside(name).text("text") for name in ("0", "1")]
     return Record(fields.id, prompt, (texts[choice], texts[1 - choice]))
 
 
-def _text(fields: _Fields) -> Record:
+def _text(fields: Fields) -> Record:
     if "messages" in fields.row:
         messages = fields.messages("messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -382,7 +371,7 @@ def _text(fields: _Fields) -> Record:
     return Record(fields.id, "", (fields.text("text"),))
 
 
-def _classified(fields: _Fields) -> Record:
+def _classified(fields: Fields) -> Record:
     """A class that is a number gets the name that transformers gives it, such as LABEL_1."""
     label = fields["label"]
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
@@ -418,27 +407,68 @@ def _listed(names: Any) -> str:
     return ", ".join(sorted(str(name) for name in names)) or "no fields"
 
 
-FORMS: dict[str, str] = {
-    "pair": "prompt, chosen, rejected; or chosen, rejected (whole message lists); optionally "
-    "score_chosen and score_rejected",
-    "hh": "chosen, rejected (whole dialogues as text)",
-    "instruction": "instruction, input, chosen, rejected; or instruction, input, output",
-    "ranked": "prompt, responses (best first), optionally ranks or scores",
-    "unpaired": "prompt, completion, label",
-    "comparison": "info, summaries, choice",
-    "text": "text; or prompt, completion; or messages",
-    "classified": "text, label (a class: its name or number)",
-}
+class Form(NamedTuple):
+    """A form of data.
 
-_PARSERS: dict[str, Callable[[_Fields], Record | Reject]] = {
-    "pair": _pair,
-    "hh": _hh,
-    "instruction": _instruction,
-    "ranked": _ranked,
-    "unpaired": _unpaired,
-    "comparison": _comparison,
-    "text": _text,
-    "classified": _classified,
+    Attributes:
+      fields: its fields, for a person.
+      matches: whether a row with these fields has this form; the first form of `FORMS` that
+        matches is taken.
+      parse: the fields of a row -> a record, or why there is none.
+    """
+
+    fields: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    parse: Callable[[Fields], Record | Reject]
+
+
+def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a row has all of these fields."""
+    return lambda row: set(names) <= row.keys()
+
+
+def _is_instruction(row: Mapping[str, Any]) -> bool:
+    return "instruction" in row and ("chosen" in row or "output" in row)
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    """Without a prompt the answers have to be message lists, which hold it."""
+    return _has("chosen", "rejected")(row) and (
+        "prompt" in row or not isinstance(row["chosen"], str)
+    )
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    return "text" in row or "messages" in row or _has("prompt", "completion")(row)
+
+
+def _never(row: Mapping[str, Any]) -> bool:
+    """The form has to be named: its fields are those of another form, too."""
+    return False
+
+
+FORMS: dict[str, Form] = {
+    "comparison": Form("info, summaries, choice", _has("info", "summaries", "choice"), _comparison),
+    "instruction": Form(
+        "instruction, input, chosen, rejected; or instruction, input, output",
+        _is_instruction,
+        _instruction,
+    ),
+    "ranked": Form(
+        "prompt, responses (best first), optionally ranks or scores",
+        _has("prompt", "responses"),
+        _ranked,
+    ),
+    "unpaired": Form("prompt, completion, label", _has("prompt", "completion", "label"), _unpaired),
+    "pair": Form(
+        "prompt, chosen, rejected; or chosen, rejected (whole message lists); optionally "
+        "score_chosen and score_rejected",
+        _is_pair,
+        _pair,
+    ),
+    "hh": Form("chosen, rejected (whole dialogues as text)", _has("chosen", "rejected"), _hh),
+    "text": Form("text; or prompt, completion; or messages", _is_text, _text),
+    "classified": Form("text, label (a class: its name or number)", _never, _classified),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,6 @@ from dpojax.sharding import put_rows, row_shards, to_host
 from dpojax.training.reference import fingerprint
 
 SHORTEST = 16  # columns of the narrowest batch
-SPECS = "reviews, reviews:log_odds, classifier:FOLDER, classifier:FOLDER:LABEL, reward_model:FOLDER"
 
 
 class RewardError(ValueError):
@@ -82,10 +82,10 @@ class Reward:
 
 
 def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) -> Reward:
-    """Open the reward that a config or command line names.
+    """Open the reward that a config or command line names: KIND, or KIND:ARGUMENT.
 
     Args:
-      spec: one of SPECS; a folder may also be a name on the hub.
+      spec: as a kind's `usage` in `KINDS` says; a folder may also be a name on the hub.
       mesh: where models are placed; None is one device.
       batch_size: texts in a batch of a model.
 
@@ -93,29 +93,18 @@ def open_reward(spec: str, *, mesh: Mesh | None = None, batch_size: int = 64) ->
       RewardError: an unknown name, or a label that the classifier does not have.
       OSError, ValueError: the folder cannot be read; see `huggingface.load`.
     """
-    kind, _, argument = spec.partition(":")
-    if kind == "reviews":
-        return exact_reviews(argument or "probability")
-    if kind == "classifier" and argument:
-        folder, colon, label = argument.rpartition(":")
-        if not colon or storage.as_path(argument).is_dir():
-            folder, label = argument, "POSITIVE"
-        return classifier(folder, label, mesh=mesh, batch_size=batch_size)
-    if kind == "reward_model" and argument:
-        # The import takes seconds, and imports torch where it is installed.
-        from transformers import AutoTokenizer
+    kind, argument = _kind_and_argument(spec)
+    return kind.open(argument, mesh, batch_size)
 
-        config, params, _ = huggingface.load(argument, mesh=mesh)
-        return scalar_head(
-            decoder.build(config),
-            params,
-            AutoTokenizer.from_pretrained(huggingface.pretrained_name(argument)),
-            name=spec,
-            offset=huggingface.read_centre(argument),
-            mesh=mesh,
-            batch_size=batch_size,
-        )
-    raise RewardError(f"reward {spec!r}: is not one of {SPECS}")
+
+def folder_of(spec: str) -> str:
+    """The model's folder, or hub name, that a reward reads; "" where it reads none.
+
+    Raises:
+      RewardError: an unknown name.
+    """
+    kind, argument = _kind_and_argument(spec)
+    return kind.folder(argument)
 
 
 def exact_reviews(kind: str = "probability") -> Reward:
@@ -310,3 +299,79 @@ def _pad(texts: Sequence[Sequence[int]], size: int, longest: int) -> tuple[np.nd
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:80] + "...")
+
+
+class RewardKind(NamedTuple):
+    """A kind of reward.
+
+    Attributes:
+      usage: how it is named, for a person.
+      open: (what follows the colon, mesh, batch size) -> the reward.
+      folder: what follows the colon -> the model's folder; "" where there is none.
+      needs_argument: whether something has to follow the colon.
+    """
+
+    usage: str
+    open: Callable[[str, Mesh | None, int], Reward]
+    folder: Callable[[str], str]
+    needs_argument: bool = True
+
+
+def _kind_and_argument(spec: str) -> tuple[RewardKind, str]:
+    name, _, argument = spec.partition(":")
+    kind = KINDS.get(name)
+    if kind is None or (kind.needs_argument and not argument):
+        usages = ", ".join(kind.usage for kind in KINDS.values())
+        raise RewardError(f"reward {spec!r}: is not one of {usages}")
+    return kind, argument
+
+
+def _open_reviews(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
+    del mesh, batch_size
+    return exact_reviews(argument or "probability")
+
+
+def _folder_and_label(argument: str) -> tuple[str, str]:
+    """Of FOLDER or FOLDER:LABEL; a folder's name may have a colon, too."""
+    folder, colon, label = argument.rpartition(":")
+    if not colon or label.startswith("//") or storage.as_path(argument).is_dir():
+        return argument, "POSITIVE"
+    return folder, label
+
+
+def _classifier_folder(argument: str) -> str:
+    return _folder_and_label(argument)[0]
+
+
+def _open_classifier(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
+    folder, label = _folder_and_label(argument)
+    return classifier(folder, label, mesh=mesh, batch_size=batch_size)
+
+
+def _open_reward_model(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
+    # The import takes seconds, and imports torch where it is installed.
+    from transformers import AutoTokenizer
+
+    config, params, _ = huggingface.load(argument, mesh=mesh)
+    return scalar_head(
+        decoder.build(config),
+        params,
+        AutoTokenizer.from_pretrained(
+            huggingface.pretrained_name(argument), trust_remote_code=False
+        ),
+        name=f"reward_model:{argument}",
+        offset=huggingface.read_centre(argument),
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+
+
+KINDS: dict[str, RewardKind] = {
+    "reviews": RewardKind(
+        "reviews, reviews:log_odds", _open_reviews, lambda argument: "", needs_argument=False
+    ),
+    "classifier": RewardKind(
+        "classifier:FOLDER, classifier:FOLDER:LABEL", _open_classifier, _classifier_folder
+    ),
+    "reward_model": RewardKind("reward_model:FOLDER", _open_reward_model, str),
+}

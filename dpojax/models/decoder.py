@@ -5,7 +5,7 @@ Letters of shapes: see `dpojax.models`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -107,11 +107,8 @@ def build(
     Raises:
       ValueError: an unknown remat policy or activation.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat: {remat!r} is not one of {', '.join(REMAT)}")
-    if config.activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: {config.activation!r} is not one of {known}")
+    _require_one_of(REMAT, remat=remat)
+    _require_one_of(ACTIVATIONS, activation=config.activation)
 
     def make(rngs: nnx.Rngs) -> Decoder:
         return Decoder(config, jnp.dtype(compute_dtype), remat, kernel, rngs)
@@ -148,6 +145,13 @@ def build(
 
     cast = partial(_cast, compute_dtype)
     return Model(config, init, apply, head, scores, prefill, decode, cast, kernel)
+
+
+def _require_one_of(known: Collection[str], **named: str) -> None:
+    """Raise ValueError for a name that is not known."""
+    for option, name in named.items():
+        if name not in known:
+            raise ValueError(f"{option}: {name!r} is not one of {', '.join(known)}")
 
 
 def _cast(dtype, params: Params) -> Params:

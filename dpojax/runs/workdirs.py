@@ -60,7 +60,8 @@ def share_stages(
 ) -> None:
     """Gives a run the folders of another one, such as the stages that both begin with."""
     for path in sorted(workdir.iterdir()):
-        if path.is_dir() and path.name not in ignore:
+        hidden = path.name.startswith(".")  # a write that was not finished
+        if path.is_dir() and not hidden and path.name not in ignore:
             share_folder(path, target / path.name)
 
 

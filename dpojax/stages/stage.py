@@ -17,7 +17,6 @@ A run calls a stage's methods in this order:
 from __future__ import annotations
 
 import abc
-import json
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -241,7 +240,7 @@ class Stage(abc.ABC):
     def save_summary(self, summary: Summary, text: str) -> None:
         """Writes summary.json and summary.txt into the stage's folder, by the first process."""
         if jax.process_index() == 0:
-            storage.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
 
 

@@ -16,6 +16,7 @@ from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data import reviews, sources
 from dpojax.data.records import Record
 from dpojax.data.vocabulary import train_tokenizer
+from dpojax.models.huggingface import pretrained_name
 from dpojax.stages.data import EMBEDDED, renamed_columns
 
 FOLDER = "tokenizer"  # of the workdir
@@ -49,9 +50,7 @@ def read_tokenizer(path: str) -> Any:
     """The tokenizer in a folder, of a bucket too, or of a hub name; code in a folder never runs."""
     from transformers import AutoTokenizer  # brings torch where that is installed
 
-    local = storage.as_path(path)
-    name = str(storage.local_copy(local)) if local.is_dir() else path
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(pretrained_name(path), trust_remote_code=False)
 
 
 def stop_tokens(tokenizer: Any, path: str) -> tuple[int, ...]:
@@ -68,11 +67,8 @@ def read_generation_config(path: str) -> Any | None:
         return None
     from transformers import GenerationConfig  # brings torch where that is installed
 
-    local = storage.as_path(path)
     try:
-        return GenerationConfig.from_pretrained(
-            str(storage.local_copy(local)) if local.is_dir() else path
-        )
+        return GenerationConfig.from_pretrained(pretrained_name(path))
     except OSError:
         return None
 

@@ -1,0 +1,192 @@
+"""What CONTRIBUTING.md says about adding something is enough: each addition here follows it."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.config.defaults import default_config
+from dpojax.data import records
+from dpojax.data.records import Record
+from dpojax.evaluation import rewards
+from dpojax.evaluation.rewards import Reward, RewardKind, open_reward
+from dpojax.jobs.job import pending
+from dpojax.methods import sft
+from dpojax.methods.preference import options
+from dpojax.runs import run as runs
+from dpojax.stages import registry
+from dpojax.stages.data import DataRequirements
+from dpojax.stages.language_stage import LanguageStage
+from dpojax.training.metrics import read_metrics
+
+from .jobs.small_jobs import job as small_job
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = {
+    "model.width": 16,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.mlp_width": 16,
+    "model.max_positions": 128,
+    "tokens.max_length": 96,
+    "preference.data.limit": 24,
+    "preference.data.eval_limit": 6,
+    "preference.batch_size": 8,
+    "preference.steps": 2,
+    "max_buckets": 1,
+    "log_every": 1,
+    "tensorboard": False,
+}
+
+
+def tiny(**changes):
+    config = default_config()
+    config.update_from_flattened_dict(TINY | changes)
+    return config
+
+
+def test_every_file_that_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {
+        word.strip("`,:;.()")
+        for word in text.split()
+        if "/" in word and word.strip("`,:;.()").endswith((".py", ".md"))
+    }
+    there = [name for name in named if "<" not in name and "**" not in name]
+    assert len(there) > 8
+    for name in there:
+        assert (ROOT / name).exists() or (ROOT / "dpojax" / name).exists(), name
+
+
+def test_the_table_of_packages_is_the_order_that_the_layout_test_checks():
+    from .test_layout import ORDER
+
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| 1 |")[1].split("\n\n")[0]
+    lines = ("| 1 |" + table).splitlines()
+    packages = [
+        {word.strip("`/") for word in line.split("|")[2].split() if word.startswith("`")}
+        for line in lines
+        if line.startswith("| ") and line.split("|")[1].strip().isdigit()
+    ]
+    assert packages == ORDER
+
+
+# A loss.
+
+
+def squared_margin(policy, reference, *, beta):
+    """(r_chosen - r_rejected - 1)^2 with implicit rewards; 1 at the reference."""
+    ratio = jax.tree.map(jnp.subtract, policy, reference)
+    return (beta * (ratio.chosen - ratio.rejected) - 1.0) ** 2
+
+
+def test_a_loss_trains_by_its_name(tmp_path, monkeypatch):
+    entry = options.Loss(squared_margin, margin_only=True)
+    monkeypatch.setitem(options.LOSS_TABLE, "squared_margin", entry)
+    changes = {"stages": ("preference",), "preference.loss": "squared_margin"}
+    runs.run(tiny(**changes), str(tmp_path / "run"))
+    identity, first = read_metrics(tmp_path / "run" / "preference")[:2]
+    assert identity["loss/at_reference"] == 1.0  # its closed form, found from the function
+    assert first["loss"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_loss_with_an_argument_from_nowhere_says_where_to_add_it(monkeypatch):
+    def strange(policy, *, moonlight):
+        return policy.chosen * moonlight
+
+    monkeypatch.setitem(options.LOSS_TABLE, "strange", options.Loss(strange))
+    with pytest.raises(TypeError, match=r"'moonlight' .*FORMS.*arguments\.py.*OPTIONS"):
+        options.resolve("strange", {})
+
+
+# A stage.
+
+
+class Imitation(LanguageStage):
+    """Imitates the rejected responses' betters: SFT on preference data, as a stage of its own."""
+
+    name = "imitation"
+
+    @classmethod
+    def objective_of(cls, run):
+        return sft.objective()
+
+    @property
+    def requirements(self):
+        return DataRequirements("best")
+
+
+def test_a_stage_runs_beside_the_others(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.STAGES, "imitation", Imitation)
+    config = tiny(**{"sft.data.limit": 24, "sft.data.eval_limit": 6, "sft.batch_size": 8})
+    with config.unlocked():
+        config.imitation = config.sft.copy_and_resolve_references()
+    config.stages, config.imitation.steps, config.preference.steps = (
+        ("imitation", "preference"),
+        2,
+        1,
+    )
+    config.imitation.learning_rate = 1e-2
+    runs.run(config, str(tmp_path / "run"))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "imitation", "eval")]
+    vocabulary = 64  # of the embedded task, about: a new model predicts each token alike
+    assert losses[0] == pytest.approx(np.log(vocabulary), rel=0.3)
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "run" / "finished.json").exists()
+
+
+# A form of data.
+
+
+def test_a_form_is_found_from_its_fields(monkeypatch):
+    def parse(fields):
+        better, worse = fields["good"], fields["bad"]
+        return Record(fields.id, fields.text("question"), (better, worse))
+
+    form = records.Form("question, good, bad", lambda row: {"good", "bad"} <= row.keys(), parse)
+    monkeypatch.setitem(records.FORMS, "good_bad", form)
+    row = {"question": "why?", "good": " because", "bad": " no"}
+    assert records.detect(row) == "good_bad"
+    record = records.parse(row, "file:1")
+    assert (record.prompt, record.responses) == ("why?", (" because", " no"))
+    assert records.detect({"prompt": "a", "chosen": "b", "rejected": "c"}) == "pair"
+
+
+# A judge.
+
+
+def test_a_reward_is_opened_by_its_name(monkeypatch):
+    def open_length(argument, mesh, batch_size):
+        def length(prompts, responses):
+            return [len(text) for text in responses]
+
+        return Reward("length", length, "length")
+
+    kind = RewardKind("length", open_length, lambda argument: "", needs_argument=False)
+    monkeypatch.setitem(rewards.KINDS, "length", kind)
+    assert open_reward("length")(["p", "p"], ["a", "abc"]).tolist() == [1.0, 3.0]
+    with pytest.raises(rewards.RewardError, match=r"'height'.*reviews.*length"):
+        open_reward("height")
+
+
+# A launcher.
+
+
+def launch_in_subprocesses(jobs):
+    """The smallest executor: each command in a process of its own, when its needs are met."""
+    while to_do := pending(jobs):
+        names = {job.name for job in to_do}
+        job = next(job for job in to_do if names.isdisjoint(job.needs))
+        subprocess.run([sys.executable, *job.command[1:]], check=True, cwd=ROOT)
+
+
+def test_a_launcher_needs_the_commands_alone(tmp_path):
+    second = small_job(tmp_path, "second", needs=("first",))
+    launch_in_subprocesses([second, small_job(tmp_path, "first")])
+    first, second = ((tmp_path / name).stat().st_mtime_ns for name in ("first", "second"))
+    assert first < second
