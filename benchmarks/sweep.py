@@ -114,7 +114,10 @@ def make_inputs(folder: pathlib.Path, shape: Shape, steps: int) -> None:
     params = jax.jit(decoder.build(config).init)(jax.random.key(0))
     huggingface.save(folder / "policy", config, params, tokenizer=tokenizer)
     rng = np.random.default_rng(0)
-    text = lambda count: " ".join(f"t{i}" for i in rng.integers(3, shape.vocabulary, count))
+
+    def text(count: int) -> str:
+        return " ".join(f"t{i}" for i in rng.integers(3, shape.vocabulary, count))
+
     for split, pairs in (("train", steps * shape.pairs), ("eval", 4 * shape.pairs)):
         lines = [
             {

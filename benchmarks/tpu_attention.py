@@ -63,7 +63,7 @@ def _compiled(lower: Callable[[], jax.stages.Lowered]) -> str:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return f"  does not fit: {re.search('[0-9.]+[MG]', str(error))[0]} wanted"
+        return f"  does not fit: needs {re.search('[0-9.]+[MG]', str(error))[0]}"
     return f"{gib(temporary_bytes(compiled)):>12}{time.perf_counter() - began:>11.0f}"
 
 

@@ -153,8 +153,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
             samples.append({"seconds": seconds, "matmul": rate, "others": share})
     quiet = [s for s in samples if s["others"] < QUIET]
     used = quiet if len(quiet) >= min(3, steps) else samples
-    median = lambda value: statistics.median(map(value, used))
-    seconds = median(lambda s: s["seconds"])
+    seconds = statistics.median(s["seconds"] for s in used)
     ((memory, peak),) = memory_bytes().items()  # the name says whose
     return {
         **case._asdict(),
@@ -164,8 +163,8 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "pairs_per_second": case.pairs / seconds,
         "tokens_per_second": int((rows.segment > 0).sum()) / seconds,
         "model_gflops_per_second": flops / seconds / 1e9,
-        "matmul_gflops_per_second": median(lambda s: s["matmul"]) / 1e9,
-        "utilisation": median(lambda s: flops / s["seconds"] / s["matmul"]),
+        "matmul_gflops_per_second": statistics.median(s["matmul"] for s in used) / 1e9,
+        "utilisation": statistics.median(flops / s["seconds"] / s["matmul"] for s in used),
         "peak_gib": peak / 2**30,
         "memory": memory,
         "compile_seconds": compile_seconds,
@@ -227,12 +226,16 @@ def make_model(case: Case) -> decoder.Model:
 def synthetic_rows(case: Case) -> Rows:
     """One optimiser batch of random tokens, all lengths equal, in one micro-batch."""
     rng = np.random.default_rng(0)
-    ids = lambda length: rng.integers(0, case.vocabulary, length, np.int32)
-    responses = lambda: tuple(ids(case.response) for _ in range(case.responses))
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(0, case.vocabulary, length, np.int32)
+
     whole, batch = (False,) * case.responses, range(case.pairs)
-    examples = [
-        Example(f"synthetic:{i + 1}", ids(case.prompt), responses(), whole, None) for i in batch
-    ]
+    examples = []
+    for i in batch:
+        prompt = ids(case.prompt)
+        responses = tuple(ids(case.response) for _ in range(case.responses))
+        examples.append(Example(f"synthetic:{i + 1}", prompt, responses, whole, None))
     tokens = case.prompt + case.responses * case.response  # of one example
     length = case.row_length or tokens
     rows = -(-case.pairs // (length // tokens))

@@ -62,7 +62,16 @@ PACKAGES = {
     "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8", "optax==0.2.8"),
 }
 COMPLETE = "complete.json"  # in an environment: the packages that were installed to the end
-TOLD = ("jax", "torch", "transformers", "trl", "accelerate", "google-tunix", "flax", "optax")
+SHOWN_PACKAGES = (
+    "jax",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "google-tunix",
+    "flax",
+    "optax",
+)
 SOURCES = {  # of real lengths: a file below --data, and its form
     "hh": ("hh-rlhf/helpful-single-turn/train_gt.jsonl.gz", "hh"),
     "tldr": ("summarize-from-feedback/comparisons", "comparison"),
@@ -86,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
             case = CASES[name]
             if case.lengths in SOURCES:
                 case = case._replace(lengths=_lengths(case.lengths, args.data, folder))
-            found = _measure(name, case, pythons, args)
-            record["cases"].append(found)
-            print(_table(found), flush=True)
+            case_record = _measure(name, case, pythons, args)
+            record["cases"].append(case_record)
+            print(_table(case_record), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(record, indent=2) + "\n")
-    if any(_differing(found) or _lonely(found) for found in record["cases"]):
+    if any(_differing(case_record) or _lonely(case_record) for case_record in record["cases"]):
         sys.exit(1)
 
 
@@ -113,7 +122,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _measure(name: str, case: Case, pythons: dict[str, str], args: argparse.Namespace) -> dict:
     """Every round's result of every system."""
     systems = {x: SYSTEMS[x] for x in args.systems if case.family in SYSTEMS[x].families}
-    found: dict = {system: [] for system in systems}
+    by_system: dict = {system: [] for system in systems}
     extra: dict = {system: {} for system in systems}
     with tempfile.TemporaryDirectory() as folder:
         case = case._replace(weights=str(pathlib.Path(folder) / "weights"))
@@ -129,9 +138,9 @@ def _measure(name: str, case: Case, pythons: dict[str, str], args: argparse.Name
                 if result.get("failed") == "SIGILL" and not extra[title]:
                     extra[title] = NO_AMX
                     result = _run(python, system, case, args.steps, NO_AMX)
-                found[title].append(result)
+                by_system[title].append(result)
     about = {"case": name, **case._asdict(), "rounds": args.rounds, "steps": args.steps}
-    return about | {"variables": extra, "systems": found}
+    return about | {"variables": extra, "systems": by_system}
 
 
 def _run(python: str, system: System, case: Case, steps: int, extra: dict[str, str]) -> dict:
@@ -172,8 +181,8 @@ def _installed(python: str) -> dict:
     """Python's version and those of all packages of an environment."""
     program = (
         "import importlib.metadata, json, platform;"
-        "found = {x.name: x.version for x in importlib.metadata.distributions()};"
-        "print(json.dumps({'python': platform.python_version(), 'packages': found}))"
+        "versions = {x.name: x.version for x in importlib.metadata.distributions()};"
+        "print(json.dumps({'python': platform.python_version(), 'packages': versions}))"
     )
     done = subprocess.run([python, "-c", program], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
@@ -238,14 +247,14 @@ def _gap(rounds: list[dict], against: list[dict]) -> Gap:
     if any(len(result["computed"]) < len(against[0]["computed"]) for result in rounds):
         return Gap(math.nan, math.nan, 0)
     both = [
-        (own, other)
+        (step, first)
         for result in rounds
-        for own, other in zip(result["computed"], against[0]["computed"])
+        for step, first in zip(result["computed"], against[0]["computed"])
     ]
     return Gap(
-        loss=_largest(abs(own["loss"] - other["loss"]) for own, other in both),
-        norm=_largest(abs(own["norm"] / other["norm"] - 1) for own, other in both),
-        scored=max(abs(own["scored"] - other["scored"]) for own, other in both),
+        loss=_largest(abs(step["loss"] - first["loss"]) for step, first in both),
+        norm=_largest(abs(step["norm"] / first["norm"] - 1) for step, first in both),
+        scored=max(abs(step["scored"] - first["scored"]) for step, first in both),
     )
 
 
@@ -255,22 +264,25 @@ def _largest(gaps: Iterable[float]) -> float:
     return next(filter(math.isnan, gaps), max(gaps))
 
 
-def _gaps(found: dict) -> dict[str, Gap]:
+def _gaps(case_record: dict) -> dict[str, Gap]:
     """Of every system that ran, to the first of them."""
-    ran = {x: rounds for x, rounds in found["systems"].items() if not _failed(rounds)}
+    ran = {x: rounds for x, rounds in case_record["systems"].items() if not _failed(rounds)}
     return {title: _gap(rounds, next(iter(ran.values()))) for title, rounds in ran.items()}
 
 
-def _differing(found: dict) -> list[str]:
+def _differing(case_record: dict) -> list[str]:
     """The systems that compute something else than the first one."""
-    loss, norm = TOLERANCE[found["dtype"]]
-    same = lambda gap: gap.loss <= loss and gap.norm <= norm and gap.scored == 0
-    return [title for title, gap in _gaps(found).items() if not same(gap)]
+    loss, norm = TOLERANCE[case_record["dtype"]]
+    return [
+        title
+        for title, gap in _gaps(case_record).items()
+        if not (gap.loss <= loss and gap.norm <= norm and gap.scored == 0)
+    ]
 
 
-def _lonely(found: dict) -> bool:
+def _lonely(case_record: dict) -> bool:
     """Whether of several systems fewer than two ran: nothing was compared."""
-    return len(_gaps(found)) < min(2, len(found["systems"]))
+    return len(_gaps(case_record)) < min(2, len(case_record["systems"]))
 
 
 def _failed(rounds: list[dict]) -> str:
@@ -281,34 +293,34 @@ def _heading(record: dict) -> str:
     machine, lines = record["machine"], []
     lines.append(f"{machine['date']}, {machine['cores']} x {machine['cpu']}, {machine['commit']}")
     for name, about in record["environments"].items():
-        packages = [f"{x} {about['packages'][x]}" for x in TOLD if x in about["packages"]]
+        packages = [f"{x} {about['packages'][x]}" for x in SHOWN_PACKAGES if x in about["packages"]]
         lines.append(f"{name}: Python {about['python']}, {', '.join(packages)}")
     return "\n".join(lines)
 
 
-def _table(found: dict) -> str:
+def _table(case_record: dict) -> str:
     """Medians by system; ratios to dpojax are of the same round."""
-    ours, gaps = found["systems"].get("dpojax"), _gaps(found)
+    ours, gaps = case_record["systems"].get("dpojax"), _gaps(case_record)
     lines = [
-        f"\n{found['case']}: seconds per step, by round; the ratio to dpojax; peak GiB; how far "
-        "loss (nats) and gradient norm (relative) are from the first system's"
+        f"\n{case_record['case']}: seconds per step, by round; the ratio to dpojax; peak GiB; how "
+        "far loss (nats) and gradient norm (relative) are from the first system's"
     ]
-    for title, rounds in found["systems"].items():
-        extra = found["variables"][title].items()
+    for title, rounds in case_record["systems"].items():
+        extra = case_record["variables"][title].items()
         set_ = "".join(f"  (SIGILL without {name}={value})" for name, value in extra)
         if failed := _failed(rounds):
             lines.append(f"{title:<24}failed: {failed}{set_}")
             continue
         line = f"{title:<24}" + "  ".join(f"{x['median']:7.2f}" for x in rounds)
         if ours and not _failed(ours):
-            ratios = [x["median"] / own["median"] for x, own in zip(rounds, ours, strict=True)]
+            ratios = [x["median"] / our["median"] for x, our in zip(rounds, ours, strict=True)]
             line += f"  {statistics.mean(ratios):6.2f}"
         peak = max(x["peak_gib"] for x in rounds)
         others = max(sample["others"] for x in rounds for sample in x["samples"])
         gap = gaps[title]
         line += f"  {peak:6.2f}  {gap.loss:.0e}  {gap.norm:.0e}"
         lines.append(f"{line}  (others had up to {100 * others:.0f} % of the machine){set_}")
-    for title in _differing(found):
+    for title in _differing(case_record):
         lines.append(f"{title} COMPUTES SOMETHING ELSE: {gaps[title]}")
     return "\n".join(lines)
 

@@ -44,8 +44,8 @@ def test_the_tiny_case_prints_its_row_and_writes_its_fields(tmp_path):
     assert result["rows"] == "16 x 192"
     assert result["tokens_per_second"] * seconds == pytest.approx(16 * 3 * 64)
     assert result["pairs_per_second"] * seconds == pytest.approx(16)
-    wanted = flops(4, 256, 8192, 16 * 3 * 64, 16 * 2 * 64, passes=3)
-    assert result["model_gflops_per_second"] * seconds * 1e9 == pytest.approx(wanted)
+    expected = flops(4, 256, 8192, 16 * 3 * 64, 16 * 2 * 64, passes=3)
+    assert result["model_gflops_per_second"] * seconds * 1e9 == pytest.approx(expected)
 
     # Weights, gradient and two moments, in float32, are there at once.
     parameters = 4 * 12 * 256**2 + 8192 * 256
@@ -62,9 +62,9 @@ def test_a_live_reference_costs_one_more_pass_forward():
     case = Case(2, 32, 2, 50, pairs=3, prompt=4, response=5, reference="live", row_length=14)
     result = measure(case, steps=1)
     assert result["rows"] == "3 x 14"
-    wanted = flops(2, 32, 50, 3 * 14, 3 * 10, passes=4)
+    expected = flops(2, 32, 50, 3 * 14, 3 * 10, passes=4)
     measured = result["model_gflops_per_second"] * result["seconds_per_step"] * 1e9
-    assert math.isclose(measured, wanted, rel_tol=1e-9)
+    assert math.isclose(measured, expected, rel_tol=1e-9)
 
 
 def test_the_sampler_is_timed_against_transformers_on_the_same_tokens(tmp_path, capsys):
@@ -74,10 +74,10 @@ def test_the_sampler_is_timed_against_transformers_on_the_same_tokens(tmp_path, 
     out = tmp_path / "sampler.json"
     shape = ["--layers", "1", "--width", "64", "--prompts", "2", "--samples", "2", "--tokens", "3"]
     sampler.main([*shape, "--rounds", "1", "--json", str(out)])
-    (found,) = json.loads(out.read_text())
-    assert (found["prompts"], found["samples"], found["tokens"]) == (2, 2, 3)
-    assert found["ours"] / found["torch"] == pytest.approx(found["ratio"])
-    assert found["cpu_ratio"] > 0
+    (result,) = json.loads(out.read_text())
+    assert (result["prompts"], result["samples"], result["tokens"]) == (2, 2, 3)
+    assert result["ours"] / result["torch"] == pytest.approx(result["ratio"])
+    assert result["cpu_ratio"] > 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {8}
     assert rows[-1].startswith("| 2 x 2 | 3 |")
@@ -97,13 +97,13 @@ def test_every_system_gets_the_same_pairs_of_the_lengths_asked_for(tmp_path):
     lengths = [[3, 4, 5], [6, 2, 7], [1, 1, 1], [2, 3, 4]]
     (tmp_path / "lengths.json").write_text(json.dumps(lengths))
     case = CASES["tiny"]._replace(lengths=str(tmp_path / "lengths.json"), pairs=2)
-    found = batches(read_case(json.dumps(case._asdict())), 2)
-    assert [[len(ids) for ids in pair] for batch in found for pair in batch] == lengths
-    assert found == batches(case, 2)
-    ids = {i for batch in found for pair in batch for i in (*pair.prompt, *pair.chosen[:-1])}
+    made = batches(read_case(json.dumps(case._asdict())), 2)
+    assert [[len(ids) for ids in pair] for batch in made for pair in batch] == lengths
+    assert made == batches(case, 2)
+    ids = {i for batch in made for pair in batch for i in (*pair.prompt, *pair.chosen[:-1])}
     assert min(ids) >= 4
     assert max(ids) < case.vocabulary
-    assert {pair.chosen[-1] for batch in found for pair in batch} == {1}
+    assert {pair.chosen[-1] for batch in made for pair in batch} == {1}
 
 
 def test_ours_and_a_plain_torch_step_compute_the_same_losses_and_gradients(
@@ -121,15 +121,15 @@ def test_ours_and_a_plain_torch_step_compute_the_same_losses_and_gradients(
     what = ["--cases", "check-llama", "--systems", "dpojax", "plain torch", "--json", str(out)]
     versus.main(["--environments", str(tmp_path), *what, "--rounds", "1", "--steps", "2"])
     record = json.loads(out.read_text())
-    (found,) = record["cases"]
-    steps = {name: rounds[0]["computed"] for name, rounds in found["systems"].items()}
+    (case_record,) = record["cases"]
+    steps = {name: rounds[0]["computed"] for name, rounds in case_record["systems"].items()}
     assert len(steps["dpojax"]) == len(steps["plain torch"]) == 3
     assert steps["dpojax"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(steps["dpojax"][1]["loss"] - math.log(2)) > 1e-4  # an update that shows
-    for own, other in zip(steps["dpojax"], steps["plain torch"], strict=True):
-        assert own["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert own["norm"] == pytest.approx(other["norm"], rel=1e-4)
-        assert own["scored"] == other["scored"]
+    for ours, theirs in zip(steps["dpojax"], steps["plain torch"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-4)
+        assert ours["scored"] == theirs["scored"]
     assert record["environments"]["dpojax"]["packages"]["jax"] == jax.__version__
     assert {"date", "cpu", "commit"} <= set(record["machine"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "of the machine" in line]
@@ -180,9 +180,9 @@ def test_an_environment_is_finished_once_and_again_when_it_is_for_other_packages
     with pytest.raises(KeyboardInterrupt):
         versus._python(tmp_path, "torch")
     made = [["-m", "venv", str(tmp_path / "torch")], ["-m", "pip", "install"]]
-    for wanted in (made * 2, made * 2):
+    for expected in (made * 2, made * 2):
         assert versus._python(tmp_path, "torch") == str(tmp_path / "torch" / "bin" / "python")
-        assert calls == wanted
+        assert calls == expected
     monkeypatch.setitem(versus.PACKAGES, "torch", ("torch==3",))
     versus._python(tmp_path, "torch")
     assert calls == made * 3

@@ -15,17 +15,17 @@ def members_that_take(seconds) -> list[dict]:
     """Records of 1, 2, 4, 8 members, exact but for their times."""
     case = TINY._asdict()
     fixed = {"study": "members", "case": case, "rows": 2, "scored": 8, "compile_seconds": 1.0}
-    found = []
+    records = []
     for count in (1, 2, 4, 8):
-        own = fixed | {
+        record = fixed | {
             "x": count,
             "members": count,
             "devices": 1,
             "samples": [seconds(count), 99.0],
         }
-        own |= {"temporary": 100 + count, "arguments": count}
-        found.append(own | {"flops": step_flops(own)})
-    return found
+        record |= {"temporary": 100 + count, "arguments": count}
+        records.append(record | {"flops": step_flops(record)})
+    return records
 
 
 def test_factors_are_not_negative_and_the_last_point_is_foretold_by_the_others():
@@ -50,11 +50,17 @@ def test_a_table_may_be_reduced_once_more_but_not_once_for_each_chunk(reduced, h
     for size in (64, 128, 256, 512):
         case = TINY._replace(vocabulary=size, max_logits=512)
         table = 4 * size * case.width
-        own = {"study": "chunks", "case": case._asdict(), "x": size, "mesh": "data", "devices": 1}
-        own |= {"rows": 2, "scored": 8, "members": 0, "matrices": 0}
-        own["parameters"] = 9_000 + size * case.width
-        own |= {"collective_bytes": {"all-reduce": 36_000 + table + reduced(size) * table}}
-        records.append(own | {"flops": step_flops(own)})
+        record = {
+            "study": "chunks",
+            "case": case._asdict(),
+            "x": size,
+            "mesh": "data",
+            "devices": 1,
+        }
+        record |= {"rows": 2, "scored": 8, "members": 0, "matrices": 0}
+        record["parameters"] = 9_000 + size * case.width
+        record |= {"collective_bytes": {"all-reduce": 36_000 + table + reduced(size) * table}}
+        records.append(record | {"flops": step_flops(record)})
     bytes_, flops = curves(records)
     assert (bytes_.quantity, bytes_.holds, flops.holds) == ("collective bytes", holds, True)
 

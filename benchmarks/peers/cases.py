@@ -85,8 +85,8 @@ class Pair(NamedTuple):
     rejected: list[int]
 
 
-class Found(NamedTuple):
-    """What a step computed, which is the same in every system."""
+class StepResult(NamedTuple):
+    """What a step computed; every system has to give the same numbers."""
 
     loss: float  # nats, the mean of the batch, before the update
     norm: float  # of the gradient, before clipping
@@ -105,20 +105,25 @@ def batches(case: Case, count: int) -> list[list[Pair]]:
         lengths = np.random.default_rng(1).integers(2, np.array(lengths) + 1).tolist()
     elif case.lengths:
         lengths = json.loads(pathlib.Path(case.lengths).read_text())
-    ids = lambda n: rng.integers(SPECIAL, case.vocabulary, n).tolist()
-    end = lambda n: [*ids(n - 1), 1]
-    pairs = [Pair(ids(p), end(c), end(r)) for p, c, r in lengths[: case.pairs * count]]
+
+    def ids(length: int) -> list[int]:
+        return rng.integers(SPECIAL, case.vocabulary, length).tolist()
+
+    def ended(length: int) -> list[int]:
+        return [*ids(length - 1), 1]
+
+    pairs = [Pair(ids(p), ended(c), ended(r)) for p, c, r in lengths[: case.pairs * count]]
     return [pairs[i * case.pairs : (i + 1) * case.pairs] for i in range(count)]
 
 
-def report(step: Callable[[int], Found], steps: int, **about) -> None:
-    """Time `step(0)`, `step(1)`, ...; print what was found as the last line."""
-    clock, found = Clock(), []
+def report(step: Callable[[int], StepResult], steps: int, **about) -> None:
+    """Time `step(0)`, `step(1)`, ...; print the results as the last line."""
+    clock, results = Clock(), []
     for index in range(WARM + steps):
         clock.start()
-        found.append(step(index))
+        results.append(step(index))
         clock.stop()
-    clock.report(found, **about)
+    clock.report(results, **about)
 
 
 class Clock:
@@ -137,9 +142,9 @@ class Clock:
         share = (_others_cpu_seconds() - self.others) / seconds / os.cpu_count()
         self.samples.append({"seconds": seconds, "others": share})
 
-    def report(self, computed: list[Found], **about) -> None:
+    def report(self, computed: list[StepResult], **about) -> None:
         warm, timed = self.samples[: self.warm], self.samples[self.warm :]
-        found = {
+        record = {
             "first": warm[0]["seconds"],
             "median": statistics.median(sample["seconds"] for sample in timed),
             "samples": timed,
@@ -147,7 +152,7 @@ class Clock:
             "peak_gib_before": self.before,
             "computed": [step._asdict() for step in computed],
         }
-        print(json.dumps(found | about), flush=True)
+        print(json.dumps(record | about), flush=True)
 
 
 def _peak_gib() -> float:

@@ -7,12 +7,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import BETA, CLIP, WARM, Case, Found, Pair, batches, read_case, report
+from cases import BETA, CLIP, WARM, Case, Pair, StepResult, batches, read_case, report
 
 from dpojax import sharding
 from dpojax.config.defaults import default_config
 from dpojax.data.packing import plan
-from dpojax.data.rows import collate
+from dpojax.data.rows import Rows, collate
 from dpojax.data.tokenise import Example
 from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
@@ -30,23 +30,29 @@ def main(case: Case, steps: int) -> None:
     with jax.set_mesh(mesh):
         shape, params, _ = huggingface.load(case.weights, mesh=mesh)
         model = decoder.build(shape, compute_dtype=jnp.dtype(case.dtype), remat=config.model.remat)
-        given = [pair for batch in batches(case, WARM + steps) for pair in batch]
-        examples = [_example(f"pair {i}", pair) for i, pair in enumerate(given)]
-        parts = [range(i, i + case.pairs) for i in range(0, len(given), case.pairs)]
+        pairs = [pair for batch in batches(case, WARM + steps) for pair in batch]
+        examples = [_example(f"pair {i}", pair) for i, pair in enumerate(pairs)]
+        parts = [range(i, i + case.pairs) for i in range(0, len(pairs), case.pairs)]
         costs = packing_costs(shape, params, mesh, remat=config.model.remat, dtype=case.dtype)
         planned = plan(examples, parts, costs=costs)
-        collated = lambda part: collate(examples, part, planned)
+
+        def collated(part: range) -> Rows:
+            return collate(examples, part, planned)
 
         frozen = jax.tree.map(jnp.copy, params)
         score = jax.jit(build_score(model, max_logits=config.max_logits))
         if case.reference == "cached":
-            logprob = lambda rows: score(frozen, sharding.put_rows(rows, mesh)).logprob
+            weights = frozen
+
+            def logprob(rows: Rows) -> jax.Array:
+                return score(weights, sharding.put_rows(rows, mesh)).logprob
+
             store = compute(logprob, examples, map(collated, parts))
             frozen = None
 
         train, state = _train(model, params, config, mesh, case.learning_rate)
 
-        def step(index: int) -> Found:
+        def step(index: int) -> StepResult:
             nonlocal state
             rows = collated(parts[index])
             scored = int((rows.response >= 0).sum())
@@ -55,10 +61,10 @@ def main(case: Case, steps: int) -> None:
             else:
                 rows = sharding.put_rows(rows, mesh)
                 rows = rows._replace(reference=score(frozen, rows).logprob)
-            state, found = train(state, rows)
-            assert bool(found.finite)  # waits for the device
-            loss, norm = found.metrics["loss"], found.metrics["grad_norm"]
-            return Found(float(loss.total / loss.weight), float(norm.total), scored)
+            state, step_report = train(state, rows)
+            assert bool(step_report.finite)  # waits for the device
+            loss, norm = step_report.metrics["loss"], step_report.metrics["grad_norm"]
+            return StepResult(float(loss.total / loss.weight), float(norm.total), scored)
 
         report(step, steps, shape=str(planned))
 

@@ -11,7 +11,7 @@ import copy
 import sys
 
 import torch
-from cases import BETA, CLIP, WARM, Case, Found, Pair, batches, read_case, report
+from cases import BETA, CLIP, WARM, Case, Pair, StepResult, batches, read_case, report
 from torch.nn import functional
 from torch_models import build
 
@@ -22,15 +22,15 @@ def main(case: Case, steps: int) -> None:
     policy = build(case).train()
     reference = copy.deepcopy(policy).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=case.learning_rate, weight_decay=0.0)
-    given = batches(case, WARM + steps)
-    frozen = [None] * len(given)
+    all_batches = batches(case, WARM + steps)
+    frozen = [None] * len(all_batches)
     if case.reference == "cached":
         with torch.no_grad():
-            frozen = [_logprobs(reference, _padded(batch), case) for batch in given]
+            frozen = [_logprobs(reference, _padded(batch), case) for batch in all_batches]
         del reference
 
-    def step(index: int) -> Found:
-        batch = _padded(given[index])
+    def step(index: int) -> StepResult:
+        batch = _padded(all_batches[index])
         logprobs, theirs = _logprobs(policy, batch, case), frozen[index]
         if theirs is None:
             with torch.no_grad():
@@ -42,7 +42,7 @@ def main(case: Case, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert torch.isfinite(loss.detach())
-        return Found(loss.item(), norm.item(), int((batch[2] != IGNORED).sum()))
+        return StepResult(loss.item(), norm.item(), int((batch[2] != IGNORED).sum()))
 
     report(step, steps)
 
@@ -63,16 +63,16 @@ def _padded(batch: list[Pair]) -> tuple[torch.Tensor, ...]:
 
 
 def _logprobs(model, batch, case: Case) -> torch.Tensor:
-    """Of every sequence's response."""
+    """The log-prob of every sequence's response, nats."""
     ids, mask, labels = batch
     low = torch.autocast("cpu", torch.bfloat16)
     with low if case.dtype == "bfloat16" else contextlib.nullcontext():
         logits = model(ids, attention_mask=mask).logits.float()
     labels = labels[:, 1:]
     scored = labels != IGNORED
-    wanted = labels.masked_fill(~scored, 0)[..., None]
-    found = logits[:, :-1].log_softmax(-1).gather(-1, wanted)[..., 0]
-    return (found * scored).sum(-1)
+    targets = labels.masked_fill(~scored, 0)[..., None]
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, targets)[..., 0]
+    return (logprobs * scored).sum(-1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_D
 
 import transformers
 import trl
-from cases import BETA, CLIP, WARM, Case, Clock, Found, batches, read_case
+from cases import BETA, CLIP, WARM, Case, Clock, StepResult, batches, read_case
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch_models import build
@@ -38,7 +38,7 @@ class Timer(transformers.TrainerCallback):
 
 
 class Trainer(trl.DPOTrainer):
-    """Of a data set that is token ids already; says how many tokens it scored."""
+    """For a data set that is token ids already; counts the tokens that it scores."""
 
     def __init__(self, *args, **more):
         self.scored: list[int] = []
@@ -90,11 +90,11 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
         )
         trainer.train()
     computed = zip(timer.losses_and_norms, trainer.scored, strict=True)
-    timer.clock.report([Found(loss, norm, scored) for (loss, norm), scored in computed])
+    timer.clock.report([StepResult(loss, norm, scored) for (loss, norm), scored in computed])
 
 
 def _tokenizer():
-    """Of which the trainer wants the padding and the end alone."""
+    """The trainer reads its padding and end tokens alone."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cases import BETA, CLIP, Case, Clock, Found, Pair, batches, read_case
+from cases import BETA, CLIP, Case, Clock, Pair, StepResult, batches, read_case
 from flax import nnx
 from tunix.models.llama3 import model as llama3
 from tunix.models.llama3.params import create_model_from_safe_tensors
@@ -25,13 +25,13 @@ WARM = 2  # its second step compiles again
 class Trainer(dpo_trainer.DPOTrainer):
     """tunix scores the reference in every step; here its log-probs may also come with the batch."""
 
-    def _prepare_inputs(self, given):
-        batch, reference = given
+    def _prepare_inputs(self, batch_and_reference):
+        batch, reference = batch_and_reference
         made = super()._prepare_inputs(batch)
         return made if reference is None else dataclasses.replace(made, **reference)
 
     def references(self, batch) -> dict[str, jax.Array]:
-        """The reference's log-probs of both responses, to be given with `batch`."""
+        """The reference's log-probs of both responses, to pass along with `batch`."""
         made = super()._prepare_inputs(batch)
         names = "ref_chosen_logps", "ref_rejected_logps"
         return {name: getattr(made, name) for name in names}
@@ -51,18 +51,21 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
             eval_every_n_steps=10**9, max_steps=WARM + steps, beta=BETA, max_inflight_computations=1
         ),
     )
-    given = batches(case, WARM + steps)
-    prompt = max(len(pair.prompt) for batch in given for pair in batch)
-    response = max(len(ids) for batch in given for pair in batch for ids in pair[1:])
-    padded = lambda batch: _padded(batch, prompt, response)
-    frozen = [None] * len(given)
+    all_batches = batches(case, WARM + steps)
+    prompt = max(len(pair.prompt) for batch in all_batches for pair in batch)
+    response = max(len(ids) for batch in all_batches for pair in batch for ids in pair[1:])
+
+    def padded(batch: list[Pair]) -> dpo_trainer.TrainingInput:
+        return _padded(batch, prompt, response)
+
+    frozen = [None] * len(all_batches)
     if case.reference == "cached":
-        frozen = [trainer.references(padded(batch)) for batch in given]
+        frozen = [trainer.references(padded(batch)) for batch in all_batches]
         trainer.forget_reference()
     clock, scored = Clock(WARM), []
 
     def timed():
-        for batch, reference in zip(given, frozen, strict=True):
+        for batch, reference in zip(all_batches, frozen, strict=True):
             clock.start()
             made = padded(batch)
             scored.append(int(made.chosen_mask.sum() + made.rejected_mask.sum()))
@@ -71,9 +74,11 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
             clock.stop()
 
     trainer.train(timed())
-    history = lambda name: trainer.metrics_logger.get_metric_history("", name, "train").tolist()
-    found = zip(history("loss"), history("grad_norm"), scored, strict=True)
-    clock.report([Found(*values) for values in found])
+    losses, norms = (
+        trainer.metrics_logger.get_metric_history("", name, "train").tolist()
+        for name in ("loss", "grad_norm")
+    )
+    clock.report([StepResult(*values) for values in zip(losses, norms, scored, strict=True)])
 
 
 def _model(case: Case, checkpointing: bool) -> llama3.Llama3:
@@ -99,8 +104,8 @@ def _padded(batch: list[Pair], prompt: int, response: int) -> dpo_trainer.Traini
 
     def side(rows, length, left):
         ids = np.zeros((len(rows), length), np.int32)
-        for row, own in enumerate(rows):
-            ids[row, length - len(own) if left else 0 :][: len(own)] = own
+        for row, tokens in enumerate(rows):
+            ids[row, length - len(tokens) if left else 0 :][: len(tokens)] = tokens
         return ids, (ids > 0).astype(np.int32)
 
     fields = {}
