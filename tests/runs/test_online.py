@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpojax import storage
 from dpojax.data.records import DataError
 from dpojax.evaluation.frontier_points import read_points
 from dpojax.evaluation.policies import encode_prompts, response_texts
@@ -55,7 +54,7 @@ def make(folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A frontier whose other jobs are done: of its policy, preferences and samples; its figure."""
-    folder = storage.as_path(tmp_path_factory.mktemp("online"))
+    folder = tmp_path_factory.mktemp("online")
     save_model(folder / POLICY)
     write_parquet(folder / "labelled.parquet", texts(200))
     for done in ("sft/finished.json", "preferences/done-1of1"):

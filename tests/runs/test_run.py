@@ -313,7 +313,7 @@ def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finish
         (
             {"preference.beta": 0.0},
             ConfigError,
-            r"config\.preference\.beta = 0\.0: must be greater than 0",
+            r"config\.preference\.beta: must be greater than 0, got 0\.0",
         ),
         ({"preference.data.source": "no/such/file.jsonl"}, DataError, "file.jsonl"),
         ({"model.path": "no/such/folder", "tokenizer": ""}, ConfigError, "no/such/folder"),
@@ -390,7 +390,8 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     printed, folder = capsys.readouterr().out, tmp_path / "preference"
     assert (folder / "profile.txt").read_text().strip() in printed
     assert re.search(
-        r"preference: the compiled step needs \d+ MiB of each device \(\d+ MiB given", printed
+        r"preference: the compiled step needs \d+ MiB on each device \(\d+ MiB for arguments",
+        printed,
     )
     found = json.loads((folder / "profile.json").read_text())
     names = {"compilation and first step", "waiting for data", "steps", "evaluation"}
