@@ -17,9 +17,10 @@ from dpojax.config.errors import config_errors
 from dpojax.data import sources
 from dpojax.data.prompts import EMBEDDED, PREFIXES
 from dpojax.evaluation.rewards import folder_of
-from dpojax.models.huggingface import local_folder
+from dpojax.models.huggingface import CENTRE, local_folder
 
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+GENERATION = ("generation_config.json",)  # names ids that end a response
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
 TOKENIZER += ("chat_template*", "spiece*")
 ADAPTERS = ("adapter_*",)
@@ -64,12 +65,12 @@ def moved_keys(before: Mapping[str, Content], now: Mapping[str, Content]) -> set
 
 def _named(config: ConfigDict) -> Iterator[tuple[str, str, Callable[[str], str]]]:
     """(key, path, what hashes the content there), also of keys that name nothing ("")."""
-    yield "model.path", config.model.path, _files(WEIGHTS)
+    yield "model.path", config.model.path, _files((*WEIGHTS, *GENERATION))
     if config.tokenizer.startswith(TRAINED_HERE):
         yield from _data("sft", config)
     else:
         yield "tokenizer", config.tokenizer or config.model.path, _files(TOKENIZER)
-    yield "chat_template", config.chat_template, storage.content_hash
+    yield "chat_template", config.chat_template, _file
     if config.samples.reward:
         yield "samples.reward", config.samples.reward, _reward
         yield "samples.prompts", config.samples.prompts, _prompts
@@ -110,17 +111,29 @@ def _files(patterns: tuple[str, ...]) -> Callable[[str], str]:
     return content_hash
 
 
+def _file(name: str) -> str:
+    return storage.content_hash(storage.as_path(name))
+
+
 def _reward(spec: str) -> str:
-    """Of `evaluation.rewards.open_reward`'s names: those without a folder stand for themselves."""
+    """Hashes the kind, label and folder of a reward; one without a folder stands for itself."""
     folder = folder_of(spec)
-    return _files((*WEIGHTS, *TOKENIZER))(folder) if folder else spec
+    if not folder:
+        return spec
+    return _hash_of_use(spec, folder, _files((*WEIGHTS, CENTRE, *TOKENIZER))(folder))
 
 
 def _prompts(source: str) -> str:
-    source = source.removeprefix(PREFIXES)
-    if source == EMBEDDED:
+    """Hashes the file of prompts, its split, and whether its texts or their prefixes are meant."""
+    path, split = source.removeprefix(PREFIXES), ""
+    if path == EMBEDDED:
         return source
-    path, at, split = source.rpartition("@")
-    if not at or storage.as_path(source).exists():
-        path, split = source, ""
-    return sources.fingerprint(path, split=split or None)
+    if "@" in path and not storage.as_path(path).exists():
+        path, _, split = path.rpartition("@")
+    return _hash_of_use(source, path, sources.fingerprint(path, split=split or None))
+
+
+def _hash_of_use(spec: str, path: str, content_hash: str) -> str:
+    """A hash of what lies at a path, and of all that `spec` says besides the path."""
+    use = spec.replace(path, "PATH", 1)
+    return hashlib.sha256(f"{use} {content_hash}".encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -37,7 +38,7 @@ def resolve(config: ConfigDict, workdir: str | storage.Path) -> ResolvedRun:
     check_order(config.stages)
     tokenize_config(config.tokens)
     settings = {name: STAGES[name].resolve(config) for name in config.stages}
-    return ResolvedRun(FrozenConfigDict(config), folder, settings)
+    return ResolvedRun(FrozenConfigDict(config), folder, types.MappingProxyType(settings))
 
 
 def open_stage(setup: Setup, name: str) -> Stage:
