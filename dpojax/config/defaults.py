@@ -17,21 +17,23 @@ def default_config() -> ConfigDict:
     config.distributed = False  # several processes: call jax.distributed.initialize() first
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 takes the devices that are left
     config.model = _model()
-    # Folder or hub name; "" is the model's, or the embedded task's; train:8192 makes one of so many
-    # ids from the texts of sft.data.
+    # Folder or hub name. "" is the model's own, or the embedded task's. train:8192 makes one of
+    # 8192 ids from the texts of sft.data.
     config.tokenizer = ""
     config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
     config.tokens = _tokens()
-    # Folder of tokenised examples, which any number of runs may share; "" is inside the workdir (of
-    # a sweep or frontier: inside its own).
+    # Folder of tokenised examples, which any number of runs may share. "" is inside the workdir; the
+    # members of a sweep and the runs of a frontier share one inside its workdir.
     config.token_cache = ""
-    # Folder of compiled programs, which any number of runs may share: a later one starts sooner. ""
-    # is JAX_COMPILATION_CACHE_DIR (of a frontier: inside the workdir).
+    # Folder of compiled programs, which any number of runs may share, so that later ones start
+    # sooner. "" is JAX_COMPILATION_CACHE_DIR, or, for a frontier, inside its workdir.
     config.compilation_cache = ""
-    config.row_length = 0  # most tokens of a row; 0 chooses from the data
-    config.micro_rows = 0  # most rows of a micro-batch on all devices; 0 chooses a fast one
-    config.max_buckets = 4  # most sizes at which micro-batches are compiled: less padding
-    config.max_logits = 2**25  # float32 logits of a device at once (2**25 are 128 MiB)
+    config.row_length = 0  # largest number of tokens in a row; 0 chooses it from the data
+    # Largest number of rows of a micro-batch, on all devices together. A batch that has more is
+    # computed in several (gradient accumulation), with the same gradient. 0 chooses a fast number.
+    config.micro_rows = 0
+    config.max_buckets = 4  # sizes at which micro-batches are compiled; more means less padding
+    config.max_logits = 2**25  # float32 logits that a device holds at once (2**25 are 128 MiB)
     config.sft = _sft()
     config.preference = _dpo()
     config.reward = _reward()
@@ -40,12 +42,12 @@ def default_config() -> ConfigDict:
     config.samples = _samples()
     config.frontier = _frontier()
     config.sweep = _sweep()
-    config.check_memory = True  # refuse a stage that, by prediction, does not fit on a device
-    config.profile = False  # a trace, and a table of where the time went; not of PPO or a sweep
+    config.check_memory = True  # refuse a stage that is predicted not to fit on a device
+    config.profile = False  # trace, and tell where the time went; not for PPO or a sweep
     config.log_every = 10  # steps
     config.evaluate_every = 100
     config.checkpoint_every = 100
-    config.max_checkpoints = 2  # checkpoints of a stage
+    config.max_checkpoints = 2  # how many checkpoints of a stage stay on disk
     config.tensorboard = True
     return config.lock()
 
@@ -61,11 +63,13 @@ def _model() -> ConfigDict:
             kv_heads=4,
             mlp_width=384,
             max_positions=256,
-            compute_dtype="float32",  # or bfloat16: matrix products; masters stay float32
-            remat="dots",  # what a layer recomputes backward: nothing (none), all but dots, full
-            # xla; splash (TPU), cudnn (NVIDIA GPU, bfloat16) and flash (NVIDIA GPU), which keep no
-            # scores; auto: the platform's, on GPUs cudnn before flash, that can do what the model
-            # needs, else xla.
+            compute_dtype="float32",  # or bfloat16, of matrix products; weights stay float32
+            # What a layer computes again in its backward pass: nothing (none), everything but
+            # matrix products (dots), everything (full).
+            remat="dots",
+            # xla, or a kernel that stores no attention scores: splash (TPU), cudnn (NVIDIA GPU,
+            # bfloat16), flash (NVIDIA GPU). auto takes the platform's kernel if it can do what the
+            # model needs (on GPUs cudnn before flash), else xla.
             attention="auto",
         )
     )
@@ -92,11 +96,11 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
             split="",  # of a datasets name or folder, or of a JSON object of lists
             columns="",  # renames, "prompt=question,chosen=answer": our name = the file's
             form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text, classified
-            limit=train,  # use so many records; 0 is all (the embedded task makes this many)
+            limit=train,  # use this many records; 0 is all. The embedded task makes this many.
             eval_source="",  # "" holds out a share of `source`, whole prompts at a time
             eval_split="",
             eval_share=0.1,
-            eval_limit=evaluation,  # evaluate on so many of the held-out examples; 0 is all
+            eval_limit=evaluation,  # evaluate on this many held-out examples; 0 is all
         )
     )
 
@@ -123,12 +127,12 @@ def _optimizer(learning_rate: float) -> dict:
 def _lora() -> ConfigDict:
     return ConfigDict(
         dict(
-            rank=0,  # 0 is off: all weights are trained; else adapters over frozen weights
-            alpha=16.0,  # the product of a and b is multiplied by alpha / rank
+            rank=0,  # of adapters over frozen weights; 0 is off, and trains all weights
+            alpha=16.0,  # the product of an adapter's a and b is multiplied by alpha / rank
             targets=("attention/", "mlp/"),  # patterns found in paths such as blocks/mlp/up/kernel
             rank_stabilised=False,  # alpha / sqrt(rank) instead
             base_dtype="float32",  # of the frozen weights; bfloat16 halves them
-            # A folder of peft's to start from: its targets count, the other settings must be equal.
+            # A PEFT folder to start from. Its targets are taken; rank and scale must be equal.
             adapters="",
         )
     )
@@ -149,14 +153,17 @@ def _sft() -> ConfigDict:
 
 
 def _options() -> dict:
-    """Those of all losses. Left open, they are the loss's own default, if it has one; an option
-    that the loss does not have is an error."""
+    """The options of all losses.
+
+    An option that is left open takes the loss's own default, if it has one. An option that the loss
+    does not have is an error.
+    """
     number = lambda: placeholder(float)
     return dict(
         beta=number(),
         label_smoothing=number(),  # dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
         alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo
-        gamma=number(),  # simpo, alphapo: the wanted margin
+        gamma=number(),  # simpo, alphapo: the target margin
         tau=number(),  # discopop
         penalty=number(),  # dpop
         margin=number(),  # slic
@@ -172,7 +179,7 @@ def _options() -> dict:
         baseline="",  # bco, bco_unpaired: running or zero
         divergence="",  # of the margin losses: reverse_kl, forward_kl, js, alpha
         divergence_alpha=number(),
-        ld_alpha=number(),  # weight of the tokens that the shorter response has not (LD-DPO)
+        ld_alpha=number(),  # weight of tokens beyond the shorter response's length (LD-DPO)
         ld_weight_reference=placeholder(bool),
         wpo="",  # weigh pairs by the policy's likelihood: corrected or plain (WPO)
         wpo_clamp=number(),
@@ -185,14 +192,14 @@ def _dpo() -> ConfigDict:
             data=_data("reviews", 6_000, 500),
             loss="dpo",  # a name of docs/losses.md: ipo, simpo, kto, ...; "dpo+sft" is a mixture
             loss_weights=(),  # of a mixture: one for each
-            preset="",  # take open options from: paper, trl-1.16, halos, ... (losses.PRESETS)
+            preset="",  # where open options come from: paper, trl-1.16, ... (losses.PRESETS)
             **_options(),
-            lora=_lora(),  # a reference without a path is then the base, adapters off
+            lora=_lora(),  # under adapters, a reference without a path is their frozen base
             reference=ConfigDict(
                 dict(
                     kind="cached",  # or live: computed in every step
-                    # Of a live reference's weights; bfloat16 halves them. That of adapters is
-                    # their base itself, in lora.base_dtype.
+                    # Of a live reference's weights; bfloat16 halves them. Under adapters the
+                    # reference is their base, in lora.base_dtype.
                     dtype="float32",
                     path="",  # "" is the policy that the stage starts from
                     cache="",  # folder of cached log-probs; "" is inside the workdir
@@ -212,9 +219,9 @@ def _reward() -> ConfigDict:
         dict(
             data=_data("reviews", 6_000, 500),
             loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
-            margin_scale=0.0,  # bradley_terry: times the data's score gap is the wanted margin
-            centring=0.01,  # weight of the squared sum of a pair's, or ranking's, scores; 0 is off
-            keep_best=True,  # the result is the evaluation of the best accuracy, not the last step
+            margin_scale=0.0,  # bradley_terry: the target margin is this times the score gap
+            centring=0.01,  # weight of the squared sum of the scores of a pair or ranking; 0: off
+            keep_best=True,  # the result is the checkpoint of the best accuracy, not the last one
             batch_size=64,
             epochs=3,
             steps=0,
@@ -224,13 +231,15 @@ def _reward() -> ConfigDict:
 
 
 def _classifier() -> ConfigDict:
-    """A classifier of texts with labels: the decoder, with a logit for each label. Of a text only
-    the beginning is read, and of tokens.* nothing holds: it gets no EOS."""
+    """A classifier of texts with labels: the decoder, with a logit for each label.
+
+    Only the beginning of a text is read, without EOS. The keys tokens.* do not apply.
+    """
     return ConfigDict(
         dict(
             data=_data("", 0, 2_000),  # form classified; limits take records from all over a file
-            max_tokens=128,  # read so many tokens of a text, and cut off what follows
-            first_token=0,  # 0: learn at a text's last token; n: at every one from the n-th on
+            max_tokens=128,  # how many tokens of a text are read
+            first_token=0,  # 0: learn at a text's last token; n: at every token from the n-th on
             batch_size=64,
             epochs=1,
             steps=0,
@@ -240,22 +249,24 @@ def _classifier() -> ConfigDict:
 
 
 def _ppo() -> ConfigDict:
-    """PPO on the policy's own responses; an iteration draws, scores and learns from a batch.
+    """PPO on the policy's own responses: each iteration draws, scores and learns from a batch.
 
-    They are drawn as the policy has them, at temperature 1. Evaluations judge those to held-out
-    prompts (`samples`), by `reward` where samples.reward is empty."""
+    Responses are drawn at temperature 1. Evaluations draw responses to held-out prompts (`samples`),
+    and score them by `reward` where samples.reward is empty.
+    """
     return ConfigDict(
         dict(
             reward="reviews",  # or reviews:log_odds, classifier:FOLDER, reward_model:FOLDER
-            # The embedded task, a file with a field prompt, .txt, or prefixes:SOURCE[@SPLIT], the
-            # first 2 to 8 tokens of texts (those of a tenth of them are held out).
+            # The embedded task (reviews), a data file with a field prompt, a .txt file, or
+            # prefixes:SOURCE[@SPLIT]: the first 2 to 8 tokens of texts. A tenth of the texts is held
+            # out.
             prompts="reviews",
-            limit=8_000,  # use so many prompts; 0 is all of a file
+            limit=8_000,  # use this many prompts; 0 is all of a file
             steps=40,  # iterations
             batch_size=128,  # prompts of an iteration
             samples=1,  # responses to each
             max_new_tokens=64,
-            epochs=1,  # how often an iteration goes through its responses
+            epochs=1,  # passes of an iteration over its responses
             minibatches=4,  # optimiser steps of an epoch; a divisor of batch_size * samples
             # The schedule and its warm-up count iterations, and are the policy's alone.
             **_optimizer(1e-3) | dict(warmup_steps=0, schedule="linear"),
@@ -267,8 +278,9 @@ def _ppo() -> ConfigDict:
             gae_lambda=0.95,  # lambda of the advantages
             kl_coefficient=0.05,  # at the start, reward per nat
             kl_target=6.0,  # nats per response
-            kl_horizon=256.0,  # responses in which an error of 1 doubles it; 0 keeps it as it is
-            missing_eos_penalty=0.0,  # what a response that was cut loses of its reward
+            # In this many responses a relative error of 1 doubles the coefficient; 0 keeps it fixed.
+            kl_horizon=256.0,
+            missing_eos_penalty=0.0,  # taken off the reward of a response that did not stop
             max_kl=0.0,  # nats per token at which an iteration ends early; 0 is off
             entropy=0.0,  # bonus, in reward per nat; 0 is off
         )
@@ -276,8 +288,10 @@ def _ppo() -> ConfigDict:
 
 
 def _samples() -> ConfigDict:
-    """Responses drawn from the policy at every evaluation of a stage that has a reference: their
-    reward, KL and lengths are logged under samples/."""
+    """Responses drawn from the policy at every evaluation of a preference stage or of PPO.
+
+    Their reward, KL and lengths are logged under samples/.
+    """
     return ConfigDict(
         dict(
             reward="",  # "" is off; reviews, classifier:FOLDER, reward_model:FOLDER
@@ -294,15 +308,15 @@ def _frontier() -> ConfigDict:
     """What scripts/frontier.py needs besides the stages; scripts/train.py reads none of it."""
     return ConfigDict(
         dict(
-            # The true one: see samples.reward; or classifier, which first trains config.classifier
-            # from the SFT policy's weights.
+            # The true reward: see samples.reward. Or classifier, which first trains
+            # config.classifier from the SFT policy's weights.
             reward="reviews",
             prompts="reviews",  # to make preferences for and to train PPO on: see ppo.prompts
             count=2_000,  # of them
             completions=4,  # of each, by the SFT policy
-            pairs="ranked",  # all pairs of them at once; or best_worst
+            pairs="ranked",  # all completions in one ranking; or all, or best_worst
             labels="deterministic",  # or bradley_terry
-            truncated="drop",  # completions that ran into the length limit; or keep
+            truncated="drop",  # what to do with completions that reached the length limit; or keep
             reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
             best_of_n=(2, 4, 8, 16, 32, 64, 128),
             online_rounds=4,  # of online DPO, which share `count`

@@ -1,0 +1,115 @@
+"""A run, its resume, a sweep, a frontier and an export on a bucket are what they are on a disk.
+
+The bucket is that of an emulator, which speaks the protocol of Google Cloud Storage.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dpojax import storage
+from dpojax.frontier import frontier, results
+from dpojax.frontier.runs import Run
+from dpojax.jobs.job import Job
+from dpojax.runs.export import export
+from dpojax.runs.policy import load_policy
+from dpojax.runs.run import run
+from dpojax.sweeps.sweep import run_sweep
+from dpojax.training.metrics import read_metrics
+from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.slow
+DEVICES = 1
+SPEEDS = ("perf/", "memory/", "time")
+
+
+@pytest.fixture
+def folder(bucket, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("DPOJAX_MIRROR", str(tmp_path / "mirror"))
+    monkeypatch.chdir(tmp_path)
+    return storage.as_path(bucket)
+
+
+def measured(workdir, stage="preference"):
+    """The lines of metrics.jsonl without speeds."""
+    return [
+        {name: x for name, x in line.items() if not name.startswith(SPEEDS)}
+        for line in read_metrics(workdir / stage)
+    ]
+
+
+def weights(exported):
+    return load_file(storage.local_copy(exported / "model.safetensors"))
+
+
+def remove_end(workdir):
+    """The run as it was after step 4 of 6."""
+    storage.remove_folder(workdir / "preference" / "checkpoints" / "6")
+    (workdir / "finished.json").unlink()
+
+
+def test_a_run_a_resume_and_an_export_equal_those_on_a_disk(folder, tiny, tmp_path):
+    local = storage.as_path(tmp_path / "local")
+    for workdir in (local, folder / "run"):
+        run(tiny(tensorboard=True), workdir)
+        export(workdir, workdir.parent / f"{workdir.name}_exported")
+    assert measured(folder / "run") == measured(local)
+    remove_end(folder / "run")
+    run(tiny(tensorboard=True), folder / "run")
+    resumed, whole = measured(folder / "run"), measured(local)
+    assert [(x["step"], x["split"]) for x in resumed] == [(x["step"], x["split"]) for x in whole]
+    export(folder / "run", folder / "resumed_exported")
+    for name in ("run_exported", "resumed_exported"):
+        ours, theirs = weights(folder / name), weights(local.parent / "local_exported")
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+    policies = load_policy(f"{folder}/run:preference"), load_policy(f"{folder}/run_exported")
+    assert policies[0].model.config == policies[1].model.config
+    assert (folder / "run" / "preference" / "tensorboard").is_dir()
+    assert not list(tmp_path.glob("gs:*"))
+
+
+def test_a_sweep_on_a_bucket_trains_what_it_trains_on_a_disk(folder, tiny, tmp_path):
+    members = [{"preference.beta": 0.1}, {"preference.beta": 3.0}]
+    for workdir in (tmp_path / "sweep", folder / "sweep"):
+        assert run_sweep(tiny(), members, workdir) == {}
+    for name in ("beta-0.1", "beta-3"):
+        ours = measured(folder / "sweep" / name)
+        assert ours == measured(storage.as_path(tmp_path / "sweep" / name))
+    ours, theirs = (
+        (place / "sweep" / "sweep.csv").read_text() for place in (folder, storage.as_path(tmp_path))
+    )
+    assert ours == theirs
+    plan = storage.read_json(folder / "sweep" / "sweep.json")
+    assert [Job(**job).outputs for job in plan["jobs"]] == [
+        [f"{folder}/sweep/{name}/finished.json" for name in ("beta-0.1", "beta-3")]
+    ]
+
+
+def test_a_frontier_goes_to_the_bucket_and_makes_no_folder_of_that_name(folder, tiny, tmp_path):
+    changes = {
+        "frontier.count": 12,
+        "frontier.completions": 2,
+        "frontier.reference_samples": 32,
+        "frontier.best_of_n": (2, 4),
+        "samples.count": 4,
+        "samples.per_prompt": 2,
+        "samples.max_new_tokens": 8,
+        "frontier.truncated": "keep",
+        "preference.data.eval_share": 0.3,
+        "preference.data.limit": 0,
+        "preference.steps": 2,
+    }
+    runs = [Run("dpo", "beta=0.1", {"preference.beta": 0.1})]
+    made = frontier.make_frontier(tiny(**changes), runs, f"{folder}/frontier")
+    assert made == folder / "frontier"
+    results.write(made)
+    names = {path.name for path in made.iterdir()}
+    assert {"plan.json", "frontier.csv", "frontier.png", "report.md", "policy", "runs"} <= names
+    assert (made / "logs" / "sft.txt").read_text()
+    assert not list(tmp_path.glob("gs:*"))
+    shutil.rmtree(tmp_path / "mirror")  # mirrors may go at any time
+    assert results.collect(made)[0]
