@@ -27,7 +27,7 @@ from dpojax.training.metrics import read_metrics
 
 from .test_classifier_run import texts, write_parquet
 from .test_frontier import config
-from .test_prefer import save_model
+from .test_preferences import save_model
 
 STEPS = 4
 CHANGES = {
