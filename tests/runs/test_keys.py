@@ -111,6 +111,7 @@ def small_llama(folder):
 def prepare_a_reward_stage(config, workdir):
     """All that reads the config (test_other_stages.py trains one)."""
     config.stages = ("reward",)
+    config.reward.data.update(limit=60, eval_limit=10)
     stage = open_stage(prepare_setup(registry.resolve(config, workdir)), "reward").prepare()
     read_what_training_reads(stage)
     assert stage.best_metric
