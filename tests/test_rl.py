@@ -86,10 +86,10 @@ def test_tokens_that_are_masked_inside_a_response_are_stepped_over(rollout):
 def test_advantages_of_a_sweep_are_those_of_its_runs(rollout):
     run = partial(rl.gae, rollout["rewards"], rollout["values"], rollout["mask"])
     discounts, lambdas = jnp.array([1.0, 0.9]), jnp.array([0.95, 0.5])
-    together = jax.jit(jax.vmap(lambda d, l: run(discount=d, gae_lambda=l)))(discounts, lambdas)
+    swept = jax.jit(jax.vmap(lambda d, l: run(discount=d, gae_lambda=l)))(discounts, lambdas)
     for i in range(2):
         one = run(discount=float(discounts[i]), gae_lambda=float(lambdas[i]))
-        np.testing.assert_allclose(together.returns[i], one.returns, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(swept.returns[i], one.returns, rtol=1e-12, atol=1e-12)
 
 
 def test_whitened_tokens_are_standardised_over_the_batch(rollout):

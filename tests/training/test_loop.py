@@ -53,7 +53,7 @@ def step(state, rows, hyper):
 
 
 @pytest.fixture
-def fit(monkeypatch):
+def run_loop(monkeypatch):
     """(folder, the step at whose evaluation it is killed) -> runs it, from where it is."""
     monkeypatch.setattr("dpojax.training.loop._Pace", lambda *_: Idle())
 
@@ -99,8 +99,8 @@ class Idle:
     flush = dict
 
 
-def test_the_first_of_the_best_evaluations_is_kept_beside_the_newest(fit, tmp_path):
-    fit(tmp_path)
+def test_the_first_of_the_best_evaluations_is_kept_beside_the_newest(run_loop, tmp_path):
+    run_loop(tmp_path)
     assert best(tmp_path / "checkpoints") == (0.9, 4)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "11"}
     params = np.arange(3, dtype=np.float32)
@@ -110,14 +110,14 @@ def test_the_first_of_the_best_evaluations_is_kept_beside_the_newest(fit, tmp_pa
     np.testing.assert_allclose(found, params, rtol=1e-6)
 
 
-def test_a_run_that_is_killed_anywhere_keeps_the_same_best(fit, tmp_path):
-    whole = fit(tmp_path / "whole")
+def test_a_run_that_is_killed_anywhere_keeps_the_same_best(run_loop, tmp_path):
+    whole = run_loop(tmp_path / "whole")
     kept = load_params(tmp_path / "whole" / "checkpoints", SHAPE, 4)
     for killed_at in itertools.islice(ACCURACIES, 1, None):
         folder = tmp_path / f"killed{killed_at}"
         with pytest.raises(Killed):
-            fit(folder, killed_at)
-        again = fit(folder)
+            run_loop(folder, killed_at)
+        again = run_loop(folder)
         assert best(folder / "checkpoints") == (0.9, 4)
         np.testing.assert_array_equal(load_params(folder / "checkpoints", SHAPE, 4), kept)
         np.testing.assert_array_equal(again.params, whole.params)

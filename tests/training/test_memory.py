@@ -1,4 +1,4 @@
-"""What a step is predicted to want of a device is what its program wants, to a third."""
+"""A step's predicted memory on a device is what its program needs, to a third."""
 
 import math
 

@@ -60,7 +60,7 @@ def alone(
     return state, report
 
 
-class Together:
+class VectorisedSweep:
     """Members on a mesh with the given axes."""
 
     def __init__(self, make, optimizer, params, members, *, axis=1, mesh=(1, 1, 1), own_rows=False):
@@ -118,13 +118,13 @@ def test_members_together_equal_members_alone(
 ):
     make = make_step(model, objective, optimizer)
     members = [member(beta, rate=0.004 * (i + 1)) for i, beta in enumerate(BETAS)]
-    together = Together(make, optimizer, params, members, axis=axis, mesh=mesh)
-    states = together.train(rows)
-    assert together.step._cache_size() == 1
+    sweep = VectorisedSweep(make, optimizer, params, members, axis=axis, mesh=mesh)
+    states = sweep.train(rows)
+    assert sweep.step._cache_size() == 1
     for i, hyperparameters in enumerate(members):
         state, report = alone(make, optimizer, params, rows, hyperparameters)
         assert_same(states[i].params, state.params, tolerance)
-        total = together.reports.metrics["loss"].total[i]
+        total = sweep.reports.metrics["loss"].total[i]
         np.testing.assert_allclose(total, report.metrics["loss"].total, atol=1e-4)
     first, last = states[0].params, states[-1].params
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, last))) > 1e-3
@@ -134,10 +134,10 @@ def test_members_together_equal_members_alone(
 def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows, axis):
     make = make_step(model, objective, optax.identity())
     members = [member(0.1, steps=2), member(0.1, steps=4)]
-    together = Together(make, optax.identity(), params, members, axis=axis)
-    states = together.train(rows, steps=4)
+    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=axis)
+    states = sweep.train(rows, steps=4)
     assert [int(state.step) for state in states] == [2, 4]
-    assert together.reports.metrics["loss"].weight.tolist() == [0, 10]
+    assert sweep.reports.metrics["loss"].weight.tolist() == [0, 10]
     for state, hyperparameters in zip(states, members):
         assert_same(
             state.params,
@@ -150,9 +150,9 @@ def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, ro
 def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, rows, axis):
     make = make_step(model, objective, optax.identity())
     two = [member(np.nan), member(0.1)]
-    together = Together(make, optax.identity(), params, two, axis=axis)
-    broken, healthy = together.train(rows)
-    assert together.states.alive.tolist() == [False, True]
+    sweep = VectorisedSweep(make, optax.identity(), params, two, axis=axis)
+    broken, healthy = sweep.train(rows)
+    assert sweep.states.alive.tolist() == [False, True]
     assert_same(broken.params, params, 0)
     assert int(broken.step) == 0
     want, _ = alone(make, optax.identity(), params, rows, member(0.1))
@@ -163,9 +163,9 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
     make = make_step(model, objective, optax.identity())
     other = rows._replace(tokens=(rows.tokens + 1) % model.config.vocab_size)
     members = [member(0.1), member(0.5)]
-    together = Together(make, optax.identity(), params, members, axis=2, own_rows=True)
+    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=2, own_rows=True)
     both = jax.tree.map(lambda *x: np.stack(x), rows, other)
-    for state, hyperparameters, own in zip(together.train(both), members, (rows, other)):
+    for state, hyperparameters, own in zip(sweep.train(both), members, (rows, other)):
         want, _ = alone(make, optax.identity(), params, own, hyperparameters)
         assert_same(state.params, want.params, 1e-6)
 
@@ -174,9 +174,9 @@ def test_frozen_weights_are_the_same_for_all_members(model, params, reference_pa
     objective = preference.objective("tdpo", {"alpha": 0.5, "stop_chosen": True})
     make = make_step(model, objective, optax.identity())
     members = [member(beta, steps=1) for beta in BETAS[-2:]]
-    together = Together(make, optax.identity(), params, members, axis=2)
+    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=2)
     frozen = FrozenWeights(reference=reference_params)
-    state = together.train(rows, steps=1, frozen=frozen)[-1]
+    state = sweep.train(rows, steps=1, frozen=frozen)[-1]
     want, _ = alone(make, optax.identity(), params, rows, members[-1], frozen)
     assert_same(state.params, want.params, 1e-6)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), state.params, params)
@@ -190,14 +190,12 @@ def test_frozen_weights_are_the_same_for_all_members(model, params, reference_pa
 )
 def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):
     make = make_step(model, objective, optax.scale_by_adam())
-    together = Together(
+    sweep = VectorisedSweep(
         make, optax.scale_by_adam(), params, [member(0.1)] * members, axis=2, mesh=mesh
     )
-    with jax.set_mesh(together.mesh):
-        placed = together.place(rows)
-        lowered = together.step.lower(
-            together.states, placed, together.hyperparameters, NO_FROZEN_WEIGHTS
-        )
+    with jax.set_mesh(sweep.mesh):
+        placed = sweep.place(rows)
+        lowered = sweep.step.lower(sweep.states, placed, sweep.hyperparameters, NO_FROZEN_WEIGHTS)
     found = collectives(lowered.compile().as_text())
     groups = [group for collective in found for group in collective.groups]
     half = int(np.prod(mesh))  # devices of one place on the sweep axis
