@@ -10,10 +10,7 @@ def default_config() -> ConfigDict:
     """The locked config: an unknown key or a value of another type is an error."""
     config = ConfigDict()
     config.seed = 0  # data order, and the initial weights of a model without a path
-    config.stages = (
-        "sft",
-        "preference",
-    )  # what to run, in this order; each starts from the one before
+    config.stages = ("sft", "preference")  # in this order; each starts from the one before
     config.distributed = False  # several processes: call jax.distributed.initialize() first
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1 takes the devices that are left
     config.model = _model()
@@ -22,8 +19,8 @@ def default_config() -> ConfigDict:
     config.tokenizer = ""
     config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
     config.tokens = _tokens()
-    # Folder of tokenised examples, which any number of runs may share. "" is inside the workdir; the
-    # members of a sweep and the runs of a frontier share one inside its workdir.
+    # Folder of tokenised examples, which any number of runs may share. "" is inside the workdir.
+    # Members of a sweep and runs of a frontier share one inside its workdir.
     config.token_cache = ""
     # Folder of compiled programs, which any number of runs may share, so that later ones start
     # sooner. "" is JAX_COMPILATION_CACHE_DIR, or, for a frontier, inside its workdir.
@@ -35,7 +32,7 @@ def default_config() -> ConfigDict:
     config.max_buckets = 4  # sizes at which micro-batches are compiled; more means less padding
     config.max_logits = 2**25  # float32 logits that a device holds at once (2**25 are 128 MiB)
     config.sft = _sft()
-    config.preference = _dpo()
+    config.preference = _preference()
     config.reward = _reward()
     config.classifier = _classifier()
     config.ppo = _ppo()
@@ -186,7 +183,7 @@ def _options() -> dict:
     )
 
 
-def _dpo() -> ConfigDict:
+def _preference() -> ConfigDict:
     return ConfigDict(
         dict(
             data=_data("reviews", 6_000, 500),
@@ -251,15 +248,15 @@ def _classifier() -> ConfigDict:
 def _ppo() -> ConfigDict:
     """PPO on the policy's own responses: each iteration draws, scores and learns from a batch.
 
-    Responses are drawn at temperature 1. Evaluations draw responses to held-out prompts (`samples`),
-    and score them by `reward` where samples.reward is empty.
+    Responses are drawn at temperature 1. Evaluations draw responses to held-out prompts
+    (`samples`), and score them by `reward` where samples.reward is empty.
     """
     return ConfigDict(
         dict(
             reward="reviews",  # or reviews:log_odds, classifier:FOLDER, reward_model:FOLDER
             # The embedded task (reviews), a data file with a field prompt, a .txt file, or
-            # prefixes:SOURCE[@SPLIT]: the first 2 to 8 tokens of texts. A tenth of the texts is held
-            # out.
+            # prefixes:SOURCE[@SPLIT]: the first 2 to 8 tokens of texts. A tenth of the texts is
+            # held out.
             prompts="reviews",
             limit=8_000,  # use this many prompts; 0 is all of a file
             steps=40,  # iterations
@@ -278,7 +275,7 @@ def _ppo() -> ConfigDict:
             gae_lambda=0.95,  # lambda of the advantages
             kl_coefficient=0.05,  # at the start, reward per nat
             kl_target=6.0,  # nats per response
-            # In this many responses a relative error of 1 doubles the coefficient; 0 keeps it fixed.
+            # In this many responses a relative error of 1 doubles the coefficient; 0: it is fixed.
             kl_horizon=256.0,
             missing_eos_penalty=0.0,  # taken off the reward of a response that did not stop
             max_kl=0.0,  # nats per token at which an iteration ends early; 0 is off

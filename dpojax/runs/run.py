@@ -44,7 +44,11 @@ def run(config: ConfigDict, workdir: str | storage.Path) -> None:
       ConfigError, DataError: before anything is trained; everything on disk is left as it was.
       Preempted: after a SIGTERM, once the state is saved.
     """
-    resolved = resolve(config, workdir)
+    run_resolved(resolve(config, workdir))
+
+
+def run_resolved(resolved: ResolvedRun) -> None:
+    """`run`, of a config that is resolved already."""
     if resolved.config.distributed:
         sharding.start_distributed()
     if sharding.agreed((resolved.workdir / FINISHED).exists()):

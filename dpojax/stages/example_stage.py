@@ -69,13 +69,13 @@ class ExampleStage(Stage):
         return None
 
     @classmethod
-    def traced_keys(cls, config: ConfigDict) -> frozenset[str]:
-        return _traced_keys(cls, config)
+    def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:
+        return _traced_keys(cls, run)
 
     @classmethod
-    def traced_options(cls, config: ConfigDict) -> Sequence[str]:
+    def traced_options(cls, run: ResolvedRun) -> Sequence[str]:
         """Keys of the stage's objective whose numbers are traced."""
-        del config
+        del run
         return ()
 
     @classmethod
@@ -232,15 +232,15 @@ class ExampleStage(Stage):
         return dataclasses.replace(self, batches=batches)
 
 
-def _traced_keys(stage_class: type[ExampleStage], config: ConfigDict) -> frozenset[str]:
+def _traced_keys(stage_class: type[ExampleStage], run: ResolvedRun) -> frozenset[str]:
     """See `Stage.traced_keys`.
 
     The seed is among them where it only orders the data. Otherwise weights, adapters or the
     embedded task's records are drawn from it, and members would not share them.
     """
-    name = stage_class.name
+    config, name = run.config, stage_class.name
     stage = config[name]
-    keys = {f"{name}.{key}" for key in (*PACE_KEYS, *stage_class.traced_options(config))}
+    keys = {f"{name}.{key}" for key in (*PACE_KEYS, *stage_class.traced_options(run))}
     draws_weights = len(config.stages) > 1 or not config.model.path or stage_class.makes != POLICY
     draws_records = EMBEDDED in (stage.data.source, stage.data.eval_source)
     draws_adapters = "lora" in stage and stage.lora.rank > 0

@@ -74,8 +74,8 @@ class Preference(LanguageStage):
         return loss
 
     @classmethod
-    def traced_options(cls, config: ConfigDict) -> tuple[str, ...]:
-        options = bind_loss(config.preference).options
+    def traced_options(cls, run: ResolvedRun) -> tuple[str, ...]:
+        options = run.settings[cls.name].options
         return tuple(key for key, value in options.items() if type(value) in (int, float))
 
     @classmethod

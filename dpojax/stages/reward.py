@@ -7,6 +7,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError
+from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import apply_rules, at_least, one_of
 from dpojax.intervals import wilson_interval
 from dpojax.methods import reward
@@ -40,12 +41,12 @@ class Reward(ExampleStage):
             raise ConfigError("config.reward.margin_scale: only bradley_terry has margins")
 
     @classmethod
-    def traced_keys(cls, config: ConfigDict) -> frozenset[str]:
+    def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:
         # The best checkpoint of each member would have to be kept apart.
-        return frozenset() if config.reward.keep_best else super().traced_keys(config)
+        return frozenset() if run.config.reward.keep_best else super().traced_keys(run)
 
     @classmethod
-    def traced_options(cls, config: ConfigDict) -> tuple[str, ...]:
+    def traced_options(cls, run: ResolvedRun) -> tuple[str, ...]:
         return ("centring",)
 
     @classmethod

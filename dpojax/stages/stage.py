@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.config.errors import ConfigError
+from dpojax.config.resolved import ResolvedRun
 from dpojax.models import huggingface
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.setup import Setup
@@ -96,9 +97,9 @@ class Stage(abc.ABC):
         """
 
     @classmethod
-    def traced_keys(cls, config: ConfigDict) -> frozenset[str]:
+    def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:
         """Keys in which members of a vectorised sweep may differ; none if the stage has no such."""
-        del config
+        del run
         return frozenset()
 
     @classmethod

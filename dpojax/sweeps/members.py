@@ -87,7 +87,7 @@ def member_run(config: ConfigDict, changes: Changes, workdir: storage.Path) -> R
 
 def traced_keys(run: ResolvedRun) -> frozenset[str]:
     """The keys in which runs may differ that one program trains; none if each runs alone."""
-    return STAGES[run.config.stages[-1]].traced_keys(run.config)
+    return STAGES[run.config.stages[-1]].traced_keys(run)
 
 
 def same_program(runs: Sequence[ResolvedRun]) -> list[list[int]]:

@@ -24,7 +24,7 @@ from dpojax.config.saved import config_differences, config_from_json
 from dpojax.jobs.in_process import run_jobs_aloud
 from dpojax.jobs.job import Job, command, plan_as_json
 from dpojax.runs.command import run_command
-from dpojax.runs.run import run
+from dpojax.runs.run import run_resolved
 from dpojax.runs.workdirs import (
     FAILED,
     failure_of,
@@ -167,7 +167,7 @@ def _train_alone(member: ResolvedRun) -> dict[str, str]:
     name = member.workdir.name
     if not failure_of(member.workdir):
         try:
-            run(member.config, member.workdir)
+            run_resolved(member)
         except NonFiniteLoss as error:
             write_failure(member.workdir / FAILED, str(error))
     why = failure_of(member.workdir)
