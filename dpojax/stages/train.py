@@ -267,7 +267,7 @@ def require_memory(stage: ExampleStage) -> None:
         "frozen": frozen,
     }
     raise ConfigError(
-        f"{stage.name}: a step will want about {needed} of each device, which has {gib(limit)} to "
+        f"{stage.name}: a step needs about {needed} of each device, which has {gib(limit)} to "
         f"give. Most are {largest}: {changes.get(largest, spread)}. config.check_memory=False "
         "tries all the same"
     )
@@ -295,10 +295,9 @@ def lower_step(stage: ExampleStage, shape: Shape) -> jax.stages.Lowered:
         abstract_rows(stage, shape),
     )
     step, hyper = jitted_step(stage, optimizer, steps=1), jax.eval_shape(lambda: stage.hyper)
-    with jax.set_mesh(stage.setup.mesh):
-        return step.lower(
-            abstract_train_state(stage, optimizer), rows, hyper, abstract_frozen_weights(stage)
-        )
+    state, frozen = abstract_train_state(stage, optimizer), abstract_frozen_weights(stage)
+    with jax.set_mesh(stage.setup.mesh):  # nothing is computed inside: devices may be absent
+        return step.lower(state, rows, hyper, frozen)
 
 
 def abstract_rows(stage: ExampleStage, shape: Shape) -> Rows:

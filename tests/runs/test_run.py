@@ -376,7 +376,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, 
     monkeypatch.setattr(run, "initial_params", asked_for)
     monkeypatch.setattr(train_module, "limit_bytes", lambda: 2**10)
     with pytest.raises(
-        ConfigError, match=r"preference: a step will want about .* config\.\w+.* tries"
+        ConfigError, match=r"preference: a step needs about .* config\.\w+.* tries"
     ):
         run.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
