@@ -92,7 +92,7 @@ class JobMaker:
     ) -> Job:
         """A part (index, count) of the preferences that settings describe."""
         index, count = part
-        done = storage.as_path(settings.out) / f"done-{index + 1}of{count}"
+        done = storage.as_path(settings.out) / f".done-{index + 1}of{count}"  # hidden: no data
         return Job(
             f"{name}-{index + 1}of{count}" if count > 1 else name,
             command(

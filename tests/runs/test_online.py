@@ -57,7 +57,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
     save_model(folder / POLICY)
     write_parquet(folder / "labelled.parquet", texts(200))
-    for done in ("sft/finished.json", "preferences/done-1of1"):
+    for done in ("sft/finished.json", "preferences/.done-1of1"):
         (folder / done).parent.mkdir()
         (folder / done).touch()
     rewards = np.random.default_rng(0).uniform(size=(8, 32))

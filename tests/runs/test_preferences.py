@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.data import reviews, sources
 from dpojax.data.prompts import read_prompts
 from dpojax.data.records import DataError
 from dpojax.evaluation.policies import NothingStopped
+from dpojax.frontier.job_maker import JobMaker
+from dpojax.jobs.job import execute
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import LLAMA, DecoderConfig
 from dpojax.runs import preferences
@@ -148,6 +151,29 @@ def test_two_processes_make_what_one_makes(made, policy, tmp_path):
     assert all_bytes(tmp_path / "two") == all_bytes(out)
     with pytest.raises(ConfigError, match="process 2 of 2: they are counted from 0"):
         generate_preferences(settings(policy, tmp_path / "two"), process=(2, 2))
+
+
+def test_jobs_in_another_number_of_parts_leave_the_data_as_they_were(made, policy, tmp_path):
+    """A frontier that goes on with other --workers does not change what its runs began with."""
+    maker = JobMaker(storage.as_path(tmp_path))
+    hashes = []
+    for count in (2, 1):
+        for index in range(count):
+            job = maker.preferences(
+                "preferences",
+                settings(policy, tmp_path / "preferences"),
+                needs=(),
+                kind="preferences",
+                part=(index, count),
+            )
+            for path, content in maker.files.items():
+                storage.write_json(storage.as_path(path), content)
+            assert not job.is_done
+            execute(job)
+            assert job.is_done
+        hashes.append(sources.fingerprint(tmp_path / "preferences"))
+    assert hashes[0] == hashes[1]
+    assert all_bytes(tmp_path / "preferences") == all_bytes(made[0])
 
 
 def test_a_process_that_dies_while_it_writes_leaves_no_shard(made, policy, tmp_path, monkeypatch):
