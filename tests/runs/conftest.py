@@ -40,7 +40,8 @@ TINY = {
     "evaluate_every": 3,
     "checkpoint_every": 2,
     "tensorboard": False,
-    "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],  # of this session: tests/conftest.py
+    # What one test compiled serves the others: see tests/conftest.py.
+    "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],
 }
 
 

@@ -54,7 +54,9 @@ def test_a_file_with_one_prompt_cannot_be_split_and_says_so(tiny, tmp_path):
     path.write_text('{"prompt": "the", "chosen": " film", "rejected": " plot"}\n' * 3)
     config = tiny(**{"preference.data.source": str(path)})
     with pytest.raises(DataError, match=r"pairs\.jsonl: 0 examples to train on and 3 held out"):
-        load(config.preference.data, config.tokens, reviews.tokenizer(), requirements=RANKED, seed=0)
+        load(
+            config.preference.data, config.tokens, reviews.tokenizer(), requirements=RANKED, seed=0
+        )
 
 
 def test_sft_on_preference_data_takes_the_best_response(tiny, tmp_path):
@@ -96,7 +98,13 @@ def preference(i, **changes):
 
 def load_pairs(tiny, requirements=RANKED, **changes):
     config = tiny(**{f"preference.data.{key}": value for key, value in changes.items()})
-    return load(config.preference.data, config.tokens, reviews.tokenizer(), requirements=requirements, seed=0)
+    return load(
+        config.preference.data,
+        config.tokens,
+        reviews.tokenizer(),
+        requirements=requirements,
+        seed=0,
+    )
 
 
 def test_separate_files_to_train_and_to_evaluate_are_read_whole(tiny, tmp_path):

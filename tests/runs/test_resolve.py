@@ -324,13 +324,13 @@ def test_a_file_that_changed_behind_its_path_refuses_the_resume(inputs, change):
     with pytest.raises(ConfigError) as refused:
         write_or_compare_config(resolved(inputs))
     message = str(refused.value)
-    said = re.search(
+    hashes = re.search(
         rf"  config\.{re.escape(key)} \(.*{re.escape(str(inputs / name))}.*\): "
         r"sha256 ([0-9a-f]{16}), now ([0-9a-f]{16})\n",
         message,
     )
-    assert said, message
-    assert said[1] != said[2]
+    assert hashes, message
+    assert hashes[1] != hashes[2]
     after = {path.name: path.read_bytes() for path in (inputs.parent / "run").iterdir()}
     assert after == before
 
