@@ -33,7 +33,7 @@ from dpojax.methods import preference
 from dpojax.stages import registry, token_cache
 from dpojax.stages import train as stage_train
 from dpojax.stages.preference import Preference
-from dpojax.stages.references import Reference
+from dpojax.stages.reference import Reference
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.training.forward import build_divergence
 from dpojax.training.preemption import StopSignal

@@ -24,10 +24,10 @@ from dpojax.config.saved import (
 )
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, workdir_lock, write_failure
+from dpojax.stages.memory import require_memory
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.stages.stage import Stage, Summarise
-from dpojax.stages.train import require_memory
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss, StopSignal
 from dpojax.training.metrics import read_metrics
@@ -63,19 +63,13 @@ def _run(resolved: ResolvedRun) -> None:
     setup = prepare_setup(resolved)
     opened = [open_stage(setup, name) for name in resolved.config.stages]
     stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused
-    require_memory_for(stages)
+    for stage in stages:
+        require_memory(stage)
     write_or_compare_config(resolved)
     with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
         announce(stages)
         finished = train_in_turn(stages, partial(initial_params, setup), stop)
         finish(stages[-1], finished(), stages[-1].open_summary())
-
-
-def require_memory_for(stages: Sequence[Stage]) -> None:
-    """Raises ConfigError if a stage will not fit into memory; PPO's is not predicted."""
-    for stage in stages:
-        if stage.footprint() is not None:
-            require_memory(stage)
 
 
 def announce(stages: Sequence[Stage]) -> None:

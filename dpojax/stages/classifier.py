@@ -14,10 +14,10 @@ from dpojax.intervals import wilson_interval
 from dpojax.methods import classifier
 from dpojax.stages import classifier_data, train
 from dpojax.stages.data import DataRequirements, StageData
-from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.programs import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import CLASSIFIER, Lowered, RowSize, Stage, Summarise, Summary
+from dpojax.stages.trained_stage import TrainedStage
 from dpojax.training import forward as forwards
 
 LABELS = "labels.json"  # in the stage's folder
@@ -28,7 +28,7 @@ RULES = (
 )
 
 
-class Classifier(ExampleStage):
+class Classifier(TrainedStage):
     """Trains the model it starts from, with an output for each label, to name a text's label."""
 
     name = "classifier"

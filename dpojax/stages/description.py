@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
+from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.setup import Setup
-
-if TYPE_CHECKING:
-    from dpojax.stages.example_stage import ExampleStage
 
 
 def describe(stage: ExampleStage) -> str:

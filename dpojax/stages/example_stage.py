@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
@@ -14,32 +13,33 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpojax import sharding, storage
+from dpojax import storage
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
 from dpojax.data.packing import Shape
 from dpojax.data.pipeline import steps_in
 from dpojax.data.prompts import EMBEDDED
 from dpojax.stages import data as stage_data
-from dpojax.stages import token_cache, train
+from dpojax.stages import token_cache
 from dpojax.stages.adapters import StageAdapters, check_lora
 from dpojax.stages.batches import Batches, choose_shape
 from dpojax.stages.data import StageData
-from dpojax.stages.description import describe, report_text
 from dpojax.stages.programs import Programs
-from dpojax.stages.references import NO_REFERENCE, Reference
+from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
-from dpojax.stages.stage import POLICY, Lowered, RowSize, Stage, Summarise
+from dpojax.stages.stage import POLICY, Stage
 from dpojax.training.loop import StopSignal
-from dpojax.training.memory import Footprint
 from dpojax.training.objective import Hyper
+
+# (parameters, step, the stage's folder) -> metrics of sampled responses
+EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
 
 PACE_KEYS = ("learning_rate", "warmup_steps", "steps", "epochs")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleStage(Stage):
-    """A stage whose train step reads rows of examples.
+    """A stage whose train step reads rows of examples; `TrainedStage` trains it.
 
     Attributes:
       setup: of the run; its model has the head that the stage trains.
@@ -100,7 +100,7 @@ class ExampleStage(Stage):
         """
         return NO_REFERENCE
 
-    def open_samples(self, base: dict | None) -> train.EvaluateSamples | None:
+    def open_samples(self, base: dict | None) -> EvaluateSamples | None:
         """Metrics of sampled responses at evaluations; None where there are none."""
         return None
 
@@ -146,33 +146,6 @@ class ExampleStage(Stage):
     def draws_records(self) -> bool:
         """Whether the run's seed decides which records there are."""
         return EMBEDDED in (self.config.data.source, self.config.data.eval_source)
-
-    def footprint(self) -> Footprint:
-        return train.footprint(self)
-
-    def lower(self, row: RowSize) -> Lowered:
-        length = row.prompt + row.responses * (row.response + 1)
-        return train.lower(self, length, row.responses)
-
-    def describe(self) -> str:
-        return describe(self)
-
-    def save_reports(self) -> str:
-        reports = {name: json.loads(x.to_json()) for name, x in self.batches.data.reports.items()}
-        storage.write_json(self.folder / "data_report.json", reports)
-        storage.write_text(self.folder / "data_report.txt", report_text(self) + "\n")
-        return f"{self.name}: tokens {token_cache.save(self.batches.data)}"
-
-    def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
-        return train.train_stage(self, start, stop)
-
-    def evaluate(self, params: dict) -> dict[str, float]:
-        """Metrics of parameters on the held-out examples, without a reference."""
-        batches = (sharding.put_rows(rows, self.setup.mesh) for rows in self.batches.held_out())
-        return train.evaluate_batches(self, params, batches)
-
-    def open_summary(self) -> Summarise:
-        return lambda stage, params: None
 
     def policy_params(self, base: dict | None, trained: dict) -> dict:
         """The whole model's parameters, from those that are trained and the adapters' base."""

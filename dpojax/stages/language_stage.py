@@ -9,15 +9,15 @@ from dpojax import storage
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import lora_peft
 from dpojax.stages.adapters import open_adapters
-from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.programs import Programs, make_programs
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import require_language_model
+from dpojax.stages.trained_stage import TrainedStage
 from dpojax.training.forward import build_score, language_model
 from dpojax.training.objective import Objective
 
 
-class LanguageStage(ExampleStage):
+class LanguageStage(TrainedStage):
     """A stage of examples that trains a policy."""
 
     @classmethod

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 
+from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import held_out_prompts, last_samples
 from dpojax.stages.stage import Summary
 from dpojax.tables import ruled_table
 from dpojax.training.metrics import read_metrics
 
-if TYPE_CHECKING:
-    from dpojax.stages.ppo import PPO
-
 SHOWN = 4  # responses in the summary
 
 
-def summarise(stage: PPO, params: dict) -> Summary:
+def summarise(stage: PPOSetup, params: dict) -> Summary:
     """Compares the evaluations before the first iteration and after the last; saves the table.
 
     `params` were evaluated after the last iteration, and are not looked at again.

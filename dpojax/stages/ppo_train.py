@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from dpojax.evaluation.policies import response_texts
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
+from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import append_samples, open_samples
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
@@ -24,11 +24,8 @@ from dpojax.training.reference import fingerprint
 from dpojax.training.state import make_schedule
 from dpojax.training.step import Report
 
-if TYPE_CHECKING:
-    from dpojax.stages.ppo import PPO
 
-
-def train(stage: PPO, start: Callable[[], dict], stop: StopSignal) -> dict:
+def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
     """The policy's final parameters, float32; see `Stage.train`.
 
     The parameters that the stage starts from become the reference.
@@ -60,7 +57,7 @@ def train(stage: PPO, start: Callable[[], dict], stop: StopSignal) -> dict:
 
 
 def _iterate(
-    stage: PPO,
+    stage: PPOSetup,
     state: PPOState,
     reference: dict,
     saved: Checkpoints,
@@ -110,7 +107,7 @@ def _iterate(
     return state
 
 
-def _require_finite(stage: PPO, report: Report, done: int, saved: Checkpoints) -> None:
+def _require_finite(stage: PPOSetup, report: Report, done: int, saved: Checkpoints) -> None:
     if not bool(report.finite):
         raise NonFiniteLoss(
             f"{stage.name}: loss or gradient is not finite in iteration {done}. The last good "
@@ -120,7 +117,7 @@ def _require_finite(stage: PPO, report: Report, done: int, saved: Checkpoints) -
 
 
 def _iteration(
-    stage: PPO, state: PPOState, reference: dict, iteration: int
+    stage: PPOSetup, state: PPOState, reference: dict, iteration: int
 ) -> tuple[PPOState, Report, np.ndarray]:
     """The state after one more iteration, its report, and the seconds of its three parts [3]."""
     config, clock = stage.config, [time.perf_counter()]
@@ -140,7 +137,9 @@ def _iteration(
     return state, report, np.diff(clock)
 
 
-def _scores(stage: PPO, texts: Sequence[str], prompts: Prompts, samples: Samples) -> np.ndarray:
+def _scores(
+    stage: PPOSetup, texts: Sequence[str], prompts: Prompts, samples: Samples
+) -> np.ndarray:
     """The rewards of samples on the host, float32 [B, N]."""
     asked_prompts, responses = [], []
     for row, (text, length) in enumerate(zip(texts, prompts.lengths)):

@@ -17,18 +17,18 @@ from dpojax.methods import preference
 from dpojax.methods.preference import LossRequirements
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.data import DataRequirements
+from dpojax.stages.example_stage import EvaluateSamples
 from dpojax.stages.language_stage import LanguageStage
 from dpojax.stages.preference_summary import open_summary
+from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.references import (
-    NO_REFERENCE,
-    Reference,
     open_reference,
+    policy_starts_at_reference,
     reference_weights,
 )
 from dpojax.stages.samples import sampled_metrics
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import Summarise, require_language_model
-from dpojax.stages.train import EvaluateSamples
 from dpojax.training.loop import StopSignal
 from dpojax.training.objective import Hyper, Objective, OptionError
 
@@ -113,12 +113,7 @@ class Preference(LanguageStage):
     @property
     def starts_at_reference(self) -> bool:
         """Whether the loss has a reference that the policy equals at step 0."""
-        return self.programs.objective.needs_reference and self.policy_starts_at_reference
-
-    @property
-    def policy_starts_at_reference(self) -> bool:
-        """Whether the policy at step 0 is the model that it is compared with at the end."""
-        return not (self.config.reference.path or self.config.lora.adapters)
+        return self.programs.objective.needs_reference and policy_starts_at_reference(self)
 
     def open_reference(
         self, params: dict | None, base: dict | None, stop: StopSignal, writing: ExitStack
@@ -131,7 +126,12 @@ class Preference(LanguageStage):
     def open_samples(self, base: dict | None) -> EvaluateSamples | None:
         if not self.setup.config.samples.reward:
             return None
-        return sampled_metrics(self, reference_weights(self, None, base).params)
+        return sampled_metrics(
+            self.setup,
+            reference_weights(self, None, base).params,
+            self.programs.score,
+            starts_at_reference=policy_starts_at_reference(self),
+        )
 
     def live_reference_shapes(self) -> dict | None:
         if self.config.reference.kind != "live" or self._reference_is_base:

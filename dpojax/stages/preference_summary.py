@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -12,20 +11,18 @@ from dpojax import sharding
 from dpojax.data.rows import Rows
 from dpojax.intervals import wilson_interval
 from dpojax.logprobs import TokenStatistics
+from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.pair_labels import count_pairs, is_labelled
-from dpojax.stages.references import saved_weights
+from dpojax.stages.references import policy_starts_at_reference, saved_weights
 from dpojax.stages.stage import Summary
 from dpojax.tables import ruled_table
 from dpojax.training.forward import build_divergence
 from dpojax.training.metrics import Window
 
-if TYPE_CHECKING:
-    from dpojax.stages.preference import Preference
-
 Values = dict[str, float]
 
 
-def open_summary(stage: Preference) -> Callable[[Preference, dict], Summary]:
+def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]:
     """(stage, params) -> a comparison of `params` with the reference on the held-out data.
 
     The stage may be this one, or another that shares its model, reference and data. The table is
@@ -44,7 +41,7 @@ def open_summary(stage: Preference) -> Callable[[Preference, dict], Summary]:
 
     held_out = [scored(rows) for rows in stage.batches.held_out()]
 
-    def summarise(member: Preference, params: dict) -> Summary:
+    def summarise(member: ExampleStage, params: dict) -> Summary:
         score, metrics, hyper = member.programs.score, member.programs.metrics, member.hyper
         before, after, kl = Window(), Window(), Window()
         for rows, tokens in map(put, held_out):
@@ -63,7 +60,7 @@ def open_summary(stage: Preference) -> Callable[[Preference, dict], Summary]:
 
 
 def _table(
-    stage: Preference, pairs: int, before: Values, after: Values, kl_per_token: Values
+    stage: ExampleStage, pairs: int, before: Values, after: Values, kl_per_token: Values
 ) -> str:
     labelled = is_labelled(stage.batches.data)
     chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
@@ -74,7 +71,7 @@ def _table(
     ranks = "has the sign of the label" if labelled else "ranks the pair rightly"
     accuracy = _accuracy(after["rewards/accuracies"], pairs)
     rows = [
-        ("", "before" if stage.policy_starts_at_reference else "the reference", "after"),
+        ("", "before" if policy_starts_at_reference(stage) else "the reference", "after"),
         (f"implicit reward {ranks}", "all rewards are 0", accuracy),
     ]
     if not labelled:
@@ -96,7 +93,9 @@ def _table(
         rows.append(("loss (nats)", f"{before['loss']:.4f}", f"{after['loss']:.4f}"))
     beta = f" with beta {stage.hyper['beta']:g}" if "beta" in stage.hyper else ""
     kind = "labelled responses" if labelled else "pairs"
-    title = f"{stage.loss.name.upper()}{beta}, {pairs} held-out {kind} (95 % intervals in brackets)"
+    title = (
+        f"{stage.config.loss.upper()}{beta}, {pairs} held-out {kind} (95 % intervals in brackets)"
+    )
     return "\n".join(ruled_table(title, rows))
 
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 
 from dpojax import sharding, storage
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
+from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.reference import Reference
 from dpojax.stages.setup import load_weights
 from dpojax.stages.tokenizers import vocabulary_hash
 from dpojax.training import checkpoints, reference
 from dpojax.training.loop import Preempted, StopSignal
 from dpojax.training.metrics import progress
 from dpojax.training.reference import TOLERANCE, ReferenceMismatch, Store
-
-if TYPE_CHECKING:
-    from dpojax.stages.preference import Preference
 
 EXACT = 1e-5  # nats: one program on one batch twice
 
@@ -35,35 +33,8 @@ class Weights(NamedTuple):
     fingerprint: str = ""
 
 
-class Reference(NamedTuple):
-    """How rows come to their reference log-probs. Without fields it leaves rows as they are.
-
-    Attributes:
-      attach: on NumPy rows, from the cache; None for a live reference.
-      score_on_mesh: on rows that lie on the mesh, by computing them; None for a cached one.
-      params: a live reference's weights, for an objective that needs more of it than log-probs.
-      tolerance: by how many nats a token's log-prob may differ from what the same weights give now.
-      first_scores: what the policy that the stage starts from scores on the first held-out batch,
-        where the check of the cache has computed it.
-    """
-
-    attach: Callable[[Rows], Rows] | None = None
-    score_on_mesh: Callable[[Rows], Rows] | None = None
-    params: dict | None = None
-    tolerance: float = 0.0
-    first_scores: TokenStatistics | None = None
-
-    def to_device(self, rows: Rows, mesh: Mesh) -> Rows:
-        """NumPy rows (attached already) on the mesh, with reference log-probs."""
-        placed = sharding.put_rows(rows, mesh)
-        return placed if self.score_on_mesh is None else self.score_on_mesh(placed)
-
-
-NO_REFERENCE = Reference()
-
-
 def open_reference(
-    stage: Preference, weights: Weights, start: dict | None, base: dict | None, stop: StopSignal
+    stage: ExampleStage, weights: Weights, start: dict | None, base: dict | None, stop: StopSignal
 ) -> Reference:
     """The reference of a stage, cached or live as the config says.
 
@@ -94,7 +65,7 @@ def open_reference(
 
 
 def reference_weights(
-    stage: Preference, start: dict | None, base: dict | None, writing: ExitStack | None = None
+    stage: ExampleStage, start: dict | None, base: dict | None, writing: ExitStack | None = None
 ) -> Weights:
     """The reference's weights: the adapters' base, where the config names no other model.
 
@@ -124,24 +95,31 @@ def reference_weights(
     return Weights(params, fingerprint)
 
 
-def weights_folder(stage: Preference) -> storage.Path:
+def policy_starts_at_reference(stage: ExampleStage) -> bool:
+    """Whether the policy at step 0 is the model that it is compared with at the end."""
+    return not (stage.config.reference.path or stage.config.lora.adapters)
+
+
+def weights_folder(stage: ExampleStage) -> storage.Path:
     """Where the run keeps the reference's weights."""
     return stage.folder / "reference"
 
 
-def saved_weights(stage: Preference) -> dict:
+def saved_weights(stage: ExampleStage) -> dict:
     """The reference's float32 parameters, read back."""
     return checkpoints.load_tree(weights_folder(stage), stage.setup.abstract_params)
 
 
-def scores_at_start(stage: Preference, params: dict, used: Reference) -> TokenStatistics:
+def scores_at_start(stage: ExampleStage, params: dict, used: Reference) -> TokenStatistics:
     """What the policy at step 0 scores on the first held-out batch."""
     if used.first_scores is not None:
         return used.first_scores
     return stage.programs.score(params, _first_rows(stage, used), reference=used.params)
 
 
-def check_identity(stage: Preference, tokens: TokenStatistics, used: Reference) -> dict[str, float]:
+def check_identity(
+    stage: ExampleStage, tokens: TokenStatistics, used: Reference
+) -> dict[str, float]:
     """Checks at step 0 that the policy scores as the reference does, and that the loss fits.
 
     Args:
@@ -177,7 +155,7 @@ def check_identity(stage: Preference, tokens: TokenStatistics, used: Reference) 
     return values if closed_form is None else values | {"loss/at_reference": expected}
 
 
-def _live(stage: Preference, params: dict, compute_dtype: str, is_base: bool) -> Reference:
+def _live(stage: ExampleStage, params: dict, compute_dtype: str, is_base: bool) -> Reference:
     tolerance, dtype = _tolerance(stage, compute_dtype, is_base), stage.config.reference.dtype
     if not is_base:
         params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
@@ -194,14 +172,14 @@ def _live(stage: Preference, params: dict, compute_dtype: str, is_base: bool) ->
     )
 
 
-def _tolerance(stage: Preference, compute_dtype: str, is_base: bool) -> float:
+def _tolerance(stage: ExampleStage, compute_dtype: str, is_base: bool) -> float:
     """Nats between the policy at step 0 and its reference, which the same program scores."""
     if is_base and stage.config.lora.base_dtype != "float32":
         return TOLERANCE[compute_dtype]  # the merged policy's equal weights are float32
     return EXACT
 
 
-def _first_rows(stage: Preference, used: Reference) -> Rows:
+def _first_rows(stage: ExampleStage, used: Reference) -> Rows:
     return used.to_device(next(stage.batches.held_out(used.attach)), stage.setup.mesh)
 
 
@@ -212,7 +190,7 @@ def _largest_drift(logprob: Array, rows: Rows) -> Array:
 
 
 def _store(
-    stage: Preference, weights: Weights, stop: StopSignal
+    stage: ExampleStage, weights: Weights, stop: StopSignal
 ) -> tuple[Store, TokenStatistics | None]:
     """The cached log-probs of all examples.
 
@@ -251,7 +229,7 @@ def _store(
     return store, now
 
 
-def _all_batches(stage: Preference, stop: StopSignal) -> Iterator[Rows]:
+def _all_batches(stage: ExampleStage, stop: StopSignal) -> Iterator[Rows]:
     """Every example once. Held-out batches are those of evaluation, so that step 0 finds zeros."""
     batches = stage.batches
     data = batches.data

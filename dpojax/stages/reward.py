@@ -12,11 +12,11 @@ from dpojax.config.rules import apply_rules, at_least, one_of
 from dpojax.intervals import wilson_interval
 from dpojax.methods import reward
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.pair_labels import count_pairs
 from dpojax.stages.programs import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import REWARD_MODEL, Stage, Summarise, Summary
+from dpojax.stages.trained_stage import TrainedStage
 from dpojax.training import checkpoints
 from dpojax.training.forward import reward_model
 
@@ -27,7 +27,7 @@ RULES = (
 )
 
 
-class Reward(ExampleStage):
+class Reward(TrainedStage):
     """Trains the model it starts from, with a scalar head, to score responses."""
 
     name = "reward"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -18,9 +17,6 @@ from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
 from dpojax.sampling import build_sampler
 from dpojax.stages.setup import Setup
-
-if TYPE_CHECKING:
-    from dpojax.stages.preference import Preference
 
 SEED = 0  # of the held-out prompts and of the draws: runs with other seeds are judged alike
 FILE = "samples.jsonl"
@@ -111,16 +107,19 @@ def open_ranks(
 
 
 def sampled_metrics(
-    stage: Preference, reference_params: dict
+    setup: Setup, reference_params: dict, score: Callable, *, starts_at_reference: bool
 ) -> Callable[[dict, int, storage.Path], dict[str, float]]:
-    """(params, step, folder) -> metrics of what a policy says; its texts go into the folder."""
-    score = stage.programs.score
-    evaluate = open_samples(stage.setup, reference_params, score)
+    """(params, step, folder) -> metrics of what a policy says; its texts go into the folder.
+
+    Args:
+      starts_at_reference: the policy at step 0 is the reference.
+    """
+    evaluate = open_samples(setup, reference_params, score)
     of_reference = evaluate(reference_params)
-    ranks = open_ranks(stage.setup, reference_params, score, of_reference)
+    ranks = open_ranks(setup, reference_params, score, of_reference)
 
     def metrics(params: dict, step: int, folder: storage.Path) -> dict[str, float]:
-        is_reference = step == 0 and stage.policy_starts_at_reference
+        is_reference = step == 0 and starts_at_reference
         evaluation = of_reference if is_reference else evaluate(params)
         append_samples(folder, step, evaluation)
         return evaluation.metrics() | ranks(params).metrics()

@@ -130,6 +130,14 @@ class Stage(abc.ABC):
     def footprint(self) -> Footprint | None:
         """The memory that a train step will need of each device; None where nothing predicts it."""
 
+    def memory_advice(self) -> dict[str, str]:
+        """What to change where a step needs too much memory.
+
+        Returns:
+          by the part of the footprint that takes most; "" is for all others.
+        """
+        return {"": "spread the model over more devices (config.mesh.fsdp)"}
+
     @abc.abstractmethod
     def lower(self, row: RowSize) -> Lowered:
         """Lowers the stage's train step from shapes alone; neither data nor devices need be there.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,8 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from dpojax import sharding, storage
-from dpojax.config.errors import ConfigError
+from dpojax import sharding
 from dpojax.data.packing import Shape
 from dpojax.data.rows import Rows, empty
 from dpojax.logprobs import TokenStatistics
@@ -22,7 +21,9 @@ from dpojax.losses import RunningMean
 from dpojax.models import lora
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
-from dpojax.stages.references import Reference, check_identity, scores_at_start
+from dpojax.stages.example_stage import EvaluateSamples, ExampleStage
+from dpojax.stages.reference import Reference
+from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.setup import with_scalar_params
 from dpojax.stages.stage import Lowered
 from dpojax.stages.throughput import flops_of_batch, peak_flops
@@ -30,7 +31,7 @@ from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
 from dpojax.training.loop import Every, StopSignal, TrainLoop
-from dpojax.training.memory import Footprint, gib, lean, limit_bytes, predict
+from dpojax.training.memory import Footprint, lean, predict
 from dpojax.training.metrics import MetricWriter, Window
 from dpojax.training.profile import Spans
 from dpojax.training.state import (
@@ -43,12 +44,6 @@ from dpojax.training.state import (
 )
 from dpojax.training.step import build_step
 from dpojax.training.vectorised_step import MakeStep
-
-if TYPE_CHECKING:
-    from dpojax.stages.example_stage import ExampleStage
-
-# (parameters, step, the stage's folder) -> metrics of sampled responses
-EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
 
 
 def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal) -> dict:
@@ -242,35 +237,21 @@ def footprint(stage: ExampleStage) -> Footprint:
     )
 
 
-def require_memory(stage: ExampleStage) -> None:
-    """Raises ConfigError if the stage's footprint is more than a device has.
-
-    The message names what takes most, and the key to change first.
-    """
-    mebi = 2**20  # the processes agree on an int32
-    needed, limit = stage.footprint(), mebi * sharding.agreed(min(limit_bytes() // mebi, 2**30))
-    if not stage.setup.config.check_memory or needed.total <= limit:
-        return
-    parts, shape = needed._asdict(), stage.batches.shape
-    largest = max(parts, key=parts.get)
-    spread = "spread the model over more devices (config.mesh.fsdp)"
-    if "lora" in stage.config and stage.adapters is None:
-        spread += f", or train adapters alone (config.{stage.name}.lora.rank)"
-    frozen = f"store the base in bfloat16 (config.{stage.name}.lora.base_dtype)"
-    if stage.adapters is None:
-        key = f"config.{stage.name}.reference.kind"
-        frozen = f"cache the reference ({key}), or store it in bfloat16"
-    changes = {
+def memory_advice(stage: ExampleStage) -> dict[str, str]:
+    """See `Stage.memory_advice`."""
+    shape, key = stage.batches.shape, f"config.{stage.name}"
+    advice = {
         "activations": f"lower config.micro_rows (now {shape.rows} rows of {shape.length} "
         "tokens), or set config.model.remat to full",
         "logits": "lower config.max_logits",
-        "frozen": frozen,
+        "frozen": f"store the base in bfloat16 ({key}.lora.base_dtype)",
+        "": "spread the model over more devices (config.mesh.fsdp)",
     }
-    raise ConfigError(
-        f"{stage.name}: a step needs about {needed} of each device, which has {gib(limit)} to "
-        f"give. Most are {largest}: {changes.get(largest, spread)}. config.check_memory=False "
-        "tries all the same"
-    )
+    if stage.adapters is None:
+        advice["frozen"] = f"cache the reference ({key}.reference.kind), or store it in bfloat16"
+        if "lora" in stage.config:
+            advice[""] += f", or train adapters alone ({key}.lora.rank)"
+    return advice
 
 
 def lower(stage: ExampleStage, length: int, responses: int) -> Lowered:

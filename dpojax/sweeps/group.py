@@ -23,7 +23,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import config_from_json, write_or_compare_config
 from dpojax.runs.command import run_command
-from dpojax.runs.run import announce, finish, require_memory_for, train_in_turn
+from dpojax.runs.run import announce, finish, train_in_turn
 from dpojax.runs.workdirs import (
     FAILED,
     digest,
@@ -35,6 +35,7 @@ from dpojax.runs.workdirs import (
     write_failure,
 )
 from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.memory import require_memory
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup, with_scalar_params
@@ -82,7 +83,8 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
     before, loaded = [stage.prepare() for stage in opened], last.load()
     group = Group([loaded.for_member(run) for run in runs], folder)
     stages = [*before, group.lead.stepping_on(group.mesh)]
-    require_memory_for(stages)
+    for stage in stages:
+        require_memory(stage)
     for run in runs:
         write_or_compare_config(run)
     with contextlib.ExitStack() as during:

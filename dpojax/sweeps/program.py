@@ -15,7 +15,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.data.rows import Rows
 from dpojax.sharding import ROWS, SWEEP
 from dpojax.stages.example_stage import ExampleStage
-from dpojax.stages.references import Reference
+from dpojax.stages.reference import Reference
 from dpojax.stages.train import (
     abstract_frozen_weights,
     abstract_rows,
