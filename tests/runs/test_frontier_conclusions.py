@@ -52,7 +52,7 @@ def hull(points):
 
 def test_no_point_lies_above_the_theoretical_limit(made):
     folder, methods, _ = made
-    points = [at_the_bound(point) for own in methods.values() for point in own]
+    points = [at_the_bound(point) for of_method in methods.values() for point in of_method]
     measured = frontier_points.arrays(points)
     gap = above_limit(
         measured.reward,

@@ -169,10 +169,10 @@ def test_adapters_and_base_lie_over_the_mesh(finished):
 def test_the_base_is_the_reference_and_stays_as_it_was_in_memory_and_on_disk(
     finished, model_folder
 ):
-    _, given, _ = huggingface.load(model_folder)
+    _, base_params, _ = huggingface.load(model_folder)
     assert finished.stage.adapters.base_folder == finished.folder / "preference" / "reference"
-    assert_same(flat(base_on_disk(finished.stage)), flat(given), **EXACTLY)
-    assert_same(flat(finished.start), flat(given), **EXACTLY)
+    assert_same(flat(base_on_disk(finished.stage)), flat(base_params), **EXACTLY)
+    assert_same(flat(finished.start), flat(base_params), **EXACTLY)
 
 
 def test_new_adapters_change_nothing_at_all(finished):
@@ -244,8 +244,8 @@ def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_f
     assert identity["drift/reference_identity"] <= 1e-6
     np.testing.assert_allclose([identity["loss"], at_zero["loss"]], np.log(2), rtol=1e-6)
     base = base_on_disk(stage)
-    _, given, _ = huggingface.load(model_folder)
-    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), given)
+    _, base_params, _ = huggingface.load(model_folder)
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16"), base_params)
     assert {x.dtype for x in jax.tree.leaves(base)} == {np.dtype("bfloat16")}
     assert_same(flat(base), flat(rounded), **EXACTLY)
     with StopSignal() as stop, ExitStack() as writing:

@@ -94,21 +94,21 @@ def test_a_round_learns_from_what_the_policy_before_it_says_to_prompts_of_its_ow
     prompts = [json.loads((f / "preferences/provenance.json").read_text()) for f in (first, second)]
     assert [provenance["prompts"] for provenance in prompts] == [12, 12]  # of 24 in two rounds
     rows = preferences(second)
-    asked = [row["prompt"] for row in rows]
-    said = drawn_by(first / online.EXPORTED, asked[:4], 12)
-    at_first = drawn_by(made / POLICY, asked[:4], 12)
+    prompts_drawn = [row["prompt"] for row in rows]
+    from_first = drawn_by(first / online.EXPORTED, prompts_drawn[:4], 12)
+    from_sft = drawn_by(made / POLICY, prompts_drawn[:4], 12)
     assert [row["prompt_index"] for row in rows[:4]] == [0, 1, 2, 3]
-    assert all(set(row["responses"]) <= own for row, own in zip(rows, said))
-    assert not all(set(row["responses"]) <= own for row, own in zip(rows, at_first))
-    assert asked != [row["prompt"] for row in preferences(first)]
+    assert all(set(row["responses"]) <= drawn for row, drawn in zip(rows, from_first))
+    assert not all(set(row["responses"]) <= drawn for row, drawn in zip(rows, from_sft))
+    assert prompts_drawn != [row["prompt"] for row in preferences(first)]
 
 
 def test_the_classifier_that_the_plan_trained_is_the_reward(made):
-    judge = open_reward(f"classifier:{made / CLASSIFIER}")
+    reward = open_reward(f"classifier:{made / CLASSIFIER}")
     rows = preferences(rounds_of(made)[1])
     for row in rows[:4]:
-        asked = [row["prompt"]] * len(row["responses"])
-        np.testing.assert_allclose(row["scores"], judge(asked, row["responses"]), atol=1e-5)
+        prompts = [row["prompt"]] * len(row["responses"])
+        np.testing.assert_allclose(row["scores"], reward(prompts, row["responses"]), atol=1e-5)
     points = [p for p in read_points(made / "frontier.csv") if p.method == "online_dpo"]
     assert all(0 < point.reward < 1 for point in points)
 
@@ -121,9 +121,9 @@ def weights(folder):
 def test_every_round_starts_from_the_one_before_and_its_reference_is_the_sft_policy(made):
     first, second = rounds_of(made)
     for folder, start in ((first, made / POLICY), (second, first / online.EXPORTED)):
-        own = json.loads((folder / online.TRAINED / "config.json").read_text())
-        assert own["model"]["path"] == str(start)
-        assert own["preference"]["reference"]["path"] == str(made / POLICY)
+        config_of_round = json.loads((folder / online.TRAINED / "config.json").read_text())
+        assert config_of_round["model"]["path"] == str(start)
+        assert config_of_round["preference"]["reference"]["path"] == str(made / POLICY)
     at_start = [
         next(
             x

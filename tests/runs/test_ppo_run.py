@@ -118,8 +118,8 @@ def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(f
     workdir, calls = finished
     prompts = reviews.prompts("train", 16, seed=0)
     for epoch in (calls[:2], calls[2:]):
-        asked = Counter(prompt for own, _ in epoch for prompt in own)
-        assert asked == Counter(2 * prompts)
+        answered = Counter(prompt for prompts_of_call, _ in epoch for prompt in prompts_of_call)
+        assert answered == Counter(2 * prompts)
     assert calls[0][0] != calls[2][0]  # another order in the second epoch
     logged = [line["objective/scores"] for line in split(workdir, "train")]
     np.testing.assert_allclose(logged, [scores.mean() for _, scores in calls], rtol=1e-5)
@@ -147,11 +147,11 @@ def test_the_learning_rate_falls_along_a_line_and_the_coefficient_follows_the_kl
 
 def test_the_summary_compares_reward_and_kl_before_and_after(finished):
     workdir = finished[0]
-    found = json.loads((workdir / "finished.json").read_text())["ppo"]["values"]
+    summary = json.loads((workdir / "finished.json").read_text())["ppo"]["values"]
     start, _, end = split(workdir, "eval")
     for name in ("samples/reward", "samples/kl", "samples/reward_error", "samples/length"):
-        assert found["before"][name] == pytest.approx(start[name], abs=1e-6)
-        assert found["after"][name] == pytest.approx(end[name], abs=1e-6)
+        assert summary["before"][name] == pytest.approx(start[name], abs=1e-6)
+        assert summary["after"][name] == pytest.approx(end[name], abs=1e-6)
     text = (workdir / "ppo" / "summary.txt").read_text()
     reward = f"{end['samples/reward']:.3f} ± {end['samples/reward_error']:.3f}"
     for part in (reward, "judged by reviews: 4 held-out prompts with 2 responses", "stopped"):

@@ -79,12 +79,12 @@ def test_a_run_leaves_metrics_reports_a_summary_and_a_figure(finished):
 
 
 def test_metrics_carry_the_names_of_trl(finished):
-    wanted = {"loss", "grad_norm", "learning_rate", "num_tokens", "displacement", "kl/per_token"}
+    trained = {"loss", "grad_norm", "learning_rate", "num_tokens", "displacement", "kl/per_token"}
     pair = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
     pair |= {"logps/chosen", "logps/rejected"}
     evaluated = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
     by_split = {line["split"]: set(line) for line in lines(finished[0], "preference")}
-    assert by_split["train"] >= wanted | pair | {"perf/tokens_per_second"}
+    assert by_split["train"] >= trained | pair | {"perf/tokens_per_second"}
     assert by_split["eval"] >= pair | evaluated | {"loss", "displacement", "kl/per_token"}
 
 
@@ -109,12 +109,12 @@ def test_the_same_command_again_only_prints_the_summary(finished):
 
 def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     """kill -9 once in each stage: right after a checkpoint, and in the middle of things."""
-    for wanted in ("sft/checkpoints/2", "preference/checkpoints/4"):
+    for checkpoint in ("sft/checkpoints/2", "preference/checkpoints/4"):
         process = subprocess.Popen(
             command(tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         deadline = time.monotonic() + 120
-        while not (tmp_path / wanted).exists() and process.poll() is None:
+        while not (tmp_path / checkpoint).exists() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.kill()
@@ -251,11 +251,11 @@ def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(
         assert jax.config.jax_persistent_cache_min_compile_time_secs <= 0.05
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         make()
-        kept = sorted(tmp_path.glob("compiled/*-cache"))
+        programs = sorted(tmp_path.glob("compiled/*-cache"))
         jax.clear_caches()
         make()
-    assert kept
-    assert sorted(tmp_path.glob("compiled/*-cache")) == kept
+    assert programs
+    assert sorted(tmp_path.glob("compiled/*-cache")) == programs
     assert jax.config.jax_compilation_cache_dir == before
 
 
@@ -391,13 +391,13 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
         r"preference: the compiled step needs \d+ MiB on each device \(\d+ MiB for arguments",
         printed,
     )
-    found = json.loads((folder / "profile.json").read_text())
+    profile = json.loads((folder / "profile.json").read_text())
     names = {"compilation and first step", "waiting for data", "steps", "evaluation"}
-    assert set(found["spans"]) == names | {"waiting for checkpoints"}
-    assert all(seconds > 0 for seconds in found["spans"].values())
-    whole = sum(found["step"].values())
-    assert 0 < found["step"]["forward"] < whole
-    assert 0 < found["utilisation"] < 1
+    assert set(profile["spans"]) == names | {"waiting for checkpoints"}
+    assert all(seconds > 0 for seconds in profile["spans"].values())
+    whole = sum(profile["step"].values())
+    assert 0 < profile["step"]["forward"] < whole
+    assert 0 < profile["utilisation"] < 1
     assert list(folder.glob("trace/**/*.xplane.pb"))
 
 

@@ -116,9 +116,9 @@ def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
     )
     made = lambda folder: {str(path.relative_to(folder)) for path in folder.glob("[!t]*/*")}
     assert made(member) == made(tmp_path / "alone")
-    kept = lambda folder: {path.name for path in folder.glob("tokens/*")}
-    assert kept(swept[0]) == kept(tmp_path / "alone")  # those of the sweep are all members'
-    assert len(kept(swept[0])) == 2
+    cached = lambda folder: {path.name for path in folder.glob("tokens/*")}
+    assert cached(swept[0]) == cached(tmp_path / "alone")  # those of the sweep are all members'
+    assert len(cached(swept[0])) == 2
 
 
 def test_the_reference_is_scored_once_for_all_members(swept):
@@ -189,11 +189,11 @@ def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):
 def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
     swept, tmp_path, monkeypatch, at_once, stops
 ):
-    config, asked = base_config(**{"sweep.at_once": at_once}), []
+    config, steps_asked = base_config(**{"sweep.at_once": at_once}), []
 
     def agreed(self, step=0):  # the short member has ended by then
-        asked.append(step)
-        return asked.count(5) == stops and step == 5
+        steps_asked.append(step)
+        return steps_asked.count(5) == stops and step == 5
 
     folder = tmp_path / "sweep"
     with monkeypatch.context() as patch:
@@ -309,8 +309,8 @@ def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tm
     config = base_config(stages=("preference",), **changes)
     members = [{"seed": 0, "preference.steps": 2}, {"seed": 7}, {"preference.learning_rate": 1e-20}]
     assert run_sweep(config, members, str(tmp_path / "sweep")) == {}
-    said = capsys.readouterr().out.splitlines()
-    lost = [line for line in said if "of the updates are smaller than the weights" in line]
+    printed = capsys.readouterr().out.splitlines()
+    lost = [line for line in printed if "of the updates are smaller than the weights" in line]
     assert [line.split(":")[0] for line in lost] == ["preference learning_rate-1e-20  step 1"]
     assert not (tmp_path / "sweep" / "seed-0-steps-2" / "sft").exists()
     config.seed = 7
@@ -322,7 +322,8 @@ def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tm
 
 def grouped(*members, **changes):
     config = base_config(**changes)
-    return same_program([member_run(config, own, storage.as_path("nowhere")) for own in members])
+    nowhere = storage.as_path("nowhere")
+    return same_program([member_run(config, changes, nowhere) for changes in members])
 
 
 def test_one_program_trains_what_differs_in_traced_numbers_alone():
@@ -387,8 +388,8 @@ def test_a_member_has_the_same_name_whatever_others_change():
 
 
 def test_texts_that_a_new_tokenizer_is_trained_on_may_differ_between_members():
-    given = {"tokenizer": "train:300", "preference.data.source": "reviews"}
-    config = base_config(stages=("preference",), **given)
+    changes = {"tokenizer": "train:300", "preference.data.source": "reviews"}
+    config = base_config(stages=("preference",), **changes)
     member = partial(member_run, config, workdir=storage.as_path("nowhere"))
     assert member({"sft.data.limit": 7}).config.sft.data.limit == 7
     with pytest.raises(ConfigError, match=r"sft\.steps is read by none of the stages preference"):
@@ -403,9 +404,9 @@ def test_a_sweep_that_cannot_run_is_refused_before_anything_is_made(tmp_path):
         r"ppo\.steps is read by none of the stages sft, preference": {"ppo.steps": 3},
         r"frontier\.count is read by none": {"frontier.count": 3},
     }
-    for message, own in wrong.items():
+    for message, changes in wrong.items():
         with pytest.raises(ConfigError, match=message):
-            run_sweep(base_config(), [{"preference.beta": 0.1}, own], str(tmp_path / "sweep"))
+            run_sweep(base_config(), [{"preference.beta": 0.1}, changes], str(tmp_path / "sweep"))
     assert not (tmp_path / "sweep").exists()
     (tmp_path / "config.py").write_text("def sweep():\n    return []\n")
     with pytest.raises(ConfigError, match="no function sweep"):
