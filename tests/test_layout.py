@@ -1,6 +1,7 @@
 """Imports flow down one list, and files, functions and classes stay small."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -36,11 +37,12 @@ MAY_KNOW_ALL = {"stages/registry.py"}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_CLASS = 500, 60, 200
 
 
+@functools.cache
 def imported(path: pathlib.Path) -> set[str]:
     """What a file imports of dpojax, dotted and without the leading `dpojax.`.
 
-    `from dpojax.stages.stage import Stage` is `stages.stage.Stage`. Imports for a type checker alone
-    count as well.
+    `from dpojax.stages.stage import Stage` is `stages.stage.Stage`. Imports that only a type checker
+    makes count as well.
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
