@@ -41,8 +41,8 @@ LONGEST_FILE, LONGEST_FUNCTION, LONGEST_CLASS = 500, 60, 200
 def imported(path: pathlib.Path) -> set[str]:
     """What a file imports of dpojax, dotted and without the leading `dpojax.`.
 
-    `from dpojax.stages.stage import Stage` is `stages.stage.Stage`. Imports that only a type checker
-    makes count as well.
+    `from dpojax.stages.stage import Stage` is `stages.stage.Stage`. Imports of types alone count as
+    well.
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -17,7 +17,9 @@ def stage(loss: str, label=None):
         batches=SimpleNamespace(data=data),
         hyper={"beta": 0.1},
         programs=SimpleNamespace(objective=SimpleNamespace(baseline=None)),
-        policy_starts_at_reference=True,
+        config=SimpleNamespace(
+            reference=SimpleNamespace(path=""), lora=SimpleNamespace(adapters="")
+        ),
     )
 
 
