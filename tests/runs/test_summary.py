@@ -12,14 +12,12 @@ from dpojax.stages.data import StageData
 
 def stage(loss: str, label=None):
     data = StageData([SimpleNamespace(label=label)], 0, {})
+    no_adapters, same_policy = SimpleNamespace(adapters=""), SimpleNamespace(path="")
     return SimpleNamespace(
-        loss=SimpleNamespace(name=loss),
+        config=SimpleNamespace(loss=loss, lora=no_adapters, reference=same_policy),
         batches=SimpleNamespace(data=data),
         hyper={"beta": 0.1},
         programs=SimpleNamespace(objective=SimpleNamespace(baseline=None)),
-        config=SimpleNamespace(
-            reference=SimpleNamespace(path=""), lora=SimpleNamespace(adapters="")
-        ),
     )
 
 
