@@ -20,7 +20,7 @@ from dpojax.methods.preference import options
 from dpojax.runs import run as runs
 from dpojax.stages import registry
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.language_stage import LanguageStage
+from dpojax.stages.trained_stage import LanguageStage
 from dpojax.training.metrics import read_metrics
 
 from .jobs.small_jobs import job as small_job

@@ -24,10 +24,9 @@ from dpojax.config.saved import (
 )
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, workdir_lock, write_failure
-from dpojax.stages.memory import require_memory
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
-from dpojax.stages.stage import Stage, Summarise
+from dpojax.stages.stage import Stage, Summarise, require_memory
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss, StopSignal
 from dpojax.training.metrics import read_metrics

@@ -14,7 +14,7 @@ from dpojax.intervals import wilson_interval
 from dpojax.methods import classifier
 from dpojax.stages import classifier_data, train
 from dpojax.stages.data import DataRequirements, StageData
-from dpojax.stages.programs import Programs, make_programs, scores_of
+from dpojax.stages.example_stage import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import CLASSIFIER, Lowered, RowSize, Stage, Summarise, Summary
 from dpojax.stages.trained_stage import TrainedStage

@@ -68,6 +68,22 @@ class StageData(NamedTuple):
     def held_out(self) -> range:
         return range(self.train, len(self.examples))
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the examples are single responses with a label."""
+        return self.examples[0].label is not None
+
+    def count_held_out_pairs(self) -> int:
+        """How many held-out pairs state a preference; of labelled responses, how many there are."""
+        if self.is_labelled:
+            return len(self.held_out)
+        count = 0
+        for index in self.held_out:
+            example = self.examples[index]
+            ranks = example.rank or range(len(example.responses))
+            count += sum(a < b for a, b in itertools.combinations(ranks, 2))
+        return count
+
 
 def tokenize_config(tokens: ConfigDict) -> TokenizeConfig:
     """`config.tokens` as the tokeniser wants it.

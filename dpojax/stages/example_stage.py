@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,22 +20,40 @@ from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_o
 from dpojax.data.packing import Shape
 from dpojax.data.pipeline import steps_in
 from dpojax.data.prompts import EMBEDDED
+from dpojax.data.rows import Rows
 from dpojax.stages import data as stage_data
 from dpojax.stages import token_cache
 from dpojax.stages.adapters import StageAdapters, check_lora
 from dpojax.stages.batches import Batches, choose_shape
 from dpojax.stages.data import StageData
-from dpojax.stages.programs import Programs
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import POLICY, Stage
+from dpojax.training.forward import Forward, build_outputs
 from dpojax.training.loop import StopSignal
-from dpojax.training.objective import Hyper
+from dpojax.training.objective import Hyper, Objective
+from dpojax.training.step import build_evaluate
 
 # (parameters, step, the stage's folder) -> metrics of sampled responses
 EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
 
 PACE_KEYS = ("learning_rate", "warmup_steps", "steps", "epochs")
+
+
+class Programs(NamedTuple):
+    """The functions of a stage that are compiled at first use.
+
+    Attributes:
+      objective: what the stage minimises.
+      forward: the forward pass to train with.
+      score: jitted (params, rows on the mesh, reference=None) -> outputs of whole batches.
+      metrics: jitted (outputs, rows on the mesh, hyper) -> sums and weights.
+    """
+
+    objective: Objective
+    forward: Forward
+    score: Callable[..., Any]
+    metrics: Callable[[Any, Rows, Hyper], dict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +222,30 @@ class ExampleStage(Stage):
         seed = self.setup.config.seed
         batches = Batches(data, config.batch_size, steps, seed, score_prompt=self.score_prompt)
         return dataclasses.replace(self, batches=batches)
+
+
+def make_programs(objective: Objective, forward: Forward, score: Callable) -> Programs:
+    """Jits what a stage computes besides its step.
+
+    Scoring is one program for rows with and without the reference's log-probs.
+    """
+    jitted = jax.jit(score)
+
+    def score_rows(params: dict, rows: Rows, reference: dict | None = None) -> Any:
+        return jitted(params, rows._replace(reference=None), reference=reference)
+
+    return Programs(objective, forward, score_rows, jax.jit(build_evaluate(objective)))
+
+
+def scores_of(forward: Forward) -> Callable[..., Any]:
+    """`build_outputs(forward)` with the signature of `build_score`; there is no reference."""
+    outputs = build_outputs(forward)
+
+    def score(params: dict, rows: Rows, *, reference: dict | None = None) -> Any:
+        del reference
+        return outputs(params, rows)
+
+    return score
 
 
 def _traced_keys(stage_class: type[ExampleStage], run: ResolvedRun) -> frozenset[str]:

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from dpojax.data.rows import empty
 from dpojax.methods import ppo
 from dpojax.stages import ppo_train
-from dpojax.stages.description import count, mesh_text
 from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.ppo_summary import summarise
 from dpojax.stages.samples import open_samples
-from dpojax.stages.stage import Lowered, RowSize, Summarise
+from dpojax.stages.stage import Lowered, RowSize, Summarise, count, mesh_text
 from dpojax.training.loop import StopSignal
 from dpojax.training.memory import Footprint
 from dpojax.training.state import moment_copies

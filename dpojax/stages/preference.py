@@ -18,7 +18,6 @@ from dpojax.methods.preference import LossRequirements
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.example_stage import EvaluateSamples
-from dpojax.stages.language_stage import LanguageStage
 from dpojax.stages.preference_summary import open_summary
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.references import (
@@ -29,6 +28,7 @@ from dpojax.stages.references import (
 from dpojax.stages.samples import sampled_metrics
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import Summarise, require_language_model
+from dpojax.stages.trained_stage import LanguageStage
 from dpojax.training.loop import StopSignal
 from dpojax.training.objective import Hyper, Objective, OptionError
 

@@ -12,7 +12,6 @@ from dpojax.data.rows import Rows
 from dpojax.intervals import wilson_interval
 from dpojax.logprobs import TokenStatistics
 from dpojax.stages.example_stage import ExampleStage
-from dpojax.stages.pair_labels import count_pairs, is_labelled
 from dpojax.stages.references import policy_starts_at_reference, saved_weights
 from dpojax.stages.stage import Summary
 from dpojax.tables import ruled_table
@@ -50,7 +49,7 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
             kl.add({"kl": divergence(params, reference, rows)})
         values = {"before": before.flush(), "after": after.flush()}
         kl_per_token = {"before": 0.0, "after": kl.flush()["kl"]}
-        pairs = count_pairs(member.batches.data)
+        pairs = member.batches.data.count_held_out_pairs()
         summary = {"pairs": pairs, "values": values, "kl_per_token_exact": kl_per_token}
         text = _table(member, pairs, values["before"], values["after"], kl_per_token)
         member.save_summary(summary, text)
@@ -62,7 +61,7 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
 def _table(
     stage: ExampleStage, pairs: int, before: Values, after: Values, kl_per_token: Values
 ) -> str:
-    labelled = is_labelled(stage.batches.data)
+    labelled = stage.batches.data.is_labelled
     chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
 
     def both(name: str) -> tuple[str, str]:

@@ -12,8 +12,7 @@ from dpojax.config.rules import apply_rules, at_least, one_of
 from dpojax.intervals import wilson_interval
 from dpojax.methods import reward
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.pair_labels import count_pairs
-from dpojax.stages.programs import Programs, make_programs, scores_of
+from dpojax.stages.example_stage import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import REWARD_MODEL, Stage, Summarise, Summary
 from dpojax.stages.trained_stage import TrainedStage
@@ -89,7 +88,7 @@ def summarise(stage: Stage, params: dict) -> Summary:
 
     Where the best of several evaluations is kept, its accuracy is a little too high for new data.
     """
-    values, pairs = stage.evaluate(params), count_pairs(stage.batches.data)
+    values, pairs = stage.evaluate(params), stage.batches.data.count_held_out_pairs()
     step = stage.best_step or stage.steps
     low, high = wilson_interval(round(values["rewards/accuracies"] * pairs), pairs)
     accuracy = f"{100 * values['rewards/accuracies']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

@@ -6,8 +6,8 @@ from dpojax.config.resolved import ResolvedRun
 from dpojax.methods import sft
 from dpojax.stages import train
 from dpojax.stages.data import DataRequirements
-from dpojax.stages.language_stage import LanguageStage
 from dpojax.stages.stage import Lowered, RowSize
+from dpojax.stages.trained_stage import LanguageStage
 from dpojax.training.objective import Objective
 
 

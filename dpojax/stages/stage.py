@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 from ml_collections import ConfigDict
 
-from dpojax import storage
+from dpojax import sharding, storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import huggingface
@@ -32,7 +32,9 @@ from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
 from dpojax.training import checkpoints
 from dpojax.training.loop import StopSignal
-from dpojax.training.memory import Footprint
+from dpojax.training.memory import Footprint, gib, limit_bytes
+
+MEBI = 2**20  # processes agree on an int32, so bytes would be too many
 
 POLICY = "a policy"
 REWARD_MODEL = "a reward model"
@@ -264,3 +266,34 @@ def require_language_model(setup: Setup, name: str) -> None:
             "from a language model, whose head gives a logit for each token; set it to the folder "
             "of a policy"
         )
+
+
+def require_memory(stage: Stage) -> None:
+    """Raises ConfigError if the stage's footprint is more than a device has.
+
+    The message names the part that takes most, and the key to change first. A stage that nothing
+    predicts is let through.
+    """
+    needed = stage.footprint()
+    if needed is None or not stage.setup.config.check_memory:
+        return
+    limit = MEBI * sharding.agreed(min(limit_bytes() // MEBI, 2**30))
+    if needed.total <= limit:
+        return
+    parts, advice = needed._asdict(), stage.memory_advice()
+    largest = max(parts, key=parts.get)
+    raise ConfigError(
+        f"{stage.name}: a step needs about {needed} of each device, which has {gib(limit)} to "
+        f"give. Most are {largest}: {advice.get(largest, advice[''])}. config.check_memory=False "
+        "tries all the same"
+    )
+
+
+def mesh_text(setup: Setup) -> str:
+    """`data 2 x fsdp 4 x tensor 1`."""
+    return " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
+
+
+def count(tree: Any) -> str:
+    """How many numbers a tree of arrays or shapes has: `1,234,567`."""
+    return f"{sum(x.size for x in jax.tree.leaves(tree)):,}"

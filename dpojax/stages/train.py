@@ -26,7 +26,6 @@ from dpojax.stages.reference import Reference
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.setup import with_scalar_params
 from dpojax.stages.stage import Lowered
-from dpojax.stages.throughput import flops_of_batch, peak_flops
 from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
@@ -43,6 +42,7 @@ from dpojax.training.state import (
     new_state,
 )
 from dpojax.training.step import build_step
+from dpojax.training.throughput import flops_of_batch, peak_flops
 from dpojax.training.vectorised_step import MakeStep
 
 
@@ -306,8 +306,9 @@ def _train_loop(
             tqdm.write(f"{stage.name}: the compiled step needs {needed}")
 
     step = lean(jitted_step(stage, optimizer, stage.steps), say=say_memory)
+    ceiling = partial(peak_flops, setup.mesh, config.model.compute_dtype)
     if config.profile:
-        peak_flops(setup)  # measured now, and not among the steps that the trace shows
+        ceiling()  # measured now, and not among the steps that the trace shows
     return TrainLoop(
         stage=stage.name,
         step=lambda state, rows, hyper: step(state, rows, hyper, frozen),
@@ -315,7 +316,7 @@ def _train_loop(
         to_device=lambda rows: evaluator.reference.to_device(rows, setup.mesh),
         evaluate=lambda state: evaluator(stage, state),
         flops=flops_of_batch(setup.abstract_params),
-        ceiling=partial(peak_flops, setup),
+        ceiling=ceiling,
         hyper=stage.hyper,
         steps=stage.steps,
         every=Every(config.log_every, config.evaluate_every, config.checkpoint_every),

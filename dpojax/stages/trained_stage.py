@@ -1,17 +1,31 @@
-"""Stages of examples that train with the loop of `stages.train`."""
+"""Stages of examples that train with the loop of `stages.train`; those of policies among them."""
 
 from __future__ import annotations
 
+import abc
 import json
 from collections.abc import Callable
+from typing import Self
 
 from dpojax import sharding, storage
+from dpojax.config.resolved import ResolvedRun
+from dpojax.models import lora_peft
 from dpojax.stages import token_cache, train
-from dpojax.stages.description import describe, report_text
-from dpojax.stages.example_stage import ExampleStage
-from dpojax.stages.stage import Lowered, RowSize, Summarise
+from dpojax.stages.adapters import open_adapters
+from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
+from dpojax.stages.setup import Setup
+from dpojax.stages.stage import (
+    Lowered,
+    RowSize,
+    Summarise,
+    count,
+    mesh_text,
+    require_language_model,
+)
+from dpojax.training.forward import build_score, language_model
 from dpojax.training.loop import StopSignal
 from dpojax.training.memory import Footprint
+from dpojax.training.objective import Objective
 
 
 class TrainedStage(ExampleStage):
@@ -48,3 +62,74 @@ class TrainedStage(ExampleStage):
     def open_summary(self) -> Summarise:
         """Nothing is summarised: the evaluations say it all."""
         return lambda stage, params: None
+
+
+class LanguageStage(TrainedStage):
+    """A stage of examples that trains a policy."""
+
+    @classmethod
+    @abc.abstractmethod
+    def objective_of(cls, run: ResolvedRun) -> Objective:
+        """What the stage of this run minimises."""
+
+    @classmethod
+    def open(cls, setup: Setup) -> Self:
+        require_language_model(setup, cls.name)
+        return cls(setup, cls.build_programs(setup), open_adapters(setup, cls.name))
+
+    @classmethod
+    def build_programs(cls, setup: Setup) -> Programs:
+        """The stage's programs for the setup's model, which has the stage's head."""
+        objective = cls.objective_of(setup.run)
+        forward = language_model(
+            setup.model, statistics=objective.statistics, max_logits=setup.max_logits
+        )
+        score = build_score(setup.model, max_logits=setup.max_logits)
+        return make_programs(objective, forward, score)
+
+    def export(
+        self, folder: storage.Path, *, step: int | None = None, adapters: bool = False
+    ) -> None:
+        if not adapters or self.adapters is None:
+            super().export(folder, step=step, adapters=adapters)
+            return
+        is_first = self.name == self.setup.config.stages[0]
+        lora_peft.save_peft(
+            folder,
+            self.adapters.trained(self.checkpoint_folder, step),
+            self.adapters.config,
+            self.setup.model.config,
+            self.setup.imported_config,
+            base=(self.setup.config.model.path or None) if is_first else None,
+        )
+
+    def trained_params(self, step: int | None = None) -> dict:
+        if self.adapters is None:
+            return super().trained_params(step)
+        step = self.best_step if step is None else step
+        return self.adapters.trained_params(self.checkpoint_folder, step)
+
+
+def describe(stage: ExampleStage) -> str:
+    """The data report, then the model, the mesh, the data, the shape of a batch, and memory."""
+    batches = stage.batches
+    data, shape = batches.data, batches.shape
+    parameters = f"{count(stage.setup.abstract_params)} parameters"
+    if stage.adapters is not None:
+        parameters += f" under adapters of {count(stage.adapters.abstract)}"
+    smaller = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in shape.buckets[:-1])
+    return (
+        f"{report_text(stage)}\n{stage.name}: {parameters} on a mesh of {mesh_text(stage.setup)}; "
+        f"{data.train:,} examples to train on and {len(data.held_out):,} held out; "
+        f"{batches.steps:,} steps of {batches.batch_size} examples in at most "
+        f"{shape.micro_batches} micro-batches of {shape.rows} rows x {shape.length} tokens, "
+        f"{shape.scored} of them scored at most"
+        + (f", the less full ones of {smaller}" if smaller else "")
+        + f"\n{stage.name}: about {stage.footprint()} of each device"
+    )
+
+
+def report_text(stage: ExampleStage) -> str:
+    """What became of the records."""
+    reports = stage.batches.data.reports
+    return "\n\n".join(f"{stage.name} data: {part}\n{report}" for part, report in reports.items())

@@ -35,11 +35,10 @@ from dpojax.runs.workdirs import (
     write_failure,
 )
 from dpojax.stages.example_stage import ExampleStage
-from dpojax.stages.memory import require_memory
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup, with_scalar_params
-from dpojax.stages.stage import Stage
+from dpojax.stages.stage import Stage, require_memory
 from dpojax.stages.train import Evaluator, frozen_weights, open_evaluator
 from dpojax.sweeps.layout import begun_layout, group_folder, mesh_with_members
 from dpojax.sweeps.members import same_program

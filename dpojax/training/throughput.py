@@ -7,11 +7,14 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from dpojax.data.rows import Rows
 from dpojax.sharding import make_mesh, path_of
 
 
@@ -100,3 +103,26 @@ def memory_bytes() -> dict[str, int]:
         return {"peak_device_bytes": max(peaks)}
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return {"peak_host_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def flops_of_batch(abstract_params: dict) -> Callable[[Rows], float]:
+    """Model FLOPs of a batch's forward and backward pass, from the parameters' shapes."""
+    body, head = product_weights(abstract_params)
+
+    def flops(rows: Rows) -> float:
+        tokens, scored = int((rows.segment > 0).sum()), int((rows.response >= 0).sum())
+        return model_flops(body, head, tokens, scored)
+
+    return flops
+
+
+def peak_flops(mesh: Mesh, dtype: DTypeLike) -> float:
+    """FLOP/s of a matmul on all devices of a mesh together; the first call measures it."""
+    return matmul_flops_per_second(dtype) * _independent_devices(mesh)
+
+
+def _independent_devices(mesh: Mesh) -> int:
+    """Devices with arithmetic units of their own; CPU devices of a host share its cores."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return mesh.size
+    return len({device.process_index for device in mesh.devices.flat})

@@ -14,7 +14,7 @@ from dpojax.models import huggingface
 from dpojax.runs.export import export
 from dpojax.runs.run import run
 from dpojax.stages import train
-from dpojax.stages.programs import make_programs
+from dpojax.stages.example_stage import make_programs
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 

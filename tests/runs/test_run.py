@@ -21,7 +21,7 @@ from dpojax.runs import run
 from dpojax.runs.command import STOPPED
 from dpojax.runs.export import export
 from dpojax.stages import batches, preference
-from dpojax.stages import memory as stage_memory
+from dpojax.stages import stage as stage_module
 from dpojax.stages.preference import Preference
 from dpojax.stages.registry import resolve
 from dpojax.stages.setup import prepare_setup
@@ -374,7 +374,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, 
     config = tiny_config(stages=("preference",))
     asked_for = lambda setup: pytest.fail("weights were made")
     monkeypatch.setattr(run, "initial_params", asked_for)
-    monkeypatch.setattr(stage_memory, "limit_bytes", lambda: 2**10)
+    monkeypatch.setattr(stage_module, "limit_bytes", lambda: 2**10)
     with pytest.raises(ConfigError, match=r"preference: a step needs about .* config\.\w+.* tries"):
         run.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -14,9 +14,9 @@ from dpojax.data import reviews, sources
 from dpojax.data.records import DataError
 from dpojax.runs import run as runs
 from dpojax.stages import token_cache
-from dpojax.stages.description import report_text
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
+from dpojax.stages.trained_stage import report_text
 
 ROWS = [
     {"prompt": f"the plot {i}", "chosen": " was good", "rejected": " was bad" + " so" * (i % 9)}
