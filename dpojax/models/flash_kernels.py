@@ -40,20 +40,20 @@ def flash_forward(
     logsumexp_out,
 ):
     """Compute the attention of a tile of queries [i, E] over all keys [T', E] that it sees."""
-    queries, tile = query[...], settings.tile
-    i = pl.program_id(0) * tile + jnp.arange(tile)
-    spans = branch_first[...], prompt_first[...], prompt_last[...]
+    queries, tile = query[...], settings.tile  # [i, E]
+    i = pl.program_id(0) * tile + jnp.arange(tile)  # [i]
+    spans = branch_first[...], prompt_first[...], prompt_last[...]  # [i] each
 
     def visit(n, carry):
-        mixed, top, total = carry
+        mixed, top, total = carry  # [i, E], [i], [i]
         at = pl.ds(_start(settings, blocks, n), tile)
         keys, values = key[at, :], value[at, :]  # [j, E]
         sees = _sees(*(x[:, None] for x in spans), i[:, None], _columns(at)[None, :])  # [i, j]
-        scores = jnp.where(sees, _capped(settings, _product(queries, keys, 1, 1)), HIDDEN)
+        scores = jnp.where(sees, _capped(settings, _product(queries, keys, 1, 1)), HIDDEN)  # [i, j]
         # The sums of a query have no meaning until it meets a column that it sees. All tokens see
         # themselves, so each will. Then exp(HIDDEN - highest) = 0 removes the earlier sums.
-        highest = jnp.maximum(top, scores.max(axis=1))
-        shrink, weights = jnp.exp(top - highest), jnp.exp(scores - highest[:, None])
+        highest = jnp.maximum(top, scores.max(axis=1))  # [i]
+        shrink, weights = jnp.exp(top - highest), jnp.exp(scores - highest[:, None])  # [i], [i, j]
         mixed = mixed * shrink[:, None] + _product(weights.astype(values.dtype), values, 1, 0)
         return mixed, highest, total * shrink + weights.sum(axis=1)
 
@@ -79,21 +79,21 @@ def flash_query_gradient(
     d_query_out,
 ):
     """Compute the gradient of a tile of queries [i, E], from all keys that it sees."""
-    queries, d_mixed, tile = query[...], cotangent[...], settings.tile
-    query_logsumexp, query_delta = logsumexp[...][:, None], delta[...][:, None]
-    i = pl.program_id(0) * tile + jnp.arange(tile)
-    spans = branch_first[...], prompt_first[...], prompt_last[...]
+    queries, d_mixed, tile = query[...], cotangent[...], settings.tile  # [i, E], [i, E]
+    query_logsumexp, query_delta = logsumexp[...][:, None], delta[...][:, None]  # [i, 1]
+    i = pl.program_id(0) * tile + jnp.arange(tile)  # [i]
+    spans = branch_first[...], prompt_first[...], prompt_last[...]  # [i] each
 
     def visit(n, d_query):
         at = pl.ds(_start(settings, blocks, n), tile)
         keys, values = key[at, :], value[at, :]  # [j, E]
         sees = _sees(*(x[:, None] for x in spans), i[:, None], _columns(at)[None, :])  # [i, j]
-        scores = _capped(settings, _product(queries, keys, 1, 1))
-        d_weights = _product(d_mixed, values, 1, 1)
+        scores = _capped(settings, _product(queries, keys, 1, 1))  # [i, j]
+        d_weights = _product(d_mixed, values, 1, 1)  # [i, j]
         _, d_scores = _softmax_gradient(
             settings, scores, sees, query_logsumexp, d_weights, query_delta
         )
-        return d_query + _product(d_scores.astype(keys.dtype), keys, 1, 0)
+        return d_query + _product(d_scores.astype(keys.dtype), keys, 1, 0)  # [i, E]
 
     d_query = jax.lax.fori_loop(0, _tile_visits(settings, count), visit, _zeros(queries))
     d_query_out[...] = d_query.astype(d_query_out.dtype)
@@ -120,27 +120,27 @@ def flash_key_gradient(
     They come from all queries [T', G, E], of all heads of the group, that see them. Scores are
     [j, i], keys by queries, so that no result of a product has to be transposed.
     """
-    keys, values, tile = key[...], value[...], settings.tile
-    j = pl.program_id(0) * tile + jnp.arange(tile)
+    keys, values, tile = key[...], value[...], settings.tile  # [j, E], [j, E]
+    j = pl.program_id(0) * tile + jnp.arange(tile)  # [j]
     visits = _tile_visits(settings, count)
 
     def visit(n, carry):
-        d_key, d_value = carry
+        d_key, d_value = carry  # [j, E], [j, E]
         head = jax.lax.div(n, visits)  # all tiles of one head, then those of the next
         at = pl.ds(_start(settings, blocks, jax.lax.rem(n, visits)), tile)
         queries, d_mixed = query[at, head, :], cotangent[at, head, :]  # [i, E]
         spans = (x[at][None, :] for x in (branch_first, prompt_first, prompt_last))
         sees = _sees(*spans, _columns(at)[None, :], j[:, None])  # [j, i]
-        scores = _capped(settings, _product(keys, queries, 1, 1))
+        scores = _capped(settings, _product(keys, queries, 1, 1))  # [j, i]
         weights, d_scores = _softmax_gradient(
             settings,
             scores,
             sees,
-            logsumexp[head, at][None, :],
-            _product(values, d_mixed, 1, 1),
-            delta[head, at][None, :],
+            logsumexp[head, at][None, :],  # [1, i]
+            _product(values, d_mixed, 1, 1),  # [j, i]
+            delta[head, at][None, :],  # [1, i]
         )
-        d_value += _product(weights.astype(d_mixed.dtype), d_mixed, 1, 0)
+        d_value += _product(weights.astype(d_mixed.dtype), d_mixed, 1, 0)  # [j, E]
         return d_key + _product(d_scores.astype(queries.dtype), queries, 1, 0), d_value
 
     start, heads = (_zeros(keys), _zeros(values)), query.shape[1]
@@ -161,7 +161,7 @@ def _start(settings: Settings, blocks, n: Array) -> Array:
 
 
 def _columns(at: pl.Slice) -> Array:
-    return at.start + jnp.arange(at.size)
+    return at.start + jnp.arange(at.size)  # [tile]
 
 
 def _sees(

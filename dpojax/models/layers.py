@@ -118,16 +118,16 @@ class Dense(nnx.Module):
 
     def __init__(self, inward: tuple, outward: tuple, *, bias: bool, std: float, rngs: nnx.Rngs):
         self.inward, self.outward = inward, outward
-        shape = (*inward, *outward)
+        shape = (*inward, *outward)  # such as [D, H, E] of the queries
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(outward, jnp.float32)) if bias else None
+        self.bias = nnx.Param(jnp.zeros(outward, jnp.float32)) if bias else None  # [*outward]
 
     def __call__(self, x: Array) -> Array:
         size = math.prod(self.inward)
-        kernel = self.kernel[...].reshape(size, -1)
+        kernel = self.kernel[...].reshape(size, -1)  # [inward, outward]
         y = product("{},{}->{}".format(*MATRICES), x.reshape(-1, size), kernel)  # [R * T, outward]
         y = checkpoint_name(y, DENSE)
-        y = y.reshape(*x.shape[:2], *self.outward)
+        y = y.reshape(*x.shape[:2], *self.outward)  # [R, T, *outward]
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
 
 
@@ -145,11 +145,11 @@ class Norm(nnx.Module):
         size = config.width if size is None else size
         self.eps, self.offset = config.norm_eps, config.norm_offset
         self.center = (kind or config.norm) == "layernorm"
-        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32))
+        self.scale = nnx.Param(jnp.full(size, 1 - self.offset, jnp.float32))  # [D], or [E] of heads
         self.bias = nnx.Param(jnp.zeros(size, jnp.float32)) if self.center else None
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
+        y = x.astype(jnp.float32)  # [R, T, D], or [R, T, H, E] of heads
         if self.center:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
@@ -173,10 +173,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         if self.gate is None:
-            hidden = self.activation(self.up(x))
+            hidden = self.activation(self.up(x))  # [R, T, mlp_width]
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)  # [R, T, mlp_width]
-        return self.down(constrain(hidden, ROWS, None, "tensor"))
+        return self.down(constrain(hidden, ROWS, None, "tensor"))  # [R, T, D]
 
 
 def residual_std(config: DecoderConfig) -> float:

@@ -114,6 +114,7 @@ def init(key: Array, params: Params, config: LoraConfig) -> Adapters:
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             bound, shape = inward**-0.5, (layers, inward, config.rank)
             flat[f"{path}/a"] = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
+            # a: [L, inward, rank], b: [L, rank, outward]
             flat[f"{path}/b"] = jnp.zeros((layers, config.rank, outward), jnp.float32)
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -134,8 +135,8 @@ def apply(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
     """
     kernels = traverse_util.flatten_dict(jax.lax.stop_gradient(base), sep="/")
     for path, pair in pairs(adapters).items():
-        delta = config.scale * _product(path, pair, kernels)
-        kernels[path] = kernels[path] + delta.reshape(kernels[path].shape)
+        delta = config.scale * _product(path, pair, kernels)  # [L, inward, outward]
+        kernels[path] = kernels[path] + delta.reshape(kernels[path].shape)  # [L, *inward, *outward]
     return traverse_util.unflatten_dict(kernels, sep="/")
 
 

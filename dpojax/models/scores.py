@@ -33,9 +33,9 @@ def with_scalar_head(
     Returns:
       The new config, and params with `score/kernel` [1 or labels, D].
     """
-    table = params["embed"]["tokens"]
+    table = params["embed"]["tokens"]  # [V, D]
     shape = (max(1, len(labels)), config.width)
-    kernel = config.initializer_range * jax.random.normal(key, shape, jnp.float32)
+    kernel = config.initializer_range * jax.random.normal(key, shape, jnp.float32)  # [labels, D]
     trunk = {name: value for name, value in params.items() if name not in ("head", "score")}
     config = dataclasses.replace(config, scalar_head=True, labels=labels)
     return config, trunk | {"score": {"kernel": kernel.astype(table.dtype)}}
@@ -57,6 +57,7 @@ def response_scores(scores: Array, rows) -> Array:
     inside = (rows.segment[:, None, None] == example) & (rows.branch[:, None, None] == response)
     # inside: [R, examples, responses, T]
     column = jnp.arange(scores.shape[1])[None, None, None]
+    # last, last_scores: [R, examples, responses]
     last = jnp.max(jnp.where(inside, column, -1), axis=-1)  # -1 without any token
     last_scores = jnp.take_along_axis(scores[:, None], jnp.maximum(last, 0), axis=-1)
     return jnp.where(rows.present & (last >= 0), last_scores, 0)

@@ -20,9 +20,9 @@ FIRST_REBATCH_TOKENS = 32
 class Sample(NamedTuple):
     """One response on the host: arrays of its own length, [T], as in `Samples`."""
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    behaviour: np.ndarray
+    tokens: np.ndarray  # [T]
+    logprobs: np.ndarray  # [T]
+    behaviour: np.ndarray  # [T]
     stopped: bool
 
 
@@ -62,7 +62,7 @@ def generate(
         raise ValueError(f"ids: {len(ids)} for {len(prompts)} prompts")
     if samples < 1:
         raise ValueError(f"samples: must be positive, got {samples}")
-    prompts = [np.asarray(prompt) for prompt in prompts]
+    prompts = [np.asarray(prompt) for prompt in prompts]  # [its tokens] each
     for index, prompt in enumerate(prompts):
         _check_prompt(index, prompt, sampler)
     responses = [
@@ -77,7 +77,7 @@ def generate(
 class _Response:
     """A response to a prompt, as far as it is drawn: `parts` are consecutive stretches of it."""
 
-    prompt: np.ndarray
+    prompt: np.ndarray  # [its tokens]
     id: int
     number: int  # of the sample
     parts: list[Sample] = dataclasses.field(default_factory=list)
@@ -137,11 +137,11 @@ def _draw_batch(
     """Draw the next part of the responses of one batch; those of a group share their context."""
     firsts = [group[0] for group in groups]
     prompts = pad([r.context for r in firsts], [r.id for r in firsts], batch_size)
-    prefix = ResponsePrefix(np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32))
+    prefix = ResponsePrefix(np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32))  # [B]
     prefix.sample[: len(firsts)] = [r.number for r in firsts]
     prefix.length[: len(firsts)] = tokens_done
     samples = len(groups[0])
-    drawn = to_host(sampler(params, prompts, samples=samples, prefix=prefix, **how))
+    drawn = to_host(sampler(params, prompts, samples=samples, prefix=prefix, **how))  # [B, N, T]
     for row, group in enumerate(groups):
         for number, response in enumerate(group):
             response.parts.append(_without_padding(drawn, row, number))
@@ -166,9 +166,9 @@ def pad(prompts: Sequence[np.ndarray], ids: Sequence[int], batch_size: int) -> P
     while width < max(map(len, prompts)):
         width *= 2
     batch = Prompts(
-        tokens=np.zeros((batch_size, width), np.int32),
-        lengths=np.zeros(batch_size, np.int32),
-        ids=np.zeros(batch_size, np.int32),
+        tokens=np.zeros((batch_size, width), np.int32),  # [B, P]
+        lengths=np.zeros(batch_size, np.int32),  # [B]
+        ids=np.zeros(batch_size, np.int32),  # [B]
     )
     for row, prompt in enumerate(prompts):
         batch.tokens[row, : len(prompt)] = prompt
@@ -193,7 +193,7 @@ def _without_padding(samples: Samples, row: int, number: int) -> Sample:
     """One response of a batch on the host."""
     length = samples.lengths[row, number]
     return Sample(
-        tokens=samples.tokens[row, number, :length],
+        tokens=samples.tokens[row, number, :length],  # of [B, N, T]
         logprobs=samples.logprobs[row, number, :length],
         behaviour=samples.behaviour[row, number, :length],
         stopped=bool(samples.stopped[row, number]),
