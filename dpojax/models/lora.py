@@ -113,8 +113,8 @@ def init(key: Array, params: Params, config: LoraConfig) -> Adapters:
             layers, inward, outward = sizes(path, leaf.shape)
             path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             bound, shape = inward**-0.5, (layers, inward, config.rank)
-            flat[f"{path}/a"] = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
             # a: [L, inward, rank], b: [L, rank, outward]
+            flat[f"{path}/a"] = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
             flat[f"{path}/b"] = jnp.zeros((layers, config.rank, outward), jnp.float32)
     return traverse_util.unflatten_dict(flat, sep="/")
 
