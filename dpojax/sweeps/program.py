@@ -70,7 +70,7 @@ class MemberProgram:
         self.begun, self.folder = begun, folder
         self.lead = stages[0]
         self.settings = self.lead.setup.config.sweep
-        self.own_rows = len(set(order_of)) > 1
+        self.rows_differ = len(set(order_of)) > 1
         self.optimizer = make_optimizer(self.lead.config.optimizer)
         self.abstract_state = abstract_train_state(self.lead, self.optimizer)
         axis, on_cpu = mesh.shape[SWEEP], mesh.devices.flat[0].platform == "cpu"
@@ -147,7 +147,7 @@ class MemberProgram:
         if reference.score_on_mesh is not None:
             mesh = self.lead.setup.mesh
             batch = [sharding.to_host(reference.to_device(rows, mesh)) for rows in batch]
-        if not self.own_rows:
+        if not self.rows_differ:
             return [sharding.put(batch[0], self._row_sharding)] * len(chunks)
         placed = []
         for indices in chunks:
@@ -163,7 +163,7 @@ class MemberProgram:
         self.abstract = abstract_member_states(self.abstract_state, count, self.mesh)
         on_members = self.lead.stepping_on(self.mesh)
         step = build_vectorised_step(
-            make_step(on_members, self.optimizer), self.abstract, own_rows=self.own_rows
+            make_step(on_members, self.optimizer), self.abstract, rows_differ=self.rows_differ
         )
         hyperparameters = self.hyperparameters(range(min(count, len(self.stages))), set())
         frozen = abstract_frozen_weights(on_members)
@@ -199,12 +199,12 @@ class MemberProgram:
 
     @property
     def _row_sharding(self) -> NamedSharding:
-        spec = (SWEEP, None, ROWS) if self.own_rows else (None, ROWS)
+        spec = (SWEEP, None, ROWS) if self.rows_differ else (None, ROWS)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def _abstract_rows(self) -> Rows:
         rows = abstract_rows(self.lead, self.lead.batches.shape)
-        leading = (self.members_per_call,) if self.own_rows else ()
+        leading = (self.members_per_call,) if self.rows_differ else ()
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 (*leading, *x.shape), x.dtype, sharding=self._row_sharding

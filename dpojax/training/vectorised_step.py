@@ -44,7 +44,7 @@ class MemberStates(NamedTuple):
 
 
 def build_vectorised_step(
-    make_step: MakeStep, abstract: MemberStates, *, own_rows: bool = False
+    make_step: MakeStep, abstract: MemberStates, *, rows_differ: bool = False
 ) -> Callable[..., tuple[MemberStates, Report]]:
     """Build one step of every member, jitted.
 
@@ -55,7 +55,7 @@ def build_vectorised_step(
     Args:
       make_step: builds a member's step.
       abstract: of `abstract_member_states`.
-      own_rows: rows lead with [N], too: the members see different batches (other seeds).
+      rows_differ: rows lead with [N], too: the members see different batches (other seeds).
 
     Returns:
       (states, rows, hyperparameters, frozen) -> (states, reports), which donates the states. The
@@ -79,7 +79,7 @@ def build_vectorised_step(
         return MemberStates(state, alive & report.finite), report
 
     mesh = abstract.alive.sharding.mesh
-    axes = (0, 0 if own_rows else None, 0, None)
+    axes = (0, 0 if rows_differ else None, 0, None)
     # Not `shard_map` where a member has several devices: XLA's partitioner dies of some meshes.
     if mesh.size > mesh.shape[SWEEP]:
         every = jax.vmap(one, in_axes=axes, spmd_axis_name=SWEEP)

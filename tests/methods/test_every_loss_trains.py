@@ -31,7 +31,7 @@ BIGRAM = SimpleNamespace(
     apply=lambda params, rows: params["table"][rows.tokens],
     head=lambda params: Head(params["head"]),
 )
-AROUND = {
+WRAPPERS = {
     "dpo, forward KL": ("dpo", {"divergence": "forward_kl"}),
     "hinge, JS": ("hinge", {"divergence": "js"}),
     "robust, alpha": ("robust", {"divergence": "alpha", "divergence_alpha": 0.5}),
@@ -39,7 +39,7 @@ AROUND = {
     "ipo, WPO": ("ipo", {"length_norm": "sum", "wpo": "corrected"}),
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
-CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | AROUND
+CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
 COUPLED = ("aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
 
 

@@ -63,8 +63,10 @@ def alone(
 class VectorisedSweep:
     """Members on a mesh with the given axes."""
 
-    def __init__(self, make, optimizer, params, members, *, axis=1, mesh=(1, 1, 1), own_rows=False):
-        self.own_rows = own_rows
+    def __init__(
+        self, make, optimizer, params, members, *, axis=1, mesh=(1, 1, 1), rows_differ=False
+    ):
+        self.rows_differ = rows_differ
         devices = jax.devices()[: axis * int(np.prod(mesh))]
         plain = sharding.make_mesh(axis * mesh[0], *mesh[1:], devices=devices)
         self.plain, self.mesh = plain, sharding.sweep_mesh(plain, axis)
@@ -77,10 +79,10 @@ class VectorisedSweep:
             params, make_state, self.hyperparameters.seed, self.abstract
         )
         self.take_member = build_take_member(own)
-        self.step = build_vectorised_step(make, self.abstract, own_rows=own_rows)
+        self.step = build_vectorised_step(make, self.abstract, rows_differ=rows_differ)
 
     def place(self, rows):
-        if self.own_rows:
+        if self.rows_differ:
             return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("sweep")))
         return sharding.put_rows(rows, self.mesh)
 
@@ -163,7 +165,7 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
     make = make_step(model, objective, optax.identity())
     other = rows._replace(tokens=(rows.tokens + 1) % model.config.vocab_size)
     members = [member(0.1), member(0.5)]
-    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=2, own_rows=True)
+    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=2, rows_differ=True)
     both = jax.tree.map(lambda *x: np.stack(x), rows, other)
     for state, hyperparameters, own in zip(sweep.train(both), members, (rows, other)):
         want, _ = alone(make, optax.identity(), params, own, hyperparameters)

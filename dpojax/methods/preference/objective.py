@@ -38,14 +38,15 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
 
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
         view = view_of(tokens, rows, hyper, options)
-        value, counted = _values(names, view), _counted(names, view)
+        value, counted = _values(names, view), _has_loss(names, view)
         if requirements.chosen:
             value = value[..., :1]  # the same for all pairs of an example
         weight = view.weight() if isinstance(view, PairView) else None
         if weight is not None:
             value = value * weight
         value = jnp.where(counted, value, 0.0)
-        metrics = _metrics(view, hyper.get("beta", jnp.float32(1.0))) | _level(names, view)
+        metrics = _metrics(view, hyper.get("beta", jnp.float32(1.0)))
+        metrics |= _reward_baselines(names, view)
         if isinstance(view, PairView):  # [..., R, E, P] -> [..., R, E]
             value, counted = value.sum(-1), counted.sum(-1)
         return Terms(value, counted.astype(jnp.float32), metrics)
@@ -82,7 +83,7 @@ def _value(name: str, view: View) -> Array:
     return loss.function(**flat).reshape(view.mask().shape)
 
 
-def _counted(names: Sequence[str], view: View) -> Array:
+def _has_loss(names: Sequence[str], view: View) -> Array:
     """What has a loss, bool: pairs, best responses, rankings or labelled responses."""
     if isinstance(view, RankedView):
         return view.mask().sum(-1) > 1
@@ -105,14 +106,14 @@ def _metrics(view: View, beta: Array) -> dict[str, Metric]:
     return metrics
 
 
-def _level(names: Sequence[str], view: View) -> dict[str, Metric]:
+def _reward_baselines(names: Sequence[str], view: View) -> dict[str, Metric]:
     """What rewards are compared with: KTO's z under TRL's name, BCO's shift."""
-    one, level = jnp.ones(()), {}
+    one, baselines = jnp.ones(()), {}
     if list(names) == ["kto"]:
-        level["kl"] = Metric(view.kl(), one)
+        baselines["kl"] = Metric(view.kl(), one)
     if "delta" in view.hyper:
-        level["delta"] = Metric(view.delta(), one)
-    return level
+        baselines["delta"] = Metric(view.delta(), one)
+    return baselines
 
 
 def _running_mean(view_of: type[View], options: Mapping[str, Any]) -> Callable:

@@ -40,7 +40,7 @@ class Loss(NamedTuple):
 
 
 def _sft(nll: Array) -> Array:
-    """Beside pairs, imitation is a likelihood term of the best response."""
+    """Maximum likelihood of the best response. `nll` is already a loss."""
     return losses.sft(-nll)
 
 
@@ -89,9 +89,9 @@ PAIRS, RANKED, LABELLED = (
 )
 DEFAULTS = {"beta": 0.1, "label_smoothing": 0.0}  # of every loss that has these options
 
-# What stands around any loss of pairs: f-divergence scores, LD-DPO, WPO. An option, and the one
-# that means nothing without it.
-AROUND = {
+# Options that change the inputs or the weights of any pair loss. The value is the option that means
+# nothing without its key.
+WRAPPERS = {
     "divergence": "divergence_alpha",
     "ld_alpha": "ld_weight_reference",
     "wpo": "wpo_clamp",
@@ -242,11 +242,11 @@ def _defaults(name: str, preset: str) -> dict[str, Any]:
 
 
 def _around(chosen: Mapping[str, Any], preset: str) -> dict[str, Any]:
-    """The chosen options of `AROUND`, with those that they bring along."""
-    names = {*AROUND, *AROUND.values()}
+    """The chosen options of `WRAPPERS`, with those that they bring along."""
+    names = {*WRAPPERS, *WRAPPERS.values()}
     around = {option: value for option, value in chosen.items() if option in names}
     of_preset = PRESETS.get(preset, {})
-    for switch, extra in AROUND.items():
+    for switch, extra in WRAPPERS.items():
         if extra in around and switch not in around:
             raise OptionError(extra, f"means nothing without {switch}")
     if "ld_alpha" in around and "ld_weight_reference" not in around:
