@@ -10,17 +10,14 @@ record was dropped, or if that table counts a fault (longer_chosen and words_dis
 """
 
 import argparse
-import glob
 import json
 import os
-import pathlib
 import sys
-
-import transformers
 
 from dpojax import storage
 from dpojax.data import lint, records, sources, tokenise
 from dpojax.data.report import Report
+from dpojax.stages.tokenizers import read_tokenizer
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
 
@@ -45,7 +42,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", required=True, help="Hugging Face folder or hub name")
     add("--split", help="split of a folder or hub data set")
     add("--form", default="auto", help=f"auto or one of {', '.join(records.FORMS)}")
-    add("--chat-template", type=pathlib.Path, help="file with a Jinja chat template")
+    add("--chat-template", help="file with a Jinja chat template")
     add("--max-length", type=int, default=default.max_length, help="prompt + response, tokens")
     add("--max-prompt-length", type=int, default=default.max_prompt_length)
     add(
@@ -63,9 +60,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
     """Read, check and tokenise the data, and print all about it."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = read_tokenizer(args.tokenizer)
     if args.chat_template:
-        tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+        template = storage.as_path(args.chat_template, "--chat-template")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     config = tokenise.TokenizeConfig(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
@@ -106,8 +104,9 @@ def _one(paths: list[str]) -> str | list[str]:
 
 def _require_utf8(pattern: str) -> None:
     """Raise DataError with the number of bad lines; reading would stop at the first one."""
-    for file in sorted(glob.glob(pattern)):
-        if file.endswith(sources.JSON_SUFFIXES) and (lines := lint.not_utf8(file)):
+    path = storage.as_path(pattern, "the name of a data set")
+    for file in [path] if path.exists() else storage.matches(path):
+        if file.name.endswith(sources.JSON_SUFFIXES) and (lines := lint.not_utf8(file)):
             first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
             raise records.DataError(
                 f"{file}: {len(lines):,} lines are not UTF-8 ({first}); convert the file"

@@ -7,7 +7,6 @@ Hugging Face folder (or a name of the hub), or WORKDIR[:STAGE] of a run of scrip
 from __future__ import annotations
 
 import itertools
-import pathlib
 import shutil
 import sys
 import textwrap
@@ -50,7 +49,12 @@ def main(_) -> int:
 
 def read_prompts() -> list[str]:
     """Those of --prompt, then the lines of --prompts that are not empty."""
-    lines = pathlib.Path(PROMPTS.value).read_text().splitlines() if PROMPTS.value else []
+    from dpojax import storage
+
+    lines = []
+    if PROMPTS.value:
+        path = storage.as_path(PROMPTS.value, "--prompts")
+        lines = path.read_text(encoding="utf-8").splitlines()
     prompts = [*PROMPT.value, *(line for line in lines if line.strip())]
     if not prompts:
         raise ValueError("no prompt: give --prompt=TEXT or --prompts=FILE")
@@ -79,9 +83,13 @@ def respond(name: str, prompts: list[str]) -> list[list[str]]:
             top_p=TOP_P.value,
             samples=SAMPLES.value,
         )
-    text = lambda sample: tokenizer.decode(sample.tokens, skip_special_tokens=True).strip()
-    # What ran out of tokens does not look like what came to its end.
-    return [[text(one) + ("" if one.stopped else " [..]") for one in own] for own in drawn]
+    return [[_text(tokenizer, sample) for sample in samples] for samples in drawn]
+
+
+def _text(tokenizer, sample) -> str:
+    """The text of a response; it ends in [..] where it ran out of tokens."""
+    text = tokenizer.decode(sample.tokens, skip_special_tokens=True).strip()
+    return text if sample.stopped else f"{text} [..]"
 
 
 def encode(tokenizer, prompt: str) -> list[int]:

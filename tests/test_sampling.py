@@ -413,6 +413,16 @@ def test_the_script_prints_models_side_by_side(script, tmp_path, capsys, monkeyp
     assert all(known.issuperset(words) and len(words) > 4 for words in columns)
 
 
+def test_the_script_reads_prompts_from_the_home_folder(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("b é\n\nc\n", encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(script, "respond", lambda name, prompts: seen.append(prompts) or [[]] * 3)
+    assert run_script(script, "--model=x", "--prompt=a", "--prompts=~/prompts.txt") == 0
+    assert seen == [["a", "b é", "c"]]
+    assert run_script(script, "--model=x", "--prompts=~/nothing.txt") == 1
+
+
 def test_the_script_tells_errors_on_one_line(script, tmp_path, capsys):
     assert run_script(script, f"--model={tmp_path}", "--prompt=a") == 1
     assert run_script(script, f"--model={tmp_path}:dpo", "--prompt=a") == 1

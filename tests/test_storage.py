@@ -3,10 +3,13 @@
 import ast
 import contextlib
 import json
+import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -269,7 +272,7 @@ def test_free_space_is_known_of_disks_only(folder):
 HOLD = """
 import sys, time
 from dpojax.storage import Locked, lock, locks
-locks.REFRESH_SECONDS, locks.STALE_SECONDS = float(sys.argv[2]), 1e9
+locks.REFRESH_SECONDS, locks.STALE_SECONDS, locks.POLL_SECONDS = 0.1, 1e9, 0.1
 try:
     with lock(sys.argv[1], "a sweep"):
         print("held", flush=True)
@@ -279,10 +282,17 @@ except Locked as error:
 """
 
 
+@pytest.fixture
+def quick_locks(monkeypatch):
+    """Times for tests; they are seconds."""
+    for name, seconds in (("REFRESH", 0.1), ("STALE", 4.0), ("POLL", 0.1)):
+        monkeypatch.setattr(locks, f"{name}_SECONDS", seconds)
+
+
 @contextlib.contextmanager
-def other_process(folder, refresh=1e9):
+def other_process(folder):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = [sys.executable, "-c", HOLD, str(folder), str(refresh)]
+    command = [sys.executable, "-c", HOLD, str(folder)]
     process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     try:
         yield process
@@ -291,7 +301,14 @@ def other_process(folder, refresh=1e9):
         process.communicate()
 
 
-def test_one_process_holds_a_lock_and_the_other_is_told_who(folder):
+def killed_holder(folder):
+    """The id of a process that was killed while it held the lock of a folder."""
+    with other_process(folder) as other:
+        assert other.stdout.readline() == "held\n"
+    return other.pid
+
+
+def test_one_process_holds_a_lock_and_the_other_is_told_who(folder, quick_locks):
     with other_process(folder) as other:
         assert other.stdout.readline() == "held\n"
         with (
@@ -307,53 +324,166 @@ def test_one_process_holds_a_lock_and_the_other_is_told_who(folder):
 
 
 def test_a_local_lock_ends_with_its_process(tmp_path):
-    with other_process(tmp_path) as other:
-        assert other.stdout.readline() == "held\n"
+    killed_holder(tmp_path)
     with storage.lock(tmp_path):
         pass
 
 
-def test_a_buckets_lock_is_taken_over_only_when_nobody_refreshed_it(
+def test_a_buckets_lock_is_waited_for_until_its_holder_is_stale(
     bucket,  # noqa: F811
-    monkeypatch,
+    quick_locks,
+    caplog,
 ):
     folder = storage.as_path(bucket)
-    with other_process(folder) as other:
-        assert other.stdout.readline() == "held\n"
-    with pytest.raises(storage.Locked), storage.lock(folder):
-        pass  # the holder is dead, but its lock is young
+    pid, began = killed_holder(folder), time.monotonic()
+    with storage.lock(folder):
+        assert time.monotonic() - began > 1.0
+        with pytest.raises(storage.Locked), storage.lock(folder):
+            pass
+    assert names(folder) == []
+    ours = [record for record in caplog.records if record.name == locks.logger.name]
+    warnings = [record.message for record in ours if str(pid) in record.message]
+    assert {record.levelno for record in ours} == {logging.WARNING}
+    assert f"in use by a sweep (process {pid} on" in warnings[0]
+    assert "s to see whether it is alive" in warnings[0]
+    assert "is taken for dead; taking over its lock" in warnings[1]
+    assert len(warnings) == 2
+
+
+def test_a_buckets_lock_that_was_stale_before_is_taken_over_at_once(
+    bucket,  # noqa: F811
+    quick_locks,
+    monkeypatch,
+):
+    killed_holder(bucket)
     monkeypatch.setattr(locks, "STALE_SECONDS", 0.5)
     time.sleep(0.6)
-    with storage.lock(folder), pytest.raises(storage.Locked), storage.lock(folder):
+    monkeypatch.setattr(time, "sleep", None)
+    with storage.lock(bucket):
         pass
-    assert names(folder) == []
 
 
-def test_a_living_holder_keeps_its_lock_fresh(bucket, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(locks, "STALE_SECONDS", 1.0)
-    with other_process(bucket, refresh=0.2) as other:
+def test_of_two_that_wait_for_a_dead_holder_one_takes_over_and_the_other_is_told(
+    bucket,  # noqa: F811
+    quick_locks,
+):
+    killed_holder(bucket)
+    ends, both_tried = [], threading.Barrier(2)
+
+    def hold(name):
+        try:
+            with storage.lock(bucket, name):
+                ends.append(name)
+                both_tried.wait(20)
+        except storage.Locked as error:
+            ends.append(str(error))
+            both_tried.wait(20)
+
+    threads = [threading.Thread(target=hold, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    holder, complaint = sorted(ends, key=len)
+    assert f"in use by {holder} (process" in complaint
+
+
+def test_a_lock_that_is_given_back_goes_to_who_waits_for_it(
+    bucket,  # noqa: F811
+    quick_locks,
+    monkeypatch,
+):
+    monkeypatch.setattr(locks, "REFRESH_SECONDS", 1e9)
+    monkeypatch.setattr(locks, "STALE_SECONDS", 1e9)
+    held, end = threading.Event(), threading.Event()
+
+    def hold():
+        with storage.lock(bucket):
+            held.set()
+            end.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(20)
+    threading.Timer(0.5, end.set).start()
+    with storage.lock(bucket):
+        assert end.is_set()
+    holder.join()
+
+
+def test_a_living_holder_keeps_its_lock_fresh(bucket, quick_locks):  # noqa: F811
+    with other_process(bucket) as other:
         assert other.stdout.readline() == "held\n"
-        time.sleep(1.5)
+        time.sleep(4.5)
         with pytest.raises(storage.Locked), storage.lock(bucket):
             pass
 
 
-def test_a_holder_that_lost_its_lock_is_told_and_leaves_the_new_one(
+def test_no_two_writes_of_a_holder_have_the_same_bytes(bucket, quick_locks):  # noqa: F811
+    """The version of an object on S3 is a hash of its bytes."""
+    path = storage.as_path(bucket) / ".lock"
+    with storage.lock(bucket):
+        first = path.read_bytes()
+        time.sleep(0.5)
+        assert path.read_bytes() != first
+
+
+def test_a_refresh_whose_reply_is_lost_keeps_the_lock(
     bucket,  # noqa: F811
+    quick_locks,
     monkeypatch,
 ):
-    monkeypatch.setattr(locks, "REFRESH_SECONDS", 0.05)
-    path = storage.as_path(bucket) / ".lock"
-    theirs = json.dumps({"holder": "another", "id": ""})
+    write, left = locks._write_if, ["reply lost", "no network"]
+
+    def failing(*arguments):
+        if not left:
+            return write(*arguments)
+        if left.pop() == "reply lost":
+            write(*arguments)
+        raise OSError("no network")
+
+    with storage.lock(bucket):
+        monkeypatch.setattr(locks, "_write_if", failing)
+        time.sleep(1)
+        assert storage.lost_locks() == left == []
+    assert names(storage.as_path(bucket)) == []
+
+
+THEIRS = json.dumps({"holder": "another", "id": ""})
+
+
+@pytest.mark.parametrize("body_error", [None, KeyError("in the body")])
+def test_a_holder_that_lost_its_lock_gets_a_sigterm_and_leaves_the_new_one(
+    bucket,  # noqa: F811
+    quick_locks,
+    body_error,
+):
+    path, stopped = storage.as_path(bucket) / ".lock", threading.Event()
 
     def lose():
         with storage.lock(bucket):
-            storage.write_text(path, theirs)
-            time.sleep(0.5)
+            storage.write_text(path, THEIRS)
+            assert stopped.wait(20)
+            assert storage.lost_locks() == [bucket]
+            if body_error:
+                raise body_error
 
-    with pytest.raises(storage.Locked, match="another process took over"):
-        lose()
-    assert path.read_text() == theirs
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        with pytest.raises(storage.Locked, match="another process took over") as error:
+            lose()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert error.value.__context__ is body_error
+    assert storage.lost_locks() == []
+    assert path.read_text() == THEIRS
+
+
+def test_a_process_that_handles_no_sigterm_ends_with_its_lock(bucket):  # noqa: F811
+    with other_process(bucket) as other:
+        assert other.stdout.readline() == "held\n"
+        storage.write_text(storage.as_path(bucket) / ".lock", THEIRS)
+        assert other.wait(20) == -signal.SIGTERM
 
 
 # Content.
@@ -523,6 +653,13 @@ def test_files_are_opened_and_written_through_storage_only():
         if calls := set(direct_calls(path)) - ALLOWED.get(relative.as_posix(), set()):
             wrong[relative.as_posix()] = sorted(calls)
     assert not wrong
+
+
+def test_scripts_name_paths_through_storage_only():
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name for alias in node.names}.isdisjoint({"glob", "pathlib"}), path
 
 
 def test_every_exception_is_still_needed():

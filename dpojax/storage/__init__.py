@@ -17,7 +17,7 @@ from dpojax.storage.files import (
     write_text,
 )
 from dpojax.storage.lines import LineWriter, read_lines, rewrite_lines
-from dpojax.storage.locks import Locked, lock
+from dpojax.storage.locks import Locked, lock, lost_locks
 from dpojax.storage.paths import Path, StorageError, as_path, is_local, matches
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "is_local",
     "local_copy",
     "lock",
+    "lost_locks",
     "matches",
     "read_json",
     "read_lines",

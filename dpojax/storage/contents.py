@@ -30,8 +30,8 @@ _hashes: dict[tuple[str, str], str] = {}  # (path, version): sha256
 def content_hash(path: PathLike) -> str:
     """Return the sha256 of a file, or of a folder's files by relative name and bytes.
 
-    Files that are hidden or named `*.unfinished` do not count, nor what is in such folders. A file
-    is read again only if its size or its time of change differs.
+    Hidden files and folders, and those named `*.unfinished`, are skipped. A file is read again only
+    if its size or its time of change differs.
 
     Raises:
       FileNotFoundError: nothing is there.

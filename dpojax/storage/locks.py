@@ -8,8 +8,10 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import socket
 import threading
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -24,8 +26,11 @@ from dpojax.storage.paths import (
 )
 
 LOCK = ".lock"
-REFRESH_SECONDS = 20.0  # how often the holder of a bucket's lock writes it again
-STALE_SECONDS = 120.0  # a bucket's lock that nobody has written for this long can be taken over
+REFRESH_SECONDS = 10.0  # how often the holder of a bucket's lock writes it again
+STALE_SECONDS = 45.0  # a bucket's lock that nobody has written for this long can be taken over
+POLL_SECONDS = 3.0  # how often a process that waits for a bucket's lock looks at it
+
+_lost: set[str] = set()  # what `lost_locks` returns
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +46,32 @@ def lock(folder: PathLike, owner: str = "") -> Iterator[None]:
     A local folder has a file `.lock` under `flock`: the lock ends with its process. The file stays.
 
     A bucket has an object `.lock`. It is written with a precondition on its version, so that of two
-    processes one succeeds. The holder writes it again every `REFRESH_SECONDS`. If it is older than
-    `STALE_SECONDS` by the bucket's clock, its holder is taken for dead, and another process takes
-    over.
+    processes one succeeds. The holder writes it again every `REFRESH_SECONDS`. Another process
+    watches it: as soon as it changes, its holder is alive, and `Locked` is raised. If nobody has
+    written it for `STALE_SECONDS`, its holder is taken for dead, and the other process takes over.
+
+    A holder that did not answer for so long can come back. It must write nothing more, because the
+    new holder writes the same files. So it sends itself a SIGTERM, and `lost_locks` names the
+    folder: a training loop then ends without a checkpoint (see `training.preemption`), and a
+    process without a handler of the signal ends at once. The steps since its last checkpoint are
+    lost. The new holder started from that checkpoint and takes these steps again.
 
     Args:
       owner: what holds the lock, for the messages; the process and its host are added.
 
     Raises:
-      Locked: another process holds it, or took it over from this one: then after the body.
+      Locked: another process holds the lock. If another process takes it over later, it is raised
+        when the body ends.
     """
     process = f"process {os.getpid()} on {socket.gethostname()}"
     holder = f"{owner} ({process})" if owner else process
     with (_local_lock if is_local(folder) else _bucket_lock)(folder, holder):
         yield
+
+
+def lost_locks() -> list[str]:
+    """Return the folders whose locks were taken over from this process while it still uses them."""
+    return sorted(_lost)
 
 
 def _held(folder: PathLike, holder: str) -> Locked:
@@ -78,8 +95,8 @@ def _local_lock(folder: PathLike, holder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bucket_lock(folder: PathLike, holder: str) -> Iterator[None]:
-    lease = _Lease(f"{os.fspath(folder)}/{LOCK}", holder)
-    lease.acquire(folder)
+    lease = _Lease(os.fspath(folder), holder)
+    lease.acquire()
     stop = threading.Event()
     thread = threading.Thread(target=lease.refresh_until, args=(stop,), name="lock", daemon=True)
     thread.start()
@@ -89,49 +106,57 @@ def _bucket_lock(folder: PathLike, holder: str) -> Iterator[None]:
         stop.set()
         thread.join()
         lease.release()
-    if lease.lost:
-        raise Locked(f"{folder}: another process took over while this one did not answer")
+        _lost.discard(lease.folder)
+        if lease.lost:  # said after an error of the body too: it may come from the new holder
+            raise Locked(f"{folder}: another process took over while this one did not answer")
 
 
 class _Lease:
     """The object `.lock` of a bucket's folder, as its holder sees it."""
 
-    def __init__(self, path: str, holder: str):
-        self.path, self.lost = path, False
-        # The id makes each holder's bytes unique, which on S3 makes the version unique.
-        self._text = json.dumps({"holder": holder, "id": uuid.uuid4().hex})
+    def __init__(self, folder: str, holder: str):
+        self.folder, self.path, self.lost = folder, f"{folder}/{LOCK}", False
+        self._holder, self._id = holder, uuid.uuid4().hex
         self._version: str | None = None
 
-    def acquire(self, folder: PathLike) -> None:
-        """Write the object if it is not there, or stale. Raises Locked otherwise."""
-        self._version = _write_if(self.path, self._text, version=None)
-        if self._version is not None or self._is_own():
-            return
-        fs = filesystem(self.path)
-        try:
-            info = fs.info(self.path)
-            holder = json.loads(fs.cat_file(self.path))["holder"]
-        except FileNotFoundError:  # released at this moment
-            raise _held(folder, "") from None
-        if _bucket_time(self.path) - modified(info) > STALE_SECONDS:
-            logger.warning("%s: %s is taken for dead; taking over its lock", folder, holder)
-            self._version = _write_if(self.path, self._text, _precondition(info))
-        if self._version is None:
-            raise _held(folder, holder)
+    def acquire(self) -> None:
+        """Write the object once it is not there, or stale. Raises Locked if its holder lives."""
+        first, stale_at = None, 0.0  # the version that was seen first; when it will be stale
+        while not self._write_new():
+            try:
+                version, age, holder = self._look()
+            except FileNotFoundError:  # released at this moment
+                continue
+            if first is None:
+                first, stale_at = version, time.monotonic() + STALE_SECONDS - age
+                if time.monotonic() < stale_at:
+                    message = "%s: in use by %s; waiting up to %.0f s to see whether it is alive"
+                    logger.warning(message, self.folder, holder, STALE_SECONDS - age)
+            elif version != first:
+                raise _held(self.folder, holder)
+            if (left := stale_at - time.monotonic()) > 0:
+                time.sleep(min(POLL_SECONDS, left))
+                continue
+            logger.warning("%s: %s is taken for dead; taking over its lock", self.folder, holder)
+            self._version = self._write(version)
+            if self._version is not None:
+                return
 
     def refresh_until(self, stop: threading.Event) -> None:
         """Write the object again and again, until `stop` is set or another process took over."""
         while not stop.wait(REFRESH_SECONDS):
             try:
-                version = _write_if(self.path, self._text, self._version)
+                version = self._write(self._version)
+                is_own = version is not None or self._is_own()
             except Exception as error:  # of the network: the next try may succeed
                 logger.warning("%s: cannot refresh the lock (%s); trying again", self.path, error)
                 continue
-            if version is None and not self._is_own():
-                self.lost = True
-                logger.error("%s: another process took over this lock", self.path)
-                return
             self._version = version or self._version
+            if not is_own:
+                self._lose()
+                if not stop.is_set():  # the body still runs
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def release(self) -> None:
         """Remove the object, if it is still this holder's."""
@@ -139,12 +164,42 @@ class _Lease:
             with contextlib.suppress(FileNotFoundError):
                 filesystem(self.path).rm_file(self.path)
 
+    def _write(self, version: str | None) -> str | None:
+        """Write the object, see `_write_if`. No two writes have the same bytes.
+
+        On S3 the version is a hash of the bytes: equal ones would look like a holder that is dead.
+        """
+        content = {"holder": self._holder, "id": self._id, "write": uuid.uuid4().hex}
+        return _write_if(self.path, json.dumps(content), version)
+
+    def _write_new(self) -> bool:
+        """Write the object if it is not there; whether it now is this holder's."""
+        self._version = self._write(None)
+        return self._version is not None or self._is_own()
+
+    def _look(self) -> tuple[str, float, str]:
+        """The object's version, its age in seconds by the bucket's clock, and its holder."""
+        fs = filesystem(self.path)
+        info = fs.info(self.path)
+        holder = json.loads(fs.cat_file(self.path))["holder"]
+        return _precondition(info), _bucket_time(self.path) - modified(info), holder
+
+    def _lose(self) -> None:
+        """Note that another process has the lock."""
+        self.lost = True
+        _lost.add(self.folder)
+        logger.error(
+            "%s: this process did not answer for too long, and another one took over its lock; "
+            "this one stops and saves nothing more",
+            self.folder,
+        )
+
     def _is_own(self) -> bool:
-        """Whether the object holds this text. Notes its version: a reply may have been lost."""
+        """Whether this holder wrote the object. Notes its version: a reply may have been lost."""
         fs = filesystem(self.path)
         try:
             info = fs.info(self.path)
-            is_own = fs.cat_file(self.path).decode() == self._text
+            is_own = json.loads(fs.cat_file(self.path))["id"] == self._id
         except FileNotFoundError:
             return False
         self._version = _precondition(info) if is_own else self._version

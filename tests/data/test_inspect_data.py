@@ -10,7 +10,9 @@ import pytest
 import tokenizers
 import transformers
 
+from dpojax import storage
 from dpojax.data.tokenise import Example
+from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / "scripts/inspect_data.py"
 SPEC = importlib.util.spec_from_file_location("inspect_data", PATH)
@@ -141,6 +143,59 @@ def test_a_chat_template_can_come_from_a_file(tmp_path, tokenizer, capsys):
     template.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}", encoding="utf-8")
     assert run(data, tokenizer, "--chat-template", str(template)) == 0
     assert "prompt (2 tokens)\n  q|.\nresponse (3 tokens)\n  a|.|⟦</s>⟧" in capsys.readouterr().out
+
+
+def test_every_path_may_begin_with_the_home_folder(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = storage.as_path("~")
+    (tmp_path / "tokenizer").symlink_to(tokenizer)
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    storage.write_text(home / "a.jsonl", json.dumps(row))
+    storage.write_text(home / "chat.jinja", "{% for m in messages %}{{ m.content }}.{% endfor %}")
+    options = ("--chat-template", "~/chat.jinja", "--eval", "~/b.jsonl", "--json", "~/out.json")
+    storage.write_text(home / "b.jsonl", json.dumps(row).replace("q", "r"))
+    assert run("~/a.jsonl", "~/tokenizer", *options) == 0
+    assert storage.read_json(home / "out.json")["kept"] == 1
+    storage.write_bytes(home / "b.jsonl", b'{"prompt": "\xff"}\n')
+    assert run("~/a.jsonl", "~/tokenizer", *options) == 2
+    assert "b.jsonl: 1 lines are not UTF-8 (1); convert the file" in capsys.readouterr().err
+    assert run("~/a.jsonl", "~/tokenizer", "--chat-template", " ") == 2
+    assert "error: --chat-template is empty" in capsys.readouterr().err
+
+
+def test_a_bucket_holds_what_a_disk_holds(
+    bucket,  # noqa: F811
+    tokenizer,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    monkeypatch.setenv("DPOJAX_MIRROR", str(tmp_path / "mirror"))
+    folder = storage.as_path(bucket)
+    storage.write_text(folder / "chat.jinja", "{{ messages[0].content }}")
+    for file in tokenizer.iterdir():
+        storage.write_bytes(folder / "tokenizer" / file.name, file.read_bytes())
+    storage.write_text(folder / "a.jsonl", json.dumps(ROWS[0]))
+    options = ("--chat-template", f"{folder}/chat.jinja", "--json", f"{folder}/out.json")
+    assert run(f"{folder}/*.jsonl", f"{folder}/tokenizer", *options) == 0
+    assert storage.read_json(folder / "out.json")["kept"] == 1
+    storage.write_bytes(folder / "a.jsonl", b'{"prompt": "\xff"}\n{"prompt": "\xe9"}')
+    for name in ("a.jsonl", "*.jsonl"):
+        assert run(f"{folder}/{name}", f"{folder}/tokenizer") == 2
+        message = f"{folder}/a.jsonl: 2 lines are not UTF-8 (1, 2); convert the file"
+        assert message in capsys.readouterr().err
+
+
+def test_code_in_a_tokenizers_folder_never_runs(data, tokenizer, monkeypatch):
+    asked = {}
+
+    def from_pretrained(name, **options):
+        asked.update(options)
+        raise OSError("no tokenizer")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    assert run(data, tokenizer) == 2
+    assert asked == {"trust_remote_code": False}
 
 
 def test_colours_add_nothing_but_colours(tokenizer):
