@@ -87,7 +87,7 @@ def build_step(
 
         # A branch: to choose between two states, both would have to exist.
         new = jax.lax.cond(finite, updated, lambda state: state, state)
-        lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, where=finite)
+        lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, finite=finite)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
         return new, Report(metrics | {LOST_UPDATES: lost}, finite, sums.bad)
