@@ -1,6 +1,6 @@
 """Members of a sweep side by side are what each would be alone."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from dpojax.training.vectorised_step import (
 
 BETAS = (0.05, 0.1, 0.5, 2.0)
 STEPS = 3
+SGD, ADAM = optax.identity(), optax.scale_by_adam()
 
 
 def member(beta, *, rate=0.1, steps=STEPS, seed=0) -> MemberHyperparameters:
@@ -37,6 +38,7 @@ def member(beta, *, rate=0.1, steps=STEPS, seed=0) -> MemberHyperparameters:
     )
 
 
+@cache
 def make_step(model, objective, optimizer):
     def make(warmup_steps, steps):
         schedule = make_schedule("cosine", warmup_steps, steps)
@@ -46,15 +48,21 @@ def make_step(model, objective, optimizer):
     return make
 
 
+@cache
+def step_alone(make, warmup_steps: int, steps: int):
+    """Jitted, with Python's numbers in its schedule; members that differ in `hyper` share it."""
+    return jax.jit(make(warmup_steps, steps))
+
+
 def alone(
     make, optimizer, params, rows, hyperparameters: MemberHyperparameters, frozen=NO_FROZEN_WEIGHTS
 ):
-    """The member trained by itself, with Python's numbers in its schedule, on one device."""
+    """The member trained by itself on one device."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     abstract = abstract_state(params, optimizer, mesh, SHARDING_RULES)
     start = jax.tree.map(jnp.copy, params)
     state = new_state(start, optimizer, abstract, seed=int(hyperparameters.seed))
-    step = jax.jit(make(int(hyperparameters.warmup_steps), int(hyperparameters.steps)))
+    step = step_alone(make, int(hyperparameters.warmup_steps), int(hyperparameters.steps))
     for _ in range(int(hyperparameters.steps)):
         state, report = step(state, rows, hyperparameters.hyper, frozen)
     return state, report
@@ -101,9 +109,6 @@ def assert_same(got, want, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
 
-SGD, ADAM = optax.identity(), optax.scale_by_adam()
-
-
 @pytest.mark.parametrize(
     ("optimizer", "tolerance", "axis", "mesh"),
     [
@@ -134,52 +139,52 @@ def test_members_together_equal_members_alone(
 
 @pytest.mark.parametrize("axis", [1, 2], ids=["one device", "a device each"])
 def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows, axis):
-    make = make_step(model, objective, optax.identity())
+    make = make_step(model, objective, SGD)
     members = [member(0.1, steps=2), member(0.1, steps=4)]
-    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=axis)
+    sweep = VectorisedSweep(make, SGD, params, members, axis=axis)
     states = sweep.train(rows, steps=4)
     assert [int(state.step) for state in states] == [2, 4]
     assert sweep.reports.metrics["loss"].weight.tolist() == [0, 10]
     for state, hyperparameters in zip(states, members):
         assert_same(
             state.params,
-            alone(make, optax.identity(), params, rows, hyperparameters)[0].params,
+            alone(make, SGD, params, rows, hyperparameters)[0].params,
             1e-6,
         )
 
 
 @pytest.mark.parametrize("axis", [1, 2], ids=["one device", "a device each"])
 def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, rows, axis):
-    make = make_step(model, objective, optax.identity())
+    make = make_step(model, objective, SGD)
     two = [member(np.nan), member(0.1)]
-    sweep = VectorisedSweep(make, optax.identity(), params, two, axis=axis)
+    sweep = VectorisedSweep(make, SGD, params, two, axis=axis)
     broken, healthy = sweep.train(rows)
     assert sweep.states.alive.tolist() == [False, True]
     assert_same(broken.params, params, 0)
     assert int(broken.step) == 0
-    want, _ = alone(make, optax.identity(), params, rows, member(0.1))
+    want, _ = alone(make, SGD, params, rows, member(0.1))
     assert_same(healthy.params, want.params, 1e-6)
 
 
 def test_members_may_have_batches_of_their_own(model, objective, params, rows):
-    make = make_step(model, objective, optax.identity())
+    make = make_step(model, objective, SGD)
     other = rows._replace(tokens=(rows.tokens + 1) % model.config.vocab_size)
     members = [member(0.1), member(0.5)]
-    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=2, rows_differ=True)
+    sweep = VectorisedSweep(make, SGD, params, members, axis=2, rows_differ=True)
     both = jax.tree.map(lambda *x: np.stack(x), rows, other)
     for state, hyperparameters, own in zip(sweep.train(both), members, (rows, other)):
-        want, _ = alone(make, optax.identity(), params, own, hyperparameters)
+        want, _ = alone(make, SGD, params, own, hyperparameters)
         assert_same(state.params, want.params, 1e-6)
 
 
 def test_frozen_weights_are_the_same_for_all_members(model, params, reference_params, rows):
     objective = preference.objective("tdpo", {"alpha": 0.5, "stop_chosen": True})
-    make = make_step(model, objective, optax.identity())
+    make = make_step(model, objective, SGD)
     members = [member(beta, steps=1) for beta in BETAS[-2:]]
-    sweep = VectorisedSweep(make, optax.identity(), params, members, axis=2)
+    sweep = VectorisedSweep(make, SGD, params, members, axis=2)
     frozen = FrozenWeights(reference=reference_params)
     state = sweep.train(rows, steps=1, frozen=frozen)[-1]
-    want, _ = alone(make, optax.identity(), params, rows, members[-1], frozen)
+    want, _ = alone(make, SGD, params, rows, members[-1], frozen)
     assert_same(state.params, want.params, 1e-6)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), state.params, params)
     assert min(jax.tree.leaves(moved)) > 0
@@ -191,10 +196,8 @@ def test_frozen_weights_are_the_same_for_all_members(model, params, reference_pa
     ids=["two members on four devices", "a device each"],
 )
 def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):
-    make = make_step(model, objective, optax.scale_by_adam())
-    sweep = VectorisedSweep(
-        make, optax.scale_by_adam(), params, [member(0.1)] * members, axis=2, mesh=mesh
-    )
+    make = make_step(model, objective, ADAM)
+    sweep = VectorisedSweep(make, ADAM, params, [member(0.1)] * members, axis=2, mesh=mesh)
     with jax.set_mesh(sweep.mesh):
         placed = sweep.place(rows)
         lowered = sweep.step.lower(sweep.states, placed, sweep.hyperparameters, NO_FROZEN_WEIGHTS)
