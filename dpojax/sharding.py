@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -85,6 +85,29 @@ def agreed(value: Flag) -> Flag:
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+class FirstProcessFailed(RuntimeError):
+    """The first process of a run has failed; its own message says why."""
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """The first process does something; the others wait until it is done.
+
+    Raises:
+      what `action` raises, on the first process; FirstProcessFailed on the others.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    failed = agreed(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise FirstProcessFailed("the first process has failed; see what it printed")
 
 
 def constrain(x: jax.Array, *spec) -> jax.Array:

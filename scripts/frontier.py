@@ -11,7 +11,7 @@ so.
 
 Without an accelerator as many runs go on at once as there are cores, in a process each
 (--workers). With one they go on one after another, but for those of a method that differ in numbers
-alone (beta, learning rate, the seed of the data's order), which train together (--together).
+alone (beta, learning rate, the seed of the data's order), which train together (--vectorise).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from sh
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.", lower_bound=0
 )
-TOGETHER = flags.DEFINE_bool(
-    "together", None, "Train runs as one program that can be; by default where --workers is 1."
+VECTORISE = flags.DEFINE_bool(
+    "vectorise", None, "Train runs as one program that can be; by default where --workers is 1."
 )
 flags.mark_flag_as_required("config")
 
@@ -53,9 +53,9 @@ def make() -> int:
             print(line, flush=True)
         return 0
     workers = WORKERS.value or local_workers.default_workers()
-    together = workers == 1 if TOGETHER.value is None else TOGETHER.value
+    vectorise = workers == 1 if VECTORISE.value is None else VECTORISE.value
     folder = frontier.make_frontier(
-        CONFIG.value, runs, WORKDIR.value, workers=workers, together=together
+        CONFIG.value, runs, WORKDIR.value, workers=workers, vectorise=vectorise
     )
     print(results.write(folder).split("\n## Samples")[0])
     print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -28,10 +27,10 @@ CPU_DEVICES = flags.DEFINE_integer(
 
 
 def main(_) -> int:
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value or _cores())
     from dpojax.runs.command import exit_status
+    from dpojax.sweeps.sweep import use_cpu_devices
 
+    use_cpu_devices(CPU_DEVICES.value or _cores())
     return exit_status(make)
 
 

@@ -6,8 +6,9 @@ only if data, tokenizer, chat template and weights are the same bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -34,16 +35,28 @@ class Content(NamedTuple):
     hash: str
 
 
-def contents_of(config: ConfigDict) -> dict[str, Content]:
-    """Every file or folder that decides the result of a run, by the key that names it.
+class NamedPath(NamedTuple):
+    """A path in a config that decides the result of a run.
 
-    The embedded task has no files: the code makes it.
+    Attributes:
+      key: dotted, of the config.
+      path: as the config has it; "" names nothing.
+      content_hash: path -> a hash of what lies there, and of how the run uses it.
+    """
+
+    key: str
+    path: str
+    content_hash: Callable[[str], str]
+
+
+def contents_of(paths: Iterable[NamedPath]) -> dict[str, Content]:
+    """Hashes what lies behind paths, by the key that names them.
 
     Raises:
       DataError, ConfigError: something is not there or cannot be read.
     """
     contents = {}
-    for key, path, content_hash in _named(config):
+    for key, path, content_hash in paths:
         if path:
             with config_errors(key):
                 contents[key] = Content(path, content_hash(path))
@@ -63,39 +76,46 @@ def moved_keys(before: Mapping[str, Content], now: Mapping[str, Content]) -> set
     return {key for key in before.keys() & now.keys() if before[key][1] == now[key][1]}
 
 
-def _named(config: ConfigDict) -> Iterator[tuple[str, str, Callable[[str], str]]]:
-    """(key, path, what hashes the content there), also of keys that name nothing ("")."""
-    yield "model.path", config.model.path, _files((*WEIGHTS, *GENERATION))
-    if config.tokenizer.startswith(TRAINED_HERE):
-        yield from _data("sft", config)
+def shared_paths(config: ConfigDict) -> list[NamedPath]:
+    """The paths that all stages of a run read."""
+    paths = [NamedPath("model.path", config.model.path, _files((*WEIGHTS, *GENERATION)))]
+    if not config.tokenizer.startswith(TRAINED_HERE):
+        name = config.tokenizer or config.model.path
+        paths.append(NamedPath("tokenizer", name, _files(TOKENIZER)))
     else:
-        yield "tokenizer", config.tokenizer or config.model.path, _files(TOKENIZER)
-    yield "chat_template", config.chat_template, _file
-    if config.samples.reward:
-        yield "samples.reward", config.samples.reward, _reward
-        yield "samples.prompts", config.samples.prompts, _prompts
-    for name in config.stages:
-        stage = config[name]
-        if "data" in stage:
-            yield from _data(name, config)
-        if "lora" in stage:
-            yield f"{name}.lora.adapters", stage.lora.adapters, _files(ADAPTERS)
-        if "reference" in stage:
-            yield f"{name}.reference.path", stage.reference.path, _files(WEIGHTS)
-        if "prompts" in stage:
-            yield f"{name}.prompts", stage.prompts, _prompts
-            yield f"{name}.reward", stage.reward, _reward
+        paths += data_paths(config, "sft")  # from whose texts the run makes the tokenizer
+    paths.append(NamedPath("chat_template", config.chat_template, _file))
+    return paths
 
 
-def _data(name: str, config: ConfigDict) -> Iterator[tuple[str, str, Callable[[str], str]]]:
-    data = config[name].data
+def data_paths(config: ConfigDict, stage: str) -> list[NamedPath]:
+    """The data of a stage. The embedded task has no files: the code makes it."""
+    data, paths = config[stage].data, []
     for key, split in (("source", data.split), ("eval_source", data.eval_split)):
         path = "" if data[key] == EMBEDDED else data[key]
-        yield f"{name}.data.{key}", path, _records(split)
+        content_hash = functools.partial(sources.fingerprint, split=split or None)
+        paths.append(NamedPath(f"{stage}.data.{key}", path, content_hash))
+    return paths
 
 
-def _records(split: str) -> Callable[[str], str]:
-    return lambda path: sources.fingerprint(path, split=split or None)
+def sample_paths(config: ConfigDict) -> list[NamedPath]:
+    """Reward and prompts of the samples that evaluations draw, where they draw any."""
+    if not config.samples.reward:
+        return []
+    return [
+        NamedPath("samples.reward", config.samples.reward, reward_hash),
+        NamedPath("samples.prompts", config.samples.prompts, prompts_hash),
+    ]
+
+
+def weights_hash(name: str) -> str:
+    """Of a model's folder, or hub name."""
+    return _files(WEIGHTS)(name)
+
+
+def adapters_hash(name: str) -> str:
+    """Of a PEFT folder."""
+    return _files(ADAPTERS)(name)
 
 
 def _files(patterns: tuple[str, ...]) -> Callable[[str], str]:
@@ -115,7 +135,7 @@ def _file(name: str) -> str:
     return storage.content_hash(storage.as_path(name))
 
 
-def _reward(spec: str) -> str:
+def reward_hash(spec: str) -> str:
     """Hashes the kind, label and folder of a reward; one without a folder stands for itself."""
     folder = folder_of(spec)
     if not folder:
@@ -123,7 +143,7 @@ def _reward(spec: str) -> str:
     return _hash_of_use(spec, folder, _files((*WEIGHTS, CENTRE, *TOKENIZER))(folder))
 
 
-def _prompts(source: str) -> str:
+def prompts_hash(source: str) -> str:
     """Hashes the file of prompts, its split, and whether its texts or their prefixes are meant."""
     path, split = source.removeprefix(PREFIXES), ""
     if path == EMBEDDED:

@@ -11,34 +11,34 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from dpojax import storage
-from dpojax.config.contents import Content, contents_of
+from dpojax.config.contents import Content, NamedPath, contents_of
 from dpojax.config.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedRun:
-    """What a run will do. `stages.registry.resolve` makes it; nothing changes it afterwards.
+    """A config with every default filled in. Immutable; `stages.registry.resolve` makes it.
 
     Attributes:
       config: all keys, with the defaults that depend on other keys filled in.
       workdir: absolute, local or in a bucket.
       settings: what each stage has bound from the config (`Stage.resolve`), by the stage's name.
+      paths: the files and folders that decide the result.
     """
 
     config: FrozenConfigDict
     workdir: storage.Path
     settings: Mapping[str, Any]
+    paths: tuple[NamedPath, ...]
 
     @functools.cached_property
     def contents(self) -> dict[str, Content]:
-        """The files and folders that decide the result, by the config key that names them.
-
-        Hashed at first use.
+        """What lies behind the paths, by the config key that names them; hashed at first use.
 
         Raises:
           DataError, ConfigError: one of them cannot be read; the message names the key.
         """
-        return contents_of(self.config)
+        return contents_of(self.paths)
 
 
 def workdir_path(workdir: str | storage.Path) -> storage.Path:
@@ -48,9 +48,15 @@ def workdir_path(workdir: str | storage.Path) -> storage.Path:
       ConfigError: the name is empty, or of a kind of storage that is not known.
     """
     try:
-        return storage.as_path(workdir, "--workdir")
+        path = storage.as_path(workdir, "--workdir")
     except storage.StorageError as error:
         raise ConfigError(str(error)) from error
+    if str(path).startswith("s3://"):
+        raise ConfigError(
+            f"--workdir={path}: checkpoints cannot be written to s3:// yet; use gs:// or a folder. "
+            "Data and models may lie there"
+        )
+    return path
 
 
 def as_json(config: ConfigDict) -> dict:

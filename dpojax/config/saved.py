@@ -21,53 +21,54 @@ from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, as_json, flat
 
-CONFIG, CONTENTS = "config.json", "contents.json"
-# A resumed run may change these. With those of the second line, and attention, sums come out in
-# another order: the result is the same to rounding, no longer to the bit.
-MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "tensorboard")
-MAY_CHANGE += ("distributed", "mesh", "micro_rows", "max_buckets", "row_length", "max_logits")
-MAY_CHANGE += ("model.remat", "model.attention", "sweep", "check_memory", "profile", "token_cache")
-MAY_CHANGE += ("compilation_cache",)
+CONFIG, CONTENTS, FINISHED = "config.json", "contents.json", "finished.json"
+# A resumed run may change these keys, and its result stays the same to the bit.
+SAME_RESULT = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "tensorboard")
+SAME_RESULT += ("model.remat", "check_memory", "profile", "token_cache", "compilation_cache")
+# And these, which change the order of sums: its result stays the same to rounding.
+SAME_TO_ROUNDING = ("distributed", "mesh", "micro_rows", "max_buckets", "row_length", "max_logits")
+SAME_TO_ROUNDING += ("model.attention", "sweep")
 
 
-def write_or_compare_config(run: ResolvedRun) -> None:
-    """Write config.json and contents.json, or compare the run with those that are there.
+def compare_config(run: ResolvedRun) -> None:
+    """Compares a run with the one that its workdir holds, if it holds one.
 
-    Every process calls it, and the first one writes.
+    Of a finished run only the config is compared: its files need not be there any more.
 
     Raises:
       ConfigError: the workdir belongs to a run of another config, or a file behind a path has
         changed since it began; the message names the keys, or the file and both hashes.
     """
-    now, path = as_json(run.config), run.workdir / CONFIG
-    if path.exists():
-        before = storage.read_json(path, hint="use another --workdir")
+    path = run.workdir / CONFIG
+    if not path.exists():
+        return
+    before, contents = storage.read_json(path, hint="use another --workdir"), {}
+    same: set[str] = set()
+    if not (run.workdir / FINISHED).exists():
         contents = _read_contents(run.workdir)
         same = moved_keys(contents, run.contents)
-        if changed := config_differences(before, now, ignore=same):
-            raise ConfigError(
-                f"{run.workdir} holds a run of another config; give this one its own --workdir, or "
-                "take back these changes:\n" + "\n".join(changed)
-            )
-        _require_same_contents(run, contents)
+    if changed := config_differences(before, as_json(run.config), ignore=same):
+        raise ConfigError(
+            f"{run.workdir} holds a run of another config; give this one its own --workdir, or "
+            "take back these changes:\n" + "\n".join(changed)
+        )
+    if contents:
+        require_same_contents(run.workdir, contents, run.contents)
+
+
+def write_config(run: ResolvedRun) -> None:
+    """Writes config.json and contents.json; the first process does."""
     if jax.process_index() == 0:
         version = _begun_by(run.workdir) or code_version()
-        storage.write_json(run.workdir / CONTENTS, {"version": version, "files": run.contents})
-        storage.write_json(path, now)
+        files = {"version": version, "files": run.contents}
+        storage.write_json(run.workdir / CONTENTS, files)
+        storage.write_json(run.workdir / CONFIG, as_json(run.config))
 
 
-def compare_config(run: ResolvedRun) -> None:
-    """Compare a finished run's config with the one asked for; the files need not be there any more.
-
-    Raises:
-      ConfigError: the workdir belongs to a run of another config.
-    """
-    before = storage.read_json(run.workdir / CONFIG, hint="use another --workdir")
-    if changed := config_differences(before, as_json(run.config)):
-        raise ConfigError(
-            f"{run.workdir} holds a finished run of another config; give this one its own "
-            "--workdir, or take back these changes:\n" + "\n".join(changed)
-        )
+def write_or_compare_config(run: ResolvedRun) -> None:
+    """`compare_config`, then `write_config`."""
+    compare_config(run)
+    write_config(run)
 
 
 def config_differences(before: dict, now: dict, *, ignore: Sequence[str] | set = ()) -> list[str]:
@@ -77,7 +78,7 @@ def config_differences(before: dict, now: dict, *, ignore: Sequence[str] | set =
       ignore: further dotted keys that may differ.
     """
     before, now = flat(before), flat(now)
-    free = tuple(f"{key}." for key in (*MAY_CHANGE, *ignore))
+    free = tuple(f"{key}." for key in (*SAME_RESULT, *SAME_TO_ROUNDING, *ignore))
     return [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -108,8 +109,7 @@ def config_from_json(values: dict, *, where: str) -> ConfigDict:
     """
     config = default_config()
     try:
-        with config.unlocked():
-            config.update(values)
+        config.update(values)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: not a config of this version ({error})") from error
     return config
@@ -141,16 +141,24 @@ def _code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _require_same_contents(run: ResolvedRun, before: Mapping[str, Content]) -> None:
-    changed = changed_contents(before, run.contents)
+def require_same_contents(
+    workdir: storage.Path, before: Mapping[str, Sequence[str]], now: Mapping[str, Content]
+) -> None:
+    """Raises ConfigError for files that have changed; it names each, with both hashes.
+
+    Args:
+      before: of the keys that were there, (path, hash), as JSON has them.
+    """
+    before = {key: Content(*pair) for key, pair in before.items()}
+    changed = changed_contents(before, now)
     if not changed:
         return
     lines = [
-        f"  config.{key} ({now.path}): sha256 {then.hash[:16]}, now {now.hash[:16]}"
-        for key, (then, now) in changed.items()
+        f"  config.{key} ({content.path}): sha256 {then.hash[:16]}, now {content.hash[:16]}"
+        for key, (then, content) in changed.items()
     ]
     raise ConfigError(
-        f"{run.workdir} began with other files, and going on would mix both:\n"
+        f"{workdir} began with other files, and going on would mix both:\n"
         + "\n".join(lines)
         + "\nPut the files back as they were, or give this run its own --workdir."
     )

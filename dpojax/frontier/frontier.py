@@ -12,9 +12,18 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.contents import (
+    Content,
+    NamedPath,
+    contents_of,
+    data_paths,
+    prompts_hash,
+    reward_hash,
+    shared_paths,
+)
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import as_json, workdir_path
-from dpojax.config.saved import config_differences
+from dpojax.config.saved import config_differences, require_same_contents
 from dpojax.frontier.configs import RunConfigs
 from dpojax.frontier.plan import Plan, plan_frontier
 from dpojax.frontier.runs import Run
@@ -35,7 +44,7 @@ def make_frontier(
     workdir: str | storage.Path,
     *,
     workers: int = 1,
-    together: bool = False,
+    vectorise: bool = False,
 ) -> storage.Path:
     """Does every job that is not done; returns the workdir, ready for `frontier.results`.
 
@@ -43,7 +52,7 @@ def make_frontier(
 
     Args:
       workers: jobs that are done at a time, each in a process of its own; 1 stays in this one.
-      together: runs that differ in traced numbers alone are one job, see `sweeps.group`.
+      vectorise: runs that differ in traced numbers alone are one job, see `sweeps.group`.
 
     Raises:
       ConfigError: a run that could not start, before anything is made; or the workdir holds the
@@ -53,7 +62,7 @@ def make_frontier(
     folder = workdir_path(workdir)
     check_frontier(config, runs, folder, workers)
     with workdir_lock(folder):
-        plan = plan_frontier(config, runs, folder, parts=workers, together=together)
+        plan = plan_frontier(config, runs, folder, parts=workers, vectorise=vectorise)
         write_or_compare_plan(config, runs, plan, folder)
         cache = config.compilation_cache or str(folder / COMPILED)
         if workers > 1:
@@ -75,6 +84,11 @@ def check_frontier(
         configs.resolve(run)
     if config.frontier.reward == "classifier":
         resolve(configs.stage_config("classifier"), folder)
+    if config.distributed:
+        raise ConfigError(
+            "config.distributed: a frontier runs in one process; its jobs may be run by several, "
+            "each with the command that stands in plan.json"
+        )
     if workers > 1 and not local_workers.on_cpu():
         raise ConfigError(f"{workers} runs at once: only on a CPU, and in one process; take 1")
     frontier = config.frontier
@@ -99,6 +113,7 @@ def write_or_compare_plan(
     path = folder / PLAN
     content = {
         "config": as_json(config),
+        "contents": _contents(config),
         "runs": [run._asdict() | {"name": run.name, "changes": dict(run.changes)} for run in runs],
         "jobs": plan_as_json(plan.jobs),
     }
@@ -109,12 +124,26 @@ def write_or_compare_plan(
     storage.write_json(path, content)  # runs may be added
 
 
+def _contents(config: ConfigDict) -> dict[str, Content]:
+    """The files that are not made by the frontier itself: what its first jobs read."""
+    frontier = config.frontier
+    prompts = NamedPath("frontier.prompts", frontier.prompts, prompts_hash)
+    reward, paths = frontier.reward, [prompts, *shared_paths(config), *data_paths(config, "sft")]
+    if reward == "classifier":
+        paths += data_paths(config, "classifier")
+    else:
+        paths.append(NamedPath("frontier.reward", reward, reward_hash))
+    return contents_of(paths)
+
+
 def _require_same(before: dict, now: dict, folder: storage.Path) -> None:
     if changed := config_differences(before["config"], now["config"]):
         raise ConfigError(
             f"{folder} holds a frontier of another config; give this one its own --workdir, or "
             "take back these changes:\n" + "\n".join(changed)
         )
+    contents = {key: Content(*pair) for key, pair in now["contents"].items()}
+    require_same_contents(folder, before.get("contents", {}), contents)
     runs_now = {run["name"]: run for run in now["runs"]}
     if missing := [run["name"] for run in before["runs"] if run["name"] not in runs_now]:
         raise ConfigError(f"{folder} holds runs that this plan has not: {', '.join(missing)}")

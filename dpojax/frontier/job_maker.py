@@ -57,7 +57,7 @@ class JobMaker:
             ),
             needs=needs,
             outputs=(str(workdir / FINISHED),),
-            failure_file=failure_file,
+            failure_files=_one(failure_file),
             kind=kind,
         )
 
@@ -75,8 +75,8 @@ class JobMaker:
             name,
             command("dpojax.runs.export", workdir=workdir, out=out),
             needs=needs,
-            outputs=(str(out),),
-            failure_file=failure_file,
+            outputs=(str(out / "config.json"),),  # `huggingface.save` writes it last
+            failure_files=_one(failure_file),
             kind="export",
         )
 
@@ -103,7 +103,11 @@ class JobMaker:
             ),
             needs=needs,
             outputs=(str(done),),
-            failure_file=failure_file,
+            failure_files=_one(failure_file),
             kind=kind,
             is_part=count > 1,
         )
+
+
+def _one(failure_file: str) -> tuple[str, ...]:
+    return (failure_file,) if failure_file else ()

@@ -20,10 +20,10 @@ from dpojax.frontier.job_maker import JobMaker
 from dpojax.frontier.online import online_jobs
 from dpojax.frontier.runs import ONLINE, Run
 from dpojax.jobs.job import Job, command
-from dpojax.runs.workdirs import FAILED, digest
+from dpojax.runs.workdirs import FAILED, FINISHED, short_hash
 from dpojax.sweeps.members import same_program
 
-TOGETHER = "together"  # folder of the frontier's workdir
+VECTORISED = "vectorised"  # checkpoints of runs that train together, while they do
 SAMPLES = "reference_samples.npz"
 
 
@@ -40,14 +40,14 @@ def plan_frontier(
     folder: storage.Path,
     *,
     parts: int = 1,
-    together: bool = False,
+    vectorise: bool = False,
 ) -> Plan:
     """The whole plan of a frontier.
 
     Args:
       folder: its workdir.
       parts: how many parts preferences are made in.
-      together: runs that differ in traced numbers alone are one job, see `sweeps.group`.
+      vectorise: runs that differ in traced numbers alone are one job, see `sweeps.group`.
     """
     configs, maker = RunConfigs(config, folder), JobMaker(folder)
     jobs = _policy_jobs(configs, maker)
@@ -58,7 +58,7 @@ def plan_frontier(
     if any(run.method == "ppo" for run in runs):
         jobs += _reward_jobs(configs, maker, preferred)
     needs = {"ppo": (REWARD_MODEL,), "ppo_gt": rewarded, "online_dpo": rewarded}
-    for group in _groups(configs, runs) if together else [[run] for run in runs]:
+    for group in _groups(configs, runs) if vectorise else [[run] for run in runs]:
         needed = needs.get(group[0].method, preferred)
         if len(group) > 1:
             jobs.append(_group_job(configs, maker, group, needed))
@@ -143,17 +143,23 @@ def _group_job(
     configs: RunConfigs, maker: JobMaker, runs: Sequence[Run], needs: tuple[str, ...]
 ) -> Job:
     """Runs that are trained together. Those that fail say so in their own workdirs."""
-    key = digest([run.name for run in runs])
-    name, folder = f"{runs[0].method}-{len(runs)}-runs-{key[:4]}", configs.folder / TOGETHER
-    done, members = folder / f"{key}.done", []
-    for run in runs:
-        workdir, config = configs.workdir_of(run), configs.config_of(run)
-        members.append({"config": as_json(config), "workdir": str(workdir)})
+    key = short_hash([run.name for run in runs])
+    name = f"{runs[0].method}-{len(runs)}-runs-{key[:4]}"
+    workdirs = [configs.workdir_of(run) for run in runs]
+    members = [
+        {"config": as_json(configs.config_of(run)), "workdir": str(workdir)}
+        for run, workdir in zip(runs, workdirs)
+    ]
     return Job(
         name,
-        command("dpojax.sweeps.group", members=maker.file(name, members), folder=folder, done=done),
+        command(
+            "dpojax.sweeps.group",
+            members=maker.file(name, members),
+            folder=configs.folder / VECTORISED,
+        ),
         needs=needs,
-        outputs=(str(done),),
+        outputs=tuple(str(workdir / FINISHED) for workdir in workdirs),
+        failure_files=tuple(str(workdir / FAILED) for workdir in workdirs),
         kind=runs[0].method,
     )
 

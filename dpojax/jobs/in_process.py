@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+
 from dpojax import sharding, storage
 from dpojax.jobs.job import Job, execute, execute_logged, pending, stoppable
 from dpojax.jobs.progress import shown, ticking
+
+NONE_LEFT = -1
 
 
 def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
@@ -20,7 +24,7 @@ def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
 
     Raises:
       Preempted: after a SIGTERM; what was done is kept.
-      what a job raises, unless it has a failure file: then the others go on.
+      what a job raises, unless it has failed by itself: then the others go on.
     """
     with shown(jobs, folder, what) as clock, stoppable(what):
         while to_do := pending(jobs):
@@ -31,21 +35,30 @@ def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
             clock.stop(job.name)
 
 
-def run_jobs_aloud(jobs: Sequence[Job]) -> None:
+def run_jobs_in_terminal(jobs: Sequence[Job]) -> None:
     """Does the jobs that have not ended, in order; what they print stays on the terminal.
 
-    In a run of several processes every process makes this call, and the first one says which jobs
-    have ended.
+    In a run of several processes every process makes this call, and the first one says which job is
+    next.
 
     Raises:
-      what a job raises, unless it has a failure file: then the others go on.
+      what a job raises. In one process the others go on where it has failed by itself. Of several
+        processes, one that has raised could not agree with the others on going on.
+      RuntimeError: a job has returned and neither its outputs nor its failure files are there.
     """
-    ended = {job.name for job in jobs} - {job.name for job in pending(jobs)}
-    for job in jobs:
-        if sharding.agreed(job.name in ended):
-            continue
+    last = NONE_LEFT
+    while (index := sharding.agreed(_next(jobs))) != NONE_LEFT:
+        if index == last:
+            raise RuntimeError(f"job {jobs[index].name}: its command ended without its outputs")
         try:
-            execute(job)
+            execute(jobs[index])
         except Exception:
-            if not sharding.agreed(job.has_failed):
+            if jax.process_count() > 1 or not jobs[index].has_failed:
                 raise
+        last = index
+
+
+def _next(jobs: Sequence[Job]) -> int:
+    """The index of the first job that has not ended."""
+    to_do = pending(jobs)
+    return list(jobs).index(to_do[0]) if to_do else NONE_LEFT

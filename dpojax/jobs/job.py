@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
-from dpojax.training.loop import Preempted
+from dpojax.training.preemption import Preempted
 
 PYTHON = ("python", "-m")  # how every command begins; a module of dpojax and its arguments follow
 
@@ -30,9 +30,11 @@ class Job(NamedTuple):
         `main(arguments)`, which returns when the job is done and raises when it fails.
       needs: names of the jobs before it that have to be done.
       outputs: paths that are there once it is done.
-      failure_file: a path that is there where the job failed and the others go on without it. It
-        is not tried again, and no job that needs it is started.
-      kind: jobs of a kind take equally long and compile the same programs; "" is a kind of its own.
+      failure_files: for each output, a path that is there instead where making it has failed and
+        the other jobs go on. The job is not tried again, and no job that needs it is started. Empty
+        for a job that may not fail alone.
+      kind: jobs of one kind take about the same time and compile the same programs. "": no other
+        job is like this one.
       is_part: the job is one part of a larger one, cut so that parts can be done at once.
     """
 
@@ -40,7 +42,7 @@ class Job(NamedTuple):
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-    failure_file: str = ""
+    failure_files: tuple[str, ...] = ()
     kind: str = ""
     is_part: bool = False
 
@@ -55,7 +57,9 @@ class Job(NamedTuple):
 
     @property
     def has_failed(self) -> bool:
-        return bool(self.failure_file) and _exists(self.failure_file)
+        """Whether each output that is missing has failed by itself."""
+        pairs = list(zip(self.outputs, self.failure_files))
+        return bool(pairs) and all(_exists(x) or _exists(failure) for x, failure in pairs)
 
 
 def command(module: str, **options: Any) -> tuple[str, ...]:
@@ -97,7 +101,7 @@ def execute(job: Job) -> None:
 def execute_logged(job: Job, folder: storage.Path) -> None:
     """`execute`, where everything printed goes into folder/logs/NAME.txt.
 
-    A job whose failure file is there afterwards has failed by itself: the others go on.
+    A job whose failure files are there afterwards has failed by itself: the others go on.
 
     Raises:
       what the job raises otherwise; the traceback is in the log, too.
@@ -124,7 +128,7 @@ def plan_as_json(jobs: Sequence[Job]) -> list[dict]:
 
 @contextlib.contextmanager
 def stoppable(what: str) -> Iterator[None]:
-    """A SIGTERM raises Preempted wherever no training is under way that would save first."""
+    """Outside of training a SIGTERM raises Preempted. Training has its own handler, which saves."""
 
     def stop(*_: Any) -> None:
         raise Preempted(f"{what}: stopped, what is done is kept")
@@ -161,7 +165,7 @@ class _Log:
 
 
 def _require_outputs(job: Job) -> None:
-    """Raises RuntimeError where an output is missing: the job would be started again for ever."""
+    """Raises RuntimeError where an output is missing."""
     missing = [path for path in job.outputs if not _exists(path)]
     if missing:
         raise RuntimeError(f"job {job.name}: its command ended without making {missing[0]}")

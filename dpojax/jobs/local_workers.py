@@ -54,7 +54,7 @@ def run_jobs(
     Raises:
       Preempted: after a SIGTERM; what was done is kept.
       ChildProcessError: a process was killed.
-      what a job raises, unless it has a failure file; the others are stopped first, as by a
+      what a job raises, unless it has failed by itself; the others are stopped first, as by a
         SIGTERM.
     """
     with shown(jobs, folder, what, workers) as clock, stoppable(what), _pool(workers) as pool:
@@ -80,11 +80,12 @@ def run_jobs(
 def next_job(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
     """The next job to start: not under way, and all that it needs is done; None if there is none.
 
-    The first job of a kind compiles what the others of the kind then find on disk. So jobs of
-    another kind go before a second one beside it. Otherwise they go in order.
+    Jobs of a kind share compiled programs on disk. While the first one compiles, jobs of other
+    kinds are preferred. Otherwise they go in order.
     """
     to_do = pending(jobs)
-    missing = {job.name for job in to_do}
+    # On a bucket the first files of an output are there before the job has ended.
+    missing = {job.name for job in (*to_do, *running)}
     done_kinds = {job.kind_name for job in jobs if job.name not in missing}
     compiling = {job.kind_name for job in running if not job.is_part} - done_kinds
     ready = [job for job in to_do if job not in running and missing.isdisjoint(job.needs)]
@@ -127,7 +128,9 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _settle(shares) -> None:
-    """Stays on its cores (JAX makes as many threads as it sees), and ends with the parent.
+    """Pins this process to its cores, and ends it when the parent process ends.
+
+    JAX makes as many threads as it sees cores.
 
     A SIGTERM between two jobs unwinds: a process that died at once would take the lock of the
     jobs' queue with it, and the others would wait for that forever.

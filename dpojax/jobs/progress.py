@@ -43,14 +43,17 @@ class Clock:
         self.before, self.seconds = read_seconds(folder)
         self.started: dict[str, float] = {}  # jobs under way, and when each began
         self.began = time.perf_counter()
+        self.to_do = pending(jobs)
 
     def start(self, name: str) -> None:
         self.started[name] = time.perf_counter()
+        self.to_do = pending(self.jobs)  # asked here and in `stop`, since a bucket answers slowly
         self.show()
 
     def stop(self, name: str) -> None:
         spent = time.perf_counter() - self.started.pop(name)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        self.to_do = pending(self.jobs)
         storage.write_json(self.folder / SECONDS, Seconds(self.passed, self.seconds)._asdict())
 
     @property
@@ -66,7 +69,10 @@ class Clock:
 
     def show(self) -> None:
         seconds = Seconds(self.passed, self.now())
-        self._show(progress_line(self.jobs, seconds, running=[*self.started], workers=self.workers))
+        line = progress_line(
+            self.jobs, seconds, self.to_do, running=[*self.started], workers=self.workers
+        )
+        self._show(line)
 
 
 @contextlib.contextmanager
@@ -110,18 +116,23 @@ def ticking(update: Callable[[], None]) -> Iterator[None]:
 
 
 def seconds_left(
-    jobs: Sequence[Job], seconds: Mapping[str, float], workers: int = 1
+    jobs: Sequence[Job],
+    seconds: Mapping[str, float],
+    to_do: Sequence[Job] | None = None,
+    *,
+    workers: int = 1,
 ) -> float | None:
     """How long the jobs that are not done may still take; None while nothing is known.
 
     A job is taken to last as long as the done jobs of its kind on average, or, where there are
-    none, as long as all done jobs on average. What it has taken already is subtracted. Of several
-    jobs at a time the longest one sets the least.
+    none, as long as all done jobs on average. What it has taken already is subtracted. With several
+    workers, the estimate is at least the time of the longest job.
 
     Args:
       seconds: that each job has taken, by its name.
+      to_do: of `pending`, which is called by default.
     """
-    to_do = pending(jobs)
+    to_do = pending(jobs) if to_do is None else to_do
     names = {job.name for job in to_do}
     by_kind: dict[str, list[float]] = {}
     for job in jobs:
@@ -139,11 +150,17 @@ def seconds_left(
 
 
 def progress_line(
-    jobs: Sequence[Job], seconds: Seconds, *, running: Sequence[str], workers: int = 1
+    jobs: Sequence[Job],
+    seconds: Seconds,
+    to_do: Sequence[Job] | None = None,
+    *,
+    running: Sequence[str],
+    workers: int = 1,
 ) -> str:
     """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`."""
-    ended = len(jobs) - len(pending(jobs))
-    left = seconds_left(jobs, seconds.jobs, workers)
+    to_do = pending(jobs) if to_do is None else to_do
+    ended = len(jobs) - len(to_do)
+    left = seconds_left(jobs, seconds.jobs, to_do, workers=workers)
     forecast = f", about {_rounded(left)} left" if left else ""
     names = "".join(f"  {name}" for name in running)
     return f"{ended}/{len(jobs)} jobs{names}  {_clock(seconds.passed)} passed{forecast}"

@@ -12,14 +12,16 @@ from dpojax.config.errors import ConfigError
 from dpojax.data.records import DataError
 from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import RewardError
+from dpojax.sharding import FirstProcessFailed
 from dpojax.storage import StorageError
 from dpojax.training.checkpoints import CheckpointError
-from dpojax.training.loop import NonFiniteLoss, Preempted
+from dpojax.training.loop import NonFiniteLoss
+from dpojax.training.preemption import Preempted
 from dpojax.training.reference import ReferenceMismatch
 
 # What a user can mend; anything else is a bug of ours, and shows its traceback.
 FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss, OSError)
-FAILURES += (RewardError, NothingStopped, StorageError)
+FAILURES += (RewardError, NothingStopped, StorageError, FirstProcessFailed)
 STOPPED = 143  # the status of a command that a SIGTERM ended; the same command goes on
 
 

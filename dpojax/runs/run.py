@@ -20,16 +20,17 @@ from dpojax.config.saved import (
     code_changed,
     compare_config,
     config_from_json,
-    write_or_compare_config,
+    write_config,
 )
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, workdir_lock, write_failure
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
-from dpojax.stages.stage import Stage, Summarise, require_memory
+from dpojax.stages.stage import Stage, Summary, require_memory
 from dpojax.training.compilation_cache import shared_programs
-from dpojax.training.loop import NonFiniteLoss, StopSignal
+from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
+from dpojax.training.preemption import StopSignal
 
 CURVES = "training_curves.png"
 
@@ -50,9 +51,8 @@ def run_resolved(resolved: ResolvedRun) -> None:
     """`run`, of a config that is resolved already."""
     if resolved.config.distributed:
         sharding.start_distributed()
-    if sharding.agreed((resolved.workdir / FINISHED).exists()):
-        compare_config(resolved)
-    else:
+    compare_config(resolved)  # before data are read, which may take an hour
+    if not sharding.agreed((resolved.workdir / FINISHED).exists()):
         with shared_programs(resolved.config.compilation_cache):
             _run(resolved)
     _show(resolved.workdir)
@@ -64,44 +64,47 @@ def _run(resolved: ResolvedRun) -> None:
     stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused
     for stage in stages:
         require_memory(stage)
-    write_or_compare_config(resolved)
+    write_config(resolved)
     with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
         announce(stages)
         finished = train_in_turn(stages, partial(initial_params, setup), stop)
-        finish(stages[-1], finished(), stages[-1].open_summary())
+        finish(stages[-1], stages[-1].summarise(finished()))
 
 
 def announce(stages: Sequence[Stage]) -> None:
     """Says what every stage is about to do, and keeps the reports on its data."""
-    if jax.process_index() != 0:
-        return
-    if warning := code_changed(stages[0].setup.workdir):
-        print(f"\n{warning}", flush=True)
-    for stage in stages:
-        lines = [f"\n{stage.describe()}", stage.save_reports()]
-        print("\n".join(filter(None, lines)), flush=True)
+
+    def say() -> None:
+        if warning := code_changed(stages[0].setup.workdir):
+            print(f"\n{warning}", flush=True)
+        for stage in stages:
+            lines = [f"\n{stage.describe()}", stage.save_reports()]
+            print("\n".join(filter(None, lines)), flush=True)
+
+    sharding.on_first_process(say)
 
 
 def train_in_turn(
     stages: Sequence[Stage], start: Callable[[], dict], stop: StopSignal
 ) -> Callable[[], dict]:
-    """Trains stage after stage from the parameters start(); returns what gives the last ones."""
+    """Trains stage after stage from the parameters start(); returns what gives the last ones.
+
+    The weights of a stage that is trained already are read when they are needed, and not before.
+    """
 
     def trained(params: dict) -> dict:
         return params
 
     for stage in stages:
-        start = partial(trained, stage.train(start, stop))
+        if stage.is_trained:
+            start = stage.trained_params
+        else:
+            start = partial(trained, stage.train(start, stop))
     return start
 
 
-def finish(stage: Stage, params: dict, summarise: Summarise) -> None:
-    """Judges the parameters of a run's last stage, draws its curves, and writes finished.json.
-
-    Args:
-      summarise: of `Stage.open_summary`, of this stage or of another one that shares its data.
-    """
-    summary = summarise(stage, params)
+def finish(stage: Stage, summary: Summary | None) -> None:
+    """Draws the curves of a run, and writes finished.json with the summary of its last stage."""
     if jax.process_index() == 0:
         from dpojax.evaluation import plots  # matplotlib, which only a run's end wants
 

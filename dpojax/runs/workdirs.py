@@ -10,8 +10,8 @@ import jax
 
 from dpojax import sharding, storage
 from dpojax.config.errors import ConfigError
+from dpojax.config.saved import FINISHED
 
-FINISHED = "finished.json"
 FAILED = "failed.txt"  # in the workdir of a run that failed while others went on
 
 
@@ -22,20 +22,26 @@ def workdir_lock(workdir: storage.Path) -> Iterator[None]:
     Raises:
       ConfigError: another run is at work there; it names its host and process.
     """
-    if jax.process_index() != 0:
-        yield
-        return
     with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(storage.lock(workdir))
-        except storage.Locked as error:
-            raise ConfigError(str(error)) from error
+
+        def lock() -> None:
+            try:
+                held.enter_context(storage.lock(workdir))
+            except storage.Locked as error:
+                raise ConfigError(str(error)) from error
+
+        sharding.on_first_process(lock)
         yield
 
 
 def has_ended(workdir: storage.Path) -> bool:
     """Whether the run there is finished, or has failed; what the first process sees."""
-    return sharding.agreed((workdir / FINISHED).exists() or (workdir / FAILED).exists())
+    return sharding.agreed(ended_here(workdir))
+
+
+def ended_here(workdir: storage.Path) -> bool:
+    """`has_ended`, as this process sees it."""
+    return (workdir / FINISHED).exists() or (workdir / FAILED).exists()
 
 
 def failure_of(workdir: storage.Path) -> str:
@@ -50,7 +56,7 @@ def write_failure(path: storage.Path, why: str) -> None:
         storage.write_text(path, why + "\n")
 
 
-def digest(names: Sequence[str]) -> str:
+def short_hash(names: Sequence[str]) -> str:
     """A short name of several runs."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 

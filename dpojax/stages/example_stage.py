@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.contents import NamedPath, adapters_hash, data_paths
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
 from dpojax.data.packing import Shape
@@ -30,8 +31,8 @@ from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import POLICY, Stage
 from dpojax.training.forward import Forward, build_outputs
-from dpojax.training.loop import StopSignal
 from dpojax.training.objective import Hyper, Objective
+from dpojax.training.preemption import StopSignal
 from dpojax.training.step import build_evaluate
 
 # (parameters, step, the stage's folder) -> metrics of sampled responses
@@ -86,6 +87,14 @@ class ExampleStage(Stage):
         if "lora" in stage:
             check_lora(stage, name)
         return None
+
+    @classmethod
+    def paths(cls, config: ConfigDict) -> list[NamedPath]:
+        paths, name = data_paths(config, cls.name), cls.name
+        if "lora" in config[name]:
+            adapters = config[name].lora.adapters
+            paths.append(NamedPath(f"{name}.lora.adapters", adapters, adapters_hash))
+        return paths
 
     @classmethod
     def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:

@@ -14,8 +14,8 @@ from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.ppo_summary import summarise
 from dpojax.stages.samples import open_samples
 from dpojax.stages.stage import Lowered, RowSize, Summarise, count, mesh_text
-from dpojax.training.loop import StopSignal
 from dpojax.training.memory import Footprint
+from dpojax.training.preemption import StopSignal
 from dpojax.training.state import moment_copies
 
 
@@ -49,8 +49,13 @@ class PPO(PPOSetup):
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Reward and KL of samples to held-out prompts (`config.samples`)."""
-        reference = self.reference_params()
-        return open_samples(self.setup, reference, self.programs.score)(params).metrics()
+        sample = open_samples(
+            self.setup,
+            self.reference_params(),
+            self.programs.score,
+            reward_name=self.evaluation_reward,
+        )
+        return sample(params).metrics()
 
     def open_summary(self) -> Summarise:
         return summarise

@@ -14,6 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dpojax import sharding
+from dpojax.config.contents import NamedPath, prompts_hash, reward_hash, sample_paths
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.config.rules import (
     TRAINING_RULES,
@@ -105,8 +106,12 @@ class PPOSetup(Stage):
     reward: Reward | None = None
 
     @classmethod
-    def resolve(cls, config: ConfigDict) -> None:
-        """See `Stage`. Evaluations use the reward of training where config.samples names none."""
+    def resolve(cls, config: ConfigDict) -> str:
+        """See `Stage`.
+
+        Returns:
+          the reward that evaluations use: that of training, where config.samples names none.
+        """
         apply_rules((*TRAINING_RULES, *RULES), config.ppo, "ppo.")
         check_optimizer(config.ppo, "ppo")
         _check_responses(config.ppo)
@@ -119,7 +124,16 @@ class PPOSetup(Stage):
                 f"config.samples.prompts = 'reviews', but config.ppo.prompts = "
                 f"{config.ppo.prompts!r}: set it to a file of held-out prompts of the same kind"
             )
-        config.samples.reward = config.samples.reward or config.ppo.reward
+        return config.samples.reward or config.ppo.reward
+
+    @classmethod
+    def paths(cls, config: ConfigDict) -> list[NamedPath]:
+        return [
+            NamedPath("ppo.prompts", config.ppo.prompts, prompts_hash),
+            NamedPath("ppo.reward", config.ppo.reward, reward_hash),
+            NamedPath("samples.prompts", config.samples.prompts, prompts_hash),
+            *sample_paths(config),
+        ]
 
     @classmethod
     def open(cls, setup: Setup) -> Self:
@@ -167,6 +181,11 @@ class PPOSetup(Stage):
     def steps(self) -> int:
         """Iterations of the whole stage."""
         return self.config.steps
+
+    @property
+    def evaluation_reward(self) -> str:
+        """The name of the reward that evaluations use."""
+        return self.setup.run.settings[self.name]
 
     @property
     def hyper(self) -> Hyper:

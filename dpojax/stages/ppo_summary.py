@@ -28,7 +28,7 @@ def summarise(stage: PPOSetup, params: dict) -> Summary:
     config = stage.setup.config.samples
     count = len(held_out_prompts(stage.setup))  # some of them may be the same
     summary = {"prompts": count, "per_prompt": config.per_prompt, "values": values}
-    text = _table(summary, config.reward)
+    text = _table(summary, stage.evaluation_reward)
     for sample in last_samples(stage.folder)[:SHOWN]:
         end = "" if sample["stopped"] else " [...]"
         text += f"\n{sample['reward']:+.3f}  {sample['prompt']} |{sample['response']}{end}"

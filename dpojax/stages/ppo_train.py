@@ -18,8 +18,9 @@ from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import append_samples, open_samples
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
-from dpojax.training.loop import Every, NonFiniteLoss, Preempted, StopSignal
+from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.metrics import MetricWriter, Window, progress
+from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import fingerprint
 from dpojax.training.state import make_schedule
 from dpojax.training.step import Report
@@ -68,7 +69,8 @@ def _iterate(
     config, steps = stage.setup.config, stage.steps
     every = Every(config.log_every, config.evaluate_every, config.checkpoint_every)
     window, clocks, done = Window(), [], int(state.iteration)
-    sample = open_samples(stage.setup, reference, stage.programs.score)
+    score, reward_name = stage.programs.score, stage.evaluation_reward
+    sample = open_samples(stage.setup, reference, score, reward_name=reward_name)
 
     def evaluate() -> None:
         evaluation = sample(state.policy.params)

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dpojax.config.contents import NamedPath, sample_paths, weights_hash
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import apply_rules, one_of, precision
+from dpojax.data.rows import Rows
 from dpojax.methods import preference
 from dpojax.methods.preference import LossRequirements
+from dpojax.sharding import put_rows
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.example_stage import EvaluateSamples
@@ -24,13 +27,15 @@ from dpojax.stages.references import (
     open_reference,
     policy_starts_at_reference,
     reference_weights,
+    saved_weights,
 )
 from dpojax.stages.samples import sampled_metrics
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import Summarise, require_language_model
+from dpojax.stages.train import evaluate_batches
 from dpojax.stages.trained_stage import LanguageStage
-from dpojax.training.loop import StopSignal
 from dpojax.training.objective import Hyper, Objective, OptionError
+from dpojax.training.preemption import StopSignal
 
 RULES = (
     one_of("reference.kind", ("cached", "live"), "cached or live"),
@@ -72,6 +77,12 @@ class Preference(LanguageStage):
             _check_reference_of_adapters(stage, loss)
         stage.update({key: loss.options[key] for key in preference.OPTIONS if key in loss.options})
         return loss
+
+    @classmethod
+    def paths(cls, config: ConfigDict) -> list[NamedPath]:
+        reference = config.preference.reference.path
+        path = NamedPath("preference.reference.path", reference, weights_hash)
+        return [*super().paths(config), path, *sample_paths(config)]
 
     @classmethod
     def traced_options(cls, run: ResolvedRun) -> tuple[str, ...]:
@@ -147,6 +158,19 @@ class Preference(LanguageStage):
     @property
     def _reference_is_base(self) -> bool:
         return self.adapters is not None and not self.config.reference.path
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Metrics of parameters on the held-out examples, against the reference that was kept."""
+        score, mesh, reference = self.programs.score, self.setup.mesh, saved_weights(self)
+        live = reference if "kl" in self.programs.objective.statistics else None
+
+        def with_reference(rows: Rows) -> Rows:
+            placed = put_rows(rows, mesh)
+            logprob = score(reference, placed, reference=live).logprob
+            return placed._replace(reference=logprob)
+
+        batches = map(with_reference, self.batches.held_out())
+        return evaluate_batches(self, params, batches, reference=live)
 
     def open_summary(self) -> Summarise:
         return open_summary(self)

@@ -19,8 +19,8 @@ from dpojax.stages.reference import Reference
 from dpojax.stages.setup import load_weights
 from dpojax.stages.tokenizers import vocabulary_hash
 from dpojax.training import checkpoints, reference
-from dpojax.training.loop import Preempted, StopSignal
 from dpojax.training.metrics import progress
+from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import TOLERANCE, ReferenceMismatch, Store
 
 EXACT = 1e-5  # nats: one program on one batch twice

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from dpojax import storage
+from dpojax.config.contents import shared_paths
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, editable, workdir_path
 from dpojax.config.rules import SHARED_RULES, apply_rules
@@ -38,7 +39,11 @@ def resolve(config: ConfigDict, workdir: str | storage.Path) -> ResolvedRun:
     check_order(config.stages)
     tokenize_config(config.tokens)
     settings = {name: STAGES[name].resolve(config) for name in config.stages}
-    return ResolvedRun(FrozenConfigDict(config), folder, types.MappingProxyType(settings))
+    paths = shared_paths(config)
+    for name in config.stages:
+        paths += STAGES[name].paths(config)
+    frozen = FrozenConfigDict(config)
+    return ResolvedRun(frozen, folder, types.MappingProxyType(settings), tuple(paths))
 
 
 def open_stage(setup: Setup, name: str) -> Stage:

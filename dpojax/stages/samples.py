@@ -31,7 +31,7 @@ def held_out_prompts(setup: Setup) -> list[str]:
 
 
 def open_samples(
-    setup: Setup, reference_params: dict, score: Callable
+    setup: Setup, reference_params: dict, score: Callable, *, reward_name: str
 ) -> Callable[[dict], PolicyEvaluation]:
     """params -> what `config.samples` measures of that policy, against the reference.
 
@@ -40,13 +40,14 @@ def open_samples(
 
     Args:
       score: of `training.forward.build_score`, jitted.
+      reward_name: see `evaluation.rewards.open_reward`.
 
     Raises:
       ConfigError, DataError: a reward or prompts that are not there.
     """
     config = setup.config.samples
     with config_errors("samples.reward"):
-        reward = open_reward(config.reward, mesh=setup.mesh)
+        reward = open_reward(reward_name, mesh=setup.mesh)
     prompts = held_out_prompts(setup)
     sampler = build_sampler(
         setup.model, max_new_tokens=config.max_new_tokens, stop=setup.stop_tokens
@@ -114,7 +115,8 @@ def sampled_metrics(
     Args:
       starts_at_reference: the policy at step 0 is the reference.
     """
-    evaluate = open_samples(setup, reference_params, score)
+    reward_name = setup.config.samples.reward
+    evaluate = open_samples(setup, reference_params, score, reward_name=reward_name)
     of_reference = evaluate(reference_params)
     ranks = open_ranks(setup, reference_params, score, of_reference)
 

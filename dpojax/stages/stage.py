@@ -24,6 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
+from dpojax.config.contents import NamedPath
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import huggingface
@@ -31,8 +32,9 @@ from dpojax.stages.data import DataRequirements
 from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
 from dpojax.training import checkpoints
-from dpojax.training.loop import StopSignal
+from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.memory import Footprint, gib, limit_bytes
+from dpojax.training.preemption import StopSignal
 
 MEBI = 2**20  # processes agree on an int32, so bytes would be too many
 
@@ -81,8 +83,6 @@ class Stage(abc.ABC):
     makes: ClassVar[str] = POLICY
     setup: Setup
 
-    # Before anything is loaded.
-
     @classmethod
     @abc.abstractmethod
     def resolve(cls, config: ConfigDict) -> Any:
@@ -97,6 +97,11 @@ class Stage(abc.ABC):
         Raises:
           ConfigError: naming a key whose value no run can use.
         """
+
+    @classmethod
+    @abc.abstractmethod
+    def paths(cls, config: ConfigDict) -> list[NamedPath]:
+        """The files and folders in the stage's part of a config that decide its result."""
 
     @classmethod
     def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:
@@ -117,8 +122,6 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def requirements(self) -> DataRequirements:
         """The data that the stage learns from."""
-
-    # With data.
 
     @abc.abstractmethod
     def prepare(self) -> Self:
@@ -155,8 +158,6 @@ class Stage(abc.ABC):
     def save_reports(self) -> str:
         """Keeps the data report in the stage's folder; returns a line about the data."""
         return ""
-
-    # With weights.
 
     @abc.abstractmethod
     def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
@@ -218,8 +219,6 @@ class Stage(abc.ABC):
         del step
         return None
 
-    # What all stages have.
-
     @property
     def config(self) -> ConfigDict:
         """The stage's own part of the config."""
@@ -239,6 +238,11 @@ class Stage(abc.ABC):
         best = checkpoints.best(self.checkpoint_folder)
         return None if best is None else best.step
 
+    @property
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """Steps of the whole stage."""
+
     def trained_params(self, step: int | None = None) -> dict:
         """Float32 parameters of a checkpoint, adapters merged; None is `best_step`.
 
@@ -247,6 +251,12 @@ class Stage(abc.ABC):
         """
         step = self.best_step if step is None else step
         return checkpoints.load_params(self.checkpoint_folder, self.setup.abstract_params, step)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the stage's final state is on disk; what the first process sees."""
+        with Checkpoints(self.checkpoint_folder) as saved:
+            return sharding.agreed(saved.latest == self.steps)
 
     def save_summary(self, summary: Summary, text: str) -> None:
         """Writes summary.json and summary.txt into the stage's folder, by the first process."""

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
@@ -98,13 +97,16 @@ def content_hash(tokenizer: Any) -> str | None:
 
 def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
     """The folder of the tokenizer that this run makes; the first process makes it."""
-    if jax.process_index() == 0 and not folder.exists():
-        size, data = config.tokenizer.removeprefix(TRAINED_HERE), config.sft.data
-        if not size.isdigit() or data.source == EMBEDDED:
-            raise ConfigError(
-                f"config.tokenizer = {config.tokenizer!r}: train:SIZE, such as train:8192, from "
-                f"the texts of config.sft.data.source, here {data.source!r}"
-            )
+    size, data = config.tokenizer.removeprefix(TRAINED_HERE), config.sft.data
+    if not size.isdigit() or data.source == EMBEDDED:
+        raise ConfigError(
+            f"config.tokenizer = {config.tokenizer!r}: train:SIZE, such as train:8192, from "
+            f"the texts of config.sft.data.source, here {data.source!r}"
+        )
+
+    def train() -> None:
+        if folder.exists():
+            return
         records, _ = sources.load_records(
             data.source, split=data.split or None, form=data.form, columns=renamed_columns(data)
         )
@@ -112,7 +114,8 @@ def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
             tokenizer = train_tokenizer(map(_text, records[: data.limit or None]), int(size))
         with storage.replacing_folder(folder) as unfinished:
             tokenizer.save_pretrained(unfinished)
-    sharding.agreed(True)  # the other processes wait here until it is there
+
+    sharding.on_first_process(train)
     return folder
 
 

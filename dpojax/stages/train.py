@@ -29,9 +29,10 @@ from dpojax.stages.stage import Lowered
 from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
-from dpojax.training.loop import Every, StopSignal, TrainLoop
+from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.memory import Footprint, lean, predict
 from dpojax.training.metrics import MetricWriter, Window
+from dpojax.training.preemption import StopSignal
 from dpojax.training.profile import Spans
 from dpojax.training.state import (
     State,

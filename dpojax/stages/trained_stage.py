@@ -23,9 +23,9 @@ from dpojax.stages.stage import (
     require_language_model,
 )
 from dpojax.training.forward import build_score, language_model
-from dpojax.training.loop import StopSignal
 from dpojax.training.memory import Footprint
 from dpojax.training.objective import Objective
+from dpojax.training.preemption import StopSignal
 
 
 class TrainedStage(ExampleStage):

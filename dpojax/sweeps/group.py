@@ -21,16 +21,16 @@ import jax
 from dpojax import sharding, storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
-from dpojax.config.saved import config_from_json, write_or_compare_config
+from dpojax.config.saved import compare_config, config_from_json, write_config
 from dpojax.runs.command import run_command
 from dpojax.runs.run import announce, finish, train_in_turn
 from dpojax.runs.workdirs import (
     FAILED,
-    digest,
     failure_of,
     has_ended,
     share_folder,
     share_stages,
+    short_hash,
     workdir_lock,
     write_failure,
 )
@@ -44,8 +44,9 @@ from dpojax.sweeps.layout import begun_layout, group_folder, mesh_with_members
 from dpojax.sweeps.members import same_program
 from dpojax.sweeps.program import MemberProgram
 from dpojax.training.checkpoints import Checkpoints
-from dpojax.training.loop import Every, NonFiniteLoss, StopSignal
+from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.metrics import MetricWriter
+from dpojax.training.preemption import StopSignal
 from dpojax.training.vectorised_loop import Member, MemberChunk, Orders, VectorisedLoop, resume
 
 
@@ -76,7 +77,9 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
 
 
 def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
-    """All runs, whatever is left of them: so a plan does not change when the call is repeated."""
+    """Trains all runs, finished ones included, so that a repeated call makes the same plan."""
+    for run in runs:
+        compare_config(run)
     setup = prepare_setup(runs[0], vmapped=True)
     *opened, last = [open_stage(setup, name) for name in setup.config.stages]
     before, loaded = [stage.prepare() for stage in opened], last.load()
@@ -85,7 +88,7 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
     for stage in stages:
         require_memory(stage)
     for run in runs:
-        write_or_compare_config(run)
+        write_config(run)
     with contextlib.ExitStack() as during:
         for run in runs:
             during.enter_context(workdir_lock(run.workdir))
@@ -177,7 +180,7 @@ class Group:
         ended = {i for i in indices if _is_trained(self.stages[i])}
         errors: dict[int, str] = {}
         if len(ended) < len(indices):
-            folder = self.folder / digest([self.stages[i].setup.workdir.name for i in indices])
+            folder = self.folder / short_hash([self.stages[i].setup.workdir.name for i in indices])
             with contextlib.ExitStack() as during:
                 saved = during.enter_context(Checkpoints(folder, max_checkpoints=1))
                 errors = self._loop(indices, ended, trained, evaluator, saved, during, stop)
@@ -251,7 +254,7 @@ class Group:
                 write_failure(stage.setup.workdir / FAILED, why)
             else:
                 summarise = summarise or stage.open_summary()
-                finish(stage, stage.trained_params(), summarise)
+                finish(stage, summarise(stage, stage.trained_params()))
 
 
 def _steps(stage: ExampleStage) -> int:
@@ -260,10 +263,7 @@ def _steps(stage: ExampleStage) -> int:
 
 def _is_trained(stage: Stage) -> bool:
     """Whether a member has ended, or its final state is on disk already."""
-    if has_ended(stage.setup.workdir):
-        return True
-    with Checkpoints(stage.checkpoint_folder) as saved:
-        return sharding.agreed(saved.latest == stage.steps)
+    return has_ended(stage.setup.workdir) or stage.is_trained
 
 
 def _member(
@@ -303,17 +303,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--members", required=True, help='JSON: [{"config", "workdir"}, ...]')
     parser.add_argument("--folder", required=True, help="for checkpoints while they train")
-    parser.add_argument("--done", default="", help="a file to write at the end")
     options = parser.parse_args(arguments)
     members = storage.read_json(storage.as_path(options.members, "--members"))
     runs = [
         resolve(config_from_json(member["config"], where=options.members), member["workdir"])
         for member in members
     ]
+    if runs[0].config.distributed:
+        sharding.start_distributed()
     for name, why in train_group(runs, storage.as_path(options.folder, "--folder")).items():
         print(f"{name} failed: {why}")
-    if options.done:
-        storage.write_text(storage.as_path(options.done), "")
 
 
 if __name__ == "__main__":

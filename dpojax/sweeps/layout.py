@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dpojax import sharding, storage
 from dpojax.config.errors import ConfigError
-from dpojax.runs.workdirs import digest
+from dpojax.runs.workdirs import short_hash
 from dpojax.stages.setup import Setup
 
 LAYOUT = "layout.json"  # in the folder of a group
@@ -31,17 +31,24 @@ class Layout(NamedTuple):
 
 def group_folder(workdirs: Sequence[storage.Path], folder: storage.Path) -> storage.Path:
     """Where the checkpoints of runs that train together are, while they do."""
-    return folder / digest([workdir.name for workdir in workdirs])
+    return folder / short_hash([workdir.name for workdir in workdirs])
 
 
 def begun_layout(folder: storage.Path) -> Layout | None:
-    """The layout of the checkpoints in a group's folder; None where there are none yet."""
-    layout, path = Layout(0, 0, 0), folder / LAYOUT
-    if path.exists() and any(step.name.isdigit() for step in folder.glob("*/*")):
-        saved = storage.read_json(path, hint=f"delete {folder} to begin these members again")
-        layout = Layout(**saved)
-    layout = Layout(*map(sharding.agreed, layout))
+    """The layout of the checkpoints in a group's folder; what the first process sees.
+
+    None where there are no checkpoints yet.
+    """
+    layout = Layout(*map(sharding.agreed, read_layout(folder) or Layout(0, 0, 0)))
     return layout if layout.axis else None
+
+
+def read_layout(folder: storage.Path) -> Layout | None:
+    """`begun_layout`, as this process sees it."""
+    path = folder / LAYOUT
+    if not path.exists() or not any(step.name.isdigit() for step in folder.glob("*/*")):
+        return None
+    return Layout(**storage.read_json(path, hint=f"delete {folder} to begin these members again"))
 
 
 def mesh_with_members(

@@ -10,23 +10,34 @@ trains members of a sweep that has been begun: the command of such a job.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
+import itertools
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
+from dpojax.config.contents import Content
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, as_json, editable, workdir_path
-from dpojax.config.saved import config_differences, config_from_json
-from dpojax.jobs.in_process import run_jobs_aloud
+from dpojax.config.saved import (
+    FINISHED,
+    config_differences,
+    config_from_json,
+    require_same_contents,
+)
+from dpojax.jobs.in_process import run_jobs_in_terminal
 from dpojax.jobs.job import Job, command, plan_as_json
 from dpojax.runs.command import run_command
 from dpojax.runs.run import run_resolved
 from dpojax.runs.workdirs import (
     FAILED,
+    ended_here,
     failure_of,
     has_ended,
     share_stages,
@@ -34,14 +45,15 @@ from dpojax.runs.workdirs import (
     write_failure,
 )
 from dpojax.stages import token_cache
+from dpojax.stages.registry import check_order
 from dpojax.sweeps.group import train_group
-from dpojax.sweeps.layout import begun_layout, group_folder
+from dpojax.sweeps.layout import group_folder, read_layout
 from dpojax.sweeps.members import Changes, member_names, member_run, same_beginning, same_program
 from dpojax.sweeps.table import FIGURE, TABLE, write_table
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
 
-PLAN, GROUPS = "sweep.json", "together"
+PLAN, GROUPS = "sweep.json", "vectorised"
 
 
 def run_sweep(
@@ -63,19 +75,17 @@ def run_sweep(
     """
     folder = workdir_path(workdir)
     config = editable(config)
+    check_order(config.stages)
     config.token_cache = config.token_cache or str(folder / token_cache.FOLDER)
     changes = dict(zip(member_names(members, config.stages[-1]), members))
-    runs = _member_runs(config, changes, folder)
+    runs = {name: member_run(config, x, folder / name) for name, x in changes.items()}
     if config.distributed:
         sharding.start_distributed()
-    plan = _compared_plan(config, changes, folder)
-    plan["groups"] = group_members(runs, plan["groups"], folder)
-    jobs = [_job(group, folder) for group in plan["groups"]]
     with workdir_lock(folder), shared_programs(config.compilation_cache):
-        if jax.process_index() == 0:
-            storage.write_json(folder / PLAN, plan | {"jobs": plan_as_json(jobs)})
-        sharding.agreed(True)  # the jobs of all processes read it
-        run_jobs_aloud(jobs)
+        sharding.on_first_process(partial(_write_plan, config, changes, runs, folder))
+        plan = storage.read_json(folder / PLAN)
+        run_jobs_in_terminal([_job(group, folder) for group in plan["groups"]])
+        sharding.agreed(True)  # whatever failures the first process wrote are there
         if jax.process_index() == 0:
             print(f"\n{write_table(folder, plan)}\n{folder}: {TABLE}, {FIGURE}")
     return {name: why for name in runs if (why := failure_of(folder / name))}
@@ -97,13 +107,19 @@ def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
     if missing := [name for name in names if name not in plan["members"]]:
         raise ConfigError(f"{folder}: a sweep without a member {missing[0]!r}")
     config = config_from_json(plan["config"], where=str(path))
-    runs = _member_runs(config, plan["members"], folder)
-    trained = [runs[name] for name in runs if has_ended(folder / name) and name not in names]
-    wanted = [runs[name] for name in names]
-    _begin_with_another(wanted[0], trained)
-    if len(wanted) > 1:
-        return train_group(wanted, folder / GROUPS)
-    return _train_alone(wanted[0])
+    if config.distributed:
+        sharding.start_distributed()
+    runs = [member_run(config, plan["members"][name], folder / name) for name in names]
+    for name in itertools.chain(*plan["groups"]):
+        if name not in names and has_ended(folder / name):
+            other = member_run(config, plan["members"][name], folder / name)
+            if same_beginning(other, runs[0]):
+                last = runs[0].config.stages[-1]
+                share_stages(other.workdir, runs[0].workdir, ignore=(last,))
+                break
+    if len(runs) > 1:
+        return train_group(runs, folder / GROUPS)
+    return _train_alone(runs[0])
 
 
 def group_members(
@@ -123,14 +139,14 @@ def group_members(
     for group in recorded:
         workdirs = [folder / name for name in group]
         gone = [name for name in group if name not in runs]
-        under_way = len(group) > 1 and begun_layout(group_folder(workdirs, folder / GROUPS))
+        under_way = len(group) > 1 and read_layout(group_folder(workdirs, folder / GROUPS))
         if gone and under_way:
             raise ConfigError(
                 f"{folder} is training {', '.join(group)} together: put {', '.join(gone)} back "
                 "into sweep(), or give these members their own --workdir"
             )
         begun_alone = len(group) == 1 and workdirs[0].exists()
-        if under_way or any(map(has_ended, workdirs)) or begun_alone:
+        if under_way or any(map(ended_here, workdirs)) or begun_alone:
             groups.append([name for name in group if name in runs])
     new = [name for name in runs if not any(name in group for group in groups)]
     for indices in same_program([runs[name] for name in new]):
@@ -138,24 +154,20 @@ def group_members(
     return [group for group in groups if group]
 
 
-def _member_runs(
-    config: ConfigDict, members: Mapping[str, Changes], folder: storage.Path
-) -> dict[str, ResolvedRun]:
-    return {name: member_run(config, changes, folder / name) for name, changes in members.items()}
-
-
 def _job(group: Sequence[str], folder: storage.Path) -> Job:
     """The job that trains a group; a member that fails alone is told in its own workdir."""
-    alone = len(group) == 1
+    devices = jax.local_device_count() if jax.default_backend() == "cpu" else None
     return Job(
         name="-and-".join(group) if len(group) < 3 else f"{group[0]}-and-{len(group) - 1}-more",
-        command=command("dpojax.sweeps.sweep", workdir=folder, members=_as_line(group)),
-        outputs=tuple(str(folder / name / "finished.json") for name in group),
-        failure_file=str(folder / group[0] / FAILED) if alone else "",
+        command=command(
+            "dpojax.sweeps.sweep", workdir=folder, members=_as_csv(group), cpu_devices=devices
+        ),
+        outputs=tuple(str(folder / name / FINISHED) for name in group),
+        failure_files=tuple(str(folder / name / FAILED) for name in group),
     )
 
 
-def _as_line(names: Sequence[str]) -> str:
+def _as_csv(names: Sequence[str]) -> str:
     """Names with commas between, for --members; a name that holds a comma itself is quoted."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(names)
@@ -170,29 +182,43 @@ def _train_alone(member: ResolvedRun) -> dict[str, str]:
             run_resolved(member)
         except NonFiniteLoss as error:
             write_failure(member.workdir / FAILED, str(error))
+            return {name: str(error)}
     why = failure_of(member.workdir)
     return {name: why} if why else {}
 
 
-def _begin_with_another(member: ResolvedRun, trained: Sequence[ResolvedRun]) -> None:
-    """Gives a member the stages before the last of a trained one that had the same."""
-    for other in trained:
-        if same_beginning(other, member):
-            last = member.config.stages[-1]
-            share_stages(other.workdir, member.workdir, ignore=(last,))
-            return
+def _write_plan(
+    config: ConfigDict,
+    members: Mapping[str, Changes],
+    runs: Mapping[str, ResolvedRun],
+    folder: storage.Path,
+) -> None:
+    """Writes sweep.json, which is compared with the one there first."""
+    plan = _compared_plan(config, members, runs, folder)
+    plan["groups"] = group_members(runs, plan["groups"], folder)
+    jobs = plan_as_json([_job(group, folder) for group in plan["groups"]])
+    storage.write_json(folder / PLAN, plan | {"jobs": jobs})
 
 
 def _compared_plan(
-    config: ConfigDict, members: Mapping[str, Changes], folder: storage.Path
+    config: ConfigDict,
+    members: Mapping[str, Changes],
+    runs: Mapping[str, ResolvedRun],
+    folder: storage.Path,
 ) -> dict:
     """What sweep.json is to hold; members may be added to those that it has.
 
     Raises:
-      ConfigError: it is of another config, or a member of that name had other changes.
+      ConfigError: it is of another config, a member of that name had other changes, or a file that
+        its members read has changed.
     """
     path = folder / PLAN
-    now = {"config": as_json(config), "members": members, "groups": []}
+    contents: dict[str, Content] = {}
+    for name, run in runs.items():
+        for key, content in run.contents.items():
+            same = contents.get(key, content).path == content.path
+            contents[key if same else f"{key} of {name}"] = content
+    now = {"config": as_json(config), "members": members, "groups": [], "contents": contents}
     if not path.exists():
         return now
     before = storage.read_json(path, hint="use another --workdir")
@@ -208,12 +234,25 @@ def _compared_plan(
                 f"{folder} holds a member {name} with {earlier}, which is now {changes}; give this "
                 "sweep its own --workdir"
             )
-    return now | {"members": before["members"] | dict(members), "groups": before["groups"]}
+    require_same_contents(folder, before.get("contents", {}), contents)
+    return now | {
+        "members": before["members"] | dict(members),
+        "groups": before["groups"],
+        "contents": before.get("contents", {}) | contents,
+    }
 
 
 def _as_lists(changes: Changes) -> dict:
     """As JSON has them: tuples are lists."""
     return {key: list(x) if isinstance(x, tuple) else x for key, x in changes.items()}
+
+
+def use_cpu_devices(count: int) -> None:
+    """Makes so many devices of a CPU, unless XLA_FLAGS or this process has made them already."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    with contextlib.suppress(RuntimeError):  # JAX has its devices by now
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -223,7 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", required=True, help="of the sweep")
     parser.add_argument("--members", required=True, help="their names, with commas between")
+    parser.add_argument(
+        "--cpu_devices", type=int, help="devices without an accelerator, as when the sweep began"
+    )
     options = parser.parse_args(arguments)
+    if options.cpu_devices:
+        use_cpu_devices(options.cpu_devices)
     names = next(csv.reader([options.members]))
     failed = train_members(workdir_path(options.workdir), names)
     for name, why in failed.items():

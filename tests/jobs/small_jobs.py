@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from dpojax.config.errors import ConfigError
 from dpojax.jobs.job import Job, command
-from dpojax.training.loop import Preempted, StopSignal
+from dpojax.training.preemption import Preempted, StopSignal
 
 DIAMOND = {
     "a": (),

@@ -16,16 +16,34 @@ from ..runs.conftest import ROOT, environment
 from .small_jobs import diamond, job
 
 
+def test_a_job_of_several_outputs_has_ended_where_each_is_there_or_has_failed(tmp_path):
+    names = ("a", "b", "c")
+    group = job(tmp_path, "group")._replace(
+        outputs=tuple(str(tmp_path / name) for name in names),
+        failure_files=tuple(str(tmp_path / f"{name}.failed") for name in names),
+    )
+    after = job(tmp_path, "after", needs=("group",))
+    for made in ("a", "b.failed"):
+        (tmp_path / made).touch()
+        assert pending([group, after]) == [group, after]
+    (tmp_path / "c").touch()
+    assert pending([group, after]) == []  # it has failed, and what needs it is left out
+    (tmp_path / "b").touch()
+    assert pending([group, after]) == [after]
+
+
 def from_json(values: dict) -> Job:
     """The job of a line of plan.json."""
-    listed = {name: tuple(values[name]) for name in ("needs", "outputs")}
+    listed = {name: tuple(values[name]) for name in ("needs", "outputs", "failure_files")}
     return Job(**values | listed | {"command": tuple(shlex.split(values["command"]))})
 
 
 def test_a_plan_comes_back_from_json_as_it_was(tmp_path):
     folder = tmp_path / "with a space"
     jobs = diamond(folder)
-    jobs.append(job(folder, "e", kind="e's", is_part=True, failure_file=str(folder / "e.failed")))
+    jobs.append(
+        job(folder, "e", kind="e's", is_part=True, failure_files=(str(folder / "e.failed"),))
+    )
     assert list(map(from_json, json.loads(json.dumps(plan_as_json(jobs))))) == jobs
 
 
@@ -65,7 +83,7 @@ def test_a_command_that_is_not_of_a_python_module_is_refused(other):
 
 def test_what_needs_a_job_that_failed_is_not_started(tmp_path):
     a, b, c, d = diamond(tmp_path)
-    b = b._replace(failure_file=str(tmp_path / "b.failed"))
+    b = b._replace(failure_files=(str(tmp_path / "b.failed"),))
     e = job(tmp_path, "e", needs=("d",))
     jobs = [a, b, c, d, e]
     assert pending(jobs) == jobs
@@ -79,7 +97,7 @@ def test_what_needs_a_job_that_failed_is_not_started(tmp_path):
 def test_a_failure_file_lets_the_others_go_on_and_the_job_is_not_tried_again(tmp_path):
     a, b, c, d = (
         job(tmp_path, "a"),
-        job(tmp_path, "b", "fail_and_say_so", failure_file=str(tmp_path / "b.failed")),
+        job(tmp_path, "b", "fail_and_say_so", failure_files=(str(tmp_path / "b.failed"),)),
         job(tmp_path, "c", needs=("a",)),
         job(tmp_path, "d", needs=("b", "c")),
     )
@@ -106,8 +124,8 @@ def test_a_job_that_ends_without_its_output_is_not_called_for_ever(tmp_path):
 
 
 def test_jobs_done_aloud_print_to_the_terminal(tmp_path, capsys):
-    failing = job(tmp_path, "b", "fail_and_say_so", failure_file=str(tmp_path / "b.failed"))
-    in_process.run_jobs_aloud([job(tmp_path, "a", "say_hello"), failing, job(tmp_path, "c")])
+    failing = job(tmp_path, "b", "fail_and_say_so", failure_files=(str(tmp_path / "b.failed"),))
+    in_process.run_jobs_in_terminal([job(tmp_path, "a", "say_hello"), failing, job(tmp_path, "c")])
     assert capsys.readouterr().out == "hello\n"
     assert (tmp_path / "c").exists()
     assert not (tmp_path / "logs").exists()

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from dpojax.config.errors import ConfigError
-from dpojax.jobs.local_workers import run_jobs
+from dpojax.jobs.local_workers import next_job, run_jobs
 from dpojax.jobs.progress import read_seconds
-from dpojax.training.loop import Preempted
+from dpojax.training.preemption import Preempted
 
 from ..runs.conftest import ROOT, environment
 from .small_jobs import DIAMOND, diamond, job, wait_for, wait_until
@@ -72,6 +72,14 @@ def test_beside_the_first_job_of_a_kind_one_of_another_kind_goes_first(
     assert all(second in (tmp_path / f"{name}.begun").read_text() for name in others)
 
 
+def test_what_needs_a_job_waits_for_its_end_and_not_for_its_first_file(tmp_path):
+    first = job(tmp_path, "first")
+    second = job(tmp_path, "second", needs=("first",))
+    (tmp_path / "first").touch()  # on a bucket a folder is there with its first file
+    assert next_job([first, second], running=[first]) is None
+    assert next_job([first, second], running=[]) == second
+
+
 def test_what_a_job_raises_comes_out_and_the_same_call_goes_on(tmp_path):
     with pytest.raises(ConfigError, match=r"beta = 0\.0"):
         run(tmp_path, b="refuse")
@@ -89,7 +97,7 @@ def test_a_job_that_fails_lets_the_others_save_first(tmp_path):
 
 def test_a_job_with_a_failure_file_lets_the_others_go_on(tmp_path):
     a, b, c, d = diamond(tmp_path, b="fail_and_say_so", c="touch")
-    b = b._replace(failure_file=str(tmp_path / "b.failed"))
+    b = b._replace(failure_files=(str(tmp_path / "b.failed"),))
     run_jobs([a, b, c, d], tmp_path, "frontier", workers=2)
     assert [one.is_done for one in (a, b, c, d)] == [True, False, True, False]
     assert "FloatingPointError: the loss was NaN" in (tmp_path / "logs" / "b.txt").read_text()

@@ -8,7 +8,7 @@ import pytest
 from dpojax.jobs.in_process import run_jobs
 from dpojax.jobs.job import Job
 from dpojax.jobs.progress import Seconds, progress_line, read_seconds, seconds_left
-from dpojax.training.loop import Preempted
+from dpojax.training.preemption import Preempted
 
 from .small_jobs import job
 

@@ -26,8 +26,8 @@ from dpojax.runs import preferences as preferences_module
 from dpojax.runs.command import FAILURES
 from dpojax.runs.run import run as train
 from dpojax.stages import samples as samples_module
-from dpojax.training.loop import Preempted
 from dpojax.training.metrics import read_metrics
+from dpojax.training.preemption import Preempted
 
 from .conftest import tiny_config
 
@@ -267,11 +267,11 @@ def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_
     seeds = [
         Run("preferred_ft", f"seed={i}", {"preference.loss": "sft", "seed": i}) for i in (1, 2, 3)
     ]
-    planned = plan_frontier(config(), [*betas, *seeds, ADDED], folder, together=True).jobs
+    planned = plan_frontier(config(), [*betas, *seeds, ADDED], folder, vectorise=True).jobs
     names = [job.name.rsplit("-", 1)[0] for job in planned]
     assert {"dpo-3-runs", "preferred_ft-3-runs"} <= {*names}
     before = (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns
-    make_frontier(config(), [*betas, *seeds, ADDED], str(folder), together=True)
+    make_frontier(config(), [*betas, *seeds, ADDED], str(folder), vectorise=True)
     assert (folder / "runs" / "dpo-beta-0.1" / "finished.json").stat().st_mtime_ns == before
     assert all(job.is_done for job in planned)
     train(RunConfigs(config(), folder).config_of(betas[1]), str(tmp_path / "alone"))
@@ -293,7 +293,7 @@ def test_a_run_that_fails_leaves_the_others_and_is_named_in_the_report(made):
     before = [Run(**{key: run[key] for key in Run._fields}) for run in there]
     planned = [*before, *broken, *whole]
     for _ in range(2):
-        make_frontier(config(), planned, str(folder), together=True)
+        make_frontier(config(), planned, str(folder), vectorise=True)
     assert (folder / "logs" / "hinge-broken.txt").read_text().count("not finite at step") == 1
     text = frontier_results.write(folder)
     failed = text.split("## Runs that failed")[1].split("## Points")[0]

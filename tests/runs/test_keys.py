@@ -67,7 +67,8 @@ def reads(monkeypatch):
     monkeypatch.setattr(ConfigDict, "__getitem__", read)
     for module in (run, registry):
         monkeypatch.setattr(module, "resolve", watched)
-    monkeypatch.setattr(run, "write_or_compare_config", lambda run: run.workdir.mkdir())
+    monkeypatch.setattr(run, "compare_config", lambda run: None)
+    monkeypatch.setattr(run, "write_config", lambda run: run.workdir.mkdir())
     return reads
 
 

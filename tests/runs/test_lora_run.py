@@ -26,7 +26,7 @@ from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.stages.train import evaluate_batches
 from dpojax.training import checkpoints
-from dpojax.training.loop import Preempted, StopSignal
+from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.state import abstract_state, make_optimizer
 
 from .conftest import lines, tiny_config

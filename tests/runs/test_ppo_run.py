@@ -21,7 +21,8 @@ from dpojax.stages.ppo import PPO
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.training.checkpoints import Checkpoints
-from dpojax.training.loop import NonFiniteLoss, Preempted
+from dpojax.training.loop import NonFiniteLoss
+from dpojax.training.preemption import Preempted
 
 from .conftest import lines, tiny_config
 

@@ -14,7 +14,7 @@ import pytest
 from dpojax.config import saved
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import as_json
-from dpojax.config.saved import compare_config, write_or_compare_config
+from dpojax.config.saved import compare_config, config_from_json, write_or_compare_config
 from dpojax.data import reviews
 from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
@@ -80,9 +80,26 @@ def test_every_option_of_a_loss_is_filled_in_and_no_option_of_another(loss):
 
 def test_evaluations_of_ppo_use_its_reward_unless_samples_names_another():
     ppo = {"stages": ("ppo",), "ppo.reward": "reviews:log_odds"}
-    assert resolve(tiny_config(**ppo), "unused").config.samples.reward == "reviews:log_odds"
+    assert resolve(tiny_config(**ppo), "unused").settings["ppo"] == "reviews:log_odds"
     other = resolve(tiny_config(**ppo, **{"samples.reward": "reviews"}), "unused")
-    assert other.config.samples.reward == "reviews"
+    assert other.settings["ppo"] == "reviews"
+    both = resolve(tiny_config(**ppo | {"stages": ("preference", "ppo")}), "unused")
+    assert both.config.samples.reward == ""  # the preference stage draws no samples for it
+
+
+def test_a_workdir_on_s3_is_refused_before_anything_is_read():
+    with pytest.raises(ConfigError, match=r"--workdir=s3://bucket/run: checkpoints cannot be"):
+        resolve(tiny_config(), "s3://bucket/run")
+
+
+@pytest.mark.parametrize(
+    "values", [{"preference": {"betaa": 0.1}}, {"dpo": {"beta": 0.3}}, {"seed": "zero"}]
+)
+def test_a_config_of_json_with_an_unknown_key_or_type_is_an_error_that_names_it(values):
+    with pytest.raises(
+        ConfigError, match=r"job\.json: not a config of this version .*(beta|dpo|seed)"
+    ):
+        config_from_json(values, where="job.json")
 
 
 @pytest.mark.parametrize("stages", [("sft", "preference"), ("sft", "ppo"), ("sft", "reward")])
@@ -425,7 +442,9 @@ def test_a_file_that_is_not_there_is_an_error_that_names_its_key(inputs):
 
 
 def test_a_finished_run_is_compared_without_its_files(inputs):
-    write_or_compare_config(resolved(inputs))
+    run = resolved(inputs)
+    write_or_compare_config(run)
+    (run.workdir / saved.FINISHED).write_text("{}")
     shutil.rmtree(inputs)
     compare_config(resolved(inputs))
     with pytest.raises(ConfigError, match=r"preference\.beta: 0\.1 -> 0\.3"):

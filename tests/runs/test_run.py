@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
 from dpojax.data import reviews
@@ -20,11 +22,12 @@ from dpojax.models.decoder import SHARDING_RULES
 from dpojax.runs import run
 from dpojax.runs.command import STOPPED
 from dpojax.runs.export import export
-from dpojax.stages import batches, preference
+from dpojax.stages import batches, preference, references
 from dpojax.stages import stage as stage_module
 from dpojax.stages.preference import Preference
-from dpojax.stages.registry import resolve
+from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
+from dpojax.stages.sft import SFT
 from dpojax.training import checkpoints, reference
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
@@ -95,6 +98,32 @@ def test_at_step_zero_the_policy_is_the_reference(finished):
     np.testing.assert_allclose(identity["loss"], np.log(2), rtol=1e-6)
     np.testing.assert_allclose(identity["loss/at_reference"], np.log(2), rtol=1e-6)
     assert (first["rewards/margins"], first["displacement"]) == (0, 0)
+
+
+def test_evaluation_against_the_reference_gives_log_two_there_and_the_last_metrics_at_the_end(
+    finished,
+):
+    setup = prepare_setup(resolve(read_run_config(finished[0]), finished[0]))
+    stage = open_stage(setup, "preference").prepare()
+    reference = stage.evaluate(references.saved_weights(stage))
+    assert reference["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert reference["rewards/margins"] == 0
+    logged = [line for line in lines(finished[0], "preference") if line["split"] == "eval"][-1]
+    after = stage.evaluate(stage.trained_params())
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        assert after[name] == pytest.approx(logged[name], abs=1e-4)
+
+
+def test_the_weights_of_a_stage_that_is_trained_are_read_only_when_they_are_needed(
+    finished, tmp_path, monkeypatch
+):
+    """A resumed preference stage has its own checkpoint; a copy of SFT's would take memory."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    storage.remove_folder(tmp_path / "run" / "preference" / "checkpoints" / "6")
+    (tmp_path / "run" / "finished.json").unlink()
+    monkeypatch.setattr(SFT, "trained_params", lambda self, step=None: pytest.fail("SFT was read"))
+    run.run(read_run_config(storage.as_path(tmp_path / "run")), tmp_path / "run")
+    assert (tmp_path / "run" / "finished.json").exists()
 
 
 def test_the_same_command_again_only_prints_the_summary(finished):
@@ -219,7 +248,7 @@ def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, 
         config = tiny_config(**changes | {"preference.data.eval_limit": 4})
         config.stages = ("preference",)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(preference, "open_summary", lambda stage: None)
+            patch.setattr(preference, "open_summary", lambda stage: lambda *_: None)
             patch.setattr(run, "finish", lambda *_: None)
             run.run(config, str(tmp_path / name))
         return len(computed), len(scored), lines(tmp_path / name, "preference")[:2]

@@ -19,7 +19,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
 from dpojax.runs.export import export
 from dpojax.runs.run import run
-from dpojax.runs.workdirs import FINISHED, digest
+from dpojax.runs.workdirs import FINISHED, short_hash
 from dpojax.stages.preference import Preference
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
@@ -33,7 +33,7 @@ from dpojax.sweeps.members import (
 from dpojax.sweeps.program import MemberProgram
 from dpojax.sweeps.sweep import group_members, run_sweep
 from dpojax.training import memory
-from dpojax.training.loop import Preempted, StopSignal
+from dpojax.training.preemption import Preempted, StopSignal
 
 from .conftest import environment, lines, tiny_config
 
@@ -218,11 +218,11 @@ def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
 ):
     folder, finish, judged = tmp_path / "sweep", group.finish, []
 
-    def killed(stage, params, summarise):
+    def killed(stage, summary):
         if judged:
             raise KeyboardInterrupt
         judged.append(stage)
-        finish(stage, params, summarise)
+        finish(stage, summary)
 
     with monkeypatch.context() as patch:
         patch.setattr(group, "finish", killed)
@@ -361,7 +361,7 @@ def test_members_that_are_added_leave_the_others_as_they_were_begun(tmp_path):
     folder = storage.as_path(tmp_path)
     runs = {name: run_of_beta(beta) for name, beta in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
     assert group_members(runs, [["b", "a"]], folder) == [["a", "b", "c"]]  # nothing has begun
-    begun = folder / sweep.GROUPS / digest(["b", "a"])
+    begun = folder / sweep.GROUPS / short_hash(["b", "a"])
     (begun / "members" / "20").mkdir(parents=True)
     on_devices = layout.Layout(axis=2, vmapped=1, at_once=2)
     (begun / layout.LAYOUT).write_text(json.dumps(on_devices._asdict()))
@@ -419,7 +419,10 @@ def test_the_folder_of_another_sweep_is_refused(swept):
         run_sweep(base_config(**{"preference.batch_size": 4}), MEMBERS, str(swept[0]))
     with pytest.raises(ConfigError, match=r"unchanged with \{\}, which is now"):
         sweep._compared_plan(
-            base_config(), {"unchanged": {"preference.beta": 0.1}}, storage.as_path(swept[0])
+            base_config(),
+            {"unchanged": {"preference.beta": 0.1}},
+            {},
+            storage.as_path(swept[0]),
         )
     assert (swept[0] / sweep.PLAN).read_bytes() == before
 
@@ -432,7 +435,7 @@ def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monk
     mixture = {"preference.loss": "dpo+sft", "preference.loss_weights": (1.0, 0.5)}
     members = [{"preference.beta": 0.1}, {"preference.beta": 2.0}, mixture]
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "run_jobs_aloud", lambda jobs: None)
+        patch.setattr(sweep, "run_jobs_in_terminal", lambda jobs: None)
         run_sweep(base_config(**one_step), members, str(folder))
     names = [["beta-0.1", "beta-2"], ["loss-dpo+sft-loss_weights-(1.0, 0.5)"]]
     jobs = json.loads((folder / sweep.PLAN).read_text())["jobs"]
@@ -465,3 +468,21 @@ def test_members_of_no_sweep_are_refused(swept, tmp_path):
         sweep.train_members(storage.as_path(tmp_path), ["beta-1"])
     with pytest.raises(ConfigError, match="a sweep without a member 'beta-7'"):
         sweep.train_members(storage.as_path(swept[0]), [PLAIN, "beta-7"])
+
+
+def test_a_sweep_whose_data_have_changed_is_refused_also_for_members_that_have_not_begun(tmp_path):
+    """Of two members that train alone the first is finished: it would have learned other data."""
+    pairs = tmp_path / "pairs.jsonl"
+    line = json.dumps({"prompt": "a", "chosen": " b", "rejected": " c"})
+    pairs.write_text(line + "\n")
+    config = base_config(**{"preference.data.source": str(pairs), "stages": ("preference",)})
+    members = [{"model.width": 16}, {"model.width": 32}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "run_jobs_in_terminal", lambda jobs: None)
+        patch.setattr(sweep, "write_table", lambda folder, plan: "")
+        run_sweep(config, members, tmp_path / "sweep")
+        run_sweep(config, members, tmp_path / "sweep")
+        pairs.write_text(line.replace("b", "d") + "\n")
+        message = r"config\.preference\.data\.source \(.*pairs\.jsonl\): sha256 \w+, now \w+"
+        with pytest.raises(ConfigError, match=message):
+            run_sweep(config, members, tmp_path / "sweep")
