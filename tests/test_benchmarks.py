@@ -1,20 +1,23 @@
 """The benchmark of the train step measures what it says; its times are nobody's test."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import pathlib
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import versus
+from benchmarks import train_step, versus
 from benchmarks.frontier_seeds import share_at
 from benchmarks.peers.cases import CASES, batches, read_case
-from benchmarks.train_step import COLUMNS, Case, measure
+from benchmarks.train_step import COLUMNS, Case
 from dpojax.evaluation.frontier_points import Point
 from dpojax.evaluation.optimum import optimum
 
@@ -26,7 +29,53 @@ def flops(layers, width, vocabulary, tokens, scored, *, passes):
     return passes * 2 * (12 * layers * width**2 * tokens + vocabulary * width * scored)
 
 
-def test_the_tiny_case_prints_its_row_and_writes_its_fields(tmp_path):
+class ThisProcess:
+    """An executor that computes at once, here, in place of a new process."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """What the script prints and writes for a very small case with a live reference."""
+    case = Case(2, 32, 2, 50, pairs=3, prompt=4, response=5, reference="live", row_length=14)
+    out, printed = tmp_path_factory.mktemp("benchmark") / "result.json", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(train_step, "CASES", {"small": case})
+        patch.setattr(train_step, "ProcessPoolExecutor", ThisProcess)
+        train_step.main(["--case", "small", "--steps", "1", "--json", str(out)])
+    (result,) = json.loads(out.read_text())
+    assert list(out.parent.iterdir()) == [out]
+    return printed.getvalue(), result
+
+
+def test_a_case_prints_its_row_and_writes_its_fields(small_run):
+    printed, result = small_run
+    assert {key for _, key, _, _ in COLUMNS} <= set(result)
+    assert all(heading in printed for heading, _, _, _ in COLUMNS)
+    assert (result["case"], result["dtype"], result["reference"]) == ("small", "float32", "live")
+    seconds = result["seconds_per_step"]
+    assert result["tokens_per_second"] * seconds == pytest.approx(3 * 14)
+    assert result["pairs_per_second"] * seconds == pytest.approx(3)
+    quiet, taken = map(int, result["quiet"].split("/"))
+    assert 1 <= len(result["samples"]) == taken <= 2
+    assert quiet <= 1
+
+
+@pytest.mark.slow  # the test of a very small case holds the rest of the law
+def test_the_tiny_case_needs_a_process_of_its_own_and_the_memory_of_its_weights(tmp_path):
     out = tmp_path / "result.json"
     script = str(ROOT / "benchmarks" / "train_step.py")
     command = [sys.executable, script, "--case", "tiny", "--steps", "1", "--json", str(out)]
@@ -58,9 +107,8 @@ def test_the_tiny_case_prints_its_row_and_writes_its_fields(tmp_path):
     assert 0 < result["utilisation"] < 10
 
 
-def test_a_live_reference_costs_one_more_pass_forward():
-    case = Case(2, 32, 2, 50, pairs=3, prompt=4, response=5, reference="live", row_length=14)
-    result = measure(case, steps=1)
+def test_a_live_reference_costs_one_more_pass_forward(small_run):
+    _, result = small_run
     assert result["rows"] == "3 x 14"
     expected = flops(2, 32, 50, 3 * 14, 3 * 10, passes=4)
     measured = result["model_gflops_per_second"] * result["seconds_per_step"] * 1e9
@@ -106,6 +154,7 @@ def test_every_system_gets_the_same_pairs_of_the_lengths_asked_for(tmp_path):
     assert {pair.chosen[-1] for batch in made for pair in batch} == {1}
 
 
+@pytest.mark.slow  # test_parity.py and test_golden_trl.py compare logits, losses and gradients
 def test_ours_and_a_plain_torch_step_compute_the_same_losses_and_gradients(
     tmp_path, capsys, monkeypatch
 ):

@@ -34,14 +34,21 @@ def problem(seed=0, *, bias=True, scale=0.5, softcap=3.0):
     return normal(ROWS, TOKENS, WIDTH), head, targets
 
 
-def value_and_gradients(function, hidden, head, targets):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def jitted_value_and_gradients(function, scale, softcap, hidden, weight, bias, targets):
     def total(hidden, weight, bias):
-        values = function(hidden, head._replace(weight=weight, bias=bias), targets)
-        return jnp.sum(jnp.linspace(-1, 1, values.size).reshape(values.shape) * values)
+        values = function(hidden, Head(weight, bias, scale, softcap), targets)
+        weights = jnp.linspace(-1, 1, values.size).reshape(values.shape)
+        return jnp.sum(weights * values), values
 
-    arguments = (hidden, head.weight, head.bias)
-    argnums = (0, 1) if head.bias is None else (0, 1, 2)
-    return function(hidden, head, targets), jax.grad(total, argnums)(*arguments)
+    argnums = (0, 1) if bias is None else (0, 1, 2)
+    gradients, values = jax.grad(total, argnums, has_aux=True)(hidden, weight, bias)
+    return values, gradients
+
+
+def value_and_gradients(function, hidden, head, targets):
+    arrays = hidden, head.weight, head.bias, targets
+    return jitted_value_and_gradients(function, head.scale, head.softcap, *arrays)
 
 
 def with_entropy_plain(hidden, head, targets):
