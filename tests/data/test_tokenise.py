@@ -471,6 +471,11 @@ def test_chunks_do_not_show(monkeypatch, chunk):
         np.testing.assert_array_equal(np.concatenate(a.responses), np.concatenate(b.responses))
 
 
+@pytest.fixture(scope="module")
+def gpt2(shared):
+    return transformers.AutoTokenizer.from_pretrained(shared / "data/gpt2-tokenizer")
+
+
 @pytest.mark.parametrize(
     ("name", "causes"),
     [
@@ -481,10 +486,9 @@ def test_chunks_do_not_show(monkeypatch, chunk):
         ("instruction-preference/instruction-data-with-preference.json", (0, 6, 0)),
     ],
 )
-def test_the_traps_of_real_data_are_counted(shared, name, causes):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "data/gpt2-tokenizer")
+def test_the_traps_of_real_data_are_counted(shared, gpt2, name, causes):
     records, report = load_records(shared / "data" / name)
-    examples, report = tokenise(records, tokenizer, WIDE, report)
+    examples, report = tokenise(records, gpt2, WIDE, report)
     names = ("prompts_differ", "identical", "empty")
     assert tuple(report.number("dropped", cause) for cause in names) == causes
     assert report.kept == len(examples) == report.read - sum(causes)
@@ -493,16 +497,15 @@ def test_the_traps_of_real_data_are_counted(shared, name, causes):
         record = by_id[example.id]
         for text, response in zip(record.responses, example.responses):
             whole = np.concatenate([example.prompt, response[:-1]])
-            assert tokenizer.decode(whole) == record.prompt + text
+            assert gpt2.decode(whole) == record.prompt + text
 
 
-def test_the_stories_tokenizer_gives_one_bos_and_the_known_ids(shared):
+def test_the_stories_tokenizer_gives_one_bos_and_the_known_ids(shared, gpt2):
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "data/stories260k")
     expected = json.loads((shared / "data/stories260k/expected.json").read_text())
     example, report = one(pair("Once upon a time", ", a girl", ", a dog"), tokenizer)
     assert example.prompt.tolist() == [1, 403, 407, 261, 378]
     assert [1, 403, 407, 261, 378] in expected.values()
     assert report.starts == {1: 1}
-    gpt2 = transformers.AutoTokenizer.from_pretrained(shared / "data/gpt2-tokenizer")
     assert one(pair("Hello world"), gpt2)[0].prompt.tolist() == [15496, 995]
     assert one(pair(""), gpt2)[0].prompt.tolist() == [50256]
