@@ -10,8 +10,8 @@ leaves out all others. --dry_run makes nothing: it builds every program from sha
 so.
 
 Without an accelerator as many runs go on at once as there are cores, in a process each
-(--workers). With one they go on one after another, but for those of a method that differ in numbers
-alone (beta, learning rate, the seed of the data's order), which train together (--vectorise).
+(--workers). With an accelerator they go one after another. Runs of one method that differ only in
+numbers (beta, learning rate, the seed of the data's order) then train together (--vectorise).
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ WORKERS = flags.DEFINE_integer(
     "workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.", lower_bound=0
 )
 VECTORISE = flags.DEFINE_bool(
-    "vectorise", None, "Train runs as one program that can be; by default where --workers is 1."
+    "vectorise",
+    None,
+    "Train runs that can share a program as one vectorised sweep; default: if workers is 1.",
 )
 flags.mark_flag_as_required("config")
 

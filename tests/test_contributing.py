@@ -108,7 +108,7 @@ def test_a_loss_with_an_argument_from_nowhere_says_where_to_add_it(monkeypatch):
 
 
 class Imitation(LanguageStage):
-    """Imitates the rejected responses' betters: SFT on preference data, as a stage of its own."""
+    """Imitates the chosen responses: SFT on preference data, as a stage of its own."""
 
     name = "imitation"
 

@@ -50,7 +50,7 @@ class NamedPath(NamedTuple):
 
 
 def contents_of(paths: Iterable[NamedPath]) -> dict[str, Content]:
-    """Hashes what lies behind paths, by the key that names them.
+    """Hash what lies behind paths, by the key that names them.
 
     Raises:
       DataError, ConfigError: something is not there or cannot be read.
@@ -119,7 +119,7 @@ def adapters_hash(name: str) -> str:
 
 
 def _files(patterns: tuple[str, ...]) -> Callable[[str], str]:
-    """Hashes the files of a model's folder that match a pattern; the hub's are fetched first."""
+    """Hash the files of a model's folder that match a pattern; the hub's are fetched first."""
 
     def content_hash(name: str) -> str:
         folder, digest = local_folder(name, list(patterns)), hashlib.sha256()
@@ -136,7 +136,7 @@ def _file(name: str) -> str:
 
 
 def reward_hash(spec: str) -> str:
-    """Hashes the kind, label and folder of a reward; one without a folder stands for itself."""
+    """Hash the kind, label and folder of a reward; one without a folder stands for itself."""
     folder = folder_of(spec)
     if not folder:
         return spec
@@ -144,7 +144,7 @@ def reward_hash(spec: str) -> str:
 
 
 def prompts_hash(source: str) -> str:
-    """Hashes the file of prompts, its split, and whether its texts or their prefixes are meant."""
+    """Hash the file of prompts, its split, and whether its texts or their prefixes are meant."""
     path, split = source.removeprefix(PREFIXES), ""
     if path == EMBEDDED:
         return source

@@ -96,7 +96,7 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
             limit=train,  # use this many records; 0 is all. The embedded task makes this many.
             eval_source="",  # "" holds out a share of `source`, whole prompts at a time
             eval_split="",
-            eval_share=0.1,
+            eval_share=0.1,  # share of the prompts that is held out
             eval_limit=evaluation,  # evaluate on this many held-out examples; 0 is all
         )
     )

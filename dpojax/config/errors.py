@@ -14,7 +14,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def config_errors(key: str) -> Iterator[None]:
-    """Raises a ValueError or OSError from inside as a ConfigError that begins with `config.key`."""
+    """Raise a ValueError or OSError from inside as a ConfigError that begins with `config.key`."""
     try:
         yield
     except (ConfigError, DataError):

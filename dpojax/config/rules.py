@@ -102,7 +102,7 @@ def apply_rules(rules: Sequence[Rule], config: ConfigDict, prefix: str = "") -> 
 
 
 def check_optimizer(stage: ConfigDict, name: str) -> None:
-    """Raises ConfigError for an optimiser or a schedule that does not exist."""
+    """Raise ConfigError for an optimiser or a schedule that does not exist."""
     with config_errors(name):
         make_optimizer(stage.optimizer)
         make_schedule(stage.schedule, 0, 1)

@@ -31,7 +31,7 @@ SAME_TO_ROUNDING += ("model.attention", "sweep")
 
 
 def compare_config(run: ResolvedRun) -> None:
-    """Compares a run with the one that its workdir holds, if it holds one.
+    """Compare a run with the one that its workdir holds, if it holds one.
 
     Of a finished run only the config is compared: its files need not be there any more.
 
@@ -57,7 +57,7 @@ def compare_config(run: ResolvedRun) -> None:
 
 
 def write_config(run: ResolvedRun) -> None:
-    """Writes config.json and contents.json; the first process does."""
+    """Write config.json and contents.json; the first process does."""
     if jax.process_index() == 0:
         version = _begun_by(run.workdir) or code_version()
         files = {"version": version, "files": run.contents}
@@ -144,7 +144,7 @@ def _code_hash() -> str:
 def require_same_contents(
     workdir: storage.Path, before: Mapping[str, Sequence[str]], now: Mapping[str, Content]
 ) -> None:
-    """Raises ConfigError for files that have changed; it names each, with both hashes.
+    """Raise ConfigError for files that have changed; it names each, with both hashes.
 
     Args:
       before: of the keys that were there, (path, hash), as JSON has them.

@@ -46,7 +46,7 @@ def make_frontier(
     workers: int = 1,
     vectorise: bool = False,
 ) -> storage.Path:
-    """Does every job that is not done; returns the workdir, ready for `frontier.results`.
+    """Do every job that is not done; return the workdir, ready for `frontier.results`.
 
     A run whose loss is not finite ends there; the others go on.
 
@@ -78,7 +78,7 @@ def make_frontier(
 def check_frontier(
     config: ConfigDict, runs: Sequence[Run], folder: storage.Path, workers: int
 ) -> None:
-    """Raises ConfigError for a run that could not start."""
+    """Raise ConfigError for a run that could not start."""
     configs = RunConfigs(config, folder)
     for run in runs:
         configs.resolve(run)
@@ -104,7 +104,7 @@ def check_frontier(
 def write_or_compare_plan(
     config: ConfigDict, runs: Sequence[Run], plan: Plan, folder: storage.Path
 ) -> None:
-    """Writes plan.json and the files that its jobs read, or compares it with the one there first.
+    """Write plan.json and the files that its jobs read, or compare it with the one there first.
 
     Raises:
       ConfigError: plan.json is of another config, or lacks a run, or has one with other settings;

@@ -26,7 +26,7 @@ SAMPLES_AT_ONCE = 32  # of a prompt
 
 
 def sample_reference(config: ConfigDict, policy_name: str, out: storage.Path) -> None:
-    """Writes rewards and lengths [P, m] of samples of a policy to each held-out prompt.
+    """Write rewards and lengths [P, m] of samples of a policy to each held-out prompt.
 
     Args:
       config: its `samples` say how to draw and judge; `frontier.reference_samples` is m.

@@ -56,7 +56,7 @@ def collect(folder: storage.Path) -> tuple[list[Point], Optimum, Point]:
 
 
 def write(folder: storage.Path) -> str:
-    """Writes frontier.csv, optimum.json, samples.jsonl, frontier.png, .pdf and report.md.
+    """Write frontier.csv, optimum.json, samples.jsonl, frontier.png, .pdf and report.md.
 
     Returns:
       the report.

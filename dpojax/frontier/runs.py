@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from dpojax.config.command_line import load_config_file
 from dpojax.config.errors import ConfigError
 
-PREFERENCE, PPO, ONLINE = "preference", "ppo", "online"  # how a run trains
-PREFERRED_FT, UNLIKELIHOOD, ONLINE_DPO = "preferred_ft", "unlikelihood", "online_dpo"
+PREFERENCE, PPO, ONLINE = "preference", "ppo", "online"  # values of `Run.stage`
+PREFERRED_FT, UNLIKELIHOOD, ONLINE_DPO = "preferred_ft", "unlikelihood", "online_dpo"  # methods
 
 
 class Run(NamedTuple):

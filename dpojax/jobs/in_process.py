@@ -14,7 +14,7 @@ NONE_LEFT = -1
 
 
 def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
-    """Does the jobs that have not ended, in order.
+    """Do the jobs that have not ended, in order.
 
     What they print goes to folder/logs, and how long each took to folder/seconds.json, also where
     it was interrupted.
@@ -36,7 +36,7 @@ def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
 
 
 def run_jobs_in_terminal(jobs: Sequence[Job]) -> None:
-    """Does the jobs that have not ended, in order; what they print stays on the terminal.
+    """Do the jobs that have not ended, in order; what they print stays on the terminal.
 
     In a run of several processes every process makes this call, and the first one says which job is
     next.

@@ -86,7 +86,7 @@ def pending(jobs: Sequence[Job]) -> list[Job]:
 
 
 def execute(job: Job) -> None:
-    """Runs a job's command in this process.
+    """Run a job's command in this process.
 
     Raises:
       ValueError: the command is not one of Python modules.
@@ -165,7 +165,7 @@ class _Log:
 
 
 def _require_outputs(job: Job) -> None:
-    """Raises RuntimeError where an output is missing."""
+    """Raise RuntimeError where an output is missing."""
     missing = [path for path in job.outputs if not _exists(path)]
     if missing:
         raise RuntimeError(f"job {job.name}: its command ended without making {missing[0]}")

@@ -45,7 +45,7 @@ def run_jobs(
     workers: int,
     compilation_cache: str = "",
 ) -> None:
-    """Does the jobs that have not ended, `workers` at a time and none before those that it needs.
+    """Do the jobs that have not ended, `workers` at a time and none before those that it needs.
 
     Args:
       what: names the plan in the line that shows how far it is.
@@ -93,14 +93,14 @@ def next_job(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
 
 
 def _execute(job: Job, folder: str, what: str, compilation_cache: str) -> None:
-    """Does a job in a process of the pool."""
+    """Do a job in a process of the pool."""
     logging.set_verbosity(logging.WARNING)
     with shared_programs(compilation_cache), stoppable(what):
         execute_logged(job, storage.as_path(folder))
 
 
 def _wait(running: dict[Future, Job], clock: Clock) -> None:
-    """Waits a second, or until a job has ended; then takes it out of those that are running."""
+    """Wait a second, or until a job has ended; then take it out of those that are running."""
     first = concurrent.futures.FIRST_COMPLETED
     ended, _ = concurrent.futures.wait(running, timeout=1.0, return_when=first)
     for future in ended:
@@ -128,7 +128,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _settle(shares) -> None:
-    """Pins this process to its cores, and ends it when the parent process ends.
+    """Pin this process to its cores, and end it when the parent process ends.
 
     JAX makes as many threads as it sees cores.
 

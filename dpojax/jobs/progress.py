@@ -95,7 +95,7 @@ def shown(
 
 @contextlib.contextmanager
 def ticking(update: Callable[[], None]) -> Iterator[None]:
-    """Calls `update` at once, and on a terminal every second from a thread."""
+    """Call `update` at once, and on a terminal every second from a thread."""
     update()
     if not sys.stderr.isatty():
         yield

@@ -26,7 +26,7 @@ STOPPED = 143  # the status of a command that a SIGTERM ended; the same command 
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit status.
+    """Run a command and return its exit status.
 
     0 or what the command returns; 1 with the error in one paragraph, for what a user can mend;
     `STOPPED` after a SIGTERM.
@@ -43,5 +43,5 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Runs the main function of a module, and ends the process with its status."""
+    """Run the main function of a module, and end the process with its status."""
     sys.exit(exit_status(main))

@@ -23,7 +23,7 @@ def export(
     step: int | None = None,
     adapters: bool = False,
 ) -> storage.Path:
-    """Writes what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
+    """Write what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
 
     Weights are float32, with adapters merged, whatever dtype a frozen base was stored in. Reward
     models and classifiers become a `...ForSequenceClassification`. A reward model's head has no

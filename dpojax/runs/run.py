@@ -36,7 +36,7 @@ CURVES = "training_curves.png"
 
 
 def run(config: ConfigDict, workdir: str | storage.Path) -> None:
-    """Trains the stages that `config` names, prints and saves what came of them.
+    """Train the stages that `config` names, print and save what came of them.
 
     The same call in the same workdir resumes. A finished run only prints its summary again.
 
@@ -72,7 +72,7 @@ def _run(resolved: ResolvedRun) -> None:
 
 
 def announce(stages: Sequence[Stage]) -> None:
-    """Says what every stage is about to do, and keeps the reports on its data."""
+    """Say what every stage is about to do, and keep the reports on its data."""
 
     def say() -> None:
         if warning := code_changed(stages[0].setup.workdir):
@@ -87,7 +87,7 @@ def announce(stages: Sequence[Stage]) -> None:
 def train_in_turn(
     stages: Sequence[Stage], start: Callable[[], dict], stop: StopSignal
 ) -> Callable[[], dict]:
-    """Trains stage after stage from the parameters start(); returns what gives the last ones.
+    """Train stage after stage from the parameters start(); return what gives the last ones.
 
     The weights of a stage that is trained already are read when they are needed, and not before.
     """
@@ -104,7 +104,7 @@ def train_in_turn(
 
 
 def finish(stage: Stage, summary: Summary | None) -> None:
-    """Draws the curves of a run, and writes finished.json with the summary of its last stage."""
+    """Draw the curves of a run, and write finished.json with the summary of its last stage."""
     if jax.process_index() == 0:
         from dpojax.evaluation import plots  # matplotlib, which only a run's end wants
 
@@ -115,7 +115,7 @@ def finish(stage: Stage, summary: Summary | None) -> None:
 
 
 def _show(workdir: storage.Path) -> None:
-    """Prints what a finished run found, and where its figure is."""
+    """Print what a finished run found, and where its figure is."""
     if jax.process_index() == 0:
         for summary in sorted(workdir.glob("*/summary.txt")):
             print(f"\n{summary.read_text()}")

@@ -17,7 +17,7 @@ FAILED = "failed.txt"  # in the workdir of a run that failed while others went o
 
 @contextlib.contextmanager
 def workdir_lock(workdir: storage.Path) -> Iterator[None]:
-    """Keeps a second run out of the workdir; the first process of this run holds the lock.
+    """Keep a second run out of the workdir; the first process of this run holds the lock.
 
     Raises:
       ConfigError: another run is at work there; it names its host and process.
@@ -51,7 +51,7 @@ def failure_of(workdir: storage.Path) -> str:
 
 
 def write_failure(path: storage.Path, why: str) -> None:
-    """Keeps why a run failed. It is not tried again as long as the file is there."""
+    """Keep why a run failed. It is not tried again as long as the file is there."""
     if jax.process_index() == 0:
         storage.write_text(path, why + "\n")
 
@@ -64,7 +64,7 @@ def short_hash(names: Sequence[str]) -> str:
 def share_stages(
     workdir: storage.Path, target: storage.Path, *, ignore: Sequence[str] = ()
 ) -> None:
-    """Gives a run the folders of another one, such as the stages that both begin with."""
+    """Give a run the folders of another one, such as the stages that both begin with."""
     for path in sorted(workdir.iterdir()):
         hidden = path.name.startswith(".")  # a write that was not finished
         if path.is_dir() and not hidden and path.name not in ignore:

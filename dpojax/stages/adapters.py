@@ -83,7 +83,7 @@ class StageAdapters(NamedTuple):
 
 
 def check_lora(config: ConfigDict, name: str) -> None:
-    """Checks `config.NAME.lora`.
+    """Check `config.NAME.lora`.
 
     Raises:
       ConfigError: naming the key.

@@ -252,10 +252,10 @@ def _best_response(example: Example) -> Example:
 
 
 def _labelled(loaded: list[Record], identical: str, report: Report) -> list[Record]:
-    """Splits every record into labelled responses; the report counts them and what is left out.
+    """Split every record into labelled responses; the report counts them and what is left out.
 
     Args:
-      identical: what to do where the best response equals the worst; `tokenise` sees them apart.
+      identical: what to do where the best response equals the worst; after the split `tokenise` cannot compare them.
     """
     parts = []
     for record in loaded:

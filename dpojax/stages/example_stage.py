@@ -155,7 +155,7 @@ class ExampleStage(Stage):
         return self._with_batches(_load_data(self))
 
     def read_data(self) -> StageData:
-        """Reads and tokenises the stage's data; the cache of tokens is not looked at."""
+        """Read and tokenise the stage's data; the cache of tokens is not looked at."""
         config = self.setup.config
         return stage_data.load(
             self.config.data,
@@ -234,7 +234,7 @@ class ExampleStage(Stage):
 
 
 def make_programs(objective: Objective, forward: Forward, score: Callable) -> Programs:
-    """Jits what a stage computes besides its step.
+    """Jit what a stage computes besides its step.
 
     Scoring is one program for rows with and without the reference's log-probs.
     """

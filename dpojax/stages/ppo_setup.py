@@ -156,7 +156,7 @@ class PPOSetup(Stage):
         return DataRequirements("prompts")
 
     def prepare(self) -> Self:
-        """Opens the reward and reads the prompts.
+        """Open the reward and read the prompts.
 
         Raises:
           ConfigError: a reward that cannot be opened; fewer prompts than a batch; a prompt that
@@ -245,7 +245,7 @@ class PPOSetup(Stage):
 
 
 def _check_responses(config: ConfigDict) -> None:
-    """Raises ConfigError where the responses of an iteration cannot be divided as asked."""
+    """Raise ConfigError where the responses of an iteration cannot be divided as asked."""
     responses = config.batch_size * config.samples
     if responses % config.minibatches:
         raise ConfigError(
@@ -307,7 +307,7 @@ def _read_prompts(setup: Setup) -> TrainingPrompts:
 
 
 def _require_room(prompts: Sequence[np.ndarray], config: ConfigDict, positions: int) -> None:
-    """Raises ConfigError for a prompt that is empty, or leaves no room for its response."""
+    """Raise ConfigError for a prompt that is empty, or leaves no room for its response."""
     new = config.max_new_tokens
     for number, prompt in enumerate(prompts):
         if not len(prompt) or len(prompt) + new > positions:

@@ -16,7 +16,7 @@ SHOWN = 4  # responses in the summary
 
 
 def summarise(stage: PPOSetup, params: dict) -> Summary:
-    """Compares the evaluations before the first iteration and after the last; saves the table.
+    """Compare the evaluations before the first iteration and after the last; save the table.
 
     `params` were evaluated after the last iteration, and are not looked at again.
     """

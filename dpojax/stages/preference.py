@@ -191,7 +191,7 @@ def bind_loss(stage: ConfigDict) -> BoundLoss:
 
 
 def _check_reference_of_adapters(stage: ConfigDict, loss: BoundLoss) -> None:
-    """Raises ConfigError for a second reference beside the adapters' frozen base."""
+    """Raise ConfigError for a second reference beside the adapters' frozen base."""
     reference = stage.reference
     if reference.path and loss.requirements.live:
         raise ConfigError(

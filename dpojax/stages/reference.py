@@ -13,7 +13,7 @@ from dpojax.logprobs import TokenStatistics
 
 
 class Reference(NamedTuple):
-    """How rows come to their reference log-probs. Without fields it leaves rows as they are.
+    """How rows come to their reference log-probs. `Reference()` changes no rows.
 
     Attributes:
       attach: on NumPy rows, from the cache; None for a live reference.

@@ -57,7 +57,7 @@ def open_reference(
     store, first_scores = _store(stage, weights, stop)
     if first_scores is None:
         return Reference(attach=store.attach, tolerance=_tolerance(stage, compute_dtype, is_base))
-    # Under adapters the policy is not its base: their own scores are computed.
+    # Adapters change the policy, so the scores of the base are not those of the policy.
     first_scores = first_scores if weights.params is start else None
     return Reference(
         attach=store.attach, tolerance=TOLERANCE[compute_dtype], first_scores=first_scores
@@ -69,8 +69,8 @@ def reference_weights(
 ) -> Weights:
     """The reference's weights: the adapters' base, where the config names no other model.
 
-    Otherwise they are read back, or saved for the first time. A loss without a reference has them,
-    too: its policy is compared with them at the end.
+    Otherwise they are read back, or saved for the first time. They are saved also for a loss
+    without a reference: the summary compares the policy with them.
 
     Args:
       start: the parameters that the stage starts from; None where it resumes.
@@ -120,7 +120,7 @@ def scores_at_start(stage: ExampleStage, params: dict, used: Reference) -> Token
 def check_identity(
     stage: ExampleStage, tokens: TokenStatistics, used: Reference
 ) -> dict[str, float]:
-    """Checks at step 0 that the policy scores as the reference does, and that the loss fits.
+    """Check at step 0 that the policy scores as the reference does, and that the loss fits.
 
     Args:
       tokens: of `scores_at_start`.

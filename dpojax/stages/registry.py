@@ -60,7 +60,7 @@ def open_stage(setup: Setup, name: str) -> Stage:
 
 
 def check_order(names: Sequence[str]) -> None:
-    """Raises ConfigError for stages that are unknown, named twice, or cannot follow one another."""
+    """Raise ConfigError for stages that are unknown, named twice, or cannot follow one another."""
     if not names:
         raise ConfigError(f"config.stages is empty: name one or more of {', '.join(STAGES)}")
     for name in names:

@@ -72,7 +72,7 @@ class Setup(NamedTuple):
 
 
 def prepare_setup(run: ResolvedRun, *, mesh: Mesh | None = None, vmapped: bool = False) -> Setup:
-    """Opens mesh, tokenizer and model of a run; no weights are read yet.
+    """Open mesh, tokenizer and model of a run; no weights are read yet.
 
     Args:
       mesh: in place of the one that the config describes.

@@ -86,7 +86,7 @@ class Stage(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def resolve(cls, config: ConfigDict) -> Any:
-        """Checks the stage's part of a config and fills in the defaults that it leaves open.
+        """Check the stage's part of a config and fill in the defaults that it leaves open.
 
         Args:
           config: of the whole run; it is changed in place.
@@ -145,7 +145,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def lower(self, row: RowSize) -> Lowered:
-        """Lowers the stage's train step from shapes alone; neither data nor devices need be there.
+        """Lower the stage's train step from shapes alone; neither data nor devices need be there.
 
         Args:
           row: tokens of a prompt and of each response.
@@ -156,12 +156,12 @@ class Stage(abc.ABC):
         """What the stage is about to do, for a person: model, mesh, data, memory."""
 
     def save_reports(self) -> str:
-        """Keeps the data report in the stage's folder; returns a line about the data."""
+        """Keep the data report in the stage's folder; return a line about the data."""
         return ""
 
     @abc.abstractmethod
     def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
-        """Trains to the end, from the beginning or from the newest checkpoint.
+        """Train to the end, from the beginning or from the newest checkpoint.
 
         Args:
           start: gives the parameters to begin with, whose buffers are taken over; a stage that
@@ -181,13 +181,13 @@ class Stage(abc.ABC):
         """What summarises this stage, and others that share its model, reference and data."""
 
     def summarise(self, params: dict) -> Summary | None:
-        """Compares parameters with those before training, and saves a table for a person."""
+        """Compare parameters with those before training, and save a table for a person."""
         return self.open_summary()(self, params)
 
     def export(
         self, folder: storage.Path, *, step: int | None = None, adapters: bool = False
     ) -> None:
-        """Writes a Hugging Face folder of a checkpoint: weights, config, tokenizer.
+        """Write a Hugging Face folder of a checkpoint: weights, config, tokenizer.
 
         Args:
           folder: new or empty.
@@ -259,14 +259,14 @@ class Stage(abc.ABC):
             return sharding.agreed(saved.latest == self.steps)
 
     def save_summary(self, summary: Summary, text: str) -> None:
-        """Writes summary.json and summary.txt into the stage's folder, by the first process."""
+        """Write summary.json and summary.txt into the stage's folder, by the first process."""
         if jax.process_index() == 0:
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
 
 
 def require_language_model(setup: Setup, name: str) -> None:
-    """Raises ConfigError where a stage of policies would start from a model with another head."""
+    """Raise ConfigError where a stage of policies would start from a model with another head."""
     config = setup.model.config
     if config.scalar_head:
         kind = f"a classifier of {', '.join(config.labels)}" if config.labels else REWARD_MODEL
@@ -279,7 +279,7 @@ def require_language_model(setup: Setup, name: str) -> None:
 
 
 def require_memory(stage: Stage) -> None:
-    """Raises ConfigError if the stage's footprint is more than a device has.
+    """Raise ConfigError if the stage's footprint is more than a device has.
 
     The message names the part that takes most, and the key to change first. A stage that nothing
     predicts is let through.

@@ -55,7 +55,7 @@ def cached(
 
 
 def save(data: StageData) -> str:
-    """Keeps the examples for the next run, with the reports on them, unless they are kept already.
+    """Keep the examples for the next run, with the reports on them, unless they are kept already.
 
     A folder that takes no file stops no run: the examples are in memory.
 

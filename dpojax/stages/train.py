@@ -195,7 +195,7 @@ def jitted_step(
 
 
 def frozen_weights(base: dict | None, reference: Reference) -> FrozenWeights:
-    """What a step reads besides its state; a reference that is the base is passed once."""
+    """What a step reads besides its state. A live reference that is the base is left out."""
     live = None if reference.params is base else reference.params
     return FrozenWeights(base=base, reference=live)
 

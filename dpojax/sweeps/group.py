@@ -51,7 +51,7 @@ from dpojax.training.vectorised_loop import Member, MemberChunk, Orders, Vectori
 
 
 def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, str]:
-    """Trains every run that is not finished; the same call goes on where it was stopped.
+    """Train every run that is not finished; the same call goes on where it was stopped.
 
     Stages before the last are trained once, in the first workdir, and given to the others.
 
@@ -77,7 +77,7 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
 
 
 def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
-    """Trains all runs, finished ones included, so that a repeated call makes the same plan."""
+    """Train all runs, finished ones included, so that a repeated call makes the same plan."""
     for run in runs:
         compare_config(run)
     setup = prepare_setup(runs[0], vmapped=True)
@@ -109,7 +109,7 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
 
 
 def _share_stages(group: Group) -> None:
-    """Gives the stages before the last to all members, and the reports on the last one's data."""
+    """Give the stages before the last to all members, and the reports on the last one's data."""
     for stage in group.stages[1:]:
         share_stages(group.lead.setup.workdir, stage.setup.workdir, ignore=(stage.name,))
         if jax.process_index() == 0:
@@ -142,7 +142,7 @@ class Group:
         self.first_scores = None  # of the policy at step 0, once it was scored
 
     def compile(self) -> None:
-        """Compiles the step, unless all members are trained, and chooses how many go at once.
+        """Compile the step, unless all members are trained, and choose how many go at once.
 
         Raises:
           ConfigError: see `MemberProgram.compile`.
@@ -196,7 +196,7 @@ class Group:
         during: contextlib.ExitStack,
         stop: StopSignal,
     ) -> dict[int, str]:
-        """Trains the members at `indices`; returns why some failed."""
+        """Train the members at `indices`; return why some failed."""
         program, config, reference = self.program, self.lead.setup.config, evaluator.reference
         batches = Orders([order.training(reference.attach) for order in self.orders])
         per_call = program.members_per_call
@@ -289,7 +289,7 @@ def _member(
 
 
 def _begin(member: Member, stage: ExampleStage, evaluator: Evaluator) -> None:
-    """Checks at step 0 that the policy is the reference, if the stage has one."""
+    """Check at step 0 that the policy is the reference, if the stage has one."""
     if evaluator.first_scores is not None:
         identity = check_identity(stage, evaluator.first_scores, evaluator.reference)
         member.writer.write(0, identity, split="identity")

@@ -86,7 +86,7 @@ def member_run(config: ConfigDict, changes: Changes, workdir: storage.Path) -> R
 
 
 def traced_keys(run: ResolvedRun) -> frozenset[str]:
-    """The keys in which runs may differ that one program trains; none if each runs alone."""
+    """The keys in which runs may differ that one program trains; empty if no two runs can share a program."""
     return STAGES[run.config.stages[-1]].traced_keys(run)
 
 

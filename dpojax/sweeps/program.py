@@ -40,7 +40,7 @@ from dpojax.training.vectorised_step import (
 
 
 class Room(NamedTuple):
-    """Bytes of each device, and how often the states of one call fit into what is left."""
+    """Memory of one device, in bytes; `calls`: how many calls' states fit at once."""
 
     states: int  # of the members of one call
     beside: int  # whatever else lies there while they train
@@ -83,7 +83,7 @@ class MemberProgram:
         return self.vmapped * self.mesh.shape[SWEEP]
 
     def compile(self) -> int:
-        """Compiles the step; returns how many members are trained at once.
+        """Compile the step; return how many members are trained at once.
 
         What was chosen stays so as long as there are checkpoints of the members, which have its
         shape.
@@ -122,7 +122,7 @@ class MemberProgram:
             return self._step(states, rows, hyperparameters, frozen)
 
     def hyperparameters(self, indices: Sequence[int], ended: set[int]) -> MemberHyperparameters:
-        """Of the members at `indices`. Those that have ended, and spare places, do no steps."""
+        """The hyperparameters of members; those that have ended, and spare places, do no steps."""
         numbers = [_hyperparameters(self.stages[i]) for i in indices]
         numbers = [_idle(x) if i in ended else x for i, x in zip(indices, numbers)]
         spare = [_idle(numbers[-1])] * (self.members_per_call - len(numbers))
@@ -158,7 +158,7 @@ class MemberProgram:
         return placed
 
     def _compile(self) -> Room:
-        """Compiles for the present number of members, and measures."""
+        """Compile for the present number of members, and measure."""
         count = self.members_per_call
         self.abstract = abstract_member_states(self.abstract_state, count, self.mesh)
         on_members = self.lead.stepping_on(self.mesh)
@@ -223,5 +223,5 @@ def _hyperparameters(stage: ExampleStage) -> MemberHyperparameters:
 
 
 def _idle(hyperparameters: MemberHyperparameters) -> MemberHyperparameters:
-    """Of a member that does no step."""
+    """The hyperparameters of a member that does no step."""
     return hyperparameters._replace(steps=jnp.int32(0))

@@ -59,7 +59,7 @@ PLAN, GROUPS = "sweep.json", "vectorised"
 def run_sweep(
     config: ConfigDict, members: Sequence[Changes], workdir: str | storage.Path
 ) -> dict[str, str]:
-    """Trains every member that is not finished, in workdir/NAME, and writes the table and figure.
+    """Train every member that is not finished, in workdir/NAME, and write the table and figure.
 
     Members that differ in traced numbers alone train together, the others one after another.
     Stages that several members begin with are trained once. The same call goes on where it was
@@ -92,7 +92,7 @@ def run_sweep(
 
 
 def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
-    """Trains some members of the sweep that sweep.json in `folder` describes.
+    """Train some members of the sweep that sweep.json in `folder` describes.
 
     Returns:
       why members failed, by name.
@@ -193,7 +193,7 @@ def _write_plan(
     runs: Mapping[str, ResolvedRun],
     folder: storage.Path,
 ) -> None:
-    """Writes sweep.json, which is compared with the one there first."""
+    """Write sweep.json, which is compared with the one there first."""
     plan = _compared_plan(config, members, runs, folder)
     plan["groups"] = group_members(runs, plan["groups"], folder)
     jobs = plan_as_json([_job(group, folder) for group in plan["groups"]])

@@ -41,7 +41,7 @@ COLUMNS = (
 
 
 def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
-    """Writes sweep.csv and sweep.png of the members that are finished.
+    """Write sweep.csv and sweep.png of the members that are finished.
 
     Args:
       plan: what sweep.json holds.

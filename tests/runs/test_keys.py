@@ -142,7 +142,8 @@ def prepare_a_ppo_stage(config, workdir):
     assert stage.hyper
     make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
     params = initial_params(stage.setup)
-    samples.open_samples(stage.setup, params, stage.programs.score)(params)
+    score, reward_name = stage.programs.score, stage.evaluation_reward
+    samples.open_samples(stage.setup, params, score, reward_name=reward_name)(params)
     stage.new_state(params)
 
 
