@@ -4,6 +4,7 @@ The model is a user's own, plugged in with two functions: a token's hidden state
 table, so it is a bigram model with a low-rank output, and compiles in no time.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -40,6 +41,7 @@ WRAPPERS = {
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
+ADAM, SGD = optax.scale_by_adam(), optax.identity()
 COUPLED = ("aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
 
 
@@ -85,9 +87,8 @@ def batches(examples, start):
 @pytest.fixture(scope="module")
 def better(batches, start):
     """Weights that find every response likelier than the reference does: KTO's z is above 0."""
-    adam = optax.scale_by_adam()
-    step, rows, hyper = prepare("sft", batches, 0, adam, rate=0.02)
-    state = state_of(start, adam)
+    step, rows, hyper = prepare("sft", batches, 0, ADAM, rate=0.02)
+    state = state_of(start, ADAM)
     for _ in range(6):
         state, _ = step(state, rows, hyper)
     return state.params
@@ -98,13 +99,20 @@ def state_of(params, optimizer):
     return State(zero, params, optimizer.init(params), jnp.zeros(2), RunningMean(zero, zero))
 
 
+@cache
+def compiled(case, optimizer):
+    """The objective of a case and its jitted step, which several tests call."""
+    loss, given = CASES[case]
+    objective = preference.objective(loss, preference.resolve(loss, given))
+    forward = language_model(BIGRAM, statistics=objective.statistics)
+    return objective, jax.jit(build_step(forward, objective, optimizer, lambda _: 1.0))
+
+
 def prepare(case, batches, micro_rows, optimizer, rate):
     """A jitted step, its rows and its numbers."""
     loss, given = CASES[case]
     options = preference.resolve(loss, given)
-    objective = preference.objective(loss, options)
-    forward = language_model(BIGRAM, statistics=objective.statistics)
-    step = jax.jit(build_step(forward, objective, optimizer, lambda _: 1.0))
+    objective, step = compiled(case, optimizer)
     rows = batches[preference.loss_requirements(loss).form, micro_rows]
     if not objective.needs_reference:
         rows = rows._replace(reference=None)
@@ -117,9 +125,8 @@ def value(report):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
-    adam = optax.scale_by_adam()
-    step, rows, hyper = prepare(case, batches, 0, adam, rate=0.02)
-    state, values = state_of(start, adam), []
+    step, rows, hyper = prepare(case, batches, 0, ADAM, rate=0.02)
+    state, values = state_of(start, ADAM), []
     for _ in range(9):
         state, report = step(state, rows, hyper, FrozenWeights(reference=start))
         assert report.finite
@@ -130,11 +137,10 @@ def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
 
 @pytest.mark.parametrize("case", [*COUPLED, "dpo", "plackett_luce", "tdpo", "ipo, WPO"])
 def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches, start, better):
-    sgd = optax.identity()
     found = []
     for micro_rows in (0, 8):
-        step, rows, hyper = prepare(case, batches, micro_rows, sgd, rate=1.0)
-        state, report = step(state_of(better, sgd), rows, hyper, FrozenWeights(reference=start))
+        step, rows, hyper = prepare(case, batches, micro_rows, SGD, rate=1.0)
+        state, report = step(state_of(better, SGD), rows, hyper, FrozenWeights(reference=start))
         moved = jax.tree.map(jnp.subtract, state.params, better)
         found.append((moved, state.baseline, report.metrics["loss"]))
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found[0][0]))
@@ -149,14 +155,13 @@ def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches,
 
 
 @pytest.mark.parametrize("case", ["aot", "kto", "bco"])
-def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, better):
-    sgd = optax.identity()
-    step, rows, hyper = prepare(case, batches, 8, sgd, rate=1.0)
-    one, _ = step(state_of(better, sgd), rows, hyper)
+def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, start, better):
+    step, rows, hyper = prepare(case, batches, 8, SGD, rate=1.0)
+    one, _ = step(state_of(better, SGD), rows, hyper, FrozenWeights(reference=start))
     mesh = sharding.make_mesh(4, 2, 1)
     with jax.set_mesh(mesh):
         placed = sharding.put_rows(jax.tree.map(np.asarray, rows), mesh)
-        eight, _ = step(state_of(better, sgd), placed, hyper)
+        eight, _ = step(state_of(better, SGD), placed, hyper)
     moved = [jax.tree.map(jnp.subtract, state.params, better) for state in (one, eight)]
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved[0]))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * scale)

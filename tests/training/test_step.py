@@ -1,5 +1,7 @@
 """The step's laws: packing, sharding and micro-batches change nothing; the gradient is eq. 7."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,13 @@ def assert_close(got, want, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
 
+@partial(jax.jit, static_argnums=0)
+def full_logprobs(model, params, tokens):
+    """Log-probs [R, T - 1] of tokens [R, T] but the first of each row, by all logits."""
+    logprobs = jax.nn.log_softmax(decoder.logits(model, params, plain_rows(tokens)))[:, :-1]
+    return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
 def separate_logprobs(model, params, examples, score_from=None):
     """Per-token log-probs of each (prompt + response) alone in a row of its own, full logits.
 
@@ -71,9 +80,7 @@ def separate_logprobs(model, params, examples, score_from=None):
             whole = np.concatenate([e.prompt, y])
             tokens[i, k, : len(whole)] = whole
             mask[i, k, (score_from or len(e.prompt)) - 1 : len(whole) - 1] = True
-    flat = jnp.asarray(tokens).reshape(-1, width)
-    logprobs = jax.nn.log_softmax(decoder.logits(model, params, plain_rows(flat)))[:, :-1]
-    got = jnp.take_along_axis(logprobs, flat[:, 1:, None], axis=-1)[..., 0]
+    got = full_logprobs(model, params, jnp.asarray(tokens).reshape(-1, width))
     return got.reshape(mask.shape), mask
 
 
