@@ -255,7 +255,8 @@ def _labelled(loaded: list[Record], identical: str, report: Report) -> list[Reco
     """Split every record into labelled responses; the report counts them and what is left out.
 
     Args:
-      identical: what to do where the best response equals the worst; after the split `tokenise` cannot compare them.
+      identical: what to do where the best response equals the worst; after the split `tokenise`
+        cannot compare them.
     """
     parts = []
     for record in loaded:

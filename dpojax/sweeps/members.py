@@ -86,7 +86,7 @@ def member_run(config: ConfigDict, changes: Changes, workdir: storage.Path) -> R
 
 
 def traced_keys(run: ResolvedRun) -> frozenset[str]:
-    """The keys in which runs may differ that one program trains; empty if no two runs can share a program."""
+    """The keys in which runs of one program may differ; empty if no two runs can share one."""
     return STAGES[run.config.stages[-1]].traced_keys(run)
 
 
