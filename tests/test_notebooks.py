@@ -31,12 +31,17 @@ def code_cells(path: pathlib.Path) -> list[dict]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.fixture(autouse=True)
-def finished_run(tmp_path_factory, monkeypatch):
-    """A small frontier run, where the notebook looks for one."""
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a small frontier run."""
     folder = tmp_path_factory.mktemp("frontier")
     finished_frontier.write(folder)
-    monkeypatch.setenv("DPOJAX_FRONTIER", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def frontier_of_the_notebook(finished_run, monkeypatch):
+    monkeypatch.setenv("DPOJAX_FRONTIER", str(finished_run))
 
 
 def test_there_is_a_notebook():
