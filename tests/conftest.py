@@ -1,6 +1,7 @@
 """Strict tests: eight CPU devices, full-precision products, no silent broadcasting."""
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -45,6 +46,13 @@ def pytest_collection_modifyitems(items):
     """Files with long tests first, so that no process is left with them when the others end."""
     long = {"runs", "jobs", "test_notebooks.py"}
     items.sort(key=lambda item: long.isdisjoint({item.path.name, item.path.parent.name}))
+
+
+def pytest_collection_finish(session):
+    """Tracing makes many objects: what was imported is not searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_sessionfinish(session, exitstatus):

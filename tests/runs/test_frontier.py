@@ -208,6 +208,7 @@ def test_two_processes_make_the_same_points(made, tmp_path):
     assert measured(folder) == measured(made[0])
 
 
+@pytest.mark.slow
 def test_the_plan_holds_every_job_with_a_command_that_runs_by_hand(made, tmp_path):
     """An export, and a run whose SFT policy and preferences are there."""
     folder = without_runs(made[0], tmp_path / "by hand")

@@ -126,6 +126,7 @@ def test_the_reference_is_scored_once_for_all_members(swept):
     assert swept[2] == {"open_reference": 1, "scores_at_start": 1, "open_summary": 1}
 
 
+@pytest.mark.slow
 def test_adapters_against_a_live_reference_are_what_separate_runs_would_train(swept, tmp_path):
     """TDPO, whose gradient reads the reference's whole distributions: the base, frozen."""
     policy = tmp_path / "policy"
@@ -427,6 +428,7 @@ def test_the_folder_of_another_sweep_is_refused(swept):
     assert (swept[0] / sweep.PLAN).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monkeypatch, capsys):
     """Of two that train together, and of one alone, whose SFT stage is that of the two and whose
     name holds a comma."""

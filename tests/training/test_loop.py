@@ -11,8 +11,9 @@ import pytest
 
 from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints, best, load_params
-from dpojax.training.loop import Every, StopSignal, TrainLoop
+from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.metrics import MetricWriter
+from dpojax.training.preemption import StopSignal
 
 ACCURACIES = {0: 0.99, 2: 0.6, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.8, 11: float("nan")}
 SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
