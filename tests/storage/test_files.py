@@ -1,0 +1,151 @@
+"""Laws of written files and folders, on a disk and on a bucket: whole or nothing."""
+
+import os
+
+import pytest
+
+from dpojax import storage
+from dpojax.storage import paths
+
+from .folders import content, fill, names, write_and_fail
+
+
+def test_a_file_is_written_with_its_folders_and_replaced_as_a_whole(folder):
+    for text in ("first", "second, which is longer"):
+        storage.write_text(folder / "a" / "b.txt", text)
+        assert (folder / "a" / "b.txt").read_text() == text
+    assert names(folder / "a") == ["b.txt"]
+    storage.write_bytes(folder / "bytes", b"\r\n\xff")
+    assert (folder / "bytes").read_bytes() == b"\r\n\xff"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(folder, failing_write):
+    storage.write_text(folder / "a.txt", "old")
+    failing_write()
+    with pytest.raises(OSError, match="no space left"):
+        storage.write_text(folder / "a.txt", "new")
+    with pytest.raises(OSError, match="no space left"), storage.replacing(folder / "a.txt") as file:
+        file.write_text("new")
+    with pytest.raises(KeyError), storage.replacing(folder / "a.txt") as file:
+        write_and_fail(file)
+    assert (folder / "a.txt").read_text() == "old"
+    assert names(folder) == ["a.txt"]
+
+
+def test_a_body_that_writes_nothing_is_an_error(folder):
+    with (
+        pytest.raises(storage.StorageError, match=r"a\.txt: nothing was written"),
+        storage.replacing(folder / "a.txt"),
+    ):
+        pass
+    assert names(folder) == []
+
+
+def test_json_comes_back_and_a_damaged_file_says_what_to_do(folder):
+    storage.write_json(folder / "a.json", {"é": [1, 2.5, None]})
+    assert (folder / "a.json").read_text().endswith("\n}\n")
+    assert storage.read_json(folder / "a.json") == {"é": [1, 2.5, None]}
+    for damage in (b'{"a": ', b"\xff\xfe"):
+        storage.write_bytes(folder / "a.json", damage)
+        with pytest.raises(storage.StorageError, match=r"a\.json: not JSON .*; delete it"):
+            storage.read_json(folder / "a.json", "delete it")
+    with pytest.raises(FileNotFoundError):
+        storage.read_json(folder / "nothing.json")
+
+
+def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(folder):
+    for number in (1, 2):
+        with storage.replacing_folder(folder / "model") as unfinished:
+            (unfinished / "sub").mkdir()
+            (unfinished / "sub" / "weights").write_text(f"weights {number}")
+            (unfinished / f"only in {number}").write_text("")
+    assert content(folder / "model") == {"only in 2": "", "sub/weights": "weights 2"}
+    assert names(folder) == ["model"]
+
+
+def test_a_folder_whose_body_fails_leaves_the_old_one(folder):
+    fill(folder / "model", weights="old")
+    for target in ("model", "new"):
+        with pytest.raises(KeyError), storage.replacing_folder(folder / target) as unfinished:
+            write_and_fail(unfinished / "weights")
+    assert content(folder / "model") == {"weights": "old"}
+    assert names(folder) == ["model"]
+
+
+def test_a_folder_whose_last_step_fails_leaves_nothing_new(folder, failing_write):
+    fill(folder, other="")
+    failing_write()
+    with (
+        pytest.raises(OSError, match="no space left"),
+        storage.replacing_folder(folder / "new") as x,
+    ):
+        (x / "weights").write_text("new")
+    assert names(folder) == ["other"]
+
+
+def test_a_bucket_gets_a_folders_files_in_the_order_in_which_they_were_written(
+    bucket,
+):
+    target = storage.as_path(bucket) / "model"
+    with storage.replacing_folder(target) as unfinished:
+        for number, name in enumerate(("z", "a", "m")):
+            (unfinished / name).write_text("")
+            os.utime(unfinished / name, ns=(0, number))
+    objects = paths.objects_below(target)
+    assert sorted(objects, key=lambda name: paths.modified(objects[name])) == ["z", "a", "m"]
+
+
+@pytest.mark.parametrize("start", ["disk", "bucket"])
+def test_a_shared_folder_is_whole_and_outlives_either_name(folder, start, tmp_path, request):
+    source = tmp_path / "source" if start == "disk" else None
+    source = source or storage.as_path(request.getfixturevalue("bucket")) / "source"
+    fill(source, **{"a": "1", "sub/b": "2", "sub/c.lock": "3"})
+    storage.share_folder(source, folder / "target", ignore=("*.lock",))
+    storage.share_folder(source, folder / "second")
+    storage.remove_folder(folder / "second")
+    storage.remove_folder(source)
+    assert content(folder / "target") == {"a": "1", "sub/b": "2"}
+    assert names(folder) == ["target"]
+
+
+def test_sharing_does_nothing_where_there_is_no_source_or_already_a_target(folder):
+    storage.share_folder(folder / "nothing", folder / "target")
+    assert not (folder / "target").exists()
+    fill(folder / "source", a="new")
+    fill(folder / "target", a="old")
+    storage.share_folder(folder / "source", folder / "target")
+    assert content(folder / "target") == {"a": "old"}
+
+
+def test_sharing_that_fails_leaves_nothing(folder, failing_write):
+    fill(folder / "source", a="1", b="2")
+    failing_write()
+    with pytest.raises(OSError, match="no space left"):
+        storage.share_folder(folder / "source", folder / "target")
+    assert names(folder) == ["source"]
+
+
+def test_shared_files_are_hard_links_or_copies_where_the_disk_has_none(tmp_path, monkeypatch):
+    fill(tmp_path / "source", a="1")
+    storage.share_folder(tmp_path / "source", tmp_path / "linked")
+    assert (tmp_path / "source/a").samefile(tmp_path / "linked/a")
+
+    def no_links(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    storage.share_folder(tmp_path / "source", tmp_path / "copied")
+    assert not (tmp_path / "source/a").samefile(tmp_path / "copied/a")
+    assert content(tmp_path / "copied") == {"a": "1"}
+
+
+def test_a_removed_folder_is_gone_and_a_missing_one_is_no_error(folder):
+    fill(folder, **{"a/b": "", "a/c/d": "", "ab": ""})
+    for _ in range(2):
+        storage.remove_folder(folder / "a")
+    assert names(folder) == ["ab"]
+
+
+def test_free_space_is_known_of_disks_only(folder):
+    free = storage.free_bytes(folder / "not" / "yet")
+    assert (free is None) != storage.is_local(folder)
