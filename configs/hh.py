@@ -8,12 +8,13 @@ The data come from the hub. For files, name them and empty the splits, for both 
         --config.preference.data.source=train.jsonl.gz --config.preference.data.split= \\
         --config.preference.data.eval_source=test.jsonl.gz --config.preference.data.eval_split=
 
-Their model is Pythia 2.8B; any Llama or GPT-2 folder runs now (GPT-2 large by default: 774M
-parameters, 6.2 GB of float32 weights and RMSprop moments, besides gradients and activations of two
-rows of 1,300 tokens at a time). RMSprop, one epoch of SFT on the chosen responses and one of DPO,
-batch 64, 150 warm-up steps, gradients clipped at norm 10. One epoch of all 160,800 pairs is 2,513
-steps a stage. Departures: SFT is a mean over tokens (theirs is a sum per sequence), and a pair that
-is still too long once its prompt is cut is dropped (theirs loses the end of its responses).
+Their model is Pythia 2.8B, which runs, too, as any family of the README does. The default is GPT-2
+large (774M parameters, 6.2 GB of float32 weights and RMSprop moments, besides gradients and
+activations of two rows of 1,300 tokens at a time). RMSprop, one epoch of SFT on the chosen
+responses and one of DPO, batch 64, 150 warm-up steps, gradients clipped at norm 10. One epoch of
+all 160,800 pairs is 2,513 steps a stage. Departures: SFT is a mean over tokens (theirs is a sum per
+sequence), and a pair that is still too long once its prompt is cut is dropped (theirs loses the end
+of its responses).
 """
 
 from dpojax.config.defaults import default_config

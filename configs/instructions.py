@@ -5,8 +5,8 @@
         --config.preference.data.source=instruction-data-with-preference.json
 
 The model is GPT-2 medium from the hub (355M parameters: 4.3 GB of float32 weights and AdamW
-moments, besides gradients and activations); `--config.model.path=FOLDER` takes any other GPT-2 or
-Llama. SFT is on the chosen responses.
+moments, besides gradients and activations); `--config.model.path=FOLDER` takes a model of
+any family of the README. SFT is on the chosen responses.
 """
 
 from dpojax.config.defaults import default_config

@@ -42,10 +42,10 @@ flags.mark_flag_as_required("config")
 def main(_) -> int:
     from dpojax.runs.command import exit_status
 
-    return exit_status(make)
+    return exit_status(make_frontier_and_report)
 
 
-def make() -> int:
+def make_frontier_and_report() -> int:
     from dpojax.frontier import dry_run, frontier, results
     from dpojax.jobs import local_workers
 

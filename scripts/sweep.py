@@ -31,10 +31,10 @@ def main(_) -> int:
     from dpojax.sweeps.sweep import use_cpu_devices
 
     use_cpu_devices(CPU_DEVICES.value or _cores())
-    return exit_status(make)
+    return exit_status(make_sweep_and_table)
 
 
-def make() -> int:
+def make_sweep_and_table() -> int:
     from dpojax.sweeps.members import read_sweep
     from dpojax.sweeps.sweep import run_sweep
 

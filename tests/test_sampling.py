@@ -425,7 +425,7 @@ def test_the_script_reads_prompts_from_the_home_folder(script, tmp_path, monkeyp
 
 def test_the_script_tells_errors_on_one_line(script, tmp_path, capsys):
     assert run_script(script, f"--model={tmp_path}", "--prompt=a") == 1
-    assert run_script(script, f"--model={tmp_path}:dpo", "--prompt=a") == 1
+    assert run_script(script, f"--model={tmp_path}:preference", "--prompt=a") == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     for error, start, part in zip(

@@ -1,4 +1,4 @@
-"""A config that is resolved: every default filled in, every option bound, every file hashed."""
+"""A config that is resolved: every default filled in, every option bound, every path named."""
 
 from __future__ import annotations
 

@@ -56,19 +56,17 @@ def compare_config(run: ResolvedRun) -> None:
         require_same_contents(run.workdir, contents, run.contents)
 
 
-def write_config(run: ResolvedRun) -> None:
-    """Write config.json and contents.json; the first process does."""
+def write_or_compare_config(run: ResolvedRun) -> None:
+    """`compare_config`, then the first process writes config.json and contents.json.
+
+    The caller holds the lock of the workdir.
+    """
+    compare_config(run)
     if jax.process_index() == 0:
         version = _begun_by(run.workdir) or code_version()
         files = {"version": version, "files": run.contents}
         storage.write_json(run.workdir / CONTENTS, files)
         storage.write_json(run.workdir / CONFIG, as_json(run.config))
-
-
-def write_or_compare_config(run: ResolvedRun) -> None:
-    """`compare_config`, then `write_config`."""
-    compare_config(run)
-    write_config(run)
 
 
 def config_differences(before: dict, now: dict, *, ignore: Sequence[str] | set = ()) -> list[str]:

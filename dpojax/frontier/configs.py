@@ -59,7 +59,7 @@ class RunConfigs(NamedTuple):
 
     @property
     def true_reward(self) -> str:
-        """The reward that judges all policies."""
+        """The reward by which all policies are scored."""
         reward = self.config.frontier.reward
         return f"classifier:{self.folder / CLASSIFIER}" if reward == "classifier" else reward
 

@@ -40,7 +40,7 @@ def policy_before(workdir: storage.Path, number: int, sft_policy: str) -> str:
 
 
 def settings_of_round(first: Settings, workdir: storage.Path, number: int) -> Settings:
-    """What a round draws: as `first`, with its own policy, and the prompts behind those before."""
+    """The settings of a round: those of `first`, but the policy, folder and prompts are its own."""
     return dataclasses.replace(
         first,
         policy=policy_before(workdir, number, first.policy),

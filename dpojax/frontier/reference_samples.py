@@ -29,7 +29,7 @@ def sample_reference(config: ConfigDict, policy_name: str, out: storage.Path) ->
     """Write rewards and lengths [P, m] of samples of a policy to each held-out prompt.
 
     Args:
-      config: its `samples` say how to draw and judge; `frontier.reference_samples` is m.
+      config: its `samples` say how to draw and score; `frontier.reference_samples` is m.
     """
     samples_config = config.samples
     policy = load_policy(policy_name)

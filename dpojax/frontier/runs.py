@@ -38,9 +38,6 @@ class Run(NamedTuple):
 def paper_runs(
     *,
     beta: Sequence[float] = (0.05, 0.1, 1.0, 5.0),
-    kl_target: Sequence[float] = (3.0, 6.0, 9.0, 12.0),
-    alpha: Sequence[float] = (0.05, 0.1, 0.5, 1.0),
-    seeds: Sequence[int] = range(6),
     common: Mapping[str, Any] | None = None,
 ) -> list[Run]:
     """The 22 runs of the paper's sweep (Rafailov et al. 2023, section 6.1).
@@ -54,12 +51,12 @@ def paper_runs(
     common = dict(common or {})
     runs = [Run("dpo", f"beta={b:g}", common | {"preference.beta": b}) for b in beta]
     for method in ("ppo", "ppo_gt"):
-        for kl in kl_target:
+        for kl in (3.0, 6.0, 9.0, 12.0):
             runs.append(Run(method, f"kl={kl:g}", common | {"ppo.kl_target": kl}, PPO))
-    for a in alpha:
+    for a in (0.05, 0.1, 0.5, 1.0):
         changes = {"preference.loss": "unlikelihood", "preference.alpha": a}
         runs.append(Run(UNLIKELIHOOD, f"alpha={a:g}", common | changes))
-    for seed in seeds:
+    for seed in range(6):
         changes = {"preference.loss": "sft", "seed": seed}
         runs.append(Run(PREFERRED_FT, f"seed={seed}", common | changes))
     return runs

@@ -118,9 +118,9 @@ def ticking(update: Callable[[], None]) -> Iterator[None]:
 def seconds_left(
     jobs: Sequence[Job],
     seconds: Mapping[str, float],
-    to_do: Sequence[Job] | None = None,
+    to_do: Sequence[Job],
     *,
-    workers: int = 1,
+    workers: int,
 ) -> float | None:
     """How long the jobs that are not done may still take; None while nothing is known.
 
@@ -130,9 +130,8 @@ def seconds_left(
 
     Args:
       seconds: that each job has taken, by its name.
-      to_do: of `pending`, which is called by default.
+      to_do: the jobs that are not done, see `pending`.
     """
-    to_do = pending(jobs) if to_do is None else to_do
     names = {job.name for job in to_do}
     by_kind: dict[str, list[float]] = {}
     for job in jobs:
@@ -152,13 +151,12 @@ def seconds_left(
 def progress_line(
     jobs: Sequence[Job],
     seconds: Seconds,
-    to_do: Sequence[Job] | None = None,
+    to_do: Sequence[Job],
     *,
     running: Sequence[str],
-    workers: int = 1,
+    workers: int,
 ) -> str:
     """`7/30 jobs  ppo_gt-kl-6  4:31 passed, about 9 min left`."""
-    to_do = pending(jobs) if to_do is None else to_do
     ended = len(jobs) - len(to_do)
     left = seconds_left(jobs, seconds.jobs, to_do, workers=workers)
     forecast = f", about {_rounded(left)} left" if left else ""

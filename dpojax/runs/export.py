@@ -1,6 +1,7 @@
 """A finished or running stage's policy as a Hugging Face folder.
 
-python -m dpojax.runs.export --workdir=runs/reviews --out=exported [--stage=sft] [--step=100]
+python -m dpojax.runs.export --workdir=runs/reviews --out=exported [--stage=sft] [--step=100] \\
+    [--adapters]
 """
 
 from __future__ import annotations

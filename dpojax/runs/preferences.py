@@ -5,7 +5,7 @@
 
 or, as a command, with the settings as JSON,
 
-    python -m dpojax.runs.preferences --settings=SETTINGS.json [--process=0/4]
+    python -m dpojax.runs.preferences --settings=SETTINGS.json [--process=0/4] [--done=FILE]
 
 The folder holds part-00000-of-00004.parquet, ..., one per `shard_size` prompts, which
 `data.sources.load_records` reads, and provenance.json. A shard is written whole or not at all, and

@@ -20,7 +20,7 @@ from dpojax.config.saved import (
     code_changed,
     compare_config,
     config_from_json,
-    write_config,
+    write_or_compare_config,
 )
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, workdir_lock, write_failure
@@ -41,8 +41,9 @@ def run(config: ConfigDict, workdir: str | storage.Path) -> None:
     The same call in the same workdir resumes. A finished run only prints its summary again.
 
     Raises:
-      ConfigError, DataError: before anything is trained; everything on disk is left as it was.
+      ConfigError, DataError: before anything is trained; no checkpoint is changed.
       Preempted: after a SIGTERM, once the state is saved.
+      NonFiniteLoss, ReferenceMismatch, CheckpointError, RewardError: while it trains.
     """
     run_resolved(resolve(config, workdir))
 
@@ -64,8 +65,8 @@ def _run(resolved: ResolvedRun) -> None:
     stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused
     for stage in stages:
         require_memory(stage)
-    write_config(resolved)
     with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
+        write_or_compare_config(resolved)  # another run may have begun here meanwhile
         announce(stages)
         finished = train_in_turn(stages, partial(initial_params, setup), stop)
         finish(stages[-1], stages[-1].summarise(finished()))

@@ -105,7 +105,7 @@ class Stage(abc.ABC):
 
     @classmethod
     def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:
-        """Keys in which members of a vectorised sweep may differ; none if the stage has no such."""
+        """Keys in which members of a vectorised sweep may differ. Empty: none can be vectorised."""
         del run
         return frozenset()
 

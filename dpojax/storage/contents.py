@@ -31,7 +31,8 @@ def content_hash(path: PathLike) -> str:
     """Return the sha256 of a file, or of a folder's files by relative name and bytes.
 
     Hidden files and folders, and those named `*.unfinished`, are skipped. A file is read again only
-    if its size or its time of change differs.
+    if its version differs: size, inode and time of change of a local file, size and generation or
+    ETag of an object.
 
     Raises:
       FileNotFoundError: nothing is there.

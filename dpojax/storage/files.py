@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import pathlib
@@ -107,31 +106,27 @@ def replacing_folder(path: PathLike) -> Iterator[pathlib.Path]:
         _rename_folder(unfinished, pathlib.Path(path))
 
 
-def share_folder(source: PathLike, target: PathLike, ignore: Sequence[str] = ()) -> None:
+def share_folder(source: PathLike, target: PathLike) -> None:
     """Give a folder a second name: hard links where the file system has them, else copies.
 
     Does nothing if `target` is there or `source` is not. Either name can be removed without the
     other; files must be replaced, not changed in place. See `replacing_folder` for what readers
     see meanwhile.
-
-    Args:
-      ignore: patterns of the names of files and folders that are left out, such as `*.lock`.
     """
     if Path(target).exists() or not Path(source).is_dir():
         return
     if is_local(source) and is_local(target):
         with _unfinished_folder(target) as parent:
             unfinished = parent / Path(target).name
-            ignored = shutil.ignore_patterns(*ignore)
-            shutil.copytree(source, unfinished, copy_function=_link, ignore=ignored)
+            shutil.copytree(source, unfinished, copy_function=_link)
             _rename_folder(unfinished, pathlib.Path(target))
     elif is_local(source):
-        _upload(pathlib.Path(source), target, ignore)
+        _upload(pathlib.Path(source), target)
     elif is_local(target):
         with replacing_folder(target) as unfinished:
-            download(source, unfinished, _oldest_first(source, ignore))
+            download(source, unfinished, _oldest_first(source))
     else:
-        _copy_objects(source, target, ignore)
+        _copy_objects(source, target)
 
 
 def remove_folder(path: PathLike) -> None:
@@ -190,8 +185,8 @@ def _rename_folder(unfinished: pathlib.Path, path: pathlib.Path) -> None:
     _sync(path.parent)
 
 
-def _upload(folder: pathlib.Path, path: PathLike, ignore: Sequence[str] = ()) -> None:
-    names = [name for name in _files_below(folder) if not _is_ignored(name, ignore)]
+def _upload(folder: pathlib.Path, path: PathLike) -> None:
+    names = _files_below(folder)
     names.sort(key=lambda name: ((folder / name).stat().st_mtime_ns, name))
     fs = filesystem(path)
     with _all_objects(path, names):
@@ -199,8 +194,8 @@ def _upload(folder: pathlib.Path, path: PathLike, ignore: Sequence[str] = ()) ->
             fs.put_file(str(folder / name), f"{os.fspath(path)}/{name}")
 
 
-def _copy_objects(source: PathLike, target: PathLike, ignore: Sequence[str]) -> None:
-    names = _oldest_first(source, ignore)
+def _copy_objects(source: PathLike, target: PathLike) -> None:
+    names = _oldest_first(source)
     with _all_objects(target, names):
         if (fs := filesystem(source)) is filesystem(target):
             for name in names:
@@ -211,11 +206,10 @@ def _copy_objects(source: PathLike, target: PathLike, ignore: Sequence[str]) -> 
                 _upload(pathlib.Path(folder), target)
 
 
-def _oldest_first(folder: PathLike, ignore: Sequence[str]) -> list[str]:
+def _oldest_first(folder: PathLike) -> list[str]:
     """Return the relative names of a bucket's objects in the order in which they were written."""
     objects = objects_below(folder)
-    names = [name for name in objects if not _is_ignored(name, ignore)]
-    return sorted(names, key=lambda name: (modified(objects[name]), name))
+    return sorted(objects, key=lambda name: (modified(objects[name]), name))
 
 
 @contextlib.contextmanager
@@ -240,11 +234,6 @@ def _files_below(folder: pathlib.Path) -> list[str]:
     """The relative names of all files below a local folder, sorted."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
-
-
-def _is_ignored(name: str, patterns: Sequence[str]) -> bool:
-    parts = name.split("/")
-    return any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in patterns)
 
 
 def _link(path: str, to: str) -> None:

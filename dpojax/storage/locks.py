@@ -40,7 +40,7 @@ class Locked(StorageError):
 
 
 @contextlib.contextmanager
-def lock(folder: PathLike, owner: str = "") -> Iterator[None]:
+def lock(folder: PathLike) -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is not there.
 
     A local folder has a file `.lock` under `flock`: the lock ends with its process. The file stays.
@@ -56,15 +56,11 @@ def lock(folder: PathLike, owner: str = "") -> Iterator[None]:
     process without a handler of the signal ends at once. The steps since its last checkpoint are
     lost. The new holder started from that checkpoint and takes these steps again.
 
-    Args:
-      owner: what holds the lock, for the messages; the process and its host are added.
-
     Raises:
       Locked: another process holds the lock. If another process takes it over later, it is raised
         when the body ends.
     """
-    process = f"process {os.getpid()} on {socket.gethostname()}"
-    holder = f"{owner} ({process})" if owner else process
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
     with (_local_lock if is_local(folder) else _bucket_lock)(folder, holder):
         yield
 

@@ -21,7 +21,7 @@ import jax
 from dpojax import sharding, storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
-from dpojax.config.saved import compare_config, config_from_json, write_config
+from dpojax.config.saved import compare_config, config_from_json, write_or_compare_config
 from dpojax.runs.command import run_command
 from dpojax.runs.run import announce, finish, train_in_turn
 from dpojax.runs.workdirs import (
@@ -87,11 +87,10 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
     stages = [*before, group.lead.stepping_on(group.mesh)]
     for stage in stages:
         require_memory(stage)
-    for run in runs:
-        write_config(run)
     with contextlib.ExitStack() as during:
         for run in runs:
             during.enter_context(workdir_lock(run.workdir))
+            write_or_compare_config(run)
         during.enter_context(jax.set_mesh(setup.mesh))
         stop = during.enter_context(StopSignal())
         announce(stages)
@@ -210,13 +209,13 @@ class Group:
             member.error = failed.get(member.name, "")
             if resumed is None and not member.ended:
                 _begin(member, self.stages[i], evaluator)
-        hyperparameters = [program.hyperparameters(chunk, ended) for chunk in chunks]
+        hyperparameters_of = [program.hyperparameters(chunk, ended) for chunk in chunks]
         if resumed is None:
-            states = [program.new_states(trained, numbers) for numbers in hyperparameters]
+            states = [program.new_states(trained, values) for values in hyperparameters_of]
         frozen = frozen_weights(evaluator.base, reference)
         loop = VectorisedLoop(
             stage=self.lead.name,
-            step=lambda states, rows, numbers: program.step(states, rows, numbers, frozen),
+            step=lambda states, rows, values: program.step(states, rows, values, frozen),
             take_member=program.take_member,
             batches=batches,
             place=partial(program.place, chunks, reference),
@@ -228,8 +227,8 @@ class Group:
         )
         loop(
             [
-                MemberChunk([members[i] for i in chunk], chunk_states, numbers)
-                for chunk, chunk_states, numbers in zip(chunks, states, hyperparameters)
+                MemberChunk([members[i] for i in chunk], chunk_states, values)
+                for chunk, chunk_states, values in zip(chunks, states, hyperparameters_of)
             ],
             max(done, 0),
         )

@@ -123,10 +123,10 @@ class MemberProgram:
 
     def hyperparameters(self, indices: Sequence[int], ended: set[int]) -> MemberHyperparameters:
         """The hyperparameters of members; those that have ended, and spare places, do no steps."""
-        numbers = [_hyperparameters(self.stages[i]) for i in indices]
-        numbers = [_idle(x) if i in ended else x for i, x in zip(indices, numbers)]
-        spare = [_idle(numbers[-1])] * (self.members_per_call - len(numbers))
-        return stack([*numbers, *spare], self.mesh)
+        members = [_hyperparameters(self.stages[i]) for i in indices]
+        members = [_idle(x) if i in ended else x for i, x in zip(indices, members)]
+        spare = [_idle(members[-1])] * (self.members_per_call - len(members))
+        return stack([*members, *spare], self.mesh)
 
     def new_states(self, trained: dict, hyperparameters: MemberHyperparameters) -> MemberStates:
         """States at step 0 that all start from the same trained parameters."""

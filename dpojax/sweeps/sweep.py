@@ -248,7 +248,7 @@ def _as_lists(changes: Changes) -> dict:
 
 
 def use_cpu_devices(count: int) -> None:
-    """Makes so many devices of a CPU, unless XLA_FLAGS or this process has made them already."""
+    """Split the CPU into `count` JAX devices, unless XLA_FLAGS or this process has done so."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with contextlib.suppress(RuntimeError):  # JAX has its devices by now

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from dpojax.jobs.in_process import run_jobs
-from dpojax.jobs.job import Job
+from dpojax.jobs.job import Job, pending
 from dpojax.jobs.progress import Seconds, progress_line, read_seconds, seconds_left
 from dpojax.training.preemption import Preempted
 
@@ -26,8 +26,8 @@ def finish(done: Job) -> None:
 
 
 def test_nothing_is_said_of_the_time_left_before_a_job_is_done(jobs):
-    assert seconds_left(jobs, {}) is None
-    line = progress_line(jobs, Seconds(61.2, {"sft": 61.2}), running=["sft"])
+    assert seconds_left(jobs, {}, jobs, workers=1) is None
+    line = progress_line(jobs, Seconds(61.2, {"sft": 61.2}), jobs, running=["sft"], workers=1)
     assert line == "0/5 jobs  sft  1:01 passed"
 
 
@@ -35,18 +35,19 @@ def test_jobs_to_come_last_as_their_kind_did_or_else_as_all_did(jobs):
     for done in jobs[:2]:
         finish(done)
     seconds = {"sft": 30.0, "dpo-1": 10.0}
-    assert seconds_left(jobs, seconds) == 10 + 20 + 20  # a dpo, and two unknown of (30 + 10) / 2
-    assert seconds_left(jobs, seconds, workers=2) == 25
+    one_dpo_two_unknown = 10 + 2 * (30 + 10) / 2
+    assert seconds_left(jobs, seconds, pending(jobs), workers=1) == one_dpo_two_unknown
+    assert seconds_left(jobs, seconds, pending(jobs), workers=2) == 25
     finish(jobs[3])
     seconds |= {"ppo-1": 500.0}
-    assert seconds_left(jobs, seconds) == 10 + 500
+    assert seconds_left(jobs, seconds, pending(jobs), workers=1) == 10 + 500
     seconds |= {"ppo-2": 200.0}  # under way
-    assert seconds_left(jobs, seconds) == 10 + 300
-    line = progress_line(jobs, Seconds(740.0, seconds), running=["ppo-2"])
+    assert seconds_left(jobs, seconds, pending(jobs), workers=1) == 10 + 300
+    line = progress_line(jobs, Seconds(740.0, seconds), pending(jobs), running=["ppo-2"], workers=1)
     assert line == "3/5 jobs  ppo-2  12:20 passed, about 5 min left"
-    assert seconds_left(jobs, seconds, workers=2) == 300  # the longer of the two
+    assert seconds_left(jobs, seconds, pending(jobs), workers=2) == 300  # the longer of the two
     seconds |= {"ppo-2": 900.0}
-    assert seconds_left(jobs, seconds) == 10
+    assert seconds_left(jobs, seconds, pending(jobs), workers=1) == 10
 
 
 def test_every_job_is_done_once_and_what_it_prints_goes_to_its_log(jobs, tmp_path, capfd):

@@ -8,9 +8,12 @@ from dpojax.config.command_line import load_config_file
 from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
 from dpojax.config.saved import write_or_compare_config
+from dpojax.runs.run import run
 from dpojax.runs.workdirs import workdir_lock
 from dpojax.stages.registry import resolve
 from dpojax.sweeps.members import member_config, read_sweep
+
+from .conftest import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -145,3 +148,10 @@ def test_a_second_run_in_the_same_workdir_is_refused_while_the_first_lives(tmp_p
         pass
     with workdir_lock(tmp_path):
         pass
+
+
+def test_a_run_that_finds_another_at_work_has_written_no_config(tmp_path):
+    with workdir_lock(tmp_path), pytest.raises(ConfigError, match="in use by process"):
+        run(tiny_config(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / "contents.json").exists()

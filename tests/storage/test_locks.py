@@ -26,7 +26,7 @@ import sys, time
 from dpojax.storage import Locked, lock, locks
 locks.REFRESH_SECONDS, locks.STALE_SECONDS, locks.POLL_SECONDS = 0.1, 1e9, 0.1
 try:
-    with lock(sys.argv[1], "a sweep"):
+    with lock(sys.argv[1]):
         print("held", flush=True)
         sys.stdin.readline()
 except Locked as error:
@@ -64,7 +64,7 @@ def test_one_process_holds_a_lock_and_the_other_is_told_who(folder, quick_locks)
     with other_process(folder) as other:
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(storage.Locked, match=rf"a sweep \(process {other.pid} on \w+"),
+            pytest.raises(storage.Locked, match=rf"in use by process {other.pid} on \w+"),
             storage.lock(folder),
         ):
             pass
@@ -96,7 +96,7 @@ def test_a_buckets_lock_is_waited_for_until_its_holder_is_stale(
     ours = [record for record in caplog.records if record.name == locks.logger.name]
     warnings = [record.message for record in ours if str(pid) in record.message]
     assert {record.levelno for record in ours} == {logging.WARNING}
-    assert f"in use by a sweep (process {pid} on" in warnings[0]
+    assert f"in use by process {pid} on" in warnings[0]
     assert "s to see whether it is alive" in warnings[0]
     assert "is taken for dead; taking over its lock" in warnings[1]
     assert len(warnings) == 2
