@@ -45,18 +45,17 @@ def workdir_path(workdir: str | storage.Path) -> storage.Path:
     """The folder that --workdir names, local or in a bucket.
 
     Raises:
-      ConfigError: the name is empty, or of a kind of storage that is not known.
+      ConfigError: the name is empty, or of a kind of storage that no workdir can be on.
     """
+    if str(workdir).startswith("s3://"):
+        raise ConfigError(
+            f"--workdir={workdir}: checkpoints cannot be written to s3:// yet; use gs:// or a "
+            "folder. Data and models may lie there"
+        )
     try:
-        path = storage.as_path(workdir, "--workdir")
+        return storage.as_path(workdir, "--workdir")
     except storage.StorageError as error:
         raise ConfigError(str(error)) from error
-    if str(path).startswith("s3://"):
-        raise ConfigError(
-            f"--workdir={path}: checkpoints cannot be written to s3:// yet; use gs:// or a folder. "
-            "Data and models may lie there"
-        )
-    return path
 
 
 def as_json(config: ConfigDict) -> dict:

@@ -78,8 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         step=options.step,
         adapters=options.adapters,
     )
-    reader = "peft.PeftModel" if options.adapters else "transformers.AutoModelForCausalLM"
-    print(f"{folder}: load it with {reader}.from_pretrained")
+    place = "" if storage.is_local(folder) else "copy it to a disk and "
+    print(f"{folder}: {place}load it with {_loader(folder, options.adapters)}.from_pretrained")
+
+
+def _loader(folder: storage.Path, adapters: bool) -> str:
+    """The class that loads an exported folder."""
+    if adapters:
+        return "peft.PeftModel"
+    architectures = storage.read_json(folder / "config.json").get("architectures") or []
+    scores = any("Classification" in name for name in architectures)
+    head = "SequenceClassification" if scores else "CausalLM"
+    return f"transformers.AutoModelFor{head}"
 
 
 if __name__ == "__main__":

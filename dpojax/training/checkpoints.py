@@ -64,9 +64,9 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, max_checkpoints: int = 2):
         if max_checkpoints < 1:
             raise ValueError(f"{folder}: max_checkpoints must be at least 1, got {max_checkpoints}")
-        self.folder = storage.as_path(folder)
-        if str(self.folder).startswith("s3://"):
+        if str(folder).startswith("s3://"):
             raise CheckpointError(f"{folder}: Orbax writes to local folders and gs:// only")
+        self.folder = storage.as_path(folder)
         self._max_checkpoints = max_checkpoints
         self._orbax = self._open()
         self._in_flight = None  # (path, response) of the save that nobody has waited for

@@ -11,7 +11,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.data import reviews
 from dpojax.data.records import DataError
 from dpojax.evaluation.rewards import RewardError, open_reward
-from dpojax.runs.export import export
+from dpojax.runs.export import export, main
 from dpojax.runs.run import run
 from dpojax.stages import classifier_data
 from dpojax.stages.registry import resolve
@@ -82,6 +82,12 @@ def test_it_learns_the_labels_and_says_how_often_it_is_right(trained):
     assert "cross-entropy (nats)" in table
     before = next(line for line in lines(workdir, "classifier") if line["split"] == "eval")
     assert before["cross_entropy"] == pytest.approx(np.log(2), abs=0.02)
+
+
+def test_the_command_names_what_loads_the_folder(trained, tmp_path, capsys):
+    main([f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}"])
+    loader = "transformers.AutoModelForSequenceClassification.from_pretrained"
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}: load it with {loader}\n")
 
 
 def test_transformers_gives_the_exported_folder_the_probability_that_the_reward_gives(trained):

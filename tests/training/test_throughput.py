@@ -1,7 +1,8 @@
-"""Model FLOPs against XLA's count, the matmul ceiling against NumPy, memory against the kernel."""
+"""Model FLOPs against XLA's count, the matmul ceiling by a set clock, memory against the kernel."""
 
+import itertools
 import pathlib
-import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -41,30 +42,34 @@ def test_a_token_costs_six_flops_a_parameter_to_train_on_and_two_to_score():
     assert model_flops(0, 500, 10, 3) == 6 * 500 * 3
 
 
-def test_the_ceiling_is_of_the_order_of_numpys_matmul():
-    a = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
-    times = []
-    for _ in range(10):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    numpys = 2 * 512**3 / min(times)
-    assert numpys / 20 < matmul_flops_per_second("float32", size=512, seconds=0.05) < numpys * 20
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on by a hundredth of a second each time it is read."""
+    ticks = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) / 100)
+    monkeypatch.setattr(throughput, "time", clock)
+    return ticks
 
 
-def test_the_ceiling_is_measured_once_per_dtype():
-    first = matmul_flops_per_second("float32", size=64, seconds=0.01)
-    began = time.perf_counter()
-    assert matmul_flops_per_second(jnp.float32, size=64, seconds=0.01) == first
-    assert time.perf_counter() - began < 0.005
-    assert matmul_flops_per_second("bfloat16", size=64, seconds=0.01) != first
+def test_the_ceiling_is_the_flops_of_a_square_product_by_its_seconds(clock):
+    measured = matmul_flops_per_second("float32", size=64, seconds=0.1)
+    assert measured == pytest.approx(2 * 64**3 / 0.01)
+    assert next(clock) > 10  # it was repeated for the seconds that it may take
 
 
-def test_the_ceiling_of_one_device_can_be_measured_inside_a_mesh():
+def test_the_ceiling_is_measured_once_per_dtype(clock):
+    first = matmul_flops_per_second("float32", size=65, seconds=0.05)
+    read = next(clock)
+    assert matmul_flops_per_second(jnp.float32, size=65, seconds=0.05) == first
+    assert next(clock) == read + 1
+    matmul_flops_per_second("bfloat16", size=65, seconds=0.05)
+    assert next(clock) > read + 2
+
+
+def test_the_ceiling_of_one_device_can_be_measured_inside_a_mesh(clock):
     with jax.set_mesh(make_mesh(data=2, fsdp=4)):
         inside = matmul_flops_per_second("float32", size=160, seconds=0.05)
-    outside = matmul_flops_per_second("float32", size=161, seconds=0.05)
-    assert outside / 20 < inside < outside * 20
+    assert inside == pytest.approx(2 * 160**3 / 0.01)
 
 
 def test_peak_memory_of_a_cpu_is_the_kernels_peak_of_the_process():
