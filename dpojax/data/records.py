@@ -64,6 +64,11 @@ class Record:
       rank: for each response the number of responses that are better, such as (0, 1, 1, 3); None
         if there are no ties.
       category: the name of the class of a classified text, else None.
+      tools: the row's tools, for the chat template, or None.
+      template_options: further keyword arguments of the chat template (`chat_template_kwargs` of
+        the row), or None.
+      weight: factor of the example's loss, 0 or more: 2 counts as two equal records.
+      source: name of the source that the row comes from; "" if there is one source.
     """
 
     id: str
@@ -73,6 +78,10 @@ class Record:
     scores: Scores | None = None
     rank: tuple[int, ...] | None = None
     category: str | None = None
+    tools: tuple | None = None
+    template_options: dict[str, Any] | None = None
+    weight: float = 1.0
+    source: str = ""
 
     @property
     def places(self) -> tuple[int, ...]:

@@ -54,6 +54,11 @@ class Tally:
     count: int = 0
     examples: list[str] = dataclasses.field(default_factory=list)
 
+    def add(self, count: int, examples: Sequence[str]) -> None:
+        """Add `count` records, of which `examples` are some ids."""
+        self.count += count
+        self.examples += examples[: EXAMPLES - len(self.examples)]
+
 
 class Report:
     """Counts and statistics of one data set, from the rows of a file to token ids.
@@ -62,6 +67,7 @@ class Report:
       read: records read, usable or not.
       kept: records that became examples (the cut ones included).
       tallies: outcome (`dropped`, `cut`, `noted`) -> cause -> Tally.
+      unread: name of a field that was not read -> Tally of the records that have it.
       lengths: a histogram for each of `prompt`, `response`, `chosen`, `rejected` and `longest`
         (prompt + longest response): number of tokens -> how many. It covers every encoded record.
         Tokens are counted before truncation, with BOS and EOS.
@@ -73,6 +79,7 @@ class Report:
         self.read = 0
         self.kept = 0
         self.tallies: dict[str, dict[str, Tally]] = {name: {} for name in OUTCOMES}
+        self.unread: dict[str, Tally] = {}
         self.lengths: dict[str, Counter[int]] = defaultdict(Counter)
         self.starts: dict[int, int] = defaultdict(int)
         self.ends: dict[str, int] = defaultdict(int)
@@ -86,10 +93,28 @@ class Report:
         """
         if cause not in CAUSES:
             raise KeyError(f"cause {cause!r} has no explanation: add it to report.CAUSES")
-        tally = self.tallies[outcome].setdefault(cause, Tally())
-        tally.count += 1
-        if len(tally.examples) < EXAMPLES:
-            tally.examples.append(id)
+        self.tallies[outcome].setdefault(cause, Tally()).add(1, [id])
+
+    def count_field(self, name: str, id: str) -> None:
+        """Count field `name` of record `id`, which was not read."""
+        self.unread.setdefault(name, Tally()).add(1, [id])
+
+    def add(self, other: Report) -> None:
+        """Add the counts of another report, such as that of the next part of the same data."""
+        self.read += other.read
+        self.kept += other.kept
+        for outcome, tallies in other.tallies.items():
+            for cause, tally in tallies.items():
+                mine = self.tallies[outcome].setdefault(cause, Tally())
+                mine.add(tally.count, tally.examples)
+        for name, tally in other.unread.items():
+            self.unread.setdefault(name, Tally()).add(tally.count, tally.examples)
+        for name, counts in other.lengths.items():
+            self.lengths[name].update(counts)
+        for number, count in other.starts.items():
+            self.starts[number] += count
+        for name, count in other.ends.items():
+            self.ends[name] += count
 
     def measure(self, prompt: int, responses: Sequence[int]) -> None:
         """Add the numbers of tokens of an encoded record to the histograms in `lengths`."""
@@ -139,6 +164,7 @@ class Report:
                 outcome: {cause: dataclasses.asdict(tally) for cause, tally in tallies.items()}
                 for outcome, tallies in self.tallies.items()
             },
+            "unread": {name: dataclasses.asdict(tally) for name, tally in self.unread.items()},
             "lengths": {name: [*counts.items()] for name, counts in self.lengths.items()},
             "starts": [*self.starts.items()],
             "ends": dict(self.ends),
@@ -151,6 +177,7 @@ class Report:
         report.read, report.kept = content["read"], content["kept"]
         for outcome, tallies in content["tallies"].items():
             report.tallies[outcome] = {cause: Tally(**tally) for cause, tally in tallies.items()}
+        report.unread = {name: Tally(**tally) for name, tally in content["unread"].items()}
         for name, counts in content["lengths"].items():
             report.lengths[name] = Counter(dict(counts))
         report.starts.update(content["starts"])
@@ -159,13 +186,15 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON for readers: like `to_content`, but with statistics of the lengths."""
-        tallies = self.to_content()["tallies"]
+        plain = self.to_content()
+        tallies = plain["tallies"]
         content = {
             "read": self.read,
             "kept": self.kept,
             "cut": tallies["cut"],
             "dropped": tallies["dropped"],
             "noted": tallies["noted"],
+            "fields not read": plain["unread"],
             "tokens": self.statistics(),
             "bos": {str(number): count for number, count in sorted(self.starts.items())},
             "eos": dict(self.ends),
@@ -174,7 +203,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"{self.read:,} records read, {self.kept:,} kept, {self.dropped:,} dropped"]
-        parts += [_causes_table(self), _lengths_table(self), _ends_table(self)]
+        parts += [_causes_table(self), _fields_table(self), _lengths_table(self), _ends_table(self)]
         return "\n\n".join(part for part in parts if part)
 
 
@@ -190,6 +219,16 @@ def _causes_table(report: Report) -> str:
             share = f"{100 * tally.count / max(report.read, 1):.2f} %"
             ids = ", ".join(tally.examples)
             rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, ids])
+    return "\n".join(text_table(rows, left=(0, 3)))
+
+
+def _fields_table(report: Report) -> str:
+    if not report.unread:
+        return ""
+    rows = [["fields that were not read", "records", "share", "for example"]]
+    for name, tally in sorted(report.unread.items(), key=lambda item: (-item[1].count, item[0])):
+        share = f"{100 * tally.count / max(report.read, 1):.2f} %"
+        rows.append([f"  {name}", f"{tally.count:,}", share, ", ".join(tally.examples)])
     return "\n".join(text_table(rows, left=(0, 3)))
 
 

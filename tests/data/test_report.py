@@ -163,3 +163,38 @@ def test_the_report_explains_every_cause_that_the_code_names():
     assert causes <= CAUSES.keys()
     # So many are known to be named; fewer would mean that the search has gone blind.
     assert {"too_long", "prompts_differ", "one_token", "all_tied", "beyond_limit"} <= causes
+
+
+def test_two_reports_add_up_to_the_report_on_all(report):
+    other, whole = Report(), Report()
+    other.read, other.kept = 4, 1
+    other.lengths["prompt"].update([2, 40])
+    other.starts[1], other.ends["without EOS"] = 1, 2
+    for id in ("g:1", "g:2", "g:3"):
+        other.count("dropped", "too_long", id)
+        other.count_field("images", id)
+    other.count("noted", "boundary_merge", "g:4")
+    whole.add(report)
+    whole.add(other)
+    assert (whole.read, whole.kept, whole.dropped) == (25, 19, 6)
+    tallies = whole.tallies["dropped"]["too_long"], whole.tallies["noted"]["boundary_merge"]
+    assert [tally.count for tally in tallies] == [6, 2]
+    assert [tally.examples for tally in tallies] == [["f:19", "f:20"], ["f:3", "g:4"]]
+    assert (whole.unread["images"].count, whole.unread["images"].examples) == (3, ["g:1", "g:2"])
+    assert (whole.lengths["prompt"][2], whole.lengths["prompt"][40]) == (2, 1)
+    assert (whole.starts, whole.ends) == ({1: 19}, {"with EOS": 36, "without EOS": 2})
+    assert report.number("dropped", "too_long") == 3  # the part is as it was
+
+
+def test_fields_that_were_not_read_have_a_table_of_their_own(report):
+    assert "not read" not in str(report)
+    for number in range(1, 4):
+        report.count_field("images", f"f:{number}")
+    report.count_field("source", "f:9")
+    table = str(report).split("fields that were not read")[1].split("\n\n")[0].splitlines()
+    assert [line.split() for line in table[1:]] == [
+        ["images", "3", "14.29", "%", "f:1,", "f:2"],
+        ["source", "1", "4.76", "%", "f:9"],
+    ]
+    assert json.loads(report.to_json())["fields not read"]["images"]["count"] == 3
+    assert Report.from_content(report.to_content()).unread == report.unread
