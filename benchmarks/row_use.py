@@ -25,9 +25,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from transformers import AutoTokenizer
 
 from dpojax.config.defaults import default_config
+from dpojax.data.examples import Example
 from dpojax.data.packing import Costs, Shape, bucket_of, plan
 from dpojax.data.rows import buckets_of, collate, needs_of
-from dpojax.data.tokenise import Example
 from dpojax.models import decoder
 from dpojax.models.attention import XLA
 from dpojax.models.config import GPT2, DecoderConfig

@@ -28,9 +28,9 @@ import numpy as np
 
 from dpojax import sharding
 from dpojax.config.defaults import default_config
+from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import Example
 from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.models.config import GPT2, DecoderConfig

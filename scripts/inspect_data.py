@@ -86,8 +86,8 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
 
 
 def _selected(
-    examples: list[tokenise.Example], first: str | None, count: int
-) -> list[tokenise.Example]:
+    examples: list[Example], first: str | None, count: int
+) -> list[Example]:
     """`count` examples from the one with the id `first` on, or from the start."""
     start = 0
     if first:
@@ -113,7 +113,7 @@ def _require_utf8(pattern: str) -> None:
             )
 
 
-def render(example: tokenise.Example, tokenizer, colour: bool) -> str:
+def render(example: Example, tokenizer, colour: bool) -> str:
     """Format an example for a terminal: the tokens of the prompt and of each response."""
     blocks = [("prompt", DIM, example.prompt, False)]
     names = _names(len(example.responses), example.label)

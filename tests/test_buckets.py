@@ -11,8 +11,8 @@ import pytest
 
 from dpojax import storage
 from dpojax.data import examples, sources
+from dpojax.data.examples import Example
 from dpojax.data.records import DataError
-from dpojax.data.tokenise import Example
 from dpojax.evaluation import frontier_points, optimum, plots
 from dpojax.models import decoder, huggingface, lora
 from dpojax.models.config import LLAMA, DecoderConfig

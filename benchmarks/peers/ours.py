@@ -11,9 +11,9 @@ from cases import BETA, CLIP, WARM, Case, Pair, StepResult, batches, read_case, 
 
 from dpojax import sharding
 from dpojax.config.defaults import default_config
+from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import Example
 from dpojax.methods import preference
 from dpojax.models import decoder, huggingface
 from dpojax.training.costs import packing_costs

@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from dpojax import storage
 from dpojax.data.records import DataError
-from dpojax.data.tokenise import Example
 
 # One column for each field of an Example. None is stored as null.
 SCHEMA = pa.schema(
@@ -30,10 +29,45 @@ SCHEMA = pa.schema(
         "scores": pa.large_list(pa.float64()),
         "rank": pa.large_list(pa.int32()),
         "category": pa.int32(),
+        "weight": pa.float32(),
+        "source": pa.int32(),
+        "scored": pa.large_list(pa.large_list(pa.uint8())),
     }
 )
 DIGEST = hashlib.sha256().digest_size
 ABOUT = b"about"
+
+
+class Example(NamedTuple):
+    """Token ids of one record.
+
+    Attributes:
+      id: the record's id.
+      prompt: int32 [P], P >= 1.
+      responses: K arrays int32 [T_k], T_k >= 1, best first.
+      cut: for each response, whether truncation removed its end (and so its EOS).
+      label: for unpaired data, whether the response is desirable.
+      scores: the score of each response in the data, or None.
+      rank: for each response the number of responses that are better; None where every response is
+        worse than the one before it.
+      category: index of a classified text's class; `tokenise` leaves it None.
+      weight: weight of the example's loss.
+      source: index of the source that the record comes from.
+      scored: for each response bool [T_k], which of its tokens the loss scores. The others are
+        context, such as the result of a tool. None: all are scored.
+    """
+
+    id: str
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    cut: tuple[bool, ...]
+    label: bool | None
+    scores: tuple[float, ...] | None = None
+    rank: tuple[int, ...] | None = None
+    category: int | None = None
+    weight: float = 1.0
+    source: int = 0
+    scored: tuple[np.ndarray, ...] | None = None
 
 
 class Ragged(NamedTuple):
@@ -68,12 +102,20 @@ class Examples(Sequence[Example]):
         self._prompt, self._cut, self._scores, self._rank = (
             Ragged.view(batch.column(name)) for name in ragged
         )
-        self._single = {name: batch.column(name) for name in ("id", "label", "category")}
+        single = ("id", "label", "category", "weight", "source")
+        self._single = {name: batch.column(name) for name in single}
+        scored = batch.column("scored")
+        self._mask_of_example = scored.offsets.to_numpy()
+        self._mask = Ragged.view(scored.values)
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
-        columns = dict(zip(Example._fields, zip(*examples)))
+        columns = {name: [e[i] for e in examples] for i, name in enumerate(Example._fields)}
         columns["cut"] = [[int(x) for x in cut] for cut in columns["cut"]]
+        columns["scored"] = [
+            None if masks is None else [mask.view(np.uint8) for mask in masks]
+            for masks in columns["scored"]
+        ]
         return cls(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
 
     def __len__(self) -> int:
@@ -84,12 +126,14 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         places = range(self._of_example[index], self._of_example[index + 1])
+        masks = range(self._mask_of_example[index], self._mask_of_example[index + 1])
         return Example(
             prompt=self._prompt.at(index),
             responses=tuple(map(self._response.at, places)),
             cut=tuple(map(bool, self._cut.at(index).tolist())),
             scores=tuple(self._scores.at(index).tolist()) or None,
             rank=tuple(self._rank.at(index).tolist()) or None,
+            scored=tuple(self._mask.at(place).view(bool) for place in masks) or None,
             **{name: column[index].as_py() for name, column in self._single.items()},
         )
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dpojax.data.examples import Example
 from dpojax.data.filling import Size, best_fill, first_fit, largest_first, level, tokens_of
 from dpojax.data.records import DataError
-from dpojax.data.tokenise import Example
 
 GAIN = 0.005  # share of the time that one more bucket must save to be worth its compilation
 DOUBLING = 0.03  # share of the time that twice the memory of activations must save

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import Shape
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import Example
 
 Attach = Callable[[Rows], Rows]  # adds the cached reference log-probs to a batch
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import Bucket, Buckets, Shape, bucket_of, pack, size_of
-from dpojax.data.tokenise import Example
 
 
 class Rows(NamedTuple):

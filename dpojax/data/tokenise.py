@@ -10,43 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jinja2
 import numpy as np
 
+from dpojax.data.examples import Example, Examples
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 
 Ids = list[int]
 
 CHUNK = 2048  # records per call of the tokenizer: bounds memory, and keeps its threads busy
-
-
-class Example(NamedTuple):
-    """Token ids of one record.
-
-    Attributes:
-      id: the record's id.
-      prompt: int32 [P], P >= 1.
-      responses: K arrays int32 [T_k], T_k >= 1, best first.
-      cut: for each response, whether truncation removed its end (and so its EOS).
-      label: for unpaired data, whether the response is desirable.
-      scores: the score of each response in the data, or None.
-      rank: for each response the number of responses that are better; None where every response is
-        worse than the one before it.
-      category: index of a classified text's class; `tokenise` leaves it None.
-    """
-
-    id: str
-    prompt: np.ndarray
-    responses: tuple[np.ndarray, ...]
-    cut: tuple[bool, ...]
-    label: bool | None
-    scores: tuple[float, ...] | None = None
-    rank: tuple[int, ...] | None = None
-    category: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +103,47 @@ def tokenise(
     if report is None:
         report = Report()
         report.read = len(records)
+    chunks = (records[start : start + CHUNK] for start in range(0, len(records), CHUNK))
+    tokenised = tokenise_chunks(chunks, tokenizer, config, report)
+    examples = [example for chunk in tokenised for example in chunk]
+    report.require_some()
+    return examples, report
+
+
+def tokenise_chunks(
+    chunks: Iterable[Sequence[Record]],
+    tokenizer: Any,
+    config: TokenizeConfig,
+    report: Report,
+    *,
+    sources: Sequence[str] = (),
+    num_proc: int = 1,
+) -> Iterator[Examples]:
+    """Tokenise records chunk by chunk, so that memory does not grow with the data.
+
+    Args:
+      chunks: lists of records. About `CHUNK` records a list keep the tokenizer's threads busy.
+      tokenizer: a `transformers` tokenizer; it is not changed.
+      config: limits, and what to do with odd records.
+      report: the report that the reader began. It is complete after the last chunk.
+      sources: names of the sources. `Example.source` is the place of `Record.source` in it, or 0
+        if the name is not there.
+      num_proc: number of processes. The examples do not depend on it.
+
+    Yields:
+      The examples of each chunk, in order. A chunk may have none.
+
+    Raises:
+      DataError: like `tokenise`; but no error if every record is dropped (`Report.require_some`).
+    """
     if config.prompts_differ == "error" and report.number("dropped", "prompts_differ"):
         first = report.tallies["dropped"]["prompts_differ"].examples[0]
         raise DataError(f"{first}: chosen and rejected have different prompts (prompts_differ)")
-    encoder = _Encoder(tokenizer, config, report)
-    examples = []
-    for start in range(0, len(records), CHUNK):
-        examples += encoder.examples(records[start : start + CHUNK])
-    report.kept += len(examples)
-    report.require_some()
-    return examples, report
+    encoder = _Encoder(tokenizer, config, report, sources)
+    for chunk in chunks:
+        examples = encoder.examples(chunk)
+        report.kept += len(examples)
+        yield Examples.of(examples)
 
 
 class _Renderer:
@@ -187,8 +194,11 @@ class _Renderer:
 class _Encoder:
     """Encodes records with one tokenizer and config, and counts into one report."""
 
-    def __init__(self, tokenizer: Any, config: TokenizeConfig, report: Report) -> None:
+    def __init__(
+        self, tokenizer: Any, config: TokenizeConfig, report: Report, sources: Sequence[str]
+    ) -> None:
         self.tokenizer, self.config, self.report = tokenizer, config, report
+        self.sources = {name: place for place, name in enumerate(sources)}
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if config.append_eos and self.eos is None:
             raise DataError(
@@ -288,6 +298,8 @@ class _Encoder:
             label=record.label,
             scores=record.scores,
             rank=record.rank,
+            weight=getattr(record, "weight", 1.0),
+            source=self.sources.get(getattr(record, "source", ""), 0),
         )
 
     def _count_ends(self, prompt: Ids, responses: list[Ids]) -> None:

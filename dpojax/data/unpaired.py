@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpojax.data.examples import Example
 from dpojax.data.records import DataError, Record
-from dpojax.data.tokenise import Example
 
 
 def split(record: Record) -> list[Record]:

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
+from dpojax.data.examples import Example
 from dpojax.data.filling import Size, first_fit
 from dpojax.data.packing import Shape, size_of
 from dpojax.data.records import Record
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import Example, TokenizeConfig, tokenise
+from dpojax.data.tokenise import TokenizeConfig, tokenise
 from dpojax.evaluation.frontier import Estimate, mean_over_prompts
 from dpojax.evaluation.rewards import Reward
 from dpojax.evaluation.text_statistics import Lengths, distinct_n, lengths, mean_repetition

@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax.data import sources
+from dpojax.data.examples import Example
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.data.tokenise import Example, TokenizeConfig, start_tokens, tokenise
+from dpojax.data.tokenise import TokenizeConfig, start_tokens, tokenise
 from dpojax.stages.data import EMBEDDED, StageData, hold_out, renamed_columns, require_both
 
 

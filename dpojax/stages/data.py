@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from dpojax import storage
 from dpojax.config.errors import config_errors
 from dpojax.data import records, reviews, sources, unpaired
+from dpojax.data.examples import Example
 from dpojax.data.prompts import EMBEDDED
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.data.tokenise import Example, TokenizeConfig, tokenise
+from dpojax.data.tokenise import TokenizeConfig, tokenise
 
 
 class DataRequirements(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dpojax import sharding
+from dpojax.data.examples import Example
 from dpojax.data.rows import Rows, utilisation
-from dpojax.data.tokenise import Example
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.lost_updates import LOST_UPDATES
 from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progress

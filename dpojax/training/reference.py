@@ -17,9 +17,9 @@ import numpy as np
 from jax import Array
 
 from dpojax import sharding, storage
+from dpojax.data.examples import Example
 from dpojax.data.packing import size_of
 from dpojax.data.rows import Rows
-from dpojax.data.tokenise import Example
 
 FORMAT = (
     "dpojax reference log-probs, version 1"  # change it when the same inputs give other numbers

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from dpojax import sharding
+from dpojax.data.examples import Example
 from dpojax.data.rows import Rows
-from dpojax.data.tokenise import Example
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import (
     Due,

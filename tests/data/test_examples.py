@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpojax.data.examples import Examples, load, save
+from dpojax.data.examples import Example, Examples, load, save
 from dpojax.data.records import DataError
-from dpojax.data.tokenise import Example
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 ids = st.lists(INT32, min_size=1, max_size=4).map(lambda x: np.asarray(x, np.int32))

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 
 from dpojax import storage
-from dpojax.data.tokenise import Example
+from dpojax.data.examples import Example
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 PATH = pathlib.Path(__file__).resolve().parents[2] / "scripts/inspect_data.py"

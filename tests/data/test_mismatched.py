@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpojax.data.examples import Example
 from dpojax.data.records import DataError, Record
-from dpojax.data.tokenise import Example
 from dpojax.data.unpaired import split, with_mismatched
 
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in, train_batches
-from dpojax.data.tokenise import Example
 
 
 def example(i):

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpojax.data.examples import Example
 from dpojax.data.filling import Size, best_fill, first_fit, level
 from dpojax.data.packing import Bucket, Buckets, Costs, Shape, bucket_of, pack, plan, size_of
 from dpojax.data.records import DataError
 from dpojax.data.rows import buckets_of, collate, needs_of, utilisation
-from dpojax.data.tokenise import Example
 
 tokens = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(np.int32)
 responses = st.lists(tokens, min_size=1, max_size=4).map(tuple)

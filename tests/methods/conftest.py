@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import collate
-from dpojax.data.tokenise import Example
 from dpojax.logprobs import TokenStatistics
 
 # What each loss is given in tests, where it has no default of its own.

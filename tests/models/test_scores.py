@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny_checkpoints as checkpoints
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import collate
-from dpojax.data.tokenise import Example
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.families import config_from_raw, config_to_raw

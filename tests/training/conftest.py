@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import collate
-from dpojax.data.tokenise import Example
 from dpojax.methods import preference
 from dpojax.models import decoder
 from dpojax.models.config import LLAMA, DecoderConfig

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from jax import Array
 
+from dpojax.data.examples import Example
 from dpojax.data.packing import Shape, Size, first_fit, size_of
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import Example
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import Params
 from dpojax.models.scores import with_scalar_head
