@@ -16,6 +16,7 @@ import sys
 
 from dpojax import storage
 from dpojax.data import lint, records, sources, tokenise
+from dpojax.data.examples import Example
 from dpojax.data.report import Report
 from dpojax.stages.tokenizers import read_tokenizer
 
@@ -85,9 +86,7 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
     return report, findings
 
 
-def _selected(
-    examples: list[Example], first: str | None, count: int
-) -> list[Example]:
+def _selected(examples: list[Example], first: str | None, count: int) -> list[Example]:
     """`count` examples from the one with the id `first` on, or from the start."""
     start = 0
     if first:

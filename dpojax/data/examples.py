@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         "scores": pa.large_list(pa.float64()),
         "rank": pa.large_list(pa.int32()),
         "category": pa.int32(),
-        "weight": pa.float32(),
+        "weight": pa.float64(),
         "source": pa.int32(),
         "scored": pa.large_list(pa.large_list(pa.uint8())),
     }

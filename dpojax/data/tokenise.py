@@ -298,8 +298,8 @@ class _Encoder:
             label=record.label,
             scores=record.scores,
             rank=record.rank,
-            weight=getattr(record, "weight", 1.0),
-            source=self.sources.get(getattr(record, "source", ""), 0),
+            weight=record.weight,
+            source=self.sources.get(record.source, 0),
         )
 
     def _count_ends(self, prompt: Ids, responses: list[Ids]) -> None:

@@ -21,23 +21,29 @@ maybe = lambda values: st.none() | values
 def examples(draw):
     several = lambda values: st.lists(values, min_size=count, max_size=count).map(tuple)
     count = draw(st.integers(1, 4))
+    responses = draw(several(ids))
+    masks = tuple(np.asarray(x) % 2 == 0 for x in responses)
     return Example(
         id=draw(st.text(max_size=8)),
         prompt=draw(ids),
-        responses=draw(several(ids)),
+        responses=responses,
         cut=draw(several(st.booleans())),
         label=draw(maybe(st.booleans())),
         scores=draw(maybe(several(st.floats(allow_nan=False)))),
         rank=draw(maybe(several(st.integers(-1, 9)))),
         category=draw(maybe(st.integers(0, 99))),
+        weight=draw(st.floats(0, 9)),
+        source=draw(st.integers(0, 9)),
+        scored=draw(maybe(st.just(masks))),
     )
 
 
 def plain(example: Example) -> tuple:
     """With lists in the place of arrays, and the dtype of each."""
-    arrays = [example.prompt, *example.responses]
+    arrays = [example.prompt, *example.responses, *(example.scored or ())]
     tokens = [(x.tolist(), x.dtype) for x in arrays]
-    return example._replace(prompt=None, responses=None), tokens, type(example.responses)
+    single = example._replace(prompt=None, responses=None, scored=example.scored is None)
+    return single, tokens, type(example.responses)
 
 
 def pairs(count: int) -> list[Example]:
