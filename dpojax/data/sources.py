@@ -1,36 +1,86 @@
 """Reads rows from files, folders and the Hugging Face hub, each with an id "FILE:NUMBER".
 
-JSON is read here, line by line, so that an error can name the line. Parquet, saved and hub data
-sets are read by `datasets`. Nothing is written beside the data.
+Rows are read one after the other, so that memory does not grow with a file. Errors name file and
+line. Nothing is written beside the data.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import gzip
 import hashlib
-import json
+import itertools
 import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from dpojax import storage
-from dpojax.data import records
+from dpojax.data import data_sets, json_files, records, table_files, text_files
 from dpojax.data.records import DataError, Record, Reject
 from dpojax.data.report import Report
 
 Row = tuple[dict[str, Any], str]
 Path = str | os.PathLike
 
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+COMPRESSED = ("", *text_files.OPENERS)
+JSON_SUFFIXES = tuple(f"{kind}{more}" for kind in (".json", ".jsonl") for more in COMPRESSED)
+LINE_SUFFIXES = tuple(suffix for suffix in JSON_SUFFIXES if suffix.startswith(".jsonl"))
+CSV_SUFFIXES = tuple(f".csv{more}" for more in COMPRESSED)
+TSV_SUFFIXES = tuple(f".tsv{more}" for more in COMPRESSED)
+ARROW_SUFFIXES = (".arrow", ".feather")
+SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, *TSV_SUFFIXES, ".parquet", *ARROW_SUFFIXES)
+SHOWN_SUFFIXES = ".json, .jsonl, .csv, .tsv (also .gz, .bz2, .xz, .zst), .parquet, .arrow, .feather"
+
+HUB = "hub:"  # in front of a name: it is not looked for on disk
+HUB_NAME = re.compile(
+    r"(?P<path>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<subset>[^:@/]+))?(@(?P<revision>[\w./-]+))?"
+)
+SLICE = re.compile(r"(?P<split>.*)\[(?P<first>\d*):(?P<end>\d*)\]")
+
+
+class Source(NamedTuple):
+    """A place of records, and which of its records are meant.
+
+    Attributes:
+      path: a .json, .jsonl, .csv or .tsv file (also compressed: .gz, .bz2, .xz, .zst), a .parquet,
+        .arrow or .feather file, a glob pattern, a folder (written by `datasets.save_to_disk`, or
+        holding data files), or NAME, NAME:SUBSET or NAME:SUBSET@REVISION on the hub. "hub:" before
+        a name says that it is none on disk. A .json file may hold an array, an object with a list,
+        or JSON lines.
+      split: which part of a folder, hub data set or object with several lists; "train[:1000]" are
+        the first 1,000 rows of it. "" is the only one.
+      subset: of a folder or hub data set with named subsets.
+      revision: branch, tag or commit of a hub data set.
+      data_dir: a folder inside of a folder or hub data set.
+    """
+
+    path: Path
+    split: str = ""
+    subset: str = ""
+    revision: str = ""
+    data_dir: str = ""
+
+
+def listed(text: str, **selection: str) -> list[Source]:
+    """The sources in a text, which commas separate; a name that is there with its comma is one.
+
+    Args:
+      text: "pairs.jsonl", "a.jsonl,b/*.parquet" or "NAME:SUBSET@REVISION".
+      selection: `split`, `subset`, `revision` and `data_dir` of every source.
+
+    Raises:
+      DataError: a name between two commas is missing.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 1 or _place(text).exists() or storage.matches(_place(text)):
+        return [Source(text, **selection)]
+    if not all(parts):
+        raise DataError(f"{text!r}: a name is missing before or after a comma")
+    return [Source(part, **selection) for part in parts]
 
 
 def load_records(
-    path: Path | Sequence[Path],
+    path: Path | Source | Sequence[Path | Source],
     *,
     split: str | None = None,
     form: str = "auto",
@@ -40,24 +90,34 @@ def load_records(
 
     Args:
       path: what `read` takes.
-      split: which part of a saved or hub data set, or of a JSON object of lists.
+      split: see `read`.
       form: one of `records.FORMS`, or `auto` to find it from the keys of each row.
       columns: fields to rename before parsing, {name in the file: name in `records.FORMS`}.
 
     Raises:
       DataError: see `read` and `records.parse`; also when no row states a preference.
     """
-    usable: list[Record] = []
     report = Report()
-    for row, id in read(path, split=split):
+    usable = list(parsed(read(path, split=split), report, form=form, columns=columns))
+    report.require_some()
+    return usable, report
+
+
+def parsed(
+    rows: Iterable[Row],
+    report: Report,
+    *,
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[Record]:
+    """Yield the records of rows; those without a preference are counted in the report."""
+    for row, id in rows:
         report.read += 1
         record = records.parse(_renamed(row, id, columns or {}), id, form)
         if isinstance(record, Reject):
             report.count("dropped", record.cause, id)
         else:
-            usable.append(record)
-    report.require_some()
-    return usable, report
+            yield record
 
 
 def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
@@ -69,80 +129,174 @@ def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
     return {columns.get(name, name): value for name, value in row.items()}
 
 
-def read(path: Path | Sequence[Path], *, split: str | None = None) -> Iterator[Row]:
+def read(
+    path: Path | Source | Sequence[Path | Source], *, split: str | None = None
+) -> Iterator[Row]:
     """Yield (row, id) for every record, in file order; ids are "FILE:NUMBER", 1-based.
 
     Args:
-      path: a .json, .jsonl (both also .gz) or .parquet file, a glob pattern, a list of files, a
-        folder (written by `datasets.save_to_disk`, or holding data files), or the name of a data
-        set on the hub. A .json file may hold an array, an object with a list, or JSON lines.
-      split: which part of a folder, hub data set or object with several lists.
+      path: a source, or what a `Source` takes as its path, or a list of them.
+      split: of a path that is no `Source`.
 
     Raises:
       DataError: for a missing, empty or unreadable data set, with the absolute path; for invalid
         JSON, text that is not UTF-8 and rows that are not objects, with file and line.
     """
-    paths = _files(path)
-    names = _names(paths)
-    empty = True
-    for file, name in zip(paths, names):
-        for row, number in _rows(file, split):
+    sources = _sources(path, split)
+    parts = [_parts(source) for source in sources]
+    places = [part.place for some in parts for part in some]
+    names, empty = iter(short_names(places)), True
+    for source, some in zip(sources, parts):
+        _, first, end = _slice_of(source.split)
+        rows = _named_rows(some, [next(names) for _ in some], source)
+        for row, id in itertools.islice(rows, first, end):
             empty = False
-            yield row, f"{name}:{number}"
+            yield row, id
     if empty:
-        raise DataError(f"{', '.join(map(str, paths))}: the data set is empty")
+        raise DataError(f"{', '.join(map(str, places))}: the data set is empty")
 
 
-def fingerprint(path: Path | Sequence[Path], *, split: str | None = None) -> str:
+def _named_rows(parts: Sequence[_Part], names: Sequence[str], source: Source) -> Iterator[Row]:
+    """Yield (row, id) of all parts of one source."""
+    for part, name in zip(parts, names):
+        for row, number in _rows(part, source):
+            yield row, f"{name}:{number}"
+
+
+def fingerprint(path: Path | Source | Sequence[Path | Source], *, split: str | None = None) -> str:
     """A hash of the content of a data set, for caches and resumed runs.
 
-    It covers the names and bytes of all files, but not their folders. For a hub data set it is the
-    fingerprint that `datasets` gives to the version.
+    It covers the names and bytes of all files, but not their folders, and which subset of them is
+    meant. For a hub data set it is the commit that its revision stands for.
 
     Raises:
       DataError: something does not exist or cannot be opened.
     """
-    digest, paths = hashlib.sha256(), _files(path)
-    for file, name in zip(paths, _names(paths)):
-        digest.update(f"{name}\n".encode())
-        if isinstance(file, str):
-            with _reading(file):
-                digest.update(_opened(file, split)._fingerprint.encode())
-            continue
-        local = storage.local_copy(file)
-        # `datasets` does not read files whose names begin with a dot.
-        parts = sorted(local.rglob("[!.]*")) if local.is_dir() else [local]
-        for part in parts:
-            if part.is_file():
-                try:
-                    part_hash = storage.content_hash(part)
-                except OSError as error:
-                    raise DataError(f"{part}: cannot be read: {error}") from error
-                digest.update(f"{part.relative_to(local)} {part_hash}\n".encode())
+    digest, sources = hashlib.sha256(), _sources(path, split)
+    places = [_places(source) for source in sources]
+    names = iter(short_names([place for some in places for place in some]))
+    for source, some in zip(sources, places):
+        for place in some:
+            meant = [source.split, source.subset, source.data_dir]
+            digest.update(f"{next(names)} {meant}\n".encode())
+            if isinstance(place, str):
+                digest.update(data_sets.hub_fingerprint(place, **_selection(source)).encode())
+            else:
+                _add_files(digest, place)
     return digest.hexdigest()
 
 
-def _files(path: Path | Sequence[Path]) -> list[storage.Path | str]:
-    """The existing files and folders that `path` names. A str is the name of a hub data set."""
-    if not isinstance(path, str | os.PathLike):
-        if not path:
-            raise DataError("the list of data files is empty")
-        return [file for part in path for file in _files(part)]
+def _add_files(digest: Any, place: storage.Path) -> None:
+    """Add the names and the bytes of a file, or of all files of a folder."""
+    local = storage.local_copy(place)
+    # `datasets` does not read files whose names begin with a dot.
+    files = sorted(local.rglob("[!.]*")) if local.is_dir() else [local]
+    for file in files:
+        if file.is_file():
+            try:
+                file_hash = storage.content_hash(file)
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+            digest.update(f"{file.relative_to(local)} {file_hash}\n".encode())
+
+
+def short_names(places: Sequence[storage.Path | str]) -> list[str]:
+    """A short name for each place: its file name, or with folders if two places share a name."""
+    short = [os.path.basename(place) for place in places]
+    if len(set(short)) == len(short):
+        return short
     try:
-        place = storage.as_path(path, "the name of a data set")
-    except storage.StorageError as error:
-        raise DataError(str(error)) from error
+        common = os.path.commonpath([os.path.dirname(place) for place in places])
+    except ValueError:  # local files and a bucket's have no folder in common
+        return [str(place) for place in places]
+    return [os.path.relpath(place, common) for place in places]
+
+
+def _sources(path: Path | Source | Sequence[Path | Source], split: str | None) -> list[Source]:
+    if isinstance(path, Source):
+        return [_named(path)]
+    if isinstance(path, str | os.PathLike):
+        return [_named(Source(path, split or ""))]
+    if not path:
+        raise DataError("the list of data files is empty")
+    return [source for part in path for source in _sources(part, split)]
+
+
+class _Part(NamedTuple):
+    """A file, a folder that `datasets` saved or (a str) a name on the hub, and the split to read.
+
+    The files that a folder has for a split have no splits themselves.
+    """
+
+    place: storage.Path | str
+    split: str
+
+
+def _parts(source: Source) -> list[_Part]:
+    """What has to be read of a source, in order."""
+    parts, selection = [], _selection(source)
+    split, subset, data_dir = (selection[name] for name in ("split", "subset", "data_dir"))
+    for place in _places(source):
+        if not isinstance(place, str) and place.is_dir():
+            files = data_sets.files_of(place, split=split, subset=subset, data_dir=data_dir)
+            if files is not None:
+                parts += [_Part(file, "") for file in files]
+                continue
+        elif not isinstance(place, str) and (subset or data_dir):
+            raise DataError(
+                f"{place}: is a file and has no subsets and folders; name them in the source that "
+                "has them (NAME:SUBSET) instead of in data.subset or data.data_dir"
+            )
+        parts.append(_Part(place, split))
+    return parts
+
+
+def _named(source: Source) -> Source:
+    """The source with the subset and revision that its path names beside the folder or name."""
+    text = str(source.path)
+    if not text.startswith(HUB) and _place(source.path).exists():
+        return source
+    folder, colon, subset = text.rpartition(":")
+    if colon and not text.startswith(HUB) and folder and _place(folder).is_dir():
+        return source._replace(path=folder, subset=subset)
+    match = HUB_NAME.fullmatch(text.removeprefix(HUB))
+    if match is None or (":" not in text and "@" not in text):
+        return source
+    found = {name: value for name, value in match.groupdict().items() if value}
+    return source._replace(**found | {"path": HUB + match["path"]})
+
+
+def _places(source: Source) -> list[storage.Path | str]:
+    """The existing files and folders that a source names. A str is the name of a hub data set."""
+    text = str(source.path)
+    if text.startswith(HUB):
+        return [text.removeprefix(HUB)]
+    place = _place(source.path)
     if place.exists():
+        if not place.is_dir():
+            text_files.require_regular(place)
         return [place]
-    if re.search(r"[*?\[]", str(path)):
+    if re.search(r"[*?\[]", text):
         matches = storage.matches(place)
         if not matches:
             raise DataError(f"{place}: no file matches this pattern")
         return matches
-    on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) is not None
-    if on_hub and not str(path).endswith(SUFFIXES) and not _suggestion(place):
-        return [str(path)]
-    raise DataError(f"{place}: no such file or folder{_suggestion(place)}")
+    near = _suggestion(place)
+    if HUB_NAME.fullmatch(text) and not text.endswith(SUFFIXES) and not near:
+        return [text]
+    broken = "; it is a symbolic link that leads nowhere" if os.path.islink(str(place)) else ""
+    raise DataError(f"{place}: no such file or folder{near}{broken}")
+
+
+def _place(path: Path) -> storage.Path:
+    try:
+        place = storage.as_path(path, "the name of a data set")
+        place.exists()
+    except storage.StorageError as error:
+        raise DataError(str(error)) from error
+    except (OSError, RuntimeError, ValueError) as error:  # loops of links, too long, NUL, ~nobody
+        raise DataError(f"{str(path)[:200]!r}: not usable as a path: {error}") from error
+    return place
 
 
 def _suggestion(missing: storage.Path) -> str:
@@ -155,199 +309,45 @@ def _suggestion(missing: storage.Path) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def _names(paths: list[storage.Path | str]) -> list[str]:
-    """A short name for each file: its file name, or with folders if two files share a name."""
-    short = [os.path.basename(path) for path in paths]
-    if len(set(short)) == len(short):
-        return short
-    try:
-        common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    except ValueError:  # local files and a bucket's have no folder in common
-        return [str(path) for path in paths]
-    return [os.path.relpath(path, common) for path in paths]
+def _slice_of(split: str) -> tuple[str, int, int | None]:
+    """ "train[5:10]" is ("train", 5, 10)."""
+    match = SLICE.fullmatch(split)
+    if match is None:
+        if "[" in split:
+            raise DataError(
+                f"split {split!r}: a part of a split is written as train[:1000] or "
+                "train[1000:2000], in rows"
+            )
+        return split, 0, None
+    end = int(match["end"]) if match["end"] else None
+    return match["split"], int(match["first"] or 0), end
 
 
-def _rows(file: storage.Path | str, split: str | None) -> Iterator[tuple[dict, int]]:
-    """Yield (row, number) of one file, folder or hub data set."""
-    if isinstance(file, str) or file.is_dir():
-        return _numbered(_data_set(file, split))
-    if file.name.endswith(".parquet"):
-        _refuse_split(file, split)
-        return _numbered(_parquet(file))
-    if file.name.endswith((".jsonl", ".jsonl.gz")):
-        _refuse_split(file, split)
-        return _json_lines(file, _content(file))
-    if file.name.endswith(JSON_SUFFIXES):
-        return _json(file, split)
-    raise DataError(f"{file}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
+def _rows(part: _Part, source: Source) -> Iterator[tuple[dict, int]]:
+    """Yield (row, number) of one part."""
+    place, split = part
+    if isinstance(place, str):
+        return data_sets.hub_rows(place, **_selection(source))
+    if place.is_dir():
+        return data_sets.saved_rows(place, split)
+    if place.name.endswith(JSON_SUFFIXES) and not place.name.endswith(LINE_SUFFIXES):
+        return json_files.rows(place, split)
+    if not place.name.endswith(SUFFIXES):
+        raise DataError(f"{place}: expected a folder or a file that ends in {SHOWN_SUFFIXES}")
+    json_files.refuse_split(place, split)
+    if place.name.endswith(LINE_SUFFIXES):
+        return json_files.line_rows(place)
+    if place.name.endswith((*CSV_SUFFIXES, *TSV_SUFFIXES)):
+        return table_files.csv_rows(place, "," if place.name.endswith(CSV_SUFFIXES) else "\t")
+    if place.name.endswith(".parquet"):
+        return table_files.parquet_rows(place)
+    return table_files.arrow_rows(place)
 
 
-def _numbered(rows: Any) -> Iterator[tuple[dict, int]]:
-    return ((row, number) for number, row in enumerate(rows, start=1))
-
-
-def _refuse_split(file: storage.Path, split: str | None) -> None:
-    if split is not None:
-        raise DataError(f"{file}: has no splits, but split {split!r} was asked for; leave it out")
-
-
-def _content(file: storage.Path) -> bytes:
-    """The bytes of a file, decompressed if its name ends in .gz, without a byte order mark."""
-    try:
-        data = storage.local_copy(file).read_bytes()
-        data = gzip.decompress(data) if file.name.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-    return data.removeprefix(b"\xef\xbb\xbf")
-
-
-def _json_lines(file: storage.Path, content: bytes) -> Iterator[tuple[dict, int]]:
-    # Split the bytes, not the text: str.splitlines also splits at U+2028 inside a JSON string.
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield _object(_parsed(file, line, first_line=number), f"{file}:{number}"), number
-
-
-def _json(file: storage.Path, split: str | None) -> Iterator[tuple[dict, int]]:
-    """Rows of a .json file: JSON lines if the first line is an object, else one array or object."""
-    content = _content(file)
-    if not content.strip():
-        return
-    first, _, rest = content.lstrip().partition(b"\n")
-    try:
-        row = json.loads(first)
-    except ValueError:
-        row = None
-    if isinstance(row, dict) and (rest.strip() or not _is_container(row)):
-        _refuse_split(file, split)
-        yield from _json_lines(file, content)
-        return
-    value = _parsed(file, content)
-    if isinstance(value, list):
-        _refuse_split(file, split)
-        listed = value
-    else:
-        listed = _listed(file, value, split)
-    for number, row in enumerate(listed, start=1):
-        yield _object(row, f"{file}: record {number}"), number
-
-
-def _is_container(value: dict) -> bool:
-    """Whether an object contains lists of rows, and is not a row itself."""
-    try:
-        records.detect(value)
-    except DataError:
-        return bool(_row_lists(value))
-    return False
-
-
-def _listed(file: storage.Path, value: Any, split: str | None) -> list:
-    """The list of rows in an object such as {"data": [...]} or {"train": [...], "test": [...]}."""
-    lists = _row_lists(value) if isinstance(value, dict) else {}
-    if not lists:
-        keys = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise DataError(f"{file}: expected an array of records or an object with one, got {keys}")
-    return lists[_choose(lists, split, str(file))]
-
-
-def _row_lists(value: dict) -> dict[str, list]:
+def _selection(source: Source) -> dict[str, str]:
     return {
-        name: rows
-        for name, rows in value.items()
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        "split": _slice_of(source.split)[0],
+        "subset": source.subset,
+        "revision": source.revision,
+        "data_dir": source.data_dir,
     }
-
-
-def _choose(splits: Sequence[str] | Mapping[str, Any], split: str | None, name: str) -> str:
-    """The name of the split to read: `split`, or None if there is only one."""
-    if split is None and len(splits) == 1:
-        return next(iter(splits))
-    if split is None:
-        raise DataError(f"{name}: has the splits {', '.join(splits)}; choose one with split=...")
-    if split not in splits:
-        raise DataError(f"{name}: has no split {split!r}, only {', '.join(splits)}")
-    return split
-
-
-def _parsed(file: storage.Path, content: bytes, first_line: int = 1) -> Any:
-    """Parse JSON; errors name the file and the line (`content` starts at `first_line`)."""
-    try:
-        return json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = first_line + content[: error.start].count(b"\n")
-        raise DataError(f"{file}:{line}: not UTF-8 ({error.reason}); convert the file") from error
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(
-            f"{file}:{line}: not valid JSON ({error.msg}, column {error.colno})"
-        ) from error
-
-
-def _object(row: Any, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with named fields, got {str(row)[:60]!r}")
-    return row
-
-
-def _parquet(file: storage.Path) -> Iterator[dict]:
-    import datasets
-
-    try:
-        # Streaming reads the file in place; otherwise a copy of it would go to the cache.
-        rows = datasets.load_dataset(
-            "parquet", data_files=str(storage.local_copy(file)), split="train", streaming=True
-        )
-        yield from _with_class_names(rows)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
-
-
-def _with_class_names(data_set: Any) -> Iterator[dict]:
-    """Yield the rows with the name of a ClassLabel instead of its number; -1, "none", is null."""
-    features = data_set.features or {}
-    class_names = {name: f.names for name, f in features.items() if hasattr(f, "int2str")}
-    for row in data_set:
-        named = {}
-        for column, names in class_names.items():
-            number = row[column]
-            known = number is not None and 0 <= number < len(names)
-            named[column] = names[number] if known else None
-        yield row | named
-
-
-def _data_set(path: storage.Path | str, split: str | None) -> Iterator[dict]:
-    """Yield the rows of a folder (saved by `datasets`, or of data files) or a hub data set."""
-    with _reading(path):
-        yield from _with_class_names(_opened(path, split))
-
-
-def _opened(path: storage.Path | str, split: str | None) -> Any:
-    """Open a folder or a hub data set with `datasets`: the split, or the whole without splits."""
-    import datasets
-
-    on_hub = isinstance(path, str)
-    folder = path if on_hub else storage.local_copy(path)
-    if not on_hub and any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
-        opened = datasets.load_from_disk(str(folder))
-    else:
-        opened = datasets.load_dataset(str(folder), streaming=not on_hub)
-    if not isinstance(opened, datasets.Dataset):
-        return opened[_choose(opened, split, str(path))]
-    if split is not None:
-        raise DataError(f"{path}: has no splits, but split {split!r} was asked for")
-    return opened
-
-
-@contextlib.contextmanager
-def _reading(path: storage.Path | str) -> Iterator[None]:
-    """Turn errors of `datasets` into a DataError that names the path."""
-    import datasets
-
-    try:
-        yield
-    except DataError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        place = storage.as_path(path)
-        kind = "a file, nor as a hub data set" if isinstance(path, str) else "a data set"
-        raise DataError(f"{place}: cannot be read as {kind}: {error}") from error

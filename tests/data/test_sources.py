@@ -136,7 +136,8 @@ def test_an_object_of_several_lists_wants_a_split(tmp_path):
         ("a.json", "[]", "the data set is empty"),
         ("a.json", "", "the data set is empty"),
         ("a.parquet", b"not parquet", "cannot be read as parquet"),
-        ("a.csv", "a,b\n", "a file that ends in .json"),
+        ("a.xlsx", "a,b\n", "a file that ends in .json"),
+        ("a.csv", "a,b\n", "the data set is empty"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
