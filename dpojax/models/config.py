@@ -60,6 +60,10 @@ class Rope:
         _one_of("rope.kind", self.kind, ROPE_KINDS)
         if self.kind in ("llama3", "yarn") and not self.original_max_positions:
             raise ValueError(f"rope.original_max_positions: {self.kind} scaling needs it")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError("rope.low_freq_factor: must be below high_freq_factor")
+        if self.kind == "yarn" and not self.beta_slow < self.beta_fast:
+            raise ValueError("rope.beta_slow: must be below beta_fast")
         if self.dim is not None:
             _positive("rope.dim", self.dim)
 

@@ -30,6 +30,7 @@ from dpojax.models.families import (
     config_to_raw,
     differences,
     family_of,
+    text_part,
 )
 from dpojax.models.safetensors_io import Tensor
 from dpojax.models.transfer import read_params, tensors_of
@@ -71,8 +72,9 @@ def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there; is this a Hugging Face model folder?")
-    raw = storage.read_json(file)
+    raw = safetensors_io.read_object(file)
     try:
+        raw = text_part(raw)
         return config_from_raw(raw, families), raw
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

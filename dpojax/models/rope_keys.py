@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dpojax.models.config import Rope
+from dpojax.models.config_values import check_values
 
 # For each kind of scaling: their key -> our field of Rope.
 _CONTEXT = {"factor": "factor", "original_max_position_embeddings": "original_max_positions"}
@@ -44,7 +45,9 @@ def read_rope(
       ValueError: a scaling or a setting of it that is not supported.
     """
     settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    check_values({"rope_parameters": settings})
     settings = {key: value for key, value in settings.items() if value is not None}
+    check_values(settings, "rope_parameters.")
     old_name = settings.pop("type", "default")
     kind = settings.pop("rope_type", old_name)
     theta = float(settings.pop("rope_theta", None) or raw.get("rope_theta") or theta)
@@ -58,8 +61,9 @@ def read_rope(
     if kind in ("llama3", "yarn"):
         # A key at the top of the file wins over one among the settings.
         key = "original_max_position_embeddings"
-        settings.setdefault(key, raw["max_position_embeddings"])
-        settings[key] = raw.get(key) or settings[key]
+        settings[key] = raw.get(key) or settings.get(key) or raw.get("max_position_embeddings")
+        if settings[key] is None:
+            raise ValueError(f"rope_parameters.{key}: {kind!r} scaling needs it")
     if kind == "yarn":
         settings["attention_factor"] = _yarn_attention_factor(settings)
     fields = ROPE_SETTINGS[kind]

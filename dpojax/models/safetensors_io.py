@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from dpojax import storage
 
@@ -35,12 +40,43 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+# Far beyond any published file, and little memory and time for one that was made to harm.
+MAX_HEADER = 25_000_000  # bytes; the library's own limit is 100 MB
+MAX_TENSORS = 100_000  # of one file
+MAX_VALUES = 2_000_000  # commas of a header
+MAX_JSON = 25_000_000  # bytes of config.json and of the index
+
+QUANTIZED = (
+    ": the weights are quantised; load them with transformers, call dequantize() on the model "
+    "and save_pretrained(new_folder)"
+)
+
 
 class Stored(NamedTuple):
     """A tensor in a file: a read-only view that reads the disk when it is indexed."""
 
     view: np.ndarray
     file: pathlib.Path
+
+    def require_float(self, name: str) -> None:
+        """Raise a ValueError if the tensor holds integers, as quantised weights do."""
+        if not jnp.issubdtype(self.view.dtype, jnp.floating):
+            stored = NAMES[self.view.dtype]
+            raise ValueError(f"{self.file}: tensor {name!r} holds {stored}, not floats{QUANTIZED}")
+
+    def require_finite(self, name: str, values: np.ndarray) -> None:
+        """Raise a ValueError if `values`, which were read from the tensor, are not all finite."""
+        with np.errstate(all="ignore"):
+            # A sum needs no memory, and is not finite if a value is not.
+            if np.isfinite(values.sum(dtype=np.float32)) or np.isfinite(values).all():
+                return
+            broken = int(np.count_nonzero(~np.isfinite(self.view)))
+        raise ValueError(
+            f"{self.file}: tensor {name!r} holds {broken} values of {self.view.size} that are NaN "
+            "or infinite: whatever wrote the file wrote broken weights; take another checkpoint"
+            if broken
+            else f"{self.file}: tensor {name!r} has values that {values.dtype} cannot hold"
+        )
 
 
 class Tensor(NamedTuple):
@@ -61,63 +97,131 @@ def read_folder(folder: pathlib.Path) -> dict[str, Stored]:
 
     Raises:
       FileNotFoundError: there are no safetensors, or a file that the index names is missing.
-      ValueError: a file is incomplete or is not safetensors; the index disagrees with its files.
+      ValueError: a file or the index is damaged, or they disagree; see `read_file`.
     """
     if (folder / SINGLE).is_file():
         return read_file(folder / SINGLE)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(_nothing_to_read(folder))
-    weight_map = storage.read_json(folder / INDEX)["weight_map"]
+    weight_map = _read_index(folder)
     tensors: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file}: named by {INDEX}, but not there")
-        tensors |= read_file(folder / file)
+        for name, stored in read_file(folder / file).items():
+            if name in tensors:
+                raise ValueError(f"{stored.file}: {name!r} is in {tensors[name].file}, too")
+            tensors[name] = stored
     for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
+        if name not in tensors or tensors[name].file != folder / file:
             raise ValueError(f"{folder / INDEX}: says that {name!r} is in {file}, but it is not")
     return tensors
+
+
+def _read_index(folder: pathlib.Path) -> dict[str, str]:
+    """Which file of the folder each tensor is in. Names of files never lead out of the folder."""
+    path = folder / INDEX
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map must map names of tensors to names of files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise ValueError(f"{path}: {name!r} is in {file!r}, which names no .safetensors file")
+        # Backslashes and colons separate folders and drives elsewhere.
+        if pathlib.PurePosixPath(file).is_absolute() or {"..", ""} & set(re.split(r"[/\\:]", file)):
+            raise ValueError(f"{path}: {name!r} is in {file!r}, which leads out of the folder")
+    return weight_map
 
 
 def _nothing_to_read(folder: pathlib.Path) -> str:
     if any(folder.glob("pytorch_model*.bin*")):
         return (
-            f"{folder}: holds only pytorch_model.bin; convert it with transformers: "
-            "from_pretrained(folder) and save_pretrained(new_folder) of the class that config.json "
-            "names under architectures"
+            f"{folder}: holds only pytorch_model.bin, a pickle, which dpojax never opens because "
+            "that can run code; convert it with transformers: from_pretrained(folder) and "
+            "save_pretrained(new_folder) of the class that config.json names under architectures"
         )
     return f"{folder}: holds neither {SINGLE} nor {INDEX}"
+
+
+def read_object(path: pathlib.Path) -> dict:
+    """Return the object in a small JSON file.
+
+    Raises:
+      ValueError: the file is larger than MAX_JSON bytes, is not JSON, or holds no object.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise ValueError(f"{path}: {size:,} bytes, which is too large; is it the right file?")
+    try:
+        content = storage.read_json(path)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not JSON (nested too deeply)") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def read_file(path: pathlib.Path) -> dict[str, Stored]:
     """Return every tensor of one file, as views.
 
+    The `safetensors` library checks the header first: types, offsets, and that the tensors cover
+    the file without gaps or overlaps.
+
     Raises:
-      ValueError: the file is incomplete or is not safetensors; a dtype is not in DTYPES.
+      ValueError: the file is incomplete or is not safetensors; its header is too large; a dtype is
+        not in DTYPES.
     """
+    start, entries = _read_header(path)
+    data = np.memmap(path, np.uint8, "r", offset=start) if path.stat().st_size > start else b""
+    tensors = {}
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{path}: {name!r} has dtype {entry['dtype']}, which is not supported"
+                + (QUANTIZED if re.match(r"F[468]", entry["dtype"]) else "")
+            )
+        first, stop = entry["data_offsets"]
+        view = np.frombuffer(data[first:stop], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = Stored(view, path)
+    return tensors
+
+
+def _read_header(path: pathlib.Path) -> tuple[int, dict[str, dict]]:
+    """Where the tensors start, and the header's entry of each."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{path}: is cut short or is not a safetensors file")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path}: is not a safetensors file ({error})") from error
-    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else b""
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name!r} has dtype {entry['dtype']}, which is not supported")
-        dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        size = int(np.prod(entry["shape"], dtype=np.int64)) * dtype.itemsize
-        if stop > len(data) or stop - start != size:
-            raise ValueError(f"{path}: {name!r} needs {size} bytes; is the file cut short?")
-        view = np.frombuffer(data[start:stop], dtype).reshape(entry["shape"])
-        tensors[name] = Stored(view, path)
-    return tensors
+        if length > MAX_HEADER:
+            raise ValueError(
+                f"{path}: its header has {length:,} bytes; more than {MAX_HEADER:,} are not read"
+            )
+        header = stream.read(length)
+    # What JSON makes of the bytes grows with the number of values, so they are counted before.
+    if max(header.count(b'"data_offsets"') / MAX_TENSORS, header.count(b",") / MAX_VALUES) > 1:
+        raise ValueError(
+            f"{path}: its header names more than {MAX_TENSORS:,} tensors, which are not read"
+        )
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: is not a whole safetensors file ({error}); was its download cut short?"
+        ) from error
+    entries = json.loads(header, object_pairs_hook=partial(_without_repeats, path))
+    entries.pop("__metadata__", None)
+    return 8 + length, entries
+
+
+def _without_repeats(path: pathlib.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. The format forbids a name twice: readers differ in which they take."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{path}: its header names {twice!r} twice")
+    return content
 
 
 def write_folder(folder: pathlib.Path, tensors: Iterable[Tensor], max_shard_bytes: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
@@ -22,6 +24,20 @@ from dpojax.models.weights import Weight
 from dpojax.sharding import tree_shardings
 
 Config = DecoderConfig | EncoderConfig
+
+
+class _Source(NamedTuple):
+    """What one of our arrays, or a layer of it, is copied from.
+
+    Attributes:
+      view: a part of a tensor in our axes.
+      name: of the tensor, as our tables call it.
+      stored: the whole tensor.
+    """
+
+    view: np.ndarray
+    name: str
+    stored: Stored
 
 
 def read_params(
@@ -56,7 +72,7 @@ def read_params(
         tree = tree_shardings(shapes, mesh, SHARDING_RULES)
         shardings = traverse_util.flatten_dict(tree, sep="/")
     arrays = {
-        name: _array(sources[name], leaf.shape, dtype, shardings[name])
+        name: _array(sources[name], leaf.shape, jnp.dtype(dtype), shardings[name])
         for name, leaf in flat.items()
     }
     return traverse_util.unflatten_dict(arrays, sep="/")
@@ -122,9 +138,9 @@ def _sources(
     flat: dict[str, jax.ShapeDtypeStruct],
     tensors: dict[str, Stored],
     folder: pathlib.Path,
-) -> dict[str, list[np.ndarray]]:
-    """Find, for each of our arrays, the views that it is made of: one for each layer, or one."""
-    sources: dict[str, list[np.ndarray]] = {path: [] for path in flat}
+) -> dict[str, list[_Source]]:
+    """Find, for each of our arrays, what it is made of: a view for each layer, or one."""
+    sources: dict[str, list[_Source]] = {path: [] for path in flat}
     used = set()
     for weight, layer, name in _weights(family, config, flat):
         if name not in tensors:
@@ -136,9 +152,10 @@ def _sources(
                 f"{stored.file}: tensor {name!r} has shape {stored.view.shape}, but config.json "
                 f"makes it {expected}"
             )
+        stored.require_float(name)
         used.add(name)
         for path, view in zip(weight.paths, weight.split(stored.view, shapes)):
-            sources[path].append(view)
+            sources[path].append(_Source(view, name, stored))
     _check_unused(family, config, tensors, used)
     return sources
 
@@ -161,16 +178,23 @@ def _check_unused(
             raise ValueError(f"{stored.file}: tensor {name!r} is not one that config.json implies")
 
 
-def _array(views: list[np.ndarray], shape: tuple[int, ...], dtype, sharding: Sharding) -> jax.Array:
-    """Make a jax array, each shard of which is copied from the views."""
+def _array(
+    sources: list[_Source], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
+) -> jax.Array:
+    """Make a jax array, each shard of which is copied from the views, and found to be finite."""
+
+    def copied(source: _Source, index: tuple[slice, ...], out: np.ndarray) -> None:
+        with np.errstate(over="ignore"):  # `require_finite` tells which tensor it is
+            out[...] = source.view[index]
+        source.stored.require_finite(source.name, out)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if len(shape) == views[0].ndim:
-            return views[0][index].astype(dtype)
-        layers = [view[index[1:]] for view in views[index[0]]]
-        out = np.empty((len(layers), *layers[0].shape), dtype)
-        for layer, view in enumerate(layers):
-            out[layer] = view
-        return out
+        stacked = len(shape) > sources[0].view.ndim
+        parts = sources[index[0]] if stacked else sources
+        index = index[1:] if stacked else index
+        layers = np.empty((len(parts), *parts[0].view[index].shape), dtype)
+        for source, out in zip(parts, layers):
+            copied(source, index, out)
+        return layers if stacked else layers[0]
 
     return jax.make_array_from_callback(shape, sharding, shard)

@@ -147,10 +147,13 @@ def test_on_a_mesh_large_arrays_are_sharded_and_logits_equal_one_devices(tmp_pat
         ({"position_embedding_type": "relative_key"}, r"position_embedding_type: 'relative_key'"),
         ({"is_decoder": True}, r"is_decoder: True is not supported, only False"),
         ({"model_type": "electra"}, r"model_type: 'electra' is not supported, only bert, roberta"),
-        ({"pad_token_id": None}, r"pad_token_id: null"),
-        ({"adapter_size": 3}, r"adapter_size: 3 is not known to dpojax for roberta"),
+        ({"pad_token_id": None}, r"pad_token_id: must be a whole number .*, not None: roberta"),
+        ({"pad_token_id": "0"}, r"pad_token_id: must be a whole number .*, not '0'"),
+        ({"is_causal": True}, r"is_causal: True is not supported, only False"),
+        ({"layer_types": ["linear_attention"]}, r"layer_types: .* transformers reads for roberta"),
+        ({"id2label": {"one": "a"}}, r"id2label: must map numbers to names, not {'one': 'a'}"),
         ({"id2label": {"0": "a", "2": "b"}}, r"id2label: its keys are not 0 to 1"),
-        ({"hidden_act": "xielu"}, r"activation: 'xielu'"),
+        ({"hidden_act": "xielu"}, r"hidden_act: 'xielu' is not in"),
         ({"num_hidden_layers": 1}, r"tensor 'roberta.encoder.layer.1.* is not one that config"),
         ({"num_labels": 3, "id2label": None}, r"classifier.out_proj.bias' has shape|weight' has"),
     ],
@@ -167,5 +170,5 @@ def test_texts_longer_than_the_model_are_refused():
     config = config_from_raw({"model_type": "roberta"} | SIZES, ENCODERS)
     with pytest.raises(ValueError, match="tokens: 20 columns, but the model has 19"):
         encoder.build(config).apply({}, np.zeros((1, 20), int), np.array([20]))
-    with pytest.raises(ValueError, match="model_type: 'roberta' is not supported, only gemma2"):
+    with pytest.raises(ValueError, match="model_type: 'roberta' is not supported, only gemma, "):
         config_from_raw({"model_type": "roberta"} | SIZES)

@@ -193,13 +193,17 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1], "lo
         ("gptj", {"rotary_dim": 10}, r"rope.dim: 10 is more than head_dim 8"),
         ("gptj", {"rotary_dim": None}, r"rotary_dim: None is not supported"),
         ("gptj", {"rotary": False}, r"rotary: False is not supported, only True"),
-        ("gpt_neox", {"use_sliding_window": True}, r"use_sliding_window: True is not known"),
+        (
+            "gpt_neox",
+            {"per_layer_config": [{}]},
+            r"per_layer_config: .*transformers reads for gpt_n",
+        ),
         ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention: True"),
         ("gemma2", {"layer_types": ["chunked"] * 2}, r"layer_types: 'chunked' is not supported"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping: 50.0 is not"),
         ("gemma3_text", {"sliding_window": None}, r"sliding_window: missing"),
         ("gemma3_text", rope(), r"rope_parameters.rope_theta: gemma3_text has one set per layer"),
-        ("gemma3_text", {"vision_config": {}}, r"vision_config: \{\} is not known"),
+        ("gemma3_text", {"vision_config": {}}, r"vision_config: \{\} is a setting that"),
     ],
 )
 def test_what_is_not_understood_is_named(family, change, message):

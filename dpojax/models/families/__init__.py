@@ -1,20 +1,25 @@
 """Hugging Face model families as data: which key of config.json is which field of our config.
 
-A key that a family does not list is an error, because it may change the model's maths.
+A key that a family does not list is an error where transformers reads it, because it may change the
+model's maths. One that transformers ignores is ignored here, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 from dpojax.models.config import DecoderConfig
+from dpojax.models.config_values import KINDS, check_values, shown
 from dpojax.models.families.bert import BERT, ROBERTA, labels_of
 from dpojax.models.families.family import REQUIRED, Family
-from dpojax.models.families.gemma import GEMMA2, GEMMA3
+from dpojax.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from dpojax.models.families.gpt import GPT2_FAMILY, GPTJ, NEOX
 from dpojax.models.families.llama import LLAMA_FAMILY, MISTRAL, PHI3, QWEN2, QWEN3
+from dpojax.models.families.read_keys import has_effect, newer_version
 from dpojax.models.layers import ACTIVATIONS
+from dpojax.models.safetensors_io import QUANTIZED
 
 DECODERS = {
     "llama": LLAMA_FAMILY,
@@ -27,6 +32,7 @@ DECODERS = {
     "gpt2": GPT2_FAMILY,
     "gptj": GPTJ,
     "gpt_neox": NEOX,
+    "gemma": GEMMA,
 }
 ENCODERS = {"bert": BERT, "roberta": ROBERTA}
 
@@ -39,31 +45,89 @@ def config_from_raw(raw: dict, families: Mapping[str, Family] = DECODERS):
       families: model_type -> Family.
 
     Raises:
-      ValueError: an unknown model_type; a key that is missing, unknown, or has a value that is not
-        supported.
+      ValueError: an unknown model_type; a key that is missing, that transformers reads and dpojax
+        does not, or whose value is impossible or not supported.
     """
+    check_values(raw)
     family = family_of(raw, families)
-    missing = [key for key, (_, default) in family.keys.items() if default is REQUIRED]
-    missing = [key for key in missing if raw.get(key) is None]
-    if missing:
-        raise ValueError(f"{missing[0]}: missing, and {raw['model_type']} needs it")
     for key, only in family.fixed.items():
         if raw.get(key, only) not in (only, None):
-            raise ValueError(f"{key}: {raw[key]!r} is not supported, only {only!r}")
+            raise ValueError(f"{key}: {shown(raw[key])} is not supported, only {only!r}")
     known = family.harmless | family.special | set(family.keys) | set(family.fixed)
-    for key in raw:
-        if key not in known and raw[key] is not None:
-            raise ValueError(
-                f"{key}: {raw[key]!r} is not known to dpojax for {raw['model_type']}; remove the "
-                "key if you are sure that it does not change the model's maths"
-            )
-    plain = {field: raw.get(key, default) for key, (field, default) in family.keys.items()}
+    unknown = [key for key in raw if key not in known and raw[key] is not None]
+    for key in unknown:
+        if has_effect(raw["model_type"], raw, key):
+            raise ValueError(f"{key}: {shown(raw[key])} {_not_read_here(raw['model_type'], key)}")
+    _tell_of_unread(raw, unknown)
+    plain = {field: _plain(raw, key, field, family) for key, (field, _) in family.keys.items()}
+    kinds = raw.get("layer_types") if "layer_types" in family.special else None
+    if kinds and len(kinds) != plain["layers"]:
+        raise ValueError(f"layer_types: {len(kinds)} entries, but {plain['layers']} layers")
     fields = family.base | plain | family.read(raw)
-    if fields["activation"] not in ACTIVATIONS:
-        raise ValueError(f"activation: {fields['activation']!r} is not in {list(ACTIVATIONS)}")
     if family.config is DecoderConfig:
         fields |= _head_of(raw)
-    return family.config(**fields)
+    keys = {field: key for key, (field, _) in family.keys.items()}
+    if fields["activation"] not in ACTIVATIONS:
+        raise ValueError(
+            f"{keys.get('activation', 'hidden_act')}: {fields['activation']!r} is not in "
+            f"{list(ACTIVATIONS)}"
+        )
+    try:
+        return family.config(**fields)
+    except ValueError as error:
+        field, colon, rest = str(error).partition(":")
+        raise ValueError(f"{keys.get(field, field)}{colon}{rest}") from error
+
+
+def _plain(raw: dict, key: str, field: str, family: Family):
+    """The value of a key that only has another name with us. Null is one where our field has it."""
+    default = family.keys[key][1]
+    if key in raw and (raw[key] is not None or "None" in family.config.__annotations__[field]):
+        return raw[key]
+    if default is REQUIRED:
+        raise ValueError(f"{key}: missing, and {raw['model_type']} needs it")
+    if key in raw:
+        raise ValueError(f"{key}: must be {KINDS[key]}, not null")
+    return default
+
+
+def _not_read_here(model_type: str, key: str) -> str:
+    if key == "quantization_config":
+        return f"is not supported{QUANTIZED}"
+    return (
+        f"is a setting that transformers reads for {model_type}, and dpojax does not: the model "
+        "would compute something else here; choose a model without it"
+    )
+
+
+def _tell_of_unread(raw: dict, unread: list[str]) -> None:
+    """Warn of keys that may mean something to code that is newer or the model's own."""
+    if not unread:
+        return
+    model_type, keys = raw["model_type"], ", ".join(unread)
+    message = f"config.json: transformers ignores {keys} for {model_type}, and so does dpojax"
+    if raw.get("auto_map"):
+        logging.warning("%s; the model's own code, which never runs here, may read them", message)
+    elif newer := newer_version(raw):
+        logging.warning("%s; transformers %s, which wrote it, may read them", message, newer)
+
+
+def text_part(raw: dict) -> dict:
+    """The config.json of the language model inside one that sees images, too; others as they are.
+
+    Raises:
+      ValueError: it describes no language model.
+    """
+    if raw.get("model_type") != "gemma3":
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError("text_config: missing; it must describe the language model of gemma3")
+    logging.warning("config.json: of this gemma3, only the language model is read; no images")
+    shared = ("torch_dtype", "dtype", "transformers_version", "eos_token_id", "bos_token_id")
+    shared += ("pad_token_id", "tie_word_embeddings", "quantization_config")
+    outer = {key: raw[key] for key in shared if key in raw}
+    return outer | text | {"model_type": "gemma3_text", "architectures": [GEMMA3.architecture]}
 
 
 def _head_of(raw: dict) -> dict:
@@ -94,10 +158,11 @@ def family_of(raw: dict, families: Mapping[str, Family] = DECODERS) -> Family:
     Raises:
       ValueError: its model_type is missing or not supported.
     """
-    if raw.get("model_type") not in families:
+    model_type = raw.get("model_type")
+    if model_type not in families:
         known = ", ".join(sorted(families))
-        raise ValueError(f"model_type: {raw.get('model_type')!r} is not supported, only {known}")
-    return families[raw["model_type"]]
+        raise ValueError(f"model_type: {shown(model_type)} is not supported, only {known}")
+    return families[model_type]
 
 
 def config_to_raw(config: DecoderConfig) -> dict:

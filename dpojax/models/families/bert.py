@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from dpojax.models.config_values import Whole, shown
 from dpojax.models.encoder import EncoderConfig
 from dpojax.models.families.family import COMMON_FIXED, HARMLESS, REQUIRED, Family
 from dpojax.models.weights import ATTENTION, Weight, affine, norm, table
@@ -45,6 +48,9 @@ def labels_of(raw: dict) -> tuple[str, ...]:
     if not names:
         count = raw.get("num_labels") or raw.get("_num_labels") or 2
         return tuple(f"LABEL_{i}" for i in range(count))
+    for number, name in names.items():
+        if not re.fullmatch(r"\d{1,5}", str(number)) or not isinstance(name, str):
+            raise ValueError(f"id2label: must map numbers to names, not {shown({number: name})}")
     by_number = {int(number): name for number, name in names.items()}
     if sorted(by_number) != list(range(len(by_number))):
         raise ValueError(f"id2label: its keys are not 0 to {len(by_number) - 1}")
@@ -58,8 +64,11 @@ def _read_bert(raw: dict) -> dict:
 def _read_roberta(raw: dict) -> dict:
     # Positions are counted from the id of padding, which has an entry of the table for itself.
     padding = raw.get("pad_token_id", 1)
-    if padding is None:
-        raise ValueError("pad_token_id: null, but roberta counts positions from it")
+    if not Whole(0).allows(padding):
+        raise ValueError(
+            f"pad_token_id: must be {Whole(0)}, not {shown(padding)}: roberta counts positions "
+            "from it"
+        )
     return _read_bert(raw) | {"first_position": padding + 1}
 
 
@@ -86,7 +95,9 @@ BERT = Family(
         "layer_norm_eps": ("norm_eps", 1e-12),
         "initializer_range": ("initializer_range", 0.02),
     },
-    fixed=COMMON_FIXED | {"is_decoder": False, "position_embedding_type": "absolute"},
+    fixed=COMMON_FIXED
+    | {"is_causal": False, "is_decoder": False}
+    | {"position_embedding_type": "absolute"},
     harmless=HARMLESS
     | {"hidden_dropout_prob", "attention_probs_dropout_prob", "tie_word_embeddings"}
     | {"output_past", "directionality", "pooler_size_per_head"}

@@ -70,6 +70,7 @@ COMMON_FIXED = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
     "tie_encoder_decoder": False,
+    "is_causal": True,
 }
 ROPE = frozenset(
     ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")

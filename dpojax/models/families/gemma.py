@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3."""
+"""Gemma, Gemma 2 and the text model of Gemma 3."""
 
 from __future__ import annotations
 
@@ -64,6 +64,21 @@ def _write(config: DecoderConfig) -> dict:
     }
 
 
+def _read_gemma(raw: dict) -> dict:
+    # "gelu" of the published files means the approximation that the models were trained with.
+    activation = raw.get("hidden_act") or "gelu_pytorch_tanh"
+    return {
+        "activation": "gelu_pytorch_tanh" if activation == "gelu" else activation,
+        "embedding_scale": raw["hidden_size"] ** 0.5,
+        "rope": read_rope(raw),
+    } | biases(raw)
+
+
+def _write_gemma(config: DecoderConfig) -> dict:
+    rope = {} if config.rope is None else {"rope_parameters": write_rope(config.rope)}
+    return {"attention_bias": config.qkv_bias, "hidden_act": config.activation} | rope
+
+
 def _read_gemma2(raw: dict) -> dict:
     return {"rope": read_rope(raw)} | _read(raw, pattern=2)
 
@@ -106,6 +121,18 @@ _KEYS = {key: value for key, value in LLAMA_KEYS.items() if key != "hidden_act"}
 }
 _SPECIAL = frozenset(("attention_bias", "layer_types", "sliding_window", "query_pre_attn_scalar"))
 
+GEMMA = LLAMA_FAMILY._replace(
+    architecture="GemmaForCausalLM",
+    classifier="GemmaForSequenceClassification",
+    base=LLAMA | {"norm_offset": 1.0},
+    keys={key: value for key, value in _KEYS.items() if key != "hidden_activation"}
+    | {"max_position_embeddings": ("max_positions", 8192)}
+    | {"num_key_value_heads": ("kv_heads", 16)},
+    fixed=COMMON_FIXED | {"use_bidirectional_attention": False},
+    special=ROPE | {"attention_bias", "hidden_act"},
+    read=_read_gemma,
+    write=_write_gemma,
+)
 GEMMA2 = LLAMA_FAMILY._replace(
     architecture="Gemma2ForCausalLM",
     classifier="Gemma2ForSequenceClassification",
@@ -126,7 +153,9 @@ GEMMA3 = GEMMA2._replace(
     architecture="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
     base=GEMMA2.base | {"qk_norm": True},
+    # A config.json of the whole Gemma 3, images included, leaves out what is as in transformers.
     keys=_KEYS
+    | {"vocab_size": ("vocab_size", 262_208), "num_attention_heads": ("heads", 8)}
     | {"max_position_embeddings": ("max_positions", 131_072)}
     | {"final_logit_softcapping": ("head_softcap", None)},
     # transformers has the key of Gemma 2's attention cap here, too, but never applies it.
@@ -136,4 +165,12 @@ GEMMA3 = GEMMA2._replace(
     | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
     read=_read_gemma3,
     write=_write_gemma3,
+    # Of the whole Gemma 3, saved by older and by newer versions of transformers.
+    renamed=(
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "model."),
+    ),
+    harmless_tensors=GEMMA2.harmless_tensors
+    + r"|^(model\.)?(vision_tower|multi_modal_projector)\.",
 )
