@@ -87,6 +87,13 @@ def agreed(value: Flag) -> Flag:
     return type(value)(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+def any_process(value: bool) -> bool:
+    """Whether a value is true in any process; they wait for each other."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 class FirstProcessFailed(RuntimeError):
     """The first process of a run has failed; its own message says why."""
 

@@ -4,9 +4,11 @@ Files are written whole or not at all. A bucket has no rename, no file lock, no 
 memory map: the functions here say what they do instead.
 """
 
+from dpojax.storage.checksums import Checksum, checksums_of, crc32c, file_sizes
 from dpojax.storage.contents import content_hash, local_copy
 from dpojax.storage.files import (
     free_bytes,
+    move_folder,
     read_json,
     remove_folder,
     replacing,
@@ -21,18 +23,23 @@ from dpojax.storage.locks import Locked, lock, lost_locks
 from dpojax.storage.paths import Path, StorageError, as_path, is_local, matches
 
 __all__ = [
+    "Checksum",
     "LineWriter",
     "Locked",
     "Path",
     "StorageError",
     "as_path",
+    "checksums_of",
     "content_hash",
+    "crc32c",
+    "file_sizes",
     "free_bytes",
     "is_local",
     "local_copy",
     "lock",
     "lost_locks",
     "matches",
+    "move_folder",
     "read_json",
     "read_lines",
     "remove_folder",

@@ -22,6 +22,8 @@ from dpojax.storage.paths import (
     objects_below,
 )
 
+UNFINISHED = ".unfinished"  # ends the hidden names of what is being written or removed
+
 
 def write_text(path: PathLike, text: str) -> None:
     """Write a file of UTF-8 text: the whole file is there, or what was there before."""
@@ -140,8 +142,30 @@ def remove_folder(path: PathLike) -> None:
     elif os.path.islink(path):
         os.unlink(path)
     elif os.path.isdir(path):
-        with _unfinished_folder(path) as parent:
-            os.replace(path, parent / Path(path).name)
+        hidden = path if is_unfinished(path) else _unfinished_name(path)
+        if hidden != path:
+            os.replace(path, hidden)  # a full disk, where no folder can be made, allows it
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def is_unfinished(path: PathLike) -> bool:
+    """Whether a name is that of a write or a removal that has not ended."""
+    name = Path(path).name
+    return name.startswith(".") and name.endswith(UNFINISHED)
+
+
+def move_folder(source: PathLike, target: PathLike) -> None:
+    """Give a local folder its final name, once all that it holds would survive a power failure.
+
+    Raises:
+      OSError: `target` is there already, and not an empty folder.
+    """
+    for where, _, names in os.walk(source):
+        for name in names:
+            _sync(pathlib.Path(where) / name)
+        _sync(pathlib.Path(where))
+    os.replace(source, target)
+    _sync(pathlib.Path(target).parent)
 
 
 def free_bytes(path: PathLike) -> int | None:
@@ -166,8 +190,7 @@ def download(folder: PathLike, to: pathlib.Path, names: Iterable[str]) -> None:
 def _unfinished_folder(path: PathLike) -> Iterator[pathlib.Path]:
     """Yield a hidden folder beside a local path, or a temporary one for a bucket's; then remove."""
     if is_local(path):
-        parent = pathlib.Path(path).absolute().parent
-        folder = parent / f".{Path(path).name[:64]}.{uuid.uuid4().hex[:8]}.unfinished"
+        folder = _unfinished_name(path)
         folder.mkdir(parents=True)
     else:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="dpojax-upload-"))
@@ -175,6 +198,12 @@ def _unfinished_folder(path: PathLike) -> Iterator[pathlib.Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unfinished_name(path: PathLike) -> pathlib.Path:
+    """A hidden name beside a local path that nobody else uses."""
+    unique = f".{Path(path).name[:64]}.{uuid.uuid4().hex[:8]}{UNFINISHED}"
+    return pathlib.Path(path).absolute().parent / unique
 
 
 def _rename_folder(unfinished: pathlib.Path, path: pathlib.Path) -> None:
