@@ -4,7 +4,14 @@ Files are written whole or not at all. A bucket has no rename, no file lock, no 
 memory map: the functions here say what they do instead.
 """
 
-from dpojax.storage.checksums import Checksum, checksums_of, crc32c, file_sizes
+from dpojax.storage.checksums import (
+    Checksum,
+    append_checksum,
+    checksums_of,
+    crc32c,
+    file_sizes,
+    require_checksum,
+)
 from dpojax.storage.contents import content_hash, local_copy
 from dpojax.storage.files import (
     free_bytes,
@@ -28,6 +35,7 @@ __all__ = [
     "Locked",
     "Path",
     "StorageError",
+    "append_checksum",
     "as_path",
     "checksums_of",
     "content_hash",
@@ -45,6 +53,7 @@ __all__ = [
     "remove_folder",
     "replacing",
     "replacing_folder",
+    "require_checksum",
     "rewrite_lines",
     "share_folder",
     "write_bytes",

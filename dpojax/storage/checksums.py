@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import google_crc32c
 
-from dpojax.storage.paths import Path, PathLike, is_local, objects_below
+from dpojax.storage.paths import Path, PathLike, StorageError, is_local, objects_below
 
 CHUNK = 2**23  # bytes
 THREADS = 8  # a network file system answers several faster than one
+BYTES = 4  # of a CRC-32C
 
 _checksums: dict[tuple[str, str], Checksum] = {}  # (path, size and time of change): checksum
 
@@ -68,17 +69,45 @@ def checksums_of(folder: PathLike, names: Iterable[str]) -> dict[str, Checksum]:
     return {name: _of_object(f"{os.fspath(folder)}/{name}", objects.get(name)) for name in names}
 
 
+def append_checksum(path: PathLike) -> None:
+    """Add the CRC-32C of a local file's bytes at its end."""
+    digest = _crc32c_of(path, os.path.getsize(path)).digest()
+    with open(path, "ab") as file:
+        file.write(digest)
+
+
+def require_checksum(path: PathLike) -> None:
+    """Read a local file that `append_checksum` has ended.
+
+    Raises:
+      StorageError: its bytes are not those that were written.
+    """
+    size = os.path.getsize(path) - BYTES
+    if size < 0:
+        raise StorageError(f"{path}: it is cut short")
+    with open(path, "rb") as file:
+        file.seek(size)
+        if file.read() != _crc32c_of(path, size).digest():
+            raise StorageError(f"{path}: its bytes are not those that were written")
+
+
 def _of_file(path: str) -> Checksum:
     status = os.stat(path)
     key = (path, f"{status.st_mtime_ns} {status.st_size} {status.st_ino}")
     if key not in _checksums:
-        total, size = google_crc32c.Checksum(), 0
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                total.update(chunk)
-                size += len(chunk)
-        _checksums[key] = Checksum(size, base64.b64encode(total.digest()).decode())
+        total = _crc32c_of(path, status.st_size)
+        _checksums[key] = Checksum(status.st_size, base64.b64encode(total.digest()).decode())
     return _checksums[key]
+
+
+def _crc32c_of(path: PathLike, size: int) -> google_crc32c.Checksum:
+    """The CRC-32C of the first `size` bytes of a local file."""
+    total = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while chunk := file.read(min(CHUNK, size)):
+            total.update(chunk)
+            size -= len(chunk)
+    return total
 
 
 def _of_object(path: str, info: dict | None) -> Checksum:

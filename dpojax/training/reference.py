@@ -8,6 +8,7 @@ a sweep share it.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -25,6 +26,8 @@ FORMAT = (
     "dpojax reference log-probs, version 1"  # change it when the same inputs give other numbers
 )
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats per token; packings and devices differ
+
+logger = logging.getLogger(__name__)
 
 
 class ReferenceMismatch(ValueError):
@@ -101,24 +104,41 @@ def cached(
 ) -> tuple[Store, bool]:
     """Load the store `folder/KEY.npy`, or make and save it. Every process makes this call.
 
+    The file ends with a checksum. One that is damaged is made again, with a warning.
+
     Returns:
       the store, and True if it was loaded.
 
     Raises:
-      ReferenceMismatch: the file is damaged, or is of other examples.
+      ReferenceMismatch: the file is of other examples.
     """
     path = storage.as_path(folder, "the reference's cache folder") / f"{key}.npy"
-    if sharding.agreed(path.exists()):
+    damage = _damage(path) if jax.process_index() == 0 and path.exists() else ""
+    if sharding.agreed(path.exists() and not damage):
+        values = np.load(storage.local_copy(path), mmap_mode="r")
         try:
-            values = np.load(storage.local_copy(path), mmap_mode="r")
             return Store(examples, values), True
-        except ValueError as error:
+        except ReferenceMismatch as error:
             raise ReferenceMismatch(f"{path}: not a usable store ({error}); delete it") from error
+    if damage:
+        logger.warning("%s is damaged (%s); its log-probs are computed again", path, damage)
     store = make()
     if jax.process_index() == 0:
         with storage.replacing(path) as unfinished:
             np.save(unfinished, store.values)
+            storage.append_checksum(unfinished)
     return store, False
+
+
+def _damage(path: storage.Path) -> str:
+    """What is wrong with a file of log-probs; "" if it is as it was written."""
+    try:
+        local = storage.local_copy(path)
+        storage.require_checksum(local)
+        np.load(local, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        return str(error)
+    return ""
 
 
 def verify(

@@ -56,12 +56,51 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path, store, pairs):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["key.npy"]
 
 
-def test_a_store_cut_short_is_refused_with_its_path(tmp_path, store, pairs):
+def empty(content, rng):
+    del rng
+    return content[:0]
+
+
+def cut(content, rng):
+    return content[: int(rng.integers(1, len(content)))]
+
+
+def flipped(content, rng):
+    content = bytearray(content)
+    content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+    return bytes(content)
+
+
+def other_values(content, rng):
+    """A thousand zeros, or as many as there are values."""
+    del rng
+    return content[:128] + bytes(len(content) - 132) + content[-4:]
+
+
+def garbage(content, rng):
+    return rng.bytes(len(content))
+
+
+@pytest.mark.parametrize("damage", [empty, cut, flipped, other_values, garbage])
+def test_a_damaged_store_is_noticed_and_made_again(tmp_path, store, pairs, damage, caplog):
+    rng = np.random.default_rng(3)
     cached(tmp_path, "key", pairs, lambda: store)
-    whole = (tmp_path / "key.npy").read_bytes()
-    (tmp_path / "key.npy").write_bytes(whole[:-40])
+    path = tmp_path / "key.npy"
+    whole = path.read_bytes()
+    for _ in range(20):
+        path.write_bytes(damage(whole, rng))
+        caplog.clear()
+        again, found = cached(tmp_path, "key", pairs, lambda: store)
+        assert not found
+        assert again.values is store.values
+        assert f"{path} is damaged" in caplog.text
+        assert path.read_bytes() == whole
+
+
+def test_a_store_of_other_examples_is_refused_with_its_path(tmp_path, store, pairs):
+    cached(tmp_path, "key", pairs, lambda: store)
     with pytest.raises(ReferenceMismatch, match=r"key\.npy.*delete it"):
-        cached(tmp_path, "key", pairs, lambda: store)
+        cached(tmp_path, "key", pairs[:-1], lambda: store)
 
 
 def test_a_changed_value_is_found_and_the_example_is_named(store, score_rows, pairs, batches):
