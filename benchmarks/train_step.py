@@ -196,7 +196,7 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
 
     objective, schedule = (
         preference.objective(config.loss, options),
-        make_schedule(config.schedule, config.warmup_steps, 10**6),
+        make_schedule(config.schedule, 20, 10**6),
     )
     forward = language_model(model, max_logits=case.max_logits)
     train = build_step(forward, objective, optimizer, schedule)

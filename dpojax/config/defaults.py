@@ -105,8 +105,13 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
 def _optimizer(learning_rate: float) -> dict:
     return dict(
         learning_rate=learning_rate,
-        warmup_steps=20,
-        schedule="constant",  # constant, linear, cosine
+        # Steps in which the rate rises from 0. Open: warmup_ratio, and without one 20 steps.
+        warmup_steps=placeholder(int),
+        warmup_ratio=placeholder(float),  # or this share of the steps, rounded up
+        # constant, linear, cosine, or wsd: constant, then a line down at the end.
+        schedule="constant",
+        min_learning_rate_ratio=0.0,  # where linear, cosine and wsd end, as a share of the rate
+        decay_share=0.1,  # wsd: the share of the steps in which the rate falls
         optimizer=ConfigDict(
             dict(
                 name="adamw",  # or rmsprop
@@ -118,6 +123,12 @@ def _optimizer(learning_rate: float) -> dict:
                 clip_norm=1.0,  # 0 is off
             )
         ),
+        # A metric of the evaluations, such as "eval/loss". The stage's result is the checkpoint
+        # where it was best, not the last one. "" keeps the last. Losses are best where they are
+        # lowest; of a metric whose direction is not known, "+name" means that higher is better,
+        # "-name" that lower is. Such members of a sweep train one after another.
+        keep_best="",
+        patience=0,  # stop after so many evaluations without a better one; 0: never
     )
 
 
@@ -218,11 +229,10 @@ def _reward() -> ConfigDict:
             loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
             margin_scale=0.0,  # bradley_terry: the target margin is this times the score gap
             centring=0.01,  # weight of the squared sum of the scores of a pair or ranking; 0: off
-            keep_best=True,  # the result is the checkpoint of the best accuracy, not the last one
             batch_size=64,
             epochs=3,
             steps=0,
-            **_optimizer(3e-4),
+            **_optimizer(3e-4) | dict(keep_best="eval/rewards/accuracies"),
         )
     )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError, config_errors
+from dpojax.training import keep_best
 from dpojax.training.state import make_optimizer, make_schedule
 
 
@@ -49,6 +52,15 @@ def precision(key: str) -> Rule:
     return one_of(key, ("float32", "bfloat16"), "float32 or bfloat16")
 
 
+def from_zero_below(key: str, bound: float) -> Rule:
+    """The key is a number from 0, included, to `bound`, excluded."""
+    return Rule(key, lambda value: 0 <= value < bound, f"0 or more, and below {bound:g}")
+
+
+LARGEST_INTEGER = 2**31 - 1  # steps, seeds and ids are int32 on the devices
+BEYOND_INT32 = ("max_logits",)  # counted on the host alone
+DEFAULT_WARMUP = 20  # steps, where a stage sets neither warmup_steps nor warmup_ratio
+
 SHARED_RULES = (
     at_least("seed", 0),
     precision("model.compute_dtype"),
@@ -73,7 +85,17 @@ TRAINING_RULES = (
     at_least("epochs", 1),
     at_least("steps", 0, "0 (from epochs) or more"),
     at_least("warmup_steps", 0),
+    between("warmup_ratio", 0, 1),
     at_least("learning_rate", 0),
+    between("min_learning_rate_ratio", 0, 1),
+    between("decay_share", 0, 1),
+    at_least("patience", 0, "0 (never stops early) or more evaluations"),
+    from_zero_below("optimizer.b1", 1),
+    from_zero_below("optimizer.b2", 1),
+    above("optimizer.eps", 0),
+    from_zero_below("optimizer.rms_decay", 1),
+    at_least("optimizer.weight_decay", 0),
+    at_least("optimizer.clip_norm", 0, "0 (off) or more"),
 )
 DATA_RULES = (
     Rule("data.source", bool, "a file, folder or data set; it is empty"),
@@ -85,10 +107,20 @@ LORA_RULES = (
     at_least("lora.rank", 0, "0 (off: all weights are trained) or more"),
     precision("lora.base_dtype"),
 )
+FRONTIER_RULES = (
+    at_least("count", 1, "1 or more prompts"),
+    at_least("completions", 2, "2 or more, of which pairs are made"),
+    at_least("reference_samples", 1, "1 or more responses"),
+    Rule("best_of_n", lambda counts: all(n >= 1 for n in counts), "numbers of 1 or more"),
+    at_least("online_rounds", 1, "1 or more rounds"),
+    above("online_beta", 0),
+)
 
 
 def apply_rules(rules: Sequence[Rule], config: ConfigDict, prefix: str = "") -> None:
     """Check one part of a config; `prefix` is its name in errors, such as "sft.".
+
+    A key that is left open (None) breaks no rule.
 
     Raises:
       ConfigError: naming the first key that breaks a rule.
@@ -97,12 +129,63 @@ def apply_rules(rules: Sequence[Rule], config: ConfigDict, prefix: str = "") -> 
         value = config
         for part in rule.key.split("."):
             value = value[part]
-        if not rule.allows(value):
+        if value is not None and not rule.allows(value):
             raise ConfigError(f"config.{prefix}{rule.key} = {value!r}: {rule.expected}")
 
 
+def check_numbers(config: Mapping[str, Any], prefix: str = "") -> None:
+    """Check that the devices can hold every number of a config, in whatever part it stands.
+
+    Raises:
+      ConfigError: naming a float that is NaN, infinite, or 0 or infinite in float32, or an integer
+        beyond int32.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            check_numbers(value, f"{prefix}{key}.")
+            continue
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if reason := _reason_against(key, number):
+                raise ConfigError(f"config.{prefix}{key} = {value!r}: {reason}")
+
+
+def _reason_against(key: str, number: Any) -> str:
+    """Why no device can hold a number; "" for one that it can, and for what is no number."""
+    if isinstance(number, float):
+        if not math.isfinite(number):
+            return "a finite number"
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = float(np.float32(number))
+        if not math.isfinite(rounded) or bool(rounded) != bool(number):
+            return f"a number that float32 can hold; there it is {rounded:g}"
+    elif isinstance(number, int) and key not in BEYOND_INT32 and abs(number) > LARGEST_INTEGER:
+        return f"at most {LARGEST_INTEGER:,} in size"
+    return ""
+
+
 def check_optimizer(stage: ConfigDict, name: str) -> None:
-    """Raise ConfigError for an optimiser or a schedule that does not exist."""
+    """Check a stage's optimiser, schedule and `keep_best`, and fill in a warm-up that is open.
+
+    Raises:
+      ConfigError: an optimiser or a schedule that does not exist; two warm-ups; a decay that turns
+        weights around; a metric whose direction is not known.
+    """
+    with config_errors(f"{name}.keep_best"):
+        keep_best.parse(stage.keep_best, stage.patience)
     with config_errors(name):
         make_optimizer(stage.optimizer)
         make_schedule(stage.schedule, 0, 1)
+    if stage.warmup_steps is not None and stage.warmup_ratio is not None:
+        raise ConfigError(
+            f"config.{name}.warmup_ratio = {stage.warmup_ratio!r}, and config.{name}.warmup_steps "
+            f"= {stage.warmup_steps!r}: set one of them"
+        )
+    if stage.warmup_steps is None and stage.warmup_ratio is None:
+        stage.warmup_steps = DEFAULT_WARMUP
+    shrinking = stage.learning_rate * stage.optimizer.weight_decay
+    if shrinking >= 1:
+        raise ConfigError(
+            f"config.{name}.optimizer.weight_decay = {stage.optimizer.weight_decay!r}: times the "
+            f"learning rate {stage.learning_rate!r} it is {shrinking:g}, the share of each weight "
+            "that a step takes away; it must be below 1"
+        )

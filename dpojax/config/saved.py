@@ -76,7 +76,10 @@ def config_differences(before: dict, now: dict, *, ignore: Sequence[str] | set =
       ignore: further dotted keys that may differ.
     """
     before, now = flat(before), flat(now)
-    free = tuple(f"{key}." for key in (*SAME_RESULT, *SAME_TO_ROUNDING, *ignore))
+    free = {*SAME_RESULT, *SAME_TO_ROUNDING, *ignore}
+    if any(now.get(f"{name}.keep_best") for name in now.get("stages", ())):
+        free -= {"evaluate_every"}  # evaluations decide which checkpoint is the result
+    free = tuple(f"{key}." for key in free)
     return [
         f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

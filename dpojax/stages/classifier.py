@@ -84,9 +84,14 @@ class Classifier(TrainedStage):
         return dataclasses.replace(labelled, batches=loaded.batches)
 
     def lower(self, row: RowSize) -> Lowered:
-        labels = self.setup.model.config.labels or ("0", "1")  # those of the data are not known
-        labelled = self.with_labels(self.setup, labels)
-        return train.lower(labelled, self.config.max_tokens, 1)
+        return train.lower(self._with_some_labels(), self.config.max_tokens, 1)
+
+    def metric_names(self) -> list[str]:
+        return train.metric_names(self._with_some_labels())
+
+    def _with_some_labels(self) -> Self:
+        """The stage with labels, also where those of the data are not known yet."""
+        return self.with_labels(self.setup, self.setup.model.config.labels or ("0", "1"))
 
     def save_reports(self) -> str:
         storage.write_text(self.folder / LABELS, json.dumps(self.batches.data.labels) + "\n")

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.config.contents import NamedPath, adapters_hash, data_paths
+from dpojax.config.errors import config_errors
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
 from dpojax.data.packing import Shape
@@ -27,10 +28,12 @@ from dpojax.stages import token_cache
 from dpojax.stages.adapters import StageAdapters, check_lora
 from dpojax.stages.batches import Batches, choose_shape
 from dpojax.stages.data import StageData
+from dpojax.stages.kept import new_keep_best
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import POLICY, Stage
 from dpojax.training.forward import Forward, build_outputs
+from dpojax.training.keep_best import require_known
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.preemption import StopSignal
 from dpojax.training.step import build_evaluate
@@ -38,7 +41,7 @@ from dpojax.training.step import build_evaluate
 # (parameters, step, the stage's folder) -> metrics of sampled responses
 EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
 
-PACE_KEYS = ("learning_rate", "warmup_steps", "steps", "epochs")
+PACE_KEYS = ("learning_rate", "warmup_steps", "warmup_ratio", "steps", "epochs")
 
 
 class Programs(NamedTuple):
@@ -76,7 +79,6 @@ class ExampleStage(Stage):
     # What a stage defines.
 
     score_prompt = False  # whether the prompt's tokens are trained on
-    best_metric = ""  # the result is the evaluation where it is highest; "": the last step
     starts_at_reference = False  # whether the policy is its reference at step 0
 
     @classmethod
@@ -143,6 +145,7 @@ class ExampleStage(Stage):
     # From here on every such stage is alike.
 
     def prepare(self) -> Self:
+        self.check_keep_best()
         loaded = self.load()
         return loaded.with_shape(loaded.shape_for([loaded.batches]))
 
@@ -153,6 +156,19 @@ class ExampleStage(Stage):
           DataError: see `stages.data.load`.
         """
         return self._with_batches(_load_data(self))
+
+    def check_keep_best(self) -> None:
+        """Raise ConfigError if no evaluation will have the metric of config.NAME.keep_best."""
+        followed = new_keep_best(self.config)
+        samples = bool(self.setup.config.samples.reward)
+        if followed is None or (samples and followed.metric.startswith("samples/")):
+            return
+        with config_errors(self.name):
+            require_known(followed.metric, self.metric_names())
+
+    @abc.abstractmethod
+    def metric_names(self) -> list[str]:
+        """The names of an evaluation's metrics, without those of samples."""
 
     def read_data(self) -> StageData:
         """Read and tokenise the stage's data; the cache of tokens is not looked at."""
@@ -265,6 +281,8 @@ def _traced_keys(stage_class: type[ExampleStage], run: ResolvedRun) -> frozenset
     """
     config, name = run.config, stage_class.name
     stage = config[name]
+    if stage.keep_best:  # the best checkpoint of each member would have to be kept apart
+        return frozenset()
     keys = {f"{name}.{key}" for key in (*PACE_KEYS, *stage_class.traced_options(run))}
     draws_weights = len(config.stages) > 1 or not config.model.path or stage_class.makes != POLICY
     draws_records = EMBEDDED in (stage.data.source, stage.data.eval_source)

@@ -16,20 +16,21 @@ SHOWN = 4  # responses in the summary
 
 
 def summarise(stage: PPOSetup, params: dict) -> Summary:
-    """Compare the evaluations before the first iteration and after the last; save the table.
+    """Compare the evaluations before the first iteration and after the kept one; save the table.
 
-    `params` were evaluated after the last iteration, and are not looked at again.
+    `params` are those of the kept iteration. They were evaluated then, and are not looked at again.
     """
     del params
     if jax.process_index() > 0:  # the files are the first process's
         return {}
     lines = read_metrics(stage.folder, "eval")
-    values = {"before": _sample_metrics(lines[0]), "after": _sample_metrics(lines[-1])}
+    kept = {line["step"]: line for line in lines}.get(stage.best_step, lines[-1])
+    values = {"before": _sample_metrics(lines[0]), "after": _sample_metrics(kept)}
     config = stage.setup.config.samples
     count = len(held_out_prompts(stage.setup))  # some of them may be the same
     summary = {"prompts": count, "per_prompt": config.per_prompt, "values": values}
     text = _table(summary, stage.evaluation_reward)
-    for sample in last_samples(stage.folder)[:SHOWN]:
+    for sample in last_samples(stage.folder, kept["step"])[:SHOWN]:
         end = "" if sample["stopped"] else " [...]"
         text += f"\n{sample['reward']:+.3f}  {sample['prompt']} |{sample['response']}{end}"
     stage.save_summary(summary, text)

@@ -14,15 +14,18 @@ from dpojax.evaluation.policies import response_texts
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
+from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import append_samples, open_samples
+from dpojax.stages.stage import announce_kept
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.keep_best import KEEP_BEST
 from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.metrics import MetricWriter, Window, progress
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import fingerprint
-from dpojax.training.state import make_schedule
+from dpojax.training.state import schedule_of, warmup_steps
 from dpojax.training.step import Report
 
 
@@ -39,7 +42,7 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
     config = stage.setup.config
     with Checkpoints(stage.checkpoint_folder, max_checkpoints=config.max_checkpoints) as saved:
         done = saved.latest
-        if done == stage.steps:
+        if has_ended(saved, stage.steps):
             return stage.trained_params()
         if done is None:
             params = start()
@@ -54,7 +57,11 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
             resume_step=-1 if done is None else done,
         ) as writer:
             reference = stage.reference_params()
-            return _iterate(stage, state, reference, saved, writer, stop).policy.params
+            finished = _iterate(stage, state, reference, saved, writer, stop)
+        if stage.config.keep_best:
+            announce_kept(stage)
+            return stage.trained_params()
+        return finished.policy.params
 
 
 def _iterate(
@@ -65,25 +72,30 @@ def _iterate(
     writer: MetricWriter,
     stop: StopSignal,
 ) -> PPOState:
-    """The iterations from the state's on to the last."""
+    """The iterations from the state's on to the last, or until `keep_best` stops."""
     config, steps = stage.setup.config, stage.steps
     every = Every(config.log_every, config.evaluate_every, config.checkpoint_every)
     window, clocks, done = Window(), [], int(state.iteration)
     score, reward_name = stage.programs.score, stage.evaluation_reward
     sample = open_samples(stage.setup, reference, score, reward_name=reward_name)
+    keep, ended = new_keep_best(stage.config), False
+    if keep is not None and done:
+        keep.restore(saved.metadata(done))
 
-    def evaluate() -> None:
+    def evaluate() -> bool:
+        """Log an evaluation; return whether it is the best so far."""
         evaluation = sample(state.policy.params)
         append_samples(stage.folder, done, evaluation)
         values = evaluation.metrics()
         writer.write(done, values, split="eval")
         if jax.process_index() == 0:
             tqdm.write(f"{stage.name}  {_evaluation_line(done, steps, values)}")
+        return keep is not None and keep.add(done, values)
 
     if done == 0:
         evaluate()
     with progress(steps, done, stage.name) as bar:
-        while done < steps:
+        while done < steps and not ended:
             state, report, seconds = _iteration(stage, state, reference, done)
             done += 1
             _require_finite(stage, report, done, saved)
@@ -98,11 +110,13 @@ def _iterate(
                 bar.set_postfix_str(
                     f"reward {values['objective/scores']:.3f}, kl {values['objective/kl']:.2f}"
                 )
-            if evaluating:
-                evaluate()
-            if save or stopping:
-                saved.save(done, state, metadata={"stage": stage.name})
-            if stopping and done < steps:
+            is_best = evaluating and evaluate()
+            ended = keep is not None and keep.stopped_at == done
+            if save or stopping or is_best or ended:
+                kept = {} if keep is None else {KEEP_BEST: keep.state()}
+                score_of_best = keep.score if is_best else None
+                saved.save(done, state, metadata={"stage": stage.name} | kept, score=score_of_best)
+            if stopping and done < steps and not ended:
                 saved.wait()
                 raise Preempted(f"{stage.name}: stopped at iteration {done} of {steps}, saved")
     saved.wait()
@@ -129,7 +143,7 @@ def _iteration(
     clock.append(time.perf_counter())
     scores = _scores(stage, texts, prompts, samples)
     clock.append(time.perf_counter())
-    schedule = make_schedule(config.schedule, config.warmup_steps, stage.steps)
+    schedule = schedule_of(config, warmup_steps(config, stage.steps), stage.steps)
     hyper = stage.hyper
     hyper |= {"learning_rate": hyper["learning_rate"] * schedule(iteration)}
     responses = ppo.pack(prompts, samples, multiple=stage.row_multiple)

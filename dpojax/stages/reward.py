@@ -40,11 +40,6 @@ class Reward(TrainedStage):
             raise ConfigError("config.reward.margin_scale: only bradley_terry has margins")
 
     @classmethod
-    def traced_keys(cls, run: ResolvedRun) -> frozenset[str]:
-        # The best checkpoint of each member would have to be kept apart.
-        return frozenset() if run.config.reward.keep_best else super().traced_keys(run)
-
-    @classmethod
     def traced_options(cls, run: ResolvedRun) -> tuple[str, ...]:
         return ("centring",)
 
@@ -66,10 +61,6 @@ class Reward(TrainedStage):
             scores=config.margin_scale > 0, ties=config.loss == "plackett_luce_scores"
         )
 
-    @property
-    def best_metric(self) -> str:
-        return reward.ACCURACY if self.config.keep_best else ""
-
     def options(self) -> dict[str, Any]:
         return {key: self.config[key] for key in ("margin_scale", "centring")}
 
@@ -86,17 +77,17 @@ class Reward(TrainedStage):
 def summarise(stage: Stage, params: dict) -> Summary:
     """How often a reward model ranks held-out pairs rightly; saved for a person.
 
-    Where the best of several evaluations is kept, its accuracy is a little too high for new data.
+    Where the evaluation of the best accuracy is kept (`keep_best`), that accuracy is a little too
+    high for new data.
     """
     values, pairs = stage.evaluate(params), stage.batches.data.count_held_out_pairs()
     step = stage.best_step or stage.steps
     low, high = wilson_interval(round(values["rewards/accuracies"] * pairs), pairs)
     accuracy = f"{100 * values['rewards/accuracies']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-    why = ", the best held-out accuracy" if stage.best_metric else ""
     spread = (values["rewards/squares"] - values["rewards/mean"] ** 2) ** 0.5
     lines = [
         f"reward model, {stage.config.loss}: {pairs} held-out pairs (95 % interval)",
-        f"kept                     step {step} of {stage.steps}{why}",
+        f"kept                     step {step} of {stage.steps}",
         f"ranks the pair rightly   {accuracy}",
         f"mean gap of a pair       {values['rewards/margins']:+.3f}",
         f"scores, mean and spread  {values['rewards/mean']:+.3f} ± {spread:.3f} (an export "

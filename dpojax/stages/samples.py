@@ -139,11 +139,12 @@ def append_samples(folder: storage.Path, step: int, evaluation: PolicyEvaluation
             lines.write(json.dumps({"step": step} | text._asdict() | {"log_ratio": ratio}))
 
 
-def last_samples(folder: storage.Path) -> list[dict]:
-    """What the last evaluation appended: one line for each different prompt.
+def last_samples(folder: storage.Path, step: int | None = None) -> list[dict]:
+    """What the evaluation at a step appended, or the last: one line for each different prompt.
 
     A resumed run may have repeated an evaluation; its lines count once.
     """
     lines = [json.loads(line) for line in storage.read_lines(folder / FILE)]
-    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    step = lines[-1]["step"] if step is None else step
+    last = [line for line in lines if line["step"] == step]
     return list({line["prompt"]: line for line in last}.values())

@@ -29,6 +29,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import huggingface
 from dpojax.stages.data import DataRequirements
+from dpojax.stages.kept import has_ended, kept_best
 from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
 from dpojax.training import checkpoints
@@ -256,13 +257,26 @@ class Stage(abc.ABC):
     def is_trained(self) -> bool:
         """Whether the stage's final state is on disk; what the first process sees."""
         with Checkpoints(self.checkpoint_folder) as saved:
-            return sharding.agreed(saved.latest == self.steps)
+            return sharding.agreed(has_ended(saved, self.steps))
 
     def save_summary(self, summary: Summary, text: str) -> None:
-        """Write summary.json and summary.txt into the stage's folder, by the first process."""
+        """Write summary.json and summary.txt into the stage's folder, by the first process.
+
+        Where the stage keeps its best evaluation, both say which step that is, and why.
+        """
         if jax.process_index() == 0:
+            if (kept := kept_best(self.config, self.checkpoint_folder)) is not None:
+                summary |= {"kept": kept.state() | {"metric": kept.metric}}
+                text += f"\nkept: {kept.describe(self.steps)}"
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
+
+
+def announce_kept(stage: Stage) -> None:
+    """Say which step is the stage's result and why, by the first process."""
+    kept = kept_best(stage.config, stage.checkpoint_folder)
+    if kept is not None and jax.process_index() == 0:
+        print(f"{stage.name}: kept {kept.describe(stage.steps)}", flush=True)
 
 
 def require_language_model(setup: Setup, name: str) -> None:

@@ -22,10 +22,11 @@ from dpojax.models import lora
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.stages.example_stage import EvaluateSamples, ExampleStage
+from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.reference import Reference
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.setup import with_scalar_params
-from dpojax.stages.stage import Lowered
+from dpojax.stages.stage import Lowered, announce_kept
 from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
@@ -38,9 +39,10 @@ from dpojax.training.state import (
     State,
     abstract_state,
     make_optimizer,
-    make_schedule,
     moment_copies,
     new_state,
+    schedule_of,
+    warmup_steps,
 )
 from dpojax.training.step import build_step
 from dpojax.training.throughput import flops_of_batch, peak_flops
@@ -62,7 +64,7 @@ def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal
         ExitStack() as writing,
     ):
         done = checkpoints.latest
-        if done == stage.steps:
+        if has_ended(checkpoints, stage.steps):
             return stage.trained_params()
         params = start() if done is None else None
         if params is not None and setup.model.config.scalar_head:
@@ -94,7 +96,8 @@ def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal
             finished = loop(state)
             if config.profile:
                 _profile(stage, loop, finished, evaluator)
-            if stage.best_metric:
+            if loop.keep_best is not None:
+                announce_kept(stage)
                 return stage.trained_params()
             return stage.policy_params(base, finished.params)
 
@@ -164,6 +167,25 @@ def evaluate_batches(
     return window.flush()
 
 
+def metric_names(stage: ExampleStage) -> list[str]:
+    """The names of what `evaluate_batches` returns, from shapes alone."""
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        abstract_rows(stage, Shape(1, 1, 8, 8, 1, 2)),
+    )
+    programs, reference = stage.programs, abstract_frozen_weights(stage).reference
+
+    def names(params, rows, reference, hyper):
+        outputs = programs.score(params, rows, reference=reference)
+        return programs.metrics(outputs, rows, hyper)
+
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stage.setup.abstract_params
+    )
+    with jax.set_mesh(stage.setup.mesh):
+        return sorted(jax.eval_shape(names, params, rows, reference, stage.hyper))
+
+
 def abstract_train_state(stage: ExampleStage, optimizer: optax.GradientTransformation) -> State:
     """Shapes and shardings of the train state: of the whole model, or of the adapters alone."""
     setup, adapters = stage.setup, stage.adapters
@@ -178,8 +200,8 @@ def make_step(stage: ExampleStage, optimizer: optax.GradientTransformation) -> M
     if stage.adapters is not None:
         forward = adapted(forward, stage.adapters.config)
 
-    def make(warmup_steps, steps):
-        schedule = make_schedule(stage.config.schedule, warmup_steps, steps)
+    def make(warmup, steps):
+        schedule = schedule_of(stage.config, warmup, steps)
         return build_step(forward, stage.programs.objective, optimizer, schedule)
 
     return make
@@ -189,7 +211,7 @@ def jitted_step(
     stage: ExampleStage, optimizer: optax.GradientTransformation, steps: int
 ) -> Callable:
     """(state, rows, hyper, frozen weights) -> (state, report); donates the state."""
-    step = make_step(stage, optimizer)(stage.config.warmup_steps, steps)
+    step = make_step(stage, optimizer)(warmup_steps(stage.config, steps), steps)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(stage, optimizer))
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -325,7 +347,7 @@ def _train_loop(
         checkpoints=checkpoints,
         writer=writer,
         stop=stop,
-        keep_best=stage.best_metric,
+        keep_best=new_keep_best(stage.config),
         spans=Spans(stage.folder if config.profile else None),
     )
 

@@ -41,6 +41,9 @@ class TrainedStage(ExampleStage):
         length = row.prompt + row.responses * (row.response + 1)
         return train.lower(self, length, row.responses)
 
+    def metric_names(self) -> list[str]:
+        return train.metric_names(self)
+
     def describe(self) -> str:
         return describe(self)
 
@@ -94,6 +97,7 @@ class LanguageStage(TrainedStage):
             super().export(folder, step=step, adapters=adapters)
             return
         is_first = self.name == self.setup.config.stages[0]
+        step = self.best_step if step is None else step
         lora_peft.save_peft(
             folder,
             self.adapters.trained(self.checkpoint_folder, step),

@@ -26,7 +26,7 @@ from dpojax.stages.train import (
 from dpojax.sweeps.layout import LAYOUT, Layout
 from dpojax.training import memory
 from dpojax.training.forward import FrozenWeights
-from dpojax.training.state import initial_state, make_optimizer
+from dpojax.training.state import initial_state, make_optimizer, warmup_steps
 from dpojax.training.step import Report
 from dpojax.training.vectorised_step import (
     MemberHyperparameters,
@@ -216,7 +216,7 @@ class MemberProgram:
 def _hyperparameters(stage: ExampleStage) -> MemberHyperparameters:
     return MemberHyperparameters(
         hyper=stage.hyper,
-        warmup_steps=jnp.int32(stage.config.warmup_steps),
+        warmup_steps=jnp.int32(warmup_steps(stage.config, stage.steps)),
         steps=jnp.int32(stage.steps),
         seed=jnp.int32(stage.setup.config.seed % 2**31),
     )

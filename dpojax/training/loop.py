@@ -16,6 +16,7 @@ from dpojax import sharding
 from dpojax.data.examples import Example
 from dpojax.data.rows import Rows, utilisation
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.keep_best import KEEP_BEST, KeepBest
 from dpojax.training.lost_updates import LOST_UPDATES
 from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progress
 from dpojax.training.objective import Hyper
@@ -75,8 +76,9 @@ class TrainLoop:
       checkpoints: where states go.
       writer: of metrics.
       stop: a SIGTERM.
-      keep_best: a metric of `evaluate`. Whenever it is higher than before, the state is saved and
-        stays on disk until one is better. Step 0 does not count; "" keeps no best.
+      keep_best: follows a metric of `evaluate`. Whenever it is better than before, the state is
+        saved and stays on disk until one is better. It also says when to stop early. None keeps no
+        best.
       spans: add up where the time goes.
       warned: the terminal has said that updates are lost to rounding.
     """
@@ -95,12 +97,12 @@ class TrainLoop:
     checkpoints: Checkpoints
     writer: MetricWriter
     stop: StopSignal
-    keep_best: str = ""
+    keep_best: KeepBest | None = None
     spans: Spans = dataclasses.field(default_factory=Spans)
     warned: bool = False
 
     def __call__(self, state: State) -> State:
-        """Train to the last step and return the final state, which is also on disk.
+        """Train to the last step, or until `keep_best` stops; return the state, also on disk.
 
         Raises:
           NonFiniteLoss: naming the examples; the last good checkpoint is kept.
@@ -113,15 +115,15 @@ class TrainLoop:
 
     def _train(self, state: State) -> State:
         done = int(state.step)
-        best = self.checkpoints.best if self.keep_best else None
-        highest = -math.inf if best is None else best.score
+        if self.keep_best is not None and done:
+            self.keep_best.restore(self.checkpoints.metadata(done))
         first = done + 1
         pace = _Pace(self.flops, self.ceiling)
         if done == 0:
             self._evaluate(state, 0)
         with progress(self.steps, done, self.stage) as bar:
-            pending = None
-            while done < self.steps:
+            pending, ended = None, self._stops_early(done)
+            while done < self.steps and not ended:
                 with self.spans(DATA):
                     rows = next(self.batches)
                     placed = self.to_device(rows)
@@ -143,21 +145,22 @@ class TrainLoop:
                         self._check(*pending, done)
                 if due.log:
                     bar.set_postfix_str(_postfix(self._log(pace, done)))
-                values = {}
+                values, is_best = {}, False
                 if due.evaluate:
-                    values = self._evaluate(state, done)
+                    values, is_best = self._evaluate(state, done)
                     pace.restart()
-                is_best = values.get(self.keep_best, -math.inf) > highest
-                if is_best:
-                    highest = values[self.keep_best]
-                if due.save or stopping or is_best:
+                ended = self._stops_early(done)
+                if due.save or stopping or is_best or ended:
                     self._save(state, done, values, is_best)
-                if stopping and done < self.steps:
+                if stopping and done < self.steps and not ended:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
         with self.spans(CHECKPOINT):
             self.checkpoints.wait()
         return state
+
+    def _stops_early(self, step: int) -> bool:
+        return self.keep_best is not None and self.keep_best.stopped_at == step
 
     def _check(self, rows: Rows, report: Report, step: int) -> None:
         """Refuse a step whose loss or gradient was not finite."""
@@ -177,18 +180,21 @@ class TrainLoop:
         self.writer.write(step, values, split="train")
         return values
 
-    def _evaluate(self, state: State, step: int) -> dict[str, float]:
+    def _evaluate(self, state: State, step: int) -> tuple[dict[str, float], bool]:
+        """Evaluate and log; return the values, and whether they are the best so far."""
         with self.spans(EVALUATION):
             values = self.evaluate(state)
         self.writer.write(step, values, split="eval")
         print_evaluation(self.stage, step, self.steps, values)
-        return values
+        return values, self.keep_best is not None and self.keep_best.add(step, values)
 
     def _save(self, state: State, step: int, values: dict[str, float], is_best: bool) -> None:
         """Save the state; `values` are of the evaluation at this step, empty if there was none."""
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
         metadata = {"stage": self.stage, "evaluation": evaluation}
-        score = values[self.keep_best] if is_best else None
+        if self.keep_best is not None:
+            metadata[KEEP_BEST] = self.keep_best.state()
+        score = self.keep_best.score if is_best else None
         with self.spans(CHECKPOINT):
             self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,30 +85,62 @@ def descend(param: Array, update: Array, rate: Array) -> Array:
 
 
 def make_schedule(
-    schedule: str, warmup_steps: ArrayLike, steps: ArrayLike
+    schedule: str,
+    warmup_steps: ArrayLike,
+    steps: ArrayLike,
+    *,
+    lowest: float = 0.0,
+    decay_share: float = 0.1,
 ) -> Callable[[Array], Array]:
     """Build the learning rate's factor in [0, 1] at a step (counted from 0).
 
     First a linear warm-up as in the DPO authors' code, min(1, (step + 1) / (warmup_steps + 1)).
-    Then it is constant, or decays to zero at `steps` along a line or a cosine. Both numbers may be
-    traced.
+    Then it is constant, or falls to `lowest`, which it reaches at `steps`: along a line or a cosine
+    from the end of the warm-up on, or (`wsd`, Hu et al. 2024) along a line in the last
+    decay_share * steps steps. Both numbers of steps may be traced.
 
     Raises:
-      OptionError: `schedule` is not constant, linear or cosine.
+      OptionError: `schedule` is not constant, linear, cosine or wsd.
     """
-    if schedule not in ("constant", "linear", "cosine"):
-        reason = f"must be constant, linear or cosine, got {schedule!r}"
+    if schedule not in ("constant", "linear", "cosine", "wsd"):
+        reason = f"must be constant, linear, cosine or wsd, got {schedule!r}"
         raise OptionError("schedule", reason)
 
     def factor(step: Array) -> Array:
         rise = jnp.minimum(1.0, (step + 1) / (warmup_steps + 1))
-        falling = jnp.maximum(1, steps - warmup_steps)
-        left = 1 - jnp.clip((step - warmup_steps) / falling, 0.0, 1.0)
         if schedule == "constant":
             return rise
-        return rise * (left if schedule == "linear" else 0.5 * (1 - jnp.cos(jnp.pi * left)))
+        begin = warmup_steps
+        if schedule == "wsd":
+            begin = jnp.maximum(warmup_steps, steps - decay_share * steps)
+        falling = jnp.maximum(1, steps - begin)
+        left = 1 - jnp.clip((step - begin) / falling, 0.0, 1.0)
+        if schedule == "cosine":
+            left = 0.5 * (1 - jnp.cos(jnp.pi * left))
+        return rise * (lowest + (1 - lowest) * left)
 
     return factor
+
+
+def warmup_steps(config, steps: int) -> int:
+    """The warm-up of a stage's config in a run of `steps` steps: its steps, or its share of them.
+
+    The share is rounded up, but for what float arithmetic adds: 0.1 of 30 are 3.
+    """
+    if config.warmup_ratio is None:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * steps - 1e-9)
+
+
+def schedule_of(config, warmup: ArrayLike, steps: ArrayLike) -> Callable[[Array], Array]:
+    """Build the schedule of a stage's config; see `make_schedule`."""
+    return make_schedule(
+        config.schedule,
+        warmup,
+        steps,
+        lowest=config.min_learning_rate_ratio,
+        decay_share=config.decay_share,
+    )
 
 
 def abstract_state(

@@ -8,10 +8,11 @@ from dpojax.models import huggingface, lora, lora_peft
 from dpojax.models.config import LLAMA, DecoderConfig
 from dpojax.runs import run
 from dpojax.stages import preference, registry, samples
+from dpojax.stages.kept import new_keep_best
 from dpojax.stages.registry import open_stage
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.stages.train import lower_step
-from dpojax.training.state import make_schedule
+from dpojax.training.state import schedule_of, warmup_steps
 
 from .conftest import tiny_config
 
@@ -115,7 +116,7 @@ def prepare_a_reward_stage(config, workdir):
     config.reward.data.update(limit=60, eval_limit=10)
     stage = open_stage(prepare_setup(registry.resolve(config, workdir)), "reward").prepare()
     read_what_training_reads(stage)
-    assert stage.best_metric
+    assert new_keep_best(stage.config)
 
 
 def prepare_a_classifier_stage(config, workdir):
@@ -140,7 +141,8 @@ def prepare_a_ppo_stage(config, workdir):
     stage = open_stage(prepare_setup(registry.resolve(config, workdir)), "ppo").prepare()
     stage.batch(0)
     assert stage.hyper
-    make_schedule(stage.config.schedule, stage.config.warmup_steps, stage.steps)
+    schedule_of(stage.config, warmup_steps(stage.config, stage.steps), stage.steps)
+    assert not stage.config.patience
     params = initial_params(stage.setup)
     score, reward_name = stage.programs.score, stage.evaluation_reward
     samples.open_samples(stage.setup, params, score, reward_name=reward_name)(params)

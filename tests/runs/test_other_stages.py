@@ -80,7 +80,7 @@ def test_the_reward_model_of_the_best_evaluation_is_kept_summarised_and_exported
     assert np.array_equal(best, sixth)
     assert not np.array_equal(best, last)
     text = (reward_run / "reward" / "summary.txt").read_text()
-    assert "step 6 of 12, the best held-out accuracy" in text
+    assert "step 6 of 12, where eval/rewards/accuracies was highest: 0.9 (before training" in text
 
 
 def test_the_exported_reward_is_centred_on_the_held_out_responses(reward_run, tmp_path):

@@ -352,7 +352,7 @@ def test_one_program_trains_what_differs_in_traced_numbers_alone():
         [0],
         [1],
     ]
-    scoring = {"stages": ("reward",), "model.path": "policy", "reward.keep_best": False}
+    scoring = {"stages": ("reward",), "model.path": "policy", "reward.keep_best": ""}
     scoring["reward.data.source"] = "pairs.jsonl"
     assert grouped({}, {"reward.centring": 0.1}, {"seed": 1}, **scoring) == [[0, 1], [2]]
     assert grouped({}, {"reward.learning_rate": 1e-4}, stages=("reward",)) == [[0], [1]]

@@ -11,6 +11,7 @@ import pytest
 
 from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints, best, load_params
+from dpojax.training.keep_best import KeepBest
 from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.preemption import StopSignal
@@ -58,11 +59,11 @@ def run_loop(monkeypatch):
     """(folder, the step at whose evaluation it is killed) -> runs it, from where it is."""
     monkeypatch.setattr("dpojax.training.loop._Pace", lambda *_: Idle())
 
-    def start(folder, killed_at=None):
+    def start(folder, killed_at=None, *, sign=1, patience=0, values=ACCURACIES):
         def evaluate(state):
             if int(state.step) == killed_at:
                 raise Killed
-            return {"accuracy": ACCURACIES[int(state.step)]}
+            return {"accuracy": values[int(state.step)]}
 
         with contextlib.ExitStack() as stack:
             saved = stack.enter_context(Checkpoints(folder / "checkpoints", max_checkpoints=1))
@@ -86,11 +87,29 @@ def run_loop(monkeypatch):
                 checkpoints=saved,
                 writer=writer,
                 stop=stack.enter_context(StopSignal()),
-                keep_best="accuracy",
+                keep_best=KeepBest("accuracy", sign, patience),
             )
             return run(state)
 
     return start
+
+
+@pytest.fixture
+def killed_after_an_evaluation(monkeypatch):
+    """(step) -> the next run is killed when the evaluation after that step is logged, unsaved."""
+
+    def kill(step):
+        save = TrainLoop._save
+
+        def killed(self, state, at, values, is_best):
+            if at == step:
+                raise Killed
+            save(self, state, at, values, is_best)
+
+        monkeypatch.setattr(TrainLoop, "_save", killed)
+        return lambda: monkeypatch.setattr(TrainLoop, "_save", save)
+
+    return kill
 
 
 class Idle:
@@ -122,6 +141,50 @@ def test_a_run_that_is_killed_anywhere_keeps_the_same_best(run_loop, tmp_path):
         assert best(folder / "checkpoints") == (0.9, 4)
         np.testing.assert_array_equal(load_params(folder / "checkpoints", SHAPE, 4), kept)
         np.testing.assert_array_equal(again.params, whole.params)
+
+
+# Losses whose lowest is at step 4; without patience, a lower one comes at step 10.
+LOSSES = {0: 0.1, 2: 0.6, 4: 0.3, 6: 0.3, 8: float("nan"), 10: 0.2, 11: 0.9}
+
+
+def test_without_a_better_evaluation_for_so_long_training_stops_and_the_best_is_kept(
+    run_loop, tmp_path
+):
+    """Of the equal losses at steps 4 and 6 the first counts; NaN is no better one."""
+    final = run_loop(tmp_path, sign=-1, patience=2, values=LOSSES)
+    assert int(final.step) == 8
+    assert best(tmp_path / "checkpoints") == (-0.3, 4)
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        assert saved.latest == 8
+        kept = saved.metadata()["keep best"]
+    assert kept == {"score": -0.3, "step": 4, "waited": 2, "at_start": 0.1, "stopped_at": 8}
+
+
+def test_a_lower_loss_after_the_wait_is_kept_where_patience_is_longer(run_loop, tmp_path):
+    assert int(run_loop(tmp_path, sign=-1, patience=3, values=LOSSES).step) == 11
+    assert best(tmp_path / "checkpoints") == (-0.2, 10)
+
+
+def test_a_run_killed_before_or_after_any_evaluation_stops_at_the_same_step(
+    run_loop, killed_after_an_evaluation, tmp_path
+):
+    """Its checkpoints of steps 4 (the best), 5 and 8 (the stop) are where it can go on from."""
+    settings = {"sign": -1, "patience": 2, "values": LOSSES}
+    whole = run_loop(tmp_path / "whole", **settings)
+    for step in (2, 4, 6, 8):
+        before = tmp_path / f"before{step}"
+        with pytest.raises(Killed):
+            run_loop(before, step, **settings)
+        after = tmp_path / f"after{step}"
+        alive = killed_after_an_evaluation(step)
+        with contextlib.suppress(Killed):  # nothing is saved at step 6
+            run_loop(after, **settings)
+        alive()
+        for folder in (before, after):
+            again = run_loop(folder, **settings)
+            assert int(again.step) == 8
+            np.testing.assert_array_equal(again.params, whole.params)
+            assert best(folder / "checkpoints") == (-0.3, 4)
 
 
 def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():
