@@ -163,7 +163,7 @@ class ExampleStage(Stage):
         samples = bool(self.setup.config.samples.reward)
         if followed is None or (samples and followed.metric.startswith("samples/")):
             return
-        with config_errors(self.name):
+        with config_errors(f"{self.name}.keep_best"):
             require_known(followed.metric, self.metric_names())
 
     @abc.abstractmethod

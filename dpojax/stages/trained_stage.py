@@ -26,6 +26,7 @@ from dpojax.training.forward import build_score, language_model
 from dpojax.training.memory import Footprint
 from dpojax.training.objective import Objective
 from dpojax.training.preemption import StopSignal
+from dpojax.training.state import warmup_steps
 
 
 class TrainedStage(ExampleStage):
@@ -130,6 +131,21 @@ def describe(stage: ExampleStage) -> str:
         f"{shape.scored} of them scored at most"
         + (f", the less full ones of {smaller}" if smaller else "")
         + f"\n{stage.name}: about {stage.footprint()} of each device"
+        + warmup_warning(stage)
+    )
+
+
+def warmup_warning(stage: ExampleStage) -> str:
+    """A line where the rate never reaches what the config says; else ""."""
+    steps = stage.steps
+    warmup = warmup_steps(stage.config, steps)
+    if warmup < steps:
+        return ""
+    key = f"config.{stage.name}"
+    return (
+        f"\n{stage.name}: WARNING: the warm-up takes {warmup} steps and the stage has {steps}: the "
+        f"learning rate never reaches {key}.learning_rate, and ends at {steps / (warmup + 1):.0%} "
+        f"of it; lower {key}.warmup_steps, or set {key}.warmup_ratio instead"
     )
 
 

@@ -101,7 +101,7 @@ def parse(name: str, patience: int) -> KeepBest | None:
     """
     if not name:
         if patience:
-            raise ValueError(f"patience = {patience} needs keep_best, the metric to wait for")
+            raise ValueError(f"it is empty, but patience = {patience}: name the metric to wait for")
         return None
     sign = {"-": -1, "+": 1}.get(name[0], 0)
     metric = name.lstrip("+-").removeprefix(SPLIT)
@@ -109,8 +109,7 @@ def parse(name: str, patience: int) -> KeepBest | None:
     sign = sign or (-1 if parts & LOWER else 1 if parts & HIGHER else 0)
     if not sign:
         raise ValueError(
-            f"keep_best = {name!r}: say whether it should be high ({'+' + name!r}) or low "
-            f"({'-' + name!r})"
+            f"{name!r}: say whether it should be high ({'+' + name!r}) or low ({'-' + name!r})"
         )
     return KeepBest(metric, sign, patience)
 
@@ -119,7 +118,7 @@ def require_known(metric: str, names: Collection[str]) -> None:
     """Raise ValueError unless an evaluation has the metric; it names those that it has."""
     if metric not in names:
         known = ", ".join(SPLIT + name for name in sorted(names))
-        raise ValueError(f"keep_best: evaluations have no {SPLIT}{metric}; they have {known}")
+        raise ValueError(f"evaluations have no {SPLIT}{metric}; they have {known}")
 
 
 def _finite(value: float) -> float | None:

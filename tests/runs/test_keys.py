@@ -142,7 +142,7 @@ def prepare_a_ppo_stage(config, workdir):
     stage.batch(0)
     assert stage.hyper
     schedule_of(stage.config, warmup_steps(stage.config, stage.steps), stage.steps)
-    assert not stage.config.patience
+    assert new_keep_best(stage.config) is None
     params = initial_params(stage.setup)
     score, reward_name = stage.programs.score, stage.evaluation_reward
     samples.open_samples(stage.setup, params, score, reward_name=reward_name)(params)

@@ -9,7 +9,13 @@ from ml_collections import ConfigDict
 
 from dpojax import sharding
 from dpojax.models.decoder import SHARDING_RULES
-from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
+from dpojax.training.state import (
+    abstract_state,
+    make_optimizer,
+    make_schedule,
+    new_state,
+    warmup_steps,
+)
 
 BASE = dict(b1=0.9, b2=0.999, eps=1e-8, rms_decay=0.99, weight_decay=0.0, clip_norm=0.0)
 
@@ -104,3 +110,30 @@ def test_the_moments_are_sharded_as_their_parameters(model, params):
     assert kernel.sharding == state.params["blocks"]["mlp"]["up"]["kernel"].sharding
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
     assert jax.random.wrap_key_data(state.rng) == jax.random.key(3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lowest"), [("linear", 0.1), ("cosine", 0.25), ("wsd", 0.0), ("wsd", 0.2)]
+)
+def test_schedules_fall_to_the_lowest_rate_and_wsd_in_its_last_share_alone(schedule, lowest):
+    """100 steps with a warm-up of 10; wsd falls along a line over the last 30."""
+    factor = make_schedule(schedule, 10, 100, lowest=lowest, decay_share=0.3)
+    step = np.arange(101)
+    warm = np.minimum((step + 1) / 11, 1.0)
+    begin = 70 if schedule == "wsd" else 10
+    after = np.clip((step - begin) / (100 - begin), 0, 1)
+    shape = 0.5 * (1 + np.cos(np.pi * after)) if schedule == "cosine" else 1 - after
+    want = warm * (lowest + (1 - lowest) * shape)
+    got = jax.vmap(factor)(jnp.arange(101))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert got[100] == pytest.approx(lowest, abs=1e-6)
+    if schedule == "wsd":
+        np.testing.assert_array_equal(got[10:71], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steps", "want"),
+    [(0.1, 30, 3), (0.1, 31, 4), (0.0, 50, 0), (1.0, 7, 7), (0.07, 1, 1)],
+)
+def test_a_warm_up_ratio_is_the_share_of_the_steps_rounded_up(ratio, steps, want):
+    assert warmup_steps(ConfigDict(dict(warmup_steps=None, warmup_ratio=ratio)), steps) == want
