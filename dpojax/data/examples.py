@@ -121,6 +121,10 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return self.batch.num_rows
 
+    def largest_id(self) -> int:
+        """The largest token id of all prompts and responses."""
+        return max(int(ids.values.max(initial=0)) for ids in (self._prompt, self._response))
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]

@@ -28,6 +28,7 @@ from dpojax.stages.registry import STAGES, resolve
 from dpojax.stages.setup import Setup, open_model
 from dpojax.stages.stage import RowSize
 from dpojax.stages.tokenizers import load_tokenizer
+from dpojax.stages.vocabulary import rows_for
 
 PROMPT = 2 * LONGEST  # tokens of the widest prompt: twice those of the paper's
 NOWHERE = "nowhere"  # the workdir of jobs that write nothing
@@ -106,7 +107,7 @@ def _setup(config: ConfigDict, stage: str) -> Setup:
     if config.tokenizer.startswith(TRAINED_HERE):
         vocabulary = int(config.tokenizer.removeprefix(TRAINED_HERE))
     elif not config.model.path:
-        vocabulary = len(load_tokenizer(config, run.workdir))
+        vocabulary = rows_for(load_tokenizer(config, run.workdir))
     with config_errors("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
     model, imported_config = open_model(config, vocabulary, mesh)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpojax.data.records import DataError
 from dpojax.models.decoder import Params
 from dpojax.sampling.sampler import Prompts, ResponsePrefix, Sampler, Samples, doubling_up_to
 from dpojax.sharding import to_host
@@ -181,7 +182,10 @@ def _check_prompt(index: int, prompt: np.ndarray, sampler: Sampler) -> None:
     if not len(prompt):
         raise ValueError(f"prompt {index}: it is empty; give it at least one token (BOS)")
     if not (prompt.min() >= 0 and prompt.max() < config.vocab_size):
-        raise ValueError(f"prompt {index}: it has an id outside 0 .. {config.vocab_size - 1}")
+        raise DataError(
+            f"prompt {index}: it has an id outside 0 .. {config.vocab_size - 1}, the rows of the "
+            "model's table; use the model's own tokenizer"
+        )
     if len(prompt) + sampler.max_new_tokens > config.max_positions:
         raise ValueError(
             f"prompt {index}: {len(prompt)} tokens and {sampler.max_new_tokens} new ones, but the "

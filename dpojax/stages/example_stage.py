@@ -32,6 +32,7 @@ from dpojax.stages.kept import new_keep_best
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import POLICY, Stage
+from dpojax.stages.vocabulary import require_rows
 from dpojax.training.forward import Forward, build_outputs
 from dpojax.training.keep_best import require_known
 from dpojax.training.objective import Hyper, Objective
@@ -293,7 +294,7 @@ def _traced_keys(stage_class: type[ExampleStage], run: ResolvedRun) -> frozenset
 
 
 def _load_data(stage: ExampleStage) -> StageData:
-    """The stage's examples from the cache of tokens, or read."""
+    """The stage's examples from the cache of tokens, or read; the model has a row for every id."""
     config, settings = stage.setup.config, stage.data_settings()
     if stage.draws_records:
         settings["seed"] = config.seed
@@ -301,4 +302,6 @@ def _load_data(stage: ExampleStage) -> StageData:
     folder = stage.setup.workdir / token_cache.FOLDER
     if config.token_cache:
         folder = storage.as_path(config.token_cache)
-    return token_cache.cached(folder, key, stage.read_data)
+    data = token_cache.cached(folder, key, stage.read_data)
+    require_rows(data.examples, stage.setup.model.config.vocab_size, stage.setup.tokenizer)
+    return data

@@ -36,6 +36,7 @@ from dpojax.sampling import Prompts, Sampler, build_sampler
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import Stage, require_language_model
+from dpojax.stages.vocabulary import require_rows_of_prompts
 from dpojax.training import checkpoints
 from dpojax.training.forward import build_score
 from dpojax.training.objective import Hyper
@@ -303,6 +304,8 @@ def _read_prompts(setup: Setup) -> TrainingPrompts:
         )
     prompts = encode_prompts(setup.tokenizer, texts)
     _require_room(prompts, config, setup.model.config.max_positions)
+    rows = setup.model.config.vocab_size
+    require_rows_of_prompts(config.prompts, prompts, rows, setup.tokenizer)
     return TrainingPrompts(texts, prompts)
 
 

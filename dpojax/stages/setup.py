@@ -19,8 +19,7 @@ from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.decoder import SHARDING_RULES, Model
 from dpojax.models.scores import with_scalar_head
 from dpojax.stages.tokenizers import load_tokenizer, stop_tokens
-
-VOCABULARY_PADDING = 1024  # rows that a model may have beyond its tokenizer's ids
+from dpojax.stages.vocabulary import rows_for, tell_of_mismatch
 
 
 class Setup(NamedTuple):
@@ -67,8 +66,9 @@ class Setup(NamedTuple):
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end a sampled response."""
-        return stop_tokens(self.tokenizer, self.config.model.path)
+        """Ids that end a sampled response. Those beyond the model's table are never drawn."""
+        stops = stop_tokens(self.tokenizer, self.config.model.path)
+        return tuple(token for token in stops if token < self.model.config.vocab_size)
 
 
 def prepare_setup(run: ResolvedRun, *, mesh: Mesh | None = None, vmapped: bool = False) -> Setup:
@@ -79,15 +79,16 @@ def prepare_setup(run: ResolvedRun, *, mesh: Mesh | None = None, vmapped: bool =
       vmapped: whether members of a sweep will train in one program.
 
     Raises:
-      ConfigError: tokenizer and model do not fit each other, or the lengths do not fit the model.
+      ConfigError: there is no such tokenizer or model, or the lengths do not fit the model.
     """
     config = run.config
     if mesh is None:
         with config_errors("mesh"):
             mesh = sharding.make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config, run.workdir)
-    model, imported_config = open_model(config, len(tokenizer), mesh, vmapped=vmapped)
-    _require_fit(config, model.config, tokenizer)
+    model, imported_config = open_model(config, rows_for(tokenizer), mesh, vmapped=vmapped)
+    tell_of_mismatch(tokenizer, model.config.vocab_size, chosen=bool(config.tokenizer))
+    _require_room(config, model.config)
     return Setup(run, mesh, tokenizer, model, imported_config, vmapped)
 
 
@@ -97,7 +98,7 @@ def open_model(
     """The model without weights, and config.json of an imported model (None for a new one).
 
     Args:
-      vocabulary: how many token ids a new model has.
+      vocabulary: how many rows a new model's table has.
 
     Raises:
       ConfigError: a shape that is impossible; a config.json that cannot be read; an attention
@@ -177,13 +178,7 @@ def _new_model_config(model: ConfigDict, vocabulary: int) -> DecoderConfig:
     return DecoderConfig(**families[model.family], **shape, vocab_size=vocabulary)
 
 
-def _require_fit(config: ConfigDict, model: DecoderConfig, tokenizer) -> None:
-    ids = len(tokenizer)
-    if not ids <= model.vocab_size <= ids + VOCABULARY_PADDING:
-        raise ConfigError(
-            f"the tokenizer has {ids} ids and the model {model.vocab_size} rows: they do not "
-            "belong together; set config.tokenizer and config.model.path to a pair that fits"
-        )
+def _require_room(config: ConfigDict, model: DecoderConfig) -> None:
     lengths = {"tokens.max_length": config.tokens.max_length}
     if "classifier" in config.stages:
         lengths["classifier.max_tokens"] = config.classifier.max_tokens
