@@ -122,6 +122,7 @@ def test_a_table_with_2400_rows_more_trains_and_is_exported_whole(tiny, tmp_path
     assert tensors["model.embed_tokens.weight"].shape == (len(WORDS) + 2400, 16)
 
 
+@pytest.mark.slow  # test_the_published_gaps_get_rows looks at the rows alone
 def test_a_new_model_has_a_row_for_every_id_of_a_vocabulary_with_holes(tiny, tmp_path):
     make_tokenizer(tmp_path / "words", apart=7)
     source = make_texts(tmp_path / "texts.jsonl")
