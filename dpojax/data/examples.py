@@ -1,15 +1,17 @@
 """Tokenised examples in Arrow arrays, in memory or mapped from a file.
 
-The file is an Arrow file, followed by the SHA-256 of its bytes. Reading it copies nothing: token
-ids are slices of the mapped file, whose pages the operating system loads and drops as needed.
+The file is an Arrow file of many batches, written one after the other. Behind it stand a text about
+it, and the SHA-256 of all bytes. Reading it copies nothing: token ids are slices of the mapped
+file, whose pages the operating system loads and drops as needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +37,8 @@ SCHEMA = pa.schema(
     }
 )
 DIGEST = hashlib.sha256().digest_size
-ABOUT = b"about"
+LENGTH = 8  # bytes that hold the length of the text about the file
+BLOCK = 2**20
 
 
 class Example(NamedTuple):
@@ -87,14 +90,10 @@ class Ragged(NamedTuple):
         return self.values[self.starts[index] : self.starts[index + 1]]
 
 
-class Examples(Sequence[Example]):
-    """A sequence of examples, stored as Arrow arrays; indexing makes an `Example`.
-
-    The arrays of an `Example` are read-only views. A slice is a list.
-    """
+class _Batch:
+    """The examples of one Arrow batch."""
 
     def __init__(self, batch: pa.RecordBatch):
-        self.batch = batch
         responses = batch.column("responses")
         self._of_example = responses.offsets.to_numpy()
         self._response = Ragged.view(responses.values)
@@ -108,27 +107,10 @@ class Examples(Sequence[Example]):
         self._mask_of_example = scored.offsets.to_numpy()
         self._mask = Ragged.view(scored.values)
 
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> Examples:
-        columns = {name: [e[i] for e in examples] for i, name in enumerate(Example._fields)}
-        columns["cut"] = [[int(x) for x in cut] for cut in columns["cut"]]
-        columns["scored"] = [
-            None if masks is None else [mask.view(np.uint8) for mask in masks]
-            for masks in columns["scored"]
-        ]
-        return cls(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
-
-    def __len__(self) -> int:
-        return self.batch.num_rows
-
     def largest_id(self) -> int:
-        """The largest token id of all prompts and responses."""
         return max(int(ids.values.max(initial=0)) for ids in (self._prompt, self._response))
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def example(self, index: int) -> Example:
         places = range(self._of_example[index], self._of_example[index + 1])
         masks = range(self._mask_of_example[index], self._mask_of_example[index + 1])
         return Example(
@@ -142,15 +124,117 @@ class Examples(Sequence[Example]):
         )
 
 
+class Examples(Sequence[Example]):
+    """A sequence of examples, stored as batches of Arrow arrays; indexing makes an `Example`.
+
+    The arrays of an `Example` are read-only views. A slice is a list.
+    """
+
+    def __init__(self, *batches: pa.RecordBatch):
+        self.batches = tuple(batch for batch in batches if batch.num_rows)
+        self._views = [_Batch(batch) for batch in self.batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        columns = {name: [e[i] for e in examples] for i, name in enumerate(Example._fields)}
+        columns["cut"] = [[int(x) for x in cut] for cut in columns["cut"]]
+        columns["scored"] = [
+            None if masks is None else [mask.view(np.uint8) for mask in masks]
+            for masks in columns["scored"]
+        ]
+        return cls(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def largest_id(self) -> int:
+        """The largest token id of all prompts and responses."""
+        return max((view.largest_id() for view in self._views), default=0)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._views[batch].example(index - int(self._starts[batch]))
+
+    def distinct(self, name: str) -> set:
+        """The values that a column of single values has: id, label, category, weight or source."""
+        return {x for batch in self.batches for x in batch.column(name).unique().to_pylist()}
+
+
+class Store:
+    """Takes examples chunk by chunk, and gives them back: those to train on come first.
+
+    This one keeps them in memory.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[bool, pa.RecordBatch]] = []
+
+    def add(self, examples: Examples, *, held_out: bool) -> None:
+        """Add some examples to those to train on, or to those that are held out."""
+        self._batches += [(held_out, batch) for batch in examples.batches]
+
+    def finish(self) -> Examples:
+        """All examples; nothing may be added afterwards."""
+        return _training_first(self._batches)
+
+
+class NotStored(Exception):
+    """A file of examples could not be written; the message says why."""
+
+
+class FileStore(Store):
+    """Writes examples to a file, and maps it: memory does not grow with them.
+
+    Raises:
+      NotStored: from every method.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = path
+        self._sides: list[bool] = []  # of each batch: whether it is held out
+        with _storing():
+            self._file = open(path, "wb")  # noqa: SIM115 (closed by `finish`)
+            self._writer = pa.ipc.new_file(self._file, SCHEMA)
+
+    def add(self, examples: Examples, *, held_out: bool) -> None:
+        with _storing():
+            for batch in examples.batches:
+                self._writer.write_batch(batch)
+                self._sides.append(held_out)
+
+    def finish(self) -> Examples:
+        with _storing():
+            self._writer.close()
+            self._file.close()
+            content = pa.memory_map(str(self.path)).read_buffer()
+        return _mapped(content, self._sides)
+
+    def seal(self, about: dict[str, Any]) -> None:
+        """Write `about` as JSON and the hash behind the examples, so that `load` can read them."""
+        text = json.dumps({"held_out": self._sides, "about": about}).encode()
+        with _storing(), open(self.path, "rb+") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(text + len(text).to_bytes(LENGTH, "little"))
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.write(digest)
+
+    def close(self) -> None:
+        """Close the file of a store that was not finished."""
+        self._file.close()
+
+
 def save(path: str | os.PathLike, examples: Examples, about: dict[str, Any]) -> None:
     """Write a file that holds the examples, and `about` as JSON: the whole file or nothing."""
-    schema = SCHEMA.with_metadata({ABOUT: json.dumps(about)})
-    with storage.replacing(path) as unfinished, unfinished.open("w+b") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(examples.batch.replace_schema_metadata(schema.metadata))
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").digest()
-        file.write(digest)
+    with storage.replacing(path) as unfinished:
+        store = FileStore(unfinished)
+        store.add(examples, held_out=False)
+        store.finish()
+        store.seal(about)
 
 
 def load(path: str | os.PathLike) -> tuple[Examples, dict[str, Any]]:
@@ -160,12 +244,43 @@ def load(path: str | os.PathLike) -> tuple[Examples, dict[str, Any]]:
       DataError: the file is not as it was written.
     """
     try:
-        content = pa.memory_map(str(storage.local_copy(path))).read_buffer()
-        arrow, digest = content[:-DIGEST], content[-DIGEST:]
-        if hashlib.sha256(arrow).digest() != digest.to_pybytes():
-            raise DataError("its bytes are not those that were written")
-        reader = pa.ipc.open_file(pa.BufferReader(arrow))
-        batch, about = reader.get_batch(0), json.loads(reader.schema.metadata[ABOUT])
-    except (DataError, pa.ArrowException, OSError) as error:
+        local = storage.local_copy(path)
+        _check(local)
+        content = pa.memory_map(str(local)).read_buffer()[:-DIGEST]
+        length = int.from_bytes(content[-LENGTH:].to_pybytes(), "little")
+        text = json.loads(content[-LENGTH - length : -LENGTH].to_pybytes())
+        return _mapped(content[: -LENGTH - length], text["held_out"]), text["about"]
+    except (DataError, ValueError, KeyError, pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a usable cache of tokens ({error}); delete it") from error
-    return Examples(batch), about
+
+
+def _check(path: os.PathLike) -> None:
+    """Raise DataError unless the hash at the end of a file is that of its other bytes.
+
+    They are read and not mapped: pages of a mapped file would count as memory of this process.
+    """
+    digest, left = hashlib.sha256(), os.path.getsize(path) - DIGEST
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+        if file.read() != digest.digest():
+            raise DataError("its bytes are not those that were written")
+
+
+def _mapped(content: pa.Buffer, sides: Iterable[bool]) -> Examples:
+    reader = pa.ipc.open_file(pa.BufferReader(content))
+    return _training_first(zip(sides, map(reader.get_batch, range(reader.num_record_batches))))
+
+
+def _training_first(batches: Iterable[tuple[bool, pa.RecordBatch]]) -> Examples:
+    batches = sorted(batches, key=lambda pair: pair[0])  # stable
+    return Examples(*(batch for _, batch in batches))
+
+
+@contextlib.contextmanager
+def _storing():
+    try:
+        yield
+    except OSError as error:
+        raise NotStored(str(error)) from error

@@ -68,6 +68,7 @@ class Report:
       kept: records that became examples (the cut ones included).
       tallies: outcome (`dropped`, `cut`, `noted`) -> cause -> Tally.
       unread: name of a field that was not read -> Tally of the records that have it.
+      remarks: sentences about the data as a whole, such as what was not read.
       lengths: a histogram for each of `prompt`, `response`, `chosen`, `rejected` and `longest`
         (prompt + longest response): number of tokens -> how many. It covers every encoded record.
         Tokens are counted before truncation, with BOS and EOS.
@@ -80,6 +81,7 @@ class Report:
         self.kept = 0
         self.tallies: dict[str, dict[str, Tally]] = {name: {} for name in OUTCOMES}
         self.unread: dict[str, Tally] = {}
+        self.remarks: list[str] = []
         self.lengths: dict[str, Counter[int]] = defaultdict(Counter)
         self.starts: dict[int, int] = defaultdict(int)
         self.ends: dict[str, int] = defaultdict(int)
@@ -109,6 +111,7 @@ class Report:
                 mine.add(tally.count, tally.examples)
         for name, tally in other.unread.items():
             self.unread.setdefault(name, Tally()).add(tally.count, tally.examples)
+        self.remarks += other.remarks
         for name, counts in other.lengths.items():
             self.lengths[name].update(counts)
         for number, count in other.starts.items():
@@ -165,6 +168,7 @@ class Report:
                 for outcome, tallies in self.tallies.items()
             },
             "unread": {name: dataclasses.asdict(tally) for name, tally in self.unread.items()},
+            "remarks": self.remarks,
             "lengths": {name: [*counts.items()] for name, counts in self.lengths.items()},
             "starts": [*self.starts.items()],
             "ends": dict(self.ends),
@@ -178,6 +182,7 @@ class Report:
         for outcome, tallies in content["tallies"].items():
             report.tallies[outcome] = {cause: Tally(**tally) for cause, tally in tallies.items()}
         report.unread = {name: Tally(**tally) for name, tally in content["unread"].items()}
+        report.remarks = list(content["remarks"])
         for name, counts in content["lengths"].items():
             report.lengths[name] = Counter(dict(counts))
         report.starts.update(content["starts"])
@@ -195,6 +200,7 @@ class Report:
             "dropped": tallies["dropped"],
             "noted": tallies["noted"],
             "fields not read": plain["unread"],
+            "remarks": self.remarks,
             "tokens": self.statistics(),
             "bos": {str(number): count for number, count in sorted(self.starts.items())},
             "eos": dict(self.ends),
@@ -203,6 +209,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"{self.read:,} records read, {self.kept:,} kept, {self.dropped:,} dropped"]
+        parts += ["\n".join(self.remarks)]
         parts += [_causes_table(self), _fields_table(self), _lengths_table(self), _ends_table(self)]
         return "\n\n".join(part for part in parts if part)
 
