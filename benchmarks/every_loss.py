@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dpojax.config.defaults import default_config
 from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
 from dpojax.methods import preference
-from dpojax.stages import registry, token_cache
+from dpojax.stages import registry
 from dpojax.stages import train as stage_train
 from dpojax.stages.preference import Preference
 from dpojax.stages.reference import Reference
@@ -162,7 +162,6 @@ def _open(loss: str, workdir: pathlib.Path, args: argparse.Namespace, **options:
     config.preference.update_from_flattened_dict(LOSS_OPTIONS.get(loss, {}) | options)
     setup = prepare_setup(registry.resolve(config, workdir))
     stage = registry.open_stage(setup, "preference").prepare()
-    token_cache.save(stage.batches.data)
     start = initial_params(setup)
     with jax.set_mesh(setup.mesh), StopSignal() as stop, ExitStack() as writing:
         reference = stage.open_reference(start, None, stop, writing)

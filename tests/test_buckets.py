@@ -20,6 +20,7 @@ from dpojax.models.lora import LoraConfig
 from dpojax.models.lora_peft import load_peft, save_peft
 from dpojax.training import profile
 from dpojax.training.reference import ReferenceMismatch, Store, cached
+from tests import stored_examples
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(3)]
@@ -84,8 +85,8 @@ def test_bad_data_is_named_by_its_place_on_the_bucket(folder):
 def test_tokenised_examples_come_back(folder):
     token_ids = np.arange(3, dtype=np.int32)
     one = Example("a:1", token_ids, (token_ids, token_ids[:2]), (False, True), None)
-    examples.save(folder / "key.arrow", examples.Examples.of([one]), {"about": 1})
-    (again,), about = examples.load(folder / "key.arrow")
+    stored_examples.save(folder / "key.arrow", examples.Examples.of([one]), {"about": 1})
+    ((again,), _), about = examples.load(folder / "key.arrow")
     assert (again.id, again.cut, about) == ("a:1", (False, True), {"about": 1})
     equal(again.responses, one.responses)
 

@@ -89,15 +89,25 @@ def _tokens() -> ConfigDict:
 def _data(source: str, train: int, evaluation: int) -> ConfigDict:
     return ConfigDict(
         dict(
-            source=source,  # "reviews" (embedded), a file, a folder, or a datasets name
-            split="",  # of a datasets name or folder, or of a JSON object of lists
+            # "reviews" (embedded), a file, a pattern, a folder, or a name on the Hugging Face hub:
+            # NAME, NAME:SUBSET or NAME:SUBSET@REVISION. Commas separate several sources.
+            source=source,
+            # Of several sources: their shares of every batch, such as (2.0, 1.0). An epoch ends
+            # with the source that is used up first. () mixes all records as one data set.
+            weights=(),
+            split="",  # of a hub name, a folder, or a JSON object of lists; or train[:1000]
+            subset="",  # of a hub name or a folder that has named subsets
+            revision="",  # branch, tag or commit of a hub name
+            data_dir="",  # the folder inside of a hub name or folder
             columns="",  # renames, "prompt=question,chosen=answer": our name = the file's
             form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text, classified
-            limit=train,  # use this many records; 0 is all. The embedded task makes this many.
+            # Use this many records of each source, and read no more; 0 is all. The embedded task
+            # makes this many.
+            limit=train,
             eval_source="",  # "" holds out a share of `source`, whole prompts at a time
             eval_split="",
             eval_share=0.1,  # share of the prompts that is held out
-            eval_limit=evaluation,  # evaluate on this many held-out examples; 0 is all
+            eval_limit=evaluation,  # evaluate on this many held-out records of each source; 0: all
         )
     )
 

@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from dpojax import storage
 from dpojax.data.records import DataError
@@ -159,13 +161,22 @@ class Examples(Sequence[Example]):
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._views[batch].example(index - int(self._starts[batch]))
 
-    def distinct(self, name: str) -> set:
-        """The values that a column of single values has: id, label, category, weight or source."""
-        return {x for batch in self.batches for x in batch.column(name).unique().to_pylist()}
+    @classmethod
+    def joined(cls, *parts: Examples) -> Examples:
+        """The examples of several sequences in one; nothing is copied."""
+        return cls(*(batch for part in parts for batch in part.batches))
+
+    def count(self, name: str) -> Counter:
+        """How many examples have each value of a column of single values, such as "source"."""
+        found: Counter = Counter()
+        for batch in self.batches:
+            for value in pa.compute.value_counts(batch.column(name)).to_pylist():
+                found[value["values"]] += value["counts"]
+        return found
 
 
 class Store:
-    """Takes examples chunk by chunk, and gives them back: those to train on come first.
+    """Takes examples chunk by chunk, and gives them back.
 
     This one keeps them in memory.
     """
@@ -177,9 +188,9 @@ class Store:
         """Add some examples to those to train on, or to those that are held out."""
         self._batches += [(held_out, batch) for batch in examples.batches]
 
-    def finish(self) -> Examples:
-        """All examples; nothing may be added afterwards."""
-        return _training_first(self._batches)
+    def finish(self) -> tuple[Examples, Examples]:
+        """The examples to train on, and those held out; nothing may be added afterwards."""
+        return _both_sides(self._batches)
 
 
 class NotStored(Exception):
@@ -206,7 +217,7 @@ class FileStore(Store):
                 self._writer.write_batch(batch)
                 self._sides.append(held_out)
 
-    def finish(self) -> Examples:
+    def finish(self) -> tuple[Examples, Examples]:
         with _storing():
             self._writer.close()
             self._file.close()
@@ -228,17 +239,8 @@ class FileStore(Store):
         self._file.close()
 
 
-def save(path: str | os.PathLike, examples: Examples, about: dict[str, Any]) -> None:
-    """Write a file that holds the examples, and `about` as JSON: the whole file or nothing."""
-    with storage.replacing(path) as unfinished:
-        store = FileStore(unfinished)
-        store.add(examples, held_out=False)
-        store.finish()
-        store.seal(about)
-
-
-def load(path: str | os.PathLike) -> tuple[Examples, dict[str, Any]]:
-    """Map a file of examples into memory; return them and the `about` that was saved with them.
+def load(path: str | os.PathLike) -> tuple[tuple[Examples, Examples], dict[str, Any]]:
+    """Map a file of examples into memory; return what `FileStore.finish` did, and its `about`.
 
     Raises:
       DataError: the file is not as it was written.
@@ -268,14 +270,16 @@ def _check(path: os.PathLike) -> None:
             raise DataError("its bytes are not those that were written")
 
 
-def _mapped(content: pa.Buffer, sides: Iterable[bool]) -> Examples:
+def _mapped(content: pa.Buffer, sides: Iterable[bool]) -> tuple[Examples, Examples]:
     reader = pa.ipc.open_file(pa.BufferReader(content))
-    return _training_first(zip(sides, map(reader.get_batch, range(reader.num_record_batches))))
+    return _both_sides(zip(sides, map(reader.get_batch, range(reader.num_record_batches))))
 
 
-def _training_first(batches: Iterable[tuple[bool, pa.RecordBatch]]) -> Examples:
-    batches = sorted(batches, key=lambda pair: pair[0])  # stable
-    return Examples(*(batch for _, batch in batches))
+def _both_sides(batches: Iterable[tuple[bool, pa.RecordBatch]]) -> tuple[Examples, Examples]:
+    sides = {False: [], True: []}
+    for held_out, batch in batches:
+        sides[held_out].append(batch)
+    return Examples(*sides[False]), Examples(*sides[True])
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
 def read(
     path: Path | Source | Sequence[Path | Source], *, split: str | None = None
 ) -> Iterator[Row]:
-    """Yield (row, id) for every record, in file order; ids are "FILE:NUMBER", 1-based.
+    """The (row, id) of every record, in file order; ids are "FILE:NUMBER", 1-based.
 
     Args:
       path: a source, or what a `Source` takes as its path, or a list of them.
@@ -142,22 +142,31 @@ def read(
       DataError: for a missing, empty or unreadable data set, with the absolute path; for invalid
         JSON, text that is not UTF-8 and rows that are not objects, with file and line.
     """
-    sources = _sources(path, split)
+    return itertools.chain.from_iterable(read_each(_sources(path, split)))
+
+
+def read_each(sources: Sequence[Source]) -> list[Iterator[Row]]:
+    """The rows of each source, like `read`; no two sources have equal ids."""
+    sources = [_named(source) for source in sources]
     parts = [_parts(source) for source in sources]
-    places = [part.place for some in parts for part in some]
-    names, empty = iter(short_names(places)), True
-    for source, some in zip(sources, parts):
-        _, first, end = _slice_of(source.split)
-        rows = _named_rows(some, [next(names) for _ in some], source)
-        for row, id in itertools.islice(rows, first, end):
-            empty = False
-            yield row, id
+    names = iter(short_names([part.place for some in parts for part in some]))
+    return [
+        _rows_of(source, some, [next(names) for _ in some]) for source, some in zip(sources, parts)
+    ]
+
+
+def _rows_of(source: Source, parts: Sequence[_Part], names: Sequence[str]) -> Iterator[Row]:
+    """Yield (row, id) of one source."""
+    _, first, end = _slice_of(source.split)
+    empty = True
+    for row, id in itertools.islice(_named_rows(source, parts, names), first, end):
+        empty = False
+        yield row, id
     if empty:
-        raise DataError(f"{', '.join(map(str, places))}: the data set is empty")
+        raise DataError(f"{', '.join(str(part.place) for part in parts)}: the data set is empty")
 
 
-def _named_rows(parts: Sequence[_Part], names: Sequence[str], source: Source) -> Iterator[Row]:
-    """Yield (row, id) of all parts of one source."""
+def _named_rows(source: Source, parts: Sequence[_Part], names: Sequence[str]) -> Iterator[Row]:
     for part, name in zip(parts, names):
         for row, number in _rows(part, source):
             yield row, f"{name}:{number}"
@@ -172,7 +181,7 @@ def fingerprint(path: Path | Source | Sequence[Path | Source], *, split: str | N
     Raises:
       DataError: something does not exist or cannot be opened.
     """
-    digest, sources = hashlib.sha256(), _sources(path, split)
+    digest, sources = hashlib.sha256(), [_named(source) for source in _sources(path, split)]
     places = [_places(source) for source in sources]
     names = iter(short_names([place for some in places for place in some]))
     for source, some in zip(sources, places):
@@ -200,6 +209,18 @@ def _add_files(digest: Any, place: storage.Path) -> None:
             digest.update(f"{file.relative_to(local)} {file_hash}\n".encode())
 
 
+def labels(sources: Sequence[Source]) -> list[str]:
+    """A name for each source that no other one has: its file name without what it ends in."""
+    short = short_names([source.path for source in sources])
+    bare = [_bare(name) for name in short]
+    return bare if len(set(bare)) == len(bare) else short
+
+
+def _bare(name: str) -> str:
+    ending = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
+    return name.removesuffix(ending) or name
+
+
 def short_names(places: Sequence[storage.Path | str]) -> list[str]:
     """A short name for each place: its file name, or with folders if two places share a name."""
     short = [os.path.basename(place) for place in places]
@@ -214,9 +235,9 @@ def short_names(places: Sequence[storage.Path | str]) -> list[str]:
 
 def _sources(path: Path | Source | Sequence[Path | Source], split: str | None) -> list[Source]:
     if isinstance(path, Source):
-        return [_named(path)]
+        return [path]
     if isinstance(path, str | os.PathLike):
-        return [_named(Source(path, split or ""))]
+        return [Source(path, split or "")]
     if not path:
         raise DataError("the list of data files is empty")
     return [source for part in path for source in _sources(part, split)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -37,7 +38,9 @@ def split(record: Record) -> list[Record]:
     ]
 
 
-def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+def with_mismatched(
+    examples: Sequence[Example], indices: Sequence[int], max_length: int
+) -> Iterator[Example]:
     """Give every example a mismatched response as its second, for KTO's KL estimate.
 
     A mismatched response answers another prompt: it is that of the next example with another prompt
@@ -49,28 +52,43 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
 
     Args:
       examples: of one response each.
+      indices: which of them are given one, and give theirs.
       max_length: most tokens of a prompt with its mismatched response.
 
     Raises:
       DataError: all examples have the same prompt.
     """
-    shuffled = np.random.default_rng(0).permutation(len(examples))
-    after = _next_of_another_prompt([examples[i].prompt.tobytes() for i in shuffled])
-    partners = dict(zip(shuffled.tolist(), shuffled[after].tolist()))
-    mismatched = []
-    for index, example in enumerate(examples):
-        partner = partners[index]
+    shuffled = np.random.default_rng(0).permutation(len(indices))
+    # Hashes, as the prompts themselves may not fit into memory.
+    prompts = [_hash(examples[indices[i]].prompt) for i in shuffled]
+    partners = np.empty(len(indices), np.int64)
+    partners[shuffled] = shuffled[_next_of_another_prompt(prompts)]
+    for index, place in zip(indices, partners.tolist()):
+        example, partner = examples[index], indices[place]
         response = examples[partner].responses[0]
         truncated = response[: max(1, max_length - len(example.prompt))]
-        mismatched.append(
-            example._replace(
-                responses=(*example.responses, truncated),
-                cut=(*example.cut, examples[partner].cut[0] or len(truncated) < len(response)),
-                scores=None if example.scores is None else (*example.scores, 0.0),
-                rank=(0, -1),
-            )
+        yield example._replace(
+            responses=(*example.responses, truncated),
+            cut=(*example.cut, examples[partner].cut[0] or len(truncated) < len(response)),
+            scores=None if example.scores is None else (*example.scores, 0.0),
+            rank=(0, -1),
+            scored=_scored_with(example, examples[partner], len(truncated)),
         )
-    return mismatched
+
+
+def _scored_with(example: Example, partner: Example, length: int) -> tuple[np.ndarray, ...] | None:
+    """Which tokens are scored once the partner's first `length` response tokens are added."""
+    if example.scored is None and partner.scored is None:
+        return None
+    own, others = (
+        np.ones(len(e.responses[0]), bool) if e.scored is None else e.scored[0]
+        for e in (example, partner)
+    )
+    return own, others[:length]
+
+
+def _hash(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def _next_of_another_prompt(prompts: Sequence[bytes]) -> list[int]:

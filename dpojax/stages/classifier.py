@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.config.rules import apply_rules, at_least, one_of
+from dpojax.data.examples import Store
 from dpojax.intervals import wilson_interval
 from dpojax.methods import classifier
 from dpojax.stages import classifier_data, train
-from dpojax.stages.data import DataRequirements, StageData
+from dpojax.stages.data import DataRequirements, NewStore, StageData
 from dpojax.stages.example_stage import Programs, make_programs, scores_of
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import CLASSIFIER, Lowered, RowSize, Stage, Summarise, Summary
@@ -67,12 +68,13 @@ class Classifier(TrainedStage):
     def draws_records(self) -> bool:
         return bool(self.config.data.limit or self.config.data.eval_limit)
 
-    def read_data(self) -> StageData:
+    def read_data(self, new_store: NewStore = Store) -> StageData:
         return classifier_data.load(
             self.config.data,
             self.setup.tokenizer,
             max_tokens=self.config.max_tokens,
             seed=self.setup.config.seed,
+            new_store=new_store,
         )
 
     def data_settings(self) -> dict[str, Any]:

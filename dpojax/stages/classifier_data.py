@@ -8,14 +8,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax.data import sources
-from dpojax.data.examples import Example
+from dpojax.data.examples import Example, Examples, Store
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.tokenise import TokenizeConfig, start_tokens, tokenise
-from dpojax.stages.data import EMBEDDED, StageData, hold_out, renamed_columns, require_both
+from dpojax.stages import selection
+from dpojax.stages.data import (
+    EMBEDDED,
+    NewStore,
+    StageData,
+    renamed_columns,
+    require_both,
+    sources_of,
+)
 
 
-def load(data: ConfigDict, tokenizer, *, max_tokens: int, seed: int) -> StageData:
+def load(
+    data: ConfigDict, tokenizer, *, max_tokens: int, seed: int, new_store: NewStore = Store
+) -> StageData:
     """Read, select and tokenise the texts that `config.classifier.data` names, with their labels.
 
     A limit takes records from all over a file, drawn by `seed`: such files are often sorted by
@@ -30,30 +40,32 @@ def load(data: ConfigDict, tokenizer, *, max_tokens: int, seed: int) -> StageDat
         raise DataError(
             f"config.classifier.data: {EMBEDDED} has no labelled texts; its reward is known exactly"
         )
-    train, report = _read(data, data.source, data.split, data.limit, seed)
+    train, report = _read(data, data.limit, seed, evaluation=False)
     if data.eval_source:
-        test, test_report = _read(data, data.eval_source, data.eval_split, data.eval_limit, seed)
+        test, test_report = _read(data, data.eval_limit, seed, evaluation=True)
         reports = {"train": report, "eval": test_report}
     else:
-        train, test = hold_out(train, data.eval_share)
+        train, test = selection.sides(train, data.eval_share)
         test = _drawn(test, data.eval_limit, "beyond_eval_limit", report, seed)
         reports, test_report = {"train and eval": report}, report
-    require_both(data.source, train, test, report)
-    labels = _labels(data.source, train, test)
+    require_both(data.source, len(train), len(test), report)
+    labels, store = _labels(data.source, train, test), new_store()
     parts = [
         _examples(part, labels, tokenizer, max_tokens, counts)
         for part, counts in ((train, report), (test, test_report))
     ]
-    require_both(data.source, *parts, report)
-    return StageData(parts[0] + parts[1], len(parts[0]), reports, labels)
+    require_both(data.source, *map(len, parts), report)
+    for held_out, part in enumerate(parts):
+        store.add(Examples.of(part), held_out=bool(held_out))
+    return StageData(Examples.joined(*store.finish()), len(parts[0]), reports, labels)
 
 
 def _read(
-    data: ConfigDict, source: str, split: str, limit: int, seed: int
+    data: ConfigDict, limit: int, seed: int, *, evaluation: bool
 ) -> tuple[list[Record], Report]:
     form = "classified" if data.form == "auto" else data.form
     loaded, report = sources.load_records(
-        source, split=split or None, form=form, columns=renamed_columns(data)
+        sources_of(data, evaluation=evaluation), form=form, columns=renamed_columns(data)
     )
     return _drawn(loaded, limit, "beyond_limit", report, seed), report
 

@@ -1,45 +1,45 @@
-"""The examples of a stage: read, split into training and held-out prompts, tokenised."""
+"""The examples of a stage: read, split into training and held-out prompts, tokenised.
+
+Records pass through one after the other, and examples are stored chunk by chunk, so that memory
+does not grow with the data.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.config.errors import config_errors
-from dpojax.data import records, reviews, sources, unpaired
-from dpojax.data.examples import Example
+from dpojax.data import records, reviews, sources, tokenise, unpaired
+from dpojax.data.examples import Example, Examples, Store
 from dpojax.data.prompts import EMBEDDED
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.data.tokenise import TokenizeConfig, tokenise
+from dpojax.data.sources import Source
+from dpojax.data.tokenise import CHUNK, TokenizeConfig
+from dpojax.stages import selection
+from dpojax.stages.selection import DataRequirements
+
+NewStore = Callable[[], Store]
 
 
-class DataRequirements(NamedTuple):
-    """What a stage learns from.
+class SourcePart(NamedTuple):
+    """How many examples of one source are trained on, and how many are held out.
 
-    Attributes:
-      form: "best": the best response alone, and no response that is labelled undesirable (SFT).
-        "ranked": all responses of the records that state a preference; a single response is
-        dropped. "labelled": single responses with a label, see `unpaired.split`; a single response
-        without a label is dropped. "classified": texts with a class. "prompts": prompts alone.
-      mismatched: give every example an unrelated second response, see `unpaired.with_mismatched`.
-      scores: every record must have scores.
-      ties: keep ranked records whose responses are all tied, which are dropped otherwise.
-      best_only: training reads the best response of a ranked record alone.
+    `weight` is its share of every training batch before it is normalised; None where all sources
+    are one data set.
     """
 
-    form: Literal["best", "ranked", "labelled", "classified", "prompts"] = "ranked"
-    mismatched: bool = False
-    scores: bool = False
-    ties: bool = False
-    best_only: bool = False
+    name: str
+    train: int
+    held_out: int
+    weight: float | None = None
 
 
 class StageData(NamedTuple):
@@ -50,16 +50,19 @@ class StageData(NamedTuple):
       train: how many of them are trained on.
       reports: what became of the records, by part.
       labels: the names of a classifier's classes.
+      sources: where the examples come from. On both sides those of the first source come first.
+        `Example.source` is the place in it. () where that is not known.
       file: where the examples are kept for the next run, if anywhere; see `token_cache`.
-      cached: whether they were read from that file.
+      kept: the same for a person.
     """
 
     examples: Sequence[Example]
     train: int
     reports: dict[str, Report]
     labels: tuple[str, ...] = ()
+    sources: tuple[SourcePart, ...] = ()
     file: storage.Path | None = None
-    cached: bool = False
+    kept: str = "in memory"
 
     @property
     def training(self) -> range:
@@ -68,6 +71,17 @@ class StageData(NamedTuple):
     @property
     def held_out(self) -> range:
         return range(self.train, len(self.examples))
+
+    @property
+    def held_out_by_source(self) -> dict[str, range]:
+        """The held-out examples of each source that has some; {} where there is one source."""
+        ends = itertools.accumulate((part.held_out for part in self.sources), initial=self.train)
+        found = {
+            part.name: range(first, end)
+            for part, (first, end) in zip(self.sources, itertools.pairwise(ends))
+            if end > first
+        }
+        return found if len(self.sources) > 1 else {}
 
     @property
     def is_labelled(self) -> bool:
@@ -105,41 +119,35 @@ def load(
     *,
     requirements: DataRequirements,
     seed: int,
+    new_store: NewStore = Store,
 ) -> StageData:
     """Reads, selects and tokenises what `config.STAGE.data` names.
 
-    The limits count records. A labelled record may give two examples.
+    The limits count records of each source. A labelled record may give two examples.
 
     Args:
       seed: of the embedded task.
+      new_store: makes what the examples are put into; the last one that it made has all of them.
 
     Raises:
       DataError: see `sources.read`, `tokenise` and `unpaired.with_mismatched`; also when nothing is
         left to train or test on, a record lacks scores that are required, or all labels agree.
     """
     settings = tokenize_config(tokens)
-    (train, train_report), (test, test_report) = _read_both(data, requirements, seed)
-    one_report = test_report is train_report
-    reports = {"train and eval": train_report}
-    if not one_report:
-        reports = {"train": train_report, "eval": test_report}
-    require_both(data.source, train, test, train_report)
-    if requirements.scores:
-        _require_scores(train + test)
+
+    def attempt(below: float) -> StageData:
+        streams, names = _streams(data, requirements, settings, seed, below)
+        store = new_store()
+        for stream in streams:
+            _put(stream, store, tokenizer, settings, requirements, names)
+        return _loaded(data, streams, names, store)
+
+    loaded = selection.with_some_held_out(data.eval_share, attempt)
     if requirements.form == "labelled":
-        train = _labelled(train, settings.identical, train_report)
-        test = _labelled(test, settings.identical, test_report)
-    examples, _ = tokenise(train, tokenizer, settings, train_report)
-    held_out, _ = tokenise(test, tokenizer, settings, test_report)
-    require_both(data.source, examples, held_out, train_report)
-    if requirements.form == "labelled":
-        _require_both_labels(data.source, examples)
-    if requirements.best_only:
-        examples = list(map(_best_response, examples))
+        _require_both_labels(data.source, loaded)
     if requirements.mismatched:
-        examples = unpaired.with_mismatched(examples, settings.max_length)
-        held_out = unpaired.with_mismatched(held_out, settings.max_length)
-    return StageData(examples + held_out, len(examples), reports)
+        loaded = _with_mismatched(loaded, settings.max_length, new_store())
+    return loaded
 
 
 def renamed_columns(data: ConfigDict) -> dict[str, str]:
@@ -148,167 +156,184 @@ def renamed_columns(data: ConfigDict) -> dict[str, str]:
     return {theirs.strip(): ours.strip() for ours, theirs in columns.items()}
 
 
-def _read_both(
-    data: ConfigDict, requirements: DataRequirements, seed: int
-) -> tuple[tuple[list[Record], Report], tuple[list[Record], Report]]:
-    """Records to train on and records to test on, each with its report, or with the same one."""
-    embedded = data.source == EMBEDDED
-    train_split = data.split or ("train" if embedded else "")
-    train, report = _read(data, data.source, train_split, data.limit, requirements, seed)
-    if data.eval_source or embedded:
-        source = data.eval_source or data.source
-        split = data.eval_split or ("eval" if source == EMBEDDED else "")
-        return (train, report), _read(data, source, split, data.eval_limit, requirements, seed)
-    train, test = hold_out(train, data.eval_share)
-    return (train, report), (_first(test, data.eval_limit, "beyond_eval_limit", report), report)
+def sources_of(data: ConfigDict, *, evaluation: bool = False) -> list[Source]:
+    """The sources that `config.STAGE.data` names, to train on or to evaluate on; [] if none.
+
+    Raises:
+      DataError: see `sources.listed`.
+    """
+    text, split = data.source, data.split
+    if evaluation:
+        text, split = data.eval_source, data.eval_split
+    if not text or text == EMBEDDED:
+        return []
+    return sources.listed(
+        text, split=split, subset=data.subset, revision=data.revision, data_dir=data.data_dir
+    )
 
 
-def _read(
+class _Stream(NamedTuple):
+    """Records of one part of the data with their sides: (held out or not, record).
+
+    `report` is complete once all of them were read.
+    """
+
+    part: str
+    report: Report
+    records: Iterable[tuple[bool, Record]]
+
+
+def _streams(
     data: ConfigDict,
-    source: str,
-    split: str,
-    limit: int,
     requirements: DataRequirements,
+    settings: TokenizeConfig,
     seed: int,
-) -> tuple[list[Record], Report]:
-    if source == EMBEDDED:
-        return _embedded(split, limit, form=requirements.form, seed=seed)
-    loaded, report = sources.load_records(
-        source, split=split or None, form=data.form, columns=renamed_columns(data)
-    )
-    usable = _usable(loaded, report, requirements)
-    return _first(usable, limit, "beyond_limit", report), report
-
-
-def hold_out(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records, by whole prompts: those whose prompt hashes below `share`.
-
-    The same prompt falls on the same side in every stage and for every tokenizer. Records without
-    a prompt (plain texts) go by their best response. If no prompt hashes so low, the lowest one is
-    held out.
-    """
-
-    def place(record: Record) -> float:
-        named = json.dumps(record.prompt or record.responses[0])
-        return int.from_bytes(hashlib.sha256(named.encode()).digest()[:8]) / 2**64
-
-    places = [place(record) for record in records]
-    threshold = max(share, min(places, default=0) + 1e-15)
-    train = [record for record, p in zip(records, places) if p >= threshold]
-    return train, [record for record, p in zip(records, places) if p < threshold]
-
-
-def _embedded(split, limit, *, form, seed) -> tuple[list[Record], Report]:
-    if form == "best":
-        rows = [{"text": text} for text in reviews.texts(split, limit, seed)]
-    else:
-        rows = reviews.preferences(split, limit, seed)
-    report = Report()
-    report.read = len(rows)
-    numbered = zip(rows, itertools.count(1))
-    return [records.parse(row, f"reviews/{split}:{number}") for row, number in numbered], report
-
-
-def _usable(loaded: list[Record], report: Report, requirements: DataRequirements) -> list[Record]:
-    """The records that the stage can learn from; the others are counted."""
-    usable = []
-    for record in loaded:
-        cause = _unusable(record, requirements)
-        if cause:
-            report.count("dropped", cause, record.id)
+    held_out_below: float,
+) -> tuple[list[_Stream], list[str]]:
+    """One stream if evaluation takes a share of the data, else two; and the sources' names."""
+    embedded = data.source == EMBEDDED
+    read = _Reader(data, requirements, settings, seed)
+    if not data.eval_source and not embedded:
+        listed, report = sources_of(data), Report()
+        names = sources.labels(listed)
+        loaded = read.files(listed, names, data.limit, report)
+        sided = selection.hold_out(loaded, held_out_below, data.eval_limit, report)
+        return [read.stream("train and eval", report, sided)], names
+    names, streams = [], []
+    for part, held_out in (("train", False), ("eval", True)):
+        listed = sources_of(data, evaluation=held_out)
+        report = Report()
+        limit, split = (data.eval_limit, data.eval_split) if held_out else (data.limit, data.split)
+        if listed:
+            labels = sources.labels(listed)
+            loaded = read.files(listed, labels, limit, report)
         else:
-            usable.append(_best(record) if requirements.form == "best" else record)
-    return usable
+            labels = [EMBEDDED]
+            loaded = read.embedded(split or part, limit, report)
+        names += [name for name in labels if name not in names]
+        streams.append(read.stream(part, report, zip(itertools.repeat(held_out), loaded)))
+    return streams, names
 
 
-def _unusable(record: Record, requirements: DataRequirements) -> str | None:
-    """Why the stage cannot learn from a record, or None if it can."""
-    single = len(record.responses) == 1
-    if record.all_tied and not (requirements.form == "ranked" and requirements.ties):
-        return "all_tied"
-    if requirements.form == "best" and record.label is False:
-        return "undesirable"
-    if requirements.form == "ranked" and single:
-        return "one_response"
-    if requirements.form == "labelled" and single and record.label is None:
-        return "no_label"
-    return None
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the records that a stage can learn from."""
+
+    data: ConfigDict
+    requirements: DataRequirements
+    settings: TokenizeConfig
+    seed: int
+
+    def files(
+        self, listed: list[Source], names: list[str], limit: int, report: Report
+    ) -> Iterator[Record]:
+        """The usable records of all sources, at most `limit` of each."""
+        form, columns = self.data.form, renamed_columns(self.data)
+        for rows, name in zip(sources.read_each(listed), names):
+            loaded = sources.parsed(rows, report, form=form, columns=columns)
+            usable = selection.usable(loaded, self.requirements, report)
+            for record in selection.first(usable, limit, name, report):
+                yield record if len(listed) == 1 else dataclasses.replace(record, source=name)
+
+    def embedded(self, split: str, limit: int, report: Report) -> Iterator[Record]:
+        if self.requirements.form == "best":
+            rows = [{"text": text} for text in reviews.texts(split, limit, self.seed)]
+        else:
+            rows = reviews.preferences(split, limit, self.seed)
+        report.read = len(rows)
+        numbered = zip(rows, itertools.count(1))
+        parsed = (records.parse(row, f"{EMBEDDED}/{split}:{number}") for row, number in numbered)
+        return selection.usable(parsed, self.requirements, report)
+
+    def stream(self, part: str, report: Report, sided: Iterable[tuple[bool, Record]]) -> _Stream:
+        if self.requirements.form == "labelled":
+            identical = self.settings.identical
+            sided = (
+                (held_out, half)
+                for held_out, record in sided
+                for half in selection.labelled(record, identical, report)
+            )
+        return _Stream(part, report, sided)
 
 
-def _best(record: Record) -> Record:
-    scores = None if record.scores is None else record.scores[:1]
-    return dataclasses.replace(
-        record, responses=record.responses[:1], label=None, scores=scores, rank=None
+def _put(
+    stream: _Stream,
+    store: Store,
+    tokenizer: Any,
+    settings: TokenizeConfig,
+    requirements: DataRequirements,
+    names: list[str],
+) -> None:
+    """Tokenise a stream of records into a store."""
+    sides: deque[bool] = deque()
+
+    def chunks() -> Iterator[list[Record]]:
+        for held_out, chunk in _chunked(stream.records, CHUNK):
+            sides.append(held_out)
+            yield chunk
+
+    tokenised = tokenise.tokenise_chunks(
+        chunks(), tokenizer, settings, stream.report, sources=names
     )
+    for examples in tokenised:
+        held_out = sides.popleft()
+        if requirements.best_only and not held_out:
+            examples = Examples.of([selection.best_response(example) for example in examples])
+        store.add(examples, held_out=held_out)
+    stream.report.require_some()
 
 
-def _best_response(example: Example) -> Example:
-    """The example with its best response alone."""
-    return example._replace(
-        responses=example.responses[:1],
-        cut=example.cut[:1],
-        scores=None if example.scores is None else example.scores[:1],
-        rank=None if example.rank is None else example.rank[:1],
-    )
+def _chunked(
+    sided: Iterable[tuple[bool, Record]], size: int
+) -> Iterator[tuple[bool, list[Record]]]:
+    """Collect records into chunks of one side, in their order; at most two chunks wait."""
+    waiting: dict[bool, list[Record]] = {False: [], True: []}
+    for held_out, record in sided:
+        waiting[held_out].append(record)
+        if len(waiting[held_out]) == size:
+            yield held_out, waiting[held_out]
+            waiting[held_out] = []
+    for held_out, chunk in waiting.items():
+        if chunk:
+            yield held_out, chunk
 
 
-def _labelled(loaded: list[Record], identical: str, report: Report) -> list[Record]:
-    """Split every record into labelled responses; the report counts them and what is left out.
-
-    Args:
-      identical: what to do where the best response equals the worst; after the split `tokenise`
-        cannot compare them.
-    """
-    parts = []
-    for record in loaded:
-        if len(record.responses) > 1 and record.responses[0] == record.responses[-1]:
-            if identical == "error":
-                raise DataError(f"{record.id}: identical responses (tokens.identical is error)")
-            report.count("noted" if identical == "keep" else "dropped", "identical", record.id)
-            if identical == "drop":
-                continue
-        halves = unpaired.split(record)
-        if len(halves) == 2:
-            report.count("noted", "split_in_two", record.id)
-            report.read += 1
-        for _ in range(len(record.responses) - len(halves)):
-            report.count("noted", "between_best_and_worst", record.id)
-        parts += halves
-    return parts
+def _loaded(data: ConfigDict, streams: list[_Stream], names: list[str], store: Store) -> StageData:
+    """What the store has got."""
+    train, test = store.finish()
+    require_both(data.source, len(train), len(test), streams[0].report)
+    counts = train.count("source"), test.count("source")
+    parts = [SourcePart(name, *(count[i] for count in counts)) for i, name in enumerate(names)]
+    if data.weights:
+        parts = [part._replace(weight=w) for part, w in zip(parts, data.weights)]
+    reports = {stream.part: stream.report for stream in streams}
+    return StageData(Examples.joined(train, test), len(train), reports, sources=tuple(parts))
 
 
-def _first(loaded: list[Record], limit: int, cause: str, report: Report) -> list[Record]:
-    """At most `limit` records (0 is all); the others are counted under `cause`."""
-    first = loaded[: limit or None]
-    for record in loaded[len(first) :]:
-        report.count("dropped", cause, record.id)
-    return first
+def _with_mismatched(loaded: StageData, max_length: int, store: Store) -> StageData:
+    """The same data with an unrelated second response in every example."""
+    for held_out, indices in ((False, loaded.training), (True, loaded.held_out)):
+        made = unpaired.with_mismatched(loaded.examples, indices, max_length)
+        while chunk := list(itertools.islice(made, CHUNK)):
+            store.add(Examples.of(chunk), held_out=held_out)
+    return loaded._replace(examples=Examples.joined(*store.finish()))
 
 
-def require_both(source: str, train: list, test: list, report: Report) -> None:
+def require_both(source: str, train: int, test: int, report: Report) -> None:
+    """Raise DataError unless there are examples to train on and examples held out."""
     if not train or not test:
         raise DataError(
-            f"{source}: {len(train)} examples to train on and {len(test)} held out; both are "
+            f"{source}: {train} examples to train on and {test} held out; both are "
             "needed: give more records, another eval_share, or an eval_source. What became of the "
             f"records:\n{report}"
         )
 
 
-def _require_scores(loaded: list[Record]) -> None:
-    for record in loaded:
-        if record.scores is None:
-            raise DataError(
-                f"{record.id}: this loss needs to know what every response is worth: give a pair "
-                "score_chosen and score_rejected (or chosen_reward and rejected_reward, or "
-                "margin), and a ranking scores; data.columns renames fields"
-            )
-
-
-def _require_both_labels(source: str, examples: list[Example]) -> None:
-    kinds = {example.label for example in examples}
+def _require_both_labels(source: str, loaded: StageData) -> None:
+    kinds = {loaded.examples[i].label for i in loaded.training}
     if len(kinds) == 1:
         kind = "desirable" if kinds.pop() else "undesirable"
         raise DataError(
-            f"{source}: all {len(examples)} examples to train on are {kind}; a loss of labelled "
+            f"{source}: all {loaded.train} examples to train on are {kind}; a loss of labelled "
             "responses learns from the difference between both kinds: add the other one"
         )

@@ -19,6 +19,7 @@ from dpojax.config.contents import NamedPath, adapters_hash, data_paths
 from dpojax.config.errors import config_errors
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
+from dpojax.data.examples import Store
 from dpojax.data.packing import Shape
 from dpojax.data.pipeline import steps_in
 from dpojax.data.prompts import EMBEDDED
@@ -27,7 +28,7 @@ from dpojax.stages import data as stage_data
 from dpojax.stages import token_cache
 from dpojax.stages.adapters import StageAdapters, check_lora
 from dpojax.stages.batches import Batches, choose_shape
-from dpojax.stages.data import StageData
+from dpojax.stages.data import NewStore, StageData
 from dpojax.stages.kept import new_keep_best
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
@@ -171,8 +172,12 @@ class ExampleStage(Stage):
     def metric_names(self) -> list[str]:
         """The names of an evaluation's metrics, without those of samples."""
 
-    def read_data(self) -> StageData:
-        """Read and tokenise the stage's data; the cache of tokens is not looked at."""
+    def read_data(self, new_store: NewStore = Store) -> StageData:
+        """Read and tokenise the stage's data; the cache of tokens is not looked at.
+
+        Args:
+          new_store: makes what the examples are put into, see `stages.data.load`.
+        """
         config = self.setup.config
         return stage_data.load(
             self.config.data,
@@ -180,6 +185,7 @@ class ExampleStage(Stage):
             self.setup.tokenizer,
             requirements=self.requirements,
             seed=config.seed,
+            new_store=new_store,
         )
 
     def data_settings(self) -> dict[str, Any]:

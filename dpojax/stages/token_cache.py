@@ -2,29 +2,32 @@
 
 Runs, members of a sweep and jobs of a frontier may share the folder, and read and write it at the
 same time. A file is there as a whole or not at all, and one name has one content. So every process
-of a run looks for the file by itself, and only the first process writes it.
+of a run looks for the file by itself, and only that of the first process gets the name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.data import examples, sources
-from dpojax.data.examples import Examples
+from dpojax.data.examples import Examples, FileStore, NotStored, Store
 from dpojax.data.report import Report
-from dpojax.stages import classifier_data
+from dpojax.stages import classifier_data, selection
 from dpojax.stages import data as stage_data
-from dpojax.stages.data import EMBEDDED, StageData
+from dpojax.stages.data import NewStore, SourcePart, StageData
 from dpojax.stages.tokenizers import content_hash
 
 FOLDER = "tokens"  # of the workdir
@@ -32,47 +35,91 @@ LIBRARIES = ("datasets", "jinja2", "numpy", "tokenizers", "transformers")
 
 
 def cached(
-    folder: storage.Path, key: Callable[[], str | None], load: Callable[[], StageData]
+    folder: storage.Path, key: Callable[[], str | None], load: Callable[[NewStore], StageData]
 ) -> StageData:
-    """The examples in folder/KEY.arrow, or those that load() reads, which `save` can keep there.
+    """The examples in folder/KEY.arrow, or those that load() reads, which are kept there.
+
+    They are written while they are read, and mapped into memory. A folder that takes no file stops
+    no run: the examples are in memory then. Of several processes only the first keeps its file.
 
     Args:
       key: the file's name; None if nothing tells what the examples depend on.
+      load: makes the examples in a store, see `stages.data.load`.
 
     Raises:
       DataError: the file is damaged; and what key() and load() raise.
     """
     name = key()
-    file = None if name is None else folder / f"{name}.arrow"
-    if file is not None and file.exists():
-        loaded, about = examples.load(file)
+    file = folder / f"{name or 'unnamed'}.arrow"
+    if name is not None and file.exists():
+        both, about = examples.load(file)
         reports = {part: Report.from_content(x) for part, x in about["reports"].items()}
-        return StageData(loaded, about["train"], reports, tuple(about["labels"]), file, cached=True)
-    data = load()
-    if key() != name:  # the data changed while they were read
-        file = None
-    return data._replace(examples=Examples.of(data.examples), file=file)
-
-
-def save(data: StageData) -> str:
-    """Keep the examples for the next run, with the reports on them, unless they are kept already.
-
-    A folder that takes no file stops no run: the examples are in memory.
-
-    Returns:
-      where the examples come from or are kept, for a person.
-    """
-    if data.file is None:
-        return "not kept: the data changed meanwhile, or nothing tells what the tokenizer does"
-    if data.cached:
-        return f"read from {data.file}"
-    reports = {part: report.to_content() for part, report in data.reports.items()}
-    about = {"train": data.train, "labels": data.labels, "reports": reports}
+        parts = tuple(SourcePart(*part) for part in about["sources"])
+        joined, kept = Examples.joined(*both), f"read from {file}"
+        return StageData(joined, len(both[0]), reports, tuple(about["labels"]), parts, file, kept)
+    made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
-        examples.save(data.file, data.examples, about)
-    except OSError as error:
-        return f"not kept: {error}"
-    return f"kept in {data.file}"
+        return _kept(file, name, key, load)
+    except NotStored as error:
+        return load(Store)._replace(kept=f"not kept: {error}")
+    finally:
+        for place in made:  # leaves none behind where nothing was kept
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
+
+
+class _NotToKeep(Exception):
+    """Ends the writing of a file that shall have no name; it is mapped already."""
+
+
+def _kept(
+    file: storage.Path,
+    name: str | None,
+    key: Callable[[], str | None],
+    load: Callable[[NewStore], StageData],
+) -> StageData:
+    """The examples that load() reads, in a file that was mapped and has its name, if it may."""
+    stores: list[FileStore] = []
+    data = None
+
+    def new_store() -> Store:
+        stores.append(FileStore(unfinished.parent / f"{len(stores)}.arrow"))
+        return stores[-1]
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [store.close() for store in stores])
+        try:
+            with _writing(storage.replacing(file)) as unfinished:
+                data = load(new_store)
+                if name is None or key() != name or jax.process_index():
+                    raise _NotToKeep
+                reports = {part: report.to_content() for part, report in data.reports.items()}
+                about = {"labels": data.labels, "reports": reports, "sources": data.sources}
+                stores[-1].seal(about)
+                os.replace(stores[-1].path, unfinished)
+        except _NotToKeep:
+            reason = "the data changed meanwhile, or nothing tells what the tokenizer does"
+            return data._replace(kept=f"not kept: {reason}")
+        except NotStored as error:
+            if data is None:
+                raise
+            return data._replace(kept=f"not kept: {error}")
+    return data._replace(file=file, kept=f"kept in {file}")
+
+
+@contextlib.contextmanager
+def _writing(replacing: contextlib.AbstractContextManager) -> Iterator[pathlib.Path]:
+    """Enter and leave a context; an OSError of its own is a NotStored, one of the body is not."""
+    with contextlib.ExitStack() as stack:
+        try:
+            unfinished = stack.enter_context(replacing)
+        except OSError as error:
+            raise NotStored(str(error)) from error
+        yield unfinished
+        try:
+            stack.close()
+        except OSError as error:
+            raise NotStored(str(error)) from error
 
 
 def key_of(data: ConfigDict, tokenizer: Any, settings: dict[str, Any]) -> str | None:
@@ -89,8 +136,8 @@ def key_of(data: ConfigDict, tokenizer: Any, settings: dict[str, Any]) -> str | 
     if tokenizer_hash is None:
         return None
     data_settings = json.loads(data.to_json()) | {
-        "source": _content(data.source, data.split),
-        "eval_source": _content(data.eval_source, data.eval_split),
+        "source": _content(data, evaluation=False),
+        "eval_source": _content(data, evaluation=True),
     }
     template = str(getattr(tokenizer, "chat_template", ""))
     today = str(datetime.date.today()) if "strftime_now" in template else ""
@@ -99,17 +146,19 @@ def key_of(data: ConfigDict, tokenizer: Any, settings: dict[str, Any]) -> str | 
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _content(source: str, split: str) -> str:
-    """Of the embedded task the name: `_code` covers what makes it."""
-    if source in ("", EMBEDDED):
-        return source
-    return sources.fingerprint(source, split=split or None)
+def _content(data: ConfigDict, *, evaluation: bool) -> str | list[str]:
+    """What lies behind the sources. Of the embedded task the name: `_code` covers what makes it."""
+    listed = stage_data.sources_of(data, evaluation=evaluation)
+    if not listed:
+        return data.eval_source if evaluation else data.source
+    return [sources.fingerprint(listed), *sources.labels(listed)]
 
 
 @functools.cache
 def _code() -> list[str]:
     """Hashes of the code that makes examples, and the versions of the libraries that it calls."""
     files = sorted(pathlib.Path(sources.__file__).parent.glob("*.py"))
-    files += [pathlib.Path(module.__file__) for module in (stage_data, classifier_data)]
+    modules = stage_data, selection, classifier_data
+    files += [pathlib.Path(module.__file__) for module in modules]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashes + [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]

@@ -16,7 +16,7 @@ from dpojax.data import reviews, sources
 from dpojax.data.records import Record
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name
-from dpojax.stages.data import EMBEDDED, renamed_columns
+from dpojax.stages.data import EMBEDDED, renamed_columns, sources_of
 
 FOLDER = "tokenizer"  # of the workdir
 
@@ -108,7 +108,7 @@ def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
         if folder.exists():
             return
         records, _ = sources.load_records(
-            data.source, split=data.split or None, form=data.form, columns=renamed_columns(data)
+            sources_of(data), form=data.form, columns=renamed_columns(data)
         )
         with config_errors("tokenizer"):
             tokenizer = train_tokenizer(map(_text, records[: data.limit or None]), int(size))

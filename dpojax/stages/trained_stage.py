@@ -10,7 +10,7 @@ from typing import Self
 from dpojax import sharding, storage
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import lora_peft
-from dpojax.stages import token_cache, train
+from dpojax.stages import train
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
 from dpojax.stages.setup import Setup
@@ -53,7 +53,7 @@ class TrainedStage(ExampleStage):
         as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
         storage.write_json(self.folder / "data_report.json", as_json)
         storage.write_text(self.folder / "data_report.txt", report_text(self) + "\n")
-        return f"{self.name}: tokens {token_cache.save(self.batches.data)}"
+        return f"{self.name}: tokens {self.batches.data.kept}"
 
     def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
         return train.train_stage(self, start, stop)

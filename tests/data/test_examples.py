@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpojax.data.examples import Example, Examples, load, save
+from dpojax.data.examples import Example, Examples, FileStore, NotStored, load
 from dpojax.data.records import DataError
+from tests.stored_examples import save
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 ids = st.lists(INT32, min_size=1, max_size=4).map(lambda x: np.asarray(x, np.int32))
@@ -58,8 +59,8 @@ def test_what_is_kept_and_what_is_read_back_are_the_examples(made, tmp_path_fact
     path = tmp_path_factory.mktemp("kept") / "new" / "key.arrow"
     in_memory = Examples.of(made)
     save(path, in_memory, {"train": 3, "labels": ["a"]})
-    mapped, about = load(path)
-    assert about == {"train": 3, "labels": ["a"]}
+    (mapped, held_out), about = load(path)
+    assert (len(held_out), about) == (0, {"train": 3, "labels": ["a"]})
     assert [*map(plain, in_memory)] == [*map(plain, mapped)] == [*map(plain, made)]
 
 
@@ -79,7 +80,7 @@ def test_a_file_is_mapped_and_not_copied(tmp_path):
     path = tmp_path / "key.arrow"
     save(path, Examples.of(pairs(2_000)), {})
     before = pa.total_allocated_bytes()
-    found, _ = load(path)
+    (found, _), _ = load(path)
     tokens = [found[1_234].prompt, *found[1_234].responses]
     assert pa.total_allocated_bytes() == before
     assert path.stat().st_size > 2_000 * 4
@@ -120,7 +121,7 @@ def test_what_could_not_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(path, Examples.of(pairs(5)), {})
     assert [x.name for x in tmp_path.iterdir()] == ["key.arrow"]
-    assert len(load(path)[0]) == 3
+    assert len(load(path)[0][0]) == 3
 
 
 def test_several_may_write_and_read_one_file_at_once(tmp_path):
@@ -130,7 +131,7 @@ def test_several_may_write_and_read_one_file_at_once(tmp_path):
         try:
             for _ in range(5):
                 save(path, made, {})
-                assert len(load(path)[0]) == 300
+                assert len(load(path)[0][0]) == 300
         except Exception as error:
             failures.append(error)
 
@@ -141,3 +142,32 @@ def test_several_may_write_and_read_one_file_at_once(tmp_path):
         thread.join()
     assert not failures
     assert [x.name for x in tmp_path.iterdir()] == ["key.arrow"]
+
+
+def test_chunks_of_both_sides_come_back_apart_and_in_their_order(tmp_path):
+    made, store = pairs(60), FileStore(tmp_path / "0.arrow")
+    for first, last, held_out in ((0, 20, False), (20, 25, True), (25, 25, True), (25, 60, False)):
+        store.add(Examples.of(made[first:last]), held_out=held_out)
+    at_once = store.finish()
+    store.seal({"n": 1})
+    read_again, about = load(tmp_path / "0.arrow")
+    wanted = [*map(plain, made[:20] + made[25:])], [*map(plain, made[20:25])]
+    for sides in (at_once, read_again):
+        assert tuple([*map(plain, side)] for side in sides) == wanted
+    joined = Examples.joined(*read_again)
+    assert [plain(joined[i]) for i in (0, 20, 54, 55, -1)] == [
+        plain(made[i]) for i in (0, 25, 59, 20, 24)
+    ]
+    assert about == {"n": 1}
+
+
+def test_examples_are_counted_by_a_column():
+    made = [example._replace(source=i % 3, label=i < 4) for i, example in enumerate(pairs(10))]
+    found = Examples.joined(Examples.of(made[:7]), Examples.of(made[7:]))
+    assert found.count("source") == {0: 4, 1: 3, 2: 3}
+    assert found.count("label") == {True: 4, False: 6}
+
+
+def test_a_file_that_cannot_be_written_is_told_from_other_errors(tmp_path):
+    with pytest.raises(NotStored, match="No such file"):
+        FileStore(tmp_path / "nowhere" / "0.arrow")

@@ -10,6 +10,10 @@ from dpojax.data.records import DataError, Record
 from dpojax.data.unpaired import split, with_mismatched
 
 
+def all_mismatched(data, max_length):
+    return list(with_mismatched(data, range(len(data)), max_length))
+
+
 def test_a_pair_becomes_a_desirable_and_an_undesirable_response():
     pair = Record("f:7", "q", ("good", "bad"), scores=(2.0, 0.5))
     assert split(pair) == [
@@ -52,9 +56,9 @@ def test_the_second_response_is_that_of_an_example_with_another_prompt(data, max
     prompts = [e.prompt.tolist() for e in data]
     if all(prompt == prompts[0] for prompt in prompts):
         with pytest.raises(DataError, match=f"{len(data)} examples with the same prompt"):
-            with_mismatched(data, max_length)
+            all_mismatched(data, max_length)
         return
-    result = with_mismatched(data, max_length)
+    result = all_mismatched(data, max_length)
     assert len(result) == len(data)
     for i, (before, after) in enumerate(zip(data, result)):
         response, mismatched = after.responses
@@ -72,7 +76,7 @@ def test_the_second_response_is_that_of_an_example_with_another_prompt(data, max
 def test_a_mismatched_response_scores_zero_and_stays_cut_if_it_was():
     first = example([1], [5, 6], scores=(3.0,))
     second = example([2], [7])._replace(cut=(True,))
-    one, other = with_mismatched([first, second], 100)
+    one, other = all_mismatched([first, second], 100)
     assert (one.scores, other.scores) == ((3.0, 0.0), None)
     assert (one.cut, other.cut) == ((False, True), (True, False))
 
@@ -81,15 +85,15 @@ def test_split_pairs_meet_desirable_and_undesirable_responses_alike():
     """A fixed shuffle stands between: pair after pair, the next prompt's first half is always the
     chosen one."""
     data = [example([i], [2 * i + half]) for i in range(200) for half in (0, 1)]
-    result = with_mismatched(data, 10)
+    result = all_mismatched(data, 10)
     rejected = np.mean([e.responses[1][0] % 2 for e in result])
     assert 0.4 < rejected < 0.6
-    assert result == with_mismatched(data, 10)
+    assert result == all_mismatched(data, 10)
 
 
 def test_a_long_run_of_one_prompt_has_the_one_other_response():
     count = 300
     data = [example([1], [1])] * count + [example([2], [9])]
-    result = with_mismatched(data, 10)
+    result = all_mismatched(data, 10)
     assert all(e.responses[1].tolist() == [9] for e in result[:count])
     assert result[count].responses[1].tolist() == [1]

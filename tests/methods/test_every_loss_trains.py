@@ -60,7 +60,8 @@ def examples():
     found = [records.parse(row, f"reviews:{i}") for i, row in enumerate(rows)]
     ready = lambda some: tokenise(some, reviews.tokenizer(), TokenizeConfig(max_length=96))[0]
     halves = [half for record in found for half in unpaired.split(record)]
-    labelled = unpaired.with_mismatched(ready(halves), 96)
+    single = ready(halves)
+    labelled = list(unpaired.with_mismatched(single, range(len(single)), 96))
     return {"pairs": ready(found), "ranked": ready(found), "labelled": labelled}
 
 

@@ -67,14 +67,14 @@ def test_a_second_run_tokenises_nothing_and_finds_the_same(tiny, tmp_path, monke
     changes = {key: files.get(value, value) for key, value in changes.items()}
     config = tiny(**changes, token_cache=str(tmp_path / "tokens"))
     first = prepared(config, tmp_path / "first", name)
-    assert token_cache.save(first.batches.data) == f"kept in {first.batches.data.file}"
+    assert first.batches.data.kept == f"kept in {first.batches.data.file}"
     with monkeypatch.context() as without:
         without.setattr(transformers.PreTrainedTokenizerFast, "__call__", no_tokenizer)
-        without.setattr(sources, "read", None)
+        without.setattr(sources, "read_each", None)
         without.setattr(reviews, "preferences", None)
         without.setattr(reviews, "texts", None)
         again = prepared(config, tmp_path / "again", name)
-    assert token_cache.save(again.batches.data) == f"read from {first.batches.data.file}"
+    assert again.batches.data.kept == f"read from {first.batches.data.file}"
     assert report_text(again) == report_text(first)
     assert (again.batches.shape, again.batches.data.labels) == (
         first.batches.shape,
@@ -100,6 +100,10 @@ CHANGES = [
     ("preference", "preference.data.split", "train"),
     ("preference", "preference.data.form", "pair"),
     ("preference", "preference.data.columns", "prompt=question"),
+    ("preference", "preference.data.subset", "helpful"),
+    ("preference", "preference.data.revision", "v2"),
+    ("preference", "preference.data.data_dir", "part"),
+    ("preference", "preference.data.weights", (2.0,)),
     ("preference", "preference.data.source", "reviews"),
     ("preference", "preference.data.eval_source", "reviews"),
     ("preference", "preference.data.eval_split", "eval"),
@@ -274,7 +278,7 @@ def test_the_code_and_the_libraries_count(name_of, monkeypatch):
 def test_a_tokenizer_without_content_keeps_nothing(of_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "content_hash", lambda tokenizer: None)
     stage = prepared(of_pairs, tmp_path / "run", "preference")
-    assert "not kept" in token_cache.save(stage.batches.data)
+    assert "not kept" in stage.batches.data.kept
     assert not (tmp_path / "run").exists()
 
 
@@ -282,20 +286,20 @@ def test_a_folder_that_takes_no_file_stops_no_run(of_pairs, tmp_path):
     of_pairs.token_cache = str(tmp_path / "file" / "tokens")
     (tmp_path / "file").write_text("")
     stage = prepared(of_pairs, tmp_path / "run", "preference")
-    assert "not kept" in token_cache.save(stage.batches.data)
+    assert "not kept" in stage.batches.data.kept
     assert len(stage.batches.data.examples) > 0
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(of_pairs, tmp_path, monkeypatch):
-    read = sources.read
+    rows = sources.read_each
 
-    def appended(*args, **kwargs):
-        yield from read(*args, **kwargs)
+    def appended(*args):
+        (only,) = rows(*args)
+        yield only
         write(tmp_path / "pairs.jsonl", ROWS * 2)
 
-    monkeypatch.setattr(sources, "read", appended)
+    monkeypatch.setattr(sources, "read_each", appended)
     stage = prepared(of_pairs, tmp_path / "run", "preference")
-    token_cache.save(stage.batches.data)
     assert stage.batches.data.file is None
     assert not (tmp_path / "run").exists()
 
@@ -312,7 +316,6 @@ def test_an_error_in_the_data_is_never_kept(tiny, tmp_path):
 
 def test_a_damaged_file_is_named_and_deleting_it_helps(of_pairs, tmp_path):
     stage = prepared(of_pairs, tmp_path / "run", "preference")
-    token_cache.save(stage.batches.data)
     (file,) = (tmp_path / "run" / "tokens").iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"{file.name}: not a usable cache .*delete it"):
@@ -328,10 +331,8 @@ def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):
     def waits(value):
         raise AssertionError("all processes have to come here")
 
-    stage = prepared(of_pairs, tmp_path / "run", "preference")
+    missed = (stage := prepared(of_pairs, tmp_path / "run", "preference")).batches.data
     monkeypatch.setattr(sharding, "agreed", waits)
-    missed = open_stage(stage.setup, "preference").prepare().batches.data
-    token_cache.save(stage.batches.data)
     hit = open_stage(stage.setup, "preference").prepare().batches.data
-    assert (missed.cached, hit.cached) == (False, True)
+    assert (missed.kept, hit.kept) == (f"kept in {hit.file}", f"read from {hit.file}")
     assert [*map(plain, missed.examples)] == [*map(plain, hit.examples)]
