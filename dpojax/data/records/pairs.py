@@ -1,0 +1,322 @@
+"""Forms of two responses: stated pairs, dialogues as text, and two answers with a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dpojax.data.records import dialogues
+from dpojax.data.records.fields import Fields, as_number, as_truth
+from dpojax.data.records.record import (
+    Content,
+    DataError,
+    Messages,
+    Record,
+    RecordError,
+    Reject,
+    make_record,
+)
+
+HH_SEPARATOR = "\n\nAssistant:"
+TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+ARTICLE_TEMPLATE = "Article: {article}\n\nTL;DR:"
+
+# Names of the better and the worse answer, and of their prompt. The first that a row has is read.
+ANSWERS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_j", "response_k"),  # stack-exchange-paired
+)
+PROMPTS = (
+    "prompt",
+    "question",
+    "query",
+    "conversations",
+    "conversation",
+    "messages",
+    "context",
+    "input",
+    "instruction",
+)
+
+# Names of two answers of which a verdict says which is better, and of their prompt.
+TWO_ANSWERS = (
+    ("response_a", "response_b"),
+    ("conversation_a", "conversation_b"),
+    ("answer_a", "answer_b"),
+    ("completion_a", "completion_b"),
+    ("response_0", "response_1"),  # PKU-SafeRLHF
+    ("answer_0", "answer_1"),  # webgpt_comparisons
+    ("response1", "response2"),  # HelpSteer3
+    ("response_1", "response_2"),  # HelpSteer2
+    ("output_1", "output_2"),  # AlpacaFarm
+    ("human_ref_A", "human_ref_B"),  # SHP
+)
+TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "both", "equal", "same")
+
+
+def answers_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Names of the better and the worse answer if the row has one of them, else None."""
+    return next((names for names in ANSWERS if any(name in row for name in names)), None)
+
+
+def pair(fields: Fields) -> Record | Reject:
+    better, worse = answers_of(fields.row) or ANSWERS[0]
+    chosen, rejected = fields.content(better), fields.content(worse)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        kind = "text" if isinstance(chosen, str) else "a list of messages"
+        raise fields.error(worse, f"{kind}, as in {better!r}")
+    scores = fields.scores()
+    if isinstance(chosen, str):
+        prompt = fields.content(fields.first(PROMPTS) or "prompt")
+        return make_record(fields.id, prompt, (chosen, rejected), scores=scores)
+    for name, messages in ((better, chosen), (worse, rejected)):
+        dialogues.require_answer(messages, fields.where(name))
+    whole = dialogues.opens_dialogue(chosen), dialogues.opens_dialogue(rejected)
+    if all(whole):
+        stated = fields.content("prompt") if fields.has("prompt") else None
+        return _split(fields.id, chosen, rejected, stated, scores=scores)
+    name = fields.first(PROMPTS)
+    if name is None:
+        raise RecordError(
+            f"{fields.id}: {better!r} and {worse!r} are answers, but there is no prompt: name its "
+            "field (data.columns=prompt=NAME), or give whole dialogues",
+            "no_prompt",
+        )
+    if any(whole):
+        return Reject(fields.id, "prompts_differ")
+    return make_record(fields.id, fields.content(name), (chosen, rejected), scores=scores)
+
+
+def _split(
+    id: str, first: Messages, second: Messages, stated: Content | None, **fields: Any
+) -> Record | Reject:
+    """Split two dialogues where they part: before it is the prompt, after it are the answers.
+
+    They answer different prompts if nothing is common, or if they part at a turn of the user or
+    the system.
+    """
+    shared = dialogues.common_start(first, second)
+    prompt, answers = first[:shared], (first[shared:], second[shared:])
+    if shared == 0 or any(dialogues.opens_dialogue(answer) for answer in answers):
+        return Reject(id, "prompts_differ")
+    if stated is not None and not _is_prompt(stated, prompt):
+        return Reject(id, "prompt_not_in_dialogue")
+    return Record(id, prompt, answers, **fields)
+
+
+def _is_prompt(stated: Content, common: Messages) -> bool:
+    """Whether the prompt field agrees with the common start of the dialogues."""
+    if isinstance(stated, str):
+        return any(stated.strip() == (message["content"] or "").strip() for message in common)
+    if stated[0]["role"] != "system" and common[0]["role"] == "system":
+        common = common[1:]
+    return dialogues.same_messages(stated, common[: len(stated)])
+
+
+def hh(fields: Fields) -> Record | Reject:
+    halves = []
+    for name in ("chosen", "rejected"):
+        head, separator, answer = fields.text(name).rpartition(HH_SEPARATOR)
+        if not separator:
+            raise RecordError(
+                f"{fields.where(name)} should be a dialogue with {HH_SEPARATOR!r} in it "
+                "(form hh); if it is an answer alone, give its prompt in a field 'prompt'",
+                "no_prompt",
+            )
+        halves.append((head + separator, answer))
+    (prompt, chosen), (other_prompt, rejected) = halves
+    if prompt != other_prompt:
+        return Reject(fields.id, "prompts_differ")
+    return Record(fields.id, prompt, (chosen, rejected), scores=fields.scores())
+
+
+def comparison(fields: Fields) -> Record:
+    """Stiennon et al. 2020, with a post of Reddit or an article of CNN/DailyMail."""
+    info = fields.inside("info")
+    if info.has("article"):
+        prompt = ARTICLE_TEMPLATE.format(article=info.text("article"))
+    else:
+        names = ("subreddit", "title", "post")
+        prompt = TLDR_TEMPLATE.format(**{name: info.text(name) for name in names})
+    summaries = fields.items("summaries", 2)
+    if len(summaries) != 2:
+        raise fields.error("summaries", "two summaries")
+    choice = None if isinstance(fields["choice"], bool) else as_number(fields["choice"])
+    if choice not in (0, 1):
+        raise fields.error("choice", "0 or 1, the index of the better summary", "bad_verdict")
+    both = Fields(dict(zip(("0", "1"), summaries)), fields.id, "summaries.")
+    texts = [both.inside(name).text("text") for name in ("0", "1")]
+    return Record(fields.id, prompt, (texts[int(choice)], texts[1 - int(choice)]))
+
+
+def has_verdict(row: Mapping[str, Any]) -> bool:
+    """Whether a row has two answers and says which is better."""
+    names = _two_answers(row)
+    return names is not None and _verdict_of(row, names) is not None
+
+
+def judged(fields: Fields) -> Record | Reject:
+    """Two answers with a verdict. A tie is a record of two equal ranks."""
+    names = _two_answers(fields.row)
+    if names is None:
+        raise DataError(
+            f"{fields.id}: form judged needs two answers, such as response_a, response_b"
+        )
+    verdict = _verdict_of(fields.row, names)
+    if verdict is None:
+        raise fields.error("winner", "the name of the better answer")
+    preference = verdict(fields, names)  # above 0: the second is better
+    scores = _scores_of(fields, names, preference)
+    first, second = _turns(fields, names) or tuple(fields.content(name) for name in names)
+    order = (1, 0) if preference > 0 else (0, 1)
+    answers = [(first, second)[place] for place in order]
+    extra = {
+        "scores": None if scores is None else tuple(scores[place] for place in order),
+        "rank": (0, 0) if preference == 0 else None,
+    }
+    if isinstance(first, str) or not dialogues.opens_dialogue(first):
+        name = fields.first(("prompt", "question", "context", "history", "instruction"))
+        return make_record(fields.id, _prompt(fields, name or "prompt"), answers, **extra)
+    for name in names:
+        dialogues.require_answer(fields.messages(name), fields.where(name))
+    return _split(fields.id, *answers, None, **extra)
+
+
+def _two_answers(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    return next((names for names in TWO_ANSWERS if all(name in row for name in names)), None)
+
+
+def _prompt(fields: Fields, name: str) -> Content:
+    """The prompt; an object holds its text in `full_text` (webgpt_comparisons) or `text`."""
+    if isinstance(fields[name], Mapping) and not fields[name].get("role"):
+        inside = fields.inside(name)
+        return inside.text(inside.first(("full_text", "text")) or "text")
+    return fields.content(name)
+
+
+def _turns(fields: Fields, names: tuple[str, str]) -> tuple[Messages, Messages] | None:
+    """Dialogues of prompt and answers that are lists of texts, one a turn (Chatbot Arena's CSV)."""
+    listed = [
+        dialogues.unpack_json(value) if isinstance(value, str) else value
+        for value in (fields.row.get(name) for name in ("prompt", *names))
+    ]
+    if (
+        not all(
+            isinstance(x, list | tuple) and x and all(isinstance(t, str) for t in x) for x in listed
+        )
+        or len({len(x) for x in listed}) != 1
+    ):
+        return None
+    for name in ("prompt", *names):
+        fields[name]
+    users, *answers = listed
+    for text in (text for texts in listed for text in texts):
+        dialogues.require_unicode(text, fields.id)
+    roles = ("user", "assistant")
+    turns = [
+        tuple(
+            {"role": role, "content": text}
+            for two in zip(users, texts)
+            for role, text in zip(roles, two)
+        )
+        for texts in answers
+    ]
+    return turns[0], turns[1]
+
+
+Verdict = Callable[[Fields, tuple[str, str]], float]
+
+
+def _verdict_of(row: Mapping[str, Any], names: tuple[str, str]) -> Verdict | None:
+    """What reads the verdict of a row: a number that is above 0 if the second answer is better."""
+    for name, verdict in VERDICTS.items():
+        if row.get(name) is not None:
+            return lambda fields, names: verdict(fields, name, names)
+    if all(row.get(name) is not None for name in _score_names(names)):
+        return _by_scores
+    return None
+
+
+def _by_scores(fields: Fields, names: tuple[str, str]) -> float:
+    first, second = (fields.number(name) for name in _score_names(names))
+    return second - first
+
+
+def _score_names(names: tuple[str, str]) -> tuple[str, ...]:
+    return tuple(f"score_{_suffix(name)}" for name in names)
+
+
+def _suffix(name: str) -> str:
+    """`a` of `response_a`, `1` of `response1`."""
+    return name[-1]
+
+
+def _by_name(fields: Fields, field: str, names: tuple[str, str]) -> float:
+    """The winner by the name of its field, or by what the name ends with."""
+    winner = str(fields[field]).strip().lower()
+    if winner in TIES:
+        return 0.0
+    for sign, name in ((-1.0, names[0]), (1.0, names[1])):
+        suffix = _suffix(name).lower()
+        if winner in (
+            name.lower(),
+            suffix,
+            f"model_{suffix}",
+            f"assistant_{suffix}",
+            f"{suffix}.0",
+        ):
+            return sign
+    expected = f"the better answer ({names[0]}, {names[1]}, model_a, model_b, ...) or tie"
+    raise fields.error(field, expected, "bad_verdict")
+
+
+def _one_hot(fields: Fields, field: str, names: tuple[str, str]) -> float:
+    flags = {}
+    for name in ("winner_model_a", "winner_model_b", "winner_tie"):
+        flags[name] = as_truth(fields[name]) if fields.has(name) else False
+        if flags[name] is None:
+            raise fields.error(name, "1 or 0", "bad_verdict")
+    if sum(flags.values()) != 1:
+        raise fields.error(
+            field, "1 in exactly one of winner_model_a, winner_model_b, winner_tie", "bad_verdict"
+        )
+    return float(flags["winner_model_b"]) - float(flags["winner_model_a"])
+
+
+def _by_index(fields: Fields, field: str, names: tuple[str, str]) -> float:
+    index = as_number(fields[field])
+    if index not in (0, 1):
+        raise fields.error(field, "0 or 1, the index of the better answer", "bad_verdict")
+    return 2 * index - 1
+
+
+def _first_is_one(fields: Fields, field: str, names: tuple[str, str]) -> float:
+    return -_by_index(fields, field, names)
+
+
+def _by_sign(fields: Fields, field: str, names: tuple[str, str]) -> float:
+    return fields.number(field, "a number, below 0 if the first answer is better", "bad_verdict")
+
+
+VERDICTS = {
+    "winner": _by_name,
+    "winner_model_a": _one_hot,
+    "better_response_id": _by_index,
+    "safer_response_id": _by_index,
+    "overall_preference": _by_sign,  # HelpSteer3: -3 (the first is much better) to 3
+    "preference_strength": _by_sign,  # HelpSteer2
+    "preference": _by_name,
+    "labels": _first_is_one,  # SHP: 1 if A is better
+}
+
+
+def _scores_of(
+    fields: Fields, names: tuple[str, str], preference: float
+) -> tuple[float, float] | None:
+    """The scores of both answers; of a strength the difference."""
+    if all(name in fields.row for name in _score_names(names)):
+        return fields.optional_numbers(_score_names(names))
+    if any(fields.was_read(name) for name in ("overall_preference", "preference_strength")):
+        return (0.0, preference)
+    return None
