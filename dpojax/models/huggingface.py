@@ -6,6 +6,8 @@ reads BERT-type encoders.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import pathlib
 import re
@@ -13,11 +15,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpojax import storage
-from dpojax.models import encoder, safetensors_io
+from dpojax.models import encoder, safetensors_io, special_tokens
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import Params, build
 from dpojax.models.encoder import EncoderConfig
@@ -34,6 +37,7 @@ from dpojax.models.families import (
 )
 from dpojax.models.safetensors_io import Tensor
 from dpojax.models.transfer import read_params, tensors_of
+from dpojax.sharding import to_host
 
 __all__ = [
     "config_to_raw",
@@ -140,7 +144,9 @@ def save(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` of transformers reads.
 
     With `config.scalar_head` it is read by AutoModelForSequenceClassification, which needs a
-    padding token in config.json (from `raw` or `tokenizer`) for more than one text.
+    padding token in config.json (from `raw` or `tokenizer`) for more than one text. A reward model
+    gets a padding token that is not its EOS (`special_tokens.with_own_padding`), and for a new one
+    an embedding of zeros, so that it is scored at EOS there as well.
 
     The folder appears as a whole; on a bucket config.json is written last. Tensors have the dtypes
     of `params`. With several processes, all of them make this call and the first one writes.
@@ -149,9 +155,10 @@ def save(
       folder: a local folder or one on a bucket.
       raw: config.json as `load` returned it, whose keys are kept; None is `config_to_raw(config)`.
         It may describe the language model from which a scalar-head model was made.
-      tokenizer: anything with `save_pretrained`; without `raw` it also provides the ids of special
-        tokens.
-      generation_config: a dict, or anything with `save_pretrained`.
+      tokenizer: of transformers. Its ids of special tokens stand in config.json and in the
+        generation config, in place of those of `raw`. The end of the turns of its chat template is
+        one of the ends there.
+      generation_config: a dict, or transformers' GenerationConfig. It is not changed.
       centre: the score of a scalar head that counts as 0, see `read_centre`. It gets a file of its
         own, since transformers has no place for it.
       max_shard_bytes: the largest size of a file, unless a single tensor is larger.
@@ -163,7 +170,14 @@ def save(
     first = jax.process_index() == 0
     if first:
         require_new_folder(folder)
-    raw = _checked_raw(config, raw, params, tokenizer)
+    raw = _checked_raw(config, raw, params)
+    if tokenizer is not None:
+        if config.scalar_head and not config.labels:
+            tokenizer = special_tokens.with_own_padding(tokenizer)
+            config, params = _with_row_of(tokenizer.pad_token_id, config, params)
+            raw |= {"vocab_size": config.vocab_size}
+        raw |= special_tokens.token_ids(tokenizer)
+        generation_config = _generation_config(generation_config, tokenizer)
     tensors = list(tensors_of(family_of(raw), config, params))
     if not first:
         for tensor in tensors:
@@ -214,22 +228,51 @@ def require_new_folder(folder: str | os.PathLike) -> None:
         raise FileExistsError(f"{folder}: is already there and not empty; choose a new folder")
 
 
-def _checked_raw(config: DecoderConfig, raw: dict | None, params: Params, tokenizer) -> dict:
+def _checked_raw(config: DecoderConfig, raw: dict | None, params: Params) -> dict:
     if raw is None:
         raw = config_to_raw(config)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            raw[key] = getattr(tokenizer, key, None)
     elif differences(config_from_raw(raw), config):
         headed = as_classifier(raw, config.labels) if config.scalar_head else raw
         if differing := differences(config_from_raw(headed), config):
             names = ", ".join(differing)
             raise ValueError(f"raw: does not describe config, which differs in {names}")
         raw = headed
-        if raw.get("pad_token_id") is None:
-            raw |= {"pad_token_id": getattr(tokenizer, "pad_token_id", None)}
     # transformers reads weights in the dtype that config.json names, whatever the files hold.
     dtype = str(jnp.result_type(*jax.tree.leaves(params)))
-    return raw | {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in raw}
+    raw |= {key: dtype for key in ("dtype", "torch_dtype") if key == "dtype" or key in raw}
+    # The Python files that `auto_map` names stay with the base.
+    return {key: value for key, value in raw.items() if key != "auto_map"}
+
+
+def _with_row_of(token: int, config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
+    """A model whose embedding has a row for a token: a new one is of zeros, and never read."""
+    new = token + 1 - config.vocab_size
+    if new <= 0:
+        return config, params
+    table = np.asarray(to_host(params["embed"]["tokens"]))
+    rows = np.zeros((new, config.width), table.dtype)
+    embed = params["embed"] | {"tokens": jnp.asarray(np.concatenate([table, rows]))}
+    return dataclasses.replace(config, vocab_size=token + 1), params | {"embed": embed}
+
+
+def _generation_config(generation_config, tokenizer):
+    """A copy that names the tokenizer's special tokens, and all ends that were named before."""
+    if generation_config is None:
+        return None
+    is_dict = isinstance(generation_config, dict)
+    before = generation_config if is_dict else generation_config.to_dict()
+    ids = special_tokens.token_ids(tokenizer)
+    ends: list[int] = []
+    for end in (ids.get("eos_token_id"), before.get("eos_token_id")):
+        ends += end if isinstance(end, list) else [] if end is None else [end]
+    ends = list(dict.fromkeys(ends))
+    if ends:
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if is_dict:
+        return generation_config | ids
+    changed = copy.deepcopy(generation_config)
+    changed.update(**ids)
+    return changed
 
 
 def _write(

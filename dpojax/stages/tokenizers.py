@@ -16,6 +16,7 @@ from dpojax.data import reviews, sources
 from dpojax.data.records import Record
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name
+from dpojax.models.special_tokens import end_tokens
 from dpojax.stages.data import EMBEDDED, renamed_columns, sources_of
 
 FOLDER = "tokenizer"  # of the workdir
@@ -53,11 +54,15 @@ def read_tokenizer(path: str) -> Any:
 
 
 def stop_tokens(tokenizer: Any, path: str) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's EOS, and those of the model's generation config."""
+    """Ids that end a response.
+
+    The tokenizer's EOS, the end of its chat template's turns, and those of the model's generation
+    config.
+    """
     config = read_generation_config(path)
     ids = None if config is None else config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
-    return tuple(sorted({tokenizer.eos_token_id, *ids} - {None}))
+    return tuple(sorted({*end_tokens(tokenizer), *ids} - {None}))
 
 
 def read_generation_config(path: str) -> Any | None:
