@@ -125,32 +125,47 @@ def exact_reviews(kind: str = "probability") -> Reward:
 
 
 def classifier(
-    folder: str, label: str = "POSITIVE", *, mesh: Mesh | None = None, batch_size: int = 64
+    folder: str,
+    label: str = "POSITIVE",
+    *,
+    log_odds: bool = False,
+    mesh: Mesh | None = None,
+    batch_size: int = 64,
 ) -> Reward:
-    """P(label | text) by a sequence classifier of transformers, in [0, 1].
+    """What a sequence classifier of transformers says of a label: P(label | text), in [0, 1].
 
-    The model is a BERT-type encoder, or a decoder that classifies at the text's last token. The
-    probability is a softmax over the labels, or the sigmoid of the logit if there is one label. A
-    text is encoded by the folder's tokenizer, and truncated to what the model can read.
+    The model is a BERT-type encoder, or a decoder that classifies at the text's last token. A text
+    is encoded by the folder's tokenizer, and truncated to what the model can read. The logits are
+    read as transformers' text-classification pipeline reads them, by `problem_type` in config.json:
+
+      regression: the number itself, which is no probability;
+      multi_label_classification, or a single label: the sigmoid of the label's logit;
+      otherwise: the softmax over the labels.
 
     Args:
       folder: of the model and its tokenizer.
-      label: a name in `id2label`. Case is ignored; "pos" is "positive", and "neg" is "negative".
+      label: a name in `id2label`. Case is ignored; "pos" is "positive", and "neg" is "negative". A
+        model with a single label needs none.
+      log_odds: give log P / (1 - P) instead, in nats.
       mesh: where the model is placed; None is one device.
       batch_size: texts in a batch.
 
     Raises:
-      RewardError: the model has no such label.
+      RewardError: the model has no such label; log-odds of a regression.
       OSError, ValueError: see `huggingface.load_classifier` and `huggingface.load`.
     """
     from transformers import AutoConfig, AutoTokenizer  # late, see `open_reward`
 
     name = f"classifier:{folder}"
     pretrained = huggingface.pretrained_name(folder)
-    hf_config = AutoConfig.from_pretrained(pretrained)
+    hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     labels = [hf_config.id2label[i] for i in sorted(hf_config.id2label)]
-    index = _label_index(labels, label, name)
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    index = 0 if len(labels) == 1 else _label_index(labels, label, name)
+    odds = _log_odds_of(hf_config.problem_type, index, len(labels))
+    if odds is None and log_odds:
+        raise RewardError(f"reward {name}: a regression has no log-odds; use classifier:{folder}")
+    tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
+    pad = None
     if hf_config.model_type in ENCODERS:
         config, params, _ = huggingface.load_classifier(folder, mesh=mesh)
         longest = config.max_positions - config.first_position
@@ -158,19 +173,53 @@ def classifier(
     else:
         config, params, _ = huggingface.load(folder, mesh=mesh)
         longest, apply = config.max_positions, _last_score(decoder.build(config))
+        pad = hf_config.get_text_config().pad_token_id
     longest = min(longest, tokenizer.model_max_length)
     logits_of = _batched(apply, params, longest, mesh, batch_size)
 
-    def probability(prompts, responses):
+    def scores(prompts, responses):
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
         ids = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-        logits = logits_of(ids)
-        if logits.ndim == 1:
-            return 1 / (1 + np.exp(-logits))
-        weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weight[:, index] / weight.sum(axis=1)
+        logits = logits_of([_without_padding(x, pad) for x in ids]).reshape(len(ids), -1)
+        if odds is None:
+            return logits[:, index]
+        return odds(logits) if log_odds else _sigmoid(odds(logits))
 
-    return Reward(name, probability, f"{fingerprint(params)} {labels[index]}")
+    kind = "log_odds" if log_odds else hf_config.problem_type or ""
+    return Reward(name, scores, f"{fingerprint(params)} {labels[index]} {kind}".rstrip())
+
+
+def _log_odds_of(
+    problem_type: str | None, index: int, labels: int
+) -> Callable[[NDArray], NDArray] | None:
+    """logits [n, L] -> log P / (1 - P) of a label [n]; None for a regression, which has no P."""
+    if problem_type == "regression":
+        return None
+    if problem_type == "multi_label_classification" or labels == 1:
+        return lambda logits: logits[:, index]
+
+    def against_the_others(logits: NDArray) -> NDArray:
+        others = np.delete(logits, index, axis=1)
+        return logits[:, index] - np.logaddexp.reduce(others, axis=1)
+
+    return against_the_others
+
+
+def _sigmoid(x: NDArray) -> NDArray:
+    """1 / (1 + exp(-x)), without an overflow."""
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def _without_padding(ids: Sequence[int], pad: int | None) -> Sequence[int]:
+    """A text up to its last token that is not `pad`, at which transformers' decoders score it.
+
+    Where a model's padding is its EOS as well, that is the token before EOS. Of a text that has no
+    other token they score the first one.
+    """
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad:
+        end -= 1
+    return ids[:end]
 
 
 def _label_index(labels: Sequence[str], label: str, name: str) -> int:
@@ -194,13 +243,14 @@ def scalar_head(
     *,
     name: str = "reward_model",
     offset: float = 0.0,
+    pad: int | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 64,
 ) -> Reward:
     """The score of a learned reward model at the response's last token, minus `offset`.
 
     Texts are tokenised as in training (`data.tokenise`): a response ends with EOS, and the score is
-    taken there.
+    taken there, unless EOS is `pad`.
 
     Args:
       model: with a scalar head.
@@ -208,6 +258,8 @@ def scalar_head(
       tokenizer: its tokenizer.
       name: for error messages.
       offset: the mean score on some texts, on which the reward then has mean 0.
+      pad: `pad_token_id` of the model's config.json, if its scores are to be those of transformers;
+        see `_without_padding`.
       mesh: where the model is placed; None is one device.
       batch_size: texts in a batch.
 
@@ -227,9 +279,11 @@ def scalar_head(
             for index, (prompt, response) in enumerate(zip(prompts, responses))
         ]
         examples, _ = tokenise(records, tokenizer, config)
-        return scores_of([[*e.prompt, *e.responses[0]] for e in examples]) - offset
+        ids = [[*e.prompt, *e.responses[0]] for e in examples]
+        return scores_of([_without_padding(x, pad) for x in ids]) - offset
 
-    return Reward(name, score, f"{fingerprint(params)} {offset}")
+    end = "" if pad is None or pad != tokenizer.eos_token_id else " before EOS"
+    return Reward(name, score, f"{fingerprint(params)} {offset}{end}")
 
 
 def _last_score(model: Model) -> Callable:
@@ -348,22 +402,41 @@ def _open_classifier(argument: str, mesh: Mesh | None, batch_size: int) -> Rewar
     return classifier(folder, label, mesh=mesh, batch_size=batch_size)
 
 
+def _open_log_odds(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
+    folder, label = _folder_and_label(argument)
+    return classifier(folder, label, log_odds=True, mesh=mesh, batch_size=batch_size)
+
+
 def _open_reward_model(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
     # The import takes seconds, and imports torch where it is installed.
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    pretrained = huggingface.pretrained_name(argument)
+    hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+    if hf_config.model_type in ENCODERS:
+        _require_one_label(argument, list(hf_config.id2label.values()))
+        log_odds = hf_config.problem_type != "regression"  # the number as it is
+        return classifier(argument, log_odds=log_odds, mesh=mesh, batch_size=batch_size)
     config, params, _ = huggingface.load(argument, mesh=mesh)
+    _require_one_label(argument, config.labels)
     return scalar_head(
         decoder.build(config),
         params,
-        AutoTokenizer.from_pretrained(
-            huggingface.pretrained_name(argument), trust_remote_code=False
-        ),
+        AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False),
         name=f"reward_model:{argument}",
         offset=huggingface.read_centre(argument),
+        pad=hf_config.get_text_config().pad_token_id,
         mesh=mesh,
         batch_size=batch_size,
     )
+
+
+def _require_one_label(folder: str, labels: Sequence[str]) -> None:
+    if len(labels) > 1:
+        raise RewardError(
+            f"reward reward_model:{folder}: it is a classifier of {len(labels)} labels; "
+            f"classifier:{folder}:LABEL takes one of {list(labels)}"
+        )
 
 
 KINDS: dict[str, RewardKind] = {
@@ -372,6 +445,9 @@ KINDS: dict[str, RewardKind] = {
     ),
     "classifier": RewardKind(
         "classifier:FOLDER, classifier:FOLDER:LABEL", _open_classifier, _classifier_folder
+    ),
+    "log_odds": RewardKind(
+        "log_odds:FOLDER, log_odds:FOLDER:LABEL", _open_log_odds, _classifier_folder
     ),
     "reward_model": RewardKind("reward_model:FOLDER", _open_reward_model, str),
 }
