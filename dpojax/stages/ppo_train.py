@@ -16,12 +16,12 @@ from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
 from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.ppo_setup import PPOSetup
-from dpojax.stages.samples import append_samples, open_samples
+from dpojax.stages.samples import append_samples, forget_later_samples, open_samples
 from dpojax.stages.stage import announce_kept
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST
-from dpojax.training.loop import Every, NonFiniteLoss
+from dpojax.training.loop import WINDOW, Every, NonFiniteLoss
 from dpojax.training.metrics import MetricWriter, Window, progress
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import fingerprint
@@ -51,6 +51,7 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
             state = stage.new_state(params)
         else:
             state, _ = saved.restore(stage.abstract_state())
+        forget_later_samples(stage.folder, done)
         with MetricWriter(
             stage.folder,
             tensorboard=config.tensorboard,
@@ -79,8 +80,10 @@ def _iterate(
     score, reward_name = stage.programs.score, stage.evaluation_reward
     sample = open_samples(stage.setup, reference, score, reward_name=reward_name)
     keep, ended = new_keep_best(stage.config), False
-    if keep is not None and done:
-        keep.restore(saved.metadata(done))
+    if done:
+        window.restore(saved.metadata(done).get(WINDOW, {}))
+        if keep is not None:
+            keep.restore(saved.metadata(done))
 
     def evaluate() -> bool:
         """Log an evaluation; return whether it is the best so far."""
@@ -114,8 +117,9 @@ def _iterate(
             ended = keep is not None and keep.stopped_at == done
             if save or stopping or is_best or ended:
                 kept = {} if keep is None else {KEEP_BEST: keep.state()}
-                score_of_best = keep.score if is_best else None
-                saved.save(done, state, metadata={"stage": stage.name} | kept, score=score_of_best)
+                metadata = {"stage": stage.name, WINDOW: window.state()} | kept
+                writer.sync()
+                saved.save(done, state, metadata=metadata, score=keep.score if is_best else None)
             if stopping and done < steps and not ended:
                 saved.wait()
                 raise Preempted(f"{stage.name}: stopped at iteration {done} of {steps}, saved")

@@ -17,6 +17,7 @@ from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
 from dpojax.sampling import build_sampler
 from dpojax.stages.setup import Setup
+from dpojax.training.metrics import forget_later_steps
 
 SEED = 0  # of the held-out prompts and of the draws: runs with other seeds are judged alike
 FILE = "samples.jsonl"
@@ -139,12 +140,22 @@ def append_samples(folder: storage.Path, step: int, evaluation: PolicyEvaluation
             lines.write(json.dumps({"step": step} | text._asdict() | {"log_ratio": ratio}))
 
 
+def forget_later_samples(folder: storage.Path, step: int | None) -> None:
+    """Remove what evaluations after a step appended: a run that is resumed there repeats them.
+
+    Args:
+      step: that a run resumes at; None where it begins.
+    """
+    if jax.process_index() == 0:
+        forget_later_steps(folder / FILE, -1 if step is None else step)
+
+
 def last_samples(folder: storage.Path, step: int | None = None) -> list[dict]:
     """What the evaluation at a step appended, or the last: one line for each different prompt.
 
-    A resumed run may have repeated an evaluation; its lines count once.
+    Several prompts may be equal; the last of them counts.
     """
-    lines = [json.loads(line) for line in storage.read_lines(folder / FILE)]
-    step = lines[-1]["step"] if step is None else step
+    lines = [line for line in storage.read_records(folder / FILE) if {"step", "prompt"} <= {*line}]
+    step = lines[-1]["step"] if step is None and lines else step
     last = [line for line in lines if line["step"] == step]
     return list({line["prompt"]: line for line in last}.values())

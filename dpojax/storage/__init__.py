@@ -14,9 +14,11 @@ from dpojax.storage.checksums import (
 )
 from dpojax.storage.contents import content_hash, local_copy
 from dpojax.storage.files import (
+    damage_named,
     free_bytes,
     move_folder,
     read_json,
+    read_text,
     remove_folder,
     replacing,
     replacing_folder,
@@ -25,7 +27,13 @@ from dpojax.storage.files import (
     write_json,
     write_text,
 )
-from dpojax.storage.lines import LineWriter, read_lines, rewrite_lines
+from dpojax.storage.lines import (
+    LineWriter,
+    read_lines,
+    read_records,
+    rewrite_lines,
+    rewrite_records,
+)
 from dpojax.storage.locks import Locked, lock, lost_locks
 from dpojax.storage.paths import Path, StorageError, as_path, is_local, matches
 
@@ -40,6 +48,7 @@ __all__ = [
     "checksums_of",
     "content_hash",
     "crc32c",
+    "damage_named",
     "file_sizes",
     "free_bytes",
     "is_local",
@@ -50,11 +59,14 @@ __all__ = [
     "move_folder",
     "read_json",
     "read_lines",
+    "read_records",
+    "read_text",
     "remove_folder",
     "replacing",
     "replacing_folder",
     "require_checksum",
     "rewrite_lines",
+    "rewrite_records",
     "share_folder",
     "write_bytes",
     "write_json",

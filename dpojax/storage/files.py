@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpojax.storage.paths import (
@@ -44,20 +44,53 @@ def write_json(path: PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: PathLike, hint: str = "") -> Any:
+def read_json(path: PathLike, hint: str = "", *, fields: Mapping[str, type] | None = None) -> Any:
     """Return the content of a JSON file.
+
+    Args:
+      hint: what the user can do about a damaged file; it ends the error message.
+      fields: the content is an object with these fields, and their values have these types.
+
+    Raises:
+      StorageError: the file is not JSON, or does not have the fields.
+      FileNotFoundError: there is no such file.
+    """
+    text = Path(path).read_bytes()
+    with damage_named(path, hint):
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:  # of JSON, and of bytes that are not UTF-8
+            raise ValueError(f"not JSON ({error})") from error
+        if fields is not None and not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        for name, kind in (fields or {}).items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"{name!r} is not there, or of another type")
+    return content
+
+
+@contextlib.contextmanager
+def damage_named(path: PathLike, hint: str = "") -> Iterator[None]:
+    """Name the file in errors of code that takes its content apart.
 
     Args:
       hint: what the user can do about a damaged file; it ends the error message.
 
     Raises:
-      StorageError: the file is not JSON.
-      FileNotFoundError: there is no such file.
+      StorageError: instead of what Python raises where a content has another form.
     """
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:  # of JSON, and of bytes that are not UTF-8
-        raise StorageError(f"{path}: not JSON ({error})" + (f"; {hint}" if hint else "")) from error
+        yield
+    except StorageError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise StorageError(f"{path}: {what}" + (f"; {hint}" if hint else "")) from error
+
+
+def read_text(path: PathLike) -> str:
+    """Return the text of a file that is only shown; bytes that are not UTF-8 become U+FFFD."""
+    return Path(path).read_bytes().decode(errors="replace")
 
 
 @contextlib.contextmanager

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from dpojax.storage.files import write_text
-from dpojax.storage.paths import Path, PathLike, is_local
+from dpojax.storage.paths import Path, PathLike, StorageError, is_local
 
 UPLOAD_SECONDS = 5.0  # between two uploads of a growing file
 UPLOAD_SHARE = 0.05  # of a run's time that uploads may take
+
+logger = logging.getLogger(__name__)
 
 
 class LineWriter:
@@ -21,7 +25,8 @@ class LineWriter:
     kept in memory and the whole object is written again, every few seconds and on `close`. A
     process that is killed there loses the lines of the last seconds.
 
-    A line without an end, left by a process that was killed, is removed on opening.
+    A line without an end, left by a process that was killed, is removed on opening. Lines survive a
+    power failure after `sync` and after `close`.
     """
 
     def __init__(self, path: PathLike):
@@ -75,6 +80,19 @@ class LineWriter:
             ended = time.monotonic()
             self._next_upload = ended + max(UPLOAD_SECONDS, (ended - began) / UPLOAD_SHARE)
 
+    def sync(self) -> None:
+        """Make every line that was written survive a power failure.
+
+        Raises:
+          StorageError: the file was deleted since it was opened.
+        """
+        self.flush()
+        if self._file is None:
+            return
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise StorageError(f"{self.path}: was deleted while the run went on; it ends here")
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Write what is left and close the file; a second call does nothing."""
         if self._closed:
@@ -82,6 +100,7 @@ class LineWriter:
         self._closed = True
         self.flush()
         if self._file is not None:
+            os.fsync(self._file.fileno())
             self._file.close()
 
 
@@ -104,6 +123,47 @@ def rewrite_lines(path: PathLike, keep: Callable[[str], bool]) -> None:
     """
     if Path(path).exists():
         write_text(path, "".join(line + "\n" for line in read_lines(path) if keep(line)))
+
+
+def read_records(path: PathLike) -> list[dict[str, Any]]:
+    """Return the JSON objects in a file of lines, one for each whole line; [] if there is no file.
+
+    A line that is no JSON object is left out, with a warning that names it.
+    """
+    records = []
+    for number, line in enumerate(read_lines(path), start=1):
+        record = _parse(line)
+        if record is None:
+            logger.warning("%s:%d is damaged and left out: %.60r", path, number, line)
+        else:
+            records.append(record)
+    return records
+
+
+def rewrite_records(path: PathLike, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of JSON objects with those for which `keep(record)` is true.
+
+    Damaged lines go, with a warning that names them. A file that would stay the same, or is not
+    there, is not touched.
+    """
+    lines, kept = read_lines(path), []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None:
+            logger.warning("%s:%d is damaged and removed: %.60r", path, number, line)
+        elif keep(record):
+            kept.append(line)
+    if len(kept) < len(lines):
+        write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """The JSON object in a line; None where there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _always(line: str) -> bool:

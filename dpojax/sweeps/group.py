@@ -37,6 +37,7 @@ from dpojax.runs.workdirs import (
 from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.registry import open_stage, resolve
+from dpojax.stages.samples import forget_later_samples
 from dpojax.stages.setup import initial_params, prepare_setup, with_scalar_params
 from dpojax.stages.stage import Stage, require_memory
 from dpojax.stages.train import Evaluator, frozen_weights, open_evaluator
@@ -47,7 +48,14 @@ from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.preemption import StopSignal
-from dpojax.training.vectorised_loop import Member, MemberChunk, Orders, VectorisedLoop, resume
+from dpojax.training.vectorised_loop import (
+    Member,
+    MemberChunk,
+    Orders,
+    Resumed,
+    VectorisedLoop,
+    resume,
+)
 
 
 def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, str]:
@@ -201,12 +209,13 @@ class Group:
         per_call = program.members_per_call
         chunks = [indices[k : k + per_call] for k in range(0, len(indices), per_call)]
         resumed = resume(saved, program.abstract, len(chunks), batches)
-        states, done, failed = ([], -1, {}) if resumed is None else resumed
+        states, done, failed, windows = resumed or Resumed([], -1, {}, {})
         if resumed is None:
             evaluator = self._with_first_scores(evaluator, trained)
         members = {i: _member(self.stages[i], evaluator, during, done, i in ended) for i in indices}
         for i, member in members.items():
             member.error = failed.get(member.name, "")
+            member.window.restore(windows.get(member.name, {}))
             if resumed is None and not member.ended:
                 _begin(member, self.stages[i], evaluator)
         hyperparameters_of = [program.hyperparameters(chunk, ended) for chunk in chunks]
@@ -276,6 +285,7 @@ def _member(
     name = stage.setup.workdir.name
     if ended:
         return Member(name, stage.steps, ended=True)
+    forget_later_samples(stage.folder, done)
     tensorboard = stage.setup.config.tensorboard
     writer = MetricWriter(stage.folder, tensorboard=tensorboard, resume_step=done)
     return Member(

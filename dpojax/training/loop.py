@@ -26,6 +26,7 @@ from dpojax.training.state import State
 from dpojax.training.step import Report
 from dpojax.training.throughput import memory_bytes
 
+WINDOW = "window"  # in a checkpoint's metadata: of the steps that no line has shown yet
 MOST_LOST = 0.5  # share of updates that rounding may swallow without a warning
 
 
@@ -115,10 +116,12 @@ class TrainLoop:
 
     def _train(self, state: State) -> State:
         done = int(state.step)
+        saved = self.checkpoints.metadata(done) if done else {}
         if self.keep_best is not None and done:
-            self.keep_best.restore(self.checkpoints.metadata(done))
+            self.keep_best.restore(saved)
         first = done + 1
         pace = _Pace(self.flops, self.ceiling)
+        pace.carry_over(saved.get(WINDOW))
         if done == 0:
             self._evaluate(state, 0)
         with progress(self.steps, done, self.stage) as bar:
@@ -151,7 +154,7 @@ class TrainLoop:
                     pace.restart()
                 ended = self._stops_early(done)
                 if due.save or stopping or is_best or ended:
-                    self._save(state, done, values, is_best)
+                    self._save(state, done, values, is_best, pace.not_logged())
                 if stopping and done < self.steps and not ended:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
@@ -188,10 +191,18 @@ class TrainLoop:
         print_evaluation(self.stage, step, self.steps, values)
         return values, self.keep_best is not None and self.keep_best.add(step, values)
 
-    def _save(self, state: State, step: int, values: dict[str, float], is_best: bool) -> None:
-        """Save the state; `values` are of the evaluation at this step, empty if there was none."""
+    def _save(
+        self, state: State, step: int, values: dict[str, float], is_best: bool, window: dict
+    ) -> None:
+        """Save the state.
+
+        Args:
+          values: of the evaluation at this step, empty if there was none.
+          window: what the steps since the last log add to the next one.
+        """
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
-        metadata = {"stage": self.stage, "evaluation": evaluation}
+        metadata = {"stage": self.stage, "evaluation": evaluation, WINDOW: window}
+        self.writer.sync()  # a run that resumes here does not write these lines again
         if self.keep_best is not None:
             metadata[KEEP_BEST] = self.keep_best.state()
         score = self.keep_best.score if is_best else None
@@ -240,6 +251,15 @@ class _Pace:
         self.window, self.flops_of, self.ceiling = Window(), flops, ceiling
         self.seen = 0  # tokens since the last log; the other counts are since the last restart
         self.restart()
+
+    def not_logged(self) -> dict:
+        """Sums since the last log, for the metadata of a checkpoint."""
+        return {"sums": self.window.state(), "tokens": self.seen}
+
+    def carry_over(self, not_logged: dict | None) -> None:
+        if not_logged is not None:
+            self.window.restore(not_logged["sums"])
+            self.seen = not_logged["tokens"]
 
     def restart(self) -> None:
         self.began, self.tokens, self.flops, self.fill = time.perf_counter(), 0, 0.0, []

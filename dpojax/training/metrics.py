@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -57,11 +57,13 @@ class Window:
     """Collects the metrics of several steps without waiting for a device.
 
     `add` only stores references to device arrays. `flush` fetches them all at once and sums them on
-    the host in float64, so a long window loses no digits.
+    the host in float64, so a long window loses no digits. `state` and `restore` carry a window
+    that is not flushed over to the run that goes on.
     """
 
     def __init__(self):
         self._steps: list[Mapping[str, Metric]] = []
+        self._sums: dict[str, Metric] = {}
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add the scalar metrics of one step; names may differ between steps."""
@@ -69,13 +71,25 @@ class Window:
 
     def flush(self) -> dict[str, float]:
         """Return the weighted mean of each metric since the last flush; nan if its weight is 0."""
+        self._fetch()
+        sums, self._sums = self._sums, {}
+        return {name: metric.value for name, metric in sums.items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """Return (total, weight) of each metric since the last flush, as JSON can hold it."""
+        self._fetch()
+        return {name: list(metric) for name, metric in self._sums.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from what `state` returned."""
+        self._steps, self._sums = [], {name: Metric(*pair) for name, pair in state.items()}
+
+    def _fetch(self) -> None:
         steps, self._steps = jax.device_get(self._steps), []
-        sums: dict[str, Metric] = {}
         for metrics in steps:
             for name, (total, weight) in metrics.items():
                 one = Metric(float(total), float(weight))
-                sums[name] = merge(sums[name], one) if name in sums else one
-        return {name: metric.value for name, metric in sums.items()}
+                self._sums[name] = merge(self._sums[name], one) if name in self._sums else one
 
 
 class MetricWriter:
@@ -87,11 +101,8 @@ class MetricWriter:
       folder: a local folder or one on a bucket; it is made if it is not there.
       tensorboard: also write event files, to `folder/tensorboard`.
       resume_step: lines after this step are removed first, so that a resumed run has every step
-        once. None keeps all lines. An incomplete last line, left by a killed process, is always
-        removed.
-
-    Raises:
-      ValueError: a line of the existing file is not JSON; the message names file and line.
+        once. None keeps all lines. Damaged lines, such as the last one of a killed process, are
+        always removed.
     """
 
     def __init__(
@@ -105,7 +116,7 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         folder = storage.as_path(folder)
-        _remove_later_steps(folder / FILE, resume_step)
+        forget_later_steps(folder / FILE, resume_step)
         self._file = storage.LineWriter(folder / FILE)
         if tensorboard:
             purge_step = None if resume_step is None else resume_step + 1
@@ -137,6 +148,15 @@ class MetricWriter:
         if self._events is not None:
             for name, number in numbers.items():
                 self._events.add_scalar(f"{split}/{name}", number, int(step))
+
+    def sync(self) -> None:
+        """Make all lines survive a power failure.
+
+        Raises:
+          StorageError: the file was deleted meanwhile.
+        """
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
         """Close the files; later writes do nothing."""
@@ -181,20 +201,32 @@ class _BucketEvents:
 def read_metrics(folder: str | os.PathLike, split: str | None = None) -> list[dict]:
     """Return the lines of `folder/metrics.jsonl` in order; null becomes nan.
 
-    An incomplete last line is left out. If there is no file, the list is empty.
+    Damaged lines are left out, with a warning. If there is no file, the list is empty.
 
     Args:
       split: only lines of this split; None is all.
-
-    Raises:
-      ValueError: a line is not JSON; the message names file and line.
     """
-    lines = [json.loads(text) for text in _checked_lines(storage.as_path(folder) / FILE)]
     return [
         {name: math.nan if value is None else value for name, value in line.items()}
-        for line in lines
-        if split is None or line["split"] == split
+        for line in storage.read_records(storage.as_path(folder) / FILE)
+        if _has_step(line) and split in (None, line.get("split"))
     ]
+
+
+def forget_later_steps(path: storage.Path, last_step: int | None) -> None:
+    """Remove the lines of a file after a step, and damaged ones; None removes only damaged ones.
+
+    A run that is resumed at `last_step` writes the others again.
+    """
+
+    def keep(line: dict) -> bool:
+        return last_step is None or (_has_step(line) and line["step"] <= last_step)
+
+    storage.rewrite_records(path, keep)
+
+
+def _has_step(line: dict) -> bool:
+    return isinstance(line.get("step"), int)
 
 
 def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
@@ -231,23 +263,3 @@ def evaluation_line(step: int, total: int, values: Mapping[str, float]) -> str:
         if name in values
     ]
     return "  ".join(parts)
-
-
-def _checked_lines(path: storage.Path) -> list[str]:
-    """Return the whole lines of a file, each of which is a JSON object."""
-    lines = storage.read_lines(path)
-    for number, text in enumerate(lines, start=1):
-        try:
-            valid = isinstance(json.loads(text), dict)
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ValueError(f"{path}, line {number}: not a JSON object: {text[:80]!r}; remove it")
-    return lines
-
-
-def _remove_later_steps(path: storage.Path, last_step: int | None) -> None:
-    """Rewrite the file without the lines after `last_step`; None only checks the lines."""
-    _checked_lines(path)
-    if last_step is not None:
-        storage.rewrite_lines(path, lambda text: json.loads(text)["step"] <= last_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -247,13 +248,35 @@ class VectorisedLoop:
     def _save(self, chunks: Sequence[MemberChunk], done: int) -> None:
         failed = {m.name: m.error for chunk in chunks for m in chunk.members if m.error}
         states = {_key(c): chunk.states for c, chunk in enumerate(chunks)}
-        metadata = {"stage": self.stage, "failed": failed}
+        for chunk in chunks:
+            chunk.read()
+        training = [m for chunk in chunks for m in chunk.members if not m.ended]
+        windows = {member.name: member.window.state() for member in training}
+        for member in training:
+            member.writer.sync()  # a run that resumes here does not write these lines again
+        metadata = {"stage": self.stage, "failed": failed, "windows": windows}
         self.checkpoints.save(done, states, self.batches, metadata=metadata)
+
+
+class Resumed(NamedTuple):
+    """Where a vectorised sweep goes on.
+
+    Attributes:
+      states: of every chunk.
+      done: steps.
+      failed: why members had failed, by name.
+      windows: of each member, what its steps since the last log add to the next one.
+    """
+
+    states: list[MemberStates]
+    done: int
+    failed: dict[str, str]
+    windows: dict[str, dict]
 
 
 def resume(
     checkpoints: Checkpoints, abstract: MemberStates, chunks: int, batches: Orders
-) -> tuple[list[MemberStates], int, dict[str, str]] | None:
+) -> Resumed | None:
     """Read the states of a sweep that was stopped.
 
     Args:
@@ -263,14 +286,14 @@ def resume(
       batches: is put back to where it was.
 
     Returns:
-      The states of every chunk, the steps done, and why which members had failed. None where
-      nothing is saved.
+      where it goes on; None where nothing is saved.
     """
     done = checkpoints.latest
     if done is None:
         return None
     states, metadata = checkpoints.restore({_key(c): abstract for c in range(chunks)}, batches)
-    return [states[_key(c)] for c in range(chunks)], done, metadata["failed"]
+    of_chunks = [states[_key(c)] for c in range(chunks)]
+    return Resumed(of_chunks, done, metadata["failed"], metadata.get("windows", {}))
 
 
 def _key(chunk: int) -> str:

@@ -29,6 +29,7 @@ from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.stages.sft import SFT
 from dpojax.training import checkpoints, reference
+from dpojax.training.checkpoints import writing
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.reference import ReferenceMismatch
@@ -385,14 +386,14 @@ def test_the_command_line_tells_a_user_error_in_words(tmp_path):
 def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
     started, tmp_path, monkeypatch
 ):
-    original = checkpoints._require_space
+    original = writing.require_space
 
     def full(folder, tree):
         if str(folder).endswith("preference/checkpoints") and int(tree.step) == 4:
             raise checkpoints.CheckpointError(f"{folder}: no space left")
         original(folder, tree)
 
-    monkeypatch.setattr(checkpoints, "_require_space", full)
+    monkeypatch.setattr(writing, "require_space", full)
     with pytest.raises(checkpoints.CheckpointError, match="no space left"):
         started()
     steps = [int(p.name) for p in (tmp_path / "run" / "preference" / "checkpoints").iterdir()]

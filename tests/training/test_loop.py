@@ -101,10 +101,10 @@ def killed_after_an_evaluation(monkeypatch):
     def kill(step):
         save = TrainLoop._save
 
-        def killed(self, state, at, values, is_best):
+        def killed(self, state, at, *rest):
             if at == step:
                 raise Killed
-            save(self, state, at, values, is_best)
+            save(self, state, at, *rest)
 
         monkeypatch.setattr(TrainLoop, "_save", killed)
         return lambda: monkeypatch.setattr(TrainLoop, "_save", save)
@@ -115,8 +115,8 @@ def killed_after_an_evaluation(monkeypatch):
 class Idle:
     """Measures no speed."""
 
-    restart = add = lambda *_: None
-    flush = dict
+    restart = add = carry_over = lambda *_: None
+    flush = not_logged = dict
 
 
 def test_the_first_of_the_best_evaluations_is_kept_beside_the_newest(run_loop, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 
 import jax
@@ -107,16 +108,35 @@ def test_a_torn_line_goes_also_where_no_step_is_given(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_broken_line_in_the_middle_is_an_error_that_names_it_and_changes_nothing(tmp_path):
+GARBAGE = ["NOT JSON", "{", "null", "[]", "", "\0\0\0", "{}", '{"step": "one"}', "[" * 9999]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_damaged_line_in_the_middle_is_left_out_and_the_next_writer_removes_it(
+    tmp_path, garbage, caplog
+):
+    """Metrics are a record only: no run ends for them."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nNOT JSON\n{"step": 2}\n')
-    for attempt in (
-        lambda: read_metrics(tmp_path),
-        lambda: MetricWriter(tmp_path, tensorboard=False, resume_step=1),
-    ):
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*NOT JSON"):
-            attempt()
-    assert path.read_text() == '{"step": 1}\nNOT JSON\n{"step": 2}\n'
+    path.write_text(f'{{"step": 1}}\n{garbage}\n{{"step": 2}}\n{{"step": 3}}\n')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    is_object = garbage.startswith('{"') or garbage == "{}"
+    assert (f"{path}:2 is damaged" in caplog.text) != is_object
+    MetricWriter(tmp_path, tensorboard=False, resume_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_bytes_that_are_no_text_are_left_out_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n\x80')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_that_was_deleted_meanwhile_is_told_when_the_lines_are_to_be_safe(tmp_path):
+    with MetricWriter(tmp_path / "run", tensorboard=False) as writer:
+        writer.write(1, {})
+        writer.sync()
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(storage.StorageError, match=r"metrics\.jsonl: was deleted while"):
+            writer.sync()
 
 
 def test_a_metric_may_not_take_the_name_of_a_column(tmp_path):

@@ -14,7 +14,14 @@ from dpojax.training.checkpoints import Checkpoints, load_params
 from dpojax.training.loop import Every
 from dpojax.training.metrics import Metric, MetricWriter
 from dpojax.training.preemption import Preempted, StopSignal
-from dpojax.training.vectorised_loop import Member, MemberChunk, Orders, VectorisedLoop, resume
+from dpojax.training.vectorised_loop import (
+    Member,
+    MemberChunk,
+    Orders,
+    Resumed,
+    VectorisedLoop,
+    resume,
+)
 from dpojax.training.vectorised_step import MemberStates
 
 STEPS = {"short": 4, "long": 6, "broken": 6}
@@ -77,7 +84,7 @@ def train(monkeypatch):
             batches = Orders([Batches()])
             abstract = jax.eval_shape(new_states)
             resumed = resume(saved, abstract, len(CHUNKS), batches)
-            states, done, failed = resumed or ([new_states()] * 2, 0, {})
+            states, done, failed, windows = resumed or Resumed([new_states()] * 2, 0, {}, {})
 
             def member(name):
                 own = stack.enter_context(Checkpoints(folder / name))
@@ -86,7 +93,9 @@ def train(monkeypatch):
                 )
                 evaluate = lambda state: {"params": float(state.params)}
                 error = failed.get(name, "")
-                return Member(name, STEPS[name], evaluate, writer, own, error=error)
+                new = Member(name, STEPS[name], evaluate, writer, own, error=error)
+                new.window.restore(windows.get(name, {}))
+                return new
 
             chunks = [
                 MemberChunk([member(name) for name in names if name], of_chunk, numbers)
@@ -152,4 +161,4 @@ def test_a_sweep_that_is_stopped_goes_on_with_what_had_ended_and_failed(train, t
         assert final(folder / "short", 4) == 10
         for split in ("train", "eval"):
             whole = metrics(tmp_path / "whole" / "long", split)
-            assert metrics(folder / "long", split).keys() == whole.keys()
+            assert metrics(folder / "long", split) == whole
