@@ -18,6 +18,7 @@ from dpojax import storage
 from dpojax.data import lint, records, sources, tokenise
 from dpojax.data.examples import Example
 from dpojax.data.report import Report
+from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.stages.tokenizers import read_tokenizer
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    default = tokenise.TokenizeConfig()
+    default = TokenizeConfig()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="file, glob, folder or hub name; several files")
@@ -65,7 +66,7 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
     if args.chat_template:
         template = storage.as_path(args.chat_template, "--chat-template")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    config = tokenise.TokenizeConfig(
+    config = TokenizeConfig(
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation=args.truncation,

@@ -32,6 +32,16 @@ CAUSES = {
     "identical": "responses are equal",
     "identical_after_cut": "responses are equal once cut",
     "empty_prompt": "prompt is empty and the tokenizer has no start token",
+    "template_refuses": "chat template refuses the messages",
+    "ends_without_answer": "a dialogue does not end with a turn of the assistant",
+    "turn_not_found": "chat template renders a turn where it cannot be found",
+    "tool_call_not_rendered": "chat template leaves out the tool call that is the answer",
+    "template_strips": "chat template leaves out or changes a part of an answer",
+    "template_without_tools": "chat template does not read the record's tools",
+    "template_without_options": "chat template does not read all of chat_template_kwargs",
+    "all_turns_scored": "several turns of the assistant, all scored (tokens.assistant_turns)",
+    "last_turn_scored": "several turns of the assistant, the last scored (tokens.assistant_turns)",
+    "other_end": "chat template ends an answer with another token than EOS, which was added",
     "template_changes_prompt": "chat template renders the prompt differently before an answer",
     "too_long": "prompt + longest response exceed max_length",
     "prompt_too_long": "prompt exceeds max_prompt_length",
@@ -49,15 +59,20 @@ EXAMPLES = 2
 
 @dataclasses.dataclass
 class Tally:
-    """How many records have one outcome for one cause, and the ids of the first `EXAMPLES`."""
+    """How many records have one outcome for one cause, and the ids of the first `EXAMPLES`.
+
+    `why` is what the first of them was refused with, such as a template's own words.
+    """
 
     count: int = 0
     examples: list[str] = dataclasses.field(default_factory=list)
+    why: str = ""
 
-    def add(self, count: int, examples: Sequence[str]) -> None:
+    def add(self, count: int, examples: Sequence[str], why: str = "") -> None:
         """Add `count` records, of which `examples` are some ids."""
         self.count += count
         self.examples += examples[: EXAMPLES - len(self.examples)]
+        self.why = self.why or why
 
 
 class Report:
@@ -86,8 +101,8 @@ class Report:
         self.starts: dict[int, int] = defaultdict(int)
         self.ends: dict[str, int] = defaultdict(int)
 
-    def count(self, outcome: str, cause: str, id: str) -> None:
-        """Count record `id` under an outcome and a cause.
+    def count(self, outcome: str, cause: str, id: str, why: str = "") -> None:
+        """Count record `id` under an outcome and a cause; `why` may say more about this record.
 
         Raises:
           KeyError: the outcome is not in OUTCOMES, or the cause not in CAUSES. This is a bug of the
@@ -95,7 +110,7 @@ class Report:
         """
         if cause not in CAUSES:
             raise KeyError(f"cause {cause!r} has no explanation: add it to report.CAUSES")
-        self.tallies[outcome].setdefault(cause, Tally()).add(1, [id])
+        self.tallies[outcome].setdefault(cause, Tally()).add(1, [id], why)
 
     def count_field(self, name: str, id: str) -> None:
         """Count field `name` of record `id`, which was not read."""
@@ -108,7 +123,7 @@ class Report:
         for outcome, tallies in other.tallies.items():
             for cause, tally in tallies.items():
                 mine = self.tallies[outcome].setdefault(cause, Tally())
-                mine.add(tally.count, tally.examples)
+                mine.add(tally.count, tally.examples, tally.why)
         for name, tally in other.unread.items():
             self.unread.setdefault(name, Tally()).add(tally.count, tally.examples)
         self.remarks += other.remarks
@@ -225,7 +240,8 @@ def _causes_table(report: Report) -> str:
             tally = tallies[cause]
             share = f"{100 * tally.count / max(report.read, 1):.2f} %"
             ids = ", ".join(tally.examples)
-            rows.append([f"  {cause}: {CAUSES[cause]}", f"{tally.count:,}", share, ids])
+            label = f"  {cause}: {CAUSES[cause]}" + (f": {tally.why}" if tally.why else "")
+            rows.append([label, f"{tally.count:,}", share, ids])
     return "\n".join(text_table(rows, left=(0, 3)))
 
 

@@ -21,7 +21,8 @@ from dpojax.data.filling import Size, first_fit
 from dpojax.data.packing import Shape, size_of
 from dpojax.data.records import Record
 from dpojax.data.rows import Rows, collate
-from dpojax.data.tokenise import TokenizeConfig, tokenise
+from dpojax.data.tokenise import tokenise
+from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.evaluation.frontier import Estimate, mean_over_prompts
 from dpojax.evaluation.rewards import Reward
 from dpojax.evaluation.text_statistics import Lengths, distinct_n, lengths, mean_repetition

@@ -23,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from dpojax import storage
 from dpojax.data import reviews
 from dpojax.data.records import Record
-from dpojax.data.tokenise import TokenizeConfig, tokenise
+from dpojax.data.tokenise import tokenise
+from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.models import decoder, encoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import Model, Params

@@ -8,10 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax.data import sources
+from dpojax.data.example_maker import start_tokens
 from dpojax.data.examples import Example, Examples, Store
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.data.tokenise import TokenizeConfig, start_tokens, tokenise
+from dpojax.data.tokenise import tokenise
+from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.stages import selection
 from dpojax.stages.data import (
     EMBEDDED,

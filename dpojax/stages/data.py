@@ -22,7 +22,8 @@ from dpojax.data.prompts import EMBEDDED
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.sources import Source
-from dpojax.data.tokenise import CHUNK, TokenizeConfig
+from dpojax.data.tokenise import CHUNK
+from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.stages import selection
 from dpojax.stages.selection import DataRequirements
 

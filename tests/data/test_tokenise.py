@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dpojax.data.records import DataError, Record
 from dpojax.data.sources import load_records
-from dpojax.data.tokenise import TokenizeConfig, tokenise
+from dpojax.data.tokenise import tokenise
+from dpojax.data.tokenize_config import TokenizeConfig
 
 BOS, EOS = "<s>", "</s>"
 TEMPLATE = (
@@ -427,8 +428,11 @@ def test_messages_without_a_chat_template_are_an_error_that_says_how_to_set_one(
 
 def test_a_template_that_refuses_names_the_record():
     template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer = byte_level(chat_template=template)
     with pytest.raises(DataError, match="f:1: the chat template refuses this: roles must"):
-        one(CHAT, byte_level(chat_template=template))
+        one(CHAT, tokenizer, TokenizeConfig(malformed="error"))
+    with pytest.raises(DataError, match="template_refuses: .*: roles must alternate .* f:1"):
+        one(CHAT, tokenizer)
 
 
 def test_a_template_that_changes_the_prompt_before_an_answer_drops_the_record():

@@ -17,7 +17,8 @@ from dpojax import sharding
 from dpojax.data import records, reviews, unpaired
 from dpojax.data.packing import Costs, plan
 from dpojax.data.rows import collate
-from dpojax.data.tokenise import TokenizeConfig, tokenise
+from dpojax.data.tokenise import tokenise
+from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.logprobs import Head
 from dpojax.losses import RunningMean
 from dpojax.methods import preference

@@ -1,0 +1,179 @@
+"""Tokenises chunks of records in other processes, in order.
+
+The processes are started by a plain command, not forked: JAX has threads, which a fork would break.
+Nor are they started by `multiprocessing`, which runs the user's main script again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import pathlib
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from dpojax.data import worker
+from dpojax.data.example_maker import ExampleMaker
+from dpojax.data.examples import Examples
+from dpojax.data.records import DataError, Record
+from dpojax.data.report import Report
+
+Made = tuple[Examples, Report]
+
+COMMAND = "from dpojax.data.worker import serve; serve()"
+MOST = 16  # processes that `cores` gives at most: one process reads the records for all of them
+
+
+def cores() -> int:
+    """How many processes may run at once."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return min(MOST, len(usable(0)) if usable else os.cpu_count() or 1)
+
+
+class WorkerLost(Exception):
+    """The other process has ended."""
+
+
+class Worker:
+    """One other process."""
+
+    def __init__(self, threads: int) -> None:
+        root = str(pathlib.Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        if threads:
+            environment.setdefault("RAYON_NUM_THREADS", str(threads))
+        self.threads = threads
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C and a lost terminal are this process's to answer
+        )
+
+    def ask(self, kind: str, content: Any) -> Any:
+        """Send a request, and return what it gives.
+
+        Raises:
+          DataError: as there.
+          WorkerLost: the process has ended.
+        """
+        try:
+            worker.write(self.process.stdin, (kind, content))
+            reply, result = worker.read(self.process.stdout)
+        except (OSError, EOFError, ValueError) as error:
+            raise WorkerLost from error
+        if reply == worker.DATA_ERROR:
+            raise DataError(result)
+        if reply == worker.FAILED:
+            raise RuntimeError(f"tokenising in another process failed:\n{result}")
+        return result
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # what was not written any more
+                stream.close()
+
+
+_idle: list[Worker] = []  # at most one, so that the next call need not start another
+_lock = threading.Lock()
+
+
+@atexit.register
+def end_idle() -> None:
+    """End the process that waits for the next call."""
+    with _lock:
+        while _idle:
+            _idle.pop().end()
+
+
+class Pool:
+    """Makes examples in up to `num_proc` other processes, which start when they are needed."""
+
+    def __init__(self, make: ExampleMaker, num_proc: int) -> None:
+        self.num_proc, self._maker = num_proc, make
+        self._threads = ThreadPoolExecutor(num_proc, thread_name_prefix="tokenise")
+        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._all: list[Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self._end(self._all)  # threads that wait for them go on
+        self._threads.shutdown(cancel_futures=True)
+        with _lock:
+            keep = [] if kind is not None or _idle else self._all[:1]
+            _idle.extend(keep)
+        self._end([each for each in self._all if each not in keep])
+
+    def submit(self, records: Sequence[Record], *, here: bool = False) -> Future[Made]:
+        """Make the examples of a chunk: in another process, or now and in this one."""
+        if here:
+            made: Future[Made] = Future()
+            made.set_result(self._maker(records))
+            return made
+        return self._threads.submit(self._make, records)
+
+    @functools.cached_property
+    def _setup(self) -> bytes:
+        return pickle.dumps(self._maker)
+
+    def _make(self, records: Sequence[Record]) -> Made:
+        try:
+            each = self._free.get_nowait()
+        except queue.Empty:
+            each = self._start()
+        try:
+            return each.ask(worker.CHUNK, records)
+        except WorkerLost:
+            self._end([each])
+            raise DataError(
+                f"{records[0].id} to {records[-1].id}: the process that tokenises these records "
+                "was killed: their chat template does not end or fills the memory, or the system "
+                "ran out of memory. Set config.chat_template to another file, or tokens.num_proc=1"
+            ) from None
+        finally:
+            if each in self._all:
+                self._free.put(each)
+
+    def _start(self) -> Worker:
+        """A process that is ready: the idle one, if it still lives, or a new one."""
+        with _lock:
+            idle = _idle.pop() if _idle and self.num_proc == 1 else None
+        if idle is not None:
+            try:
+                idle.ask(worker.SETUP, self._setup)
+            except WorkerLost:  # it ended, since nothing came for a while
+                idle.end()
+            else:
+                self._all.append(idle)
+                return idle
+        new = Worker(threads=0 if self.num_proc == 1 else max(1, cores() // self.num_proc))
+        self._all.append(new)
+        try:
+            new.ask(worker.SETUP, self._setup)
+        except WorkerLost:
+            raise DataError(
+                "the process that should tokenise ended at once; its last words stand above"
+            ) from None
+        return new
+
+    def _end(self, workers: Sequence[Worker]) -> None:
+        for each in list(workers):
+            each.end()
+            if each in self._all:
+                self._all.remove(each)
