@@ -20,6 +20,7 @@ from dpojax.data.records import Record
 from dpojax.data.templates import ChatTemplate
 
 MARK = "qzMARKzq"  # it occurs in no text, and no template strips or splits it
+HEADER = 32  # characters of the generation prompt's end
 AssistantTurns = Literal["all", "last"]
 
 
@@ -185,7 +186,8 @@ class _Answer:
             start, end = self._by_prefixes(turn) or self._by_mark(turn) or self._generated(turn)
             end = start + len(self.template.without_end(self.whole[start:end]))
             self.spans[turn] = start, end
-            self._check(turn, self.whole[start:end])
+            # The beginning of the reasoning may stand in the generation prompt, so look there too.
+            self._check(turn, self.whole[max(0, start - HEADER) : end])
         return self.spans[turn]
 
     def _by_prefixes(self, turn: int) -> tuple[int, int] | None:

@@ -56,6 +56,7 @@ class ExampleMaker:
         self.config, self.limited, self.report = config, limited, Report()
         self.sources = {name: place for place, name in enumerate(sources)}
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.eos_text = str(tokenizer.eos_token)
         if config.append_eos and self.eos is None:
             raise DataError(
                 "the tokenizer has no end-of-sequence token: set tokenizer.eos_token, or "
@@ -134,16 +135,23 @@ class ExampleMaker:
                 if ids is None:
                     (ids,) = self.encoder.alone([pieces[0].text])
                 parts = [ids, *(next(other_ids) for _ in pieces[1:])]
-                answers.append(self._answer(record, pieces, parts))
+                answers.append(self._answer(pieces, parts))
+            if self._has_other_end(record, text):
+                self.report.count("noted", "other_end", record.id)
             if any(self.eos in answer.ids[:-1] for answer in answers if answer.scored is None):
                 self.report.count("noted", "eos_inside", record.id)
             yield prompt, answers
 
-    def _answer(self, record: Record, pieces: Sequence[Piece], parts: list[Ids]) -> Answer:
+    def _has_other_end(self, record: Record, text: Rendered) -> bool:
+        """Whether the template ends an answer with another token than EOS, which is added."""
+        if isinstance(record.prompt, str) or not self.config.append_eos:
+            return False
+        ends = [pieces[-1].text for pieces in text.responses]
+        return any(self.template.ends(end) and not end.endswith(self.eos_text) for end in ends)
+
+    def _answer(self, pieces: Sequence[Piece], parts: list[Ids]) -> Answer:
         """One response, EOS included."""
         if self.config.append_eos and parts[-1][-1:] != [self.eos]:
-            if not isinstance(record.prompt, str) and self.template.ends(pieces[-1].text):
-                self.report.count("noted", "other_end", record.id)
             parts = [*parts[:-1], [*parts[-1], self.eos]]
         if len(pieces) == 1:
             return Answer(parts[0], None)

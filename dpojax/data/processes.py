@@ -12,7 +12,6 @@ import functools
 import os
 import pathlib
 import pickle
-import queue
 import subprocess
 import sys
 import threading
@@ -105,20 +104,24 @@ class Pool:
     def __init__(self, make: ExampleMaker, num_proc: int) -> None:
         self.num_proc, self._maker = num_proc, make
         self._threads = ThreadPoolExecutor(num_proc, thread_name_prefix="tokenise")
-        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self._all: list[Worker] = []
+        self._lock = threading.Lock()
+        self._free: list[Worker] = []
+        self._busy: list[Worker] = []
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is not None:
-            self._end(self._all)  # threads that wait for them go on
-        self._threads.shutdown(cancel_futures=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            for each in list(self._busy):  # nobody wants what they make
+                each.process.kill()
+        self._threads.shutdown()
         with _lock:
-            keep = [] if kind is not None or _idle else self._all[:1]
-            _idle.extend(keep)
-        self._end([each for each in self._all if each not in keep])
+            if not _idle and self._free:
+                _idle.append(self._free.pop())
+        for each in self._free:
+            each.end()
 
     def submit(self, records: Sequence[Record], *, here: bool = False) -> Future[Made]:
         """Make the examples of a chunk: in another process, or now and in this one."""
@@ -133,22 +136,30 @@ class Pool:
         return pickle.dumps(self._maker)
 
     def _make(self, records: Sequence[Record]) -> Made:
+        with self._lock:
+            each = self._free.pop() if self._free else None
+        each = each or self._start()
+        self._busy.append(each)
         try:
-            each = self._free.get_nowait()
-        except queue.Empty:
-            each = self._start()
-        try:
-            return each.ask(worker.CHUNK, records)
+            made = each.ask(worker.CHUNK, records)
         except WorkerLost:
-            self._end([each])
+            self._busy.remove(each)
+            each.end()
             raise DataError(
                 f"{records[0].id} to {records[-1].id}: the process that tokenises these records "
                 "was killed: their chat template does not end or fills the memory, or the system "
                 "ran out of memory. Set config.chat_template to another file, or tokens.num_proc=1"
             ) from None
-        finally:
-            if each in self._all:
-                self._free.put(each)
+        except DataError:
+            self._release(each)
+            raise
+        self._release(each)
+        return made
+
+    def _release(self, each: Worker) -> None:
+        with self._lock:
+            self._busy.remove(each)
+            self._free.append(each)
 
     def _start(self) -> Worker:
         """A process that is ready: the idle one, if it still lives, or a new one."""
@@ -157,23 +168,15 @@ class Pool:
         if idle is not None:
             try:
                 idle.ask(worker.SETUP, self._setup)
+                return idle
             except WorkerLost:  # it ended, since nothing came for a while
                 idle.end()
-            else:
-                self._all.append(idle)
-                return idle
         new = Worker(threads=0 if self.num_proc == 1 else max(1, cores() // self.num_proc))
-        self._all.append(new)
         try:
             new.ask(worker.SETUP, self._setup)
         except WorkerLost:
+            new.end()
             raise DataError(
                 "the process that should tokenise ended at once; its last words stand above"
             ) from None
         return new
-
-    def _end(self, workers: Sequence[Worker]) -> None:
-        for each in list(workers):
-            each.end()
-            if each in self._all:
-                self._all.remove(each)
