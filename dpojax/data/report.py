@@ -74,6 +74,11 @@ class Tally:
         self.examples += examples[: EXAMPLES - len(self.examples)]
         self.why = self.why or why
 
+    def to_content(self) -> dict[str, Any]:
+        """The tally in types that JSON can hold."""
+        content = dataclasses.asdict(self)
+        return content if self.why else {k: v for k, v in content.items() if k != "why"}
+
 
 class Report:
     """Counts and statistics of one data set, from the rows of a file to token ids.
@@ -179,10 +184,10 @@ class Report:
             "read": self.read,
             "kept": self.kept,
             "tallies": {
-                outcome: {cause: dataclasses.asdict(tally) for cause, tally in tallies.items()}
+                outcome: {cause: tally.to_content() for cause, tally in tallies.items()}
                 for outcome, tallies in self.tallies.items()
             },
-            "unread": {name: dataclasses.asdict(tally) for name, tally in self.unread.items()},
+            "unread": {name: tally.to_content() for name, tally in self.unread.items()},
             "remarks": self.remarks,
             "lengths": {name: [*counts.items()] for name, counts in self.lengths.items()},
             "starts": [*self.starts.items()],
