@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import config_errors
 from dpojax.data import sources
 from dpojax.data.prompts import EMBEDDED, PREFIXES
@@ -91,11 +92,18 @@ def shared_paths(config: ConfigDict) -> list[NamedPath]:
 def data_paths(config: ConfigDict, stage: str) -> list[NamedPath]:
     """The data of a stage. The embedded task has no files: the code makes it."""
     data, paths = config[stage].data, []
-    for key, split in (("source", data.split), ("eval_source", data.eval_split)):
+    for key, evaluation in (("source", False), ("eval_source", True)):
         path = "" if data[key] == EMBEDDED else data[key]
-        content_hash = functools.partial(sources.fingerprint, split=split or None)
+        content_hash = functools.partial(_data_hash, data, evaluation)
         paths.append(NamedPath(f"{stage}.data.{key}", path, content_hash))
     return paths
+
+
+def _data_hash(data: ConfigDict, evaluation: bool, path: str) -> str:
+    """Of the sources at `path`, which may differ from the config's."""
+    key = "eval_source" if evaluation else "source"
+    moved = ConfigDict(dict(data) | {key: path})
+    return sources.fingerprint(sources_of(moved, evaluation=evaluation))
 
 
 def sample_paths(config: ConfigDict) -> list[NamedPath]:

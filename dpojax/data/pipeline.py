@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -28,6 +30,39 @@ def order(examples: int, *, batch_size: int, steps: int, seed: int) -> grain.Map
     epochs = math.ceil(steps * batch_size / examples)
     indices = grain.MapDataset.range(examples).shuffle(seed=seed % 2**32).repeat(epochs)
     return indices.batch(batch_size, drop_remainder=False)[:steps]
+
+
+class Mixture(NamedTuple):
+    """Sources that are mixed by weights: where examples of each lie, and their shares.
+
+    Every run of examples has each source in its share, to within one example. A source is shuffled,
+    gone through to its end, and shuffled anew.
+
+    Attributes:
+      counts: examples of each source; those of the first come first.
+      weights: above 0.
+    """
+
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def epoch(self) -> int:
+        """How many examples there are until the first of the sources is used up."""
+        return len(grain.MapDataset.mix(self._sources(), self.weights))
+
+    def order(self, *, batch_size: int, steps: int, seed: int) -> grain.MapDataset:
+        """Like `order`, of the mixture."""
+        sources = [
+            source.shuffle(seed=(seed + place) % 2**32).repeat()
+            for place, source in enumerate(self._sources())
+        ]
+        mixed = grain.MapDataset.mix(sources, self.weights)
+        return mixed.batch(batch_size)[:steps]
+
+    def _sources(self) -> list[grain.MapDataset]:
+        ends = itertools.accumulate(self.counts, initial=0)
+        return [grain.MapDataset.range(*both) for both in itertools.pairwise(ends)]
 
 
 def train_batches(

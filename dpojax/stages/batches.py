@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 from jax.sharding import Mesh
 
 from dpojax import sharding
@@ -47,7 +48,9 @@ class Batches:
     @property
     def order(self):
         """The batches of the whole training, each a list of indices of examples."""
-        return order(self.data.train, batch_size=self.batch_size, steps=self.steps, seed=self.seed)
+        how = {"batch_size": self.batch_size, "steps": self.steps, "seed": self.seed}
+        mixture = self.data.mixture
+        return order(self.data.train, **how) if mixture is None else mixture.order(**how)
 
     def training(self, attach: Attach | None = None):
         """The rows to train on, an iterator whose position can be saved."""
@@ -60,14 +63,29 @@ class Batches:
         )
 
     def held_out(self, attach: Attach | None = None) -> Iterator[Rows]:
-        """The held-out examples in order, as NumPy rows."""
-        return self.rows(self.data.held_out, attach)
+        """The held-out examples in order, as NumPy rows; no batch has those of two sources."""
+        return self._fixed(self.held_out_batches, attach)
+
+    @property
+    def held_out_batches(self) -> list[range]:
+        """The indices in every batch of `held_out`."""
+        parts = self.data.held_out_by_source.values() or (self.data.held_out,)
+        return [batch for part in parts for batch in self.split(part)]
+
+    @property
+    def held_out_sources(self) -> list[str]:
+        """The source of every batch of `held_out`; [] where there is one source."""
+        parts = self.data.held_out_by_source.items()
+        return [name for name, part in parts for _ in self.split(part)]
 
     def rows(self, indices: range, attach: Attach | None = None) -> Iterator[Rows]:
         """The examples at `indices` in order, as NumPy rows."""
+        return self._fixed(self.split(indices), attach)
+
+    def _fixed(self, batches: Sequence[range], attach: Attach | None) -> Iterator[Rows]:
         return fixed_batches(
             self.data.examples,
-            self.split(indices),
+            batches,
             self.shape,
             score_prompt=self.score_prompt,
             attach=attach,
@@ -99,11 +117,11 @@ def choose_shape(
       DataError, ConfigError: see `packing.plan`.
     """
     config, first = setup.config, every[0]
-    training = [[int(i) for i in batch] for batches in every for batch in batches.order]
+    training = [np.asarray(batch, np.int32) for batches in every for batch in batches.order]
     plan_with = partial(
         plan,
         first.data.examples,
-        [*training, *first.split(first.data.training), *first.split(first.data.held_out)],
+        [*training, *first.split(first.data.training), *first.held_out_batches],
         length=config.row_length or None,
         micro_rows=config.micro_rows or None,
         multiple=sharding.row_shards(setup.mesh),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpojax.config.data_sources import sources_of
 from dpojax.data import sources
 from dpojax.data.example_maker import start_tokens
 from dpojax.data.examples import Example, Examples, Store
@@ -21,7 +22,6 @@ from dpojax.stages.data import (
     StageData,
     renamed_columns,
     require_both,
-    sources_of,
 )
 
 

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.data_sources import sources_of, weights_of
 from dpojax.config.errors import config_errors
 from dpojax.data import records, reviews, sources, tokenise, unpaired
 from dpojax.data.examples import Example, Examples, Store
+from dpojax.data.pipeline import Mixture
 from dpojax.data.prompts import EMBEDDED
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
@@ -70,6 +72,18 @@ class StageData(NamedTuple):
         return range(self.train)
 
     @property
+    def mixture(self) -> Mixture | None:
+        """How the sources are mixed; None where all examples are one data set."""
+        parts = [part for part in self.sources if part.weight is not None]
+        counts, weights = ([part[i] for part in parts] for i in (1, 3))
+        return Mixture(tuple(counts), tuple(weights)) if parts else None
+
+    @property
+    def epoch(self) -> int:
+        """How many examples an epoch has."""
+        return self.train if self.mixture is None else self.mixture.epoch
+
+    @property
     def held_out(self) -> range:
         return range(self.train, len(self.examples))
 
@@ -90,11 +104,15 @@ class StageData(NamedTuple):
         return self.examples[0].label is not None
 
     def count_held_out_pairs(self) -> int:
-        """How many held-out pairs state a preference; of labelled responses, how many there are."""
+        """`count_pairs` of the held-out examples."""
+        return self.count_pairs(self.held_out)
+
+    def count_pairs(self, indices: range) -> int:
+        """How many pairs state a preference; of labelled responses, how many there are."""
         if self.is_labelled:
-            return len(self.held_out)
+            return len(indices)
         count = 0
-        for index in self.held_out:
+        for index in indices:
             example = self.examples[index]
             ranks = example.rank or range(len(example.responses))
             count += sum(a < b for a, b in itertools.combinations(ranks, 2))
@@ -155,22 +173,6 @@ def renamed_columns(data: ConfigDict) -> dict[str, str]:
     """data.columns as `sources.load_records` wants it: the file's name -> ours."""
     columns = dict(pair.split("=", 1) for pair in data.columns.split(",") if pair)
     return {theirs.strip(): ours.strip() for ours, theirs in columns.items()}
-
-
-def sources_of(data: ConfigDict, *, evaluation: bool = False) -> list[Source]:
-    """The sources that `config.STAGE.data` names, to train on or to evaluate on; [] if none.
-
-    Raises:
-      DataError: see `sources.listed`.
-    """
-    text, split = data.source, data.split
-    if evaluation:
-        text, split = data.eval_source, data.eval_split
-    if not text or text == EMBEDDED:
-        return []
-    return sources.listed(
-        text, split=split, subset=data.subset, revision=data.revision, data_dir=data.data_dir
-    )
 
 
 class _Stream(NamedTuple):
@@ -305,10 +307,35 @@ def _loaded(data: ConfigDict, streams: list[_Stream], names: list[str], store: S
     require_both(data.source, len(train), len(test), streams[0].report)
     counts = train.count("source"), test.count("source")
     parts = [SourcePart(name, *(count[i] for count in counts)) for i, name in enumerate(names)]
-    if data.weights:
-        parts = [part._replace(weight=w) for part, w in zip(parts, data.weights)]
+    weights = weights_of(data)
+    parts[: len(weights)] = [part._replace(weight=w) for part, w in zip(parts, weights)]
     reports = {stream.part: stream.report for stream in streams}
-    return StageData(Examples.joined(train, test), len(train), reports, sources=tuple(parts))
+    loaded = StageData(Examples.joined(train, test), len(train), reports, sources=tuple(parts))
+    if weights:
+        streams[0].report.remarks.append(_mixture(loaded))
+    return loaded
+
+
+def _mixture(loaded: StageData) -> str:
+    """What an epoch takes of each source, for a person.
+
+    Raises:
+      DataError: a source has nothing to train on.
+    """
+    length, parts = loaded.epoch, [part for part in loaded.sources if part.weight]
+    for part in parts:
+        if not part.train:
+            raise DataError(f"{part.name}: nothing of this source is left to train on")
+    whole = sum(part.weight for part in parts)
+    shares = ", ".join(
+        f"{round(length * part.weight / whole):,} of {part.train:,} from {part.name} (weight "
+        f"{part.weight:g})"
+        for part in parts
+    )
+    return (
+        f"the mixture: an epoch has {length:,} of the {loaded.train:,} examples to train on, "
+        f"{shares}; the next epoch goes on with those that are left"
+    )
 
 
 def _with_mismatched(loaded: StageData, max_length: int, store: Store) -> StageData:

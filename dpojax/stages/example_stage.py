@@ -249,7 +249,7 @@ class ExampleStage(Stage):
     def _with_batches(self, data: StageData) -> Self:
         config = self.config
         steps = config.steps or steps_in(
-            data.train, batch_size=config.batch_size, epochs=config.epochs
+            data.epoch, batch_size=config.batch_size, epochs=config.epochs
         )
         seed = self.setup.config.seed
         batches = Batches(data, config.batch_size, steps, seed, score_prompt=self.score_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -39,19 +40,31 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
         return rows._replace(reference=tokens.logprob), tokens
 
     held_out = [scored(rows) for rows in stage.batches.held_out()]
+    sources = stage.batches.held_out_sources or [""] * len(held_out)
 
     def summarise(member: ExampleStage, params: dict) -> Summary:
         score, metrics, hyper = member.programs.score, member.programs.metrics, member.hyper
-        before, after, kl = Window(), Window(), Window()
-        for rows, tokens in map(put, held_out):
-            before.add(metrics(tokens, rows, hyper))
-            after.add(metrics(score(params, rows, reference=live), rows, hyper))
+        windows: dict[str, tuple[Window, Window]] = defaultdict(lambda: (Window(), Window()))
+        kl = Window()
+        for (rows, tokens), source in zip(map(put, held_out), sources):
+            now = metrics(tokens, rows, hyper)
+            then = metrics(score(params, rows, reference=live), rows, hyper)
+            for name in {"", source}:  # all of them, and those of one source
+                before, after = windows[name]
+                before.add(now)
+                after.add(then)
             kl.add({"kl": divergence(params, reference, rows)})
-        values = {"before": before.flush(), "after": after.flush()}
+        found = {
+            name: {"before": before.flush(), "after": after.flush()}
+            for name, (before, after) in windows.items()
+        }
+        values = found.pop("")
         kl_per_token = {"before": 0.0, "after": kl.flush()["kl"]}
         pairs = member.batches.data.count_held_out_pairs()
         summary = {"pairs": pairs, "values": values, "kl_per_token_exact": kl_per_token}
-        text = _table(member, pairs, values["before"], values["after"], kl_per_token)
+        if found:
+            summary["by_source"] = found
+        text = _table(member, pairs, values["before"], values["after"], kl_per_token, found)
         member.save_summary(summary, text)
         return summary
 
@@ -59,20 +72,29 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
 
 
 def _table(
-    stage: ExampleStage, pairs: int, before: Values, after: Values, kl_per_token: Values
+    stage: ExampleStage,
+    pairs: int,
+    before: Values,
+    after: Values,
+    kl_per_token: Values,
+    by_source: dict[str, dict[str, Values]],
 ) -> str:
-    labelled = stage.batches.data.is_labelled
+    data, accuracy = stage.batches.data, "rewards/accuracies"
+    labelled = data.is_labelled
     chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
 
     def both(name: str) -> tuple[str, str]:
         return f"{before[name]:+.3f}", f"{after[name]:+.3f}"
 
     ranks = "has the sign of the label" if labelled else "ranks the pair rightly"
-    accuracy = _accuracy(after["rewards/accuracies"], pairs)
+    zero = "all rewards are 0"
     rows = [
         ("", "before" if policy_starts_at_reference(stage) else "the reference", "after"),
-        (f"implicit reward {ranks}", "all rewards are 0", accuracy),
+        (f"implicit reward {ranks}", zero, _accuracy(after[accuracy], pairs)),
     ]
+    for name, indices in data.held_out_by_source.items():
+        shares = by_source[name]["after"][accuracy], data.count_pairs(indices)
+        rows.append((f"  of those from {name}", zero, _accuracy(*shares)))
     if not labelled:
         likelier = (_accuracy(x["logps/accuracies"], pairs) for x in (before, after))
         rows += [

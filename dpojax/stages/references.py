@@ -233,7 +233,7 @@ def _all_batches(stage: ExampleStage, stop: StopSignal) -> Iterator[Rows]:
     """Every example once. Held-out batches are those of evaluation, so that step 0 finds zeros."""
     batches = stage.batches
     data = batches.data
-    count = len(batches.split(data.training)) + len(batches.split(data.held_out))
+    count = len(batches.split(data.training)) + len(batches.held_out_batches)
     with progress(count, desc="reference log-probs") as bar:
         for rows in itertools.chain(batches.rows(data.training), batches.held_out()):
             if stop.agreed():

@@ -22,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.data_sources import sources_of
 from dpojax.data import examples, sources
 from dpojax.data.examples import Examples, FileStore, NotStored, Store
 from dpojax.data.report import Report
@@ -148,7 +149,7 @@ def key_of(data: ConfigDict, tokenizer: Any, settings: dict[str, Any]) -> str | 
 
 def _content(data: ConfigDict, *, evaluation: bool) -> str | list[str]:
     """What lies behind the sources. Of the embedded task the name: `_code` covers what makes it."""
-    listed = stage_data.sources_of(data, evaluation=evaluation)
+    listed = sources_of(data, evaluation=evaluation)
     if not listed:
         return data.eval_source if evaluation else data.source
     return [sources.fingerprint(listed), *sources.labels(listed)]
@@ -157,7 +158,7 @@ def _content(data: ConfigDict, *, evaluation: bool) -> str | list[str]:
 @functools.cache
 def _code() -> list[str]:
     """Hashes of the code that makes examples, and the versions of the libraries that it calls."""
-    files = sorted(pathlib.Path(sources.__file__).parent.glob("*.py"))
+    files = sorted(pathlib.Path(sources.__file__).parent.rglob("*.py"))
     modules = stage_data, selection, classifier_data
     files += [pathlib.Path(module.__file__) for module in modules]
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]

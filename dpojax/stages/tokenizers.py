@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
 from dpojax.config.contents import TRAINED_HERE
+from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data import reviews, sources
 from dpojax.data.records import Record
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name
 from dpojax.models.special_tokens import end_tokens
-from dpojax.stages.data import EMBEDDED, renamed_columns, sources_of
+from dpojax.stages.data import EMBEDDED, renamed_columns
 
 FOLDER = "tokenizer"  # of the workdir
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -150,7 +152,9 @@ def evaluate_batches(
     reference: dict | None = None,
     first_scores: TokenStatistics | None = None,
 ) -> dict[str, float]:
-    """Metrics on batches that lie on the mesh: sums over all of them, divided once.
+    """Metrics on the held-out batches, which lie on the mesh: sums over all, divided once.
+
+    With several sources, those of one source alone are there as well: "SOURCE/METRIC".
 
     Args:
       baseline: of the train state, for the objectives that keep one.
@@ -160,13 +164,19 @@ def evaluate_batches(
     hyper = stage.hyper
     if baseline is not None and stage.programs.objective.baseline is not None:
         hyper = hyper | {"delta": baseline.mean}
-    window = Window()
-    for rows in batches:
+    window, by_source = Window(), defaultdict(Window)
+    for rows, source in zip(batches, stage.batches.held_out_sources or itertools.repeat("")):
         outputs, first_scores = first_scores, None
         if outputs is None:
             outputs = stage.programs.score(params, rows, reference=reference)
-        window.add(stage.programs.metrics(outputs, rows, hyper))
-    return window.flush()
+        metrics = stage.programs.metrics(outputs, rows, hyper)
+        window.add(metrics)
+        if source:
+            by_source[source].add(metrics)
+    values = window.flush()
+    for source, part in by_source.items():
+        values |= {f"{source}/{name}": value for name, value in part.flush().items()}
+    return values
 
 
 def metric_names(stage: ExampleStage) -> list[str]:
