@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dpojax.data.examples import Example
 from dpojax.data.packing import plan
-from dpojax.data.pipeline import fixed_batches, in_order, order, steps_in, train_batches
+from dpojax.data.pipeline import Mixture, fixed_batches, in_order, order, steps_in, train_batches
 
 
 def example(i):
@@ -62,3 +62,31 @@ def test_a_ragged_last_batch_is_padded_with_nothing_and_loses_nothing():
     rows = list(fixed_batches(EXAMPLES, batches, plan(EXAMPLES, batches)))
     assert sorted(int(i) for r in rows for i in r.example.ravel() if i >= 0) == list(range(2, 10))
     assert len({r.tokens.shape for r in rows}) == 1
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (1.0, 2.5), (0.2, 0.8)])
+def test_a_mixture_has_each_source_in_its_share_and_no_example_twice_too_early(weights):
+    counts, share = (60, 20), weights[1] / sum(weights)
+    mixture = Mixture(counts, weights)
+    batches = mixture.order(batch_size=8, steps=40, seed=3)
+    order = [int(i) for batch in batches for i in batch]
+    assert len(order) == 320
+    of_second = [i >= 60 for i in order]
+    for length in range(1, len(order) + 1):
+        assert abs(sum(of_second[:length]) - share * length) <= 1
+    for place, count in enumerate(counts):
+        visits = [i for i, second in zip(order, of_second) if second == place]
+        passes = [visits[first : first + count] for first in range(0, len(visits), count)]
+        assert all(len({*some}) == len(some) for some in passes)
+        assert len(passes) < 2 or passes[0] != passes[1]
+    assert order == [int(i) for batch in batches for i in batch]
+    other = mixture.order(batch_size=8, steps=40, seed=4)
+    assert order != [int(i) for batch in other for i in batch]
+
+
+@pytest.mark.parametrize(
+    ("counts", "weights", "epoch"),
+    [((60, 20), (1.0, 1.0), 40), ((60, 20), (3.0, 1.0), 80), ((60, 20, 10), (2.0, 2.0, 1.0), 50)],
+)
+def test_an_epoch_of_a_mixture_ends_with_the_source_that_is_used_up_first(counts, weights, epoch):
+    assert Mixture(counts, weights).epoch == epoch
