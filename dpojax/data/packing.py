@@ -94,8 +94,10 @@ USUAL = Costs()
 def size_of(example: Example, *, score_prompt: bool = False) -> Size:
     """Tokens and scored tokens of `example` in a row."""
     prompt, responses = len(example.prompt), sum(map(len, example.responses))
-    scored = responses + prompt - 1 if score_prompt else responses
-    return Size(prompt + responses, scored)
+    scored = responses
+    if example.scored is not None:
+        scored = sum(int(np.count_nonzero(mask)) for mask in example.scored)
+    return Size(prompt + responses, scored + prompt - 1 if score_prompt else scored)
 
 
 def pack(sizes: Sequence[Size], shape: Shape) -> list[list[list[int]]]:

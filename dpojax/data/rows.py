@@ -23,7 +23,8 @@ class Rows(NamedTuple):
     """One batch of R rows with T columns, S scored tokens, E examples and K responses of each.
 
     Every array may have leading dimensions (micro-batches) before [R, ...]. A scored token is a
-    token whose log-prob the loss reads. It is predicted from column `source` and belongs to the
+    token whose log-prob the loss reads: of the responses, all that `Example.scored` does not mask. It
+    is predicted from column `source` and belongs to the
     response slot `response` = (example in the row) * K + (index of the response, best first).
     """
 
@@ -155,6 +156,8 @@ def _write(row: Rows, example: Example, e: int, column: int, score: int, score_p
         else:
             first = 1 if score_prompt else len(piece)  # nothing predicts the prompt's first token
             piece, source = piece[first:], source[first:]
+        if k and example.scored is not None:
+            piece, source = piece[example.scored[k - 1]], source[example.scored[k - 1]]
         scored = slice(score, score + len(piece))
         row.source[scored], row.target[scored] = source, piece
         row.response[scored] = e * slots + max(k - 1, 0)

@@ -185,6 +185,8 @@ def key_of(
     for example in examples:
         for piece in (example.prompt, *example.responses):
             digest.update(np.int64(len(piece)).tobytes() + np.asarray(piece, np.int32).tobytes())
+        for mask in example.scored or ():
+            digest.update(mask.tobytes())
         digest.update(b";")
     return digest.hexdigest()[:32]
 

@@ -115,6 +115,59 @@ def test_a_token_is_predicted_from_the_column_before_it_on_its_own_path(data):
         assert branch[source] in (0, rank + 1)
 
 
+@st.composite
+def masked_examples(draw):
+    """An example of which some tokens of each response are scored, at least one."""
+    example = draw(examples)
+    masks = []
+    for response in example.responses:
+        bools = st.lists(st.booleans(), min_size=len(response), max_size=len(response))
+        masks.append(np.array(draw(bools.filter(any))))
+    return example._replace(scored=tuple(masks))
+
+
+@given(st.lists(masked_examples(), min_size=1, max_size=8), st.booleans())
+def test_only_scored_tokens_are_targets_and_all_tokens_are_context(data, score_prompt):
+    batch = list(range(len(data)))
+    sizes = [size_of(example, score_prompt=score_prompt) for example in data]
+    whole = [example._replace(scored=None) for example in data]
+    shape = plan(whole, [batch], score_prompt=score_prompt)
+    masked, every = (
+        collate(some, batch, shape, score_prompt=score_prompt) for some in (data, whole)
+    )
+    for place in np.ndindex(masked.example.shape):
+        if masked.example[place] < 0:
+            continue
+        index, row = int(masked.example[place]), place[:2]
+        (there,) = np.argwhere(every.example == index)
+        columns = lambda rows, at: rows.tokens[tuple(at[:2])][
+            rows.segment[tuple(at[:2])] == at[2] + 1
+        ].tolist()
+        assert columns(masked, place) == columns(every, there)
+        slots = masked.present.shape[-1]
+        mine = masked.response[row] // slots == place[2]
+        assert (mine & (masked.response[row] >= 0)).sum() == sizes[index].scored
+        for k, (response, mask) in enumerate(zip(data[index].responses, data[index].scored)):
+            here = masked.response[row] == place[2] * slots + k
+            prompt = data[index].prompt[1:].tolist() if score_prompt and k == 0 else []
+            assert masked.target[row][here].tolist() == prompt + response[mask].tolist()
+            for source, target in zip(masked.source[row][here], masked.target[row][here]):
+                reached = (masked.segment[row] == place[2] + 1) & (
+                    masked.positions[row] == masked.positions[row][source] + 1
+                )
+                assert target in masked.tokens[row][reached]
+
+
+@given(st.lists(examples, min_size=1, max_size=8))
+def test_a_mask_that_scores_every_token_is_no_mask(data):
+    batch = list(range(len(data)))
+    full = [e._replace(scored=tuple(np.ones(len(y), bool) for y in e.responses)) for e in data]
+    shape = plan(data, [batch])
+    assert plan(full, [batch]) == shape
+    for a, b in zip(collate(data, batch, shape)[:12], collate(full, batch, shape)[:12]):
+        np.testing.assert_array_equal(a, b)
+
+
 some_sizes = st.lists(
     st.builds(lambda n, scored: Size(n, min(scored, n)), st.integers(1, 20), st.integers(0, 20)),
     max_size=30,
