@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from dpojax.data.examples import Example
-from dpojax.data.filling import Size, best_fill, first_fit, largest_first, level, tokens_of
+from dpojax.data.filling import Size, best_fill, first_fit, level, tokens_of
 from dpojax.data.records import DataError
 
 GAIN = 0.005  # share of the time that one more bucket must save to be worth its compilation
@@ -161,8 +161,8 @@ def plan(
       DataError: an example is longer than `length`.
       ValueError: `micro_rows` is not a multiple of `multiple`.
     """
-    sizes = [size_of(example, score_prompt=score_prompt) for example in examples]
-    longest = largest_first(sizes)[0]
+    sizes = _sizes(examples, score_prompt)
+    longest = max(range(len(sizes)), key=lambda i: sizes[i].tokens)
     if length is not None and sizes[longest].tokens > length:
         raise DataError(
             f"{examples[longest].id}: prompt and responses have {sizes[longest].tokens} tokens, "
@@ -178,16 +178,26 @@ def plan(
     buckets = search.best(length, micro_rows, max_buckets)
     whole = buckets[-1]
     shape = Shape(1, *whole, 1, max(len(e.responses) for e in examples), buckets, costs)
-    packed = [pack(batch, shape) for batch in batch_sizes]
+    micro_batches = in_row = 0
+    for batch in batch_sizes:
+        packed = pack(batch, shape)
+        micro_batches = max(micro_batches, len(packed))
+        in_row = max(in_row, *(len(row) for rows in packed for row in rows))
     # With a single micro-batch XLA would compute all buckets: it moves what does not change out of
     # the loop. A second, empty micro-batch prevents that.
     fewest = 2 if len(buckets) > 1 else 1
-    in_row = max(len(row) for micro_batches in packed for rows in micro_batches for row in rows)
     return shape._replace(
-        micro_batches=_coarse(max(fewest, *map(len, packed))),
+        micro_batches=_coarse(max(fewest, micro_batches)),
         examples=_coarse(in_row),
         buckets=buckets if len(buckets) > 1 else Buckets(),
     )
+
+
+def _sizes(examples: Sequence[Example], score_prompt: bool) -> list[Size]:
+    """The size of every example; equal ones are one object, as there may be millions."""
+    known: dict[Size, Size] = {}
+    sizes = (size_of(example, score_prompt=score_prompt) for example in examples)
+    return [known.setdefault(size, size) for size in sizes]
 
 
 class _Priced(NamedTuple):
