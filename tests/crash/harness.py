@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import select
 import signal
 import subprocess
@@ -209,6 +210,8 @@ def snapshot(folder: pathlib.Path) -> Snapshot:
             continue
         if path.is_dir():
             content[name] = _arrays(path) if path.name == "state" else None
+        elif re.search(r"/(checkpoints|reference)/\d+/", name):
+            content[name] = None  # records of files whose names are random
         elif path.suffix in (".json", ".jsonl"):
             texts = path.read_text(errors="replace").replace(str(folder), "FOLDER")
             texts = texts.splitlines() if path.suffix == ".jsonl" else [texts]
