@@ -57,7 +57,8 @@ def read_rope(
             f"rope scaling {kind!r} is not supported (only {', '.join(kinds)})"
             + (why if kind in ("dynamic", "longrope", "su") else "")
         )
-    dim = _rotated_dim(settings.pop("partial_rotary_factor", partial), head_dim)
+    part = settings.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor")
+    dim = _rotated_dim(part or partial, head_dim)
     if kind in ("llama3", "yarn"):
         # A key at the top of the file wins over one among the settings.
         key = "original_max_position_embeddings"

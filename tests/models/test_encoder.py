@@ -150,7 +150,7 @@ def test_on_a_mesh_large_arrays_are_sharded_and_logits_equal_one_devices(tmp_pat
         ({"pad_token_id": None}, r"pad_token_id: must be a whole number .*, not None: roberta"),
         ({"pad_token_id": "0"}, r"pad_token_id: must be a whole number .*, not '0'"),
         ({"is_causal": True}, r"is_causal: True is not supported, only False"),
-        ({"layer_types": ["linear_attention"]}, r"layer_types: .* transformers reads for roberta"),
+        ({"per_layer_config": [{}]}, r"per_layer_config: .* transformers reads for roberta"),
         ({"id2label": {"one": "a"}}, r"id2label: must map numbers to names, not {'one': 'a'}"),
         ({"id2label": {"0": "a", "2": "b"}}, r"id2label: its keys are not 0 to 1"),
         ({"hidden_act": "xielu"}, r"hidden_act: 'xielu' is not in"),

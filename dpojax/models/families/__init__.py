@@ -53,12 +53,6 @@ def config_from_raw(raw: dict, families: Mapping[str, Family] = DECODERS):
     for key, only in family.fixed.items():
         if raw.get(key, only) not in (only, None):
             raise ValueError(f"{key}: {shown(raw[key])} is not supported, only {only!r}")
-    known = family.harmless | family.special | set(family.keys) | set(family.fixed)
-    unknown = [key for key in raw if key not in known and raw[key] is not None]
-    for key in unknown:
-        if has_effect(raw["model_type"], raw, key):
-            raise ValueError(f"{key}: {shown(raw[key])} {_not_read_here(raw['model_type'], key)}")
-    _tell_of_unread(raw, unknown)
     plain = {field: _plain(raw, key, field, family) for key, (field, _) in family.keys.items()}
     kinds = raw.get("layer_types") if "layer_types" in family.special else None
     if kinds and len(kinds) != plain["layers"]:
@@ -73,10 +67,31 @@ def config_from_raw(raw: dict, families: Mapping[str, Family] = DECODERS):
             f"{list(ACTIVATIONS)}"
         )
     try:
-        return family.config(**fields)
+        config = family.config(**fields)
     except ValueError as error:
         field, colon, rest = str(error).partition(":")
         raise ValueError(f"{keys.get(field, field)}{colon}{rest}") from error
+    _check_unknown(raw, family, config)
+    return config
+
+
+# Keys that say what follows from others, in families that lack them -> our field.
+_IMPLIED = {"head_dim": "head_dim", "num_key_value_heads": "kv_heads"}
+
+
+def _check_unknown(raw: dict, family: Family, config) -> None:
+    """Raise a ValueError for a key that transformers reads and the family does not.
+
+    It has no effect at the value that transformers has without it.
+    """
+    known = family.harmless | family.special | set(family.keys) | set(family.fixed)
+    unknown = [key for key in raw if key not in known and raw[key] is not None]
+    for key in unknown:
+        if key in _IMPLIED and raw[key] == getattr(config, _IMPLIED[key], None):
+            continue
+        if has_effect(raw["model_type"], raw, key):
+            raise ValueError(f"{key}: {shown(raw[key])} {_not_read_here(raw['model_type'], key)}")
+    _tell_of_unread(raw, unknown)
 
 
 def _plain(raw: dict, key: str, field: str, family: Family):

@@ -51,7 +51,7 @@ class Family(NamedTuple):
 _HARMLESS = """
 architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype
 use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id
-mask_token_id decoder_start_token_id tokenizer_class task_specific_params prefix
+mask_token_id _commit_hash decoder_start_token_id tokenizer_class task_specific_params prefix
 finetuning_task id2label label2id num_labels _num_labels problem_type output_attentions
 output_hidden_states output_scores return_dict return_dict_in_generate use_return_dict
 gradient_checkpointing attn_implementation _attn_implementation
@@ -72,9 +72,8 @@ COMMON_FIXED = {
     "tie_encoder_decoder": False,
     "is_causal": True,
 }
-ROPE = frozenset(
-    ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
-)
+ROPE = frozenset(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"))
+ROPE |= {"original_max_position_embeddings"}
 
 
 def windows_of(kinds: list[str], window: int | None) -> tuple[int | None, ...]:

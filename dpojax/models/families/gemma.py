@@ -160,8 +160,7 @@ GEMMA3 = GEMMA2._replace(
     | {"final_logit_softcapping": ("head_softcap", None)},
     # transformers has the key of Gemma 2's attention cap here, too, but never applies it.
     fixed=COMMON_FIXED | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
-    special=ROPE
-    | _SPECIAL
+    special=(ROPE | _SPECIAL) - {"partial_rotary_factor"}
     | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
     read=_read_gemma3,
     write=_write_gemma3,

@@ -173,7 +173,8 @@ NEOX = Family(
     harmless=HARMLESS | {"hidden_dropout"},
     weights=NEOX_WEIGHTS,
     harmless_tensors=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
-    special=ROPE | {"rotary_pct", "rotary_emb_base", "use_parallel_residual", "attention_bias"},
+    special=(ROPE - {"partial_rotary_factor"})
+    | {"rotary_pct", "rotary_emb_base", "use_parallel_residual", "attention_bias"},
     read=_read_neox,
     write=_write_neox,
     renamed=(("lm_head.", "embed_out."),),

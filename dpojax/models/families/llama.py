@@ -108,11 +108,9 @@ def _write_qwen3(config: DecoderConfig) -> dict:
 
 
 def _read_phi3(raw: dict) -> dict:
-    # partial_rotary_factor may stand at the top of the file or inside rope_parameters.
     head_dim = raw["hidden_size"] // raw["num_attention_heads"]
-    partial = raw.get("partial_rotary_factor") or 1.0
     # No scaling: transformers reads "yarn" in a file of Phi-3 as longrope.
-    rope = read_rope(raw, kinds=("default",), head_dim=head_dim, partial=partial)
+    rope = read_rope(raw, kinds=("default",), head_dim=head_dim)
     return {"rope": rope, "windows": _one_window(raw, None)}
 
 
@@ -192,7 +190,7 @@ PHI3 = LLAMA_FAMILY._replace(
     | {"rms_norm_eps": ("norm_eps", 1e-5)},
     fixed=COMMON_FIXED | {"attention_bias": False},
     weights=PHI3_WEIGHTS,
-    special=ROPE | {"sliding_window", "partial_rotary_factor"},
+    special=ROPE | {"sliding_window"},
     read=_read_phi3,
     write=_write_phi3,
 )

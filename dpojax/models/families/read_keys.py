@@ -18,11 +18,13 @@ from typing import Any
 _SHARED = (
     "configuration_utils.py",
     "integrations/heterogeneity/configuration_utils.py",
-    "modeling_rope_utils.py",
     "modeling_utils.py",
     "modeling_layers.py",
-    "masking_utils.py",
 )
+_ROTARY = "modeling_rope_utils.py"  # of models whose config has rope_parameters
+# Shared code reads these for caches, and to find settings that are kept by kind of layer. Whether a
+# model has windows is up to its own code.
+_OF_WINDOWS = {"sliding_window", "layer_types"}
 
 
 def has_effect(model_type: str, raw: dict, key: str) -> bool:
@@ -73,10 +75,14 @@ def _names_asked_for(model_type: str) -> frozenset[str]:
     import transformers
 
     folder = pathlib.Path(transformers.__file__).parent
-    module = sys.modules[_config_class(model_type).__module__]
-    own = pathlib.Path(module.__file__)
-    files = [own, *own.parent.glob("modeling_*.py"), *(folder / name for name in _SHARED)]
-    return frozenset().union(*(_names_in(file) for file in files if file.is_file()))
+    config_class = _config_class(model_type)
+    own = pathlib.Path(sys.modules[config_class.__module__].__file__)
+    shared = frozenset().union(*(_names_in(folder / name) for name in _SHARED))
+    if hasattr(config_class, "rope_parameters"):
+        shared |= _names_in(folder / _ROTARY)
+    else:
+        shared -= {"rope_scaling", "rope_theta"}
+    return (shared - _OF_WINDOWS).union(*map(_names_in, own.parent.glob("[cm]o*_*.py")))
 
 
 @functools.cache
@@ -85,6 +91,8 @@ def _names_in(file: pathlib.Path) -> frozenset[str]:
 
     In the source of config classes, from `self` and from dicts of settings, too.
     """
+    if not file.is_file():  # another version of transformers may lack it
+        return frozenset()
     of_config_class = file.name.startswith("configuration") or "rope" in file.name
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
