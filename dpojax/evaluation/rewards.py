@@ -166,15 +166,9 @@ def classifier(
     if odds is None and log_odds:
         raise RewardError(f"reward {name}: a regression has no log-odds; use classifier:{folder}")
     tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
-    pad = None
-    if hf_config.model_type in ENCODERS:
-        config, params, _ = huggingface.load_classifier(folder, mesh=mesh)
-        longest = config.max_positions - config.first_position
-        apply = encoder.build(config).apply
-    else:
-        config, params, _ = huggingface.load(folder, mesh=mesh)
-        longest, apply = config.max_positions, _last_score(decoder.build(config))
-        pad = hf_config.get_text_config().pad_token_id
+    is_encoder = hf_config.model_type in ENCODERS
+    apply, params, longest = _encoder_logits(folder, mesh) if is_encoder else _logits(folder, mesh)
+    pad = None if is_encoder else hf_config.get_text_config().pad_token_id
     longest = min(longest, tokenizer.model_max_length)
     logits_of = _batched(apply, params, longest, mesh, batch_size)
 
@@ -188,6 +182,18 @@ def classifier(
 
     kind = "log_odds" if log_odds else hf_config.problem_type or ""
     return Reward(name, scores, f"{fingerprint(params)} {labels[index]} {kind}".rstrip())
+
+
+def _encoder_logits(folder: str, mesh: Mesh | None) -> tuple[Callable, Params, int]:
+    """(params, tokens, lengths) -> logits of an encoder, its params, and its longest text."""
+    config, params, _ = huggingface.load_classifier(folder, mesh=mesh)
+    return encoder.build(config).apply, params, config.max_positions - config.first_position
+
+
+def _logits(folder: str, mesh: Mesh | None) -> tuple[Callable, Params, int]:
+    """`_encoder_logits` of a decoder, at the text's last token."""
+    config, params, _ = huggingface.load(folder, mesh=mesh)
+    return _last_score(decoder.build(config)), params, config.max_positions
 
 
 def _log_odds_of(

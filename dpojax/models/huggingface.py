@@ -176,8 +176,9 @@ def save(
             tokenizer = special_tokens.with_own_padding(tokenizer)
             config, params = _with_row_of(tokenizer.pad_token_id, config, params)
             raw |= {"vocab_size": config.vocab_size}
-        raw |= special_tokens.token_ids(tokenizer)
-        generation_config = _generation_config(generation_config, tokenizer)
+        ids = special_tokens.token_ids(tokenizer, config.vocab_size)
+        raw |= ids
+        generation_config = _generation_config(generation_config, ids)
     tensors = list(tensors_of(family_of(raw), config, params))
     if not first:
         for tensor in tensors:
@@ -255,19 +256,18 @@ def _with_row_of(token: int, config: DecoderConfig, params: Params) -> tuple[Dec
     return dataclasses.replace(config, vocab_size=token + 1), params | {"embed": embed}
 
 
-def _generation_config(generation_config, tokenizer):
-    """A copy that names the tokenizer's special tokens, and all ends that were named before."""
+def _generation_config(generation_config, ids: dict):
+    """A copy that names these special tokens, and all ends that were named before."""
     if generation_config is None:
         return None
     is_dict = isinstance(generation_config, dict)
     before = generation_config if is_dict else generation_config.to_dict()
-    ids = special_tokens.token_ids(tokenizer)
     ends: list[int] = []
     for end in (ids.get("eos_token_id"), before.get("eos_token_id")):
         ends += end if isinstance(end, list) else [] if end is None else [end]
     ends = list(dict.fromkeys(ends))
     if ends:
-        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        ids = ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     if is_dict:
         return generation_config | ids
     changed = copy.deepcopy(generation_config)

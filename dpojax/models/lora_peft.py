@@ -32,7 +32,7 @@ from dpojax.models.safetensors_io import Stored, Tensor
 from dpojax.models.weights import Weight
 from dpojax.sharding import to_host
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # Settings of peft that do not change what a saved adapter computes, or that are read below.
 _HARMLESS = """

@@ -37,15 +37,19 @@ def end_tokens(tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(id for id in ids if id is not None))
 
 
-def token_ids(tokenizer: Any) -> dict[str, int | list[int]]:
-    """The ids that the tokenizer has, by their keys in config.json."""
-    ends = end_tokens(tokenizer)
-    ids = {
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
-        "eos_token_id": (list(ends) if len(ends) > 1 else ends[0]) if ends else None,
-        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
-    }
-    return {key: value for key, value in ids.items() if value is not None}
+def token_ids(tokenizer: Any, vocab_size: int) -> dict[str, int | list[int]]:
+    """The ids that the tokenizer has and the model knows, by their keys in config.json.
+
+    Args:
+      vocab_size: rows of the model's embedding; transformers refuses a padding beyond them.
+    """
+    ends = [id for id in end_tokens(tokenizer) if id < vocab_size]
+    ids = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
+    for key in ("bos_token_id", "pad_token_id"):
+        id = getattr(tokenizer, key, None)
+        if id is not None and id < vocab_size:
+            ids[key] = id
+    return ids
 
 
 def with_own_padding(tokenizer: Any) -> Any:

@@ -1,7 +1,7 @@
 """A finished or running stage's policy as a Hugging Face folder.
 
 python -m dpojax.runs.export --workdir=runs/reviews --out=exported [--stage=sft] [--step=100] \\
-    [--adapters]
+    [--adapters] [--dtype=bfloat16] [--base=FOLDER]
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import argparse
 from collections.abc import Sequence
 
 from dpojax import storage
+from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
+from dpojax.runs.base_files import with_base_files
 from dpojax.runs.command import run_command
 from dpojax.stages.registry import STAGES, open_stage, resolve
 from dpojax.stages.setup import prepare_setup
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(
@@ -23,13 +27,16 @@ def export(
     stage: str = "",
     step: int | None = None,
     adapters: bool = False,
+    dtype: str = "float32",
+    base: str = "",
 ) -> storage.Path:
     """Write what `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads.
 
-    Weights are float32, with adapters merged, whatever dtype a frozen base was stored in. Reward
-    models and classifiers become a `...ForSequenceClassification`. A reward model's head has no
-    bias, so its mean score on the held-out responses stands in a file of its own;
-    `evaluation.rewards` subtracts it, and the rewards of those responses have mean 0.
+    Adapters are merged in float32, whatever dtype a frozen base was stored in. Reward models and
+    classifiers become a `...ForSequenceClassification`. A reward model's head has no bias, so its
+    mean score on the held-out responses stands in a file of its own; `evaluation.rewards` subtracts
+    it, and the rewards of those responses have mean 0. The ends in config.json are those of the
+    run's tokenizer. The model that the run began with need not be there any more.
 
     Args:
       workdir: of a run.
@@ -39,21 +46,27 @@ def export(
       adapters: instead write the stage's LoRA adapters alone, for `peft.PeftModel.from_pretrained`.
         Their base is config.model.path for the run's first stage, and for a later one the export
         of the stage before; load it in the stage's `lora.base_dtype`.
+      dtype: to which weights are rounded: float32, bfloat16 or float16.
+      base: where the model that the run began with lies now. Adapters name it as theirs.
 
     Returns:
       the folder.
 
     Raises:
-      ConfigError: `workdir` holds no run, or none with that stage, or one without adapters.
+      ConfigError: `workdir` holds no run, or none with that stage, or one without adapters; a
+        weight that float16 cannot hold.
       CheckpointError: the stage has no such checkpoint.
       FileExistsError: `folder` is not empty.
     """
     run = storage.as_path(workdir, "--workdir")
     target = storage.as_path(folder, "--out")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype={dtype}: {', '.join(DTYPES)}")
     config = read_run_config(run)
-    setup = prepare_setup(resolve(config, run))
+    setup = prepare_setup(resolve(with_base_files(config, run, base), run))
     opened = open_stage(setup, stage or config.stages[-1])
-    opened.export(target, step=step, adapters=adapters)
+    base = base or config.model.path or None
+    opened.export(target, step=step, adapters=adapters, dtype=dtype, base=base)
     return target
 
 
@@ -70,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--step", type=int, help="a checkpoint; by default the best or newest")
     parser.add_argument("--adapters", action="store_true", help="only the LoRA adapters, for PEFT")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of the weights; by default float32"
+    )
+    parser.add_argument("--base", default="", help="where the model that the run began with is now")
     options = parser.parse_args(arguments)
     folder = export(
         options.workdir,
@@ -77,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stage=options.stage,
         step=options.step,
         adapters=options.adapters,
+        dtype=options.dtype,
+        base=options.base,
     )
     place = "" if storage.is_local(folder) else "copy it to a disk and "
     print(f"{folder}: {place}load it with {_loader(folder, options.adapters)}.from_pretrained")

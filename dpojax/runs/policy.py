@@ -11,6 +11,7 @@ from dpojax import sharding, storage
 from dpojax.config.saved import CONFIG, read_run_config
 from dpojax.models import decoder, huggingface
 from dpojax.models.decoder import Model, Params
+from dpojax.runs.base_files import with_base_files
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.stages.tokenizers import read_tokenizer, stop_tokens
@@ -64,7 +65,7 @@ def _is_run(folder: storage.Path) -> bool:
 
 def _load_stage(run: storage.Path, stage: str, mesh: Mesh) -> Policy:
     """The best or newest checkpoint of a stage, adapters merged."""
-    config = read_run_config(run)
+    config = with_base_files(read_run_config(run), run)
     setup = prepare_setup(resolve(config, run), mesh=mesh)
     params = open_stage(setup, stage or config.stages[-1]).trained_params()
     return Policy(mesh, setup.model, params, setup.tokenizer, setup.stop_tokens)

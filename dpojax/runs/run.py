@@ -22,6 +22,7 @@ from dpojax.config.saved import (
     config_from_json,
     write_or_compare_config,
 )
+from dpojax.runs.base_files import keep_base_files
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, workdir_lock, write_failure
 from dpojax.stages.registry import open_stage, resolve
@@ -67,6 +68,7 @@ def _run(resolved: ResolvedRun) -> None:
         require_memory(stage)
     with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
         write_or_compare_config(resolved)  # another run may have begun here meanwhile
+        keep_base_files(setup)
         announce(stages)
         finished = train_in_turn(stages, partial(initial_params, setup), stop)
         finish(stages[-1], stages[-1].summarise(finished()))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
@@ -186,7 +187,13 @@ class Stage(abc.ABC):
         return self.open_summary()(self, params)
 
     def export(
-        self, folder: storage.Path, *, step: int | None = None, adapters: bool = False
+        self,
+        folder: storage.Path,
+        *,
+        step: int | None = None,
+        adapters: bool = False,
+        dtype: str = "float32",
+        base: str | None = None,
     ) -> None:
         """Write a Hugging Face folder of a checkpoint: weights, config, tokenizer.
 
@@ -194,9 +201,11 @@ class Stage(abc.ABC):
           folder: new or empty.
           step: of the checkpoint; None is `best_step`.
           adapters: write the LoRA adapters alone, for PEFT.
+          dtype: of the weights: float32, bfloat16 or float16.
+          base: of adapters alone, the folder or hub name of the run's model.
 
         Raises:
-          ConfigError: the stage has no adapters.
+          ConfigError: the stage has no adapters; a weight that float16 cannot hold.
           CheckpointError: there is no such checkpoint.
           FileExistsError: `folder` is not empty.
         """
@@ -208,7 +217,7 @@ class Stage(abc.ABC):
         huggingface.save(
             folder,
             self.setup.model.config,
-            self.trained_params(step),
+            in_dtype(self.trained_params(step), dtype),
             self.setup.imported_config,
             tokenizer=self.setup.tokenizer,
             generation_config=read_generation_config(self.setup.config.model.path),
@@ -270,6 +279,25 @@ class Stage(abc.ABC):
                 text += f"\nkept: {kept.describe(self.steps)}"
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
+
+
+def in_dtype(params: dict, dtype: str) -> dict:
+    """Parameters rounded to a dtype.
+
+    Raises:
+      ConfigError: a finite weight would become infinite; the message names its array.
+    """
+    rounded = jax.tree.map(lambda x: x.astype(dtype), params)
+    for (keys, before), after in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(rounded), strict=True
+    ):
+        if bool(jnp.any(jnp.isfinite(before) & ~jnp.isfinite(after))):
+            largest = float(jnp.max(jnp.abs(before)))
+            raise ConfigError(
+                f"{sharding.path_of(keys)}: {dtype} cannot hold its weight of {largest:g}; export "
+                "as bfloat16 or float32"
+            )
+    return rounded
 
 
 def announce_kept(stage: Stage) -> None:

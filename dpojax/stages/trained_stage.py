@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Self
 
 from dpojax import sharding, storage
+from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import lora_peft
 from dpojax.stages import train
@@ -92,11 +93,19 @@ class LanguageStage(TrainedStage):
         return make_programs(objective, forward, score)
 
     def export(
-        self, folder: storage.Path, *, step: int | None = None, adapters: bool = False
+        self,
+        folder: storage.Path,
+        *,
+        step: int | None = None,
+        adapters: bool = False,
+        dtype: str = "float32",
+        base: str | None = None,
     ) -> None:
         if not adapters or self.adapters is None:
-            super().export(folder, step=step, adapters=adapters)
+            super().export(folder, step=step, adapters=adapters, dtype=dtype)
             return
+        if dtype != "float32":
+            raise ConfigError(f"dtype {dtype}: of merged weights; adapters are kept in float32")
         is_first = self.name == self.setup.config.stages[0]
         step = self.best_step if step is None else step
         lora_peft.save_peft(
@@ -105,7 +114,7 @@ class LanguageStage(TrainedStage):
             self.adapters.config,
             self.setup.model.config,
             self.setup.imported_config,
-            base=(self.setup.config.model.path or None) if is_first else None,
+            base=base if is_first else None,
         )
 
     def trained_params(self, step: int | None = None) -> dict:

@@ -22,6 +22,7 @@ from dpojax import sharding, storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import compare_config, config_from_json, write_or_compare_config
+from dpojax.runs.base_files import keep_base_files
 from dpojax.runs.command import run_command
 from dpojax.runs.run import announce, finish, train_in_turn
 from dpojax.runs.workdirs import (
@@ -99,6 +100,7 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
         for run in runs:
             during.enter_context(workdir_lock(run.workdir))
             write_or_compare_config(run)
+            keep_base_files(setup._replace(run=run))
         during.enter_context(jax.set_mesh(setup.mesh))
         stop = during.enter_context(StopSignal())
         announce(stages)
