@@ -14,10 +14,9 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
 from dpojax.runs.base_files import with_base_files
 from dpojax.runs.command import run_command
+from dpojax.stages.exported import DTYPES, ExportOptions
 from dpojax.stages.registry import STAGES, open_stage, resolve
 from dpojax.stages.setup import prepare_setup
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(
@@ -66,7 +65,7 @@ def export(
     setup = prepare_setup(resolve(with_base_files(config, run, base), run))
     opened = open_stage(setup, stage or config.stages[-1])
     base = base or config.model.path or None
-    opened.export(target, step=step, adapters=adapters, dtype=dtype, base=base)
+    opened.export(target, ExportOptions(step, adapters, dtype, base))
     return target
 
 

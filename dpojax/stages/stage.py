@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
@@ -30,6 +29,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.models import huggingface
 from dpojax.stages.data import DataRequirements
+from dpojax.stages.exported import ExportOptions, in_dtype
 from dpojax.stages.kept import has_ended, kept_best
 from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
@@ -186,30 +186,18 @@ class Stage(abc.ABC):
         """Compare parameters with those before training, and save a table for a person."""
         return self.open_summary()(self, params)
 
-    def export(
-        self,
-        folder: storage.Path,
-        *,
-        step: int | None = None,
-        adapters: bool = False,
-        dtype: str = "float32",
-        base: str | None = None,
-    ) -> None:
+    def export(self, folder: storage.Path, options: ExportOptions) -> None:
         """Write a Hugging Face folder of a checkpoint: weights, config, tokenizer.
 
         Args:
           folder: new or empty.
-          step: of the checkpoint; None is `best_step`.
-          adapters: write the LoRA adapters alone, for PEFT.
-          dtype: of the weights: float32, bfloat16 or float16.
-          base: of adapters alone, the folder or hub name of the run's model.
 
         Raises:
           ConfigError: the stage has no adapters; a weight that float16 cannot hold.
           CheckpointError: there is no such checkpoint.
           FileExistsError: `folder` is not empty.
         """
-        if adapters:
+        if options.adapters:
             raise ConfigError(
                 f"{self.setup.workdir}: its stage {self.name} trained all weights and has no "
                 "adapters; export it without --adapters"
@@ -217,11 +205,11 @@ class Stage(abc.ABC):
         huggingface.save(
             folder,
             self.setup.model.config,
-            in_dtype(self.trained_params(step), dtype),
+            in_dtype(self.trained_params(options.step), options.dtype),
             self.setup.imported_config,
             tokenizer=self.setup.tokenizer,
             generation_config=read_generation_config(self.setup.config.model.path),
-            centre=self.score_centre(step),
+            centre=self.score_centre(options.step),
         )
 
     def score_centre(self, step: int | None) -> float | None:
@@ -279,25 +267,6 @@ class Stage(abc.ABC):
                 text += f"\nkept: {kept.describe(self.steps)}"
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
-
-
-def in_dtype(params: dict, dtype: str) -> dict:
-    """Parameters rounded to a dtype.
-
-    Raises:
-      ConfigError: a finite weight would become infinite; the message names its array.
-    """
-    rounded = jax.tree.map(lambda x: x.astype(dtype), params)
-    for (keys, before), after in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves(rounded), strict=True
-    ):
-        if bool(jnp.any(jnp.isfinite(before) & ~jnp.isfinite(after))):
-            largest = float(jnp.max(jnp.abs(before)))
-            raise ConfigError(
-                f"{sharding.path_of(keys)}: {dtype} cannot hold its weight of {largest:g}; export "
-                "as bfloat16 or float32"
-            )
-    return rounded
 
 
 def announce_kept(stage: Stage) -> None:

@@ -14,6 +14,7 @@ from dpojax.models import lora_peft
 from dpojax.stages import train
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.example_stage import ExampleStage, Programs, make_programs
+from dpojax.stages.exported import ExportOptions
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import (
     Lowered,
@@ -92,29 +93,23 @@ class LanguageStage(TrainedStage):
         score = build_score(setup.model, max_logits=setup.max_logits)
         return make_programs(objective, forward, score)
 
-    def export(
-        self,
-        folder: storage.Path,
-        *,
-        step: int | None = None,
-        adapters: bool = False,
-        dtype: str = "float32",
-        base: str | None = None,
-    ) -> None:
-        if not adapters or self.adapters is None:
-            super().export(folder, step=step, adapters=adapters, dtype=dtype)
+    def export(self, folder: storage.Path, options: ExportOptions) -> None:
+        if not options.adapters or self.adapters is None:
+            super().export(folder, options)
             return
-        if dtype != "float32":
-            raise ConfigError(f"dtype {dtype}: of merged weights; adapters are kept in float32")
+        if options.dtype != "float32":
+            raise ConfigError(
+                f"dtype {options.dtype}: of merged weights; adapters are kept in float32"
+            )
         is_first = self.name == self.setup.config.stages[0]
-        step = self.best_step if step is None else step
+        step = self.best_step if options.step is None else options.step
         lora_peft.save_peft(
             folder,
             self.adapters.trained(self.checkpoint_folder, step),
             self.adapters.config,
             self.setup.model.config,
             self.setup.imported_config,
-            base=base if is_first else None,
+            base=options.base if is_first else None,
         )
 
     def trained_params(self, step: int | None = None) -> dict:

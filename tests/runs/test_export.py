@@ -15,7 +15,7 @@ from dpojax.models.lora import LoraConfig
 from dpojax.runs.export import export
 from dpojax.runs.policy import load_policy
 from dpojax.runs.run import run
-from dpojax.stages.stage import in_dtype
+from dpojax.stages.exported import in_dtype
 
 from .conftest import tiny_config
 
