@@ -14,12 +14,17 @@ import gc
 import json
 import os
 import runpy
+import signal
 import sys
 
 # What a run imports, early or late. None of it may start JAX's backend, which has threads.
 
 
+PR_SET_PDEATHSIG = 1  # of prctl: a process gets the signal when its parent ends
+
+
 def main() -> None:
+    end_with_parent()
     gc.collect()
     gc.freeze()  # what was imported is not searched for garbage again and again
     gc.set_threshold(20_000, 20, 50)
@@ -35,6 +40,7 @@ def main() -> None:
 
 def become(arguments: list[str], printed: str, errors: str, faults: list) -> None:
     """Run a script as a shell would, in a session of its own, with its output in files."""
+    end_with_parent()
     os.setsid()
     for target, path in enumerate((os.devnull, printed, errors)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -48,6 +54,10 @@ def become(arguments: list[str], printed: str, errors: str, faults: list) -> Non
     sys.argv = arguments
     sys.path[0] = os.path.dirname(arguments[0])
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

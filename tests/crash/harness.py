@@ -7,6 +7,7 @@ does harm at the n-th of them. `Server` starts runs, `snapshot` says what one ha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -30,6 +31,7 @@ CONFIG = pathlib.Path(__file__).with_name("small_run.py")
 # not synced to the disk; fail once; fail from then on.
 COUNT, KILL, TEAR, POWER, FAIL_ONCE, FAIL = range(6)
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
+SURVIVOR_SECONDS = 10.0  # in which processes notice that the one that started them is gone
 TEXTS = ("data_report.txt", "summary.txt")  # files without a time in them
 
 
@@ -57,6 +59,7 @@ class Ended(NamedTuple):
       hung: it was killed because it had run for too long; `errors` holds its stacks.
       seconds: that it ran; cpu: seconds of CPU time.
       printed, errors: its standard output and standard error.
+      survivors: ids of processes that it had started, and that went on without it.
     """
 
     status: int
@@ -65,6 +68,7 @@ class Ended(NamedTuple):
     cpu: float
     printed: str
     errors: str
+    survivors: tuple[int, ...] = ()
 
 
 def build(folder: pathlib.Path) -> pathlib.Path:
@@ -150,10 +154,11 @@ class Server:
                 os.kill(self._child, signal.SIGKILL)
         status, cpu = self._process.stdout.readline().split()
         seconds = time.monotonic() - self._began
+        survivors = _survivors(self._child)
         self._child = 0
         printed, errors = (x.read_text(errors="replace") for x in (self._printed, self._errors))
         code = os.waitstatus_to_exitcode(int(status))
-        return Ended(code, hung, seconds, float(cpu), printed, errors)
+        return Ended(code, hung, seconds, float(cpu), printed, errors, survivors)
 
     def run(
         self,
@@ -172,6 +177,28 @@ class Server:
         """Whether the child still runs so long after its start; returns as soon as it does not."""
         left = max(0.0, self._began + seconds - time.monotonic())
         return not select.select([self._process.stdout], [], [], left)[0]
+
+
+def _survivors(session: int) -> tuple[int, ...]:
+    """Processes of a session that do not end within some seconds; then they are killed."""
+    deadline = time.monotonic() + SURVIVOR_SECONDS
+    while (living := _processes(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in living:
+        os.kill(process, signal.SIGKILL)
+    return tuple(living)
+
+
+def _processes(session: int) -> list[int]:
+    """Ids of the living processes of a session."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            # ID (NAME) STATE PARENT GROUP SESSION ...
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def train(folder: pathlib.Path, name: str = "run", **changes) -> list[str]:

@@ -31,6 +31,8 @@ SAME = Verdict("same")
 
 def complaint(ended: Ended) -> Verdict | None:
     """What is wrong with a call that nobody killed, whether it failed or not; None: nothing."""
+    if ended.survivors:
+        return Verdict("hung", f"{len(ended.survivors)} processes outlived the run")
     if ended.hung:
         return Verdict("hung", f"after {ended.seconds:.0f} s: {_end(ended.errors, 60)}")
     died = ended.status < 0 and ended.status != -signal.SIGKILL
