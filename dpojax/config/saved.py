@@ -22,6 +22,11 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, as_json, flat
 
 CONFIG, CONTENTS, FINISHED = "config.json", "contents.json", "finished.json"
+# What to do about a damaged file.
+REWRITTEN = "delete it: the command that began the run writes it again"
+HASHED_AGAIN = (
+    "delete it: the command that began the run writes it again, from the files as they are now"
+)
 # A resumed run may change these keys, and its result stays the same to the bit.
 SAME_RESULT = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "tensorboard")
 SAME_RESULT += ("model.remat", "check_memory", "profile", "token_cache", "compilation_cache")
@@ -39,15 +44,15 @@ def compare_config(run: ResolvedRun) -> None:
       ConfigError: the workdir belongs to a run of another config, or a file behind a path has
         changed since it began; the message names the keys, or the file and both hashes.
     """
-    path = run.workdir / CONFIG
-    if not path.exists():
-        return
-    before, contents = storage.read_json(path, hint="use another --workdir"), {}
+    path, contents = run.workdir / CONFIG, {}
     same: set[str] = set()
     if not (run.workdir / FINISHED).exists():
         contents = _read_contents(run.workdir)
         same = moved_keys(contents, run.contents)
-    if changed := config_differences(before, as_json(run.config), ignore=same):
+    before = storage.read_json(path, REWRITTEN, fields={}) if path.exists() else None
+    if before is not None and (
+        changed := config_differences(before, as_json(run.config), ignore=same)
+    ):
         raise ConfigError(
             f"{run.workdir} holds a run of another config; give this one its own --workdir, or "
             "take back these changes:\n" + "\n".join(changed)
@@ -96,7 +101,7 @@ def read_run_config(run: storage.Path) -> ConfigDict:
     path = run / CONFIG
     if not path.is_file():
         raise ConfigError(f"{path} is not there: {run} is not the workdir of a run")
-    config = config_from_json(storage.read_json(path), where=str(path))
+    config = config_from_json(storage.read_json(path, REWRITTEN, fields={}), where=str(path))
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.model.attention = "auto"
     return config
@@ -111,7 +116,7 @@ def config_from_json(values: dict, *, where: str) -> ConfigDict:
     config = default_config()
     try:
         config.update(values)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: not a config of this version ({error})") from error
     return config
 
@@ -169,11 +174,17 @@ def _read_contents(workdir: storage.Path) -> dict[str, Content]:
     path = workdir / CONTENTS
     if not path.is_file():
         return {}
-    files = storage.read_json(path, hint="use another --workdir").get("files", {})
-    return {key: Content(*pair) for key, pair in files.items()}
+    files = storage.read_json(path, HASHED_AGAIN, fields={"files": dict})["files"]
+    with storage.damage_named(path, HASHED_AGAIN):
+        contents = {key: Content(*pair) for key, pair in files.items()}
+        if not all(isinstance(text, str) for content in contents.values() for text in content):
+            raise TypeError("not paths and hashes")
+    return contents
 
 
 def _begun_by(workdir: storage.Path) -> dict[str, str]:
     """The `code_version` that began the run in a workdir; empty where nothing says."""
     path = workdir / CONTENTS
-    return storage.read_json(path).get("version", {}) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return storage.read_json(path, HASHED_AGAIN, fields={"version": dict})["version"]

@@ -196,19 +196,19 @@ def read_optimum(path: str | os.PathLike) -> Optimum:
       ValueError: no JSON, other fields, a value that is no number, or unequal lengths. It names the
         file and the field.
     """
-    columns = storage.read_json(path)
-    if not isinstance(columns, dict) or set(columns) != set(Optimum._fields):
-        raise ValueError(f"{path}: fields must be {', '.join(Optimum._fields)}")
-    arrays = {}
-    for name, values in columns.items():
-        if name == "trusted" and not all(isinstance(x, bool) for x in values):
-            raise ValueError(f"{path}: trusted must be true or false, got {values!s:.80}")
-        try:
-            arrays[name] = np.array(values, bool if name == "trusted" else np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {name} must be numbers, got {values!s:.80}") from error
-        if arrays[name].shape != (len(columns["beta"]),):
-            raise ValueError(f"{path}: {name} has not as many values as beta")
+    columns, arrays = storage.read_json(path, fields={}), {}
+    with storage.damage_named(path):
+        if set(columns) != set(Optimum._fields):
+            raise ValueError(f"fields must be {', '.join(Optimum._fields)}")
+        for name, values in columns.items():
+            if name == "trusted" and not all(isinstance(x, bool) for x in values):
+                raise ValueError(f"trusted must be true or false, got {values!s:.80}")
+            try:
+                arrays[name] = np.array(values, bool if name == "trusted" else np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} must be numbers, got {values!s:.80}") from error
+            if arrays[name].shape != (len(columns["beta"]),):
+                raise ValueError(f"{name} has not as many values as beta")
     return Optimum(**arrays)
 
 

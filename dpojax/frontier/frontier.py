@@ -8,6 +8,7 @@ run by hand with the command that stands there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -118,10 +119,26 @@ def write_or_compare_plan(
         "jobs": plan_as_json(plan.jobs),
     }
     if path.exists():
-        _require_same(storage.read_json(path), content, folder)
+        _require_same(read_plan(folder), content, folder)
     for file, values in plan.files.items():
         storage.write_json(storage.as_path(file), values)
     storage.write_json(path, content)  # runs may be added
+
+
+def read_plan(folder: storage.Path) -> dict[str, Any]:
+    """What plan.json holds.
+
+    Raises:
+      StorageError: it is damaged.
+    """
+    path, hint = folder / PLAN, "delete it: the command that began the frontier writes it again"
+    fields = {"config": dict, "contents": dict, "runs": list, "jobs": list}
+    plan = storage.read_json(path, hint, fields=fields)
+    with storage.damage_named(path, hint):
+        for run in plan["runs"]:
+            if not {"name", "changes", "method", "setting", "stage"} <= set(run):
+                raise ValueError("a run lacks its name or settings")
+    return plan
 
 
 def _contents(config: ConfigDict) -> dict[str, Content]:

@@ -6,6 +6,8 @@ python -m dpojax.frontier.reference_samples --config=CONFIG.json --policy=FOLDER
 from __future__ import annotations
 
 import argparse
+import zipfile
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -68,6 +70,20 @@ def sample_reference(config: ConfigDict, policy_name: str, out: storage.Path) ->
         np.savez(file, rewards=rewards, lengths=np.reshape(lengths, rewards.shape))
 
 
+def read_reference_samples(path: storage.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read what `sample_reference` wrote: rewards and lengths, both [prompts, samples].
+
+    Raises:
+      StorageError: the file is damaged.
+    """
+    hint = "delete it: the command that began the frontier makes it again"
+    try:
+        with storage.damage_named(path, hint), np.load(storage.local_copy(path)) as samples:
+            return samples["rewards"], samples["lengths"]
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise storage.StorageError(f"{path}: {error}; {hint}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of a job: see above."""
     parser = argparse.ArgumentParser(
@@ -78,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policy", required=True, help="see dpojax.runs.policy.load_policy")
     parser.add_argument("--out", required=True, help="the .npz file to write")
     options = parser.parse_args(arguments)
-    values = storage.read_json(storage.as_path(options.config, "--config"))
+    values = storage.read_json(storage.as_path(options.config, "--config"), fields={})
     config = config_from_json(values, where=options.config)
     sample_reference(config, options.policy, storage.as_path(options.out, "--out"))
 

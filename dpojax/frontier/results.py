@@ -10,15 +10,16 @@ import jax
 import numpy as np
 
 from dpojax import storage
-from dpojax.config.saved import CONFIG
+from dpojax.config.saved import read_run_config
 from dpojax.evaluation.frontier import best_of_n, best_of_n_kl, mean_over_prompts
 from dpojax.evaluation.frontier_figure import draw
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point, write_points
 from dpojax.evaluation.frontier_report import by_prompt, report
 from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
 from dpojax.frontier import online
-from dpojax.frontier.frontier import PLAN
+from dpojax.frontier.frontier import read_plan
 from dpojax.frontier.plan import SAMPLES
+from dpojax.frontier.reference_samples import read_reference_samples
 from dpojax.frontier.runs import ONLINE, PREFERENCE
 from dpojax.jobs.progress import read_seconds
 from dpojax.runs.workdirs import failure_of
@@ -33,9 +34,8 @@ BETAS = (np.inf, *np.geomspace(10, 0.02, 40))
 
 def collect(folder: storage.Path) -> tuple[list[Point], Optimum, Point]:
     """The points of all checkpoints and of best-of-n, the limit, and the reference's own point."""
-    plan = storage.read_json(folder / PLAN)
-    with np.load(storage.local_copy(folder / SAMPLES)) as samples:
-        rewards, lengths = samples["rewards"], samples["lengths"]  # [P, m]
+    plan = read_plan(folder)
+    rewards, lengths = read_reference_samples(folder / SAMPLES)
     base = _reference_point(rewards, lengths, plan["config"]["seed"])
     points = [point for run in plan["runs"] for point in _points_of(folder, plan, run)]
     for n in plan["config"]["frontier"]["best_of_n"]:
@@ -62,7 +62,7 @@ def write(folder: storage.Path) -> str:
       the report.
     """
     points, curve, base = collect(folder)
-    plan = storage.read_json(folder / PLAN)
+    plan = read_plan(folder)
     write_points(folder / "frontier.csv", [base, *points])
     write_optimum(folder / "optimum.json", curve)
     draw(points, curve, base, folder / "frontier.png", folder / "frontier.pdf")
@@ -85,7 +85,7 @@ def write(folder: storage.Path) -> str:
 
 def failures(folder: storage.Path) -> dict[str, str]:
     """Why runs of the plan failed, by name."""
-    names = [run["name"] for run in storage.read_json(folder / PLAN)["runs"]]
+    names = [run["name"] for run in read_plan(folder)["runs"]]
     return {name: why for name in names if (why := failure_of(folder / "runs" / name))}
 
 
@@ -124,7 +124,7 @@ def _points_of(folder: storage.Path, plan: dict, run: dict) -> list[Point]:
     Steps go on from stage to stage.
     """
     stages = _stage_folders(folder, plan, run)
-    seed = storage.read_json(stages[0].parent / CONFIG)["seed"]
+    seed = read_run_config(stages[0].parent).seed
     points, before = [], 0
     for stage in stages:
         lines = [line for line in read_metrics(stage, "eval") if line["step"] > 0]

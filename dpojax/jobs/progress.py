@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from dpojax import storage
 from dpojax.jobs.job import Job, pending
 
 SECONDS = "seconds.json"
+
+logger = logging.getLogger(__name__)
 
 
 class Seconds(NamedTuple):
@@ -167,7 +170,15 @@ def progress_line(
 def read_seconds(folder: storage.Path) -> Seconds:
     """How long the plan in a folder took so far."""
     path = folder / SECONDS
-    return Seconds(**storage.read_json(path)) if path.exists() else Seconds(0.0, {})
+    nothing = Seconds(0.0, {})
+    if not path.exists():
+        return nothing
+    try:
+        content = storage.read_json(path, fields={"passed": float, "jobs": dict})
+        return Seconds(content["passed"], {name: float(x) for name, x in content["jobs"].items()})
+    except (ValueError, TypeError) as error:  # only a record, which grows again
+        logger.warning("%s; the time is counted anew", error)
+        return nothing
 
 
 def _mean(values: Sequence[float]) -> float:

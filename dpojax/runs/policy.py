@@ -60,7 +60,7 @@ def _run_and_stage(name: str) -> tuple[storage.Path | None, str]:
 def _is_run(folder: storage.Path) -> bool:
     """Whether its config.json is that of a run; a model's has no stages."""
     path = folder / CONFIG
-    return path.is_file() and "stages" in storage.read_json(path)
+    return path.is_file() and "stages" in storage.read_json(path, fields={})
 
 
 def _load_stage(run: storage.Path, stage: str, mesh: Mesh) -> Policy:

@@ -384,7 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--process", default="", help="INDEX/COUNT, of several that share the work")
     parser.add_argument("--done", default="", help="a file to write at the end")
     options = parser.parse_args(arguments)
-    settings = Settings(**storage.read_json(storage.as_path(options.settings, "--settings")))
+    path = storage.as_path(options.settings, "--settings")
+    with storage.damage_named(path):
+        settings = Settings(**storage.read_json(path, fields={}))
     generate_preferences(settings, process=parse_process(options.process), log=print)
     if options.done:
         storage.write_text(storage.as_path(options.done), "")

@@ -121,7 +121,7 @@ def _show(workdir: storage.Path) -> None:
     """Print what a finished run found, and where its figure is."""
     if jax.process_index() == 0:
         for summary in sorted(workdir.glob("*/summary.txt")):
-            print(f"\n{summary.read_text()}")
+            print(f"\n{storage.read_text(summary)}")
         print(f"curves: {workdir / CURVES}")
 
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="where the run keeps everything")
     parser.add_argument("--failure_file", default="", help="where to write why the loss was NaN")
     options = parser.parse_args(arguments)
-    values = storage.read_json(storage.as_path(options.config, "--config"))
+    values = storage.read_json(storage.as_path(options.config, "--config"), fields={})
     try:
         run(config_from_json(values, where=options.config), options.workdir)
     except NonFiniteLoss as error:

@@ -19,6 +19,8 @@ FAILED = "failed.txt"  # in the workdir of a run that failed while others went o
 def workdir_lock(workdir: storage.Path) -> Iterator[None]:
     """Keep a second run out of the workdir; the first process of this run holds the lock.
 
+    What killed processes left unfinished there is removed.
+
     Raises:
       ConfigError: another run is at work there; it names its host and process.
     """
@@ -29,6 +31,7 @@ def workdir_lock(workdir: storage.Path) -> Iterator[None]:
                 held.enter_context(storage.lock(workdir))
             except storage.Locked as error:
                 raise ConfigError(str(error)) from error
+            storage.remove_unfinished(workdir)
 
         sharding.on_first_process(lock)
         yield
@@ -47,7 +50,7 @@ def ended_here(workdir: storage.Path) -> bool:
 def failure_of(workdir: storage.Path) -> str:
     """Why the run in a workdir failed while others went on; "" if it did not."""
     path = workdir / FAILED
-    return path.read_text().strip() if path.exists() else ""
+    return storage.read_text(path).strip() if path.exists() else ""
 
 
 def write_failure(path: storage.Path, why: str) -> None:

@@ -44,7 +44,7 @@ class Classifier(TrainedStage):
     def open(cls, setup: Setup) -> Self:
         """The stage with the labels of its folder; `prepare` reads those of the data."""
         path = setup.workdir / cls.name / LABELS
-        labels = tuple(storage.read_json(path)) if path.exists() else ()
+        labels = _read_labels(path) if path.exists() else ()
         return cls.with_labels(setup, labels)
 
     @classmethod
@@ -119,3 +119,11 @@ def summarise(stage: Stage, params: dict) -> Summary:
     summary["accuracy_interval"] = (low, high)
     stage.save_summary(summary, "\n".join(lines))
     return summary
+
+
+def _read_labels(path: storage.Path) -> tuple[str, ...]:
+    hint = "delete it: the command that began the run writes it again"
+    labels = storage.read_json(path, hint)
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise storage.StorageError(f"{path}: not a list of labels; {hint}")
+    return tuple(labels)

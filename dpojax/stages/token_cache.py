@@ -58,6 +58,7 @@ def cached(
         parts = tuple(SourcePart(*part) for part in about["sources"])
         joined, kept = Examples.joined(*both), f"read from {file}"
         return StageData(joined, len(both[0]), reports, tuple(about["labels"]), parts, file, kept)
+    storage.remove_unfinished(folder)
     made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
         return _kept(file, name, key, load)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +25,9 @@ from dpojax.storage.paths import (
     objects_below,
 )
 
+DAY = 86400.0  # seconds
 UNFINISHED = ".unfinished"  # ends the hidden names of what is being written or removed
+_UNFINISHED_NAME = re.compile(rf"\..*\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}")  # of this file
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -222,15 +227,66 @@ def download(folder: PathLike, to: pathlib.Path, names: Iterable[str]) -> None:
 @contextlib.contextmanager
 def _unfinished_folder(path: PathLike) -> Iterator[pathlib.Path]:
     """Yield a hidden folder beside a local path, or a temporary one for a bucket's; then remove."""
-    if is_local(path):
+    if not is_local(path):
+        options = {"prefix": "dpojax-upload-", "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(**options) as name:
+            yield pathlib.Path(name)
+        return
+    folder, descriptor = None, None
+    while descriptor is None:  # another process may have cleaned up before the lock was there
         folder = _unfinished_name(path)
         folder.mkdir(parents=True)
-    else:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix="dpojax-upload-"))
+        descriptor = _locked(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: PathLike) -> None:
+    """Remove what killed processes left of writes and removals, in a local folder and below it.
+
+    What a living process writes is locked, and stays. On a file system without locks a name has to
+    be a day old.
+    """
+    if not is_local(folder):
+        return
+    for where, names, _ in os.walk(folder):
+        for name in [name for name in names if _UNFINISHED_NAME.fullmatch(name)]:
+            names.remove(name)  # `os.walk` does not go there
+            path = pathlib.Path(where) / name
+            if (descriptor := _locked(path, without_locks=_is_old(path))) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+
+
+def _locked(folder: pathlib.Path, *, without_locks: bool = True) -> int | None:
+    """Lock a folder; return the descriptor that holds the lock, or None where another one does.
+
+    Args:
+      without_locks: return a descriptor also where the file system has no locks.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = folder.exists()
+    except BlockingIOError:
+        is_locked = False
+    except OSError:  # some network file systems have no locks
+        is_locked = without_locks
+    if not is_locked:
+        os.close(descriptor)
+    return descriptor if is_locked else None
+
+
+def _is_old(path: pathlib.Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > DAY
+    return False
 
 
 def _unfinished_name(path: PathLike) -> pathlib.Path:

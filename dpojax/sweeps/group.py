@@ -315,11 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--members", required=True, help='JSON: [{"config", "workdir"}, ...]')
     parser.add_argument("--folder", required=True, help="for checkpoints while they train")
     options = parser.parse_args(arguments)
-    members = storage.read_json(storage.as_path(options.members, "--members"))
-    runs = [
-        resolve(config_from_json(member["config"], where=options.members), member["workdir"])
-        for member in members
-    ]
+    path = storage.as_path(options.members, "--members")
+    members = storage.read_json(path)
+    with storage.damage_named(path):
+        pairs = [(dict(member["config"]), str(member["workdir"])) for member in members]
+    runs = [resolve(config_from_json(x, where=options.members), workdir) for x, workdir in pairs]
     if runs[0].config.distributed:
         sharding.start_distributed()
     for name, why in train_group(runs, storage.as_path(options.folder, "--folder")).items():

@@ -48,7 +48,9 @@ def read_layout(folder: storage.Path) -> Layout | None:
     path = folder / LAYOUT
     if not path.exists() or not any(step.name.isdigit() for step in folder.glob("*/*")):
         return None
-    return Layout(**storage.read_json(path, hint=f"delete {folder} to begin these members again"))
+    hint = f"delete {folder} to begin these members again"
+    content = storage.read_json(path, hint, fields=dict.fromkeys(Layout._fields, int))
+    return Layout(*(content[name] for name in Layout._fields))
 
 
 def mesh_with_members(

@@ -16,7 +16,9 @@ import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 from functools import partial
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -83,12 +85,36 @@ def run_sweep(
         sharding.start_distributed()
     with workdir_lock(folder), shared_programs(config.compilation_cache):
         sharding.on_first_process(partial(_write_plan, config, changes, runs, folder))
-        plan = storage.read_json(folder / PLAN)
+        plan = read_plan(folder)
         run_jobs_in_terminal([_job(group, folder) for group in plan["groups"]])
         sharding.agreed(True)  # whatever failures the first process wrote are there
         if jax.process_index() == 0:
             print(f"\n{write_table(folder, plan)}\n{folder}: {TABLE}, {FIGURE}")
     return {name: why for name in runs if (why := failure_of(folder / name))}
+
+
+def read_plan(folder: storage.Path) -> dict[str, Any]:
+    """What sweep.json holds.
+
+    Raises:
+      StorageError: it is damaged.
+    """
+    path, hint = folder / PLAN, "delete it: the command that began the sweep writes it again"
+    fields = {"config": dict, "members": dict, "groups": list, "contents": dict}
+    plan = storage.read_json(path, hint, fields=fields)
+    with storage.damage_named(path, hint):
+        for name, changes in plan["members"].items():
+            _require_type(name, changes, dict)
+        for group in plan["groups"]:
+            _require_type("groups", group, list)
+        for name, content in plan["contents"].items():
+            _require_type(name, content, list)
+    return plan
+
+
+def _require_type(name: str, content: Any, kind: type) -> None:
+    if not isinstance(content, kind):
+        raise TypeError(f"{name!r} is of another type")
 
 
 def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
@@ -103,7 +129,7 @@ def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
     path = folder / PLAN
     if not path.exists():
         raise ConfigError(f"{path} is not there: {folder} is not the workdir of a sweep")
-    plan = storage.read_json(path)
+    plan = read_plan(folder)
     if missing := [name for name in names if name not in plan["members"]]:
         raise ConfigError(f"{folder}: a sweep without a member {missing[0]!r}")
     config = config_from_json(plan["config"], where=str(path))
@@ -221,7 +247,7 @@ def _compared_plan(
     now = {"config": as_json(config), "members": members, "groups": [], "contents": contents}
     if not path.exists():
         return now
-    before = storage.read_json(path, hint="use another --workdir")
+    before = read_plan(folder)
     if changed := config_differences(before["config"], now["config"]):
         raise ConfigError(
             f"{folder} holds a sweep of another config; give this one its own --workdir, or "

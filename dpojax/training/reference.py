@@ -124,6 +124,7 @@ def cached(
         logger.warning("%s is damaged (%s); its log-probs are computed again", path, damage)
     store = make()
     if jax.process_index() == 0:
+        storage.remove_unfinished(path.parent)
         with storage.replacing(path) as unfinished:
             np.save(unfinished, store.values)
             storage.append_checksum(unfinished)

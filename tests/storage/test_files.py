@@ -1,6 +1,12 @@
 """Laws of written files and folders, on a disk and on a bucket: whole or nothing."""
 
+import errno
+import fcntl
 import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -149,3 +155,72 @@ def test_a_removed_folder_is_gone_and_a_missing_one_is_no_error(folder):
 def test_free_space_is_known_of_disks_only(folder):
     free = storage.free_bytes(folder / "not" / "yet")
     assert (free is None) != storage.is_local(folder)
+
+
+KILLED = """
+import os, sys
+from dpojax import storage
+with storage.replacing(sys.argv[1]) as unfinished:
+    unfinished.write_text("half")
+    print(unfinished, flush=True)
+    sys.stdin.read()  # until it is killed
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("mine.unfinished", ".4.unfinished", ".x.0123456.unfinished"):
+        (tmp_path / name).mkdir()  # of others
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "deep" / "file")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    unfinished = pathlib.Path(process.stdout.readline().strip())
+    with storage.replacing(tmp_path / "own") as own:
+        own.write_text("whole")
+        storage.remove_unfinished(tmp_path)
+    assert unfinished.read_text() == "half"
+    process.kill()
+    process.communicate()
+    storage.remove_unfinished(tmp_path)
+    assert not list((tmp_path / "deep").iterdir())
+    assert (tmp_path / "own").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_without_locks_only_what_is_a_day_old_is_removed(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for name, age in (("new", 3600), ("old", 90_000)):
+        folder = tmp_path / f".{name}.01234567.unfinished"
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    storage.write_text(tmp_path / "file", "written")
+    storage.remove_unfinished(tmp_path)
+    assert names(storage.as_path(tmp_path)) == [".new.01234567.unfinished", "file"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"null", b"[]", b"3", b"\x80\x00", b'{"a": 1}', b"[" * 100_000]
+)
+def test_json_of_another_form_is_one_line_that_names_the_file_and_says_what_to_do(
+    tmp_path, content
+):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(storage.StorageError) as error:
+        storage.read_json(path, "delete it", fields={"a": str})
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith("; delete it")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_removed_on_a_disk_where_no_other_can_be_made(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").write_text("x")
+    monkeypatch.setattr(os, "mkdir", full)
+    storage.remove_folder(tmp_path / "old")
+    assert not list(tmp_path.iterdir())

@@ -195,11 +195,11 @@ def _set_aside_damaged(folder: storage.Path, steps: Steps) -> None:
         if storage.is_local(folder):
             storage.remove_folder(folder / f"{step}{DAMAGED}")
             storage.move_folder(folder / str(step), folder / f"{step}{DAMAGED}")
-            then = f"it is now {step}{DAMAGED}, until a newer checkpoint is complete"
+            then = f"the folder is now {step}{DAMAGED}, until a newer checkpoint is complete"
         else:
             remove_step(folder, step)
-            then = "it is removed"
-        goes_on = "" if steps.latest is None else f"; step {steps.latest} is used"
+            then = "the damaged one is removed"
+        goes_on = "" if steps.latest is None else f"; step {steps.latest} is used instead"
         logger.warning(
             "%s/%s is damaged (%s)%s; %s", folder, step, steps.damaged[step], goes_on, then
         )
