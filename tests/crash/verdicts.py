@@ -66,10 +66,12 @@ def judge_damaged(ended: Ended, left: Snapshot, expected: Snapshot, damaged: str
     is_named = any(name.removeprefix("run/") in said for name in names)
     if ended.status != 0:
         return Verdict("noticed" if is_named else "refused", _end(ended.errors))
-    found = compare(left, expected)
+    # A run that fell back to an earlier checkpoint may keep fewer of the older ones.
+    last = {name: what for name, what in expected.items() if name in left or not _is_older(name)}
+    found = compare(left, last)
     if found.kind == "same":
         return Verdict("noticed", _end(ended.errors)) if is_named and ended.errors else SAME
-    differ = {name for name in {*left, *expected} if left.get(name, ...) != expected.get(name, ...)}
+    differ = {name for name in {*left, *last} if left.get(name, ...) != last.get(name, ...)}
     if all(f"{damaged}/".startswith(f"{name}/") for name in differ):
         return Verdict("unread")
     return found
@@ -85,6 +87,13 @@ def compare(left: Snapshot, expected: Snapshot) -> Verdict:
     if extra := sorted(left.keys() - expected.keys()):
         return Verdict("leftovers", f"{extra}")
     return SAME
+
+
+def _is_older(name: str) -> bool:
+    """Whether a name is of a checkpoint that is not the last of the small run's stages."""
+    return (
+        re.search(r"(sft/checkpoints/[123]|preference/checkpoints/[12345])(/|$)", name) is not None
+    )
 
 
 def _difference(left: Snapshot, expected: Snapshot, name: str) -> str:
