@@ -17,7 +17,9 @@ def default_config() -> ConfigDict:
     # Folder or hub name. "" is the model's own, or the embedded task's. train:8192 makes one of
     # 8192 ids from the texts of sft.data.
     config.tokenizer = ""
-    config.chat_template = ""  # a Jinja file for conversational data; "" is the tokenizer's own
+    # A Jinja file for conversational data, or the name of one of the tokenizer's own templates. ""
+    # is the tokenizer's own.
+    config.chat_template = ""
     config.tokens = _tokens()
     # Folder of tokenised examples, which any number of runs may share. "" is inside the workdir.
     # Members of a sweep and runs of a frontier share one inside its workdir.
@@ -25,6 +27,9 @@ def default_config() -> ConfigDict:
     # Folder of compiled programs, which any number of runs may share, so that later ones start
     # sooner. "" is JAX_COMPILATION_CACHE_DIR, or, for a frontier, inside its workdir.
     config.compilation_cache = ""
+    # Processes that tokenise, besides this one; 0 is one for each core if there are many records.
+    # Examples do not depend on it.
+    config.num_proc = 0
     config.row_length = 0  # largest number of tokens in a row; 0 chooses it from the data
     # Largest number of rows of a micro-batch, on all devices together. A batch that has more is
     # computed in several (gradient accumulation), with the same gradient. 0 chooses a fast number.
@@ -82,6 +87,9 @@ def _tokens() -> ConfigDict:
             identical="drop",  # records whose responses are equal: drop, keep, error
             empty="drop",  # records with a response without text: drop, keep, error
             prompts_differ="drop",  # pairs whose dialogues have different prompts: drop, error
+            malformed="drop",  # records that cannot be read or rendered: drop, error
+            # Of a response with several turns of the assistant: score all of them, or the last.
+            assistant_turns="all",
         )
     )
 

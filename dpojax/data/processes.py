@@ -148,7 +148,7 @@ class Pool:
             raise DataError(
                 f"{records[0].id} to {records[-1].id}: the process that tokenises these records "
                 "was killed: their chat template does not end or fills the memory, or the system "
-                "ran out of memory. Set config.chat_template to another file, or tokens.num_proc=1"
+                "ran out of memory. Set config.chat_template to another file, or config.num_proc=1"
             ) from None
         except DataError:
             self._release(each)

@@ -23,9 +23,9 @@ class Rows(NamedTuple):
     """One batch of R rows with T columns, S scored tokens, E examples and K responses of each.
 
     Every array may have leading dimensions (micro-batches) before [R, ...]. A scored token is a
-    token whose log-prob the loss reads: of the responses, all that `Example.scored` does not mask. It
-    is predicted from column `source` and belongs to the
-    response slot `response` = (example in the row) * K + (index of the response, best first).
+    token whose log-prob the loss reads: those of a response that `Example.scored` does not mask. It
+    is predicted from column `source` and belongs to the response slot `response` = (example in the
+    row) * K + (index of the response, best first).
     """
 
     tokens: np.ndarray  # [R, T] int32

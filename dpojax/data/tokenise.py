@@ -20,6 +20,7 @@ from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
 
+MANY = 4  # chunks that are worth starting processes
 CHUNK = 2048  # records per call of the tokenizer: bounds memory, and keeps its threads busy
 
 
@@ -78,7 +79,8 @@ def tokenise_chunks(
       report: the report that the reader began. It is complete after the last chunk.
       sources: names of the sources. `Example.source` is the place of `Record.source` in it, or 0
         if the name is not there.
-      num_proc: number of processes; 0 is one for each core. The examples do not depend on it.
+      num_proc: number of processes; 0 is one for each core if there are `MANY` chunks. The examples
+        do not depend on it.
 
     Yields:
       The examples of each chunk, in order. A chunk may have none.
@@ -89,13 +91,13 @@ def tokenise_chunks(
     if config.prompts_differ == "error" and report.number("dropped", "prompts_differ"):
         first = report.tallies["dropped"]["prompts_differ"].examples[0]
         raise DataError(f"{first}: chosen and rejected have different prompts (prompts_differ)")
-    num_proc = num_proc or processes.cores()
     make = ExampleMaker(tokenizer, config, sources)
     chunks, pending = iter(chunks), collections.deque()
-    first_two = [*itertools.islice(chunks, 2)]
-    apart = num_proc > 1 and len(first_two) > 1
+    first = [*itertools.islice(chunks, 2 if num_proc else MANY)]
+    num_proc = num_proc or (processes.cores() if len(first) == MANY else 1)
+    apart = num_proc > 1 and len(first) > 1
     with processes.Pool(make, num_proc) as pool:
-        for chunk in itertools.chain(first_two, chunks):
+        for chunk in itertools.chain(first, chunks):
             pending.append(pool.submit(chunk, here=not apart and not _has_messages(chunk)))
             while pending and (pending[0].done() or len(pending) > 2 * num_proc):
                 yield _counted(pending.popleft().result(), report)

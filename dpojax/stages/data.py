@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -138,6 +139,7 @@ def load(
     *,
     requirements: DataRequirements,
     seed: int,
+    num_proc: int = 1,
     new_store: NewStore = Store,
 ) -> StageData:
     """Reads, selects and tokenises what `config.STAGE.data` names.
@@ -146,6 +148,7 @@ def load(
 
     Args:
       seed: of the embedded task.
+      num_proc: see `tokenise.tokenise_chunks`.
       new_store: makes what the examples are put into; the last one that it made has all of them.
 
     Raises:
@@ -158,7 +161,15 @@ def load(
         streams, names = _streams(data, requirements, settings, seed, below)
         store = new_store()
         for stream in streams:
-            _put(stream, store, tokenizer, settings, requirements, names)
+            encode = partial(
+                tokenise.tokenise_chunks,
+                tokenizer=tokenizer,
+                config=settings,
+                report=stream.report,
+                sources=names,
+                num_proc=num_proc,
+            )
+            _put(stream, store, encode, requirements)
         return _loaded(data, streams, names, store)
 
     loaded = selection.with_some_held_out(data.eval_share, attempt)
@@ -262,10 +273,8 @@ class _Reader:
 def _put(
     stream: _Stream,
     store: Store,
-    tokenizer: Any,
-    settings: TokenizeConfig,
+    encode: Callable[[Iterable[list[Record]]], Iterator[Examples]],
     requirements: DataRequirements,
-    names: list[str],
 ) -> None:
     """Tokenise a stream of records into a store."""
     sides: deque[bool] = deque()
@@ -275,10 +284,7 @@ def _put(
             sides.append(held_out)
             yield chunk
 
-    tokenised = tokenise.tokenise_chunks(
-        chunks(), tokenizer, settings, stream.report, sources=names
-    )
-    for examples in tokenised:
+    for examples in encode(chunks()):
         held_out = sides.popleft()
         if requirements.best_only and not held_out:
             examples = Examples.of([selection.best_response(example) for example in examples])

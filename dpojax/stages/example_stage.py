@@ -185,6 +185,7 @@ class ExampleStage(Stage):
             self.setup.tokenizer,
             requirements=self.requirements,
             seed=config.seed,
+            num_proc=config.num_proc,
             new_store=new_store,
         )
 
