@@ -19,7 +19,7 @@ from dpojax.data import lint, records, sources, tokenise
 from dpojax.data.examples import Example
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
-from dpojax.stages.tokenizers import read_tokenizer
+from dpojax.data.tokenizer_files import read_tokenizer
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
 

@@ -25,6 +25,7 @@ from dpojax.data import reviews
 from dpojax.data.records import Record
 from dpojax.data.tokenise import tokenise
 from dpojax.data.tokenize_config import TokenizeConfig
+from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.models import decoder, encoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import Model, Params
@@ -155,9 +156,10 @@ def classifier(
       RewardError: the model has no such label; log-odds of a regression.
       OSError, ValueError: see `huggingface.load_classifier` and `huggingface.load`.
     """
-    from transformers import AutoConfig, AutoTokenizer  # late, see `open_reward`
+    from transformers import AutoConfig  # late, see `open_reward`
 
     name = f"classifier:{folder}"
+    huggingface.require_known(folder)
     pretrained = huggingface.pretrained_name(folder)
     hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     labels = [hf_config.id2label[i] for i in sorted(hf_config.id2label)]
@@ -165,7 +167,7 @@ def classifier(
     odds = _log_odds_of(hf_config.problem_type, index, len(labels))
     if odds is None and log_odds:
         raise RewardError(f"reward {name}: a regression has no log-odds; use classifier:{folder}")
-    tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
+    tokenizer = read_tokenizer(folder)
     is_encoder = hf_config.model_type in ENCODERS
     apply, params, longest = _encoder_logits(folder, mesh) if is_encoder else _logits(folder, mesh)
     pad = None if is_encoder else hf_config.get_text_config().pad_token_id
@@ -416,8 +418,9 @@ def _open_log_odds(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
 
 def _open_reward_model(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
     # The import takes seconds, and imports torch where it is installed.
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    huggingface.require_known(argument)
     pretrained = huggingface.pretrained_name(argument)
     hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     if hf_config.model_type in ENCODERS:
@@ -429,7 +432,7 @@ def _open_reward_model(argument: str, mesh: Mesh | None, batch_size: int) -> Rew
     return scalar_head(
         decoder.build(config),
         params,
-        AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False),
+        read_tokenizer(argument),
         name=f"reward_model:{argument}",
         offset=huggingface.read_centre(argument),
         pad=hf_config.get_text_config().pad_token_id,

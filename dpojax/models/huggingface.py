@@ -6,12 +6,13 @@ reads BERT-type encoders.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ __all__ = [
     "pretrained_name",
     "read_centre",
     "read_config",
+    "require_known",
     "require_new_folder",
     "save",
 ]
@@ -72,16 +74,40 @@ def read_classifier_config(path: str | os.PathLike) -> EncoderConfig:
     return _read_config(local_folder(path, ["config.json"]), ENCODERS)[0]
 
 
+def require_known(path: str | os.PathLike) -> None:
+    """Raise as `read_config` does if a model is of no family that is known, classifiers included.
+
+    Its configuration may still be refused.
+    """
+    folder = local_folder(path, ["config.json"])
+    raw = _read_raw(folder)
+    with _named(folder):
+        family_of(raw, DECODERS | ENCODERS)
+
+
 def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):
+    raw = _read_raw(folder)
+    with _named(folder):
+        return config_from_raw(raw, families), raw
+
+
+def _read_raw(folder: pathlib.Path) -> dict:
+    """config.json, or what it says of the language model inside."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there; is this a Hugging Face model folder?")
     raw = safetensors_io.read_object(file)
+    with _named(folder):
+        return text_part(raw)
+
+
+@contextlib.contextmanager
+def _named(folder: pathlib.Path) -> Iterator[None]:
+    """Begin the message of a ValueError with the name of the config.json."""
     try:
-        raw = text_part(raw)
-        return config_from_raw(raw, families), raw
+        yield
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def read_centre(path: str | os.PathLike) -> float:

@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 
 from dpojax import sharding, storage
 from dpojax.config.saved import CONFIG, read_run_config
+from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.models import decoder, huggingface
 from dpojax.models.decoder import Model, Params
 from dpojax.runs.base_files import with_base_files
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
-from dpojax.stages.tokenizers import read_tokenizer, stop_tokens
+from dpojax.stages.tokenizers import stop_tokens
 
 
 class Policy(NamedTuple):

@@ -15,6 +15,7 @@ from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data import reviews, sources
 from dpojax.data.records import Record
+from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name
 from dpojax.models.special_tokens import end_tokens
@@ -45,13 +46,6 @@ def load_tokenizer(config: ConfigDict, workdir: storage.Path) -> Any:
         with config_errors("chat_template"):
             tokenizer.chat_template = storage.as_path(config.chat_template).read_text()
     return tokenizer
-
-
-def read_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder, of a bucket too, or of a hub name; code in a folder never runs."""
-    from transformers import AutoTokenizer  # brings torch where that is installed
-
-    return AutoTokenizer.from_pretrained(pretrained_name(path), trust_remote_code=False)
 
 
 def stop_tokens(tokenizer: Any, path: str) -> tuple[int, ...]:
