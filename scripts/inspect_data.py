@@ -6,7 +6,8 @@
 The prompt is dim, chosen green, rejected red; special tokens are inverted; "|" separates tokens; a
 newline is shown as ⏎. Without a terminal, or with NO_COLOR set, special tokens are in ⟦brackets⟧
 instead. The last table comes from `dpojax.data.lint`. With --strict the exit status is 1 if a
-record was dropped, or if that table counts a fault (longer_chosen and words_disagree are none).
+record was dropped, if a field was not read (--columns=-NAME says that it is not wanted), or if that
+table counts a fault (longer_chosen and words_disagree are none).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 from dpojax import storage
 from dpojax.data import lint, records, sources, tokenise
 from dpojax.data.examples import Example
+from dpojax.data.parsing import ParseConfig
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.data.tokenizer_files import read_tokenizer
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     except (records.DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    faulty = report.dropped or any(finding.is_fault for finding in findings)
+    faulty = report.dropped or report.unread or any(finding.is_fault for finding in findings)
     return 1 if args.strict and faulty else 0
 
 
@@ -44,6 +46,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", required=True, help="Hugging Face folder or hub name")
     add("--split", help="split of a folder or hub data set")
     add("--form", default="auto", help=f"auto or one of {', '.join(records.FORMS)}")
+    add("--columns", default="", help="prompt=question,chosen=answers[0].text,-id: as data.columns")
+    add("--scores", action="store_true", help="the loss reads scores: a record has to have them")
     add("--chat-template", help="file with a Jinja chat template")
     add("--max-length", type=int, default=default.max_length, help="prompt + response, tokens")
     add("--max-prompt-length", type=int, default=default.max_prompt_length)
@@ -52,11 +56,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         default=default.truncation,
         help="drop, cut_prompt_start, ... (TokenizeConfig)",
     )
+    add("--assistant-turns", default=default.assistant_turns, choices=("all", "last"))
     add("--eval", nargs="+", help="data that must share no prompt with --data")
     add("--show", type=int, default=3, help="how many examples to print")
     add("--from", dest="first", metavar="ID", help="id of the first example to print (FILE:NUMBER)")
     add("--json", type=storage.as_path, help="also write the report and the lint here")
-    add("--strict", action="store_true", help="exit with 1 if any record was dropped or is faulty")
+    add("--strict", action="store_true", help="exit with 1 if a record was dropped or is faulty")
     return parser.parse_args(argv)
 
 
@@ -70,11 +75,15 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation=args.truncation,
+        assistant_turns=args.assistant_turns,
     )
     for pattern in args.data + (args.eval or []):
         _require_utf8(pattern)
-    train, report = sources.load_records(_one(args.data), split=args.split, form=args.form)
-    held_out = sources.load_records(_one(args.eval), form=args.form)[0] if args.eval else None
+    parsing = ParseConfig(
+        args.form, records.read_columns(args.columns), args.scores, args.assistant_turns == "last"
+    )
+    train, report = sources.load_records(_one(args.data), split=args.split, config=parsing)
+    held_out = sources.load_records(_one(args.eval), config=parsing)[0] if args.eval else None
     findings = lint.lint(train, evaluation=held_out, control_tokens=tokenizer.all_special_tokens)
     examples, report = tokenise.tokenise(train, tokenizer, config, report)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -107,8 +107,11 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
             subset="",  # of a hub name or a folder that has named subsets
             revision="",  # branch, tag or commit of a hub name
             data_dir="",  # the folder inside of a hub name or folder
-            columns="",  # renames, "prompt=question,chosen=answer": our name = the file's
-            form="auto",  # pair, hh, instruction, ranked, unpaired, comparison, text, classified
+            # Where the file has the fields of a form, "prompt=question,chosen=answers[0].text":
+            # our name = the file's. "-images" leaves a field out.
+            columns="",
+            # pair, hh, judged, instruction, ranked, unpaired, comparison, text, classified
+            form="auto",
             # Use this many records of each source, and read no more; 0 is all. The embedded task
             # makes this many.
             limit=train,

@@ -13,7 +13,7 @@ from typing import Any
 
 from dpojax import storage
 from dpojax.data.json_files import choose
-from dpojax.data.records import DataError
+from dpojax.data.records import DataError, without_invented_nulls
 from dpojax.data.table_files import with_class_names
 
 SAVED = ("state.json", "dataset_dict.json")  # of Dataset.save_to_disk
@@ -112,7 +112,7 @@ def _chosen(opened: Any, split: str, name: str) -> Any:
 def _numbered(rows: Any) -> Iterator[tuple[dict, int]]:
     features = rows.features or {}
     for row, number in zip(rows, itertools.count(1)):
-        yield with_class_names(row, features), number
+        yield without_invented_nulls(with_class_names(row, features)), number
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ import numpy as np
 
 from dpojax import storage
 from dpojax.data import label_noise
-from dpojax.data.records import Content, Record
+from dpojax.data.records import Content, Record, said
 from dpojax.data.report import EXAMPLES
 from dpojax.intervals import wilson_interval
 from dpojax.tables import text_table
@@ -170,7 +170,7 @@ class _Texts(NamedTuple):
             groups = turns[-1].groupdict() if turns else {}
             turn = groups.get("human") or groups.get("instruction") or record.prompt
         else:
-            turn = record.prompt[-1]["content"]
+            turn = said(record.prompt[-1])
         prompt, *responses = (_plain(part) for part in (record.prompt, *record.responses))
         return cls(
             id=record.id,
@@ -197,9 +197,9 @@ def _plain(content: Content) -> str:
     if isinstance(content, str):
         text = content
     elif len(content) == 1:
-        text = content[0]["content"]
+        text = said(content[0])
     else:
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in content)
+        text = "\n".join(f"{message['role']}: {said(message)}" for message in content)
     return " ".join(text.split())
 
 
@@ -268,7 +268,7 @@ def _written(record: Record) -> Iterator[str]:
         if isinstance(content, str):
             yield content
         else:
-            yield from (message["content"] for message in content)
+            yield from map(said, content)
 
 
 def longer_chosen(pairs: Sequence[_Texts]) -> Finding:

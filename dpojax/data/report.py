@@ -20,6 +20,29 @@ from dpojax.tables import text_table
 # Every cause, and how the printed table explains it. `Report.count` accepts no other cause.
 CAUSES = {
     "prompts_differ": "chosen and rejected answer different prompts",
+    "prompt_not_in_dialogue": "the prompt is not the start of chosen and rejected",
+    "no_prompt": "answers without a prompt",
+    "no_answer": "a dialogue does not end with a turn of the assistant",
+    "empty_dialogue": "a dialogue has no messages",
+    "bad_message": "a message is not {role: text, content: text}",
+    "unknown_role": "a message has a role that is not known",
+    "system_differs": "system text and the dialogue's system turn differ",
+    "no_form": "the fields are those of no known form",
+    "field_missing": "a field is missing",
+    "field_null": "a field is null",
+    "field_type": "a field has another type than its form says",
+    "not_unicode": "a text holds half of a surrogate pair",
+    "too_few_responses": "a list has too few responses",
+    "no_order": "nothing says which response is the best",
+    "bad_score": "a score or rank is no finite number",
+    "no_score": "the loss needs scores, and the record has none",
+    "bad_label": "a label is not what its form says",
+    "bad_verdict": "nothing says which of the two answers is better",
+    "bad_weight": "a weight is no finite number, 0 or more",
+    "zero_weight": "weight 0: the record counts for nothing",
+    "media": "images, video or audio, which no model here reads",
+    "made_dialogue": "a plain prompt with a system text, history or tools became a dialogue",
+    "json_text": "messages or a list, written as JSON text, were read",
     "all_tied": "all responses have the same rank or score",
     "one_response": "one response alone states no preference",
     "no_label": "one response without a label",
@@ -161,7 +184,9 @@ class Report:
     def require_some(self) -> None:
         """Raise DataError with the table of causes if every record was dropped."""
         if self.dropped == self.read:
-            raise DataError(f"all {self.read:,} records were dropped:\n{_causes_table(self)}")
+            parts = [_causes_table(self), _details(self), _fields_table(self)]
+            table = "\n\n".join(filter(None, parts))
+            raise DataError(f"all {self.read:,} records were dropped:\n{table}")
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Statistics of each histogram in `lengths`: name -> count, mean, median, p95 and max."""
@@ -230,7 +255,13 @@ class Report:
     def __str__(self) -> str:
         parts = [f"{self.read:,} records read, {self.kept:,} kept, {self.dropped:,} dropped"]
         parts += ["\n".join(self.remarks)]
-        parts += [_causes_table(self), _fields_table(self), _lengths_table(self), _ends_table(self)]
+        parts += [
+            _causes_table(self),
+            _details(self),
+            _fields_table(self),
+            _lengths_table(self),
+            _ends_table(self),
+        ]
         return "\n\n".join(part for part in parts if part)
 
 
@@ -245,9 +276,19 @@ def _causes_table(report: Report) -> str:
             tally = tallies[cause]
             share = f"{100 * tally.count / max(report.read, 1):.2f} %"
             ids = ", ".join(tally.examples)
-            label = f"  {cause}: {CAUSES[cause]}" + (f": {tally.why}" if tally.why else "")
+            label = f"  {cause}: {CAUSES[cause]}"
             rows.append([label, f"{tally.count:,}", share, ids])
     return "\n".join(text_table(rows, left=(0, 3)))
+
+
+def _details(report: Report) -> str:
+    """What is wrong with the first record of each cause, one line each."""
+    return "\n".join(
+        f"{cause}: {tally.why}"
+        for tallies in report.tallies.values()
+        for cause, tally in tallies.items()
+        if tally.why
+    )
 
 
 def _fields_table(report: Report) -> str:

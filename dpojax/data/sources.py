@@ -11,12 +11,13 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
-from dpojax.data import data_sets, json_files, records, table_files, text_files
-from dpojax.data.records import DataError, Record, Reject
+from dpojax.data import data_sets, json_files, table_files, text_files
+from dpojax.data.parsing import AS_IT_IS, ParseConfig, parse_rows
+from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 
 Row = tuple[dict[str, Any], str]
@@ -83,50 +84,22 @@ def load_records(
     path: Path | Source | Sequence[Path | Source],
     *,
     split: str | None = None,
-    form: str = "auto",
-    columns: Mapping[str, str] | None = None,
+    config: ParseConfig = AS_IT_IS,
 ) -> tuple[list[Record], Report]:
-    """Read the records of a data set, and count the rows without a preference in a report.
+    """Read the records of a data set, and count those that cannot be used in a report.
 
     Args:
       path: what `read` takes.
       split: see `read`.
-      form: one of `records.FORMS`, or `auto` to find it from the keys of each row.
-      columns: fields to rename before parsing, {name in the file: name in `records.FORMS`}.
+      config: how the rows are parsed.
 
     Raises:
-      DataError: see `read` and `records.parse`; also when no row states a preference.
+      DataError: see `read` and `parse_rows`; also when no record can be used.
     """
     report = Report()
-    usable = list(parsed(read(path, split=split), report, form=form, columns=columns))
+    usable = list(parse_rows(read(path, split=split), report, config))
     report.require_some()
     return usable, report
-
-
-def parsed(
-    rows: Iterable[Row],
-    report: Report,
-    *,
-    form: str = "auto",
-    columns: Mapping[str, str] | None = None,
-) -> Iterator[Record]:
-    """Yield the records of rows; those without a preference are counted in the report."""
-    for row, id in rows:
-        report.read += 1
-        record = records.parse(_renamed(row, id, columns or {}), id, form)
-        if isinstance(record, Reject):
-            report.count("dropped", record.cause, id)
-        else:
-            yield record
-
-
-def _renamed(row: dict, id: str, columns: Mapping[str, str]) -> dict:
-    missing = columns.keys() - row.keys()
-    if missing:
-        raise DataError(
-            f"{id}: columns renames {sorted(missing)}, but the record has {sorted(row)}"
-        )
-    return {columns.get(name, name): value for name, value in row.items()}
 
 
 def read(

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dpojax import storage
 from dpojax.data import text_files
-from dpojax.data.records import DataError
+from dpojax.data.records import DataError, without_invented_nulls
 
 ROWS = 512  # that are taken out of a Parquet file at once
 
@@ -90,7 +90,7 @@ def _numbered(batches: Any, schema: pa.Schema) -> Iterator[tuple[dict, int]]:
         for start in range(0, len(batch), ROWS):
             for row in batch.slice(start, ROWS).to_pylist():
                 number += 1
-                yield finish(row), number
+                yield without_invented_nulls(finish(row)), number
 
 
 def decoder_of(schema: pa.Schema) -> Any:

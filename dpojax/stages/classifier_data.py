@@ -20,7 +20,7 @@ from dpojax.stages.data import (
     EMBEDDED,
     NewStore,
     StageData,
-    renamed_columns,
+    parse_config,
     require_both,
 )
 
@@ -65,10 +65,10 @@ def load(
 def _read(
     data: ConfigDict, limit: int, seed: int, *, evaluation: bool
 ) -> tuple[list[Record], Report]:
-    form = "classified" if data.form == "auto" else data.form
-    loaded, report = sources.load_records(
-        sources_of(data, evaluation=evaluation), form=form, columns=renamed_columns(data)
-    )
+    config = parse_config(data)
+    if config.form == "auto":
+        config = config._replace(form="classified")
+    loaded, report = sources.load_records(sources_of(data, evaluation=evaluation), config=config)
     return _drawn(loaded, limit, "beyond_limit", report, seed), report
 
 

@@ -20,6 +20,7 @@ from dpojax.config.data_sources import sources_of, weights_of
 from dpojax.config.errors import config_errors
 from dpojax.data import records, reviews, sources, tokenise, unpaired
 from dpojax.data.examples import Example, Examples, Store
+from dpojax.data.parsing import ParseConfig, parse_rows
 from dpojax.data.pipeline import Mixture
 from dpojax.data.prompts import EMBEDDED
 from dpojax.data.records import DataError, Record
@@ -153,7 +154,7 @@ def load(
 
     Raises:
       DataError: see `sources.read`, `tokenise` and `unpaired.with_mismatched`; also when nothing is
-        left to train or test on, a record lacks scores that are required, or all labels agree.
+        left to train or test on, or all labels agree.
     """
     settings = tokenize_config(tokens)
 
@@ -180,10 +181,26 @@ def load(
     return loaded
 
 
-def renamed_columns(data: ConfigDict) -> dict[str, str]:
-    """data.columns as `sources.load_records` wants it: the file's name -> ours."""
-    columns = dict(pair.split("=", 1) for pair in data.columns.split(",") if pair)
-    return {theirs.strip(): ours.strip() for ours, theirs in columns.items()}
+def parse_config(
+    data: ConfigDict, settings: TokenizeConfig | None = None, *, need_scores: bool = False
+) -> ParseConfig:
+    """How the rows of `data.source` are parsed.
+
+    Args:
+      data: config.STAGE.data.
+      settings: of a stage that has such; None drops what is malformed.
+      need_scores: see `ParseConfig`.
+
+    Raises:
+      DataError: data.columns is not understood.
+    """
+    return ParseConfig(
+        form=data.form,
+        columns=records.read_columns(data.columns),
+        need_scores=need_scores,
+        last_turn=settings is not None and settings.assistant_turns == "last",
+        malformed="drop" if settings is None else settings.malformed,
+    )
 
 
 class _Stream(NamedTuple):
@@ -242,9 +259,9 @@ class _Reader:
         self, listed: list[Source], names: list[str], limit: int, report: Report
     ) -> Iterator[Record]:
         """The usable records of all sources, at most `limit` of each."""
-        form, columns = self.data.form, renamed_columns(self.data)
+        config = parse_config(self.data, self.settings, need_scores=self.requirements.scores)
         for rows, name in zip(sources.read_each(listed), names):
-            loaded = sources.parsed(rows, report, form=form, columns=columns)
+            loaded = parse_rows(rows, report, config)
             usable = selection.usable(loaded, self.requirements, report)
             for record in selection.first(usable, limit, name, report):
                 yield record if len(listed) == 1 else dataclasses.replace(record, source=name)

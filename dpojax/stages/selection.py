@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from dpojax.data import unpaired
 from dpojax.data.examples import Example
-from dpojax.data.records import DataError, Record
+from dpojax.data.records import DataError, Record, said
 from dpojax.data.report import Report
 
 T = TypeVar("T")
@@ -49,23 +49,13 @@ class NothingHeldOut(Exception):
 def usable(
     loaded: Iterable[Record], requirements: DataRequirements, report: Report
 ) -> Iterator[Record]:
-    """The records that a stage can learn from; the others are counted.
-
-    Raises:
-      DataError: a record has no scores, and the stage needs them.
-    """
+    """The records that a stage can learn from; the others are counted."""
     for record in loaded:
         cause = _unusable(record, requirements)
         if cause:
             report.count("dropped", cause, record.id)
-            continue
-        if requirements.scores and record.scores is None:
-            raise DataError(
-                f"{record.id}: this loss needs to know what every response is worth: give a pair "
-                "score_chosen and score_rejected (or chosen_reward and rejected_reward, or "
-                "margin), and a ranking scores; data.columns renames fields"
-            )
-        yield _best(record) if requirements.form == "best" else record
+        else:
+            yield _best(record) if requirements.form == "best" else record
 
 
 def first(records: Iterable[Record], limit: int, name: str, report: Report) -> Iterator[Record]:
@@ -82,9 +72,13 @@ def first(records: Iterable[Record], limit: int, name: str, report: Report) -> I
 def hash_of(record: Record) -> float:
     """A hash of the prompt in [0, 1): the same in every stage and for every tokenizer.
 
-    Records without a prompt (plain texts) go by their best response.
+    Records without a prompt (plain texts) go by their best response. Of a message its role and
+    what it says count.
     """
-    named = json.dumps(record.prompt or record.responses[0])
+    named = record.prompt or record.responses[0]
+    if not isinstance(named, str):
+        named = [[message["role"], said(message)] for message in named]
+    named = json.dumps(named)
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:8]) / 2**64
 
 

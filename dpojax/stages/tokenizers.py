@@ -14,12 +14,12 @@ from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data import reviews, sources
-from dpojax.data.records import Record
+from dpojax.data.records import Record, said
 from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name
 from dpojax.models.special_tokens import end_tokens
-from dpojax.stages.data import EMBEDDED, renamed_columns
+from dpojax.stages.data import EMBEDDED, parse_config
 
 FOLDER = "tokenizer"  # of the workdir
 
@@ -107,9 +107,7 @@ def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
     def train() -> None:
         if folder.exists():
             return
-        records, _ = sources.load_records(
-            sources_of(data), form=data.form, columns=renamed_columns(data)
-        )
+        records, _ = sources.load_records(sources_of(data), config=parse_config(data))
         with config_errors("tokenizer"):
             tokenizer = train_tokenizer(map(_text, records[: data.limit or None]), int(size))
         with storage.replacing_folder(folder) as unfinished:
@@ -124,4 +122,4 @@ def _text(record: Record) -> str:
 
 
 def _part_text(part: str | list[Mapping[str, str]]) -> str:
-    return part if isinstance(part, str) else "\n".join(turn["content"] for turn in part)
+    return part if isinstance(part, str) else "\n".join(map(said, part))

@@ -57,14 +57,15 @@ def test_equal_dialogues_keep_their_last_message_as_the_response():
     "row",
     [
         {"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]},
-        # The dialogues part before a user's turn: that turn would be scored as the model's.
+        # The dialogues part before a user's turn.
         {
             "chosen": [user("q"), assistant("a"), user("x"), assistant("c")],
-            "rejected": [user("q"), assistant("b"), user("y"), assistant("d")],
+            "rejected": [user("q"), assistant("a"), user("y"), assistant("d")],
         },
+        # One of them is a dialogue, the other one an answer.
         {
-            "prompt": "another",
-            "chosen": [user("q"), assistant("a")],
+            "prompt": "q",
+            "chosen": [assistant("a")],
             "rejected": [user("q"), assistant("b")],
         },
     ],
@@ -179,6 +180,7 @@ HEAD = "\n\nHuman: q\n\nAssistant:"
     ("given_scores", "expected"),
     [
         ({}, None),
+        ({"score_chosen": "8", "score_rejected": " 6.5"}, (8.0, 6.5)),  # of a CSV file
         ({"score_chosen": None, "score_rejected": None, "margin": None}, None),
         ({"score_chosen": 8, "score_rejected": 6.5}, (8.0, 6.5)),
         ({"chosen_reward": 0.25, "rejected_reward": 0.75}, (0.25, 0.75)),
@@ -272,13 +274,13 @@ STIENNON = {
         ),
         ({**PAIR, "score_chosen": 1}, "auto", ["'score_rejected' is missing", "finite number"]),
         (
-            {**PAIR, "chosen_reward": "2", "rejected_reward": 1},
+            {**PAIR, "chosen_reward": "two", "rejected_reward": 1},
             "auto",
-            ["'chosen_reward'", "finite number", "str '2'"],
+            ["'chosen_reward'", "finite number", "str 'two'"],
         ),
         ({**PAIR, "margin": float("inf")}, "auto", ["'margin'", "finite number", "inf"]),
         ({**PAIR, "margin": 10**400}, "auto", ["'margin'", "finite number"]),
-        ({"prompt": "p", "completion": "c", "label": 1}, "auto", ["'label'", "true", "int 1"]),
+        ({"prompt": "p", "completion": "c", "label": 2}, "auto", ["'label'", "true", "int 2"]),
         ({**STIENNON, "choice": 2}, "auto", ["'choice'", "0 or 1", "int 2"]),
         ({**STIENNON, "choice": True}, "auto", ["'choice'", "bool True"]),
         ({**STIENNON, "summaries": [{"text": "a"}]}, "auto", ["'summaries'", "list of 1"]),
@@ -292,7 +294,7 @@ STIENNON = {
 )
 def test_a_fault_names_the_record_the_field_and_what_was_expected(row, form, parts):
     with pytest.raises(DataError) as caught:
-        parse(row, "file.jsonl:7", form)
+        parse(row, "file.jsonl:7", form, need_scores="responses" not in row)
     message = str(caught.value)
     for part in parts + ([] if form == "pairs" else ["file.jsonl:7"]):
         assert part in message

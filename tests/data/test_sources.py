@@ -7,7 +7,8 @@ import pathlib
 import datasets
 import pytest
 
-from dpojax.data.records import DataError
+from dpojax.data.parsing import ParseConfig
+from dpojax.data.records import DataError, read_columns
 from dpojax.data.sources import load_records, read
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(3)]
@@ -183,10 +184,13 @@ def test_a_name_that_is_neither_a_file_nor_on_the_hub_says_both(tmp_path, monkey
 
 def test_columns_can_be_renamed_and_a_wrong_name_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"q": "p", "chosen": "c", "rejected": "r"}')
-    records, _ = load_records(path, columns={"q": "prompt"})
+    config = ParseConfig(columns=read_columns("prompt=q"))
+    records, _ = load_records(path, config=config)
     assert (records[0].id, records[0].prompt) == ("a.jsonl:1", "p")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: columns renames \['question'\]"):
-        load_records(path, columns={"question": "prompt"})
+    config = ParseConfig(columns=read_columns("prompt=question"))
+    expected = r"a\.jsonl: columns takes 'prompt' from 'question', which no record has; they have "
+    with pytest.raises(DataError, match=expected + "chosen, q, rejected"):
+        load_records(path, config=config)
 
 
 def test_when_every_row_is_rejected_the_causes_are_shown(tmp_path):
@@ -207,6 +211,6 @@ def test_when_every_row_is_rejected_the_causes_are_shown(tmp_path):
     ],
 )
 def test_real_files_load(shared, path, form, read_count, record_count):
-    records, report = load_records(f"{shared}/data/{path}", form=form)
+    records, report = load_records(f"{shared}/data/{path}", config=ParseConfig(form))
     assert (report.read, len(records)) == (read_count, record_count)
     assert report.number("dropped", "prompts_differ") == read_count - record_count

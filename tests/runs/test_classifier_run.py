@@ -1,6 +1,7 @@
 """A classifier trained on labelled texts: its run, its folder, and the reward that opens it."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -116,19 +117,30 @@ def test_transformers_gives_the_exported_folder_the_probability_that_the_reward_
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"text": "b"}, r"a\.jsonl:2: field 'label' is missing .*data\.columns=label=NAME"),
-        ({"text": "b", "label": None}, r"a\.jsonl:2: field 'label' should be the class"),
-        ({"text": "b", "label": 0.5}, r"a\.jsonl:2: field 'label' should be .*got float 0\.5"),
-        ({"label": 1}, r"a\.jsonl:2: field 'text' is missing"),
-        ({"text": "b", "label": "good"}, r"all 2 texts .* are labelled 'good'"),
+        ({"text": "b"}, r"a\.jsonl:1: field 'label' is missing .*data\.columns=label=NAME"),
+        ({"text": "b", "label": None}, r"a\.jsonl:1: field 'label' should be the class"),
+        ({"text": "b", "label": 0.5}, r"a\.jsonl:1: field 'label' should be .*got float 0\.5"),
+        ({"label": 1}, r"a\.jsonl:1: field 'text' is missing"),
     ],
 )
-def test_records_that_say_no_class_are_refused_by_file_record_and_field(second, message, tmp_path):
+def test_records_that_say_no_class_are_dropped_by_file_record_and_field(second, message, tmp_path):
     path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in [{"text": "a", "label": "good"}, second]))
+    rows = [second, {"text": "a", "label": "good"}, {"text": "d", "label": "bad"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
     other.write_text(json.dumps({"text": "c", "label": "good"}))
     data = config(path, **{"classifier.data.eval_source": str(other)}).classifier.data
-    with pytest.raises(DataError, match=message):
+    loaded = classifier_data.load(data, reviews.tokenizer(), max_tokens=24, seed=0)
+    assert [example.id for example in loaded.examples] == ["a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
+    assert loaded.reports["train"].dropped == 1
+    assert re.search(message, str(loaded.reports["train"]))
+
+
+def test_texts_of_one_class_alone_are_refused(tmp_path):
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text, "label": "good"}) for text in "ab"))
+    other.write_text(json.dumps({"text": "c", "label": "good"}))
+    data = config(path, **{"classifier.data.eval_source": str(other)}).classifier.data
+    with pytest.raises(DataError, match=r"all 2 texts .* are labelled 'good'"):
         classifier_data.load(data, reviews.tokenizer(), max_tokens=24, seed=0)
 
 

@@ -97,8 +97,9 @@ def preference(i, **changes):
     return {"prompt": f"the film {i}", "chosen": " was good", "rejected": " was bad"} | changes
 
 
-def load_pairs(tiny, requirements=RANKED, **changes):
+def load_pairs(tiny, requirements=RANKED, malformed="drop", **changes):
     config = tiny(**{f"preference.data.{key}": value for key, value in changes.items()})
+    config.tokens.malformed = malformed
     return load(
         config.preference.data,
         config.tokens,
@@ -176,9 +177,17 @@ def test_a_record_without_the_scores_that_are_wanted_is_named(tiny, tmp_path):
     assert {e.scores for e in data.examples} == {(1.0, 0.0)}
     del rows[4]["margin"]
     source = write(tmp_path / "p.jsonl", rows)
+    data = load_pairs(tiny, DataRequirements(scores=True), source=source)
+    tally = data.reports["train and eval"].tallies["dropped"]["no_score"]
+    assert (tally.count, tally.examples, len(data.examples)) == (1, ["p.jsonl:5"], 19)
     with pytest.raises(DataError, match=r"p\.jsonl:5: .*score_chosen and score_rejected"):
-        load_pairs(tiny, DataRequirements(scores=True), source=source)
+        load_pairs(tiny, DataRequirements(scores=True), source=source, malformed="error")
     assert len(load_pairs(tiny, source=source).examples) == 20
+    rows = [preference(i) for i in range(20)]
+    with pytest.raises(
+        DataError, match=r"all 20 records were dropped:(.|\n)*p\.jsonl:1: this loss"
+    ):
+        load_pairs(tiny, DataRequirements(scores=True), source=write(tmp_path / "p.jsonl", rows))
 
 
 def ranking(i, scores):

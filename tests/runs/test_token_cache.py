@@ -118,6 +118,8 @@ CHANGES = [
     ("preference", "tokens.identical", "keep"),
     ("preference", "tokens.empty", "keep"),
     ("preference", "tokens.prompts_differ", "error"),
+    ("preference", "tokens.malformed", "error"),
+    ("preference", "tokens.assistant_turns", "last"),
     ("classifier", "classifier.max_tokens", 9),
     ("classifier", "seed", 1),  # draws the texts within the limit
 ]
@@ -308,6 +310,7 @@ def test_an_error_in_the_data_is_never_kept(tiny, tmp_path):
     path = tmp_path / "pairs.jsonl"
     write(path, [*ROWS, {"prompt": "the", "chosen": " plot"}])
     changes = {"preference.data.source": str(path), "stages": ("preference",)}
+    changes["tokens.malformed"] = "error"
     for _ in range(2):
         with pytest.raises(DataError, match=r"pairs\.jsonl:41"):
             runs.run(tiny(**changes), str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""A mapping from the fields of a file to those of a form: `prompt=question, chosen=answers[0].text`.
+"""The mapping `data.columns` from the fields of a file to those of a form.
 
 >>> columns = read_columns("prompt=turns[0].text, chosen=good, -id")
 >>> columns.apply({"turns": [{"text": "q"}], "good": "a", "id": 3}, "f:1", set())
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from dpojax.data.records.record import DataError, listed
 
 STEP = re.compile(r"\.?([^.\[\]]+)|\[(-?\d+)\]|\[(-?\d*):(-?\d*)\]")
 SYNTAX = (
-    "give columns as NAME=PATH,NAME=PATH,-NAME: NAME is the field that a form reads, PATH where the "
-    "file has it (question, turns[0].text, messages[:-1]), and -NAME leaves a field of the file out"
+    "give columns as NAME=PATH,NAME=PATH,-NAME: NAME is the field that a form reads, PATH where "
+    "the file has it (question, turns[0].text, messages[:-1]), and -NAME leaves a field out"
 )
 Path = tuple[str | int | slice, ...]
 
@@ -29,7 +30,7 @@ class Columns(NamedTuple):
       ignored: fields of the row that are not wanted.
     """
 
-    paths: dict[str, Path] = {}
+    paths: Mapping[str, Path] = types.MappingProxyType({})
     ignored: tuple[str, ...] = ()
 
     def apply(self, row: Mapping[str, Any], id: str, found: set[str]) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,6 +116,14 @@ def make_record(id: str, prompt: Content, responses: Any, **fields: Any) -> Reco
         return Record(id, prompt, responses, **fields)
     turns = tuple(as_messages(response, "assistant") for response in responses)
     return Record(id, as_messages(prompt, "user"), turns, **fields)
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """What a message says, as one text: its content, and its tool calls as JSON."""
+    content = message["content"] or ""
+    if not message.get("tool_calls"):
+        return content
+    return content + json.dumps(message["tool_calls"], ensure_ascii=False, default=str)
 
 
 def as_messages(content: Content, role: str) -> Messages:

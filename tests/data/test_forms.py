@@ -1,0 +1,1 @@
+"""Every form of docs/data.md parses to the record that the page says."""
