@@ -283,12 +283,14 @@ def _causes_table(report: Report) -> str:
 
 def _details(report: Report) -> str:
     """What is wrong with the first record of each cause, one line each."""
-    return "\n".join(
-        f"{cause}: {tally.why}"
-        for tallies in report.tallies.values()
-        for cause, tally in tallies.items()
-        if tally.why
-    )
+    lines = []
+    for tallies in report.tallies.values():
+        for cause, tally in tallies.items():
+            id = tally.examples[0]
+            if tally.why:
+                why = tally.why if tally.why.startswith(id) else f"{id}: {tally.why}"
+                lines.append(f"{cause}: {why}")
+    return "\n".join(lines)
 
 
 def _fields_table(report: Report) -> str:

@@ -431,7 +431,7 @@ def test_a_template_that_refuses_names_the_record():
     tokenizer = byte_level(chat_template=template)
     with pytest.raises(DataError, match="f:1: the chat template refuses this: roles must"):
         one(CHAT, tokenizer, TokenizeConfig(malformed="error"))
-    with pytest.raises(DataError, match=r"template_refuses: .*: roles must alternate .* f:1"):
+    with pytest.raises(DataError, match=r"template_refuses: f:1: roles must alternate"):
         one(CHAT, tokenizer)
 
 
