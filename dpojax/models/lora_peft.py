@@ -39,6 +39,7 @@ _HARMLESS = """
 peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
 task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
 fan_in_fan_out megatron_core qalora_group_size eva_config runtime_config ensure_weight_tying
+layers_to_transform layers_pattern
 """
 HARMLESS = frozenset(_HARMLESS.split())
 # Settings that are supported with these values only. Other initialisations (PiSSA, OLoRA, ...) also
@@ -90,7 +91,9 @@ def load_peft(
 
     If one adapter of peft's covers several of our kernels (`c_attn`), each kernel gets its own copy
     of `a`. The function is the same, but training moves the copies apart. A module's own rank or
-    alpha (`rank_pattern`, `alpha_pattern`) is kept; its scale is multiplied into `b`.
+    alpha (`rank_pattern`, `alpha_pattern`), which may differ from layer to layer, is kept: its
+    scale is multiplied into `b`, and smaller ranks are filled with zeros. A layer that peft does
+    not adapt (`layers_to_transform`, `exclude_modules`) gets zeros, which training does not move.
 
     Args:
       folder: a local folder or one on a bucket.
@@ -270,35 +273,77 @@ def _incoming(
         layers = range(decoder_config.layers)
         if not any(name in tensors for layer in layers for name in _names(module, layer)):
             continue
-        lora_a, lora_b = zip(*[_layer_pair(module, layer, tensors, unread) for layer in layers])
-        if len(ranks := {len(a) for a in lora_a}) > 1:
-            raise ValueError(f"{module.short}: layers differ in rank, {sorted(ranks)}")
-        rank = ranks.pop()
-        ratio = _alpha(settings, module.full(0)) / config.divisor(rank) / config.scale
-        for path, a, b in _parts(module, lora_a, lora_b, config.rank):
+        layer_pairs = [_layer_pair(module, layer, tensors, unread, settings) for layer in layers]
+        for layer, pair in enumerate(layer_pairs):
+            divisor = config.divisor(max(1, len(pair[0]))) * config.scale
+            ratio = _alpha(settings, module.full(layer)) / divisor
+            if not math.isclose(ratio, 1.0):
+                pair[1] = ratio * pair[1]
+        for path, a, b in _parts(module, *_of_one_rank(layer_pairs), config.rank):
             flat[f"{path}/a"] = jnp.asarray(a, jnp.float32)
-            flat[f"{path}/b"] = jnp.asarray(b if math.isclose(ratio, 1.0) else ratio * b)
+            flat[f"{path}/b"] = jnp.asarray(b, jnp.float32)
     for name, stored in sorted(unread.items()):
         raise ValueError(f"{stored.file}: tensor {name!r} is not an adapter of this model's blocks")
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _layer_pair(
-    module: _Module, layer: int, tensors: dict[str, Stored], unread: dict[str, Stored]
+    module: _Module,
+    layer: int,
+    tensors: dict[str, Stored],
+    unread: dict[str, Stored],
+    settings: dict,
 ) -> list[np.ndarray]:
-    """Take (lora_A, lora_B) of one layer out of `unread`, as float32, and check their shapes."""
+    """Take (lora_A, lora_B) of one layer out of `unread`, as float32, and check their shapes.
+
+    Both have no rank where peft does not adapt the layer.
+    """
     file, pair = next(iter(tensors.values())).file, []
-    for name in _names(module, layer):
+    names, outward = _names(module, layer), sum(module.outward)
+    if not any(name in tensors for name in names) and not _adapts(settings, module.full(layer)):
+        return [np.zeros((0, module.inward), np.float32), np.zeros((outward, 0), np.float32)]
+    for name in names:
         if name not in tensors:
-            raise ValueError(f"{file}: tensor {name!r} is missing; every layer needs its adapter")
+            raise ValueError(
+                f"{file}: tensor {name!r} is missing; the settings adapt its layer as well"
+            )
         pair.append(np.asarray(unread.pop(name).view, np.float32))
         shape, rank = pair[-1].shape, pair[0].shape[0]
-        expected = (rank, module.inward) if len(pair) == 1 else (sum(module.outward), rank)
+        expected = (rank, module.inward) if len(pair) == 1 else (outward, rank)
         if shape != expected:
             raise ValueError(
                 f"{file}: tensor {name!r} has shape {shape}, the model wants {expected}"
             )
     return pair
+
+
+def _of_one_rank(layer_pairs: list[list[np.ndarray]]) -> tuple[list, list]:
+    """Return all lora_A and all lora_B, filled with zeros to the largest rank of a layer."""
+    most = max(len(a) for a, _ in layer_pairs)
+    lora_a = [np.pad(a, ((0, most - len(a)), (0, 0))) for a, _ in layer_pairs]
+    return lora_a, [np.pad(b, ((0, 0), (0, most - b.shape[1]))) for _, b in layer_pairs]
+
+
+def _adapts(settings: dict, module: str) -> bool:
+    """Whether peft adapts a module: `check_target_module_exists` of its tuners."""
+    if _is_among(settings.get("exclude_modules"), module):
+        return False
+    targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
+    if layers in (None, []) or isinstance(targets, str) or module in (targets or ()):
+        return _is_among(targets, module)
+    patterns = settings.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            wanted = layers if isinstance(layers, list) else [layers]
+            return int(found[1]) in wanted and _is_among(targets, module)
+    return False
+
+
+def _is_among(names: str | list[str] | None, module: str) -> bool:
+    """Whether a pattern is a module's whole name, or one of several names is the end of it."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names or ())
 
 
 def _alpha(settings: dict, module: str) -> float:

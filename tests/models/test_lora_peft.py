@@ -163,6 +163,52 @@ def test_ranks_and_alphas_of_their_own_are_kept(bases, tmp_path):
     np.testing.assert_allclose(read_here(bases("llama"), tmp_path), expected, atol=1e-4)
 
 
+ONE_LAYER = r"model\.layers\.1\.self_attn\.q_proj"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"layers.1.self_attn.q_proj": 50.0}},
+        {"alpha_pattern": {ONE_LAYER: 50.0, "q_proj": 2.0}},  # the first that matches counts
+        {"alpha_pattern": {r"layers\.[02]\..*": 30.0}, "use_rslora": True},
+        {"rank_pattern": {"layers.2.self_attn.q_proj": 2}},
+        {"rank_pattern": {"layers.0.mlp.down_proj": 7}, "use_rslora": True},
+        {
+            "rank_pattern": {ONE_LAYER: 1, "down_proj": 5},
+            "alpha_pattern": {"layers.1.mlp.down_proj": 40.0},
+        },
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": 1},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"exclude_modules": ["model.layers.0.mlp.down_proj"]},
+        {"exclude_modules": r".*\.1\.self_attn\.q_proj"},
+        {"target_modules": r"model\.layers\.[12]\.(self_attn\.q_proj|mlp\.up_proj)"},
+        {"target_modules": ["model.layers.2.mlp.gate_proj", "q_proj"]},
+        {"fan_in_fan_out": True},  # of a Linear layer: peft ignores it, and warns
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+def test_what_peft_sets_for_single_layers_holds_for_those_layers(bases, tmp_path, settings):
+    settings = {"target_modules": ["q_proj", "down_proj"]} | settings
+    expected = write_with_peft(bases("llama"), tmp_path, **settings)
+    assert (
+        np.abs(expected - checkpoints.torch_logits(torch_base(bases("llama")), TOKENS)).max() > 0.1
+    )
+    np.testing.assert_allclose(read_here(bases("llama"), tmp_path), expected, atol=1e-4)
+
+
+def test_a_fused_module_whose_layers_differ_is_read_as_well(bases, tmp_path):
+    expected = write_with_peft(
+        bases("gpt2"),
+        tmp_path,
+        target_modules=["c_attn", "c_fc"],
+        rank_pattern={"h.1.attn.c_attn": 12, "h.2.mlp.c_fc": 1},
+        alpha_pattern={"h.0.attn.c_attn": 60.0},
+    )
+    np.testing.assert_allclose(read_here(bases("gpt2"), tmp_path), expected, atol=1e-4)
+
+
 def test_the_loaded_config_targets_exactly_what_was_loaded(bases, tmp_path):
     write_with_peft(bases("llama"), tmp_path, target_modules=["q_proj", "up_proj"])
     decoder_config, params, raw = huggingface.load(bases("llama"))
@@ -193,7 +239,10 @@ def test_a_folder_that_is_there_is_not_overwritten_and_nothing_is_half_written(b
         ("use_dora", True),
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
-        ("layers_to_transform", [0]),
+        ("modules_to_save", ["score"]),
+        ("trainable_token_indices", [3]),
+        ("layer_replication", [[0, 2]]),
+        ("target_parameters", ["q_proj.weight"]),
         ("init_lora_weights", "pissa"),
         ("lora_bias", True),
         ("a_key_of_next_year", 7),

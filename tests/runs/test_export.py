@@ -63,6 +63,7 @@ def moved_run(tmp_path_factory):
     return before, folder / "run", base
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_from_its_workdir_after_its_base_has_moved(moved_run, tmp_path):
     before, workdir, _ = moved_run
     after = export(workdir, tmp_path / "after")
@@ -80,6 +81,7 @@ def test_a_run_is_exported_from_its_workdir_after_its_base_has_moved(moved_run, 
     jax.tree.map(np.testing.assert_array_equal, policy.params, params)
 
 
+@pytest.mark.slow
 def test_adapters_name_the_base_of_the_config_or_where_it_is_now(moved_run, tmp_path):
     _, workdir, base = moved_run
     for number, (given, named) in enumerate((("", str(base)), ("owner/model", "owner/model"))):
@@ -90,6 +92,7 @@ def test_adapters_name_the_base_of_the_config_or_where_it_is_now(moved_run, tmp_
         export(workdir, tmp_path / "half", adapters=True, dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_rounded_to_the_dtype_that_is_asked_for(moved_run, dtype, tmp_path):
     torch = pytest.importorskip("torch", reason="rounds as torch does")
