@@ -1,9 +1,14 @@
 """A damaged checkpoint is noticed, whatever its damage is, and the newest whole one is used."""
 
+import errno
 import json
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -246,3 +251,92 @@ def test_a_removal_loses_the_name_before_it_loses_a_file(folder, monkeypatch):
     assert sorted(path.name.split(".")[1] for path in removed) == ["1", "2", "3"]
     assert names(folder)[-1] == "4"
     assert reopen(folder) == (4, 4)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_cannot_be_made_is_an_error_at_once(folder, monkeypatch, code, capfd):
+    """Orbax's thread would make it in the background, and others wait five minutes for it."""
+    original = os.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if "orbax" in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        original(path, *args, **kwargs)
+
+    with Checkpoints(folder) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", mkdir)
+            began = time.monotonic()
+            with pytest.raises(CheckpointError, match="free some space, and start") as error:
+                checkpoints.save(4, state(4), metadata={"of": 4})
+            assert time.monotonic() - began < 10
+        assert os.strerror(code) in str(error.value)
+        assert names(folder) == ["1", "2", "3"]
+        assert checkpoints.save(4, state(4), metadata={"of": 4}, score=0.1)
+    assert reopen(folder) == (4, 1)
+    assert not capfd.readouterr().err
+
+
+TWO = """
+import sys, jax
+port, index, folder = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from dpojax.sharding import make_mesh
+from dpojax.training.checkpoints import CheckpointError, Checkpoints
+mesh = make_mesh(data=1, fsdp=jax.device_count())
+at = NamedSharding(mesh, PartitionSpec("fsdp"))
+new = lambda step: {"w": jax.jit(lambda: jnp.arange(4096.0) + step, out_shardings=at)()}
+abstract = {"w": jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=at)}
+try:
+    with Checkpoints(folder) as checkpoints:
+        while checkpoints.latest is None or checkpoints.latest < 2:
+            step = (checkpoints.latest or 0) + 1
+            checkpoints.save(step, new(step), metadata={})
+        restored, _ = checkpoints.restore(abstract)
+        step = checkpoints.latest
+        print(step, all((a.data == b.data).all() for a, b in zip(
+            restored["w"].addressable_shards, new(step)["w"].addressable_shards)), flush=True)
+except CheckpointError as error:
+    print(error, flush=True)
+"""
+
+
+def in_two_processes(folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(port), str(index), str(folder)],
+            cwd=pathlib.Path(__file__).parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    results = [process.communicate(timeout=120) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], results
+    return [out.splitlines()[-1] for out, _ in results], [err for _, err in results]
+
+
+@pytest.mark.slow
+def test_two_processes_pass_over_the_same_damaged_checkpoint_and_say_it_once(tmp_path):
+    """Each of them reads a part of the files: only one of them sees the damage."""
+    folder, rng = tmp_path / "sft" / "checkpoints", np.random.default_rng(0)
+    assert in_two_processes(folder)[0] == ["2 True"] * 2
+    of_second = next(path for path in files_of(folder / "2") if "process_1/d" in str(path))
+    flip(of_second, rng)
+    out, err = in_two_processes(folder)
+    assert out == ["2 True"] * 2  # trained again, from step 1
+    assert "2 is damaged" in err[0]
+    assert "step 1 is used instead" in err[0]
+    assert "is damaged" not in err[1]
+    for step in (1, 2):
+        flip(max(files_of(folder / str(step)), key=os.path.getsize), rng)
+    out, _ = in_two_processes(folder)
+    assert all("no checkpoint can be read" in line for line in out)

@@ -132,8 +132,12 @@ class Checkpoints:
         position = None if data is None else data.get_state()
         score = None if score is None else float(score)
         record = Manifest(dict(metadata), position, score, {})
-        with explained(f"cannot write the checkpoint {self.folder}/{step}"):
-            written = writing.begin_writing(self.folder, step, state)
+        try:
+            with explained(f"cannot write the checkpoint {self.folder}/{step}"):
+                written = writing.begin_writing(self.folder, step, state)
+        except CheckpointError:
+            self._remove_unfinished(step)
+            raise
         scores = self._scores | {step: score}
         kept = self._kept(scores)
         removed = sorted(scores.keys() - kept.keys())
@@ -198,9 +202,8 @@ class Checkpoints:
         except CheckpointError as raised:
             error = raised
         failed = sharding.any_process(error is not None) if together else error is not None
-        if failed and jax.process_index() == 0:
-            with contextlib.suppress(OSError):
-                writing.remove_unfinished(self.folder, step)
+        if failed:
+            self._remove_unfinished(step)
         if error is not None:
             raise error
         if failed:
@@ -208,6 +211,11 @@ class Checkpoints:
                 f"cannot write the checkpoint {self.folder}/{step}: another process failed"
             )
         self._scores = kept
+
+    def _remove_unfinished(self, step: int) -> None:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                writing.remove_unfinished(self.folder, step)
 
     def _kept(self, scores: Scores) -> Scores:
         """The newest checkpoints of some, and the best one."""

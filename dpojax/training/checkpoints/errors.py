@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 
 # What TensorStore adds to its messages about itself.
-_SOURCE_LOCATIONS = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
+_DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec|os_error_code)=.*", re.DOTALL)
+_FULL = re.compile(r"No space left on device|quota exceeded", re.IGNORECASE)
 
 
 class CheckpointError(RuntimeError):
@@ -20,12 +21,13 @@ class Damaged(Exception):
     """A checkpoint's files are not those that were written; the message says which."""
 
 
-def _only_problems_of_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+def _only_warnings_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 # Orbax shares absl's one logger with the user's program and writes dozens of INFO lines per save.
-logging.getLogger("absl").addFilter(_only_problems_of_orbax)
+# Its errors have the tracebacks of its threads, hundreds of lines; each of them is raised as well.
+logging.getLogger("absl").addFilter(_only_warnings_of_orbax)
 
 
 @contextlib.contextmanager
@@ -36,12 +38,15 @@ def explained(what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{what}: {cause_of(error)}") from error
+        cause = cause_of(error)
+        if _FULL.search(cause):
+            cause += "; free some space, and start the same command again: it resumes"
+        raise CheckpointError(f"{what}: {cause}") from error
 
 
 def cause_of(error: BaseException) -> str:
     """The first cause of an error in one line: Orbax wraps it, and TensorStore adds its spec."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(_SOURCE_LOCATIONS.sub("", str(error)).split())
+    text = " ".join(_DETAILS.sub("", str(error)).split())
     return f"{type(error).__name__}: {text}"
