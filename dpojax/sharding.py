@@ -10,8 +10,12 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from absl import logging
+from jax._src import distributed  # the coordinator's address has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpojax import peers
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that rows of tokens are spread over
@@ -59,22 +63,76 @@ def sweep_mesh(mesh: Mesh, size: int) -> Mesh:
     return Mesh(devices, (SWEEP, *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
 
 
+class DistributedError(RuntimeError):
+    """The processes of a run do not find each other."""
+
+
 def start_distributed() -> None:
     """Connect the processes of a run; do nothing if they are connected already.
 
     JAX finds them by itself on a TPU pod and under Slurm, Open MPI and Kubernetes. Anywhere else,
     set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID for
     every process.
+
+    Raises:
+      DistributedError: they do not find each other, or a variable is no number.
     """
     if jax.distributed.is_initialized():
         return
+    # It would take over SIGTERM, and forget one that comes before the training: see `peers`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**_distributed_settings())
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"the processes of the run did not find each other: {str(error).splitlines()[0]} (on a "
+            "TPU pod and under Slurm JAX finds them by itself; elsewhere set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
+        ) from error
+    _link_processes()
+
+
+def _distributed_settings() -> dict[str, int]:
     variables = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    settings = {
-        name: int(os.environ[variable])
-        for name, variable in variables.items()
-        if variable in os.environ
-    }
-    jax.distributed.initialize(**settings)
+    settings = {}
+    for name, variable in variables.items():
+        if (value := os.environ.get(variable)) is not None:
+            if not value.isdigit():
+                raise DistributedError(f"{variable} = {value!r}: not a number")
+            settings[name] = int(value)
+    return settings
+
+
+def _link_processes() -> None:
+    """Open the line of `peers` between all processes, or none where one of them cannot."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return
+    link, server, port_and_secret = peers.Link(index, count), None, (0, 0)
+    if index == 0:
+        server, *port_and_secret = peers.listen()
+    port_and_secret = multihost_utils.broadcast_one_to_all(np.array(port_and_secret, np.int32))
+    port, secret = map(int, port_and_secret)
+    try:
+        if index == 0:
+            peers.accept(link, server, secret)
+        else:
+            # The one address of process 0 that every process has reached already.
+            host = distributed.global_state.coordinator_address.rsplit(":", 1)[0].strip("[]")
+            peers.connect(link, host, port, secret)
+        stands = True
+    except OSError:
+        stands = False
+    if multihost_utils.process_allgather(np.array(stands)).all():
+        peers.use(link)
+    else:
+        link.close()
+        if index == 0:
+            logging.warning(
+                "the processes cannot open a line of their own (port %d of process 0): one that "
+                "is killed is noticed by JAX alone, after 100 seconds",
+                port,
+            )
 
 
 def agreed(value: Flag) -> Flag:
@@ -165,6 +223,18 @@ def to_host(tree):
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def settle(tree):
+    """Wait for these results where several processes compute on CPUs; return them.
+
+    There a program takes one thread for each device until its collectives are done. Programs that
+    do not need each other's results may take all threads in halves, and then wait for ever. Whoever
+    starts several of them settles each one first.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return jax.block_until_ready(tree)
+    return tree
 
 
 def row_shards(mesh: Mesh) -> int:

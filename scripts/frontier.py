@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from dpojax.config.command_line import parse
+from dpojax.config.command_line import ConfigFlag
+from dpojax.runs.command import run_script
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a frontier(config).")
+CONFIG = ConfigFlag("A file with a frontier(config).")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
 METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier(config).")
@@ -36,16 +36,9 @@ VECTORISE = flags.DEFINE_bool(
     None,
     "Train runs that can share a program as one vectorised sweep; default: if workers is 1.",
 )
-flags.mark_flag_as_required("config")
 
 
-def main(_) -> int:
-    from dpojax.runs.command import exit_status
-
-    return exit_status(make_frontier_and_report)
-
-
-def make_frontier_and_report() -> int:
+def main() -> int:
     from dpojax.frontier import dry_run, frontier, results
     from dpojax.jobs import local_workers
 
@@ -72,7 +65,7 @@ def planned_runs() -> list:
     from dpojax.config.errors import ConfigError
     from dpojax.frontier.runs import read_runs, run_of_loss
 
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    path = CONFIG.path
     runs = read_runs(path, CONFIG.value)
     if unknown := set(METHODS.value) - {run.method for run in runs}:
         names = ", ".join(sorted(unknown))
@@ -84,4 +77,4 @@ def planned_runs() -> list:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    run_script(main, CONFIG)

@@ -16,12 +16,14 @@ import os
 import sys
 
 from dpojax import storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.data import lint, records, sources, tokenise
 from dpojax.data.examples import Example
 from dpojax.data.parsing import ParseConfig
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.data.tokenizer_files import read_tokenizer
+from dpojax.runs.command import run_command
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     default = TokenizeConfig()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", required=True, nargs="+", help="file, glob, folder or hub name; several files")
     add("--tokenizer", required=True, help="Hugging Face folder or hub name")
@@ -178,4 +180,4 @@ def _paint(text: str, style: str, colour: bool) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 
-from absl import app, flags
+from absl import flags
+
+from dpojax.runs.command import run_script
 
 TEXT = flags.DEFINE_string
 NUMBER, COUNT = flags.DEFINE_float, flags.DEFINE_integer
@@ -50,13 +52,7 @@ COUNT("seed", 0, "Of prompts, completions and labels.")
 PROCESS = TEXT("process", "", "INDEX/COUNT; as JAX counts by default.")
 
 
-def main(_) -> int:
-    from dpojax.runs.command import exit_status
-
-    return exit_status(generate)
-
-
-def generate() -> None:
+def main() -> None:
     import dataclasses
 
     from dpojax.runs.preferences import Settings, generate_preferences, parse_process
@@ -71,4 +67,4 @@ def generate() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_script(main)

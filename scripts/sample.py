@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags
+
+from dpojax.runs.command import run_script
 
 MODEL = flags.DEFINE_multi_string("model", None, "One column each.", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt.")
@@ -27,29 +28,21 @@ CHAT = flags.DEFINE_bool("chat", False, "Prompts are users' messages, for the ch
 BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", lower_bound=1)
 
 
-def main(_) -> int:
-    from dpojax.config.errors import ConfigError
-    from dpojax.training.checkpoints import CheckpointError
-
-    logging.set_verbosity(logging.WARNING)
-    try:
-        prompts = read_prompts()
-        columns = [respond(name, prompts) for name in MODEL.value]
-    except (ConfigError, CheckpointError, OSError, ValueError) as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+def main() -> None:
+    prompts = read_prompts()
+    columns = [respond(name, prompts) for name in MODEL.value]
     width = shutil.get_terminal_size().columns
     print(side_by_side(MODEL.value, width))
     for prompt, *responses in zip(prompts, *columns):
         print("\n" + textwrap.fill(f"> {prompt}", width))
         for number, texts in enumerate(zip(*responses), 1):
             print(f"sample {number}\n{side_by_side(texts, width)}")
-    return 0
 
 
 def read_prompts() -> list[str]:
     """Those of --prompt, then the lines of --prompts that are not empty."""
     from dpojax import storage
+    from dpojax.config.command_line import UsageError
 
     lines = []
     if PROMPTS.value:
@@ -57,7 +50,7 @@ def read_prompts() -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     prompts = [*PROMPT.value, *(line for line in lines if line.strip())]
     if not prompts:
-        raise ValueError("no prompt: give --prompt=TEXT or --prompts=FILE")
+        raise UsageError("no prompt: give --prompt=TEXT or --prompts=FILE")
     return prompts
 
 
@@ -115,4 +108,4 @@ def side_by_side(texts: Sequence[str], width: int) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_script(main)

@@ -14,31 +14,24 @@ from __future__ import annotations
 import os
 import sys
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from dpojax.config.command_line import parse
+from dpojax.config.command_line import ConfigFlag
+from dpojax.runs.command import run_script
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file with a sweep().", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
+CONFIG = ConfigFlag("A file with a sweep().")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Devices without an accelerator; 0: one for each core.", lower_bound=0
 )
 
 
-def main(_) -> int:
-    from dpojax.runs.command import exit_status
-    from dpojax.sweeps.sweep import use_cpu_devices
+def main() -> int:
+    from dpojax.sweeps.members import read_sweep
+    from dpojax.sweeps.sweep import run_sweep, use_cpu_devices
 
     use_cpu_devices(CPU_DEVICES.value or _cores())
-    return exit_status(make_sweep_and_table)
-
-
-def make_sweep_and_table() -> int:
-    from dpojax.sweeps.members import read_sweep
-    from dpojax.sweeps.sweep import run_sweep
-
-    members = read_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
+    members = read_sweep(CONFIG.path)
     failures = run_sweep(CONFIG.value, members, WORKDIR.value)
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
@@ -50,5 +43,4 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse)
+    run_script(main, CONFIG)

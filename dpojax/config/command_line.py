@@ -1,28 +1,303 @@
-"""What the scripts share of their command lines."""
+"""Command lines of scripts: every word means something, or is an error that says what was meant."""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import ast
+import difflib
+import math
+import re
 import sys
-import types
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
 
-from absl import app
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from dpojax.config.files import read_config
+
+OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what editors make of hyphens
+CONFIG_WORD = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+LARGEST = 2**63 - 1
+TRUTH = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
+SHOWN = 60  # characters of a value that an error shows
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """absl's parser, where a key that the config does not have is a usage error."""
+class UsageError(ValueError):
+    """A command line that says nothing; the command ends with `USAGE`."""
+
+
+USAGE = 2
+
+
+class ConfigFlag:
+    """The flags `--config=FILE` and `--config.KEY=VALUE` of a script; see `parse_flags`.
+
+    Attributes:
+      path: FILE, or FILE:VARIANT.
+      value: the config, locked, with the values of the command line.
+    """
+
+    path: str
+    value: ConfigDict
+
+    def __init__(self, text: str):
+        flags.DEFINE_string("config", None, f"{text} Its keys: --config.KEY=VALUE.", required=True)
+
+
+def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
+    """Parse the command line of a script whose flags are absl's.
+
+    Args:
+      words: the command line, without the name of the script.
+      config: gets the config that the words name.
+
+    Raises:
+      UsageError: naming the first word that is no part of the command line.
+      ConfigError: the config file cannot be read.
+      SystemExit: 0, after --help.
+    """
+    if {"-h", "--help", "--helpshort", "--helpfull"} & set(words):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    check_dashes(words)
+    rest = list(words)
+    if config is not None and (path := _config_path(words)):
+        config.path = path
+        config.value = read_config(path)
+        rest = _set_keys(config.value, words)
+    _refuse_repeated(name for name in _names(rest) if not _may_repeat(name))
     try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(f"{arguments[0]}: {error.args[0] if error.args else error}")
+        left = flags.FLAGS([sys.argv[0], *rest])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(_unknown(f"--{error.flagname}", [f"--{x}" for x in _own()])) from error
+    except flags.Error as error:
+        raise UsageError(_one_line(str(error))) from error
+    if left:
+        raise UsageError(_stray(left[0], words))
 
 
-def load_config_file(path: str) -> types.ModuleType:
-    """The module of a config file, for its functions besides get_config(); FILE:VARIANT is FILE."""
-    file, extension, _ = path.partition(".py:")
-    spec = importlib.util.spec_from_file_location(
-        "config_file", file + (".py" if extension else "")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, as strict as `parse_flags`: no abbreviation, no flag twice, errors in one line."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            check_dashes(words)
+            _refuse_repeated(_names(words))
+            for word in filter(_is_flag, words):
+                name = word.partition("=")[0]
+                if name not in self._option_string_actions:
+                    raise UsageError(_unknown(name, self._option_string_actions))
+        except UsageError as error:
+            self.error(str(error))
+        options, left = self.parse_known_args(words, namespace)
+        if left:
+            self.error(_stray(left[0], words))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {_one_line(message)} (--help shows all flags)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def check_dashes(words: Iterable[str]) -> None:
+    """Raise UsageError for a word that begins with a dash which is no hyphen."""
+    for word in words:
+        name = word.lstrip("-" + OTHER_DASHES)
+        if any(dash in word[: len(word) - len(name)] for dash in OTHER_DASHES):
+            raise UsageError(
+                f"{_short(word)}: begins with a dash, not with hyphens; write --{name}"
+            )
+
+
+def set_key(config: ConfigDict, key: str, text: str) -> None:
+    """Set one key of a config to the value that a text means.
+
+    Args:
+      key: dotted, such as "preference.beta".
+
+    Raises:
+      UsageError: the config has no such key, or the value is not of its type.
+    """
+    *parents, name = _known_key(config, key)
+    node = config
+    for part in parents:
+        node = node[part]
+    kind = node.get_type(name)
+    word = f"--config.{key}={_short(text)}"
+    try:
+        node[name] = _value(text, kind, node[name])
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        expected = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "")
+        raise UsageError(f"{word}: {expected or error} is expected") from error
+    _require_reasonable(word, node[name])
+
+
+def _value(text: str, kind: type, now: Any) -> Any:
+    """The value of a key's type that a text means.
+
+    Raises:
+      ValueError, SyntaxError, MemoryError, RecursionError: there is none.
+    """
+    if kind is bool:
+        return flags.BooleanParser().parse(text)
+    if kind is tuple:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            if not re.fullmatch(r"[\w./:*@-]+(,[\w./:*@-]+)*,?", text):
+                raise ValueError("a list such as a,b or ('a','b')") from None
+            value = tuple(filter(None, text.split(",")))
+        value = tuple(value) if isinstance(value, tuple | list) else (value,)
+        kinds = {type(one) for one in now}
+        if len(kinds) == 1 and not all(isinstance(one, *kinds) for one in value):
+            raise ValueError(f"a list of {kinds.pop().__name__}, such as {now!r},")
+        return value
+    if kind in (int, float, str):
+        return kind(text)
+    raise ValueError(f"{kind.__name__} cannot be set on the command line: a config file")
+
+
+def _require_reasonable(word: str, value: Any) -> None:
+    """Raise UsageError for numbers that no key can have."""
+    if isinstance(value, tuple):
+        for one in value:
+            _require_reasonable(word, one)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{word}: a finite number is expected")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UsageError(f"{word}: the number is too large")
+
+
+def _known_key(config: ConfigDict, key: str) -> list[str]:
+    """The parts of a dotted key that the config has, and that is no group of keys.
+
+    Raises:
+      UsageError: naming the nearest key.
+    """
+    parts, node = key.split("."), config
+    for part in parts:
+        if not isinstance(node, ConfigDict) or part not in node:
+            keys = [f"--config.{name}" for name in _keys(config)]
+            raise UsageError(_unknown(f"--config.{key}", keys))
+        node = node.get(part)
+    if isinstance(node, ConfigDict):
+        first = next(iter(_keys(node)), "KEY")
+        raise UsageError(f"--config.{key}: a group of keys; set one, as --config.{key}.{first}=...")
+    return parts
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All dotted keys of a config."""
+    names = []
+    for name in config:
+        node = config.get(name)
+        if isinstance(node, ConfigDict):
+            names += _keys(node, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _config_path(words: Sequence[str]) -> str:
+    """The value of --config; "" if there is none."""
+    values = []
+    for index, word in enumerate(words):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL):
+            following = words[index + 1] if index + 1 < len(words) else ""
+            values.append(following if match[1] is None else match[1])
+    if len(set(values)) > 1:
+        raise UsageError(f"--config is given twice: {' and '.join(values)}")
+    if values and not values[0]:
+        raise UsageError("--config is empty: name a config file")
+    return values[0] if values else ""
+
+
+def _set_keys(config: ConfigDict, words: Sequence[str]) -> list[str]:
+    """Set the keys that the words name; return the other words."""
+    rest, texts = [], {}
+    remaining = iter(words)
+    for word in remaining:
+        match = CONFIG_WORD.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        negated, key, text = match.groups()
+        *parents, name = _known_key(config, key)
+        node = config
+        for part in parents:
+            node = node[part]
+        if node.get_type(name) is bool and text is None:
+            text = "false" if negated else "true"
+        elif negated:
+            raise UsageError(f"{word}: only a key that is true or false can begin with no")
+        elif text is None and (text := next(remaining, None)) is None:
+            raise UsageError(f"{word}: a value is missing; write {word}=VALUE")
+        if texts.setdefault(key, text) != text:
+            raise UsageError(f"--config.{key} is given twice: {_short(texts[key])}, {_short(text)}")
+        set_key(config, key, text)
+    return rest
+
+
+def _own() -> list[str]:
+    """The flags of the script itself, without those that absl has for every program."""
+    main = flags.FLAGS.find_module_defining_flag
+    return [name for name in flags.FLAGS if not (main(name) or "absl").startswith("absl")]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-+|-[\d.].*", word)
+
+
+def _names(words: Iterable[str]) -> list[str]:
+    """The names of the flags in the words, without hyphens."""
+    return [word.lstrip("-").partition("=")[0] for word in words if _is_flag(word)]
+
+
+def _may_repeat(name: str) -> bool:
+    return name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
+
+
+def _refuse_repeated(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen and name != "config":
+            raise UsageError(f"--{name} is given twice")
+        seen.add(name)
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    """Says that there is no such flag, and which one is nearest."""
+    last = name.lstrip("-").rpartition(".")[2]  # a key may be named without its group
+    near = [one for one in known if one.rpartition(".")[2] == last and last]
+    near = near[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"{_short(name)}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _stray(word: str, words: Sequence[str]) -> str:
+    """Says what a word was meant to be that belongs to no flag."""
+    index = list(words).index(word)
+    before = words[index - 1] if index else ""
+    if before.startswith("-") and "=" not in before and word.lower() in TRUTH:
+        return f"{word!r} stands alone: write {before}={word}"
+    if re.match(r"\w[\w.]*=", word):
+        return f"{_short(word)}: two hyphens are missing; write --{_short(word)}"
+    return f"{_short(word)!r} belongs to no flag; a value with spaces needs quotes"
+
+
+def _short(text: str) -> str:
+    text = text.encode("unicode_escape", "backslashreplace").decode() if _odd(text) else text
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+def _odd(text: str) -> bool:
+    """Whether a text would not be one line on a terminal."""
+    return not text.isprintable()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

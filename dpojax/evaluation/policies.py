@@ -28,7 +28,7 @@ from dpojax.evaluation.rewards import Reward
 from dpojax.evaluation.text_statistics import Lengths, distinct_n, lengths, mean_repetition
 from dpojax.models.decoder import Model, Params
 from dpojax.sampling import Sample, Sampler, generate
-from dpojax.sharding import put_rows, row_shards, to_host
+from dpojax.sharding import put_rows, row_shards, settle, to_host
 from dpojax.training.forward import build_score
 
 NO_LIMIT = 2**30  # tokens; the sampler limits the length of a prompt
@@ -267,7 +267,7 @@ def divergences(
     ratio, kl = np.zeros((2, count))
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "mesh": mesh}
     for rows, placed in _batches(prompts, drawn, **limits):
-        of_policy = score(params, placed)
+        of_policy = settle(score(params, placed))
         # `score` returns KL(reference || params), so the policy is passed as the reference here.
         of_reference = score(reference_params, placed, reference=params)
         policy_logprob, reference_logprob, token_kl = to_host(

@@ -5,7 +5,6 @@ python -m dpojax.frontier.reference_samples --config=CONFIG.json --policy=FOLDER
 
 from __future__ import annotations
 
-import argparse
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax import storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.config.saved import config_from_json
 from dpojax.data.prompts import read_prompts
 from dpojax.evaluation.policies import encode_prompts, response_texts
@@ -86,7 +86,7 @@ def read_reference_samples(path: storage.Path) -> tuple[np.ndarray, np.ndarray]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of a job: see above."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dpojax.frontier.reference_samples",
         description="Rewards of many samples of a policy to held-out prompts.",
     )

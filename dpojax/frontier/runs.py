@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpojax.config.command_line import load_config_file
 from dpojax.config.errors import ConfigError
+from dpojax.config.files import failing_at_its_line, load_config_file, split_variant
 
 PREFERENCE, PPO, ONLINE = "preference", "ppo", "online"  # values of `Run.stage`
 PREFERRED_FT, UNLIKELIHOOD, ONLINE_DPO = "preferred_ft", "unlikelihood", "online_dpo"  # methods
@@ -92,4 +92,5 @@ def read_runs(path: str, config: ConfigDict) -> list[Run]:
     module = load_config_file(path)
     if not hasattr(module, "frontier"):
         raise ConfigError(f"{path}: has no function frontier(config) that returns the runs")
-    return module.frontier(config)
+    with failing_at_its_line(split_variant(path)[0]):
+        return module.frontier(config)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 
 from dpojax import sharding, storage
-from dpojax.jobs.job import Job, execute, execute_logged, pending, stoppable
+from dpojax.jobs.job import Job, execute, execute_logged, pending
 from dpojax.jobs.progress import shown, ticking
+from dpojax.stopping import listening
 
 NONE_LEFT = -1
 
@@ -23,10 +24,10 @@ def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
       what: names the plan in the line that shows how far it is.
 
     Raises:
-      Preempted: after a SIGTERM; what was done is kept.
+      Preempted: asked to stop; what was done is kept.
       what a job raises, unless it has failed by itself: then the others go on.
     """
-    with shown(jobs, folder, what) as clock, stoppable(what):
+    with shown(jobs, folder, what) as clock, listening(what):
         while to_do := pending(jobs):
             job = to_do[0]
             clock.start(job.name)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shlex
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
-from dpojax.training.preemption import Preempted
+from dpojax.stopping import Preempted
 
 PYTHON = ("python", "-m")  # how every command begins; a module of dpojax and its arguments follow
 
@@ -113,6 +112,9 @@ def execute_logged(job: Job, folder: storage.Path) -> None:
             try:
                 execute(job)
                 _require_outputs(job)
+            except Preempted as stopped:
+                print(stopped)
+                raise
             except BaseException:
                 traceback.print_exc()
                 if not job.has_failed:
@@ -124,20 +126,6 @@ def execute_logged(job: Job, folder: storage.Path) -> None:
 def plan_as_json(jobs: Sequence[Job]) -> list[dict]:
     """The jobs as a list of JSON objects, each with its command as one line for a shell."""
     return [job._asdict() | {"command": shlex.join(job.command)} for job in jobs]
-
-
-@contextlib.contextmanager
-def stoppable(what: str) -> Iterator[None]:
-    """Outside of training a SIGTERM raises Preempted. Training has its own handler, which saves."""
-
-    def stop(*_: Any) -> None:
-        raise Preempted(f"{what}: stopped, what is done is kept")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Log:

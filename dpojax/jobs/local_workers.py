@@ -22,8 +22,9 @@ import jax
 from absl import logging
 
 from dpojax import storage
-from dpojax.jobs.job import Job, execute_logged, pending, stoppable
+from dpojax.jobs.job import Job, execute_logged, pending
 from dpojax.jobs.progress import Clock, shown
+from dpojax.stopping import SIGNALS, STOPPED, listening
 from dpojax.training.compilation_cache import shared_programs
 
 
@@ -52,12 +53,12 @@ def run_jobs(
       compilation_cache: a folder of compiled programs that the processes share.
 
     Raises:
-      Preempted: after a SIGTERM; what was done is kept.
+      Preempted: asked to stop; what was done is kept.
       ChildProcessError: a process was killed.
       what a job raises, unless it has failed by itself; the others are stopped first, as by a
         SIGTERM.
     """
-    with shown(jobs, folder, what, workers) as clock, stoppable(what), _pool(workers) as pool:
+    with shown(jobs, folder, what, workers) as clock, listening(what), _pool(workers) as pool:
         running: dict[Future, Job] = {}
         try:
             while True:
@@ -95,7 +96,7 @@ def next_job(jobs: Sequence[Job], running: Collection[Job]) -> Job | None:
 def _execute(job: Job, folder: str, what: str, compilation_cache: str) -> None:
     """Do a job in a process of the pool."""
     logging.set_verbosity(logging.WARNING)
-    with shared_programs(compilation_cache), stoppable(what):
+    with shared_programs(compilation_cache), listening(what):
         execute_logged(job, storage.as_path(folder))
 
 
@@ -135,8 +136,10 @@ def _settle(shares) -> None:
     A SIGTERM between two jobs unwinds: a process that died at once would take the lock of the
     jobs' queue with it, and the others would wait for that forever.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it, and ends us by a SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    for number in SIGNALS:
+        if number != signal.SIGTERM:  # the parent sees the others, and ends us by a SIGTERM
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, shares.get())
     parent = multiprocessing.parent_process()

@@ -1,47 +1,138 @@
-"""How commands end: with a status, and a paragraph for whatever a user can mend."""
+"""How commands end: with a status, and a paragraph for whatever a user can mend.
+
+Nothing of dpojax that imports JAX is imported before a command runs: a signal that comes meanwhile
+ends it with a sentence, too.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import pathlib
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import logging
 
-from dpojax.config.errors import ConfigError
-from dpojax.data.records import DataError
-from dpojax.evaluation.policies import NothingStopped
-from dpojax.evaluation.rewards import RewardError
-from dpojax.sharding import FirstProcessFailed
-from dpojax.storage import StorageError
-from dpojax.training.checkpoints import CheckpointError
-from dpojax.training.loop import NonFiniteLoss
-from dpojax.training.preemption import Preempted
-from dpojax.training.reference import ReferenceMismatch
+from dpojax import peers, stopping
+from dpojax.config.command_line import USAGE, ConfigFlag, UsageError, parse_flags
+from dpojax.runs import terminal
+from dpojax.stopping import STOPPED, Preempted
 
-# What a user can mend; anything else is a bug of ours, and shows its traceback.
-FAILURES = (ConfigError, DataError, CheckpointError, ReferenceMismatch, NonFiniteLoss, OSError)
-FAILURES += (RewardError, NothingStopped, StorageError, FirstProcessFailed)
-STOPPED = 143  # the status of a command that a SIGTERM ended; the same command goes on
+FAILED = 1
+LINGER = 20.0  # seconds that a command may take to end once it is done
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """The errors that a user can mend; anything else is a bug of ours, and shows its traceback."""
+    from dpojax.config.errors import ConfigError
+    from dpojax.data.records import DataError
+    from dpojax.evaluation.policies import NothingStopped
+    from dpojax.evaluation.rewards import RewardError
+    from dpojax.sharding import DistributedError, FirstProcessFailed
+    from dpojax.storage import StorageError
+    from dpojax.training.checkpoints import CheckpointError
+    from dpojax.training.loop import NonFiniteLoss
+    from dpojax.training.reference import ReferenceMismatch
+
+    of_data = (ConfigError, DataError, StorageError, OSError, RewardError, NothingStopped)
+    of_training = (CheckpointError, ReferenceMismatch, NonFiniteLoss)
+    return (*of_data, *of_training, FirstProcessFailed, DistributedError)
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit status.
 
-    0 or what the command returns; 1 with the error in one paragraph, for what a user can mend;
-    `STOPPED` after a SIGTERM.
+    0 or what the command returns; 1 with the error in one paragraph, for what a user can mend, and
+    with a traceback for anything else; `STOPPED` after SIGTERM, SIGINT or SIGHUP. Other processes
+    of the run end with the same status.
     """
     logging.set_verbosity(logging.WARNING)
     try:
-        return command() or 0
+        status = command() or 0
     except Preempted as stopped:
-        print(f"{stopped}; the same command goes on", file=sys.stderr)
-        return STOPPED
-    except FAILURES as error:
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _stopped(stopped)
+    except UsageError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return USAGE
+    except SystemExit as error:  # of argparse
+        status = error.code if isinstance(error.code, int) else FAILED
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException as error:
+        if isinstance(error, failures()):
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            _wait_for_the_one_that_died(error)
+            traceback.print_exception(error)
+        status = FAILED
+    if link := peers.current():
+        if status == 0:
+            link.close()
+        else:
+            link.end(status, "has failed; see what it printed")
+    return status
+
+
+def _stopped(stopped: Preempted) -> int:
+    """Say how the command was stopped; what it lost its lock to is told instead."""
+    from dpojax.storage import lost_locks
+
+    link = peers.current()
+    if lost := lost_locks():
+        print(f"\nLocked: {', '.join(lost)}: another process took over", file=sys.stderr)
+        return FAILED
+    print(f"\n{stopped}; {stopping.GO_ON}", file=sys.stderr)
+    if link and link.has_agreed:
+        link.close()
+    elif link:
+        link.end(STOPPED, "was asked to stop")
+    return STOPPED
+
+
+def _wait_for_the_one_that_died(error: BaseException) -> None:
+    """A collective fails a moment before the line says which process is gone, and ends this one."""
+    if peers.current() is not None and type(error).__module__.startswith("jax"):
+        threading.Event().wait(peers.LOST + 5)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run the main function of a module, and end the process with its status."""
-    sys.exit(exit_status(main))
+    """Run the main function of a module or script, and end the process with its status.
+
+    Signals, a terminal that is gone, and libraries that print are looked after.
+    """
+    stopping.announce_signals()
+    terminal.look_after()
+    with stopping.listening():
+        end(exit_status(main))
+
+
+def run_script(main: Callable[[], int | None], config: ConfigFlag | None = None) -> NoReturn:
+    """`run_command`, of a script whose flags are absl's; `config` is its flag --config."""
+
+    def parse_and_run() -> int | None:
+        parse_flags(sys.argv[1:], config)
+        return main()
+
+    run_command(parse_and_run)
+
+
+def end(status: int) -> NoReturn:
+    """End the process within `LINGER` seconds.
+
+    A process that has failed is not kept by threads of a library, or by a barrier in which the
+    others of its run will not come.
+    """
+    alone = peers.current() is None
+    if status and not alone:
+        with contextlib.suppress(Exception):
+            threading.Event().wait(0.5)  # the others hear why before the coordinator is gone
+        stopping.end_now(status)
+    if status or alone:
+        text = f"ended after {LINGER:.0f} s of waiting for threads of libraries"
+        timer = threading.Timer(LINGER, stopping.end_now, [status, text])
+        timer.daemon = True
+        timer.start()
+    sys.exit(status)

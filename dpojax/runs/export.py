@@ -6,10 +6,10 @@ python -m dpojax.runs.export --workdir=runs/reviews --out=exported [--stage=sft]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from dpojax import storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
 from dpojax.runs.base_files import with_base_files
@@ -71,7 +71,7 @@ def export(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of `export`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dpojax.runs.export",
         description="Write a stage's policy as a Hugging Face folder.",
     )

@@ -15,7 +15,6 @@ that makes it, nor on when.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -29,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpojax import storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.data import pairing, reviews
 from dpojax.data.pairing import Labels, pairs_of, ranking_of
@@ -376,7 +376,7 @@ def parse_process(text: str) -> tuple[int, int] | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of a job: see above."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dpojax.runs.preferences",
         description="Make preference data of a policy's own completions.",
     )

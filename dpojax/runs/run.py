@@ -7,7 +7,6 @@ trains a config that was written as JSON. scripts/train.py takes config files in
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import (
     code_changed,
@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: str | storage.Path) -> None:
 
     Raises:
       ConfigError, DataError: before anything is trained; no checkpoint is changed.
-      Preempted: after a SIGTERM, once the state is saved.
+      Preempted: asked to stop (SIGTERM, SIGINT, SIGHUP), once the state is saved.
       NonFiniteLoss, ReferenceMismatch, CheckpointError, RewardError: while it trains.
     """
     run_resolved(resolve(config, workdir))
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
       what `run` raises; a loss that is not finite is written into --failure_file first.
     """
-    parser = argparse.ArgumentParser(prog="python -m dpojax.runs.run", description=run.__doc__)
+    parser = ArgumentParser(prog="python -m dpojax.runs.run", description=run.__doc__)
     parser.add_argument("--config", required=True, help="a config as JSON, such as config.json")
     parser.add_argument("--workdir", required=True, help="where the run keeps everything")
     parser.add_argument("--failure_file", default="", help="where to write why the loss was NaN")

@@ -36,7 +36,7 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
 
     Raises:
       NonFiniteLoss: the last good checkpoint is untouched.
-      Preempted: after a SIGTERM, once the state is saved.
+      Preempted: asked to stop, once the state is saved.
       RewardError: see `rewards.Reward`. CheckpointError.
     """
     config = stage.setup.config
@@ -58,7 +58,8 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
             resume_step=-1 if done is None else done,
         ) as writer:
             reference = stage.reference_params()
-            finished = _iterate(stage, state, reference, saved, writer, stop)
+            with stop.steps():
+                finished = _iterate(stage, state, reference, saved, writer, stop)
         if stage.config.keep_best:
             announce_kept(stage)
             return stage.trained_params()

@@ -11,7 +11,6 @@ trains the members of a JSON list of {"config": ..., "workdir": ...}.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from functools import partial
 import jax
 
 from dpojax import sharding, storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import compare_config, config_from_json, write_or_compare_config
@@ -308,7 +308,7 @@ def _begin(member: Member, stage: ExampleStage, evaluator: Evaluator) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of a job: see above."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dpojax.sweeps.group",
         description="Train runs that differ in traced numbers alone as one program.",
     )

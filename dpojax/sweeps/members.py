@@ -9,9 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpojax import storage
-from dpojax.config.command_line import load_config_file
 from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.errors import ConfigError
+from dpojax.config.files import failing_at_its_line, load_config_file, split_variant
 from dpojax.config.resolved import ResolvedRun, as_json, editable, flat
 from dpojax.stages.registry import STAGES, resolve
 
@@ -25,7 +25,8 @@ def read_sweep(path: str) -> list[Changes]:
       ConfigError: the file has no such function, or it returns no member.
     """
     module = load_config_file(path)
-    members = module.sweep() if hasattr(module, "sweep") else []
+    with failing_at_its_line(split_variant(path)[0]):
+        members = module.sweep() if hasattr(module, "sweep") else []
     if not members:
         raise ConfigError(f"{path}: has no function sweep() that returns a list of changes")
     return members

@@ -9,14 +9,12 @@ trains members of a sweep that has been begun: the command of such a job.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 from functools import partial
 from typing import Any
 
@@ -24,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
+from dpojax.config.command_line import ArgumentParser
 from dpojax.config.contents import Content
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, as_json, editable, workdir_path
@@ -283,7 +282,7 @@ def use_cpu_devices(count: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command of a job: see above."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m dpojax.sweeps.sweep", description="Train members of a begun sweep."
     )
     parser.add_argument("--workdir", required=True, help="of the sweep")

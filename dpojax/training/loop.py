@@ -76,7 +76,7 @@ class TrainLoop:
       examples: of the data, by the numbers in rows.
       checkpoints: where states go.
       writer: of metrics.
-      stop: a SIGTERM.
+      stop: says whether the run is asked to stop.
       keep_best: follows a metric of `evaluate`. Whenever it is better than before, the state is
         saved and stays on disk until one is better. It also says when to stop early. None keeps no
         best.
@@ -107,10 +107,11 @@ class TrainLoop:
 
         Raises:
           NonFiniteLoss: naming the examples; the last good checkpoint is kept.
-          Preempted: after a SIGTERM, once the state is saved.
+          Preempted: asked to stop, once the state is saved.
         """
         try:
-            return self._train(state)
+            with self.stop.steps():
+                return self._train(state)
         finally:
             self.spans.end()
 

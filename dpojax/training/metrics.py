@@ -14,7 +14,7 @@ import jax
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
-from dpojax import storage
+from dpojax import sharding, storage
 
 FILE = "metrics.jsonl"
 RESERVED = ("step", "split", "time")  # fields of a line that are no metrics
@@ -67,7 +67,7 @@ class Window:
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add the scalar metrics of one step; names may differ between steps."""
-        self._steps.append(metrics)
+        self._steps.append(sharding.settle(metrics))
 
     def flush(self) -> dict[str, float]:
         """Return the weighted mean of each metric since the last flush; nan if its weight is 0."""

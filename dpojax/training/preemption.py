@@ -1,82 +1,77 @@
-"""A clean stop: processes that get a SIGTERM agree on the step after which they save and end."""
+"""A clean stop: processes that are asked to stop agree on a step, save after it, and end."""
 
 from __future__ import annotations
 
-import itertools
-import signal
+import contextlib
 import sys
-from typing import ClassVar
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dpojax import storage
+from dpojax import peers, stopping, storage
+from dpojax.stopping import Preempted
 
-EXCHANGE = 5  # steps between two exchanges, where JAX's preemption service is off
+__all__ = ["Preempted", "StopSignal", "forget_stop"]
 
-
-class Preempted(Exception):
-    """The run was asked to stop (SIGTERM) and has saved its state."""
+EXCHANGE = 5  # steps between two exchanges, where the processes have no line of their own
 
 
 class StopSignal:
-    """Notices a SIGTERM while it is entered; all processes stop at the same step.
+    """Notices SIGTERM, SIGINT and SIGHUP while it is entered.
 
-    One process has its own signal handler. Several use JAX's preemption service: it handles the
-    signal of whichever process gets it, and picks a step that no process has reached yet. Where
-    that service is off (`jax_enable_preemption_service`), the processes tell each other at every
-    fifth step.
-
-    A SIGTERM can come so late that the training ends before it can stop. It is not lost then. One
-    process hands it to the handler that was there before. The whole process remembers it, so that
-    the next `StopSignal` stops before anything is trained. It is forgotten once a `Preempted` has
-    left a `StopSignal`, or by `forget_stop`.
+    While a loop trains (`steps`), a signal is noted. The loop asks at each step (`agreed`), saves,
+    and raises `Preempted`; all processes do so at the same step. They tell each other over the line
+    of `peers`, or, where there is none, at every fifth step. Outside of `steps` a signal raises
+    `Preempted` at once.
 
     A process that lost the lock of its workdir also gets a SIGTERM (see `storage.lock`). Its run
     ends without saving: another process writes the same checkpoints.
     """
 
-    # Counts the calls of `agreed` in this process. The service needs numbers that only grow, and
-    # all processes call it equally often, whatever the stage and its steps.
-    _calls: ClassVar = itertools.count(1)
-    _received: ClassVar[bool] = False  # a SIGTERM, by this process
-    _agreed: ClassVar[bool] = False  # by all processes: to stop
+    _agreed = False  # by all processes, which have no line: to stop
+
+    def __init__(self):
+        self._entered = contextlib.ExitStack()
+        self._told = False  # the others, that this process is asked to stop
 
     @property
     def asked(self) -> bool:
-        """Whether a SIGTERM was noticed, here or by agreement."""
-        return StopSignal._received or StopSignal._agreed
+        """Whether a signal was noticed, here or by agreement."""
+        link = peers.current()
+        agreed = StopSignal._agreed or (link is not None and link.has_agreed)
+        return agreed or bool(stopping.received())
 
     def __enter__(self) -> StopSignal:
         """Start to listen.
 
         Raises:
-          Preempted: a SIGTERM has come earlier, and nothing has stopped since.
-          storage.Locked: as `agreed`.
+          Preempted: a signal has come earlier, and nothing has stopped since.
         """
-        self._service = (
-            jax.process_count() > 1
-            and jax.distributed.is_initialized()
-            and jax.config.jax_enable_preemption_service
-        )
-        if not self._service:  # a handler of our own would replace the service's
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+        self._entered.enter_context(stopping.listening())
         try:
-            if self.agreed():
-                raise Preempted("stopped before the training began; what is done is kept")
+            self._raise_if_asked("stopped before the training began; what is done is kept")
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if not self._service:
-            signal.signal(signal.SIGTERM, self._before)
+        self._entered.close()
         if isinstance(error, Preempted):
             forget_stop()
-        elif error is None and not self._service:
-            self._hand_on()
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """Only note a signal in the block, whose loop asks `agreed` at every step.
+
+        Raises:
+          Preempted: at the end, for a signal that came too late for the loop to obey.
+        """
+        with stopping.noted():
+            yield
+        self._raise_if_asked("stopped after the training; what is done is kept")
 
     def agreed(self, step: int = 0) -> bool:
         """Whether to stop now; the answer is the same in all processes.
@@ -84,46 +79,39 @@ class StopSignal:
         All of them have to call it equally often, at each step. Once True, it stays True.
 
         Args:
-          step: only decides when processes without the preemption service talk to each other.
+          step: only decides when processes without a line talk to each other.
 
         Raises:
           storage.Locked: a process has lost a lock, so none of them may save.
         """
-        StopSignal._agreed = StopSignal._agreed or self._exchange(step)
-        if StopSignal._agreed and _any_process(bool(lost := storage.lost_locks())):
+        stops = self._exchange(step)
+        if stops and _any_process(bool(lost := storage.lost_locks())):
             folders = ", ".join(lost) or "the workdir"  # processes without the lock know no name
             raise storage.Locked(f"{folders}: another process took over; nothing more is saved")
-        return StopSignal._agreed
+        return stops
 
     def _exchange(self, step: int) -> bool:
-        """Whether any process has received a SIGTERM, as far as all processes know."""
+        """Whether to stop, as far as all processes know."""
         if jax.process_count() == 1:
-            return StopSignal._received
-        if self._service:
-            return multihost_utils.reached_preemption_sync_point(next(self._calls))
-        return step % EXCHANGE == 0 and _any_process(StopSignal._received)
+            return bool(stopping.received())
+        if link := peers.current():
+            if stopping.received() and not self._told:
+                self._told = True
+                link.ask_to_stop()
+            return link.agreed()
+        if not StopSignal._agreed and step % EXCHANGE == 0:
+            StopSignal._agreed = _any_process(bool(stopping.received()))
+        return StopSignal._agreed
 
-    def _receive(self, *_) -> None:
-        StopSignal._received = True
-
-    def _hand_on(self) -> None:
-        """Call the handler of before with a SIGTERM that stopped nothing here.
-
-        Several processes do so only if all of them know of it: one that leaves alone would make the
-        others wait for it.
-        """
-        is_pending = self.asked if jax.process_count() == 1 else StopSignal._agreed
-        if is_pending and callable(self._before):
-            try:
-                self._before(signal.SIGTERM, None)
-            except Preempted:
-                forget_stop()
-                raise
+    def _raise_if_asked(self, message: str) -> None:
+        if self.asked:
+            raise Preempted(message)
 
 
 def forget_stop() -> None:
-    """Forget a SIGTERM that has stopped nothing yet."""
-    StopSignal._received = StopSignal._agreed = False
+    """Forget a signal that has stopped nothing yet."""
+    stopping.forget()
+    StopSignal._agreed = False
 
 
 def _any_process(value: bool) -> bool:

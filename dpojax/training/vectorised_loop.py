@@ -138,7 +138,7 @@ class VectorisedLoop:
       every: how often to log, evaluate and save.
       examples: of the data, by the numbers in rows.
       checkpoints: of all members' states, until every member has ended.
-      stop: a SIGTERM.
+      stop: says whether the run is asked to stop.
     """
 
     stage: str
@@ -156,8 +156,12 @@ class VectorisedLoop:
         """Train until every member has ended or failed; then their final states are on disk.
 
         Raises:
-          Preempted: after a SIGTERM, once all states are saved.
+          Preempted: asked to stop, once all states are saved.
         """
+        with self.stop.steps():
+            self._train(chunks, done)
+
+    def _train(self, chunks: Sequence[MemberChunk], done: int) -> None:
         members = [member for chunk in chunks for member in chunk.members if not member.ended]
         last, pending = max(member.steps for member in members), None
         if done == 0:
@@ -196,7 +200,7 @@ class VectorisedLoop:
                 reports.append(None)
                 continue
             chunk.states, report = self.step(chunk.states, rows, chunk.hyperparameters)
-            chunk.unread.append(report.metrics)
+            chunk.unread.append(sharding.settle(report.metrics))
             reports.append(report)
         return reports
 

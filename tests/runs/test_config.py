@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from dpojax.config.command_line import load_config_file
 from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
+from dpojax.config.files import load_config_file
 from dpojax.config.saved import write_or_compare_config
 from dpojax.runs.run import run
 from dpojax.runs.workdirs import workdir_lock

@@ -23,7 +23,7 @@ from dpojax.frontier.frontier import make_frontier, write_or_compare_plan
 from dpojax.frontier.plan import plan_frontier
 from dpojax.frontier.runs import Run, paper_runs, run_of_loss
 from dpojax.runs import preferences as preferences_module
-from dpojax.runs.command import FAILURES
+from dpojax.runs.command import failures
 from dpojax.runs.run import run as train
 from dpojax.stages import samples as samples_module
 from dpojax.training.metrics import read_metrics
@@ -180,7 +180,7 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
     ):
         with pytest.raises(error, match=message):
             make()
-        assert issubclass(error, (*FAILURES, Preempted))
+        assert issubclass(error, (*failures(), Preempted))
         assert os.listdir(folder / "preferences") == ["provenance.json"]
     # Of the reference, before the first step, and of the policy, after the second.
     monkeypatch.setattr(samples_module, "open_reward", misbehaving(None, sigterm))
@@ -251,7 +251,7 @@ def test_best_of_n_wants_enough_samples_of_the_reference(tmp_path):
 
 
 def test_a_policy_that_never_ends_is_told_in_a_line():
-    assert issubclass(NothingStopped, FAILURES)
+    assert issubclass(NothingStopped, failures())
 
 
 def test_the_papers_sweep_has_22_runs():

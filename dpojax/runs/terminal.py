@@ -1,0 +1,56 @@
+"""What a command shows on its terminal, and that it goes on without one."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from typing import Any
+
+from dpojax import stopping
+
+GONE = (errno.EPIPE, errno.EIO)  # `train | head` has ended; a terminal was closed
+
+
+class Lasting(io.TextIOBase):
+    """A stream of this process that is dropped, with a word, once its reader is gone."""
+
+    def __init__(self, stream: Any, name: str):
+        self._stream, self._name = stream, name
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, method: str, *arguments: str) -> None:
+        try:
+            getattr(self._stream, method)(*arguments)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # libraries write there, too
+            os.close(nowhere)
+            stopping.say(f"nobody reads {self._name} any more; the command goes on")
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def look_after() -> None:
+    """Let the command outlive the readers of what it prints."""
+    sys.stdout = Lasting(sys.stdout, "standard output")
+    sys.stderr = Lasting(sys.stderr, "standard error")

@@ -1,0 +1,195 @@
+"""What asks a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a terminal that is gone).
+
+A training loop notes the signal and saves after its step (`noted`). Anywhere else nothing is worth
+saving, and the signal raises `Preempted`. This module needs the standard library alone, so that a
+script can listen before it imports anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+STOPPED = 143  # the status of a command that was asked to stop; the same command goes on
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+RESPONSE = 10.0  # seconds that a computation in C++ may take before the process ends over it
+SAME_PRESS = 1.0  # a launcher may pass one Ctrl-C on twice; a later one ends the process at once
+
+
+class Preempted(BaseException):
+    """The run was asked to stop, and nothing that it has saved is lost.
+
+    Not an Exception: libraries that go on after any error would go on after this one, too.
+    """
+
+
+class _State:
+    """What this process has received. Signal handlers belong to the whole process."""
+
+    received = ""  # the name of the first signal that stopped nothing yet
+    first_interrupt = None  # when the first SIGINT came, by the monotonic clock
+    noting = 0  # how many `noted` blocks are entered
+    raised = False  # whether Preempted was raised for it
+    what = ""  # names what is stopped
+    on_stop: Callable[[str], None] | None = None  # is told of a signal that raises
+
+
+def received() -> str:
+    """The name of a signal that has stopped nothing yet; "" if there is none."""
+    return _State.received
+
+
+def forget() -> None:
+    """Forget a signal that has stopped nothing yet."""
+    _State.received, _State.raised, _State.first_interrupt = "", False, None
+
+
+def on_stop(action: Callable[[str], None] | None) -> None:
+    """Call `action` with a sentence when a signal ends this process without a save."""
+    _State.on_stop = action
+
+
+@contextlib.contextmanager
+def listening(what: str = "") -> Iterator[None]:
+    """Stop at a signal while the block runs; the handlers of before are put back.
+
+    A signal that this process ignores from its start (SIGHUP under nohup) stays ignored. Only the
+    main thread can listen; in another one this does nothing.
+
+    Args:
+      what: names what is stopped, such as "frontier".
+    """
+    before_what, _State.what = _State.what, what or _State.what
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _receive)
+    try:
+        yield
+    finally:
+        _State.what = before_what
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Only note a signal in the block, which asks for it by `received`."""
+    _State.noting += 1
+    try:
+        yield
+    finally:
+        _State.noting -= 1
+
+
+def _receive(number: int, _frame: object) -> None:
+    """The handler, which runs in the main thread."""
+    name = signal.Signals(number).name
+    if number == signal.SIGINT and _State.first_interrupt is None:
+        _State.first_interrupt = time.monotonic()
+    _State.received = _State.received or name
+    if not _State.noting and not _State.raised:
+        _State.raised = True
+        raise Preempted(_sentence())
+
+
+def _sentence() -> str:
+    subject = f"{_State.what}: " if _State.what else ""
+    return f"{subject}stopped by {_State.received}, what is done is kept"
+
+
+def announce_signals() -> None:
+    """Say at once that a signal has come, also while the main thread computes outside of Python.
+
+    A process that cannot obey within `RESPONSE` seconds, and has nothing to save, is ended then. A
+    second Ctrl-C ends it at once and saves nothing. Children that are forked do not listen.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget_parent)
+    threading.Thread(target=_watch, args=(reads,), daemon=True, name="signals").start()
+
+
+def _watch(pipe: int) -> None:
+    """Read the number of each signal from the pipe."""
+    told: set[int] = set()
+    first_interrupt = None
+    while number := os.read(pipe, 1):
+        number = number[0]
+        if number not in SIGNALS:
+            continue
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if first_interrupt is not None and now - first_interrupt > SAME_PRESS:
+                end_now(STOPPED, "Ctrl-C again: ended at once, without saving; " + GO_ON)
+            first_interrupt = first_interrupt or now
+        if number in told:
+            continue
+        told.add(number)
+        name = signal.Signals(number).name
+        if _State.noting:
+            say(f"{name}: the run stops after this step, and saves")
+            continue
+        say(f"{name}: the run stops")
+        if _State.on_stop is not None:
+            _State.on_stop(name)
+        threading.Timer(RESPONSE, _end_if_deaf, [name]).start()
+
+
+GO_ON = "the same command goes on"
+
+
+def _end_if_deaf(name: str) -> None:
+    """End the process if the main thread has not handled the signal."""
+    if not (_State.raised or _State.noting):
+        end_now(STOPPED, f"stopped by {name}, what is done is kept; {GO_ON}")
+
+
+def _forget_parent() -> None:
+    """In a forked child: a terminal's signals are for the parent, which ends its children."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _receive:
+            ends = number == signal.SIGTERM
+            signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)
+
+
+def say(text: str) -> None:
+    """Print a line on the terminal's error stream, whatever this thread's streams are by now."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"\n{text}", file=sys.__stderr__, flush=True)
+
+
+def end_now(status: int, text: str = "", *, stacks: bool = False) -> NoReturn:
+    """End the process from any thread: no barrier, no thread and no library is waited for.
+
+    Its children end, too.
+
+    Args:
+      text: is printed first.
+      stacks: also print the stack of every thread.
+    """
+    if text:
+        say(text)
+    if stacks:
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback(file=sys.__stderr__)
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)

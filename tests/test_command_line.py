@@ -1,0 +1,215 @@
+"""Every word of a command line means something, or is an error that says what was meant."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from dpojax.config import command_line
+from dpojax.config.command_line import ArgumentParser, ConfigFlag, UsageError, parse_flags
+from dpojax.config.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = f"--config={ROOT / 'configs' / 'reviews.py'}"
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses words as scripts/train.py does, and returns the config."""
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    monkeypatch.setattr(
+        flags, "DEFINE_string", lambda *args, **how: _define(flags.FLAGS, *args, **how)
+    )
+    config = ConfigFlag("A file.")
+    flags.DEFINE_string("workdir", None, "A folder.", required=True)
+    _define_bool(flags.FLAGS, "dry_run")
+
+    def parse_words(*words):
+        parse_flags(words, config)
+        return config.value
+
+    return parse_words
+
+
+_string, _bool = flags.DEFINE_string, flags.DEFINE_bool
+
+
+def _define(values, *args, **how):
+    return _string(*args, flag_values=values, **how)
+
+
+def _define_bool(values, name):
+    return _bool(name, False, "", flag_values=values)
+
+
+def test_words_of_a_command_line_set_the_keys_that_they_name(parse):
+    config = parse(
+        CONFIG,
+        "--workdir=run",
+        "--config.seed=3",
+        "--config.preference.beta=0.25",
+        "--config.stages=('sft',)",
+        "--config.sft.lora.targets=attention/,mlp/",
+        "--noconfig.tensorboard",
+        "--config.profile",
+        "--config.sft.steps",
+        "7",
+        "--config.preference.stop_chosen=false",
+        "--config.preference.loss=",
+    )
+    assert (config.seed, config.preference.beta, config.stages) == (3, 0.25, ("sft",))
+    assert config.sft.lora.targets == ("attention/", "mlp/")
+    assert (config.tensorboard, config.profile, config.sft.steps) == (False, True, 7)
+    assert config.preference.stop_chosen is False
+    assert config.preference.loss == ""
+    assert config.is_locked
+
+
+REFUSED = {
+    ("stray",): "'stray' belongs to no flag",
+    ("--config.tensorboard", "False"): "write --config.tensorboard=False",
+    ("--dry_run", "False"): "write --dry_run=False",
+    ("\u2013config.seed=3",): "write --config.seed=3",
+    ("\u2014dry_run",): "write --dry_run",
+    ("-\u2013config.seed=3",): "write --config.seed=3",
+    ("config.preference.beta=0.3",): "write --config.preference.beta=0.3",
+    ("workdir=elsewhere",): "write --workdir=elsewhere",
+    ("--config.preference.betta=1",): "did you mean --config.preference.beta?",
+    ("--config.beta=1",): "did you mean --config.preference.beta?",
+    ("--config.preference.beta.x=1",): "no such flag",
+    ("--config.preference=1",): "a group of keys",
+    ("--config.=1",): "no such flag",
+    ("--wrkdir=x",): "did you mean --workdir?",
+    ("--config.preference.beta=abc",): "beta=abc: a number is expected",
+    ("--config.preference.beta=nan",): "beta=nan: a finite number is expected",
+    ("--config.sft.learning_rate=-inf",): "a finite number is expected",
+    ("--config.sft.learning_rate=1e999",): "a finite number is expected",
+    ("--config.seed=99999999999999999999",): "the number is too large",
+    ("--config.seed=" + "9" * 5000,): "seed=9999",
+    ("--config.seed=1.5",): "an integer is expected",
+    ("--config.seed=",): "an integer is expected",
+    ("--config.tensorboard=maybe",): "true or false is expected",
+    ("--noconfig.seed",): "only a key that is true or false",
+    ("--config.sft.steps",): "a value is missing",
+    ("--config.stages=(1,)",): "a list of str",
+    ("--config.stages=" + "(" * 5000,): "is expected",
+    ("--config.seed=1", "--config.seed=2"): "--config.seed is given twice: 1, 2",
+    ("--workdir=x",): "--workdir is given twice",
+    ("--config=other.py",): "--config is given twice",
+    ("--config.sft.steps=3\nx",): r"steps=3\\nx: an integer is expected",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=lambda words: " ".join(words)[:40])
+def test_a_word_that_means_nothing_is_refused_in_one_line_that_says_what_was_meant(parse, words):
+    with pytest.raises(UsageError, match=REFUSED[words]) as refused:
+        parse(CONFIG, "--workdir=run", *words)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert len(text) < 300
+
+
+def test_what_is_missing_is_named(parse):
+    with pytest.raises(UsageError, match="--workdir"):
+        parse(CONFIG)
+    with pytest.raises(UsageError, match="--config"):
+        parse("--workdir=run")
+    with pytest.raises(UsageError, match="--config is empty"):
+        parse("--workdir=run", "--config=")
+
+
+BROKEN = {
+    "def get_config(:": r"config\.py:1: this is not Python",
+    "import nothing_of_this_name": r"config\.py:1: ModuleNotFoundError: .*nothing_of_this_name",
+    "x = 1\n\ndef get_config():\n    return 1 / 0": r"config\.py:4: ZeroDivisionError",
+    "x = 1": r"config\.py: has no function get_config\(\)",
+    "get_config = 3": r"config\.py: has no function get_config\(\)",
+    "def get_config():\n    pass": r"get_config\(\) returned None, not a ConfigDict",
+    "def get_config():\n    return {}": "returned a dict, not a ConfigDict",
+    "from dpojax.config.defaults import default_config\n"
+    "def get_config():\n    c = default_config()\n    c.preference.betta = 1\n    return c": (
+        r"config\.py:4: AttributeError"
+    ),
+    "from dpojax.config.defaults import default_config\n"
+    "def get_config():\n    c = default_config()\n    c.sft.learning_rate = float('nan')\n"
+    "    return c": r"config\.sft\.learning_rate = nan: a finite number",
+    "raise SystemExit('no')": r"config\.py:1: SystemExit: no",
+    "def get_config():\n    return get_config()": r"config\.py:2: RecursionError",
+}
+
+
+@pytest.mark.parametrize("code", BROKEN, ids=lambda code: code.splitlines()[-1][:30])
+def test_a_config_file_that_fails_is_told_with_its_line(parse, tmp_path, code):
+    file = tmp_path / "config.py"
+    file.write_text(code)
+    with pytest.raises(ConfigError, match=BROKEN[code]) as refused:
+        parse(f"--config={file}", "--workdir=run")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_file_that_is_not_there_or_takes_no_variant_is_told(parse, tmp_path):
+    for path, message in {
+        tmp_path / "missing.py": "there is no such file",
+        tmp_path: "a folder, not a file",
+        f"{ROOT / 'configs' / 'reviews.py'}:small": "has no variants",
+        f"{ROOT / 'configs' / 'imdb.py'}:smal": r"imdb\.py:\d+: ValueError: .*small, paper",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            parse(f"--config={path}", "--workdir=run")
+
+
+def test_a_config_of_json_is_read_and_a_deep_or_foreign_one_is_told(parse, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"seed": 5}')
+    assert parse(f"--config={file}", "--workdir=run").seed == 5
+    for text in ("[" * 100_000, '{"seed": 1', '{"sed": 1}', '{"seed": "x"}', "[]", '{"seed": NaN}'):
+        file.write_text(text)
+        with pytest.raises((ConfigError, ValueError), match=r"config\.json"):
+            parse(f"--config={file}", "--workdir=run")
+
+
+def test_argparse_is_as_strict(capsys):
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--adapters", action="store_true")
+    assert parser.parse_args(["--workdir", "x", "--adapters"]).workdir == "x"
+    for words, message in {
+        ("--workdir=x", "stray"): "'stray' belongs to no flag",
+        ("--work=x",): "--work: no such flag; did you mean --workdir?",
+        ("--workdir=x", "--adapters", "False"): "write --adapters=False",
+        ("\u2013workdir=x",): "write --workdir=x",
+        ("--workdir=x", "--workdir=y"): "--workdir is given twice",
+        ("workdir=x", "--workdir=y"): "write --workdir=x",
+        (): "--workdir",
+    }.items():
+        with pytest.raises(SystemExit) as refused:
+            parser.parse_args(list(words))
+        assert refused.value.code == command_line.USAGE
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_refuses_a_stray_word_with_one_line_and_status_2(script):
+    required = {
+        "inspect_data": ["--data=x", "--tokenizer=x"],
+        "export": ["--workdir=x", "--out=y"],
+        "prefer": ["--policy=x", "--prompts=reviews", "--reward=reviews", "--out=y"],
+        "sample": ["--model=x"],
+    }.get(script.stem, [CONFIG, "--workdir=x"])
+    ended = subprocess.run(
+        [sys.executable, script, *required, "stray"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "stray" in ended.stderr
