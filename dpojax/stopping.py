@@ -38,6 +38,7 @@ class _State:
 
     received = ""  # the name of the first signal that stopped nothing yet
     first_interrupt = None  # when the first SIGINT came, by the monotonic clock
+    listeners = 0  # how many `listening` blocks are entered
     noting = 0  # how many `noted` blocks are entered
     raised = False  # whether Preempted was raised for it
     what = ""  # names what is stopped
@@ -64,7 +65,8 @@ def listening(what: str = "") -> Iterator[None]:
     """Stop at a signal while the block runs; the handlers of before are put back.
 
     A signal that this process ignores from its start (SIGHUP under nohup) stays ignored. Only the
-    main thread can listen; in another one this does nothing.
+    main thread can listen; in another one this does nothing. A `Preempted` that leaves the outermost
+    block has stopped all there was to stop: its signal is forgotten.
 
     Args:
       what: names what is stopped, such as "frontier".
@@ -75,9 +77,15 @@ def listening(what: str = "") -> Iterator[None]:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, _receive)
+    _State.listeners += 1
     try:
         yield
+    except Preempted:
+        if _State.listeners == 1:
+            forget()
+        raise
     finally:
+        _State.listeners -= 1
         _State.what = before_what
         for number, handler in before.items():
             signal.signal(number, handler)

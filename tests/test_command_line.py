@@ -113,13 +113,17 @@ def test_a_word_that_means_nothing_is_refused_in_one_line_that_says_what_was_mea
     assert len(text) < 300
 
 
-def test_what_is_missing_is_named(parse):
-    with pytest.raises(UsageError, match="--workdir"):
-        parse(CONFIG)
-    with pytest.raises(UsageError, match="--config"):
-        parse("--workdir=run")
-    with pytest.raises(UsageError, match="--config is empty"):
-        parse("--workdir=run", "--config=")
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ((CONFIG,), "--workdir"),
+        (("--workdir=run",), "--config"),
+        (("--workdir=run", "--config="), "--config is empty"),
+    ],
+)
+def test_what_is_missing_is_named(parse, words, missing):
+    with pytest.raises(UsageError, match=missing):
+        parse(*words)
 
 
 BROKEN = {

@@ -58,9 +58,9 @@ class StopSignal:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._entered.close()
         if isinstance(error, Preempted):
-            forget_stop()
+            StopSignal._agreed = False
+        self._entered.__exit__(kind, error, traceback)
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[None]:

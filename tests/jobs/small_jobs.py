@@ -100,7 +100,7 @@ def fail_beside_another(folder: pathlib.Path, name: str) -> None:
 
 
 def train_until_asked_to_stop(folder: pathlib.Path, name: str) -> None:
-    with StopSignal() as stop:
+    with StopSignal() as stop, stop.steps():
         (folder / f"{name}.begun").touch()
         while not stop.asked:
             time.sleep(0.05)

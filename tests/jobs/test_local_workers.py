@@ -118,7 +118,7 @@ def test_a_killed_process_is_told_with_all_that_was_under_way(tmp_path):
 
 def test_a_sigterm_stops_the_processes_too(tmp_path):
     began = time.monotonic()
-    with pytest.raises(Preempted, match="frontier: stopped, what is done is kept"):
+    with pytest.raises(Preempted, match="frontier: stopped by SIGTERM, what is done is kept"):
         run(tmp_path, a="stop_the_plan")
     assert time.monotonic() - began < 50
     assert not (tmp_path / "a").exists()

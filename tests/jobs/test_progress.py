@@ -71,7 +71,7 @@ def test_what_a_job_raises_is_in_its_log_as_well(tmp_path):
 
 def test_a_sigterm_ends_the_plan_and_the_same_call_goes_on(jobs, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="frontier: stopped, what is done is kept"):
+    with pytest.raises(Preempted, match="frontier: stopped by SIGTERM, what is done is kept"):
         run_jobs([jobs[0], job(tmp_path, "dpo-1", "stop_itself")], tmp_path, "frontier")
     assert signal.getsignal(signal.SIGTERM) is before
     assert jobs[0].is_done

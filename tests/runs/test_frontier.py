@@ -176,7 +176,7 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
     for error, message in (
         (RewardError, "reward odd: 72 of 72 scores are not finite"),
         (RewardError, r"reward odd: gave an array of shape \(71,\) for 72 texts"),
-        (Preempted, "frontier: stopped, what is done is kept"),
+        (Preempted, "frontier: stopped by SIGTERM, what is done is kept"),
     ):
         with pytest.raises(error, match=message):
             make()

@@ -372,12 +372,12 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
 
 def test_the_command_line_tells_a_user_error_in_words(tmp_path):
     """An unknown key, and a value that cannot run: no traceback, nothing left behind."""
-    for changes, message in (
-        ({"preference.betta": 1}, "betta"),
-        ({"preference.beta": -1}, "ConfigError: config.preference.beta"),
+    for changes, message, status in (
+        ({"preference.betta": 1}, "betta", 2),
+        ({"preference.beta": -1}, "ConfigError: config.preference.beta", 1),
     ):
         done = train(tmp_path / "run", **changes)
-        assert done.returncode == 1
+        assert done.returncode == status
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

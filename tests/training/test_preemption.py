@@ -1,5 +1,6 @@
-"""A SIGTERM to one process of a run ends all of them, with one checkpoint of one step."""
+"""A signal to one process of a run ends all of them, with one checkpoint of one step."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,22 +11,31 @@ import time
 import pytest
 
 from dpojax import storage
-from dpojax.jobs.job import stoppable
+from dpojax.stopping import listening
 from dpojax.training.preemption import Preempted, StopSignal, forget_stop
 
 START = """
-import sys, time
+import os, sys, time
 import jax
-port, index, folder, service = sys.argv[1:]
-jax.config.update("jax_enable_preemption_service", service == "on")
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
+from dpojax import peers, sharding
+port, index, folder, line = sys.argv[1:]
+os.environ |= {
+    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": index,
+}
+if line == "none":  # as where a firewall stands between the processes
+    def refuse(*_):
+        raise OSError
+    peers.connect = refuse
+    peers.CONNECT = 1.0
+sharding.start_distributed()
+assert (peers.current() is None) == (line == "none")
 """
 
 TRAIN = """
 import jax.numpy as jnp
 import numpy as np
 from typing import NamedTuple
-from dpojax import sharding
 from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.metrics import MetricWriter
@@ -39,8 +49,8 @@ class Report(NamedTuple):
     finite: bool = True
 
 class Idle:
-    restart = add = lambda *_: None
-    flush = dict
+    restart = add = carry_over = lambda *_: None
+    flush = not_logged = dict
 
 class Batches:
     position = 0
@@ -83,7 +93,7 @@ from dpojax.training.preemption import Preempted, StopSignal
 if folder == "lost" and index == "0":
     storage.lost_locks = lambda: ["gs://bucket/run"]
 try:
-    with StopSignal() as stop:
+    with StopSignal() as stop, stop.steps():
         for step in range(1, 2000):
             if step == 3:
                 print("training", flush=True)
@@ -91,8 +101,7 @@ try:
             if stop.agreed(step):
                 break
         print("agreed at", step, stop.agreed(step + 1), stop.agreed(step + 2), flush=True)
-    with StopSignal():
-        print("trains again", flush=True)
+    print("trains again", flush=True)
 except (Preempted, storage.Locked) as error:
     print(type(error).__name__, error, flush=True)
 """
@@ -112,8 +121,8 @@ def start(script, *arguments):
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def outputs_after_sigterm(receiver, script, *arguments):
-    """What two processes print, line by line, when one gets a SIGTERM at the third step."""
+def outputs_after_signal(receiver, script, *arguments, number=signal.SIGTERM):
+    """What two processes print, line by line, when one gets a signal at the third step."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -121,7 +130,7 @@ def outputs_after_sigterm(receiver, script, *arguments):
     try:
         for process in pair:
             assert "training\n" in iter(process.stdout.readline, "")
-        pair[receiver].send_signal(signal.SIGTERM)
+        pair[receiver].send_signal(number)
         ends = [process.communicate(timeout=120) for process in pair]
     finally:
         for process in pair:
@@ -132,10 +141,17 @@ def outputs_after_sigterm(receiver, script, *arguments):
     return [[x for x in out.splitlines() if not x.startswith(gloo)] for out, _ in ends]
 
 
-@pytest.mark.parametrize("service", ["on", "off"])
-@pytest.mark.parametrize("receiver", [0, 1])
-def test_a_sigterm_to_one_process_saves_both_at_the_same_step(tmp_path, receiver, service):
-    outputs = outputs_after_sigterm(receiver, TRAIN, tmp_path, service)
+@pytest.mark.parametrize(
+    ("receiver", "line", "number"),
+    [
+        (0, "stands", signal.SIGTERM),
+        (1, "stands", signal.SIGINT),
+        pytest.param(0, "none", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(1, "none", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_process_saves_both_at_the_same_step(tmp_path, receiver, line, number):
+    outputs = outputs_after_signal(receiver, TRAIN, tmp_path, line, number=number)
     first, second = (lines[-1] for lines in outputs)
     assert first == second
     step = int(first.split()[-1])
@@ -143,96 +159,133 @@ def test_a_sigterm_to_one_process_saves_both_at_the_same_step(tmp_path, receiver
     assert first == f"toy: stopped at step {step} of 2000, saved checkpoint {step}"
 
 
-@pytest.mark.parametrize("service", ["on", "off"])
-def test_what_was_agreed_at_a_last_step_stops_the_next_training_of_all_processes(service):
-    first, second = outputs_after_sigterm(1, TWO_TRAININGS, "normally", service)
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["stands", "none"])
+def test_what_was_agreed_at_a_last_step_stops_all_processes_before_the_next_training(line):
+    first, second = outputs_after_signal(1, TWO_TRAININGS, "normally", line)
     assert first == second
     agreed, stopped = first
     assert agreed.startswith("agreed at")
     assert agreed.endswith("True True")
-    assert stopped == "Preempted stopped before the training began; what is done is kept"
+    assert stopped == "Preempted stopped after the training; what is done is kept"
 
 
-@pytest.mark.parametrize("service", ["on", "off"])
-def test_no_process_saves_once_the_first_one_has_lost_its_lock(service):
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["stands", "none"])
+def test_no_process_saves_once_the_first_one_has_lost_its_lock(line):
     for folder, lines in zip(
         ("gs://bucket/run", "the workdir"),
-        outputs_after_sigterm(0, TWO_TRAININGS, "lost", service),
+        outputs_after_signal(0, TWO_TRAININGS, "lost", line),
     ):
         assert lines == [f"Locked {folder}: another process took over; nothing more is saved"]
 
 
-def test_one_process_remembers_a_sigterm_and_restores_the_handler():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        assert not stop.agreed(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert stop.agreed(2)
-        assert stop.agreed(3)
-    assert signal.getsignal(signal.SIGTERM) is before
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-def sigterm():
-    os.kill(os.getpid(), signal.SIGTERM)
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
     time.sleep(0.01)
 
 
-def test_a_sigterm_at_a_last_step_stops_before_the_next_training():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_training_notes_a_signal_and_the_handler_of_before_is_restored(number):
+    def train():
+        with StopSignal() as stop, stop.steps():
+            assert not stop.agreed(1)
+            send(number)
+            assert stop.agreed(2)
+            assert stop.agreed(3)
+            raise Preempted("saved")
+
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match="saved"):
+        train()
+    assert signal.getsignal(number) is before
+    with StopSignal() as stop:  # one Preempted is enough
+        assert not stop.asked
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_outside_of_steps_a_signal_ends_what_is_done_at_once(number):
+    def summarise():
+        with StopSignal():
+            send(number)
+            raise AssertionError("it summarises")
+
+    with pytest.raises(Preempted, match=f"stopped by {number.name}, what is done is kept"):
+        summarise()
     with StopSignal() as stop:
-        sigterm()
-        assert stop.agreed(2)
-    for _ in range(2):
-        with pytest.raises(Preempted, match="before the training began"), StopSignal():
-            raise AssertionError("it trains")
-        assert signal.getsignal(signal.SIGTERM) is before
-        with StopSignal() as stop:  # that a Preempted was raised is enough
+        assert not stop.asked
+
+
+def test_no_library_that_goes_on_after_errors_goes_on_after_a_signal():
+    def read():
+        with StopSignal(), contextlib.suppress(Exception):
+            send()
+        raise AssertionError("it is swallowed")
+
+    with pytest.raises(Preempted):
+        read()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(number):
+    """As SIGHUP under nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            send(number)
             assert not stop.asked
-            sigterm()  # after the last step
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
-def test_a_sigterm_that_a_training_did_not_obey_goes_to_the_handler_of_before():
-    with (
-        stoppable("sweep"),  # raises while the sweep is under way, so between two jobs
-        pytest.raises(Preempted, match="sweep: stopped"),
-        StopSignal(),
-    ):
-        sigterm()
+def test_other_signals_are_left_alone():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    try:
+        with StopSignal() as stop:
+            send(signal.SIGUSR1)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert received == [1]
+
+
+def test_a_signal_after_the_last_step_stops_before_the_next_training():
+    stop = StopSignal()
+    with pytest.raises(Preempted, match="stopped after the training"), stop, stop.steps():
+        send()
     with StopSignal() as stop:
-        assert not stop.agreed()
+        assert not stop.asked
 
 
-def test_a_sigterm_outlives_a_training_that_failed():
+def test_a_signal_between_two_jobs_names_their_plan():
+    with pytest.raises(Preempted, match="sweep: stopped by SIGTERM"), listening("sweep"):
+        send()
+
+
+def test_a_signal_outlives_a_training_that_failed():
     def fail():
-        with stoppable("sweep"), StopSignal():
-            sigterm()
+        with StopSignal() as stop, stop.steps():
+            send()
             raise FloatingPointError("NaN")
 
     with pytest.raises(FloatingPointError):
         fail()
-    with pytest.raises(Preempted), StopSignal():
-        pass
-
-
-def test_a_training_that_obeyed_leaves_nothing_to_stop():
-    def obey():
-        with StopSignal() as stop:
-            sigterm()
-            if stop.agreed():
-                raise Preempted("saved")
-
-    with pytest.raises(Preempted, match="saved"):
-        obey()
-    with StopSignal() as stop:
-        assert not stop.agreed()
+    with pytest.raises(Preempted, match="before the training began"), StopSignal():
+        raise AssertionError("it trains")
 
 
 def test_a_training_that_lost_its_lock_is_not_told_to_save(monkeypatch):
-    with StopSignal() as stop:
-        monkeypatch.setattr(storage, "lost_locks", lambda: ["gs://bucket/run"])
-        assert not stop.agreed(1)  # its SIGTERM is still to come
-        sigterm()
-        for _ in range(2):
-            with pytest.raises(storage.Locked, match="gs://bucket/run: another process took over"):
-                stop.agreed(2)
+    def train():
+        with StopSignal() as stop, stop.steps():
+            assert not stop.agreed(1)  # its SIGTERM is still to come
+            send()
+            stop.agreed(2)
+
+    monkeypatch.setattr(storage, "lost_locks", lambda: ["gs://bucket/run"])
+    with pytest.raises(storage.Locked, match="gs://bucket/run: another process took over"):
+        train()
