@@ -65,8 +65,8 @@ def listening(what: str = "") -> Iterator[None]:
     """Stop at a signal while the block runs; the handlers of before are put back.
 
     A signal that this process ignores from its start (SIGHUP under nohup) stays ignored. Only the
-    main thread can listen; in another one this does nothing. A `Preempted` that leaves the outermost
-    block has stopped all there was to stop: its signal is forgotten.
+    main thread can listen; in another one this does nothing. A `Preempted` that leaves the
+    outermost block has stopped all there was to stop: its signal is forgotten.
 
     Args:
       what: names what is stopped, such as "frontier".
