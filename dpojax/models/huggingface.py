@@ -49,6 +49,7 @@ __all__ = [
     "read_centre",
     "read_config",
     "require_known",
+    "require_model",
     "require_new_folder",
     "save",
 ]
@@ -57,6 +58,7 @@ __all__ = [
 FILES = ["*.json", "model*.safetensors"]
 TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # of tokenizers and configs
 CENTRE = "reward_centre.json"
+ADAPTERS = "adapter_config.json"  # of a folder of peft's
 
 
 def read_config(path: str | os.PathLike) -> tuple[DecoderConfig, dict]:
@@ -77,12 +79,29 @@ def read_classifier_config(path: str | os.PathLike) -> EncoderConfig:
 def require_known(path: str | os.PathLike) -> None:
     """Raise as `read_config` does if a model is of no family that is known, classifiers included.
 
-    Its configuration may still be refused.
+    Its configuration may still be refused. See also `require_model`.
     """
+    require_model(path)
     folder = local_folder(path, ["config.json"])
     raw = _read_raw(folder)
     with _named(folder):
         family_of(raw, DECODERS | ENCODERS)
+
+
+def require_model(path: str | os.PathLike) -> None:
+    """Raise ValueError where a folder holds LoRA adapters of peft, and no model."""
+    folder = local_folder(path, ["config.json", ADAPTERS])
+    if (folder / "config.json").is_file() or not (folder / ADAPTERS).is_file():
+        return
+    settings = safetensors_io.read_object(folder / ADAPTERS)
+    base = settings.get("base_model_name_or_path")
+    raise ValueError(
+        f"{path}: holds LoRA adapters of peft ({ADAPTERS}) and no model. Set config.model.path to "
+        f"their base ({base!r}), and for a stage that trains adapters config.STAGE.lora.adapters "
+        f"to this folder, with lora.rank={settings.get('r')} and "
+        f"lora.alpha={settings.get('lora_alpha')}; or merge them into the base with peft "
+        "(merge_and_unload, save_pretrained), and give the folder of that"
+    )
 
 
 def _read_config(folder: pathlib.Path, families: Mapping[str, Family]):

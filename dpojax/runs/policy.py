@@ -42,6 +42,7 @@ def load_policy(name: str) -> Policy:
     run, stage = _run_and_stage(name)
     if run is not None:
         return _load_stage(run, stage, mesh)
+    huggingface.require_model(name)
     config, params, _ = huggingface.load(name, mesh=mesh)
     tokenizer = read_tokenizer(name)
     return Policy(mesh, decoder.build(config), params, tokenizer, stop_tokens(tokenizer, name))

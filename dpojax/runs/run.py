@@ -80,11 +80,24 @@ def announce(stages: Sequence[Stage]) -> None:
     def say() -> None:
         if warning := code_changed(stages[0].setup.workdir):
             print(f"\n{warning}", flush=True)
+        if warning := random_start(stages[0]):
+            print(f"\n{warning}", flush=True)
         for stage in stages:
             lines = [f"\n{stage.describe()}", stage.save_reports()]
             print("\n".join(filter(None, lines)), flush=True)
 
     sharding.on_first_process(say)
+
+
+def random_start(first: Stage) -> str:
+    """A sentence where a run aligns a model that has never learned any language; else ""."""
+    if first.setup.config.model.path or first.name not in ("preference", "ppo", "reward"):
+        return ""
+    return (
+        f"{first.name}: WARNING: config.model.path is empty and no stage comes before, so it "
+        "starts from random weights, which know no language; set config.model.path to a policy, or "
+        "begin config.stages with sft"
+    )
 
 
 def train_in_turn(

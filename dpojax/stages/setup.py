@@ -85,6 +85,9 @@ def prepare_setup(run: ResolvedRun, *, mesh: Mesh | None = None, vmapped: bool =
     if mesh is None:
         with config_errors("mesh"):
             mesh = sharding.make_mesh(**config.mesh)
+    if config.model.path:  # before its tokenizer, which may be there where no model is
+        with config_errors("model.path"):
+            huggingface.require_model(config.model.path)
     tokenizer = load_tokenizer(config, run.workdir)
     model, imported_config = open_model(config, rows_for(tokenizer), mesh, vmapped=vmapped)
     tell_of_mismatch(tokenizer, model.config.vocab_size, chosen=bool(config.tokenizer))

@@ -112,7 +112,8 @@ def make_schedule(
             return rise
         begin = warmup_steps
         if schedule == "wsd":
-            begin = jnp.maximum(warmup_steps, steps - decay_share * steps)
+            # In float32 also where `steps` is not traced, so that members of sweeps fare alike.
+            begin = jnp.maximum(warmup_steps, steps - jnp.float32(decay_share) * steps)
         falling = jnp.maximum(1, steps - begin)
         left = 1 - jnp.clip((step - begin) / falling, 0.0, 1.0)
         if schedule == "cosine":

@@ -137,3 +137,16 @@ def test_schedules_fall_to_the_lowest_rate_and_wsd_in_its_last_share_alone(sched
 )
 def test_a_warm_up_ratio_is_the_share_of_the_steps_rounded_up(ratio, steps, want):
     assert warmup_steps(ConfigDict(dict(warmup_steps=None, warmup_ratio=ratio)), steps) == want
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_members_of_a_sweep_have_the_schedule_of_a_run_alone(schedule):
+    """There the steps of warm-up and run are traced."""
+
+    def factors(warmup, steps):
+        factor = make_schedule(schedule, warmup, steps, lowest=0.1, decay_share=0.3)
+        return jax.vmap(factor)(jnp.arange(50))
+
+    for warmup, steps in ((0, 50), (7, 41), (60, 50)):
+        traced = jax.jit(factors)(warmup, steps)
+        np.testing.assert_allclose(traced, factors(warmup, steps), rtol=1e-6)
