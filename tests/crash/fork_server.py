@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -18,13 +19,31 @@ import signal
 import sys
 
 # What a run imports, early or late. None of it may start JAX's backend, which has threads.
-
-
+MODULES = (
+    "dpojax.evaluation.plots",
+    "dpojax.evaluation.sweep_figure",
+    "dpojax.runs.export",
+    "dpojax.runs.run",
+    "dpojax.sweeps.sweep",
+    "jaxlib.mlir.dialects.builtin",
+    "jaxlib.mlir.dialects.mhlo",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "ml_collections.config_flags",
+    "pandas",
+    "PIL.PngImagePlugin",
+    "pyarrow.compute",
+    "pyarrow.ipc",
+    "scipy.stats",
+    "transformers",
+)
 PR_SET_PDEATHSIG = 1  # of prctl: a process gets the signal when its parent ends
 
 
 def main() -> None:
     end_with_parent()
+    for module in MODULES:
+        importlib.import_module(module)
     gc.collect()
     gc.freeze()  # what was imported is not searched for garbage again and again
     gc.set_threshold(20_000, 20, 50)
