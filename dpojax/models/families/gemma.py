@@ -46,7 +46,7 @@ def _read(raw: dict, pattern: int) -> dict:
     window = raw.get("sliding_window", 4096)
     if "sliding_attention" in kinds and not window:
         raise ValueError("sliding_window: missing, but layer_types has layers with a window")
-    scalar, head_dim = raw.get("query_pre_attn_scalar", 256), raw.get("head_dim", 256)
+    scalar, head_dim = raw.get("query_pre_attn_scalar") or 256, raw.get("head_dim") or 256
     return {
         "windows": windows_of(kinds, window),
         "embedding_scale": raw["hidden_size"] ** 0.5,

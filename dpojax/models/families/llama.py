@@ -83,7 +83,7 @@ def _write_mistral(config: DecoderConfig) -> dict:
 
 def _read_qwen2(raw: dict) -> dict:
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
-    first = raw.get("max_window_layers", 28)
+    first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
     kinds = raw.get("layer_types") or [
         "sliding_attention" if layer >= first else "full_attention"
         for layer in range(raw["num_hidden_layers"])
