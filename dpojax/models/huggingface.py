@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from dpojax import storage
 from dpojax.models import encoder, safetensors_io, special_tokens
 from dpojax.models.config import DecoderConfig
+from dpojax.models.config_values import shown
 from dpojax.models.decoder import Params, build
 from dpojax.models.encoder import EncoderConfig
 from dpojax.models.families import (
@@ -132,7 +134,12 @@ def _named(folder: pathlib.Path) -> Iterator[None]:
 def read_centre(path: str | os.PathLike) -> float:
     """Return the score of a scalar head that counts as 0; 0.0 if its folder names none."""
     file = local_folder(path, [CENTRE]) / CENTRE
-    return float(storage.read_json(file)["score"]) if file.is_file() else 0.0
+    if not file.is_file():
+        return 0.0
+    score = safetensors_io.read_object(file).get("score")
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise ValueError(f"{file}: score: must be a finite number, not {shown(score)}")
+    return float(score)
 
 
 def load(
@@ -153,8 +160,9 @@ def load(
 
     Raises:
       FileNotFoundError: there is no config.json, or there are no safetensors.
-      ValueError: `read_config` rejects it; a tensor is missing, unknown or of a wrong shape; a
-        stored head differs from the embedding that it should be tied to.
+      ValueError: `read_config` rejects it; a file is damaged; a tensor is missing, unknown, of a
+        wrong shape or dtype, or not finite; a stored head differs from the embedding that it should
+        be tied to.
     """
     folder = local_folder(path, FILES)
     config, raw = _read_config(folder, DECODERS)

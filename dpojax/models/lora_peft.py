@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from dpojax import storage
 from dpojax.models import safetensors_io
 from dpojax.models.config import DecoderConfig
+from dpojax.models.config_values import Real, Whole, shown
 from dpojax.models.decoder import build
 from dpojax.models.families import Family, config_to_raw, family_of
 from dpojax.models.huggingface import require_new_folder
@@ -110,7 +111,7 @@ def load_peft(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: not there; is this a folder of peft's?")
     folder = storage.local_copy(folder, (CONFIG, TENSORS))
-    settings = storage.read_json(folder / CONFIG)
+    settings = safetensors_io.read_object(folder / CONFIG)
     _require_supported(settings, folder / CONFIG)
     config = LoraConfig(
         rank=settings["r"],
@@ -149,9 +150,9 @@ def _require_supported(settings: dict, file: pathlib.Path) -> None:
     """Raise ValueError, naming file and key, for a setting that this module would ignore."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type: {settings.get('peft_type')!r} is not 'LORA'")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), int | float):
-            raise ValueError(f"{file}: {key}: expected a number, got {settings.get(key)!r}")
+    for key, kind in {"r": Whole(1, 100_000), "lora_alpha": Real(positive=False)}.items():
+        if not kind.allows(settings.get(key)):
+            raise ValueError(f"{file}: {key}: must be {kind}, not {shown(settings.get(key))}")
     for key, value in settings.items():
         if key in HARMLESS or (key not in FIXED and not value):
             continue
@@ -307,8 +308,11 @@ def _layer_pair(
             raise ValueError(
                 f"{file}: tensor {name!r} is missing; the settings adapt its layer as well"
             )
-        pair.append(np.asarray(unread.pop(name).view, np.float32))
-        shape, rank = pair[-1].shape, pair[0].shape[0]
+        stored = unread.pop(name)
+        stored.require_float(name)
+        pair.append(np.asarray(stored.view, np.float32))
+        stored.require_finite(name, pair[-1])
+        shape, rank = pair[-1].shape, len(np.atleast_1d(pair[0]))
         expected = (rank, module.inward) if len(pair) == 1 else (outward, rank)
         if shape != expected:
             raise ValueError(

@@ -152,10 +152,7 @@ def read_object(path: pathlib.Path) -> dict:
     size = path.stat().st_size
     if size > MAX_JSON:
         raise ValueError(f"{path}: {size:,} bytes, which is too large; is it the right file?")
-    try:
-        content = storage.read_json(path)
-    except RecursionError as error:
-        raise ValueError(f"{path}: not JSON (nested too deeply)") from error
+    content = storage.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object, not {type(content).__name__}")
     return content

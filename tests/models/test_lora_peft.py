@@ -234,28 +234,37 @@ def test_a_folder_that_is_there_is_not_overwritten_and_nothing_is_half_written(b
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "said"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
-        ("modules_to_save", ["score"]),
-        ("trainable_token_indices", [3]),
-        ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["q_proj.weight"]),
-        ("init_lora_weights", "pissa"),
-        ("lora_bias", True),
-        ("a_key_of_next_year", 7),
+        ("r", "8", "must be a whole number from 1 to 100000, not '8'"),
+        ("r", 0, "must be a whole number from 1 to 100000, not 0"),
+        ("lora_alpha", float("nan"), "must be a number from 0 to 1e.12, not nan"),
+        ("lora_alpha", True, "must be a number from 0 to 1e.12, not True"),
+        ("use_dora", True, "True is not supported"),
+        ("bias", "all", "not supported"),
+        ("modules_to_save", ["lm_head"], "not supported"),
+        ("modules_to_save", ["score"], "not supported"),
+        ("trainable_token_indices", [3], "not supported"),
+        ("layer_replication", [[0, 2]], "not supported"),
+        ("target_parameters", ["q_proj.weight"], "not supported"),
+        ("init_lora_weights", "pissa", "not supported"),
+        ("lora_bias", True, "not supported"),
+        ("a_key_of_next_year", 7, "not supported"),
     ],
 )
-def test_a_setting_that_is_not_understood_is_named(bases, tmp_path, key, value):
+def test_a_setting_that_is_not_understood_is_named(bases, tmp_path, key, value, said):
     config = LoraConfig(2, 4.0, ("query/",))
     adapters, decoder_config, raw = random_adapters(bases("llama"), config)
     save_peft(tmp_path / "out", adapters, config, decoder_config, raw)
     file = tmp_path / "out" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ValueError, match=rf"adapter_config.json: {key}: .*not supported"):
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {key}: .*{said}"):
         load_peft(tmp_path / "out", decoder_config, raw)
+
+
+def set_first(value):
+    """Tensors with their first one, a lora_A, replaced."""
+    return lambda tensors: tensors.update({min(tensors): np.asarray(value)})
 
 
 @pytest.mark.parametrize(
@@ -267,6 +276,9 @@ def test_a_setting_that_is_not_understood_is_named(bases, tmp_path, key, value):
             lambda tensors: tensors.update({min(tensors): np.zeros((2, 7), np.float32)}),
             r"lora_A.weight' has shape \(2, 7\), the model wants \(2, 24\)",
         ),
+        (set_first(np.full((2, 24), np.nan, np.float32)), r"holds 48 values of 48 that are NaN"),
+        (set_first(np.ones((2, 24), np.int8)), "lora_A.weight' holds I8, not floats"),
+        (set_first(np.float32(1)), r"lora_A.weight' has shape \(\), the model wants"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(bases, tmp_path, change, said):
