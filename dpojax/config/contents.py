@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -26,14 +28,38 @@ GENERATION = ("generation_config.json",)  # names ids that end a response
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model")
 TOKENIZER += ("chat_template*", "spiece*")
 ADAPTERS = ("adapter_*",)
+MOST_FILES, SHOWN = 200, 5  # of a folder: whose hashes are kept, and that a message names
 TRAINED_HERE = "train:"  # a tokenizer that the run makes from the texts of sft.data
 
 
 class Content(NamedTuple):
-    """What lies behind a path: the path as the config has it, and a hash of the bytes there."""
+    """What lies behind a path.
+
+    Attributes:
+      path: as the config has it.
+      hash: of the bytes there, and of how the run uses them.
+      files: the sha256 of each file of a folder, cut short; empty for one file and for very many.
+    """
 
     path: str
     hash: str
+    files: Mapping[str, str] = types.MappingProxyType({})
+
+    def differences(self, now: Content) -> str:
+        """Names of the files that were changed, added and removed since; "" if nothing tells."""
+        if not self.files or not now.files:
+            return ""
+        both = self.files.keys() & now.files.keys()
+        names = {
+            "changed": [name for name in both if self.files[name] != now.files[name]],
+            "added": now.files.keys() - both,
+            "removed": self.files.keys() - both,
+        }
+        return "; ".join(
+            f"{what}: {', '.join(sorted(some)[:SHOWN])}" + (", ..." if len(some) > SHOWN else "")
+            for what, some in names.items()
+            if some
+        )
 
 
 class NamedPath(NamedTuple):
@@ -60,8 +86,18 @@ def contents_of(paths: Iterable[NamedPath]) -> dict[str, Content]:
     for key, path, content_hash in paths:
         if path:
             with config_errors(key):
-                contents[key] = Content(path, content_hash(path))
+                with storage.recorded_hashes() as hashes:
+                    content = content_hash(path)
+                contents[key] = Content(path, content, _named_files(hashes))
     return contents
+
+
+def _named_files(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Short hashes of files, by their names below the folder that all of them share."""
+    if not 1 < len(hashes) <= MOST_FILES:
+        return {}
+    folder = os.path.commonpath(hashes) + "/"
+    return {path.removeprefix(folder): hashes[path][:16] for path in sorted(hashes)}
 
 
 def changed_contents(

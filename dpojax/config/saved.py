@@ -160,10 +160,12 @@ def require_same_contents(
     changed = changed_contents(before, now)
     if not changed:
         return
-    lines = [
-        f"  config.{key} ({content.path}): sha256 {then.hash[:16]}, now {content.hash[:16]}"
-        for key, (then, content) in changed.items()
-    ]
+    lines = []
+    for key, (then, content) in changed.items():
+        hashes = f"sha256 {then.hash[:16]}, now {content.hash[:16]}"
+        lines.append(f"  config.{key} ({content.path}): {hashes}")
+        if differences := then.differences(content):
+            lines.append(f"    {differences}")
     raise ConfigError(
         f"{workdir} began with other files, and going on would mix both:\n"
         + "\n".join(lines)
@@ -177,9 +179,10 @@ def _read_contents(workdir: storage.Path) -> dict[str, Content]:
         return {}
     files = storage.read_json(path, HASHED_AGAIN, fields={"files": dict})["files"]
     with storage.damage_named(path, HASHED_AGAIN):
-        contents = {key: Content(*pair) for key, pair in files.items()}
-        if not all(isinstance(text, str) for content in contents.values() for text in content):
-            raise TypeError("not paths and hashes")
+        contents = {key: Content(*content) for key, content in files.items()}
+        for content in contents.values():
+            if not all(map(isinstance, content, (str, str, dict))):
+                raise TypeError("not paths and hashes")
     return contents
 
 

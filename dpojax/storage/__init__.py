@@ -12,7 +12,7 @@ from dpojax.storage.checksums import (
     file_sizes,
     require_checksum,
 )
-from dpojax.storage.contents import content_hash, local_copy
+from dpojax.storage.contents import content_hash, local_copy, recorded_hashes
 from dpojax.storage.files import (
     damage_named,
     free_bytes,
@@ -62,6 +62,7 @@ __all__ = [
     "read_lines",
     "read_records",
     "read_text",
+    "recorded_hashes",
     "remove_folder",
     "remove_unfinished",
     "replacing",

@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpojax.storage.files import download, replacing, replacing_folder
@@ -25,6 +25,7 @@ from dpojax.storage.paths import (
 CHUNK = 2**20  # bytes
 
 _hashes: dict[tuple[str, str], str] = {}  # (path, version): sha256
+_recorders: list[dict[str, str]] = []  # of `recorded_hashes`
 
 
 def content_hash(path: PathLike) -> str:
@@ -121,6 +122,17 @@ def _local_version(path: pathlib.Path) -> str:
     return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}"
 
 
+@contextlib.contextmanager
+def recorded_hashes() -> Iterator[dict[str, str]]:
+    """Yield a dict that gets path and sha256 of each file that the body asks the hash of."""
+    recorded: dict[str, str] = {}
+    _recorders.append(recorded)
+    try:
+        yield recorded
+    finally:
+        _recorders.remove(recorded)
+
+
 def _hash_file(path: str, version: str) -> str:
     key = (os.path.abspath(path) if is_local(path) else path, version)
     if key not in _hashes:
@@ -129,4 +141,6 @@ def _hash_file(path: str, version: str) -> str:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
         _hashes[key] = digest.hexdigest()
+    for recorded in _recorders:
+        recorded[key[0]] = _hashes[key]
     return _hashes[key]

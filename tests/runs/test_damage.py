@@ -117,7 +117,7 @@ def test_files_are_compared_also_where_the_config_was_deleted(begun, tmp_path, m
     workdir = tmp_path / "run"
     shutil.copytree(begun, workdir)
     (workdir / CONFIG).unlink()
-    hashes = {"tokenizer": saved.Content("here", "0" * 64)}
+    hashes = {"tokenizer": saved.Content("here", "0" * 64, {})}
     before = json.loads((workdir / CONTENTS).read_text()) | {"files": hashes}
     (workdir / CONTENTS).write_text(json.dumps(before))
     now = {"tokenizer": saved.Content("here", "1" * 64)}

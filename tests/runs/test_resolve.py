@@ -352,6 +352,29 @@ def test_a_file_that_changed_behind_its_path_refuses_the_resume(inputs, change):
     assert after == before
 
 
+def test_the_file_that_changed_inside_a_folder_is_named(inputs):
+    write_or_compare_config(resolved(inputs))
+    flip_a_bit(inputs / "model" / "model.safetensors")
+    (inputs / "model" / "generation_config.json").unlink(missing_ok=True)
+    (inputs / "model" / "model-2.safetensors").write_bytes(b"new")
+    with pytest.raises(ConfigError) as refused:
+        write_or_compare_config(resolved(inputs))
+    assert "    changed: model.safetensors; added: model-2.safetensors" in str(refused.value)
+
+
+def test_a_file_that_is_added_to_a_folder_of_data_is_named(inputs):
+    folder = inputs / "folder"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write(folder / f"{name}.jsonl", PAIRS)
+    changes = {"preference.data.source": str(folder)}
+    write_or_compare_config(resolved(inputs, **changes))
+    write(folder / "c.jsonl", PAIRS)
+    write(folder / "b.jsonl", PAIRS[1:])
+    with pytest.raises(ConfigError, match=r"\n    changed: b\.jsonl; added: c\.jsonl\n"):
+        write_or_compare_config(resolved(inputs, **changes))
+
+
 def test_a_run_whose_data_changed_trains_nothing(inputs, monkeypatch):
     """At the old position of the new data it would see some records twice and others never."""
     changes = {"stages": ("sft",), "sft.data.source": str(inputs / "pairs.jsonl")}
