@@ -139,7 +139,7 @@ class Checkpoints:
             self._remove_unfinished(step)
             raise
         scores = self._scores | {step: score}
-        kept = self._kept(scores)
+        kept = _kept(scores, self._max_checkpoints)
         removed = sorted(scores.keys() - kept.keys())
         future = self._thread.submit(_write, self.folder, step, written, record, removed)
         self._in_flight = (step, kept, future)
@@ -217,11 +217,12 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 writing.remove_unfinished(self.folder, step)
 
-    def _kept(self, scores: Scores) -> Scores:
-        """The newest checkpoints of some, and the best one."""
-        best = steps.best_of(scores)
-        kept = {*sorted(scores)[-self._max_checkpoints :]} | ({best.step} if best else set())
-        return {step: scores[step] for step in kept}
+
+def _kept(scores: Scores, max_checkpoints: int) -> Scores:
+    """The newest checkpoints of some, and the best one."""
+    best = steps.best_of(scores)
+    kept = {*sorted(scores)[-max_checkpoints:]} | ({best.step} if best else set())
+    return {step: scores[step] for step in kept}
 
 
 def _write(
