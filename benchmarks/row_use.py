@@ -22,7 +22,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
-from transformers import AutoTokenizer
 
 from dpojax.config.defaults import default_config
 from dpojax.data.examples import Example
@@ -34,6 +33,7 @@ from dpojax.models.config import GPT2, DecoderConfig
 from dpojax.models.splash import SPLASH
 from dpojax.sharding import AXES
 from dpojax.stages.data import DataRequirements, load
+from dpojax.stages.tokenizers import read_tokenizer
 from dpojax.training.costs import packing_costs
 
 LAYOUTS = ((8, 1), (16, 1), (64, 1), (64, 8))  # examples of a batch, row shards
@@ -56,7 +56,7 @@ def main() -> None:
     files = [source for source in args.source if not source.startswith(f"{COMPLETIONS}:")]
     if files and not args.tokenizer:
         parser.error(f"{files[0]} needs --tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if files else None
+    tokenizer = read_tokenizer(args.tokenizer) if files else None
     print("| data | pairs | batch x shards | use | scored | one size | time | sizes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for source in args.source:

@@ -130,7 +130,9 @@ def _ours(config, params, ids: np.ndarray, samples: int, tokens: int) -> Callabl
 
 
 def _torch(folder, ids: np.ndarray, samples: int, tokens: int) -> Callable[[int], None]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     prompts = torch.tensor(ids)
 

@@ -217,7 +217,7 @@ def _lengths(name: str, data: pathlib.Path, folder: str) -> str:
     config = default_config()
     config.preference.data.update(source=str(data / source), form=form, limit=0, eval_limit=1)
     config.tokens.update(max_length=1024, truncation="drop")
-    tokenizer = AutoTokenizer.from_pretrained(str(data / "gpt2-tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(str(data / "gpt2-tokenizer"), trust_remote_code=False)
     stage_data = load(
         config.preference.data,
         config.tokens,

@@ -12,4 +12,6 @@ OFF = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 def build(case: Case):
     """A model in float32, without dropout."""
     off = OFF if case.family == "gpt2" else {}
-    return AutoModelForCausalLM.from_pretrained(case.weights, dtype=torch.float32, **off)
+    return AutoModelForCausalLM.from_pretrained(
+        case.weights, dtype=torch.float32, trust_remote_code=False, **off
+    )

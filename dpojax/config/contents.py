@@ -121,7 +121,8 @@ def shared_paths(config: ConfigDict) -> list[NamedPath]:
         paths.append(NamedPath("tokenizer", name, _files(TOKENIZER)))
     else:
         paths += data_paths(config, "sft")  # from whose texts the run makes the tokenizer
-    paths.append(NamedPath("chat_template", config.chat_template, _file))
+    if storage.as_path(config.chat_template or ".").is_file():  # else it is a template's name
+        paths.append(NamedPath("chat_template", config.chat_template, _file))
     return paths
 
 

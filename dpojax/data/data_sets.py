@@ -89,7 +89,10 @@ def _opened(name: str, split: str, subset: str, revision: str, data_dir: str) ->
     streaming = not _is_offline()
     given = {"name": subset, "revision": revision, "data_dir": data_dir, "split": split}
     return datasets.load_dataset(
-        name, streaming=streaming, **{key: value for key, value in given.items() if value}
+        name,
+        streaming=streaming,
+        trust_remote_code=False,
+        **{key: value for key, value in given.items() if value},
     )
 
 

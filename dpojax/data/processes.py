@@ -15,7 +15,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,10 +24,13 @@ from dpojax.data.example_maker import ExampleMaker
 from dpojax.data.examples import Examples
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
+from dpojax.data.templates import LimitExceeded
+from dpojax.data.tokenize_config import TokenizeConfig
 
 Made = tuple[Examples, Report]
 
 COMMAND = "from dpojax.data.worker import serve; serve()"
+LIMITS = worker.Limits()
 MOST = 16  # processes that `cores` gives at most: one process reads the records for all of them
 
 
@@ -72,7 +75,7 @@ class Worker:
         except (OSError, EOFError, ValueError) as error:
             raise WorkerLost from error
         if reply == worker.DATA_ERROR:
-            raise DataError(result)
+            raise result
         if reply == worker.FAILED:
             raise RuntimeError(f"tokenising in another process failed:\n{result}")
         return result
@@ -133,7 +136,7 @@ class Pool:
 
     @functools.cached_property
     def _setup(self) -> bytes:
-        return pickle.dumps(self._maker)
+        return pickle.dumps((self._maker, LIMITS))
 
     def _make(self, records: Sequence[Record]) -> Made:
         with self._lock:
@@ -145,10 +148,10 @@ class Pool:
         except WorkerLost:
             self._busy.remove(each)
             each.end()
-            raise DataError(
+            raise LimitExceeded(
                 f"{records[0].id} to {records[-1].id}: the process that tokenises these records "
                 "was killed: their chat template does not end or fills the memory, or the system "
-                "ran out of memory. Set config.chat_template to another file, or config.num_proc=1"
+                "ran out of memory. Set config.chat_template to another one, or config.num_proc=1"
             ) from None
         except DataError:
             self._release(each)
@@ -180,3 +183,26 @@ class Pool:
                 "the process that should tokenise ended at once; its last words stand above"
             ) from None
         return new
+
+
+def check_template(tokenizer: Any, dialogue: Sequence[Mapping[str, str]]) -> None:
+    """Render a plain dialogue in another process, before its template is called in this one.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      dialogue: messages of the user and the assistant.
+
+    Raises:
+      LimitExceeded: the chat template takes too much time or memory.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    record = Record("a plain dialogue", tuple(dialogue[:-1]), (tuple(dialogue[-1:]),))
+    make = ExampleMaker(tokenizer, TokenizeConfig(append_eos=False))
+    try:
+        with Pool(make, 1) as pool:
+            pool.submit([record]).result()
+    except LimitExceeded:
+        raise
+    except DataError:
+        pass  # the template is wanted, and then refused, only where the data hold messages

@@ -26,6 +26,10 @@ class Refused(Exception):
     """The chat template refuses a record's messages; the message says why."""
 
 
+class LimitExceeded(DataError):
+    """A chat template takes too much time or memory."""
+
+
 class ChatTemplate:
     """The chat template of a tokenizer.
 
@@ -115,7 +119,7 @@ class ChatTemplate:
                     "mend it, or set config.chat_template to another file"
                 ) from error
             except MemoryError as error:
-                raise DataError(
+                raise LimitExceeded(
                     f"{record.id}: the chat template needs too much memory; set "
                     "config.chat_template to another one"
                 ) from error

@@ -6,7 +6,9 @@ import os
 import pathlib
 from typing import Any
 
+from dpojax.data.processes import check_template
 from dpojax.models.huggingface import pretrained_name
+from dpojax.models.special_tokens import PLAIN_DIALOGUE
 
 FAST = "tokenizer.json"
 
@@ -18,6 +20,7 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
       OSError: no such folder or hub name.
       ValueError: no tokenizer that can be read without code of the folder; the message says why,
         and what can be done.
+      LimitExceeded: its chat template takes too much time or memory.
     """
     from transformers import AutoTokenizer  # brings torch where that is installed
 
@@ -30,6 +33,7 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path}: {_cause(name, error)}") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ValueError(f"{path}: the tokenizer has no vocabulary; is {FAST} missing?")
+    check_template(tokenizer, PLAIN_DIALOGUE)
     return tokenizer
 
 

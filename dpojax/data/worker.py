@@ -4,13 +4,14 @@ It reads pickled requests from its standard input and writes pickled replies to 
 It never imports JAX. It ends when its input ends, or when nothing came for `IDLE` seconds.
 
 A chat template is a program of others. While it renders, the process may use so much more memory
-(`MEMORY`) and so much time of the processor (`SECONDS`). A loop of the template is stopped by a
-signal; a single operation that never returns ends the process.
+and so much time of the processor (`Limits`). A loop of the template is stopped by a signal; a
+single operation that never returns ends the process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import pickle
@@ -22,13 +23,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from dpojax.data.records import DataError
+from dpojax.data.templates import LimitExceeded
 
 IDLE = 30.0  # seconds
-SECONDS = 10.0  # of the processor, for all renderings of one record
-MEMORY = 2 * 2**30  # bytes, besides what the process uses already
 LENGTH = struct.Struct("<Q")  # of a message, in bytes
 
 SETUP, CHUNK = "setup", "chunk"  # requests
@@ -52,33 +52,45 @@ def read(stream: BinaryIO) -> Any:
     return pickle.loads(content)
 
 
+class Limits(NamedTuple):
+    """What rendering one record may take.
+
+    Attributes:
+      seconds: of the processor. Twice as many end the process.
+      memory: bytes, besides what the process uses already.
+    """
+
+    seconds: float = 10.0
+    memory: int = 2 * 2**30
+
+
 class _TooLong(BaseException):
     """Rendering took too long. A template cannot catch it, as it is no Exception."""
 
 
 @contextlib.contextmanager
-def limited(id: str) -> Iterator[None]:
+def limited(limits: Limits, id: str) -> Iterator[None]:
     """Bound the time and the memory of rendering record `id`.
 
     Raises:
-      DataError: a limit was exceeded.
+      LimitExceeded: as it says.
     """
 
     def stop(*_: Any) -> None:
         raise _TooLong
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, limits.seconds)
     cpu, memory = resource.getrlimit(resource.RLIMIT_CPU), resource.getrlimit(resource.RLIMIT_AS)
-    _set_limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + 3 * SECONDS), cpu)
+    _set_limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + 2 * limits.seconds), cpu)
     used = _address_space()
     if used:
-        _set_limit(resource.RLIMIT_AS, used + MEMORY, memory)
+        _set_limit(resource.RLIMIT_AS, used + limits.memory, memory)
     try:
         yield
     except _TooLong:
-        raise DataError(
-            f"{id}: the chat template did not end in {SECONDS:.0f} seconds; set "
+        raise LimitExceeded(
+            f"{id}: the chat template did not end in {limits.seconds:.0f} seconds; set "
             "config.chat_template to another one"
         ) from None
     finally:
@@ -120,13 +132,13 @@ def serve() -> None:
             return
         try:
             if kind == SETUP:
-                make = pickle.loads(content)
-                make.limited = limited
+                make, limits = pickle.loads(content)
+                make.limited = functools.partial(limited, limits)
                 reply = DONE, None
             else:
                 reply = DONE, make(content)
         except DataError as error:
-            reply = DATA_ERROR, str(error)
+            reply = DATA_ERROR, error
         except Exception:
             reply = FAILED, traceback.format_exc()
         write(replies, reply)

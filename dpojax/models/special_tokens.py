@@ -6,6 +6,10 @@ import copy
 from typing import Any
 
 ANSWER = "an answer"  # a text that no template changes
+PLAIN_DIALOGUE = (
+    {"role": "user", "content": "a question"},
+    {"role": "assistant", "content": ANSWER},
+)
 NEW_PADDING = "<|pad|>"
 UNUSED = ("pad", "reserved", "unused")  # parts of special tokens that no text contains
 
@@ -18,12 +22,8 @@ def turn_end(tokenizer: Any) -> int | None:
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    messages = [
-        {"role": "user", "content": "a question"},
-        {"role": "assistant", "content": ANSWER},
-    ]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template([*PLAIN_DIALOGUE], tokenize=False)
     except Exception:  # a template may raise anything; then it ends no turn of ours
         return None
     after = text.rpartition(ANSWER)[2].lstrip() if ANSWER in text else ""

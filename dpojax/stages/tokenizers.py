@@ -13,12 +13,12 @@ from dpojax import sharding, storage
 from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import ConfigError, config_errors
-from dpojax.data import reviews, sources
-from dpojax.data.records import Record, said
+from dpojax.data import processes, reviews, sources
+from dpojax.data.records import DataError, Record, said
 from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name
-from dpojax.models.special_tokens import end_tokens
+from dpojax.models.special_tokens import PLAIN_DIALOGUE, end_tokens
 from dpojax.stages.data import EMBEDDED, parse_config
 
 FOLDER = "tokenizer"  # of the workdir
@@ -38,14 +38,29 @@ def load_tokenizer(config: ConfigDict, workdir: storage.Path) -> Any:
         path = str(_trained_here(config, workdir / FOLDER))
     try:
         tokenizer = read_tokenizer(path) if path else reviews.tokenizer()
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer in {path!r} ({error}); set config.tokenizer to a folder or hub name"
         ) from error
     if config.chat_template:
         with config_errors("chat_template"):
-            tokenizer.chat_template = storage.as_path(config.chat_template).read_text()
+            tokenizer.chat_template = _chosen_template(tokenizer, config.chat_template)
+        processes.check_template(tokenizer, PLAIN_DIALOGUE)
     return tokenizer
+
+
+def _chosen_template(tokenizer: Any, choice: str) -> str:
+    """The tokenizer's template of this name, or the text of this file."""
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if choice in named:
+        return named[choice]
+    try:
+        return storage.as_path(choice).read_text()
+    except OSError as error:
+        known = f", nor one of the tokenizer's templates: {', '.join(named)}" if named else ""
+        raise ConfigError(f"config.chat_template = {choice!r}: no such file{known}") from error
 
 
 def stop_tokens(tokenizer: Any, path: str) -> tuple[int, ...]:
