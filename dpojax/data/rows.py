@@ -41,6 +41,7 @@ class Rows(NamedTuple):
     rank: np.ndarray
     scores: np.ndarray  # [R, E, K] float32, from the data; 0 where unknown, and at padding
     desirable: np.ndarray  # [R, E] bool, false if labelled undesirable, and at padding
+    weight: np.ndarray  # [R, E] float32, factor of the example's loss; 0 at padding
     reference: np.ndarray | None = None  # [R, S] float32, the reference's log-probs in nats
     category: np.ndarray | None = None  # [R, E] int32, the class of a text; 0 at padding
     buckets: Buckets = Buckets()  # static: the sizes in which its micro-batches are computed
@@ -103,6 +104,7 @@ def empty(shape: Shape) -> Rows:
         rank=np.zeros(slots, np.int32),
         scores=np.zeros(slots, np.float32),
         desirable=np.zeros(examples, bool),
+        weight=np.zeros(examples, np.float32),
         category=np.zeros(examples, np.int32),
         buckets=shape.buckets,
     )
@@ -165,9 +167,10 @@ def _write(row: Rows, example: Example, e: int, column: int, score: int, score_p
 
 
 def _write_judgement(row: Rows, example: Example, e: int):
-    """Write rank, scores, label and category of an example into one row's [E, K] and [E]."""
+    """Write rank, scores, label, weight and category of an example into a row's [E, K] and [E]."""
     count = len(example.responses)
     row.rank[e, :count] = range(count) if example.rank is None else example.rank
     row.scores[e, :count] = 0.0 if example.scores is None else example.scores
     row.desirable[e] = example.label is not False
+    row.weight[e] = example.weight
     row.category[e] = example.category or 0

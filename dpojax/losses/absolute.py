@@ -75,7 +75,7 @@ def update_baseline(
     Args:
       baseline: mean and count so far.
       rewards: implicit rewards of the whole batch, nats, any shape: of pairs or single responses.
-      mask: which pairs or responses exist, in their shape; all if None.
+      mask: which pairs or responses exist, or their weights, in their shape; all if None.
 
     >>> start = RunningMean(jnp.zeros(()), jnp.zeros(()))
     >>> state = update_baseline(start, Pair(jnp.array([1.0, 9.0]), jnp.array([0.0, 9.0])),
@@ -85,11 +85,12 @@ def update_baseline(
     """
     rewards = jax.lax.stop_gradient(rewards)
     parts = jax.tree.leaves(rewards)
-    mask = jnp.ones(jnp.shape(parts[0]), bool) if mask is None else jnp.asarray(mask, bool)
+    weight = jnp.ones(jnp.shape(parts[0])) if mask is None else jnp.asarray(mask, jnp.float32)
     # Differences from the old mean, not the rewards themselves: the mean keeps its digits when the
     # count is large. Masked entries may be NaN, so they are replaced and not multiplied by 0.
-    difference = sum(jnp.where(mask, part - baseline.mean, 0.0).sum() for part in parts)
-    count = baseline.count + len(parts) * mask.sum()
+    differences = (jnp.where(weight > 0, part - baseline.mean, 0.0) for part in parts)
+    difference = sum((difference * weight).sum() for difference in differences)
+    count = baseline.count + len(parts) * weight.sum()
     return RunningMean(baseline.mean + difference / jnp.maximum(count, 1), count)
 
 

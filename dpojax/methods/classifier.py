@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax.data.rows import Rows
-from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms, masked_metric
 
 
@@ -36,14 +35,14 @@ def objective(first_token: int = 0) -> Objective:
         def mean(at: Array) -> Array:
             return jnp.sum(cost * at, -2) / jnp.maximum(jnp.sum(at, -2), 1)
 
-        present = jnp.any(rows.present, axis=-1)  # [..., R, E]
+        weight = jnp.any(rows.present, axis=-1) * rows.weight  # [..., R, E]
         at_last = jnp.einsum("...tl,...te->...el", log_p, last.astype(jnp.float32))
         predicted = jnp.argmax(at_last, -1)  # [..., R, E]
         metrics = {
-            "accuracy": masked_metric(predicted == rows.category, present),
-            "cross_entropy": Metric(mean(last), present),
+            "accuracy": masked_metric(predicted == rows.category, weight),
+            "cross_entropy": masked_metric(mean(last), weight),
         }
-        return Terms(mean(scored), present.astype(jnp.float32), metrics)
+        return Terms(mean(scored) * rows.weight, weight, metrics)
 
     return Objective(terms, needs_reference=False)
 

@@ -49,17 +49,21 @@ def objective(loss: str) -> Objective:
             value += hyper["centring"] * total**2
             weight = rows.present.sum(-1) > 1
             value = jnp.where(weight, value, 0.0)
-        return Terms(value, weight.astype(jnp.float32), _metrics(scores, rows, pair, mask))
+        weight = weight.astype(jnp.float32) * rows.weight
+        metrics = _metrics(scores, rows, pair, mask * rows.weight[..., None])
+        return Terms(value * rows.weight, weight, metrics)
 
     return Objective(terms, needs_reference=False)
 
 
-def _metrics(scores: Array, rows: Rows, pair: Pair, mask: Array) -> dict[str, Metric]:
+def _metrics(scores: Array, rows: Rows, pair: Pair, weight: Array) -> dict[str, Metric]:
+    """Metrics of all pairs with their weights [..., R, E, P], and of all scores."""
+    each = rows.present * rows.weight[..., None]
     return {
-        "rewards/chosen": masked_metric(pair.chosen, mask),
-        "rewards/rejected": masked_metric(pair.rejected, mask),
-        "rewards/margins": masked_metric(pair.chosen - pair.rejected, mask),
-        ACCURACY: masked_metric(pair.chosen > pair.rejected, mask),
-        MEAN: masked_metric(scores, rows.present),
-        "rewards/squares": masked_metric(scores**2, rows.present),
+        "rewards/chosen": masked_metric(pair.chosen, weight),
+        "rewards/rejected": masked_metric(pair.rejected, weight),
+        "rewards/margins": masked_metric(pair.chosen - pair.rejected, weight),
+        ACCURACY: masked_metric(pair.chosen > pair.rejected, weight),
+        MEAN: masked_metric(scores, each),
+        "rewards/squares": masked_metric(scores**2, each),
     }

@@ -115,6 +115,7 @@ class Preference(LanguageStage):
             scores=bool(needs.inputs & {"scores", "offset", "probability"}),
             ties=bool(needs.inputs & {"tie", "ranks"}),
             best_only=needs.chosen,
+            weights=needs.weights,
         )
 
     @cached_property

@@ -27,6 +27,7 @@ class DataRequirements(NamedTuple):
         without a label is dropped. "classified": texts with a class. "prompts": prompts alone.
       mismatched: give every example an unrelated second response, see `unpaired.with_mismatched`.
       scores: every record must have scores.
+      weights: records may have weights. A loss that sorts a batch has no use for them.
       ties: keep ranked records whose responses are all tied, which are dropped otherwise.
       best_only: training reads the best response of a ranked record alone.
     """
@@ -34,6 +35,7 @@ class DataRequirements(NamedTuple):
     form: Literal["best", "ranked", "labelled", "classified", "prompts"] = "ranked"
     mismatched: bool = False
     scores: bool = False
+    weights: bool = True
     ties: bool = False
     best_only: bool = False
 
@@ -49,8 +51,17 @@ class NothingHeldOut(Exception):
 def usable(
     loaded: Iterable[Record], requirements: DataRequirements, report: Report
 ) -> Iterator[Record]:
-    """The records that a stage can learn from; the others are counted."""
+    """The records that a stage can learn from; the others are counted.
+
+    Raises:
+      DataError: a record has a weight, and the loss has no use for it.
+    """
     for record in loaded:
+        if record.weight != 1 and not requirements.weights:
+            raise DataError(
+                f"{record.id}: field 'weight' is {record.weight:g}, but this loss sorts the batch "
+                "and cannot weigh one example: leave the field out with data.columns=-weight"
+            )
         cause = _unusable(record, requirements)
         if cause:
             report.count("dropped", cause, record.id)

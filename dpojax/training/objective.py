@@ -36,7 +36,8 @@ class Terms(NamedTuple):
     """An objective on one micro-batch: sums and weights, never means.
 
     The batch's loss is sum(loss) / sum(weight) over all its micro-batches. So the gradient does
-    not depend on how the batch is divided. Padding has weight 0 and loss 0.
+    not depend on how the batch is divided. Padding has weight 0 and loss 0. An example of weight w
+    (`Rows.weight`) is counted as w equal examples: it multiplies loss, weight and metrics.
     """
 
     loss: Array  # [..., R, E]
@@ -67,9 +68,12 @@ class Objective(NamedTuple):
     baseline: Callable[[RunningMean, Any, Rows, Hyper], RunningMean] | None = None
 
 
-def masked_metric(values: Array, mask: Array) -> Metric:
-    """The metric of `values` where `mask` is True; arrays, not yet summed."""
-    return Metric(jnp.where(mask, values, 0), mask)
+def masked_metric(values: Array, weight: Array) -> Metric:
+    """The metric of `values` with their weights, or a mask; arrays, not yet summed.
+
+    Values of weight 0 may be NaN.
+    """
+    return Metric(jnp.where(weight > 0, values, 0) * weight, weight)
 
 
 def summed_metrics(metrics: Mapping[str, Metric]) -> dict[str, Metric]:

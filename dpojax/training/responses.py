@@ -36,6 +36,12 @@ def all_pairs(values: Array) -> Pair:
     return Pair(values[..., better], values[..., worse])
 
 
+def token_weights(rows: Rows) -> Array:
+    """The weight of the example that each scored token belongs to, [..., R, S]."""
+    by_slot = jnp.repeat(rows.weight, rows.present.shape[-1], axis=-1)  # [..., R, E * K]
+    return of_response(by_slot, rows.response)
+
+
 def best_response_tokens(rows: Rows) -> Array:
     """Which tokens [..., R, S] belong to the first response of an example with a good label."""
     first = jnp.zeros(rows.present.shape, bool).at[..., 0].set(True)

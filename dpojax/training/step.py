@@ -19,7 +19,7 @@ from dpojax.training.lost_updates import LOST_UPDATES, lost_updates
 from dpojax.training.metrics import Metric
 from dpojax.training.micro_batches import add_up, map_present, part_like
 from dpojax.training.objective import Hyper, Objective, Terms, masked_metric, summed_metrics
-from dpojax.training.responses import answer_tokens, best_response_tokens
+from dpojax.training.responses import answer_tokens, best_response_tokens, token_weights
 from dpojax.training.state import State, descend
 
 
@@ -142,8 +142,9 @@ def _metrics_of(terms: Terms) -> dict[str, Metric]:
 
 def _token_metrics(tokens: TokenStatistics, rows: Rows) -> dict[str, Metric]:
     """Metrics of the scored tokens, arrays [M, R, S]."""
-    scored, best = answer_tokens(rows), best_response_tokens(rows)
-    chosen, rejected = scored & best, scored & ~best
+    answers, best = answer_tokens(rows), best_response_tokens(rows)
+    scored = answers * token_weights(rows)
+    chosen, rejected = scored * best, scored * ~best
     metrics = {
         "entropy": masked_metric(tokens.entropy, scored),
         "mean_token_accuracy": masked_metric(tokens.correct, chosen),

@@ -10,7 +10,7 @@ from dpojax.data.rows import Rows
 from dpojax.methods.preference.views import LabelledView, View
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import masked_metric
-from dpojax.training.responses import all_pairs, answer_tokens
+from dpojax.training.responses import all_pairs, answer_tokens, token_weights
 
 
 def pair_metrics(view: View, beta: Array) -> dict[str, Metric]:
@@ -24,17 +24,18 @@ def pair_metrics(view: View, beta: Array) -> dict[str, Metric]:
     policy, reference = all_pairs(view.logprobs), all_pairs(view.reference_logprobs)
     present, rank = all_pairs(view.rows.present), all_pairs(view.rows.rank)
     mask = present.chosen & present.rejected & (rank.chosen != rank.rejected)
+    weight = mask * view.rows.weight[..., None]  # [..., R, E, P]
     reward = losses.implicit_rewards(policy, reference, beta)
     margin = reward.chosen - reward.rejected
     return {
-        "rewards/chosen": masked_metric(reward.chosen, mask),
-        "rewards/rejected": masked_metric(reward.rejected, mask),
-        "rewards/margins": masked_metric(margin, mask),
-        "rewards/accuracies": masked_metric(margin > 0, mask),
-        "logps/chosen": masked_metric(policy.chosen, mask),
-        "logps/rejected": masked_metric(policy.rejected, mask),
-        "logps/accuracies": masked_metric(policy.chosen > policy.rejected, mask),
-        "displacement": masked_metric(policy.chosen < reference.chosen, mask),
+        "rewards/chosen": masked_metric(reward.chosen, weight),
+        "rewards/rejected": masked_metric(reward.rejected, weight),
+        "rewards/margins": masked_metric(margin, weight),
+        "rewards/accuracies": masked_metric(margin > 0, weight),
+        "logps/chosen": masked_metric(policy.chosen, weight),
+        "logps/rejected": masked_metric(policy.rejected, weight),
+        "logps/accuracies": masked_metric(policy.chosen > policy.rejected, weight),
+        "displacement": masked_metric(policy.chosen < reference.chosen, weight),
     }
 
 
@@ -44,14 +45,14 @@ def labelled_metrics(view: LabelledView, beta: Array) -> dict[str, Metric]:
     `rewards/accuracies` is the share of responses whose implicit reward has the sign of its label.
     """
     policy, reference = view.policy(), view.reference()
-    mask, desirable = view.mask(), view.desirable()
+    weight, desirable = view.counts(), view.desirable()
     reward = beta * (policy - reference)
-    good, bad = mask & desirable, mask & ~desirable
+    good, bad = weight * desirable, weight * ~desirable
     right = jnp.where(desirable, reward > 0, reward < 0)
     return {
         "rewards/chosen": masked_metric(reward, good),
         "rewards/rejected": masked_metric(reward, bad),
-        "rewards/accuracies": masked_metric(right, mask),
+        "rewards/accuracies": masked_metric(right, weight),
         "logps/chosen": masked_metric(policy, good),
         "logps/rejected": masked_metric(policy, bad),
         "displacement": masked_metric(policy < reference, good),
@@ -64,4 +65,4 @@ def token_kl_estimate(policy: Array, rows: Rows) -> Metric:
     In nats. It has no bias if the responses were drawn from the reference. On other data it can be
     negative.
     """
-    return masked_metric(rows.reference - policy, answer_tokens(rows))
+    return masked_metric(rows.reference - policy, answer_tokens(rows) * token_weights(rows))

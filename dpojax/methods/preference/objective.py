@@ -49,7 +49,7 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         metrics |= _reward_baselines(names, view)
         if isinstance(view, PairView):  # [..., R, E, P] -> [..., R, E]
             value, counted = value.sum(-1), counted.sum(-1)
-        return Terms(value, counted.astype(jnp.float32), metrics)
+        return Terms(value * rows.weight, counted * rows.weight, metrics)
 
     statistics = []
     if options.get("wpo") == "corrected":
@@ -123,7 +123,7 @@ def _running_mean(view_of: type[View], options: Mapping[str, Any]) -> Callable:
         view = view_of(tokens, rows, hyper, options)
         reward = lambda policy, reference: hyper["beta"] * (policy - reference)
         rewards = jax.tree.map(reward, view.policy(), view.reference())
-        return update_baseline(baseline, rewards, view.mask())
+        return update_baseline(baseline, rewards, view.counts())
 
     return update
 
@@ -157,6 +157,7 @@ def _pair_at_reference(hyper: Hyper, settings: Mapping[str, Any]) -> PairView:
         rank=jnp.array([[[0, 1]]]),
         scores=jnp.zeros((1, 1, 2)),
         desirable=jnp.ones((1, 1), bool),
+        weight=jnp.ones((1, 1)),
         reference=jnp.zeros((1, 2)),
     )
     tokens = TokenStatistics(jnp.zeros((1, 2)), kl=jnp.zeros((1, 2)))

@@ -106,6 +106,7 @@ class LossRequirements(NamedTuple):
     reference: bool
     live: bool  # the reference's whole distributions, which no cache holds
     chosen: bool  # it learns from the best response alone
+    weights: bool  # it can weigh one example: it does not sort the batch
 
 
 def loss_requirements(loss: str) -> LossRequirements:
@@ -129,6 +130,7 @@ def loss_requirements(loss: str) -> LossRequirements:
         reference="reference" in inputs,
         live="kl" in inputs and forms[0] == "pairs",
         chosen=inputs == {"nll"},
+        weights=not any(LOSS_TABLE[name].sorts_batch for name in names),
     )
 
 

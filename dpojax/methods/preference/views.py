@@ -68,6 +68,11 @@ class View:
         """BCO's reward shift, a scalar: the running mean of all rewards, or 0."""
         return self.hyper["delta"]
 
+    def counts(self) -> Array:
+        """As how many equal ones each entry of `mask` counts: its weight, or 0 without a loss."""
+        mask, weight = self.mask(), self.rows.weight
+        return mask * weight.reshape(*weight.shape, *[1] * (mask.ndim - weight.ndim))
+
 
 class PairView(View):
     """All pairs of a better and a worse response of an example, [..., R, E, P].
@@ -204,7 +209,7 @@ class LabelledView(View):
     def kl(self) -> Array:
         """KTO's z, from the mismatched responses of the whole batch; a scalar, nats."""
         ratio = (self.logprobs - self.reference_logprobs)[..., 1]
-        return losses.kto_baseline(ratio, self.rows.present[..., 1])
+        return losses.kto_baseline(ratio, self.rows.present[..., 1] * self.rows.weight)
 
 
 def _head_tail(view: PairView, values: Array, total: Pair) -> HeadTail:
