@@ -20,6 +20,7 @@ from dpojax import stopping
 LOST = 30  # seconds of silence after which a machine counts as lost
 CONNECT = 20.0  # seconds in which the line must stand
 FIRST = 0  # the process that the others are connected to
+LAST = 2.0  # seconds that process 0 leaves to the others for ending
 DEAD = 1  # the status of a process that ends because another one was killed
 
 
@@ -132,7 +133,7 @@ class Link:
         ).start()
 
     def _listen(self, peer: int, line: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError), line.makefile("rb") as messages:
+        with contextlib.suppress(OSError, ValueError), line, line.makefile("rb") as messages:
             for text in messages:
                 self._receive(peer, json.loads(text))
         if not self._ended and peer not in self._gone:
@@ -159,6 +160,8 @@ class Link:
         for peer in self._peers:
             if peer != process:
                 self._send(peer, kind="end", process=process, status=status, why=why)
+        if self.index == FIRST:  # JAX aborts a process whose coordinator is gone before it is
+            threading.Event().wait(LAST)
         text = f"process {process} of {self.count} {why}; process {self.index} ends, too"
         stopping.end_now(status, f"{text}; {stopping.GO_ON}")
 
@@ -170,7 +173,7 @@ def use(link: Link) -> None:
     """Make this the line of the process: a signal that ends it alone ends the others, too."""
     global _link
     _link = link
-    stopping.on_stop(lambda name: link.end(stopping.STOPPED, f"was stopped by {name}"))
+    stopping.on_end(link.end)
 
 
 def current() -> Link | None:

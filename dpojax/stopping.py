@@ -23,6 +23,7 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
 RESPONSE = 10.0  # seconds that a computation in C++ may take before the process ends over it
+RESPONSE_TOLD = 1.0  # the same, where other processes have been told and end, too
 SAME_PRESS = 1.0  # a launcher may pass one Ctrl-C on twice; a later one ends the process at once
 
 
@@ -42,7 +43,7 @@ class _State:
     noting = 0  # how many `noted` blocks are entered
     raised = False  # whether Preempted was raised for it
     what = ""  # names what is stopped
-    on_stop: Callable[[str], None] | None = None  # is told of a signal that raises
+    on_end: Callable[[int, str], None] | None = None  # is told that this process ends alone
 
 
 def received() -> str:
@@ -55,9 +56,15 @@ def forget() -> None:
     _State.received, _State.raised, _State.first_interrupt = "", False, None
 
 
-def on_stop(action: Callable[[str], None] | None) -> None:
-    """Call `action` with a sentence when a signal ends this process without a save."""
-    _State.on_stop = action
+def on_end(action: Callable[[int, str], None] | None) -> None:
+    """Call `action` with a status and the reason when this process ends before its run does."""
+    _State.on_end = action
+
+
+def _tell(status: int, why: str) -> None:
+    if _State.on_end is not None:
+        with contextlib.suppress(Exception):
+            _State.on_end(status, why)
 
 
 @contextlib.contextmanager
@@ -151,9 +158,11 @@ def _watch(pipe: int) -> None:
             say(f"{name}: the run stops after this step, and saves")
             continue
         say(f"{name}: the run stops")
-        if _State.on_stop is not None:
-            _State.on_stop(name)
-        threading.Timer(RESPONSE, _end_if_deaf, [name]).start()
+        _tell(STOPPED, f"was stopped by {name}")
+        alone = _State.on_end is None
+        timer = threading.Timer(RESPONSE if alone else RESPONSE_TOLD, _end_if_deaf, [name])
+        timer.daemon = True
+        timer.start()
 
 
 GO_ON = "the same command goes on"
@@ -180,17 +189,21 @@ def say(text: str) -> None:
         print(f"\n{text}", file=sys.__stderr__, flush=True)
 
 
-def end_now(status: int, text: str = "", *, stacks: bool = False) -> NoReturn:
+def end_now(
+    status: int, text: str = "", *, why: str = "has ended", stacks: bool = False
+) -> NoReturn:
     """End the process from any thread: no barrier, no thread and no library is waited for.
 
     Its children end, too.
 
     Args:
       text: is printed first.
+      why: is told to the other processes of the run.
       stacks: also print the stack of every thread.
     """
     if text:
         say(text)
+    _tell(status, why)
     if stacks:
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(file=sys.__stderr__)

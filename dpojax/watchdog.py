@@ -64,5 +64,6 @@ def _watch(limit: float, ended: threading.Event) -> None:
                 f"No progress for {limit / 60:.3g} minutes (config.hang_minutes) while: "
                 f"{_Progress.doing}. The process ends, so that its devices are free; its last "
                 f"checkpoint is complete, and {stopping.GO_ON}. The stacks of its threads:",
+                why=f"has made no progress for {limit / 60:.3g} minutes",
                 stacks=True,
             )

@@ -44,6 +44,9 @@ def default_config() -> ConfigDict:
     config.samples = _samples()
     config.frontier = _frontier()
     config.sweep = _sweep()
+    # A run that makes no progress for so long is ended, and the stacks of its threads are printed.
+    # It has to be longer than the longest compilation; 0 never ends a run.
+    config.hang_minutes = 30.0
     config.check_memory = True  # refuse a stage that is predicted not to fit on a device
     config.profile = False  # trace, and tell where the time went; not for PPO or a sweep
     config.log_every = 10  # steps

@@ -71,6 +71,7 @@ SHARED_RULES = (
     at_least("log_every", 0, "0 (only at the end) or more steps"),
     at_least("evaluate_every", 0, "0 (only at the end) or more steps"),
     at_least("checkpoint_every", 0, "0 (only at the end) or more steps"),
+    at_least("hang_minutes", 0, "0 (never) or more minutes"),
     at_least("max_checkpoints", 1, "1 or more checkpoints"),
     at_least("sweep.at_once", 0, "0 (as many as memory holds) or more members"),
     at_least("sweep.axis", 0, "0 (as many as divide mesh.data) or more devices"),

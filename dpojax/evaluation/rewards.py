@@ -32,6 +32,7 @@ from dpojax.models.decoder import Model, Params
 from dpojax.models.families import ENCODERS
 from dpojax.sharding import put_rows, row_shards, to_host
 from dpojax.training.reference import fingerprint
+from dpojax.watchdog import beat
 
 SHORTEST = 16  # columns of the narrowest batch
 
@@ -342,6 +343,7 @@ def _batched(
             with nullcontext() if mesh is None else jax.set_mesh(mesh):
                 batch = batch if mesh is None else put_rows(batch, mesh)
                 results |= zip(indices, to_host(program(params, *batch)))
+            beat("responses are scored")
         return np.array([results[i] for i in range(len(texts))], np.float64)
 
     return run

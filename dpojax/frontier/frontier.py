@@ -30,7 +30,7 @@ from dpojax.frontier.plan import Plan, plan_frontier
 from dpojax.frontier.runs import Run
 from dpojax.jobs import in_process, local_workers
 from dpojax.jobs.job import plan_as_json
-from dpojax.runs.workdirs import workdir_lock
+from dpojax.runs.workdirs import require_writable, workdir_lock
 from dpojax.stages.registry import resolve
 from dpojax.training.compilation_cache import shared_programs
 
@@ -62,6 +62,7 @@ def make_frontier(
     """
     folder = workdir_path(workdir)
     check_frontier(config, runs, folder, workers)
+    require_writable(folder)
     with workdir_lock(folder):
         plan = plan_frontier(config, runs, folder, parts=workers, vectorise=vectorise)
         write_or_compare_plan(config, runs, plan, folder)

@@ -24,7 +24,7 @@ from dpojax.config.saved import (
 )
 from dpojax.runs.base_files import keep_base_files
 from dpojax.runs.command import run_command
-from dpojax.runs.workdirs import FINISHED, workdir_lock, write_failure
+from dpojax.runs.workdirs import FINISHED, require_writable, workdir_lock, write_failure
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.stages.stage import Stage, Summary, require_memory
@@ -32,6 +32,7 @@ from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
 from dpojax.training.preemption import StopSignal
+from dpojax.watchdog import watching
 
 CURVES = "training_curves.png"
 
@@ -55,6 +56,7 @@ def run_resolved(resolved: ResolvedRun) -> None:
         sharding.start_distributed()
     compare_config(resolved)  # before data are read, which may take an hour
     if not sharding.agreed((resolved.workdir / FINISHED).exists()):
+        require_writable(resolved.workdir)
         with shared_programs(resolved.config.compilation_cache):
             _run(resolved)
     _show(resolved.workdir)
@@ -66,7 +68,8 @@ def _run(resolved: ResolvedRun) -> None:
     stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused
     for stage in stages:
         require_memory(stage)
-    with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
+    watch = watching(resolved.config.hang_minutes)
+    with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), watch, StopSignal() as stop:
         write_or_compare_config(resolved)  # another run may have begun here meanwhile
         keep_base_files(setup)
         announce(stages)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
+import threading
 from typing import Any
+
+from absl import logging as absl_logging
 
 from dpojax import stopping
 
@@ -50,7 +54,33 @@ class Lasting(io.TextIOBase):
         return getattr(self._stream, name)
 
 
+class WithoutLibraries(logging.Filter):
+    """Drops what libraries log about a failed save; the command tells it in one paragraph."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        of_orbax = "orbax" in record.pathname
+        return not of_orbax and "never retrieved" not in record.getMessage()
+
+
 def look_after() -> None:
-    """Let the command outlive the readers of what it prints."""
+    """Let the command outlive the readers of what it prints, and keep libraries from printing.
+
+    An error of the operating system in a thread of a library (a full disk) is not printed. Whoever
+    waits for the thread gets it.
+    """
     sys.stdout = Lasting(sys.stdout, "standard output")
     sys.stderr = Lasting(sys.stderr, "standard error")
+    for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(WithoutLibraries())
+    threading.excepthook = _unless_of_the_system(threading.excepthook)
+    sys.unraisablehook = _unless_of_the_system(sys.unraisablehook)
+
+
+def _unless_of_the_system(hook: Any) -> Any:
+    """A hook for errors that nobody catches, without those of the operating system."""
+
+    def told(args: Any) -> None:
+        if not issubclass(args.exc_type, OSError):
+            hook(args)
+
+    return told

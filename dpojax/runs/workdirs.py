@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -35,6 +36,23 @@ def workdir_lock(workdir: storage.Path) -> Iterator[None]:
 
         sharding.on_first_process(lock)
         yield
+
+
+def require_writable(workdir: storage.Path) -> None:
+    """Refuse, before data are read, a workdir in which nothing can be written.
+
+    Raises:
+      ConfigError: it is a file, the root of the file system, or may not be written to.
+    """
+    if not storage.is_local(workdir):
+        return
+    if workdir == workdir.parent:
+        raise ConfigError(f"--workdir={workdir}: the root of all files; name a folder of its own")
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--workdir={workdir}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={workdir}: {there} may not be written to")
 
 
 def has_ended(workdir: storage.Path) -> bool:

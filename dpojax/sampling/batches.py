@@ -12,6 +12,7 @@ from dpojax.data.records import DataError
 from dpojax.models.decoder import Params
 from dpojax.sampling.sampler import Prompts, ResponsePrefix, Sampler, Samples, doubling_up_to
 from dpojax.sharding import to_host
+from dpojax.watchdog import beat
 
 MIN_PROMPT_COLUMNS = 16  # width of the narrowest batch of prompts; wider ones are powers of two
 # `generate` leaves out responses that have stopped after so many tokens, then after twice as many.
@@ -136,6 +137,7 @@ def _draw_batch(
     how: dict,
 ) -> None:
     """Draw the next part of the responses of one batch; those of a group share their context."""
+    beat("responses are drawn")
     firsts = [group[0] for group in groups]
     prompts = pad([r.context for r in firsts], [r.id for r in firsts], batch_size)
     prefix = ResponsePrefix(np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32))  # [B]

@@ -38,6 +38,8 @@ def as_path(name: PathLike, what: str = "path") -> epath.Path:
     text = os.fspath(name)
     if not text.strip():
         raise StorageError(f"{what} is empty: name a folder or a file")
+    if any(ord(letter) < 32 or letter == "\x7f" for letter in text):
+        raise StorageError(f"{what} = {text!r}: has a control character, such as a new line")
     scheme, separator, rest = text.partition("://")
     if separator:
         _require_bucket(text, scheme, rest, what)
@@ -45,7 +47,10 @@ def as_path(name: PathLike, what: str = "path") -> epath.Path:
     for scheme in BUCKETS:
         if text.startswith(f"{scheme}:/"):
             raise StorageError(f"{what} = {text}: a bucket begins with {scheme}://")
-    return Path(text).expanduser().resolve()
+    try:
+        return Path(text).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # ~nobody, or a loop of links
+        raise StorageError(f"{what} = {text}: {error}") from error
 
 
 def is_local(path: PathLike) -> bool:

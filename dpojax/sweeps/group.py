@@ -57,6 +57,7 @@ from dpojax.training.vectorised_loop import (
     VectorisedLoop,
     resume,
 )
+from dpojax.watchdog import watching
 
 
 def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, str]:
@@ -103,6 +104,7 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
             keep_base_files(setup._replace(run=run))
         during.enter_context(jax.set_mesh(setup.mesh))
         stop = during.enter_context(StopSignal())
+        during.enter_context(watching(setup.config.hang_minutes))
         announce(stages)
         if setup.config.profile and jax.process_index() == 0:
             print("config.profile: nothing is profiled of members that train together")

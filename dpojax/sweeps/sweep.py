@@ -41,6 +41,7 @@ from dpojax.runs.workdirs import (
     ended_here,
     failure_of,
     has_ended,
+    require_writable,
     share_stages,
     workdir_lock,
     write_failure,
@@ -82,6 +83,7 @@ def run_sweep(
     runs = {name: member_run(config, x, folder / name) for name, x in changes.items()}
     if config.distributed:
         sharding.start_distributed()
+    require_writable(folder)
     with workdir_lock(folder), shared_programs(config.compilation_cache):
         sharding.on_first_process(partial(_write_plan, config, changes, runs, folder))
         plan = read_plan(folder)

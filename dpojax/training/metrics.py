@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from dpojax import sharding, storage
+from dpojax.watchdog import beat
 
 FILE = "metrics.jsonl"
 RESERVED = ("step", "split", "time")  # fields of a line that are no metrics
@@ -68,6 +69,7 @@ class Window:
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add the scalar metrics of one step; names may differ between steps."""
         self._steps.append(sharding.settle(metrics))
+        beat()
 
     def flush(self) -> dict[str, float]:
         """Return the weighted mean of each metric since the last flush; nan if its weight is 0."""

@@ -18,6 +18,7 @@ from dpojax.training.forward import NO_FROZEN_WEIGHTS, Forward, FrozenWeights, b
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.state import State
 from dpojax.training.step import build_gradient
+from dpojax.watchdog import beat
 
 COMPILE, DATA, STEP = "compilation and first step", "waiting for data", "steps"
 EVALUATION, CHECKPOINT = "evaluation", "waiting for checkpoints"
@@ -43,9 +44,11 @@ class Spans:
     def __call__(self, name: str) -> Iterator[None]:
         """Count the time of a `with` block as `name`."""
         began = time.perf_counter()
+        beat(name)
         try:
             yield
         finally:
+            beat()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def stepped(self, report: Any) -> None:

@@ -21,6 +21,7 @@ from dpojax import sharding, storage
 from dpojax.data.examples import Example
 from dpojax.data.packing import size_of
 from dpojax.data.rows import Rows
+from dpojax.watchdog import beat
 
 FORMAT = (
     "dpojax reference log-probs, version 1"  # change it when the same inputs give other numbers
@@ -89,6 +90,7 @@ def compute(
     store = Store(examples)
     for rows in batches:
         store.write(rows, sharding.to_host(score(rows)))
+        beat("the reference's log-probs are computed")
     if not np.isfinite(store.values).all():
         bad = int(np.flatnonzero(~np.isfinite(store.values))[0])
         example = examples[int(np.searchsorted(store.starts, bad, side="right")) - 1]

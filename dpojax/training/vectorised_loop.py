@@ -26,6 +26,7 @@ from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.state import State
 from dpojax.training.step import Report
 from dpojax.training.vectorised_step import MemberHyperparameters, MemberStates
+from dpojax.watchdog import beat
 
 POSITIONS = "orders"  # the key of the iterators' positions in a checkpoint
 
@@ -194,6 +195,7 @@ class VectorisedLoop:
         self, chunks: Sequence[MemberChunk], batch: list[Rows], done: int
     ) -> list[Report | None]:
         """One step of every chunk with a member that still trains; None for the others."""
+        beat("steps of the members")
         reports: list[Report | None] = []
         for chunk, rows in zip(chunks, self.place(batch)):
             if not any(member.trains_after(done) for member in chunk.members):
@@ -229,6 +231,7 @@ class VectorisedLoop:
         for chunk in chunks:
             for index, member in enumerate(chunk.members):
                 if member in members:
+                    beat(f"evaluation of {member.name}")
                     act(member, self.stage, self.take_member(chunk.states, index), done)
 
     def _check(

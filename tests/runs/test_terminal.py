@@ -1,0 +1,57 @@
+"""A command outlives its terminal, and shows one paragraph where a disk is full."""
+
+import logging
+import os
+import sys
+import threading
+
+import pytest
+
+from dpojax.runs import terminal
+
+
+@pytest.fixture
+def pipe():
+    """A stream into a pipe, and the end to read it."""
+    reads, writes = os.pipe()
+    with os.fdopen(writes, "w", buffering=1) as stream, os.fdopen(reads) as reader:
+        yield terminal.Lasting(stream, "standard output"), reader
+
+
+def test_a_stream_writes_as_before_and_is_dropped_once_its_reader_is_gone(pipe, capsys):
+    stream, reader = pipe
+    print("a line", file=stream, flush=True)
+    assert reader.readline() == "a line\n"
+    assert not stream.isatty()
+    reader.close()
+    for _ in range(3):
+        print("nobody reads this", file=stream, flush=True)
+    sys.__stderr__.flush()
+    os.write(stream.fileno(), b"a library goes on, too")
+
+
+def test_other_errors_of_a_stream_are_raised():
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        terminal.Lasting(Full(), "standard output").write("text")
+
+
+def test_what_orbax_logs_of_a_failed_save_is_not_shown():
+    def record(path, text):
+        return logging.LogRecord("absl", logging.ERROR, path, 1, text, (), None)
+
+    shown = terminal.WithoutLibraries().filter
+    assert not shown(record("/site-packages/orbax/checkpoint/future.py", "run() raised"))
+    assert not shown(record("/asyncio/base_events.py", "Task exception was never retrieved"))
+    assert shown(record("/dpojax/storage/locks.py", "in use by another"))
+
+
+@pytest.mark.parametrize(("error", "shown"), [(OSError(28, "full"), 0), (ValueError("bug"), 1)])
+def test_only_errors_of_the_system_in_threads_of_libraries_are_quiet(error, shown):
+    seen = []
+    hook = terminal._unless_of_the_system(seen.append)
+    hook(threading.ExceptHookArgs((type(error), error, None, None)))
+    assert len(seen) == shown
