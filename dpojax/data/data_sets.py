@@ -123,6 +123,7 @@ def reading(path: storage.Path | str) -> Iterator[None]:
     """Turn errors of `datasets` into a DataError that names the path."""
     import datasets
     import huggingface_hub.errors
+    import yaml
 
     try:
         yield
@@ -134,6 +135,7 @@ def reading(path: storage.Path | str) -> Iterator[None]:
         RuntimeError,
         datasets.exceptions.DatasetsError,
         huggingface_hub.errors.HfHubHTTPError,
+        yaml.YAMLError,
     ) as error:
         place = storage.as_path(path)
         reason = " ".join(str(error).split())

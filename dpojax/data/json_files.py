@@ -37,8 +37,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object_of)
 def line_rows(file: storage.Path) -> Iterator[tuple[dict, int]]:
     """Yield (row, line number) of JSON lines; blank lines are passed over."""
     for number, line in text_files.lines(file):
-        if line.strip():
-            yield _object(_parsed(file, line, number), f"{file}:{number}"), number
+        yield _object(_parsed(file, line, number), f"{file}:{number}"), number
 
 
 def rows(file: storage.Path, split: str | None) -> Iterator[tuple[dict, int]]:
@@ -88,7 +87,7 @@ def _first_byte(file: storage.Path) -> bytes:
 
 def _is_lines(file: storage.Path) -> bool:
     """Whether the first line is an object, and not the only line if it contains lists of rows."""
-    filled = ((number, line) for number, line in text_files.lines(file) if line.strip())
+    filled = text_files.lines(file)
     try:
         number, line = next(filled)
         row = _parsed(file, line, number)

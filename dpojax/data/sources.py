@@ -24,8 +24,8 @@ Row = tuple[dict[str, Any], str]
 Path = str | os.PathLike
 
 COMPRESSED = ("", *text_files.OPENERS)
-JSON_SUFFIXES = tuple(f"{kind}{more}" for kind in (".json", ".jsonl") for more in COMPRESSED)
-LINE_SUFFIXES = tuple(suffix for suffix in JSON_SUFFIXES if suffix.startswith(".jsonl"))
+LINE_SUFFIXES = tuple(f"{kind}{more}" for kind in (".jsonl", ".ndjson") for more in COMPRESSED)
+JSON_SUFFIXES = tuple(f".json{more}" for more in COMPRESSED) + LINE_SUFFIXES
 CSV_SUFFIXES = tuple(f".csv{more}" for more in COMPRESSED)
 TSV_SUFFIXES = tuple(f".tsv{more}" for more in COMPRESSED)
 ARROW_SUFFIXES = (".arrow", ".feather")
@@ -275,11 +275,12 @@ def _places(source: Source) -> list[storage.Path | str]:
         if not matches:
             raise DataError(f"{place}: no file matches this pattern")
         return matches
+    if os.path.islink(str(place)):
+        raise DataError(f"{place}: is a symbolic link that leads nowhere, or in a circle")
     near = _suggestion(place)
     if HUB_NAME.fullmatch(text) and not text.endswith(SUFFIXES) and not near:
         return [text]
-    broken = "; it is a symbolic link that leads nowhere" if os.path.islink(str(place)) else ""
-    raise DataError(f"{place}: no such file or folder{near}{broken}")
+    raise DataError(f"{place}: no such file or folder{near}")
 
 
 def _place(path: Path) -> storage.Path:

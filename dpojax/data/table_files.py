@@ -52,7 +52,7 @@ def csv_rows(file: storage.Path, delimiter: str) -> Iterator[tuple[dict, int]]:
 
 
 def _texts(file: storage.Path) -> Iterator[str]:
-    for number, line in text_files.lines(file):
+    for number, line in text_files.lines(file, blank=True):
         yield text_files.decoded(file, number, line) + "\n"
 
 

@@ -10,6 +10,7 @@ import bz2
 import contextlib
 import gzip
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -57,7 +58,8 @@ def opened(file: storage.Path) -> Iterator[IO[bytes]]:
 
 def require_regular(file: storage.Path) -> None:
     """Raise DataError for pipes, devices and sockets, which may have no end or block for ever."""
-    if not file.is_file():
+    regular = os.path.isfile(file) if storage.is_local(file) else file.is_file()
+    if not regular:
         raise DataError(
             f"{file}: is no regular file; data are read more than once, so copy them into a file"
         )
@@ -71,38 +73,51 @@ def blocks(file: storage.Path) -> Iterator[bytes]:
     """
     line = 1
     with opened(file) as stream:
+        # read1 gives what comes before the damage; read would keep it.
+        read = getattr(stream, "read1", stream.read)
         while True:
             try:
-                block = stream.read(BLOCK)
+                block = read(BLOCK)
             except DAMAGED as error:
                 reason = _reason(error)
                 raise DataError(f"{file}:{line}: cannot be read from here on: {reason}") from error
             if not block:
                 return
             if line == 1 and block.startswith(UTF16_MARKS):
-                raise DataError(f"{file}:1: is UTF-16 text; convert the file to UTF-8")
+                raise DataError(f"{file}:1: is UTF-16 or UTF-32 text; convert the file to UTF-8")
             yield block.removeprefix(UTF8_MARK) if line == 1 else block
             line += block.count(b"\n")
 
 
-def lines(file: storage.Path) -> Iterator[tuple[int, bytes]]:
+def lines(file: storage.Path, *, blank: bool = False) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line) for every line, numbered from 1, without the newline at its end.
 
     The bytes are split, not the text: str.splitlines also splits at U+2028 inside a JSON string.
 
+    Args:
+      blank: yield lines without text as well.
+
     Raises:
       DataError: see `blocks`; also for a line of more than LINE_LIMIT bytes.
     """
-    number, start = 1, b""
+    number, begun, length = 1, [], 0  # pieces of a line that has not ended, and their bytes
     for block in blocks(file):
-        *whole, start = (start + block).split(b"\n")
-        for line in whole:
-            yield number, line
-            number += 1
-        if len(start) > LINE_LIMIT:
+        if b"\n" not in block:
+            begun.append(block)
+            length += len(block)
+        elif not (blank or begun or block.strip()):  # a small file may expand to billions of them
+            number += block.count(b"\n")
+        else:
+            *whole, last = b"".join([*begun, block]).split(b"\n")
+            for line in whole:
+                if blank or line.strip():
+                    yield number, line
+                number += 1
+            begun, length = [last], len(last)
+        if length > LINE_LIMIT:
             raise too_long(file, number)
-    if start:
-        yield number, start
+    if line := b"".join(begun):
+        yield number, line
 
 
 def too_long(file: storage.Path, line: int) -> DataError:
