@@ -17,5 +17,5 @@ def get_config():
     return config
 
 
-def sweep(config):
+def sweep():
     return [{"preference.beta": 0.1}, {"preference.beta": 0.5}, {"preference.loss": "ipo"}]
