@@ -324,6 +324,7 @@ def _batched(
     Returns:
       A function of lists of token ids; its result is float64 [n, ...].
     """
+    rows = params["embed"]["tokens"].shape[0]
     size = batch_size if mesh is None else -(-batch_size // row_shards(mesh)) * row_shards(mesh)
 
     @jax.jit
@@ -335,6 +336,11 @@ def _batched(
         for index, ids in enumerate(texts):
             if not len(ids):
                 raise RewardError(f"text {index}: it has no token; a score needs at least one")
+            if max(ids) >= rows:
+                raise RewardError(
+                    f"text {index}: it has the token id {max(ids)}, but the reward's model only "
+                    f"{rows} rows; its tokenizer does not belong to it"
+                )
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         results = {}
         for start in range(0, len(by_length), size):

@@ -47,8 +47,9 @@ MAX_VALUES = 2_000_000  # commas of a header
 MAX_JSON = 25_000_000  # bytes of config.json and of the index
 
 QUANTIZED = (
-    ": the weights are quantised; load them with transformers, call dequantize() on the model "
-    "and save_pretrained(new_folder)"
+    ": the weights are quantised; take the repository with the original weights, or, for the kinds "
+    "that transformers can undo, write them with from_pretrained(NAME).dequantize() and "
+    "save_pretrained(NEW_FOLDER)"
 )
 
 

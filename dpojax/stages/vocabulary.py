@@ -11,6 +11,8 @@ import numpy as np
 from dpojax.data.examples import Example, Examples
 from dpojax.data.records import DataError
 
+_log = logging.getLogger(__name__)
+
 UNUSUAL = 1024  # published tables have at most a few hundred rows more than their tokenizer has ids
 
 
@@ -28,14 +30,14 @@ def tell_of_mismatch(tokenizer: Any, rows: int, *, chosen: bool) -> None:
     """
     ids = rows_for(tokenizer)
     if ids > rows:
-        logging.warning(
+        _log.warning(
             "the tokenizer has ids up to %d, the model only %d rows: examples that use the others "
             "are refused",
             ids - 1,
             rows,
         )
     elif chosen and rows > ids + UNUSUAL:
-        logging.warning(
+        _log.warning(
             "the tokenizer has ids up to %d, the model %d rows: does config.tokenizer belong to "
             "config.model.path?",
             ids - 1,

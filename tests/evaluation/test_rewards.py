@@ -157,6 +157,17 @@ def test_a_text_beyond_the_reward_models_positions_is_named(scored, texts):
         reward(*texts)
 
 
+def test_a_token_that_the_reward_model_has_no_row_for_is_named(scored):
+    _, model, params = scored
+    tokenizer = reviews.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    reward = scalar_head(model, params, tokenizer)
+    image, rows = tokenizer.convert_tokens_to_ids("<image>"), model.config.vocab_size
+    message = f"text 1: it has the token id {image}, but the reward's model only {rows} rows"
+    with pytest.raises(RewardError, match=message):
+        reward(["i", "i"], [" think", "<image>"])
+
+
 @pytest.mark.parametrize(
     ("scores", "message"),
     [

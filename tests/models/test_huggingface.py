@@ -205,7 +205,7 @@ ODD_YARN = {"rope_type": "yarn", "factor": 2.0, "gamma": 1}
         ({"hidden_act": "xielu"}, r"hidden_act: 'xielu' is not in"),
         (
             {"quantization_config": {"bits": 4}},
-            r"quantization_config: .*'bits': 4.* is not supported.* call dequantize",
+            r"quantization_config: .*'bits': 4.* is not supported.*dequantize",
         ),
         ({"is_encoder_decoder": True}, r"is_encoder_decoder: True is not supported"),
         ({"rope_parameters": DYNAMIC}, r"rope scaling 'dynamic' is not supported"),

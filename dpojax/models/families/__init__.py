@@ -21,6 +21,8 @@ from dpojax.models.families.read_keys import has_effect, newer_version
 from dpojax.models.layers import ACTIVATIONS
 from dpojax.models.safetensors_io import QUANTIZED
 
+_log = logging.getLogger(__name__)
+
 DECODERS = {
     "llama": LLAMA_FAMILY,
     "mistral": MISTRAL,
@@ -122,9 +124,9 @@ def _tell_of_unread(raw: dict, unread: list[str]) -> None:
     model_type, keys = raw["model_type"], ", ".join(unread)
     message = f"config.json: transformers ignores {keys} for {model_type}, and so does dpojax"
     if raw.get("auto_map"):
-        logging.warning("%s; the model's own code, which never runs here, may read them", message)
+        _log.warning("%s; the model's own code, which never runs here, may read them", message)
     elif newer := newer_version(raw):
-        logging.warning("%s; transformers %s, which wrote it, may read them", message, newer)
+        _log.warning("%s; transformers %s, which wrote it, may read them", message, newer)
 
 
 def text_part(raw: dict) -> dict:
@@ -138,7 +140,7 @@ def text_part(raw: dict) -> dict:
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise ValueError("text_config: missing; it must describe the language model of gemma3")
-    logging.warning("config.json: of this gemma3, only the language model is read; no images")
+    _log.warning("config.json: of this gemma3, only the language model is read; no images")
     shared = ("torch_dtype", "dtype", "transformers_version", "eos_token_id", "bos_token_id")
     shared += ("pad_token_id", "tie_word_embeddings", "quantization_config")
     outer = {key: raw[key] for key in shared if key in raw}
