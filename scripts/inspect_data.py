@@ -117,7 +117,9 @@ def _require_utf8(pattern: str) -> None:
     """Raise DataError with the number of bad lines; reading would stop at the first one."""
     path = storage.as_path(pattern, "the name of a data set")
     for file in [path] if path.exists() else storage.matches(path):
-        if file.name.endswith(sources.JSON_SUFFIXES) and (lines := lint.not_utf8(file)):
+        if file.is_dir() or not file.name.endswith(sources.JSON_SUFFIXES):
+            continue
+        if lines := lint.not_utf8(file):
             first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
             raise records.DataError(
                 f"{file}: {len(lines):,} lines are not UTF-8 ({first}); convert the file"

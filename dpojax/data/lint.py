@@ -19,7 +19,6 @@ Identical responses are not looked at here: `tokenise` drops them.
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import math
 import os
@@ -30,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpojax import storage
-from dpojax.data import label_noise
+from dpojax.data import label_noise, text_files
 from dpojax.data.records import Content, Record, said
 from dpojax.data.report import EXAMPLES
 from dpojax.intervals import wilson_interval
@@ -134,18 +133,19 @@ def table(findings: Sequence[Finding]) -> str:
 
 
 def not_utf8(file: str | os.PathLike) -> list[int]:
-    """Find all lines of a .json or .jsonl file (also .gz) that are not UTF-8.
+    """Find all lines of a .json or .jsonl file (also compressed) that are not UTF-8.
 
     `sources.read` stops at the first such line, since nobody would notice a text that was skipped
     or repaired. With the whole list a user can repair the file at once.
 
     Returns:
       Numbers of the lines, from 1.
+
+    Raises:
+      DataError: see `text_files.lines`.
     """
-    content = storage.as_path(file).read_bytes()
-    content = gzip.decompress(content) if str(file).endswith(".gz") else content
     bad = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in text_files.lines(storage.as_path(file)):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
