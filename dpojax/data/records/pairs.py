@@ -178,8 +178,8 @@ def judged(fields: Fields) -> Record | Reject:
     if isinstance(first, str) or not dialogues.opens_dialogue(first):
         name = fields.first(("prompt", "question", "context", "history", "instruction"))
         return make_record(fields.id, _prompt(fields, name or "prompt"), answers, **extra)
-    for name in names:
-        dialogues.require_answer(fields.messages(name), fields.where(name))
+    for name, messages in zip(names, (first, second)):
+        dialogues.require_answer(messages, fields.where(name))
     return _split(fields.id, *answers, None, **extra)
 
 
