@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.training import keep_best
+from dpojax.training.objective import OptionError
 from dpojax.training.state import make_optimizer, make_schedule
 
 
@@ -173,9 +174,11 @@ def check_optimizer(stage: ConfigDict, name: str) -> None:
     """
     with config_errors(f"{name}.keep_best"):
         keep_best.parse(stage.keep_best, stage.patience)
-    with config_errors(name):
+    try:
         make_optimizer(stage.optimizer)
         make_schedule(stage.schedule, 0, 1)
+    except OptionError as error:
+        raise ConfigError(f"config.{name}.{error}") from error
     if stage.warmup_steps is not None and stage.warmup_ratio is not None:
         raise ConfigError(
             f"config.{name}.warmup_ratio = {stage.warmup_ratio!r}, and config.{name}.warmup_steps "
