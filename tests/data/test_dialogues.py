@@ -4,23 +4,12 @@ import datetime
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 
 from dpojax.data.example_maker import ExampleMaker
 from dpojax.data.records import DataError, Record
 from dpojax.data.tokenize_config import TokenizeConfig
+from tests.data.chat_tokenizers import PLAIN, assistant, letters, tool, user
 
-# Each token is one character, or one of these.
-MARKS = ["<s>", "</s>", "<u>", "<a>", "<t>", "<s!>", "<e>", "<think>", "</think>"]
-CHARACTERS = [chr(i) for i in (10, *range(32, 127))]
-
-PLAIN = (
-    "{% for m in messages %}<{{ {'user': 'u', 'assistant': 'a', 'tool': 't', 'system': 's!'}"
-    "[m.role] }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
-    "{% endfor %}<e>\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
 # Removes the reasoning of every turn, and begins an answer with <think>.
 STRIPS = (
     "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}"
@@ -53,31 +42,6 @@ TEXT_ARGUMENTS = PLAIN.replace(
     "{{ c.function.arguments | tojson }}", "{{ ':' + c.function.arguments }}"
 )
 WITHOUT_CALLS = PLAIN.split("{% for c")[0] + "<e>\n" + PLAIN.split("{% endfor %}<e>\n")[1]
-
-
-def letters(template=PLAIN, eos="<e>", **options):
-    vocabulary = {token: i for i, token in enumerate([*MARKS, *CHARACTERS])}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="</s>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    added = [tokenizers.AddedToken(mark, normalized=False) for mark in MARKS]
-    core.add_special_tokens(added[:-2])
-    core.add_tokens(added[-2:])  # marks of reasoning may stand in a text
-    core.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=eos, chat_template=template, **options
-    )
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
-
-
-def tool(text):
-    return {"role": "tool", "content": text}
 
 
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"at": "Bern"}}}]
@@ -211,7 +175,7 @@ def test_a_template_that_forgets_reasoning_is_scored_as_it_renders():
 
 def test_an_answer_before_any_question_is_found():
     turns = (assistant("Hello"), user("q"), assistant("yes"))
-    (prompt, texts), _ = rendered(Record("f:1", (user(""),), (turns,)))
+    (_, texts), _ = rendered(Record("f:1", (user(""),), (turns,)))
     assert texts == ["[Hello<e>]\n<u>q<e>\n<a>[yes<e>]"]
 
 
