@@ -18,4 +18,4 @@ def get_config():
 
 
 def sweep():
-    return [{"preference.beta": 0.1}, {"preference.beta": 0.5}, {"preference.loss": "ipo"}]
+    return [{"preference.beta": 0.1}, {"preference.beta": 0.5}, {"preference.batch_size": 2}]
