@@ -59,6 +59,8 @@ def saved_rows(folder: storage.Path, split: str) -> Iterator[tuple[dict, int]]:
 
     with reading(folder):
         opened = datasets.load_from_disk(str(storage.local_copy(folder)))
+        if split and not isinstance(opened, dict):
+            raise DataError(f"{folder}: has no splits, but split {split!r} was asked for")
         yield from _numbered(_chosen(opened, split, str(folder)))
 
 
@@ -103,13 +105,8 @@ def _is_offline() -> bool:
 
 
 def _chosen(opened: Any, split: str, name: str) -> Any:
-    """The split of what was opened, or the whole where it has no splits."""
-    if isinstance(opened, dict):
-        return opened[choose(opened, split, name)]
-    stated = opened.split
-    if split and (stated is None or str(stated) != split):
-        raise DataError(f"{name}: has no splits, but split {split!r} was asked for; leave it out")
-    return opened
+    """The split of what was opened, where it is not chosen already."""
+    return opened[choose(opened, split, name)] if isinstance(opened, dict) else opened
 
 
 def _numbered(rows: Any) -> Iterator[tuple[dict, int]]:
