@@ -15,6 +15,7 @@ from dpojax.models.lora import LoraConfig
 from dpojax.runs.export import export
 from dpojax.runs.policy import load_policy
 from dpojax.runs.run import run
+from dpojax.stages import train
 from dpojax.stages.exported import in_dtype
 
 from .conftest import tiny_config
@@ -26,8 +27,17 @@ CHATML = (
 
 
 @pytest.fixture(scope="module")
-def moved_run(tmp_path_factory):
-    """The exports of a finished run from adapters, and the run, whose base has moved since."""
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def moved_run(tmp_path_factory, monkeypatch_module):
+    """The export of a finished run from adapters, and the run, whose base has moved since.
+
+    Its evaluations find the lowest loss at step 2 of 4.
+    """
     folder = tmp_path_factory.mktemp("moved")
     base, template = folder / "base", folder / "chatml.jinja"
     tokenizer = reviews.tokenizer()
@@ -43,13 +53,21 @@ def moved_run(tmp_path_factory):
     adapters = lora.init(jax.random.key(6), params, settings)
     lora_peft.save_peft(base / "adapters", adapters, settings, config)
     template.write_text(CHATML)
+    losses, evaluate = {0: 1.0, 2: 0.5, 4: 0.9}, train.Evaluator.__call__
+
+    def with_loss(self, stage, state):
+        return evaluate(self, stage, state) | {"loss": losses[int(state.step)]}
+
+    monkeypatch_module.setattr(train.Evaluator, "__call__", with_loss)
     run(
         tiny_config(
             **{
                 "stages": ("preference",),
                 "model.path": str(base),
                 "chat_template": str(template),
-                "preference.steps": 2,
+                "evaluate_every": 2,
+                "preference.keep_best": "eval/loss",
+                "preference.steps": 4,
                 "preference.lora.rank": 2,
                 "preference.lora.alpha": 4.0,
                 "preference.lora.adapters": str(base / "adapters"),
@@ -90,6 +108,18 @@ def test_adapters_name_the_base_of_the_config_or_where_it_is_now(moved_run, tmp_
         assert settings["base_model_name_or_path"] == named
     with pytest.raises(ConfigError, match="adapters are kept in float32"):
         export(workdir, tmp_path / "half", adapters=True, dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_adapters_of_the_kept_step_are_exported(moved_run, tmp_path):
+    _, workdir, _ = moved_run
+    files = [
+        export(workdir, tmp_path / str(step), adapters=True, step=step)
+        / "adapter_model.safetensors"
+        for step in (None, 2, 4)
+    ]
+    best, second, last = (file.read_bytes() for file in files)
+    assert best == second != last
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 
 from dpojax.config.errors import ConfigError
 from dpojax.data import reviews
+from dpojax.evaluation.policies import PolicyEvaluation
 from dpojax.evaluation.rewards import Reward, RewardError
 from dpojax.models import huggingface
 from dpojax.runs.export import export
@@ -61,7 +62,7 @@ def stage():
 def train(stage):
     """(workdir, reward, hyper) -> None: `run` with the stage that is there, and these in it."""
 
-    def start(workdir, *, hyper=None, **changes):
+    def start(workdir, *, hyper=None, keys=None, **changes):
         def opened(setup):
             here = stage.setup._replace(run=setup.run)
             return dataclasses.replace(stage, setup=here, **changes)
@@ -71,7 +72,7 @@ def train(stage):
             patch.setattr(PPO, "prepare", lambda opened: opened)
             if hyper is not None:
                 patch.setattr(PPO, "hyper", hyper)
-            run(ppo_config(), str(workdir))
+            run(ppo_config(**(keys or {})), str(workdir))
 
     return start
 
@@ -252,3 +253,32 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(changes, messag
     with pytest.raises(ConfigError, match=message):
         run(ppo_config(**changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_iteration_of_the_best_samples_is_kept_and_training_stops_without_a_better_one(
+    train, stage, tmp_path, monkeypatch
+):
+    rewards = iter([0.9, 0.2, 0.6, 0.5])  # of the evaluations after iterations 0, 1, 2, 3
+    metrics = PolicyEvaluation.metrics
+
+    def with_reward(self):
+        return metrics(self) | {"samples/reward": next(rewards)}
+
+    monkeypatch.setattr(PolicyEvaluation, "metrics", with_reward)
+    keys = {
+        "evaluate_every": 1,
+        "checkpoint_every": 0,
+        "max_checkpoints": 1,
+        "ppo.keep_best": "eval/samples/reward",
+        "ppo.patience": 1,
+    }
+    train(tmp_path, keys=keys)
+    steps = {int(path.name) for path in (tmp_path / "ppo" / "checkpoints").iterdir()}
+    assert steps == {2, 3}
+    summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+    assert (summary["kept"]["step"], summary["kept"]["stopped_at"]) == (2, 3)
+    values = summary["values"]
+    assert [values[when]["samples/reward"] for when in ("before", "after")] == [0.9, 0.6]
+    text = (tmp_path / "ppo" / "summary.txt").read_text()
+    assert "step 2 of 4, where eval/samples/reward was highest: 0.6 (before training" in text
