@@ -60,6 +60,10 @@ CASES = {
         | {"tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 0.1}
         | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
+    "gemma with one key head, biases and the name that published files give its activation": (
+        "gemma",
+        GROUPED | rope() | {"num_key_value_heads": 1, "hidden_act": "gelu", "attention_bias": True},
+    ),
     "gemma2 with tight caps": (
         "gemma2",
         GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
