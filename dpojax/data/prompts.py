@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpojax import storage
-from dpojax.data import reviews, sources
+from dpojax.data import reviews, sources, text_files
 from dpojax.data.prefixes import prefixes
 from dpojax.data.records import DataError
 
@@ -42,15 +42,20 @@ def read_prompts(
         texts = _texts(source.removeprefix(PREFIXES))
         prompts = prefixes(texts, tokenizer, held_out=split == "eval", limit=limit, seed=seed)
     elif source.endswith(".txt"):
-        path = storage.as_path(source)
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        prompts = [line for line in path.read_text().splitlines() if line.strip()]
+        prompts = list(itertools.islice(_lines(storage.as_path(source)), limit or None))
     else:
         prompts = list(itertools.islice(_field("prompt", source, None), limit or None))
     if not prompts:
         raise DataError(f"{source}: holds no prompt")
     return prompts[: limit or None]
+
+
+def _lines(path: storage.Path) -> Iterator[str]:
+    """The lines of a text file that are not empty."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    for number, line in text_files.lines(path):
+        yield text_files.decoded(path, number, line).removesuffix("\r")
 
 
 def _texts(source: str) -> Iterator[str]:

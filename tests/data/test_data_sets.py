@@ -146,6 +146,7 @@ def test_a_name_on_the_hub_says_subset_and_revision(hub, source, name, options):
         rows(source)
 
 
+@pytest.mark.slow  # imports torch
 def test_with_a_connection_rows_come_as_they_are_asked_for_and_the_commit_counts(hub, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     commits = {None: "aaa", "v1": "bbb"}

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import transformers
 from tokenizers import normalizers, processors
@@ -339,3 +340,22 @@ def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):
     hit = open_stage(stage.setup, "preference").prepare().batches.data
     assert (missed.kept, hit.kept) == (f"kept in {hit.file}", f"read from {hit.file}")
     assert [*map(plain, missed.examples)] == [*map(plain, hit.examples)]
+
+
+def test_a_disk_that_fills_up_while_tokens_are_written_stops_no_run(
+    of_pairs, tmp_path, monkeypatch
+):
+    def full(self, batch):
+        raise OSError(28, "No space left on device")
+
+    class Full(pa.RecordBatchFileWriter):
+        write_batch = full
+
+    monkeypatch.setattr(pa.ipc, "new_file", Full)
+    data = prepared(of_pairs, tmp_path / "run", "preference").batches.data
+    assert (data.file, data.kept) == (None, "not kept: [Errno 28] No space left on device")
+    monkeypatch.undo()
+    kept = prepared(of_pairs, tmp_path / "run", "preference").batches.data
+    assert [*map(plain, data.examples)] == [*map(plain, kept.examples)]
+    assert data.reports["train and eval"].to_json() == kept.reports["train and eval"].to_json()
+    assert [path.name for path in (tmp_path / "run" / "tokens").iterdir()] == [kept.file.name]
