@@ -49,7 +49,7 @@ def compare_config(run: ResolvedRun) -> None:
     same: set[str] = set()
     if not (run.workdir / FINISHED).exists():
         contents = _read_contents(run.workdir)
-        same = moved_keys(contents, run.contents)
+        same = moved_keys(contents, run.contents) if contents else set()
     before = storage.read_json(path, REWRITTEN, fields={}) if path.exists() else None
     if before is not None and (
         changed := config_differences(before, as_json(run.config), ignore=same)
