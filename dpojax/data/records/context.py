@@ -23,10 +23,13 @@ from dpojax.data.records.record import (
 SYSTEM = ("system", "system_prompt")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 OPTIONS = "chat_template_kwargs"
+BESIDE = (*SYSTEM, "history", "tools", OPTIONS)
 
 
 def refuse_media(fields: Fields) -> None:
     """Raise RecordError for a record with images, video or audio: no model here sees them."""
+    if fields.row.keys().isdisjoint(MEDIA):
+        return
     for name in MEDIA:
         if not is_blank(fields.row.get(name)):
             raise RecordError(
@@ -42,6 +45,8 @@ def makes_dialogue(fields: Fields) -> bool:
     An empty system text and an empty history count: other rows of such data have more to say, and
     all of them should be rendered alike. A history that is text is that of another form.
     """
+    if fields.row.keys().isdisjoint(BESIDE):
+        return False
     history = fields.row.get("history")
     return (
         fields.first(SYSTEM) is not None

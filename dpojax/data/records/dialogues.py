@@ -45,6 +45,11 @@ def read_messages(values: Sequence[Any], where: str) -> Messages:
 
 
 def _message(value: Any, where: str) -> dict:
+    if isinstance(value, dict) and len(value) == 2:  # almost all of them, and the shortest way
+        role, content = value.get("role"), value.get("content")
+        if isinstance(content, str) and role in ALIASES:
+            require_unicode(content, where)
+            return {"role": role, "content": content}
     if not isinstance(value, Mapping):
         raise RecordError(f"{where} should be {SHAPE}, got {kind_of(value)}", "bad_message")
     role = _first(value, ROLE_KEYS)
@@ -54,6 +59,8 @@ def _message(value: Any, where: str) -> dict:
     for key, item in value.items():
         if item is not None and key not in ROLE_KEYS and key not in CONTENT_KEYS:
             message[key] = item
+    if any(message.get(medium) or message.get(f"{medium}s") for medium in MEDIA):
+        raise RecordError(f"{where} has images, video or audio, which no model here reads", "media")
     content = _first(value, CONTENT_KEYS)
     if role.strip().lower() == CALL_ROLE:
         return message | {"content": "", "tool_calls": _calls(content, where)}

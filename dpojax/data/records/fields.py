@@ -24,6 +24,9 @@ SCORE_FIELDS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+ALL_SCORES = {"margin", *(name for names in SCORE_FIELDS for name in names)}
+# Keys of a message that say whether to learn from it, in formats of others. None is read.
+MESSAGE_WEIGHTS = frozenset(("weight", "loss", "loss_weight", "train"))
 TRUE = ("true", "1", "1.0", "yes", "desirable")
 FALSE = ("false", "0", "0.0", "-1", "-1.0", "no", "undesirable")
 
@@ -52,6 +55,7 @@ class Fields:
         self.need_scores, self.last_turn = need_scores, last_turn
         self.notes: list[str] = []
         self._read: set[str] = set()
+        self._unread_inside: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
@@ -73,6 +77,7 @@ class Fields:
         for name, value in self.row.items():
             if name not in self._read and not is_blank(value):
                 yield name
+        yield from sorted(self._unread_inside)
 
     def where(self, name: str) -> str:
         return f"{self.id}: field {self.path + name!r}"
@@ -113,7 +118,13 @@ class Fields:
             cause = "field_type" if listed_values else "empty_dialogue"
             expected = "text or a non-empty list of messages {'role': text, 'content': text}"
             raise self.error(name, expected, cause)
-        return read_messages(listed_values, self.where(name))
+        messages = read_messages(listed_values, self.where(name))
+        for message in messages:
+            if len(message) > 2:
+                self._unread_inside |= {
+                    f"{name}[].{key}" for key in MESSAGE_WEIGHTS & message.keys()
+                }
+        return messages
 
     def items(self, name: str, least: int) -> list:
         """A field that must be a list of at least `least` items; it may be written as JSON text."""
@@ -150,6 +161,8 @@ class Fields:
         Raises:
           RecordError: scores are needed, and one is no number or is missing.
         """
+        if self.row.keys().isdisjoint(ALL_SCORES):
+            return None
         for names in (*SCORE_FIELDS, ("margin",)):
             if any(name in self.row for name in names):
                 found = self.optional_numbers(names)

@@ -171,12 +171,15 @@ def parse_fields(fields: Fields, form: str = "auto") -> Record | Reject:
 
 # Fields of which all have to be messages before a text in them is read as such.
 TOGETHER = (*pairs.ANSWERS, *pairs.TWO_ANSWERS)
+JSON_STARTS = tuple("[{ \n")
 ALONE = (*pairs.PROMPTS, *singles.COMPLETIONS, "history")
 
 
 def _unpacked(row: Mapping[str, Any]) -> dict[str, list]:
     """The fields whose text is messages as JSON, read."""
-    unpacked = {}
+    unpacked: dict[str, list] = {}
+    if not any(isinstance(value, str) and value[:1] in JSON_STARTS for value in row.values()):
+        return unpacked
     for names in TOGETHER:
         if all(isinstance(row.get(name), str) for name in names):
             read = [unpack_messages(row[name]) for name in names]

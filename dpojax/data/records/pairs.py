@@ -52,6 +52,7 @@ TWO_ANSWERS = (
     ("output_1", "output_2"),  # AlpacaFarm
     ("human_ref_A", "human_ref_B"),  # SHP
 )
+FIRST_ANSWERS = {names[0] for names in TWO_ANSWERS}
 TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "both", "equal", "same")
 
 
@@ -184,6 +185,8 @@ def judged(fields: Fields) -> Record | Reject:
 
 
 def _two_answers(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    if row.keys().isdisjoint(FIRST_ANSWERS):
+        return None
     return next((names for names in TWO_ANSWERS if all(name in row for name in names)), None)
 
 
@@ -201,13 +204,17 @@ def _turns(fields: Fields, names: tuple[str, str]) -> tuple[Messages, Messages] 
         dialogues.unpack_json(value) if isinstance(value, str) else value
         for value in (fields.row.get(name) for name in ("prompt", *names))
     ]
-    if (
-        not all(
-            isinstance(x, list | tuple) and x and all(isinstance(t, str) for t in x) for x in listed
-        )
-        or len({len(x) for x in listed}) != 1
+    if not all(isinstance(x, list | tuple) for x in listed) or any(
+        isinstance(turn, Mapping) for x in listed for turn in x
     ):
         return None
+    if not all(isinstance(turn, str) for x in listed for turn in x):
+        raise RecordError(f"{fields.id}: a turn of prompt or answers is no text", "field_type")
+    if not listed[0] or len({len(x) for x in listed}) != 1:
+        counts = ", ".join(str(len(x)) for x in listed)
+        raise RecordError(
+            f"{fields.id}: prompt and answers have {counts} turns; each needs as many", "field_type"
+        )
     for name in ("prompt", *names):
         fields[name]
     users, *answers = listed
@@ -230,10 +237,11 @@ Verdict = Callable[[Fields, tuple[str, str]], float]
 
 def _verdict_of(row: Mapping[str, Any], names: tuple[str, str]) -> Verdict | None:
     """What reads the verdict of a row: a number that is above 0 if the second answer is better."""
-    for name, verdict in VERDICTS.items():
-        if row.get(name) is not None:
-            return lambda fields, names: verdict(fields, name, names)
-    if all(row.get(name) is not None for name in _score_names(names)):
+    there = [name for name in VERDICTS if name in row]
+    there.sort(key=lambda name: row[name] is None)  # one that is null says nothing
+    if there:
+        return lambda fields, names: VERDICTS[there[0]](fields, there[0], names)
+    if all(name in row for name in _score_names(names)):
         return _by_scores
     return None
 
