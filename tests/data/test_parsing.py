@@ -1,4 +1,4 @@
-"""A record that cannot be used is counted under its true cause, and a field that nobody reads by name."""
+"""A record that cannot be used is counted under its true cause, an unread field by its name."""
 
 import pytest
 
@@ -7,6 +7,7 @@ from dpojax.data.records import DataError, Record, RecordError, parse, read_colu
 from dpojax.data.report import Report
 
 CALL = {"function": {"name": "f", "arguments": {"x": 1}}}
+SYSTEM = {"role": "system", "content": "s"}
 ARENA = {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
 
 
@@ -34,7 +35,7 @@ def read(*rows, **config):
     [
         (PAIR | {"chosen": None}, "field_null"),
         (PAIR | {"chosen": float("nan")}, "field_type"),
-        (PAIR | {"rejected": ["b"]}, "field_type"),
+        (PAIR | {"chosen": ["a"], "rejected": ["b"]}, "bad_message"),
         ({"prompt": "q", "chosen": "a"}, "field_missing"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no_prompt"),
         ({"chosen": "a", "rejected": "b"}, "no_prompt"),
@@ -47,11 +48,15 @@ def read(*rows, **config):
         (CHAT | {"chosen": [{"content": "a"}]}, "bad_message"),
         (CHAT | {"chosen": [assistant(3)]}, "bad_message"),
         (CHAT | {"prompt": [{"role": "narrator", "content": "q"}]}, "unknown_role"),
-        (CHAT | {"system": "x", "prompt": [user("q") | {"role": "system"}, user("q")]}, "system_differs"),
-        (CHAT | {"chosen": [user("r"), assistant("a")], "rejected": [user("q"), assistant("b")]},
-         "prompts_differ"),
-        (CHAT | {"chosen": [user("r"), assistant("a")], "rejected": [user("r"), assistant("b")]},
-         "prompt_not_in_dialogue"),
+        (CHAT | {"system": "x", "prompt": [SYSTEM, user("q")]}, "system_differs"),
+        (
+            CHAT | {"chosen": [user("r"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "prompts_differ",
+        ),
+        (
+            CHAT | {"chosen": [user("r"), assistant("a")], "rejected": [user("r"), assistant("b")]},
+            "prompt_not_in_dialogue",
+        ),
         (PAIR | {"rejected": "\ud83d"}, "not_unicode"),
         (CHAT | {"chosen": [assistant("", tool_calls=[{"name": "\udc00"}])]}, "not_unicode"),
         (PAIR | {"images": ["a.png"]}, "media"),
@@ -69,13 +74,16 @@ def read(*rows, **config):
         ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "nobody"}, "bad_verdict"),
         ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": None}, "field_null"),
         (ARENA | {"prompt": '["q"]', "response_a": "[null]", "response_b": '["b"]'}, "field_type"),
-        (ARENA | {"prompt": '["q", "r"]', "response_a": '["a"]', "response_b": '["b"]'}, "field_type"),
+        (
+            ARENA | {"prompt": '["q", ""]', "response_a": '["a"]', "response_b": '["b"]'},
+            "field_type",
+        ),
         ({"prompt": "q"}, "no_form"),
         ({}, "no_form"),
         (["a"], "field_type"),
         (None, "field_type"),
     ],
-)  # fmt: skip
+)
 def test_an_odd_record_is_dropped_under_its_own_cause(row, cause):
     records, report = read(PAIR, row, PAIR, row, row)
     assert [record.id for record in records] == ["f:1", "f:3"]
@@ -189,7 +197,7 @@ def test_labels_are_read_as_numbers_and_as_text(label, desirable):
 @pytest.mark.parametrize("empty", ["", []])
 def test_a_plain_prompt_with_a_system_field_or_a_history_becomes_a_dialogue(empty):
     records, report = read(PAIR | {"system": "s"}, PAIR | {"history": [["h", "i"]]})
-    assert records[0].prompt == (user("s") | {"role": "system"}, user("q"))
+    assert records[0].prompt == (SYSTEM, user("q"))
     assert records[1].prompt == (user("h"), assistant("i"), user("q"))
     assert records[0].responses == records[1].responses == CHAT_RECORD.responses
     assert report.number("noted", "made_dialogue") == 2
