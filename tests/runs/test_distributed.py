@@ -77,6 +77,19 @@ def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone
 
 
 @pytest.mark.slow
+def test_many_evaluation_batches_do_not_hang_two_processes_of_two_devices(tmp_path):
+    """Each batch is a program with collectives that needs nothing of the one before it."""
+    changes = {"preference.data.limit": 600, "preference.data.eval_limit": 499}
+    changes |= {"distributed": True, "mesh.fsdp": 2, "preference.steps": 3, "hang_minutes": 3.0}
+    ended = in_two_processes(command(tmp_path / "two", **changes))
+    assert [code for code, _ in ended] == [0, 0], ended
+    evaluated = [
+        line["step"] for line in lines(tmp_path / "two", "preference") if "eval" in str(line)
+    ]
+    assert evaluated == [0, 3]
+
+
+@pytest.mark.slow
 def test_two_processes_sweep_what_one_trains(tmp_path, alone):
     """Each process has a member; both read the same batches."""
     config = tmp_path / "config.py"
