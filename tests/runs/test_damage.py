@@ -13,7 +13,7 @@ from dpojax.config.saved import CONFIG, CONTENTS, read_run_config, write_or_comp
 from dpojax.frontier import frontier, reference_samples
 from dpojax.jobs import progress
 from dpojax.runs import run as runs
-from dpojax.runs.command import FAILURES
+from dpojax.runs.command import failures
 from dpojax.runs.workdirs import failure_of
 from dpojax.stages.registry import resolve
 from dpojax.stages.samples import FILE, forget_later_samples, last_samples
@@ -24,6 +24,7 @@ from dpojax.training.metrics import read_metrics
 
 from .conftest import tiny_config
 
+FAILURES = failures()
 GARBAGE = [b"", b"{", b"null", b"[]", b"3", b'"text"', b"\xff\x00\xfe", b"[" * 50_000]
 GARBAGE += [b'{"files": 3, "version": 3}', b'{"files": {"a": 1}, "version": {}}']
 
