@@ -42,7 +42,7 @@ MEMBERS = (
         "preference.beta": 2.0,
         "preference.label_smoothing": 0.1,
         "preference.learning_rate": 3e-3,
-        "preference.warmup_steps": 1,
+        "preference.warmup_ratio": 0.25,
         "preference.steps": 4,
     },
     {},
@@ -54,7 +54,8 @@ SHORT, PLAIN, BROKEN, LAST = NAMES
 
 
 def base_config(**changes) -> ConfigDict:
-    return tiny_config(**{"preference.schedule": "cosine"} | changes)
+    schedule = {"schedule": "wsd", "decay_share": 0.5, "min_learning_rate_ratio": 0.1}
+    return tiny_config(**{f"preference.{key}": x for key, x in schedule.items()} | changes)
 
 
 def setup_of(workdir: pathlib.Path):
