@@ -181,21 +181,19 @@ def evaluate_batches(
 
 def metric_names(stage: ExampleStage) -> list[str]:
     """The names of what `evaluate_batches` returns, from shapes alone."""
-    rows = jax.tree.map(
+    rows, params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        abstract_rows(stage, Shape(1, 1, 8, 8, 1, 2)),
+        (abstract_rows(stage, Shape(1, 1, 8, 8, 1, 2)), stage.setup.abstract_params),
     )
-    programs, reference = stage.programs, abstract_frozen_weights(stage).reference
+    programs = stage.programs
+    reference = params if "kl" in programs.objective.statistics else None
 
-    def names(params, rows, reference, hyper):
+    def metrics(params, rows, reference, hyper):
         outputs = programs.score(params, rows, reference=reference)
         return programs.metrics(outputs, rows, hyper)
 
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stage.setup.abstract_params
-    )
     with jax.set_mesh(stage.setup.mesh):
-        return sorted(jax.eval_shape(names, params, rows, reference, stage.hyper))
+        return sorted(jax.eval_shape(metrics, params, rows, reference, stage.hyper))
 
 
 def abstract_train_state(stage: ExampleStage, optimizer: optax.GradientTransformation) -> State:

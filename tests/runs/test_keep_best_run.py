@@ -93,13 +93,32 @@ def test_a_finished_run_that_stopped_early_trains_no_more(kept_run, capsys):
     assert "kept: step 2 of 20" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["sft", "preference", "reward"])
-def test_a_metric_that_no_evaluation_has_is_refused_before_data_are_read(stage, tmp_path):
-    config = tiny_config(**{"stages": (stage,), f"{stage}.keep_best": "eval/accuracy"})
-    opened = open_stage(prepare_setup(resolve(config, tmp_path)), stage)
-    known = "eval/logps/chosen, eval/loss" if stage == "sft" else "eval/rewards/accuracies"
-    with pytest.raises(ConfigError, match=rf"config\.{stage}\.keep_best: .*{re.escape(known)}"):
-        opened.check_keep_best()
+LIVE = {"preference.loss": "tdpo", "preference.reference.kind": "live"}
+REWARDS = "eval/rewards/accuracies, eval/rewards/chosen"
+
+
+@pytest.mark.parametrize(
+    ("stage", "known", "changes"),
+    [
+        ("sft", "eval/logps/chosen, eval/loss", {}),
+        ("preference", REWARDS, {}),
+        ("preference", REWARDS, {"preference.loss": "kto"}),
+        ("preference", REWARDS, {"preference.loss": "simpo"}),
+        ("preference", REWARDS, LIVE),
+        ("preference", REWARDS, LIVE | {"preference.lora.rank": 2}),
+        ("reward", REWARDS, {}),
+        ("classifier", "eval/accuracy, eval/cross_entropy, eval/loss", {}),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused_before_data_are_read(
+    stage, known, changes, tmp_path
+):
+    changes |= {"classifier.data.source": "no/such.jsonl", f"{stage}.keep_best": "+nothing"}
+    run = resolve(tiny_config(**changes, stages=(stage,)), tmp_path)
+    opened = open_stage(prepare_setup(run), stage)
+    said = rf"config\.{stage}\.keep_best: .* no eval/nothing; they have .*{re.escape(known)}"
+    with pytest.raises(ConfigError, match=said):
+        opened.prepare()
 
 
 def test_members_of_a_sweep_that_keep_their_best_train_one_after_another(tmp_path):
