@@ -127,6 +127,8 @@ def test_a_flipped_bit_in_the_best_checkpoint_gives_the_next_best(folder, caplog
     assert reopen(folder) == (3, 2)
     assert "1 is damaged" in caplog.text
     assert best(folder) == (0.5, 2)
+    assert "the damaged one is removed" in caplog.text  # a newer one is complete
+    assert names(folder) == ["2", "3"]
 
 
 def test_the_next_save_of_a_damaged_step_succeeds_and_removes_what_was_set_aside(folder):

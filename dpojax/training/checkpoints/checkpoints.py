@@ -29,7 +29,7 @@ class Checkpoints:
     Opening a folder removes what a killed process left incomplete, so only one run may have it
     open. It reads the newest checkpoint and the best one, and compares each file with its checksum.
     A checkpoint that is damaged is passed over with a warning, and set aside as `STEP.damaged`
-    until a newer one is complete.
+    until a newer one is complete; it is removed where that is so already.
 
     Args:
       folder: a local folder or one on `gs://`. Orbax cannot write to `s3://`.

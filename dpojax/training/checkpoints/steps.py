@@ -148,7 +148,7 @@ def open_steps(folder: storage.Path, *, replace_damaged: bool) -> Steps:
     """Clean a folder that is going to be written to, and return its whole checkpoints.
 
     What a killed save or removal left is removed. Damaged checkpoints are set aside as
-    `STEP.damaged`. Every process makes this call.
+    `STEP.damaged`, or removed where a newer one is whole. Every process makes this call.
 
     Args:
       replace_damaged: damaged checkpoints can be written again, so that none has to be left.
@@ -192,7 +192,8 @@ def remove_set_aside(folder: storage.Path) -> None:
 
 def _set_aside_damaged(folder: storage.Path, steps: Steps) -> None:
     for step in sorted(steps.damaged):
-        if storage.is_local(folder):
+        is_newest = steps.latest is None or step > steps.latest
+        if storage.is_local(folder) and (is_newest or (folder / str(step)).is_file()):
             storage.remove_folder(folder / f"{step}{DAMAGED}")
             storage.move_folder(folder / str(step), folder / f"{step}{DAMAGED}")
             then = f"the folder is now {step}{DAMAGED}, until a newer checkpoint is complete"
