@@ -70,13 +70,15 @@ def listed(text: str, **selection: str) -> list[Source]:
       selection: `split`, `subset`, `revision` and `data_dir` of every source.
 
     Raises:
-      DataError: a name between two commas is missing.
+      DataError: a name is missing, or there twice.
     """
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 1 or _place(text).exists() or storage.matches(_place(text)):
         return [Source(text, **selection)]
     if not all(parts):
         raise DataError(f"{text!r}: a name is missing before or after a comma")
+    if len(set(parts)) < len(parts):
+        raise DataError(f"{text!r}: a source is named twice; weigh it with data.weights instead")
     return [Source(part, **selection) for part in parts]
 
 
@@ -184,14 +186,15 @@ def _add_files(digest: Any, place: storage.Path) -> None:
 
 def labels(sources: Sequence[Source]) -> list[str]:
     """A name for each source that no other one has: its file name without what it ends in."""
-    short = short_names([source.path for source in sources])
+    short = short_names([str(source.path).rstrip("/") for source in sources])
     bare = [_bare(name) for name in short]
     return bare if len(set(bare)) == len(bare) else short
 
 
 def _bare(name: str) -> str:
     ending = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
-    return name.removesuffix(ending) or name
+    bare = name.removesuffix(ending)
+    return bare if re.search(r"\w", bare) else name  # a pattern may be "*.jsonl"
 
 
 def short_names(places: Sequence[storage.Path | str]) -> list[str]:

@@ -235,13 +235,14 @@ def _streams(
         listed = sources_of(data, evaluation=held_out)
         report = Report()
         limit, split = (data.eval_limit, data.eval_split) if held_out else (data.limit, data.split)
-        if listed:
-            labels = sources.labels(listed)
-            loaded = read.files(listed, labels, limit, report)
-        else:
-            labels = [EMBEDDED]
-            loaded = read.embedded(split or part, limit, report)
+        labels = sources.labels(listed) if listed else [EMBEDDED]
         names += [name for name in labels if name not in names]
+        if listed:  # in the order of the names on both sides, see `StageData.sources`
+            by_name = dict(zip(labels, listed))
+            ordered = sorted(by_name, key=names.index)
+            loaded = read.files([by_name[x] for x in ordered], ordered, limit, report)
+        else:
+            loaded = read.embedded(split or part, limit, report)
         streams.append(read.stream(part, report, zip(itertools.repeat(held_out), loaded)))
     return streams, names
 
@@ -264,7 +265,7 @@ class _Reader:
             loaded = parse_rows(rows, report, config)
             usable = selection.usable(loaded, self.requirements, report)
             for record in selection.first(usable, limit, name, report):
-                yield record if len(listed) == 1 else dataclasses.replace(record, source=name)
+                yield dataclasses.replace(record, source=name)
 
     def embedded(self, split: str, limit: int, report: Report) -> Iterator[Record]:
         if self.requirements.form == "best":

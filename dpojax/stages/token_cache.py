@@ -59,6 +59,8 @@ def cached(
         joined, kept = Examples.joined(*both), f"read from {file}"
         return StageData(joined, len(both[0]), reports, tuple(about["labels"]), parts, file, kept)
     storage.remove_unfinished(folder)
+    with contextlib.suppress(OSError):
+        storage.remove_unfinished(folder)  # of runs that were killed
     made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
         return _kept(file, name, key, load)

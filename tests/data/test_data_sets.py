@@ -93,6 +93,10 @@ def test_commas_separate_sources_unless_such_a_file_is_there(tmp_path):
         Source("user/a:x", split="train"),
         Source("b@v1", split="train"),
     ]
+    assert labels(listed("x/*.jsonl,y/*.jsonl")) == ["x/*", "y/*"]
+    assert labels(listed("*.jsonl,y/")) == ["*.jsonl", "y"]
+    with pytest.raises(DataError, match="named twice"):
+        listed("a.jsonl,b.jsonl,a.jsonl")
     with pytest.raises(DataError, match="a name is missing"):
         listed("a.jsonl,,b.jsonl")
 

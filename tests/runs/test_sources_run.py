@@ -102,6 +102,19 @@ def test_an_empty_source_among_others_is_named(two, tmp_path):
         prepared(two(), tmp_path / "run")
 
 
+def test_held_out_sources_are_told_apart_in_any_order(two, tiny, tmp_path):
+    config = two()
+    one = write(tmp_path / "eval" / "few.jsonl", [pair(2000 + i) for i in range(3)])
+    other = write(tmp_path / "eval" / "new.jsonl", [pair(3000 + i) for i in range(4)])
+    last = write(tmp_path / "eval" / "many.jsonl", [pair(4000 + i) for i in range(5)])
+    config.preference.data.eval_source = f"{other},{one},{last}"
+    data = prepared(config, tmp_path / "run").batches.data
+    assert [part[:3] for part in data.sources] == [("many", 90, 5), ("few", 30, 3), ("new", 0, 4)]
+    for name, indices in data.held_out_by_source.items():
+        assert {data.examples[i].id.split(".")[0] for i in indices} == {name}
+        assert {data.sources[data.examples[i].source].name for i in indices} == {name}
+
+
 @pytest.mark.slow
 def test_evaluations_and_the_summary_have_the_metrics_of_each_source(two, tmp_path):
     config = two(eval_share=0.3, weights=(1.0, 1.0))

@@ -355,6 +355,7 @@ def test_a_disk_that_fills_up_while_tokens_are_written_stops_no_run(
     data = prepared(of_pairs, tmp_path / "run", "preference").batches.data
     assert (data.file, data.kept) == (None, "not kept: [Errno 28] No space left on device")
     monkeypatch.undo()
+    (tmp_path / "run" / "tokens" / ".key.arrow.0123abcd.unfinished").mkdir(parents=True)  # killed
     kept = prepared(of_pairs, tmp_path / "run", "preference").batches.data
     assert [*map(plain, data.examples)] == [*map(plain, kept.examples)]
     assert data.reports["train and eval"].to_json() == kept.reports["train and eval"].to_json()
