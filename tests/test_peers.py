@@ -152,7 +152,7 @@ def test_no_process_outlives_another_for_long(do, receiver, number, status, told
         began = time.monotonic()
         if number is not None:
             pair[receiver].send_signal(number)
-        errors = [process.communicate(timeout=60)[1] for process in pair]
+        errors = [process.communicate(timeout=100)[1] for process in pair]
         seconds = time.monotonic() - began
     finally:
         for process in pair:
@@ -162,6 +162,7 @@ def test_no_process_outlives_another_for_long(do, receiver, number, status, told
     assert pair[other].returncode == status, errors
     assert pair[1 - other].returncode == (-number if number == signal.SIGKILL else status)
     assert told in errors[other]
-    assert seconds < 15
+    # One that fails first imports the errors that a user can mend, to tell which kind its own is.
+    assert seconds < (60 if do == "fail" else 15)
     assert "stack trace" not in "".join(errors)
     assert "Traceback" not in "".join(errors)

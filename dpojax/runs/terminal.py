@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from absl import logging as absl_logging
@@ -17,7 +17,7 @@ from dpojax import stopping
 GONE = (errno.EPIPE, errno.EIO)  # `train | head` has ended; a terminal was closed
 
 
-class Lasting(io.TextIOBase):
+class Lasting:
     """A stream of this process that is dropped, with a word, once its reader is gone."""
 
     def __init__(self, stream: Any, name: str):
@@ -41,14 +41,8 @@ class Lasting(io.TextIOBase):
             os.close(nowhere)
             stopping.say(f"nobody reads {self._name} any more; the command goes on")
 
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def writable(self) -> bool:
-        return True
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

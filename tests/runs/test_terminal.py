@@ -14,7 +14,10 @@ from dpojax.runs import terminal
 def pipe():
     """A stream into a pipe, and the end to read it."""
     reads, writes = os.pipe()
-    with os.fdopen(writes, "w", buffering=1) as stream, os.fdopen(reads) as reader:
+    with (
+        os.fdopen(writes, "w", buffering=1, encoding="utf-8") as stream,
+        os.fdopen(reads) as reader,
+    ):
         yield terminal.Lasting(stream, "standard output"), reader
 
 
@@ -23,6 +26,7 @@ def test_a_stream_writes_as_before_and_is_dropped_once_its_reader_is_gone(pipe, 
     print("a line", file=stream, flush=True)
     assert reader.readline() == "a line\n"
     assert not stream.isatty()
+    assert stream.encoding == "utf-8"  # else tqdm draws its bars with #
     reader.close()
     for _ in range(3):
         print("nobody reads this", file=stream, flush=True)
