@@ -156,7 +156,6 @@ def stopped(lab, case):
     [
         (trials.kill_at_random, 0),
         (trials.kill_at_change, 0),
-        (trials.kill_at_change, 1),
         (trials.tear, 0),
         (partial(trials.fail, error="ENOSPC"), 0),
         (partial(trials.fail_once, error="EIO"), 0),
