@@ -232,6 +232,7 @@ def _unfinished_folder(path: PathLike) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory(**options) as name:
             yield pathlib.Path(name)
         return
+    _remove_left_beside(path)
     folder, descriptor = None, None
     while descriptor is None:  # another process may have cleaned up before the lock was there
         folder = _unfinished_name(path)
@@ -255,10 +256,24 @@ def remove_unfinished(folder: PathLike) -> None:
     for where, names, _ in os.walk(folder):
         for name in [name for name in names if _UNFINISHED_NAME.fullmatch(name)]:
             names.remove(name)  # `os.walk` does not go there
-            path = pathlib.Path(where) / name
-            if (descriptor := _locked(path, without_locks=_is_old(path))) is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(descriptor)
+            _remove_left(pathlib.Path(where) / name)
+
+
+def _remove_left_beside(path: PathLike) -> None:
+    """Do `remove_unfinished` for earlier writes and removals of the same path alone."""
+    folder, prefix = os.path.split(os.path.abspath(path))
+    prefix = f".{prefix[:64]}."
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if name.startswith(prefix) and _UNFINISHED_NAME.fullmatch(name):
+                _remove_left(pathlib.Path(folder) / name)
+
+
+def _remove_left(path: pathlib.Path) -> None:
+    """Remove a hidden folder unless a living process writes to it."""
+    if (descriptor := _locked(path, without_locks=_is_old(path))) is not None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _locked(folder: pathlib.Path, *, without_locks: bool = True) -> int | None:

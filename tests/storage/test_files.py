@@ -186,6 +186,16 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_a_write_removes_what_killed_writes_of_the_same_path_left(tmp_path):
+    for name in ("model", "other"):
+        (tmp_path / f".{name}.01234567.unfinished" / name).mkdir(parents=True)
+    with storage.replacing_folder(tmp_path / "model") as living:
+        storage.write_text(tmp_path / "model", "whole")
+        assert living.is_dir()
+        os.unlink(tmp_path / "model")
+    assert names(storage.as_path(tmp_path)) == [".other.01234567.unfinished", "model"]
+
+
 def test_without_locks_only_what_is_a_day_old_is_removed(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "no locks")
