@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,15 +77,28 @@ def stop_tokens(tokenizer: Any, path: str) -> tuple[int, ...]:
 
 
 def read_generation_config(path: str) -> Any | None:
-    """transformers' GenerationConfig of a model; None where the model has none, or `path` is ""."""
+    """transformers' GenerationConfig of a model; None where the model has none, or `path` is "".
+
+    Raises:
+      ConfigError: the model has one that cannot be read.
+    """
     if not path:
         return None
     from transformers import GenerationConfig  # brings torch where that is installed
 
+    name = pretrained_name(path)
+    file = pathlib.Path(name) / "generation_config.json"
     try:
-        return GenerationConfig.from_pretrained(pretrained_name(path))
-    except OSError:
-        return None
+        config = GenerationConfig.from_pretrained(name)
+    except Exception as error:  # of every kind, where the file is damaged
+        if isinstance(error, OSError) and not file.is_file():
+            return None
+        first = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"{file}: cannot be read ({type(error).__name__}: {first})") from error
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not all(token is None or type(token) is int for token in ids):
+        raise ConfigError(f"{file}: eos_token_id: must be ids, not {config.eos_token_id!r}")
+    return config
 
 
 def vocabulary_hash(tokenizer: Any) -> str:

@@ -136,3 +136,19 @@ def test_a_sentencepiece_model_alone_says_how_to_convert_it(mine):
         ValueError, match=r"only a SentencePiece model and no tokenizer.json; .*save"
     ):
         read_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"cannot be read \(OSError"),
+        ("[]", r"cannot be read \(TypeError"),
+        ('{"eos_token_id": "x"}', "eos_token_id: must be ids, not 'x'"),
+        ('{"eos_token_id": [1, true]}', r"eos_token_id: must be ids, not \[1, True\]"),
+    ],
+)
+def test_a_damaged_generation_config_is_named_and_not_taken_for_none(text, message, mine):
+    folder = mine()
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"{folder}/generation_config.json: {message}"):
+        read_generation_config(str(folder))
