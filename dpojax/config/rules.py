@@ -65,6 +65,7 @@ DEFAULT_WARMUP = 20  # steps, where a stage sets neither warmup_steps nor warmup
 SHARED_RULES = (
     at_least("seed", 0),
     precision("model.compute_dtype"),
+    at_least("num_proc", 0, "0 (one for each core) or more processes"),
     at_least("row_length", 0, "0 (chosen from the data) or more"),
     at_least("micro_rows", 0, "0 (chosen from the data) or more"),
     at_least("max_buckets", 1),
