@@ -21,8 +21,8 @@ def begin():
 SLEEP = "def main():\n    begin()\n    time.sleep(100)\n"
 TRAIN = """
 def main():
-    begin()
     with stopping.noted():
+        begin()
         while not stopping.received():
             time.sleep(0.01)
         print("saving", flush=True)
