@@ -17,17 +17,16 @@ def sources_of(data: ConfigDict, *, evaluation: bool = False) -> list[Source]:
 
     Raises:
       DataError: see `sources.listed`.
+      ConfigError: a part of the embedded task is asked for, which has none.
     """
     text = data.eval_source if evaluation else data.source
+    part = {"subset": data.subset, "revision": data.revision, "data_dir": data.data_dir}
     if text in ("", EMBEDDED):
+        if any(part.values()) and not evaluation:
+            named = ", ".join(f"data.{key}" for key, value in part.items() if value)
+            raise ConfigError(f"{named}: the embedded task has no such part; leave it empty")
         return []
-    return sources.listed(
-        text,
-        split=data.eval_split if evaluation else data.split,
-        subset=data.subset,
-        revision=data.revision,
-        data_dir=data.data_dir,
-    )
+    return sources.listed(text, split=data.eval_split if evaluation else data.split, **part)
 
 
 def weights_of(data: ConfigDict) -> tuple[float, ...]:

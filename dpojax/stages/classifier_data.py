@@ -35,12 +35,18 @@ def load(
     `evaluation.rewards.classifier` and transformers see what training saw.
 
     Raises:
-      DataError: see `sources.read` and `tokenise`; a record without text or label; all labels
-        agree; a held-out label that no text to train on has; nothing left to train or test on.
+      DataError: see `sources.read` and `tokenise`; sources with weights; a record without text or
+        label; all labels agree; a held-out label that no text to train on has; nothing left to
+        train or test on.
     """
     if EMBEDDED in (data.source, data.eval_source):
         raise DataError(
             f"config.classifier.data: {EMBEDDED} has no labelled texts; its reward is known exactly"
+        )
+    if data.weights:
+        raise DataError(
+            f"config.classifier.data.weights = {data.weights}: the sources of a classifier are one "
+            "data set; leave it empty"
         )
     train, report = _read(data, data.limit, seed, evaluation=False)
     if data.eval_source:
