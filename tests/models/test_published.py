@@ -112,7 +112,8 @@ def test_a_published_model_has_the_logits_of_transformers_and_exports_bit_equal(
     assert read == raw
     huggingface.save(tmp_path / "out", config, params, read)
     checkpoints.assert_same_tensors(checkpoints.from_pretrained(tmp_path / "out"), theirs)
-    assert raw.keys() <= json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+    kept = raw.keys() - {"auto_map"}  # names code that is not in the folder
+    assert kept <= json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
 
 @pytest.mark.slow  # the table of tokens has its full size, which the file leaves to the class
