@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError, config_errors
+from dpojax.data.records import FORMS, DataError, read_columns
 from dpojax.training import keep_best
 from dpojax.training.objective import OptionError
 from dpojax.training.state import make_optimizer, make_schedule
@@ -56,6 +57,14 @@ def precision(key: str) -> Rule:
 def from_zero_below(key: str, bound: float) -> Rule:
     """The key is a number from 0, included, to `bound`, excluded."""
     return Rule(key, lambda value: 0 <= value < bound, f"0 or more, and below {bound:g}")
+
+
+def _is_mapping(columns: str) -> bool:
+    try:
+        read_columns(columns)
+    except DataError:
+        return False
+    return True
 
 
 LARGEST_INTEGER = 2**31 - 1  # steps, seeds and ids are int32 on the devices
@@ -105,6 +114,13 @@ DATA_RULES = (
     at_least("data.limit", 0, "0 (all) or more records"),
     at_least("data.eval_limit", 0, "0 (all) or more examples"),
     Rule("data.eval_share", lambda share: 0 < share < 1, "between 0 and 1"),
+    Rule(
+        "data.columns",
+        _is_mapping,
+        "NAME=PATH,NAME=PATH,-NAME, such as prompt=question,chosen=answers[0].text,-id: NAME is a "
+        "field of a form, PATH where the file has it, -NAME leaves a field out (docs/data.md)",
+    ),
+    one_of("data.form", ("auto", *FORMS)),
 )
 LORA_RULES = (
     at_least("lora.rank", 0, "0 (off: all weights are trained) or more"),

@@ -62,7 +62,8 @@ class ChatTemplate:
             raise DataError(
                 f"{record.id}: the record holds messages, but the tokenizer has no chat template: "
                 "set tokenizer.chat_template to the model's Jinja template (in a run: "
-                "config.chat_template, to a file with it)"
+                "config.chat_template, to a file with it). A plain prompt becomes messages where a "
+                "row has a system text, a history or tools: data.columns=-system leaves one out"
             )
         try:
             source = self.tokenizer.get_chat_template(tools=record.tools)

@@ -52,6 +52,8 @@ def test_a_value_of_another_type_is_an_error():
         ("preference.batch_size", 0, r"config\.preference\.batch_size = 0"),
         ("sft.learning_rate", -1.0, r"config\.sft\.learning_rate"),
         ("sft.data.eval_share", 1.0, r"config\.sft\.data\.eval_share"),
+        ("sft.data.columns", "question", r"config\.sft\.data\.columns = 'question': NAME=PATH"),
+        ("sft.data.form", "nectar", r"config\.sft\.data\.form = 'nectar': one of auto, "),
         ("preference.data.source", "", r"config\.preference\.data\.source = ''.*is empty"),
         ("stages", ("reward", "preference"), r"config\.stages"),
         ("model.compute_dtype", "float16", r"compute_dtype"),
