@@ -150,7 +150,7 @@ def _run(lab: trials.Laboratory, options: argparse.Namespace) -> int:
             verdict, what = found if isinstance(found[0], Verdict) else (found, "")
             counts.setdefault(kind, Counter())[verdict.kind] += 1
             _note(lab, options, {"kind": kind, "number": number, "what": what}, verdict)
-    print(f"\n{show(counts)}")
+    print(f"\n{show(counts)}\n\n{lab.kills} kills in all; some trials kill a run several times")
     return 1 if any(of[kind] for of in counts.values() for kind in BAD) else 0
 
 

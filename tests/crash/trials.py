@@ -6,6 +6,7 @@ import contextlib
 import pathlib
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class Laboratory:
         self.folder, self.server, self.compiled = folder, server, folder / "compiled"
         self.trial = folder / "trial"
         self.limit = 600.0
+        self.kills = 0  # of all trials
 
     def fresh(self, like: pathlib.Path | None = None) -> pathlib.Path:
         """The trial's folder, empty or a copy of another."""
@@ -75,7 +77,9 @@ class Laboratory:
     def call(self, case: Case, faults: Faults = Faults(), **options) -> harness.Ended:  # noqa: B008
         limit = 2 * case.seconds + HANG_SECONDS
         command = case.command(self.trial)
-        return self.server.run(command, self.trial, faults, limit=limit, **options)
+        ended = self.server.run(command, self.trial, faults, limit=limit, **options)
+        self.kills += ended.status == -signal.SIGKILL and not ended.hung
+        return ended
 
     def open(self, command: Callable[[pathlib.Path], list[str]]) -> Case:
         """Run a command undisturbed, twice; it has to leave the same.
