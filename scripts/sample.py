@@ -7,6 +7,7 @@ Hugging Face folder (or a name of the hub), or WORKDIR[:STAGE] of a run of scrip
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", lower_bound=
 
 
 def main() -> None:
+    require_ranges()
     prompts = read_prompts()
     columns = [respond(name, prompts) for name in MODEL.value]
     width = shutil.get_terminal_size().columns
@@ -37,6 +39,19 @@ def main() -> None:
         print("\n" + textwrap.fill(f"> {prompt}", width))
         for number, texts in enumerate(zip(*responses), 1):
             print(f"sample {number}\n{side_by_side(texts, width)}")
+
+
+def require_ranges() -> None:
+    """Refuse, before a model is read, numbers that nothing can be drawn with."""
+    from dpojax.config.command_line import UsageError
+
+    if not 0 < TOP_P.value <= 1:
+        raise UsageError(f"--top_p={TOP_P.value}: above 0 and at most 1 is expected")
+    if not TEMPERATURE.value < math.inf:  # nan, too
+        raise UsageError(f"--temperature={TEMPERATURE.value}: a finite number is expected")
+    for flag in (SEED, TOP_K, SAMPLES, NEW, BATCH):
+        if flag.value >= 2**31:
+            raise UsageError(f"--{flag.name}={flag.value}: the number is too large")
 
 
 def read_prompts() -> list[str]:

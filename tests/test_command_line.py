@@ -79,6 +79,8 @@ REFUSED = {
     ("config.preference.beta=0.3",): "write --config.preference.beta=0.3",
     ("workdir=elsewhere",): "write --workdir=elsewhere",
     ("--config.preference.betta=1",): "did you mean --config.preference.beta?",
+    ("--config.sft.clip_norm=1",): "did you mean --config.sft.optimizer.clip_norm?",
+    ("--config.packing=1",): "no such flag$",
     ("--config.beta=1",): "did you mean --config.preference.beta?",
     ("--config.preference.beta.x=1",): "no such flag",
     ("--config.preference=1",): "a group of keys",
@@ -119,6 +121,10 @@ def test_a_word_that_means_nothing_is_refused_in_one_line_that_says_what_was_mea
         ((CONFIG,), "--workdir"),
         (("--workdir=run",), "--config"),
         (("--workdir=run", "--config="), "--config is empty"),
+        ((CONFIG, "--workdir=run", "--config"), "--config: a value is missing"),
+        (("stray",), "^'stray' belongs to no flag.*; --config and --workdir are missing$"),
+        ((CONFIG, "workdir=run"), "write --workdir=run; --workdir is missing$"),
+        ((), "^--config and --workdir are missing$"),
     ],
 )
 def test_what_is_missing_is_named(parse, words, missing):
@@ -188,7 +194,8 @@ def test_argparse_is_as_strict(capsys):
         ("\u2013workdir=x",): "write --workdir=x",
         ("--workdir=x", "--workdir=y"): "--workdir is given twice",
         ("workdir=x", "--workdir=y"): "write --workdir=x",
-        (): "--workdir",
+        (): "--workdir is missing",
+        ("stray",): "'stray' belongs to no flag; a value with spaces needs quotes; --workdir is",
     }.items():
         with pytest.raises(SystemExit) as refused:
             parser.parse_args(list(words))

@@ -18,6 +18,7 @@ from dpojax.config.files import read_config
 
 OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what editors make of hyphens
 CONFIG_WORD = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+REQUIRED = re.compile(r"Flag --(\w+) must have a value other than None")  # absl's words
 LARGEST = 2**63 - 1
 TRUTH = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 SHOWN = 60  # characters of a value that an error shows
@@ -67,14 +68,18 @@ def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
         config.value = read_config(path)
         rest = _set_keys(config.value, words)
     _refuse_repeated(name for name in _names(rest) if not _may_repeat(name))
+    missing = []
     try:
         left = flags.FLAGS([sys.argv[0], *rest])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UsageError(_unknown(f"--{error.flagname}", [f"--{x}" for x in _own()])) from error
     except flags.Error as error:
-        raise UsageError(_one_line(str(error))) from error
-    if left:
-        raise UsageError(_stray(left[0], words))
+        missing = REQUIRED.findall(str(error))
+        if not missing:
+            raise UsageError(_one_line(str(error))) from error
+        given = [f"--{name}=given" for name in missing]  # a stray word may be what was meant
+        left = flags.FLAGS([sys.argv[0], *rest, *given])[1:]
+    _refuse_stray(left, words, missing)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -94,9 +99,19 @@ class ArgumentParser(argparse.ArgumentParser):
                     raise UsageError(_unknown(name, self._option_string_actions))
         except UsageError as error:
             self.error(str(error))
-        options, left = self.parse_known_args(words, namespace)
-        if left:
-            self.error(_stray(left[0], words))
+        required = [action for action in self._actions if action.required]
+        for action in required:  # a stray word is told before what is missing
+            action.required = False
+        try:
+            options, left = self.parse_known_args(words, namespace)
+        finally:
+            for action in required:
+                action.required = True
+        missing = [one for one in required if getattr(options, one.dest) is None]
+        try:
+            _refuse_stray(left, words, [one.dest for one in missing])
+        except UsageError as error:
+            self.error(str(error))
         return options
 
     def error(self, message: str) -> NoReturn:
@@ -208,8 +223,9 @@ def _config_path(words: Sequence[str]) -> str:
     values = []
     for index, word in enumerate(words):
         if match := re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL):
-            following = words[index + 1] if index + 1 < len(words) else ""
-            values.append(following if match[1] is None else match[1])
+            if match[1] is None and index + 1 == len(words):
+                raise UsageError("--config: a value is missing; write --config=FILE")
+            values.append(words[index + 1] if match[1] is None else match[1])
     if len(set(values)) > 1:
         raise UsageError(f"--config is given twice: {' and '.join(values)}")
     if values and not values[0]:
@@ -273,9 +289,24 @@ def _refuse_repeated(names: Iterable[str]) -> None:
 def _unknown(name: str, known: Collection[str]) -> str:
     """Says that there is no such flag, and which one is nearest."""
     last = name.lstrip("-").rpartition(".")[2]  # a key may be named without its group
-    near = [one for one in known if one.rpartition(".")[2] == last and last]
-    near = near[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    of_that_name = [one for one in known if one.rpartition(".")[2] == last and last]
+    near = difflib.get_close_matches(name, of_that_name, n=1, cutoff=0)
+    if not near:  # without what all keys begin with
+        common = "--config." if name.startswith("--config.") else "--"
+        short = [one.removeprefix(common) for one in known if one.startswith(common)]
+        near = difflib.get_close_matches(name.removeprefix(common), short, n=1, cutoff=0.6)
+        near = [common + one for one in near]
     return f"{_short(name)}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _refuse_stray(left: Sequence[str], words: Sequence[str], missing: Sequence[str]) -> None:
+    """Raise UsageError for words that belong to no flag, and for flags that are missing."""
+    told = [_stray(left[0], words)] if left else []
+    if missing:
+        names = " and ".join(f"--{name}" for name in missing)
+        told.append(f"{names} {'is' if len(missing) == 1 else 'are'} missing")
+    if told:
+        raise UsageError("; ".join(told))
 
 
 def _stray(word: str, words: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.saved import FINISHED
 
 FAILED = "failed.txt"  # in the workdir of a run that failed while others went on
+LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 @contextlib.contextmanager
@@ -48,6 +49,8 @@ def require_writable(workdir: storage.Path) -> None:
         return
     if workdir == workdir.parent:
         raise ConfigError(f"--workdir={workdir}: the root of all files; name a folder of its own")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in workdir.parts):
+        raise ConfigError(f"--workdir={workdir}: a name in it is too long")
     there = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"--workdir={workdir}: {there} is a file; name a folder")

@@ -47,9 +47,15 @@ def as_path(name: PathLike, what: str = "path") -> epath.Path:
     for scheme in BUCKETS:
         if text.startswith(f"{scheme}:/"):
             raise StorageError(f"{what} = {text}: a bucket begins with {scheme}://")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise StorageError(
+            f"{what} = {text}: there is no user {user[1:]}; write ./{text} for a file"
+        )
     try:
-        return Path(text).expanduser().resolve()
-    except (RuntimeError, OSError) as error:  # ~nobody, or a loop of links
+        return Path(expanded).resolve()
+    except (RuntimeError, OSError) as error:  # a loop of links
         raise StorageError(f"{what} = {text}: {error}") from error
 
 

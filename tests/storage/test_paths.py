@@ -34,6 +34,9 @@ def test_a_bucket_stays_as_it_is():
         ("  ", "--workdir is empty"),
         ("gs:/bucket/run", "a bucket begins with gs://"),
         ("gs://", "no bucket is named"),
+        ("~nobody_of_this_name/run", "there is no user nobody_of_this_name; write ./~nobody"),
+        ("run\nfolder", "has a control character"),
+        ("run\0", "has a control character"),
         ("ftp://host/run", "ftp:// is not supported"),
     ],
 )

@@ -223,6 +223,15 @@ def test_where_no_checkpoint_can_be_read_the_error_says_what_to_do_and_nothing_i
     assert files_of(folder) == before
 
 
+def test_checkpoints_of_an_older_version_are_told_from_damaged_ones_and_left_alone(folder):
+    for manifest in folder.glob("*/manifest.json"):
+        manifest.unlink()  # which is what that version did not write
+    before = files_of(folder)
+    with pytest.raises(CheckpointError, match=r"an older version .* resume it with that"):
+        reopen(folder)
+    assert files_of(folder) == before
+
+
 def test_a_kept_tree_with_a_flipped_bit_is_refused_and_written_again_by_who_has_it(tmp_path):
     folder, rng = tmp_path / "dpo" / "reference", np.random.default_rng(2)
     save_tree(folder, state(5), {"fingerprint": "five"})

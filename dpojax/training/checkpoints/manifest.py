@@ -15,6 +15,7 @@ from dpojax import sharding, storage
 from dpojax.training.checkpoints.errors import Damaged
 
 MANIFEST = "manifest.json"
+ORBAX_RECORDS = ("_CHECKPOINT_METADATA", "state/_METADATA")  # of every checkpoint
 SHOWN = 80  # characters of a file's name in a message
 
 
@@ -55,7 +56,7 @@ def read_manifest(folder: storage.PathLike) -> Manifest:
         manifest = Manifest(**record)
         files = {name: storage.Checksum(*pair) for name, pair in manifest.files.items()}
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise Damaged(f"it has no {MANIFEST}") from None
+        raise Damaged(f"it has no {MANIFEST}{_of_older_version(folder)}") from None
     except OSError as error:
         if error.errno != errno.EIO:  # the disk answers, but not now
             raise
@@ -65,6 +66,16 @@ def read_manifest(folder: storage.PathLike) -> Manifest:
     if not same:
         raise Damaged(f"{MANIFEST} is not what was written")
     return manifest._replace(files=files)
+
+
+def _of_older_version(folder: storage.PathLike) -> str:
+    """What to do about a checkpoint of a version that wrote no manifest; "" if it is none."""
+    if not all(storage.Path(f"{folder}/{name}").exists() for name in ORBAX_RECORDS):
+        return ""
+    return (
+        ": an older version of dpojax wrote it, without checksums; resume it with that version, or "
+        "export it there and give the exported folder as config.model.path to a new run"
+    )
 
 
 def require_files(manifest: Manifest, sizes: dict[str, int]) -> None:
