@@ -41,6 +41,7 @@ class _State:
     first_interrupt = None  # when the first SIGINT came, by the monotonic clock
     listeners = 0  # how many `listening` blocks are entered
     noting = 0  # how many `noted` blocks are entered
+    obeying = False  # whether `between_batches` obeys what was noted
     raised = False  # whether Preempted was raised for it
     what = ""  # names what is stopped
     on_end: Callable[[int, str], None] | None = None  # is told that this process ends alone
@@ -106,6 +107,26 @@ def noted() -> Iterator[None]:
         yield
     finally:
         _State.noting -= 1
+
+
+@contextlib.contextmanager
+def obeyed(between_batches: bool) -> Iterator[None]:
+    """In a `noted` block: let an evaluation end early, whose caller saves and repeats it.
+
+    Args:
+      between_batches: whether it may; False changes nothing.
+    """
+    before, _State.obeying = _State.obeying, between_batches
+    try:
+        yield
+    finally:
+        _State.obeying = before
+
+
+def between_batches() -> None:
+    """Raise Preempted for a signal that was noted, in a block of `obeyed`."""
+    if _State.obeying and _State.received:
+        raise Preempted(_sentence())
 
 
 def _receive(number: int, _frame: object) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, NDArray
 
-from dpojax import storage
+from dpojax import stopping, storage
 from dpojax.data import reviews
 from dpojax.data.records import Record
 from dpojax.data.tokenise import tokenise
@@ -344,6 +344,7 @@ def _batched(
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         results = {}
         for start in range(0, len(by_length), size):
+            stopping.between_batches()
             indices = by_length[start : start + size]
             batch = _pad([texts[i] for i in indices], size, longest)
             with nullcontext() if mesh is None else jax.set_mesh(mesh):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpojax import stopping
 from dpojax.data.records import DataError
 from dpojax.models.decoder import Params
 from dpojax.sampling.sampler import Prompts, ResponsePrefix, Sampler, Samples, doubling_up_to
@@ -137,6 +138,7 @@ def _draw_batch(
     how: dict,
 ) -> None:
     """Draw the next part of the responses of one batch; those of a group share their context."""
+    stopping.between_batches()
     beat("responses are drawn")
     firsts = [group[0] for group in groups]
     prompts = pad([r.context for r in firsts], [r.id for r in firsts], batch_size)

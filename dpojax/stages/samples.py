@@ -124,8 +124,9 @@ def sampled_metrics(
     def metrics(params: dict, step: int, folder: storage.Path) -> dict[str, float]:
         is_reference = step == 0 and starts_at_reference
         evaluation = of_reference if is_reference else evaluate(params)
-        append_samples(folder, step, evaluation)
-        return evaluation.metrics() | ranks(params).metrics()
+        of_ranks = ranks(params).metrics()
+        append_samples(folder, step, evaluation)  # last: a signal may end what comes before
+        return evaluation.metrics() | of_ranks
 
     return metrics
 

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from dpojax import sharding
+from dpojax import sharding, stopping
 from dpojax.data.packing import Shape
 from dpojax.data.rows import Rows, empty
 from dpojax.logprobs import TokenStatistics
@@ -166,6 +166,7 @@ def evaluate_batches(
         hyper = hyper | {"delta": baseline.mean}
     window, by_source = Window(), defaultdict(Window)
     for rows, source in zip(batches, stage.batches.held_out_sources or itertools.repeat("")):
+        stopping.between_batches()
         outputs, first_scores = first_scores, None
         if outputs is None:
             outputs = stage.programs.score(params, rows, reference=reference)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dpojax import sharding
+from dpojax import sharding, stopping
 from dpojax.data.examples import Example
 from dpojax.data.rows import Rows, utilisation
 from dpojax.training.checkpoints import Checkpoints
@@ -27,6 +27,7 @@ from dpojax.training.step import Report
 from dpojax.training.throughput import memory_bytes
 
 WINDOW = "window"  # in a checkpoint's metadata: of the steps that no line has shown yet
+NOT_EVALUATED = "not_evaluated"  # in it: a signal ended the evaluation that was due
 MOST_LOST = 0.5  # share of updates that rounding may swallow without a warning
 
 
@@ -123,8 +124,8 @@ class TrainLoop:
         first = done + 1
         pace = _Pace(self.flops, self.ceiling)
         pace.carry_over(saved.get(WINDOW))
-        if done == 0:
-            self._evaluate(state, 0)
+        if done == 0 or saved.get(NOT_EVALUATED):
+            self._evaluate(state, done, pace)
         with progress(self.steps, done, self.stage) as bar:
             pending, ended = None, self._stops_early(done)
             while done < self.steps and not ended:
@@ -143,20 +144,20 @@ class TrainLoop:
                 if done == first:
                     pace.restart()  # without the compilation
                 due = self.every.due(done, self.steps)
-                stopping = self.stop.agreed(done)
-                if any(due) or stopping:
+                asked = self.stop.agreed(done)
+                if any(due) or asked:
                     with self.spans(COMPILE if done == first else STEP):
                         self._check(*pending, done)
                 if due.log:
                     bar.set_postfix_str(_postfix(self._log(pace, done)))
                 values, is_best = {}, False
                 if due.evaluate:
-                    values, is_best = self._evaluate(state, done)
+                    values, is_best = self._evaluate(state, done, pace)
                     pace.restart()
                 ended = self._stops_early(done)
-                if due.save or stopping or is_best or ended:
+                if due.save or asked or is_best or ended:
                     self._save(state, done, values, is_best, pace.not_logged())
-                if stopping and done < self.steps and not ended:
+                if asked and done < self.steps and not ended:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
         with self.spans(CHECKPOINT):
@@ -184,25 +185,48 @@ class TrainLoop:
         self.writer.write(step, values, split="train")
         return values
 
-    def _evaluate(self, state: State, step: int) -> tuple[dict[str, float], bool]:
-        """Evaluate and log; return the values, and whether they are the best so far."""
-        with self.spans(EVALUATION):
-            values = self.evaluate(state)
+    def _evaluate(self, state: State, step: int, pace: _Pace) -> tuple[dict[str, float], bool]:
+        """Evaluate and log; return the values, and whether they are the best so far.
+
+        A signal need not wait for the end. The run that resumes then evaluates first. The last
+        evaluation, one that decides what is kept, and one of several processes are not cut short.
+
+        Raises:
+          Preempted: the state is saved, and not evaluated.
+        """
+        alone = jax.process_count() == 1 and self.keep_best is None
+        try:
+            with self.spans(EVALUATION), stopping.obeyed(alone and step < self.steps):
+                values = self.evaluate(state)
+        except Preempted as stopped:
+            if step and self.stop.agreed(step):
+                self._save(state, step, {}, False, pace.not_logged(), {NOT_EVALUATED: True})
+                self.checkpoints.wait()
+            why = f"stopped in the evaluation at step {step} of {self.steps}, what is done is saved"
+            raise Preempted(f"{self.stage}: {why}") from stopped
         self.writer.write(step, values, split="eval")
         print_evaluation(self.stage, step, self.steps, values)
         return values, self.keep_best is not None and self.keep_best.add(step, values)
 
     def _save(
-        self, state: State, step: int, values: dict[str, float], is_best: bool, window: dict
+        self,
+        state: State,
+        step: int,
+        values: dict[str, float],
+        is_best: bool,
+        window: dict,
+        more: dict | None = None,
     ) -> None:
         """Save the state.
 
         Args:
           values: of the evaluation at this step, empty if there was none.
           window: what the steps since the last log add to the next one.
+          more: metadata.
         """
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
         metadata = {"stage": self.stage, "evaluation": evaluation, WINDOW: window}
+        metadata |= more or {}
         self.writer.sync()  # a run that resumes here does not write these lines again
         if self.keep_best is not None:
             metadata[KEEP_BEST] = self.keep_best.state()

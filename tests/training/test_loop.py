@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import signal
 from typing import NamedTuple
 
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax import stopping
 from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints, best, load_params
 from dpojax.training.keep_best import KeepBest
 from dpojax.training.loop import Every, TrainLoop
-from dpojax.training.metrics import MetricWriter
-from dpojax.training.preemption import StopSignal
+from dpojax.training.metrics import MetricWriter, read_metrics
+from dpojax.training.preemption import Preempted, StopSignal
 
 ACCURACIES = {0: 0.99, 2: 0.6, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.8, 11: float("nan")}
 SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -59,10 +61,15 @@ def run_loop(monkeypatch):
     """(folder, the step at whose evaluation it is killed) -> runs it, from where it is."""
     monkeypatch.setattr("dpojax.training.loop._Pace", lambda *_: Idle())
 
-    def start(folder, killed_at=None, *, sign=1, patience=0, values=ACCURACIES):
+    def start(
+        folder, killed_at=None, *, sign=1, patience=0, values=ACCURACIES, asked_at=None, keep=True
+    ):
         def evaluate(state):
             if int(state.step) == killed_at:
                 raise Killed
+            if int(state.step) == asked_at:
+                signal.raise_signal(signal.SIGTERM)
+            stopping.between_batches()
             return {"accuracy": values[int(state.step)]}
 
         with contextlib.ExitStack() as stack:
@@ -87,11 +94,28 @@ def run_loop(monkeypatch):
                 checkpoints=saved,
                 writer=writer,
                 stop=stack.enter_context(StopSignal()),
-                keep_best=KeepBest("accuracy", sign, patience),
+                keep_best=KeepBest("accuracy", sign, patience) if keep else None,
             )
             return run(state)
 
     return start
+
+
+@pytest.fixture
+def run_to_a_signal(run_loop):
+    """(folder, the step whose evaluation gets a signal, or None) -> runs it, keeping no best."""
+    stopping.forget()
+    yield lambda folder, at, keep=False: run_loop(folder, asked_at=at, keep=keep)
+    stopping.forget()
+
+
+def metrics_of(folder):
+    """As text, in which nan equals nan, and without the time of day."""
+    return str([line | {"time": 0.0} for line in read_metrics(folder)])
+
+
+def steps_of(checkpoints):
+    return {path.name for path in checkpoints.iterdir()} if checkpoints.exists() else set()
 
 
 @pytest.fixture
@@ -195,3 +219,26 @@ def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():
     pace.flops, pace.fill = 6.0, [1.0]
     assert pace.flush()["perf/model_flops_utilisation"] > 0
     assert asked
+
+
+@pytest.mark.parametrize("asked_at", [0, 4, 10])
+def test_a_signal_ends_an_evaluation_which_is_repeated_first(tmp_path, run_to_a_signal, asked_at):
+    whole = run_to_a_signal(tmp_path / "whole", None)
+    folder = tmp_path / "stopped"
+    for _ in range(2):  # also where it comes again while the evaluation is repeated
+        with pytest.raises(Preempted, match=f"in the evaluation at step {asked_at} of 11"):
+            run_to_a_signal(folder, asked_at)
+        assert steps_of(folder / "checkpoints") == {str(asked_at)} - {"0"}
+    again = run_to_a_signal(folder, None)
+    np.testing.assert_array_equal(again.params, whole.params)
+    assert metrics_of(folder) == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["keeps the best", "last step"])
+def test_an_evaluation_that_decides_is_not_cut_short(tmp_path, run_to_a_signal, keep):
+    at = 4 if keep else 11
+    with pytest.raises(Preempted, match="stopped at step 5 of 11" if keep else "after the"):
+        run_to_a_signal(tmp_path, at, keep=keep)
+    assert steps_of(tmp_path / "checkpoints") == ({"4", "5"} if keep else {"11"})
+    evaluated = [line["step"] for line in read_metrics(tmp_path) if line["split"] == "eval"]
+    assert evaluated[-1] == at
