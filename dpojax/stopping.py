@@ -24,6 +24,7 @@ SIGNALS = tuple(
 )
 RESPONSE = 10.0  # seconds that a computation in C++ may take before the process ends over it
 RESPONSE_TOLD = 1.0  # the same, where other processes have been told and end, too
+AGAIN = 0.1  # seconds after which a Preempted is raised again that Python has dropped
 SAME_PRESS = 1.0  # a launcher may pass one Ctrl-C on twice; a later one ends the process at once
 
 
@@ -43,6 +44,7 @@ class _State:
     noting = 0  # how many `noted` blocks are entered
     obeying = False  # whether `between_batches` obeys what was noted
     raised = False  # whether Preempted was raised for it
+    repeats = 0  # signals that this process sends itself, since Preempted was dropped
     what = ""  # names what is stopped
     on_end: Callable[[int, str], None] | None = None  # is told that this process ends alone
 
@@ -140,6 +142,20 @@ def _receive(number: int, _frame: object) -> None:
         raise Preempted(_sentence())
 
 
+def dropped() -> None:
+    """Raise Preempted again, soon: it came in a finaliser, whose errors Python drops."""
+    timer = threading.Timer(AGAIN, _repeat)
+    timer.daemon = True
+    timer.start()
+
+
+def _repeat() -> None:
+    if _State.received:
+        _State.raised = False
+        _State.repeats += 1
+        signal.pthread_kill(threading.main_thread().ident, signal.Signals[_State.received])
+
+
 def _sentence() -> str:
     subject = f"{_State.what}: " if _State.what else ""
     return f"{subject}stopped by {_State.received}, what is done is kept"
@@ -165,6 +181,9 @@ def _watch(pipe: int) -> None:
     while number := os.read(pipe, 1):
         number = number[0]
         if number not in SIGNALS:
+            continue
+        if _State.repeats:
+            _State.repeats -= 1
             continue
         now = time.monotonic()
         if number == signal.SIGINT:

@@ -60,7 +60,7 @@ def look_after() -> None:
     """Let the command outlive the readers of what it prints, and keep libraries from printing.
 
     An error of the operating system in a thread of a library (a full disk) is not printed. Whoever
-    waits for the thread gets it.
+    waits for the thread gets it. A signal that came in a finaliser is not lost.
     """
     sys.stdout = Lasting(sys.stdout, "standard output")
     sys.stderr = Lasting(sys.stderr, "standard error")
@@ -74,7 +74,9 @@ def _unless_of_the_system(hook: Any) -> Any:
     """A hook for errors that nobody catches, without those of the operating system."""
 
     def told(args: Any) -> None:
-        if not issubclass(args.exc_type, OSError):
+        if issubclass(args.exc_type, stopping.Preempted):
+            stopping.dropped()
+        elif not issubclass(args.exc_type, OSError):
             hook(args)
 
     return told

@@ -28,6 +28,16 @@ def main():
         print("saving", flush=True)
         time.sleep(100)
 """
+# What a finaliser raises, Python drops.
+FINALISE = """
+class Library:
+    def __del__(self):
+        begin()
+        time.sleep(100)
+def main():
+    Library()
+    time.sleep(100)
+"""
 # Nothing of Python runs in the main thread, as while XLA compiles: a mutex that is locked twice.
 COMPUTE = """
 def main():
@@ -56,7 +66,9 @@ def start(main: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("main", [SLEEP, COMPUTE], ids=["python", "outside of python"])
+@pytest.mark.parametrize(
+    "main", [SLEEP, FINALISE, COMPUTE], ids=["python", "finaliser", "outside of python"]
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_the_training_is_told_and_ends_with_the_status_to_start_again(main, number):
     process = start(main)
