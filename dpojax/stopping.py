@@ -54,6 +54,11 @@ def received() -> str:
     return _State.received
 
 
+def raised() -> Preempted | None:
+    """What was raised for a signal that has stopped nothing yet; None if nothing was."""
+    return Preempted(_sentence()) if _State.raised else None
+
+
 def forget() -> None:
     """Forget a signal that has stopped nothing yet."""
     _State.received, _State.raised, _State.first_interrupt = "", False, None

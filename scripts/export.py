@@ -7,7 +7,13 @@ with --adapters, the LoRA adapters alone in the format of PEFT.
 from __future__ import annotations
 
 from dpojax.runs.command import run_command
-from dpojax.runs.export import main
+
+
+def main() -> None:
+    from dpojax.runs import export
+
+    export.main()
+
 
 if __name__ == "__main__":
     run_command(main)

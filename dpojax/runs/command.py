@@ -62,6 +62,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
     except BaseException as error:
+        if stopped := stopping.raised():  # a library, or a module half imported, fails over it
+            return _stopped(stopped)
         if isinstance(error, failures()):
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         else:

@@ -38,6 +38,15 @@ def main():
     Library()
     time.sleep(100)
 """
+# A library in C, while it is imported, makes another error of it.
+IMPORT = """
+def main():
+    try:
+        begin()
+        time.sleep(100)
+    except BaseException:
+        raise ImportError("Encountered an error while initializing the extension.") from None
+"""
 # Nothing of Python runs in the main thread, as while XLA compiles: a mutex that is locked twice.
 COMPUTE = """
 def main():
@@ -67,7 +76,9 @@ def start(main: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    "main", [SLEEP, FINALISE, COMPUTE], ids=["python", "finaliser", "outside of python"]
+    "main",
+    [SLEEP, FINALISE, IMPORT, COMPUTE],
+    ids=["python", "finaliser", "import", "outside of python"],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_the_training_is_told_and_ends_with_the_status_to_start_again(main, number):
