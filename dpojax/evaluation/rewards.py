@@ -154,7 +154,7 @@ def classifier(
       batch_size: texts in a batch.
 
     Raises:
-      RewardError: the model has no such label; log-odds of a regression.
+      RewardError: the model is no classifier, or has no such label; log-odds of a regression.
       OSError, ValueError: see `huggingface.load_classifier` and `huggingface.load`.
     """
     from transformers import AutoConfig  # late, see `open_reward`
@@ -163,13 +163,14 @@ def classifier(
     huggingface.require_known(folder)
     pretrained = huggingface.pretrained_name(folder)
     hf_config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+    is_encoder = hf_config.model_type in ENCODERS
+    _require_classifier(name, hf_config.architectures, is_encoder=is_encoder)
     labels = [hf_config.id2label[i] for i in sorted(hf_config.id2label)]
     index = 0 if len(labels) == 1 else _label_index(labels, label, name)
     odds = _log_odds_of(hf_config.problem_type, index, len(labels))
     if odds is None and log_odds:
         raise RewardError(f"reward {name}: a regression has no log-odds; use classifier:{folder}")
     tokenizer = read_tokenizer(folder)
-    is_encoder = hf_config.model_type in ENCODERS
     apply, params, longest = _encoder_logits(folder, mesh) if is_encoder else _logits(folder, mesh)
     pad = None if is_encoder else hf_config.get_text_config().pad_token_id
     longest = min(longest, tokenizer.model_max_length)
@@ -185,6 +186,17 @@ def classifier(
 
     kind = "log_odds" if log_odds else hf_config.problem_type or ""
     return Reward(name, scores, f"{fingerprint(params)} {labels[index]} {kind}".rstrip())
+
+
+def _require_classifier(name: str, architectures: list[str] | None, *, is_encoder: bool) -> None:
+    """Refuse language models, and heads of a model's own code. Old encoders name no class."""
+    if is_encoder and not architectures:
+        return
+    if not any(one.endswith("ForSequenceClassification") for one in architectures or ()):
+        raise RewardError(
+            f"reward {name}: it is no sequence classifier: config.json has the architectures "
+            f"{architectures}, none of which is a ...ForSequenceClassification"
+        )
 
 
 def _encoder_logits(folder: str, mesh: Mesh | None) -> tuple[Callable, Params, int]:

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dpojax import storage
+from dpojax.models.config_values import shown
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -45,6 +46,8 @@ MAX_HEADER = 25_000_000  # bytes; the library's own limit is 100 MB
 MAX_TENSORS = 100_000  # of one file
 MAX_VALUES = 2_000_000  # commas of a header
 MAX_JSON = 25_000_000  # bytes of config.json and of the index
+MAX_AXES = 64  # of a tensor; NumPy's own limit
+LONGEST_NAME = 255  # characters of a file's name
 
 QUANTIZED = (
     ": the weights are quantised; take the repository with the original weights, or, for the kinds "
@@ -126,12 +129,21 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: weight_map must map names of tensors to names of files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {name!r} is in {file!r}, which names no .safetensors file")
+        if not _names_a_shard(file):
+            raise ValueError(
+                f"{path}: {name!r} is in {shown(file)}, which names no .safetensors file"
+            )
         # Backslashes and colons separate folders and drives elsewhere.
-        if pathlib.PurePosixPath(file).is_absolute() or {"..", ""} & set(re.split(r"[/\\:]", file)):
-            raise ValueError(f"{path}: {name!r} is in {file!r}, which leads out of the folder")
+        if {"..", ".", ""} & set(re.split(r"[/\\:]", file)):
+            raise ValueError(
+                f"{path}: {name!r} is in {file!r}, which is no plain path inside of the folder"
+            )
     return weight_map
+
+
+def _names_a_shard(file: Any) -> bool:
+    plain = isinstance(file, str) and len(file) <= LONGEST_NAME and file.isprintable()
+    return plain and file.endswith(".safetensors")
 
 
 def _nothing_to_read(folder: pathlib.Path) -> str:
@@ -178,6 +190,8 @@ def read_file(path: pathlib.Path) -> dict[str, Stored]:
                 f"{path}: {name!r} has dtype {entry['dtype']}, which is not supported"
                 + (QUANTIZED if re.match(r"F[468]", entry["dtype"]) else "")
             )
+        if (axes := len(entry["shape"])) > MAX_AXES:
+            raise ValueError(f"{path}: {name!r} has {axes} axes; more than {MAX_AXES} are not read")
         first, stop = entry["data_offsets"]
         view = np.frombuffer(data[first:stop], DTYPES[entry["dtype"]]).reshape(entry["shape"])
         tensors[name] = Stored(view, path)

@@ -144,7 +144,8 @@ def _sources(
     used = set()
     for weight, layer, name in _weights(family, config, flat):
         if name not in tensors:
-            raise ValueError(f"{folder}: tensor {name!r} is missing")
+            head = "" if _in_trunk(weight) else ", the head that config.json's architectures imply"
+            raise ValueError(f"{folder}: tensor {name!r} is missing{head}")
         shapes = [flat[path].shape[layer is not None :] for path in weight.paths]
         stored, expected = tensors[name], weight.their_shape(shapes)
         if stored.view.shape != expected:

@@ -1,6 +1,7 @@
 """Heads of classifiers and reward models: what transformers makes of the same folder."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,26 @@ def test_an_encoders_head_gives_what_the_pipeline_of_transformers_gives(
     else:
         odds = open_reward(spec.replace("classifier", "log_odds"))(PROMPTS, RESPONSES)
         np.testing.assert_allclose(odds, np.log(want / (1 - want)), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architectures"),
+    [
+        ("llama", ["LlamaForCausalLM"]),
+        ("llama", ["LlamaForRewardModelWithGating"]),  # ArmoRM's own code
+        ("llama", None),
+        ("bert", ["BertForMaskedLM"]),
+    ],
+)
+def test_a_model_that_is_no_sequence_classifier_is_told_before_its_labels(
+    model_type, architectures, tmp_path
+):
+    raw = {"model_type": model_type, "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    named = f"no sequence classifier: .*architectures {re.escape(str(architectures))}"
+    for spec in ("classifier:{}", "classifier:{}:LABEL_1", "log_odds:{}"):
+        with pytest.raises(RewardError, match=named):
+            open_reward(spec.format(tmp_path))
 
 
 def test_a_one_label_encoder_is_a_reward_model_whose_number_is_its_logit(tmp_path):

@@ -149,7 +149,8 @@ def instead(name, make):
 
 
 NOT_WHOLE = rf"{WEIGHTS}: is not a whole safetensors file "
-LEADS_OUT = rf"{INDEX}: '{NORM}' is in .*, which leads out of the folder"
+LEADS_OUT = rf"{INDEX}: '{NORM}' is in .*, which is no plain path inside of the folder"
+NO_SHARD = rf"{INDEX}: '{NORM}' is in .*, which names no .safetensors file"
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4}
 CASES = {
     # The header's bytes.
@@ -164,6 +165,7 @@ CASES = {
         raw_file({"a": F32, "b": F32 | {"data_offsets": [12, 20]}}, b"\0" * 20),
         NOT_WHOLE + ".*invalid offset for tensor `b`",
     ),
+    "a tensor of 101 axes": (entry(shape=[1] * 100 + [2]), rf"{WEIGHTS}: 'a' has 101 axes; more"),
     "bytes after the last tensor": (raw_file({"a": F32}, b"\0" * 16), NOT_WHOLE + ".*not fully"),
     "tensors beyond the end": (raw_file({"a": F32}, b"\0" * 4), NOT_WHOLE + ".*cut short"),
     "a length beyond the end": (raw_file({"a": F32}, length=10**4), f"{WEIGHTS}: is cut short"),
@@ -243,7 +245,11 @@ CASES = {
         index("two.safetensors"),
         rf"two.safetensors: named by {INDEX}, but not there",
     ),
-    "a file name of zeros": (index("\0.safetensors"), f"named by {INDEX}, but not there"),
+    "a path with a dot": (index("./one.safetensors"), LEADS_OUT),
+    "a file name of zeros": (index("\0.safetensors"), NO_SHARD),
+    "a file name of two lines": (index("a\nb.safetensors"), NO_SHARD),
+    "a file name of half a surrogate pair": (index("\ud800.safetensors"), NO_SHARD),
+    "a file name of 5,000 letters": (index(5000 * "a" + ".safetensors"), NO_SHARD),
     "a pickle in the index": (
         index("pytorch_model.bin"),
         rf"{INDEX}: '{NORM}' is in 'pytorch_model.bin', which names no .safetensors file",
