@@ -63,7 +63,8 @@ def run_jobs(
         try:
             while True:
                 while len(running) < workers and (job := next_job(jobs, running.values())):
-                    future = pool.submit(_execute, job, str(folder), what, compilation_cache)
+                    with _shielded():
+                        future = pool.submit(_execute, job, str(folder), what, compilation_cache)
                     running[future] = job
                     clock.start(job.name)
                 if not running:
@@ -116,7 +117,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that share the cores; at the end they are stopped as by a SIGTERM."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    shares, cores = context.SimpleQueue(), _cores()
+    with _shielded():
+        shares, cores = context.SimpleQueue(), _cores()
     for number in range(workers):
         shares.put(cores[number::workers] or [cores[number % len(cores)]])
     pool = ProcessPoolExecutor(workers, context, initializer=_settle, initargs=(shares,))
@@ -126,6 +128,20 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Processes that start in the block get no signal of a terminal: the parent ends them.
+
+    Among them is the tracker of `multiprocessing`, which a SIGHUP would kill before its time. A
+    signal that comes meanwhile reaches the parent after the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(SIGNALS) - {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _settle(shares) -> None:

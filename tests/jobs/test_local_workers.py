@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from dpojax.config.errors import ConfigError
+from dpojax.jobs import local_workers
 from dpojax.jobs.local_workers import next_job, run_jobs
 from dpojax.jobs.progress import read_seconds
 from dpojax.training.preemption import Preempted
@@ -123,6 +125,23 @@ def test_a_sigterm_stops_the_processes_too(tmp_path):
     assert time.monotonic() - began < 50
     assert not (tmp_path / "a").exists()
     assert set(read_seconds(tmp_path).jobs) == {"a"}
+
+
+def test_what_a_terminal_sends_reaches_no_process_that_is_started_and_the_parent_afterwards():
+    came = []
+    before = signal.signal(signal.SIGHUP, lambda number, _: came.append(number))
+    shows = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))"
+    try:
+        with local_workers._shielded():
+            signal.raise_signal(signal.SIGHUP)
+            assert not came
+            told = subprocess.run([sys.executable, "-c", shows], capture_output=True, text=True)
+        assert came == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert told.stdout.count("SIGHUP") == told.stdout.count("SIGINT") == 1
+    assert "SIGTERM" not in told.stdout
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_processes_end_with_a_parent_that_was_killed(tmp_path):
