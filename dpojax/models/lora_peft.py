@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from dpojax import storage
 from dpojax.models import safetensors_io
 from dpojax.models.config import DecoderConfig
-from dpojax.models.config_values import Real, Whole, shown
+from dpojax.models.config_values import NAME, NAMES, OBJECT, Real, Whole, shown
 from dpojax.models.decoder import build
 from dpojax.models.families import Family, config_to_raw, family_of
 from dpojax.models.huggingface import require_new_folder
@@ -43,6 +43,7 @@ fan_in_fan_out megatron_core qalora_group_size eva_config runtime_config ensure_
 layers_to_transform layers_pattern
 """
 HARMLESS = frozenset(_HARMLESS.split())
+ALPHA = Real(positive=False)  # of a single module
 # Settings that are supported with these values only. Other initialisations (PiSSA, OLoRA, ...) also
 # change the base.
 FIXED = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva")}
@@ -150,7 +151,7 @@ def _require_supported(settings: dict, file: pathlib.Path) -> None:
     """Raise ValueError, naming file and key, for a setting that this module would ignore."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type: {settings.get('peft_type')!r} is not 'LORA'")
-    for key, kind in {"r": Whole(1, 100_000), "lora_alpha": Real(positive=False)}.items():
+    for key, kind in {"r": Whole(1, 100_000), "lora_alpha": Real(positive=True)}.items():
         if not kind.allows(settings.get(key)):
             raise ValueError(f"{file}: {key}: must be {kind}, not {shown(settings.get(key))}")
     for key, value in settings.items():
@@ -161,6 +162,22 @@ def _require_supported(settings: dict, file: pathlib.Path) -> None:
                 f"{file}: {key}: {value!r} is not supported; in peft, merge the adapter into its "
                 "base (merge_and_unload), save that and load it as a model"
             )
+    for key in ("alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        if settings.get(key):
+            _require_patterns(settings[key], f"{file}: {key}", alphas=key == "alpha_pattern")
+
+
+def _require_patterns(value: Any, name: str, *, alphas: bool) -> None:
+    """Raise ValueError, which begins with `name`, unless a setting names modules by patterns."""
+    if not alphas and not NAME.allows(value) and not NAMES.allows(value):
+        raise ValueError(f"{name}: must be a string or {NAMES}, not {shown(value)}")
+    if alphas and not (OBJECT.allows(value) and all(map(ALPHA.allows, value.values()))):
+        raise ValueError(f"{name}: must map each module to {ALPHA}, not {shown(value)}")
+    try:
+        for pattern in [value] if isinstance(value, str) else value:
+            re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {shown(pattern)} is no pattern ({error})") from error
 
 
 class _Module(NamedTuple):

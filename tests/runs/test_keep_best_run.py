@@ -23,11 +23,8 @@ from .conftest import tiny_config
 LOSSES = {0: 0.693, 2: 0.04, 4: 1.9, 6: 1.9}
 
 
-@pytest.fixture(scope="module")
-def kept_run(tmp_path_factory):
-    """A finished DPO run whose held-out loss was lowest at step 2, and which stopped at step 6."""
-    workdir = tmp_path_factory.mktemp("kept") / "run"
-    config = tiny_config(
+def kept_config():
+    return tiny_config(
         **{
             "stages": ("preference",),
             "evaluate_every": 2,
@@ -37,6 +34,12 @@ def kept_run(tmp_path_factory):
             "preference.patience": 2,
         }
     )
+
+
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory):
+    """A finished DPO run whose held-out loss was lowest at step 2, and which stopped at step 6."""
+    workdir = tmp_path_factory.mktemp("kept") / "run"
     evaluate = train.Evaluator.__call__
 
     def with_loss(self, stage, state):
@@ -44,7 +47,7 @@ def kept_run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train.Evaluator, "__call__", with_loss)
-        run(config, str(workdir))
+        run(kept_config(), str(workdir))
     return workdir
 
 
@@ -74,16 +77,7 @@ def test_export_and_policies_by_name_are_of_the_kept_step(kept_run, tmp_path):
 def test_a_finished_run_that_stopped_early_trains_no_more(kept_run, capsys):
     (kept_run / "finished.json").unlink()
     before = (kept_run / "preference" / "metrics.jsonl").read_text()
-    config = tiny_config(
-        **{
-            "stages": ("preference",),
-            "evaluate_every": 2,
-            "checkpoint_every": 5,
-            "preference.steps": 20,
-            "preference.keep_best": "eval/loss",
-            "preference.patience": 2,
-        }
-    )
+    config = kept_config()
     config.evaluate_every = 3
     with pytest.raises(ConfigError, match=r"evaluate_every: 2 -> 3"):
         run(config, str(kept_run))
