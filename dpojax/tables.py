@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 
 Row = Sequence[str]
 
+INDENT = " " * 6  # of what `fitted` puts below a row
 LONG_CELL = 60  # characters; Markdown columns with a longer cell are not padded
 SHORTEST_RULE = 3  # dashes that Markdown needs below a heading
 
@@ -29,6 +30,26 @@ def text_table(rows: Sequence[Row], *, left: Collection[int] = (0,), gap: str = 
     columns = range(len(rows[0])) if rows else ()
     widths = [max(len(row[column]) for row in rows) for column in columns]
     return [gap.join(_padded(row, widths, left)).rstrip() for row in rows]
+
+
+def fitted(rows: Sequence[Row], width: int = 100) -> list[list[str]]:
+    """Rows for `text_table`, of which the last column stands in rows of its own if it is too wide.
+
+    Args:
+      rows: the cells of each line; a last cell is a list with ", " between its items.
+      width: characters that two spaces between columns included may be taken.
+    """
+    lengths = [max(map(len, column)) for column in zip(*rows)]
+    if sum(lengths) + 2 * (len(lengths) - 1) <= width:
+        return [list(row) for row in rows]
+    result = []
+    for *cells, last in rows:
+        result.append(cells)
+        is_heading = last == rows[0][-1]
+        whole = len(last) + len(INDENT) <= lengths[0]
+        for item in () if is_heading or not last else (last,) if whole else last.split(", "):
+            result.append([INDENT + item, *("" for _ in cells[1:])])
+    return result
 
 
 def ruled_table(title: str, rows: Sequence[Row]) -> list[str]:

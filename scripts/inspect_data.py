@@ -4,16 +4,21 @@
         --eval HELD_OUT_FILE --show 3
 
 The prompt is dim, chosen green, rejected red; special tokens are inverted; "|" separates tokens; a
-newline is shown as ⏎. Without a terminal, or with NO_COLOR set, special tokens are in ⟦brackets⟧
-instead. The last table comes from `dpojax.data.lint`. With --strict the exit status is 1 if a
-record was dropped, if a field was not read (--columns=-NAME says that it is not wanted), or if that
-table counts a fault (longer_chosen and words_disagree are none).
+newline is shown as ⏎. Tokens of an answer that are not scored (what users and tools say in it) are
+dim. Without a terminal, or with NO_COLOR set, special tokens are in ⟦brackets⟧ and tokens that are
+not scored in ⟨brackets⟩ instead.
+
+The last table comes from `dpojax.data.lint`. With --strict the exit status is 1 if a record was
+dropped, if a field was not read (--columns=-NAME says that it is not wanted), or if that table
+counts a fault (longer_chosen and words_disagree are none).
 """
 
 import argparse
 import json
 import os
 import sys
+
+import numpy as np
 
 from dpojax import storage
 from dpojax.config.command_line import ArgumentParser
@@ -128,16 +133,28 @@ def _require_utf8(pattern: str) -> None:
 
 def render(example: Example, tokenizer, colour: bool) -> str:
     """Format an example for a terminal: the tokens of the prompt and of each response."""
-    blocks = [("prompt", DIM, example.prompt, False)]
-    names = _names(len(example.responses), example.label)
-    for (name, style), ids, cut in zip(names, example.responses, example.cut):
-        blocks.append((name, style, ids, cut))
     lines = [_paint(example.id, "1", colour)]
-    for name, style, ids, cut in blocks:
-        note = ", end cut off" if cut else ""
+    lines.append(_paint(f"prompt ({len(example.prompt):,} tokens)", CYAN, colour))
+    lines.append("  " + tokens(example.prompt, tokenizer, DIM, colour))
+    names = _names(len(example.responses), example.label)
+    masks = example.scored or (None,) * len(names)
+    for (name, style), ids, cut, mask in zip(names, example.responses, example.cut, masks):
+        note = "" if mask is None or mask.all() else f", {mask.sum():,} scored"
+        note += ", end cut off" if cut else ""
         lines.append(_paint(f"{name} ({len(ids):,} tokens{note})", CYAN, colour))
-        lines.append("  " + tokens(ids, tokenizer, style, colour))
+        lines.append("  " + _answer(ids, mask, tokenizer, style, colour))
     return "\n".join(lines)
+
+
+def _answer(ids, mask, tokenizer, style: str, colour: bool) -> str:
+    """The tokens of a response; runs of those that are not scored are dim, or in ⟨brackets⟩."""
+    if mask is None:
+        return tokens(ids, tokenizer, style, colour)
+    runs, ends = [], [*np.flatnonzero(np.diff(mask)) + 1, len(ids)]
+    for start, end in zip([0, *ends], ends):
+        run = tokens(ids[start:end], tokenizer, style if mask[start] else DIM, colour)
+        runs.append(run if colour or mask[start] else f"⟨{run}⟩")
+    return _paint("|", DIM, colour).join(runs)
 
 
 def _names(count: int, label: bool | None) -> list[tuple[str, str]]:

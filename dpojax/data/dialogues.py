@@ -208,7 +208,9 @@ class _Answer:
     def _by_mark(self, turn: int) -> tuple[int, int] | None:
         """The span, found by the dialogue with `MARK` in the place of the turn's text."""
         before = self.prefixes.render(self.turns, turn, generate=False)
-        if turn == self.first and not self.whole.startswith(before):
+        generate = self.prefixes.render(self.turns, turn, generate=True) if turn else ""
+        begun = self.whole.startswith(before) or (generate and self.whole.startswith(generate))
+        if turn == self.first and not begun:
             raise Drop("template_changes_prompt")  # sampling would begin with another prompt
         head = self.record.prompt[-1]["content"] if self.continued and turn == self.first else ""
         marked = {**self.turns[turn], "content": head + MARK}
@@ -218,8 +220,7 @@ class _Answer:
         _, own_end = _around_mark(self.template.render(self.record, turns[: turn + 1]))
         if start is None or not self.whole.endswith(rest):
             return None
-        generate = self.prefixes.render(self.turns, turn, generate=True) if turn else ""
-        if self.whole.startswith(generate) and generate:
+        if generate and self.whole.startswith(generate):
             start = len(generate)  # the template writes before the text, such as an empty <think>
         elif self.whole[: len(start)] != start:
             return None
@@ -227,7 +228,10 @@ class _Answer:
             start = len(start)
         own_end = self.template.without_end(own_end)
         if not rest.startswith(own_end):
-            return None
+            # Some templates write a token behind the last turn alone, such as Phi-3's.
+            own_end = self.template.to_marker(_common_start(own_end, rest))
+            if not own_end:
+                return None
         return start, len(self.whole) - len(rest) + len(own_end)
 
     def _generated(self, turn: int) -> tuple[int, int]:
@@ -261,6 +265,11 @@ def _around_mark(text: str) -> tuple[str | None, str]:
     """What stands before `MARK` and behind it; (None, "") if it does not stand there once."""
     before, mark, after = text.partition(MARK)
     return (before, after) if mark and MARK not in after else (None, "")
+
+
+def _common_start(first: str, second: str) -> str:
+    pairs = enumerate(zip(first, second))
+    return first[: next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))]
 
 
 def _joined(begun: Mapping[str, Any], message: Mapping[str, Any]) -> dict[str, Any]:

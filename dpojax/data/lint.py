@@ -33,7 +33,7 @@ from dpojax.data import label_noise, text_files
 from dpojax.data.records import Content, Record, said
 from dpojax.data.report import EXAMPLES
 from dpojax.intervals import wilson_interval
-from dpojax.tables import text_table
+from dpojax.tables import fitted, text_table
 
 WORDS = {
     "duplicate": "repeats an earlier record",
@@ -129,7 +129,7 @@ def table(findings: Sequence[Finding]) -> str:
         numbers = [f"{finding.count:,}", f"{finding.of:,}", share]
         rows.append([label, *numbers, ", ".join(finding.examples)])
     notes = [f"  {finding.name}: {finding.note}" for finding in findings if finding.note]
-    return "\n".join([*text_table(rows, left=(0, 4)), *notes])
+    return "\n".join([*text_table(fitted(rows), left=(0, 4)), *notes])
 
 
 def not_utf8(file: str | os.PathLike) -> list[int]:

@@ -73,9 +73,10 @@ def _parsed(row: Mapping[str, Any], id: str, report: Report, config: ParseConfig
         report.count("dropped", error.cause, id, str(error))
         return None
     for name in fields.unread():
-        report.count_field(name, id)
+        if name not in config.columns.ignored:
+            report.count_field(name, id)
     if isinstance(parsed, Reject):
-        report.count("dropped", parsed.cause, id)
+        report.count("dropped", parsed.cause, id, parsed.why)
         return None
     for note in dict.fromkeys(fields.notes):
         report.count("noted", note, id)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpojax.data.records import DataError
-from dpojax.tables import text_table
+from dpojax.tables import fitted, text_table
 
 # Every cause, and how the printed table explains it. `Report.count` accepts no other cause.
 CAUSES = {
@@ -41,13 +41,13 @@ CAUSES = {
     "bad_weight": "a weight is no finite number, 0 or more",
     "zero_weight": "weight 0: the record counts for nothing",
     "media": "images, video or audio, which no model here reads",
-    "made_dialogue": "a plain prompt with a system text, history or tools became a dialogue",
+    "made_dialogue": "a prompt with system text, history or tools became a dialogue",
     "json_text": "messages or a list, written as JSON text, were read",
     "all_tied": "all responses have the same rank or score",
     "one_response": "one response alone states no preference",
     "no_label": "one response without a label",
     "split_in_two": "read once, and counted from there on as two labelled responses",
-    "between_best_and_worst": "responses left out, as only the best and the worst get a label",
+    "between_best_and_worst": "left out, as only the best and the worst get a label",
     "undesirable": "labelled undesirable, and nothing to imitate",
     "beyond_limit": "beyond `limit` records",
     "beyond_eval_limit": "held out, but beyond `eval_limit` examples",
@@ -58,18 +58,18 @@ CAUSES = {
     "template_refuses": "chat template refuses the messages",
     "ends_without_answer": "a dialogue does not end with a turn of the assistant",
     "turn_not_found": "chat template renders a turn where it cannot be found",
-    "tool_call_not_rendered": "chat template leaves out the tool call that is the answer",
+    "tool_call_not_rendered": "chat template leaves out the call that is the answer",
     "template_strips": "chat template leaves out or changes a part of an answer",
     "template_without_tools": "chat template does not read the record's tools",
-    "template_without_options": "chat template does not read all of chat_template_kwargs",
-    "all_turns_scored": "several turns of the assistant, all scored (tokens.assistant_turns)",
-    "last_turn_scored": "several turns of the assistant, the last scored (tokens.assistant_turns)",
-    "other_end": "chat template ends an answer with another token than EOS, which was added",
-    "template_changes_prompt": "chat template renders the prompt differently before an answer",
+    "template_without_options": "chat template does not read all chat_template_kwargs",
+    "all_turns_scored": "several assistant turns; all scored (tokens.assistant_turns)",
+    "last_turn_scored": "several assistant turns; last scored (tokens.assistant_turns)",
+    "other_end": "chat template ends an answer with another token; EOS was added",
+    "template_changes_prompt": "chat template writes another prompt before an answer",
     "too_long": "prompt + longest response exceed max_length",
     "prompt_too_long": "prompt exceeds max_prompt_length",
     "nothing_left": "a response has no token left",
-    "one_token": "the text has one token, and the tokenizer puts no start token before it",
+    "one_token": "the text has one token, and the tokenizer puts no start before it",
     "prompt_start": "the prompt lost its start",
     "response_end": "a response lost its end, and its EOS",
     "boundary_merge": "a token would span prompt and response; encoded apart",
@@ -278,7 +278,7 @@ def _causes_table(report: Report) -> str:
             ids = ", ".join(tally.examples)
             label = f"  {cause}: {CAUSES[cause]}"
             rows.append([label, f"{tally.count:,}", share, ids])
-    return "\n".join(text_table(rows, left=(0, 3)))
+    return "\n".join(text_table(fitted(rows), left=(0, 3)))
 
 
 def _details(report: Report) -> str:
@@ -300,7 +300,7 @@ def _fields_table(report: Report) -> str:
     for name, tally in sorted(report.unread.items(), key=lambda item: (-item[1].count, item[0])):
         share = f"{100 * tally.count / max(report.read, 1):.2f} %"
         rows.append([f"  {name}", f"{tally.count:,}", share, ", ".join(tally.examples)])
-    return "\n".join(text_table(rows, left=(0, 3)))
+    return "\n".join(text_table(fitted(rows), left=(0, 3)))
 
 
 def _lengths_table(report: Report) -> str:

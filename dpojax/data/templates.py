@@ -163,6 +163,10 @@ class ChatTemplate:
         """
         return text.rstrip() if self.ends(text) else text
 
+    def to_marker(self, text: str) -> str:
+        """The text up to the end of its last marker; "" without a marker."""
+        return text[: max((text.rfind(m) + len(m) for m in self.markers if m in text), default=0)]
+
     def mentions(self, record: Record, name: str) -> bool:
         """Whether the template contains a word, such as the name of an option."""
         return re.search(rf"\b{re.escape(name)}\b", self.source(record)) is not None

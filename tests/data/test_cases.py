@@ -53,7 +53,7 @@ CASES = {
     "13b_sample_weight": (12, {"zero_weight": 12}, {}, TEXTS),
     "14a_label_int": (24, {}, {}, None),
     "15a_helpsteer3": (24, {}, {"domain", "language"}, CHAT),
-    "15b_nectar": (24, {}, {"turns"}, None),
+    "15b_nectar": (24, {}, {"turns", "answers[].model"}, None),
     "15d_ultrafeedback_raw": (24, {}, {"source"}, TEXTS),
     "15e_output_pair": (24, {}, {}, None),
     "16_multi_turn_sft": (24, {}, {}, None),

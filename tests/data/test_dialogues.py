@@ -99,6 +99,16 @@ def test_turns_of_the_user_inside_an_answer_are_context():
     assert notes(report) == {"all_turns_scored": 1}
 
 
+def test_a_token_that_the_template_writes_behind_the_whole_dialogue_is_no_turn():
+    # Phi-3 writes its end of text where no answer is asked for, behind the last turn's own end.
+    template = PLAIN.replace("<a>{% endif %}", "<a>{% else %}</s>{% endif %}")
+    turns = (assistant("one"), user("r"), assistant("two"))
+    record = Record("f:1", (user("q"),), (turns,))
+    texts, report = rendered(record, letters(template, eos="</s>"))
+    assert texts == ("<u>q<e>\n<a>", ["[one<e>]\n<u>r<e>\n<a>[two<e>\n</s>]"])
+    assert notes(report) == {"all_turns_scored": 1}
+
+
 def test_the_last_turn_alone_is_scored_if_the_config_says_so():
     record = Record("f:1", (user("q"),), SEVERAL)
     (prompt, texts), report = rendered(record, assistant_turns="last")

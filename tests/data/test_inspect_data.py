@@ -241,3 +241,16 @@ def test_responses_are_called_what_they_are(tokenizer, label, count, names):
     example = Example("f:1", one, (one,) * count, (False,) * count, label)
     text = inspect_data.render(example, loaded, colour=False)
     assert re.findall(r"^(.*) \(1 tokens\)", text, re.MULTILINE) == ["prompt", *names]
+
+
+def test_tokens_of_an_answer_that_are_not_scored_are_shown_as_such(tokenizer):
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    one, answer = (np.asarray(loaded(text)["input_ids"], np.int32) for text in ("q", "abcd"))
+    mask = np.array([True, False, False, True])
+    example = Example("f:1", one, (answer, one), (False, False), None, scored=(mask, mask[:1]))
+    plain = inspect_data.render(example, loaded, colour=False)
+    assert "chosen (4 tokens, 2 scored)\n  a|⟨b|c⟩|d\nrejected (1 tokens)\n  q" in plain
+    coloured = inspect_data.render(example, loaded, colour=True)
+    assert "\x1b[32ma\x1b[0m" in coloured
+    assert "\x1b[2mb\x1b[0m" in coloured
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == re.sub("[⟨⟩]", "", plain)

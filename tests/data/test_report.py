@@ -61,7 +61,7 @@ def test_the_text_is_an_aligned_table(report):
     lines = str(report).splitlines()
     assert lines[0] == "21 records read, 18 kept, 3 dropped"
     causes = [line for line in lines if "too_long" in line or "boundary_merge" in line]
-    assert [line.split()[-1] for line in causes] == ["f:20", "f:3"]
+    assert [lines[lines.index(line) + 1].strip() for line in causes] == ["f:19, f:20", "f:3"]
     assert causes[0].index("14.29 %") + 7 == causes[1].index("4.76 %") + 6
     lengths = [line for line in lines if line.startswith(("  prompt", "  prompt + longest"))]
     assert [line.split()[-4:] for line in lengths] == [
@@ -74,7 +74,8 @@ def test_the_text_is_an_aligned_table(report):
 def test_all_dropped_raises_with_the_causes_and_some_kept_does_not(report):
     report.require_some()
     report.read = 3
-    with pytest.raises(DataError, match=r"all 3 records were dropped:(.|\n)*too_long.*f:19, f:20"):
+    table = r"all 3 records were dropped:(.|\n)*too_long.*\n *f:19, f:20"
+    with pytest.raises(DataError, match=table):
         report.require_some()
 
 
@@ -89,6 +90,19 @@ def test_every_cause_can_be_counted_and_is_printed_with_its_words(cause, outcome
     report.read = 1
     report.count(outcome, cause, "f:1")
     assert f"{cause}: {CAUSES[cause]}" in str(report)
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_table_of_causes_fits_a_terminal_of_100_columns(cause, outcome):
+    report = Report()
+    report.read = 10_000_000
+    ids = [f"train-00000-of-00012-{'ab12' * 8}.parquet:{number}" for number in (1, 2)]
+    for id in ids:
+        report.count(outcome, cause, id)
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.strip() for line in lines[-2:]] == ids
 
 
 def test_a_text_of_one_token_is_counted_and_explained():

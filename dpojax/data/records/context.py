@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dpojax.data.records.dialogues import (
     read_messages,
     require_unicode,
+    require_unicode_inside,
     split_hh,
     unpack_json,
 )
@@ -146,9 +147,11 @@ def _tools(fields: Fields) -> tuple | None:
         return None
     unpacked = unpack_json(value)
     value = value if unpacked is None else unpacked
-    tools = [value] if isinstance(value, Mapping) else value
-    if not isinstance(tools, list | tuple) or not all(isinstance(x, Mapping) for x in tools):
+    listed = value if isinstance(value, list | tuple) else [value]
+    tools = [unpack_json(tool) or tool for tool in listed]
+    if not all(isinstance(tool, Mapping) for tool in tools):
         raise fields.error("tools", "a list of tools (objects), or such a list as JSON text")
+    require_unicode_inside(tools, fields.where("tools"))
     return tuple(tools) or None
 
 
@@ -160,6 +163,7 @@ def _options(fields: Fields) -> dict | None:
     options = value if unpacked is None else unpacked
     if not isinstance(options, Mapping):
         raise fields.error(OPTIONS, "an object of keyword arguments for the chat template")
+    require_unicode_inside(options, fields.where(OPTIONS))
     return dict(options) or None
 
 

@@ -15,11 +15,12 @@ from dpojax.data.records.record import Messages, RecordError, kind_of
 ALIASES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "ai"),
-    "tool": ("tool", "function", "ipython", "observation"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "ai"),
+    "tool": ("tool", "function", "ipython", "observation", "tool_response"),
 }
 ROLES = {alias: role for role, aliases in ALIASES.items() for alias in aliases}
-CALL_ROLE = "function_call"  # LLaMA-Factory's turn of the assistant that is a tool call as JSON
+# A turn of the assistant that is a tool call as JSON, in LLaMA-Factory and ms-swift.
+CALL_ROLES = ("function_call", "tool_call")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 SHAPE = "{'role': text, 'content': text}"
 MEDIA = ("image", "video", "audio")  # types of content that no model here reads
@@ -58,11 +59,12 @@ def _message(value: Any, where: str) -> dict:
     message = {"role": _role(role, where), "content": None}
     for key, item in value.items():
         if item is not None and key not in ROLE_KEYS and key not in CONTENT_KEYS:
+            require_unicode_inside(item, f"{where}, {key!r}")
             message[key] = item
     if any(message.get(medium) or message.get(f"{medium}s") for medium in MEDIA):
         raise RecordError(f"{where} has images, video or audio, which no model here reads", "media")
     content = _first(value, CONTENT_KEYS)
-    if role.strip().lower() == CALL_ROLE:
+    if role.strip().lower() in CALL_ROLES:
         return message | {"content": "", "tool_calls": _calls(content, where)}
     if message.get("function_call"):  # OpenAI's older name for the only call
         message["tool_calls"] = _calls(message.pop("function_call"), where)
@@ -80,7 +82,7 @@ def _first(value: Mapping, keys: Sequence[str]) -> Any:
 
 def _role(role: str, where: str) -> str:
     known = ROLES.get(role) or ROLES.get(role.strip().lower())
-    if known is None and role.strip().lower() == CALL_ROLE:
+    if known is None and role.strip().lower() in CALL_ROLES:
         return "assistant"
     if known is None:
         raise RecordError(
@@ -90,7 +92,13 @@ def _role(role: str, where: str) -> str:
 
 
 def _text_of(content: Any, message: dict, where: str) -> str | None:
-    """The content as text; None is right only where calls or reasoning stand in its place."""
+    """The content as text; None is right only where calls or reasoning stand in its place.
+
+    The result of a tool may be an object, which becomes JSON.
+    """
+    if message["role"] == "tool" and isinstance(content, Mapping):
+        require_unicode_inside(content, where)
+        return json.dumps(content, ensure_ascii=False, default=str)
     if isinstance(content, list | tuple):
         content = "".join(_part(part, where) for part in content)
     if content is None:
@@ -138,14 +146,7 @@ def _calls(value: Any, where: str) -> list:
         raise RecordError(
             f"{where}: tool calls should be objects, got {kind_of(value)}", "bad_message"
         )
-    try:
-        json.dumps(calls, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RecordError(
-            f"{where}: a tool call holds half of a UTF-16 pair", "not_unicode"
-        ) from None
-    except (TypeError, ValueError):  # such as a date: the template may know what to do with it
-        pass
+    require_unicode_inside(calls, f"{where}, tool calls")
     return [
         call if "function" in call else {"type": "function", "function": dict(call)}
         for call in calls
@@ -166,6 +167,19 @@ def require_unicode(text: str, where: str) -> None:
         ) from None
 
 
+def require_unicode_inside(value: Any, where: str) -> None:
+    """Raise RecordError like `require_unicode` for a text, or any text in a list or object."""
+    if isinstance(value, str):
+        require_unicode(value, where)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            require_unicode_inside(key, where)
+            require_unicode_inside(item, where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            require_unicode_inside(item, where)
+
+
 def unpack_json(value: Any) -> Any:
     """The list or object that a text holds as JSON, or as Python prints it; else None."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
@@ -178,13 +192,17 @@ def unpack_json(value: Any) -> Any:
 
 
 def _printed(text: str) -> Any:
-    """The value of which Python printed `text`, as pandas does for lists in a CSV file; or None."""
+    """The value of which Python printed `text`, as pandas does for lists in a CSV file; or None.
+
+    NumPy puts a newline between the objects of an array where lists have a comma. A text inside of
+    them has no newline: it is printed as "\\n".
+    """
     if not text.lstrip().startswith(("[{'", "{'")):
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # an escape such as "\\d"
-            return ast.literal_eval(text.strip())
+            return ast.literal_eval(text.strip().replace("}\n {", "}, {"))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
 
@@ -201,7 +219,7 @@ def _looks_like_message(value: Any) -> bool:
         return False
     role = _first(value, ROLE_KEYS)
     content = any(key in value for key in (*CONTENT_KEYS, "tool_calls"))
-    return content and isinstance(role, str) and role.strip().lower() in (*ROLES, CALL_ROLE)
+    return content and isinstance(role, str) and role.strip().lower() in (*ROLES, *CALL_ROLES)
 
 
 def same_message(first: dict, second: dict) -> bool:
@@ -234,6 +252,11 @@ def common_start(first: Messages, second: Messages) -> int:
 def opens_dialogue(messages: Messages) -> bool:
     """Whether the first turn is that of the system or the user: the prompt is in the messages."""
     return messages[0]["role"] in ("system", "user")
+
+
+def has_prompt(messages: Messages) -> bool:
+    """Whether the user says something before the last turn."""
+    return any(message["role"] == "user" for message in messages[:-1])
 
 
 def require_answer(messages: Messages, where: str) -> None:

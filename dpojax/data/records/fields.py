@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ SCORE_FIELDS = (
 ALL_SCORES = {"margin", *(name for names in SCORE_FIELDS for name in names)}
 # Keys of a message that say whether to learn from it, in formats of others. None is read.
 MESSAGE_WEIGHTS = frozenset(("weight", "loss", "loss_weight", "train"))
+ITEM = re.compile(r"\.\d+\.")
 TRUE = ("true", "1", "1.0", "yes", "desirable")
 FALSE = ("false", "0", "0.0", "-1", "-1.0", "no", "undesirable")
 
@@ -39,6 +41,7 @@ class Fields:
       id: of the record.
       need_scores: a score that is no number is an error. Otherwise such scores are not read.
       last_turn: of a dialogue to imitate, read the last turn of the assistant alone.
+      is_list: the fields are the items of a list, named "0", "1", ...
       notes: what was done to the record beyond reading it, names in `report.CAUSES`.
     """
 
@@ -53,9 +56,11 @@ class Fields:
     ) -> None:
         self.row, self.id, self.path = row, id, path
         self.need_scores, self.last_turn = need_scores, last_turn
+        self.is_list = False
         self.notes: list[str] = []
         self._read: set[str] = set()
         self._unread_inside: set[str] = set()
+        self._inside: dict[str, Fields] = {}  # fields of objects in fields
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
@@ -74,10 +79,20 @@ class Fields:
 
     def unread(self) -> Iterator[str]:
         """Names of the fields that hold something and were not read."""
+        yield from self._unread_here()
+        yield from sorted(self._unread_inside | set(self._unread_in_objects()))
+
+    def _unread_here(self) -> Iterator[str]:
         for name, value in self.row.items():
             if name not in self._read and not is_blank(value):
                 yield name
-        yield from sorted(self._unread_inside)
+
+    def _unread_in_objects(self) -> Iterator[str]:
+        """Names like `question.id` and, in the objects of a list, `completions[].model`."""
+        for fields in self._inside.values():
+            yield from fields._unread_in_objects()
+            if not fields.is_list:
+                yield from (ITEM.sub("[].", fields.path + name) for name in fields._unread_here())
 
     def where(self, name: str) -> str:
         return f"{self.id}: field {self.path + name!r}"
@@ -181,7 +196,18 @@ class Fields:
         """The fields of the object in field `name`."""
         if not isinstance(self[name], Mapping):
             raise self.error(name, "an object with named fields")
-        return Fields(self[name], self.id, f"{self.path}{name}.", need_scores=self.need_scores)
+        return self._opened(name, self[name])
+
+    def parts(self, name: str, items: Sequence[Any]) -> Fields:
+        """The items of the list in field `name`, as fields "0", "1", ..."""
+        return self._opened(name, {str(i): item for i, item in enumerate(items)}, is_list=True)
+
+    def _opened(self, name: str, row: Mapping[str, Any], is_list: bool = False) -> Fields:
+        if name not in self._inside:
+            fields = Fields(row, self.id, f"{self.path}{name}.", need_scores=self.need_scores)
+            fields.is_list = is_list
+            self._inside[name] = fields
+        return self._inside[name]
 
 
 def as_number(value: Any) -> float | None:

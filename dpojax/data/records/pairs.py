@@ -7,6 +7,7 @@ from typing import Any
 
 from dpojax.data.records import dialogues
 from dpojax.data.records.fields import Fields, as_number, as_truth
+from dpojax.data.records.instructions import prompt_of
 from dpojax.data.records.record import (
     Content,
     DataError,
@@ -14,6 +15,7 @@ from dpojax.data.records.record import (
     Record,
     RecordError,
     Reject,
+    listed,
     make_record,
 )
 
@@ -34,9 +36,9 @@ PROMPTS = (
     "conversations",
     "conversation",
     "messages",
+    "instruction",
     "context",
     "input",
-    "instruction",
 )
 
 # Names of two answers of which a verdict says which is better, and of their prompt.
@@ -52,6 +54,7 @@ TWO_ANSWERS = (
     ("output_1", "output_2"),  # AlpacaFarm
     ("human_ref_A", "human_ref_B"),  # SHP
 )
+JUDGED_PROMPTS = ("prompt", "question", "instruction", "context", "history", "input")
 FIRST_ANSWERS = {names[0] for names in TWO_ANSWERS}
 TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad", "both", "equal", "same")
 
@@ -69,15 +72,18 @@ def pair(fields: Fields) -> Record | Reject:
         raise fields.error(worse, f"{kind}, as in {better!r}")
     scores = fields.scores()
     if isinstance(chosen, str):
-        prompt = fields.content(fields.first(PROMPTS) or "prompt")
+        prompt = prompt_of(fields, PROMPTS)
         return make_record(fields.id, prompt, (chosen, rejected), scores=scores)
     for name, messages in ((better, chosen), (worse, rejected)):
         dialogues.require_answer(messages, fields.where(name))
-    whole = dialogues.opens_dialogue(chosen), dialogues.opens_dialogue(rejected)
+    name = fields.first(PROMPTS)
+    whole = [
+        dialogues.opens_dialogue(answer) or (name is None and dialogues.has_prompt(answer))
+        for answer in (chosen, rejected)
+    ]
     if all(whole):
         stated = fields.content("prompt") if fields.has("prompt") else None
         return _split(fields.id, chosen, rejected, stated, scores=scores)
-    name = fields.first(PROMPTS)
     if name is None:
         raise RecordError(
             f"{fields.id}: {better!r} and {worse!r} are answers, but there is no prompt: name its "
@@ -86,7 +92,7 @@ def pair(fields: Fields) -> Record | Reject:
         )
     if any(whole):
         return Reject(fields.id, "prompts_differ")
-    return make_record(fields.id, fields.content(name), (chosen, rejected), scores=scores)
+    return make_record(fields.id, prompt_of(fields, PROMPTS), (chosen, rejected), scores=scores)
 
 
 def _split(
@@ -102,7 +108,8 @@ def _split(
     if shared == 0 or any(dialogues.opens_dialogue(answer) for answer in answers):
         return Reject(id, "prompts_differ")
     if stated is not None and not _is_prompt(stated, prompt):
-        return Reject(id, "prompt_not_in_dialogue")
+        why = "if the dialogues hold all of it, leave the field out: data.columns=-prompt"
+        return Reject(id, "prompt_not_in_dialogue", why)
     return Record(id, prompt, answers, **fields)
 
 
@@ -117,12 +124,16 @@ def _is_prompt(stated: Content, common: Messages) -> bool:
 
 def hh(fields: Fields) -> Record | Reject:
     halves = []
+    for name in PROMPTS:
+        if name in fields.row and not fields.has(name):
+            raise fields.error(name, "text or messages")
     for name in ("chosen", "rejected"):
         head, separator, answer = fields.text(name).rpartition(HH_SEPARATOR)
         if not separator:
             raise RecordError(
                 f"{fields.where(name)} should be a dialogue with {HH_SEPARATOR!r} in it "
-                "(form hh); if it is an answer alone, give its prompt in a field 'prompt'",
+                "(form hh); if it is an answer alone, give its prompt in a field 'prompt' "
+                f"(data.columns=prompt=NAME); the record has {listed(fields.row)}",
                 "no_prompt",
             )
         halves.append((head + separator, answer))
@@ -146,7 +157,7 @@ def comparison(fields: Fields) -> Record:
     choice = None if isinstance(fields["choice"], bool) else as_number(fields["choice"])
     if choice not in (0, 1):
         raise fields.error("choice", "0 or 1, the index of the better summary", "bad_verdict")
-    both = Fields(dict(zip(("0", "1"), summaries)), fields.id, "summaries.")
+    both = fields.parts("summaries", summaries)
     texts = [both.inside(name).text("text") for name in ("0", "1")]
     return Record(fields.id, prompt, (texts[int(choice)], texts[1 - int(choice)]))
 
@@ -177,8 +188,7 @@ def judged(fields: Fields) -> Record | Reject:
         "rank": (0, 0) if preference == 0 else None,
     }
     if isinstance(first, str) or not dialogues.opens_dialogue(first):
-        name = fields.first(("prompt", "question", "context", "history", "instruction"))
-        return make_record(fields.id, _prompt(fields, name or "prompt"), answers, **extra)
+        return make_record(fields.id, _prompt(fields), answers, **extra)
     for name, messages in zip(names, (first, second)):
         dialogues.require_answer(messages, fields.where(name))
     return _split(fields.id, *answers, None, **extra)
@@ -190,35 +200,36 @@ def _two_answers(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return next((names for names in TWO_ANSWERS if all(name in row for name in names)), None)
 
 
-def _prompt(fields: Fields, name: str) -> Content:
+def _prompt(fields: Fields) -> Content:
     """The prompt; an object holds its text in `full_text` (webgpt_comparisons) or `text`."""
+    name = fields.first(JUDGED_PROMPTS) or "prompt"
     if isinstance(fields[name], Mapping) and not fields[name].get("role"):
         inside = fields.inside(name)
         return inside.text(inside.first(("full_text", "text")) or "text")
-    return fields.content(name)
+    return prompt_of(fields, JUDGED_PROMPTS)
 
 
 def _turns(fields: Fields, names: tuple[str, str]) -> tuple[Messages, Messages] | None:
     """Dialogues of prompt and answers that are lists of texts, one a turn (Chatbot Arena's CSV)."""
-    listed = [
+    turn_lists = [
         dialogues.unpack_json(value) if isinstance(value, str) else value
         for value in (fields.row.get(name) for name in ("prompt", *names))
     ]
-    if not all(isinstance(x, list | tuple) for x in listed) or any(
-        isinstance(turn, Mapping) for x in listed for turn in x
+    if not all(isinstance(x, list | tuple) for x in turn_lists) or any(
+        isinstance(turn, Mapping) for x in turn_lists for turn in x
     ):
         return None
-    if not all(isinstance(turn, str) for x in listed for turn in x):
+    if not all(isinstance(turn, str) for x in turn_lists for turn in x):
         raise RecordError(f"{fields.id}: a turn of prompt or answers is no text", "field_type")
-    if not listed[0] or len({len(x) for x in listed}) != 1:
-        counts = ", ".join(str(len(x)) for x in listed)
+    if not turn_lists[0] or len({len(x) for x in turn_lists}) != 1:
+        counts = ", ".join(str(len(x)) for x in turn_lists)
         raise RecordError(
             f"{fields.id}: prompt and answers have {counts} turns; each needs as many", "field_type"
         )
     for name in ("prompt", *names):
         fields[name]
-    users, *answers = listed
-    for text in (text for texts in listed for text in texts):
+    users, *answers = turn_lists
+    for text in (text for texts in turn_lists for text in texts):
         dialogues.require_unicode(text, fields.id)
     roles = ("user", "assistant")
     turns = [

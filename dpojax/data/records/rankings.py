@@ -7,7 +7,9 @@ from typing import Any
 
 from dpojax.data import pairing
 from dpojax.data.pairing import Labels
+from dpojax.data.records import singles
 from dpojax.data.records.fields import Fields, as_number
+from dpojax.data.records.instructions import prompt_of
 from dpojax.data.records.record import Content, Record, RecordError, make_record
 
 STATED = Labels(tie=0.0)  # a file states a tie by equal numbers
@@ -16,9 +18,9 @@ PROMPTS = ("prompt", "instruction", "question", "input")
 LISTS = ("responses", "answers", "completions", "generations")
 TEXTS = ("response", "answer", "text", "completion", "output", "content")  # of a listed object
 # Ranks (1 is best) and scores (high is best): fields of the row, and keys of a listed object.
-RANKS, SCORES = ("ranks",), ("scores", "ratings", "rating")
+RANKS, SCORES = ("ranks",), ("scores", "ratings", "rating", "rewards")
 ITEM_RANKS = ("rank",)
-ITEM_SCORES = ("score", "overall_score", "fine-grained_score", "rating")
+ITEM_SCORES = ("score", "overall_score", "fine-grained_score", "rating", "reward")
 
 
 def list_of(row: Mapping[str, Any]) -> str | None:
@@ -27,7 +29,8 @@ def list_of(row: Mapping[str, Any]) -> str | None:
 
 
 def is_ranked(row: Mapping[str, Any]) -> bool:
-    return any(name in row for name in PROMPTS) and list_of(row) is not None
+    prompt = any(name in row for name in PROMPTS)
+    return prompt and list_of(row) is not None and not singles.has_calls(row)
 
 
 def ranked(fields: Fields) -> Record:
@@ -35,10 +38,10 @@ def ranked(fields: Fields) -> Record:
 
     The list `responses` without either is best first. Other lists have to say.
     """
-    prompt = fields.content(fields.first(PROMPTS) or "prompt")
+    prompt = prompt_of(fields, PROMPTS)
     name = list_of(fields.row) or "responses"
     items = fields.items(name, 1)
-    parts = Fields(dict(zip(map(str, range(len(items))), items)), fields.id, f"{name}.")
+    parts = fields.parts(name, items)
     responses = [_response(parts, str(i)) for i in range(len(items))]
     ranks = _numbers(fields, parts, RANKS, ITEM_RANKS, needed=True)
     scores = _numbers(
@@ -52,8 +55,24 @@ def ranked(fields: Fields) -> Record:
                 "first",
                 "no_order",
             )
+        _require_no_numbers(fields, parts)
         return make_record(fields.id, prompt, responses)
     return _ordered(fields.id, prompt, responses, ranks, scores)
+
+
+def _require_no_numbers(fields: Fields, parts: Fields) -> None:
+    """Raise RecordError if a list is taken as best first, and unread numbers may say otherwise."""
+    count, known = len(parts.row), {*RANKS, *SCORES}
+    for name, values in fields.row.items():
+        if name in known or not isinstance(values, list | tuple) or len(values) != count:
+            continue
+        if count > 1 and all(as_number(value) is not None for value in values):
+            raise RecordError(
+                f"{fields.where(name)} has a number for each response: if they say which is best, "
+                f"add scores={name} (high is best) or ranks={name} (1 is best) to data.columns; if "
+                f"not, -{name}",
+                "no_order",
+            )
 
 
 def _ordered(
@@ -115,7 +134,7 @@ def _numbers(
     name = next((x for x in item_names if any(o.get(x) is not None for o in objects)), None)
     if name is None or len(objects) < count:
         return None
-    numbers = [as_number(value.get(name)) for value in objects]
+    numbers = [as_number(parts.inside(place)[name]) for place in parts.row]
     if None not in numbers:
         return numbers
     if needed:

@@ -89,6 +89,7 @@ class Reject:
 
     id: str
     cause: str
+    why: str = ""
 
 
 def kind_of(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,25 @@ from dpojax.data.records.record import (
 )
 
 DIALOGUES = ("messages", "conversations", "conversation")
-PROMPTS = ("prompt", "question", "query")
-COMPLETIONS = ("completion", "response")
+PROMPTS = ("prompt", "question", "query", "input", "inputs")
+COMPLETIONS = ("completion", "response", "output", "targets")
+CALLS = "answers"  # xLAM: the tool calls that answer a query
 LABELS = ("label", "kto_tag")
 
 
 def is_text(row: Mapping[str, Any]) -> bool:
-    return "text" in row or any(name in row for name in DIALOGUES) or _has_completion(row)
+    dialogue = any(name in row for name in DIALOGUES)
+    return "text" in row or dialogue or _has_completion(row) or has_calls(row)
+
+
+def has_calls(row: Mapping[str, Any]) -> bool:
+    """Whether the answer is a list of calls of the row's tools (xLAM), which may be JSON text."""
+    if "tools" not in row or CALLS not in row or not any(name in row for name in PROMPTS):
+        return False
+    calls = dialogues.unpack_json(row[CALLS]) or row[CALLS]
+    return isinstance(calls, list | tuple) and all(
+        isinstance(call, Mapping) and "arguments" in call for call in calls
+    )
 
 
 def _has_completion(row: Mapping[str, Any]) -> bool:
@@ -30,20 +43,42 @@ def _has_completion(row: Mapping[str, Any]) -> bool:
 
 
 def text(fields: Fields) -> Record:
-    """A dialogue, a prompt with its completion, or a text, whichever of them comes first."""
+    """A dialogue, a prompt with its completion or calls, or a text: the first of them."""
     name = fields.first(DIALOGUES)
     if name is not None:
         prompt, response = _dialogue(fields, name)
         return Record(fields.id, prompt, (response,))
     if _has_completion(fields.row):
         return _completed(fields)
-    name = "text" if "text" in fields.row else next(x for x in DIALOGUES if x in fields.row)
-    return Record(fields.id, "", (fields.text(name),))
+    if has_calls(fields.row):
+        return _calling(fields)
+    if "text" not in fields.row:
+        raise fields.error(next(x for x in DIALOGUES if x in fields.row), "a list of messages")
+    return Record(fields.id, "", (fields.text("text"),))
+
+
+def _calling(fields: Fields) -> Record:
+    """A query and the tool calls that answer it."""
+    prompt = fields.content(fields.first(PROMPTS) or PROMPTS[0])
+    turn = {"role": "assistant", "content": "", "tool_calls": fields[CALLS]}
+    answer = dialogues.read_messages([turn], fields.where(CALLS))
+    return make_record(fields.id, prompt, (answer,))
+
+
+def _messages(fields: Fields, name: str) -> Messages:
+    """A dialogue of messages, or of texts by the user and the assistant in turn (LIMA)."""
+    texts = fields.row[name]
+    listed = isinstance(texts, list | tuple) and len(texts) > 0
+    if not listed or not all(isinstance(text, str) for text in texts):
+        return fields.messages(name)
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [{"role": role, "content": text} for role, text in zip(roles, fields[name])]
+    return dialogues.read_messages(turns, fields.where(name))
 
 
 def _dialogue(fields: Fields, name: str) -> tuple[Messages, Messages]:
     """The turns before the first answer to imitate, and the turns from there on."""
-    messages = fields.messages(name)
+    messages = _messages(fields, name)
     dialogues.require_answer(messages, fields.where(name))
     if len(messages) < 2:
         raise RecordError(
