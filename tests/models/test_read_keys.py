@@ -126,3 +126,12 @@ def test_ignored_keys_are_told_where_other_code_may_read_them(about, said, caplo
     told = [record.getMessage() for record in caplog.records]
     assert all("transformers ignores use_mrope for llama" in message for message in told)
     assert (said is None and not told) or said in told[0]
+
+
+def test_a_key_with_line_breaks_and_control_codes_is_told_in_one_line(caplog):
+    with caplog.at_level(logging.WARNING):
+        read("llama", {"a\n\x1b[2Jb": 1, 10_000 * "c": 1, "transformers_version": "99.0.0"})
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.isprintable()
+    assert r"ignores a\n\x1b[2Jb, ccc" in told
+    assert len(told) < 400

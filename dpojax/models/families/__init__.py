@@ -121,7 +121,8 @@ def _tell_of_unread(raw: dict, unread: list[str]) -> None:
     """Warn of keys that may mean something to code that is newer or the model's own."""
     if not unread:
         return
-    model_type, keys = raw["model_type"], ", ".join(unread)
+    # As `repr` shows them: a file may hold any key, with line breaks and control codes, too.
+    model_type, keys = raw["model_type"], ", ".join(repr(key)[1:-1][:100] for key in unread)
     message = f"config.json: transformers ignores {keys} for {model_type}, and so does dpojax"
     if raw.get("auto_map"):
         _log.warning("%s; the model's own code, which never runs here, may read them", message)
