@@ -341,7 +341,21 @@ def _write(
     elif generation_config is not None:
         storage.write_json(folder / "generation_config.json", generation_config)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     safetensors_io.write_folder(folder, tensors, max_shard_bytes)
     # Last: on a bucket, whose files appear one by one, it tells that the others are there.
     storage.write_json(folder / "config.json", raw)
+
+
+def save_tokenizer(tokenizer, folder: pathlib.Path) -> None:
+    """Write a tokenizer into a folder.
+
+    Raises:
+      OSError: the disk does not take it. The tokenizers library raises a plain Exception there.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{folder}: the tokenizer cannot be written: {error}") from error

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dpojax import sharding, storage
 from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.resolved import editable
-from dpojax.models import lora_peft
+from dpojax.models import huggingface, lora_peft
 from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
 
@@ -38,7 +38,7 @@ def keep_base_files(setup: Setup) -> None:
                 (unfinished / stage).mkdir()
                 for name in lora_peft.FILES:
                     shutil.copyfile(files / name, unfinished / stage / name)
-            setup.tokenizer.save_pretrained(unfinished)
+            huggingface.save_tokenizer(setup.tokenizer, unfinished)
             if setup.imported_config is not None:
                 storage.write_json(unfinished / "config.json", setup.imported_config)
 

@@ -52,15 +52,14 @@ def cached(
     """
     name = key()
     file = folder / f"{name or 'unnamed'}.arrow"
+    with contextlib.suppress(OSError):
+        storage.remove_unfinished(folder)  # of runs that were killed
     if name is not None and file.exists():
         both, about = examples.load(file)
         reports = {part: Report.from_content(x) for part, x in about["reports"].items()}
         parts = tuple(SourcePart(*part) for part in about["sources"])
         joined, kept = Examples.joined(*both), f"read from {file}"
         return StageData(joined, len(both[0]), reports, tuple(about["labels"]), parts, file, kept)
-    storage.remove_unfinished(folder)
-    with contextlib.suppress(OSError):
-        storage.remove_unfinished(folder)  # of runs that were killed
     made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
         return _kept(file, name, key, load)

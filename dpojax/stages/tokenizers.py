@@ -18,7 +18,7 @@ from dpojax.data import processes, reviews, sources
 from dpojax.data.records import DataError, Record, said
 from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.data.vocabulary import train_tokenizer
-from dpojax.models.huggingface import pretrained_name
+from dpojax.models.huggingface import pretrained_name, save_tokenizer
 from dpojax.models.special_tokens import PLAIN_DIALOGUE, end_tokens
 from dpojax.stages.data import EMBEDDED, parse_config
 
@@ -140,7 +140,7 @@ def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
         with config_errors("tokenizer"):
             tokenizer = train_tokenizer(map(_text, records[: data.limit or None]), int(size))
         with storage.replacing_folder(folder) as unfinished:
-            tokenizer.save_pretrained(unfinished)
+            save_tokenizer(tokenizer, unfinished)
 
     sharding.on_first_process(train)
     return folder

@@ -1,6 +1,7 @@
 """Checkpoints come in and go out unchanged, and what is not understood is named."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_checkpoints as checkpoints
 
+from dpojax.data import reviews
 from dpojax.models import huggingface
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig, Rope
 from dpojax.models.families import config_from_raw
@@ -178,6 +180,13 @@ def test_an_existing_folder_is_refused_and_a_failed_export_leaves_nothing(tmp_pa
     (tmp_path / "empty").mkdir()
     huggingface.save(tmp_path / "empty", config, params)
     assert huggingface.read_config(tmp_path / "empty")[0] == config
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk without room")
+def test_a_tokenizer_that_the_disk_does_not_take_is_an_oserror(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="the tokenizer cannot be written: .*No space left"):
+        huggingface.save_tokenizer(reviews.tokenizer(), tmp_path)
 
 
 def test_a_raw_config_of_another_model_is_refused(tmp_path):

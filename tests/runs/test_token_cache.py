@@ -220,8 +220,8 @@ def test_of_a_folder_every_file_counts(name_of, tmp_path):
 def test_of_a_hub_data_set_the_version_counts(name_of, monkeypatch):
     import datasets
 
-    def load_dataset(path, streaming):
-        assert (path, streaming) == ("someone/pairs", False)
+    def load_dataset(path, *, streaming, trust_remote_code):
+        assert (path, streaming, trust_remote_code) == ("someone/pairs", False, False)
         return datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
