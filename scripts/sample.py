@@ -73,11 +73,14 @@ def respond(name: str, prompts: list[str]) -> list[list[str]]:
     """--samples texts of one model to each prompt."""
     import jax
 
+    from dpojax.config.command_line import UsageError
     from dpojax.runs.policy import load_policy
     from dpojax.sampling import build_sampler, generate
 
     loaded = load_policy(name)
     tokenizer = loaded.tokenizer
+    if CHAT.value and not tokenizer.chat_template:
+        raise UsageError(f"--chat: {name} has no chat template; leave it out")
     sampler = build_sampler(loaded.model, max_new_tokens=NEW.value, stop=loaded.stop)
     with jax.set_mesh(loaded.mesh):
         drawn = generate(

@@ -371,7 +371,7 @@ def test_a_prompt_that_cannot_be_read_is_named(llama, prompts, message):
 )
 def test_a_number_out_of_its_range_is_named(llama, wrong):
     sampler, params, _ = llama
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(sampler_module.SamplingError, match=next(iter(wrong))):
         generate(sampler, params, PROMPTS, batch_size=3, seed=0, **wrong)
 
 

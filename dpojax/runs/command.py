@@ -31,6 +31,7 @@ def failures() -> tuple[type[Exception], ...]:
     from dpojax.data.records import DataError
     from dpojax.evaluation.policies import NothingStopped
     from dpojax.evaluation.rewards import RewardError
+    from dpojax.sampling.sampler import SamplingError
     from dpojax.sharding import DistributedError, FirstProcessFailed
     from dpojax.storage import StorageError
     from dpojax.training.checkpoints import CheckpointError
@@ -38,6 +39,7 @@ def failures() -> tuple[type[Exception], ...]:
     from dpojax.training.reference import ReferenceMismatch
 
     of_data = (ConfigError, DataError, StorageError, OSError, RewardError, NothingStopped)
+    of_data += (SamplingError,)
     of_training = (CheckpointError, ReferenceMismatch, NonFiniteLoss)
     return (*of_data, *of_training, FirstProcessFailed, DistributedError)
 

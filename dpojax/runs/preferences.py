@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -127,6 +128,12 @@ class Settings:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be {lowest} or more")
         if not self.label_temperature > 0:
             raise ConfigError(f"label_temperature = {self.label_temperature}: must be positive")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed = {self.seed}: must be below 2**31")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature}: must be finite and not negative")
         if self.prompts == EMBEDDED and not self.limit:
             raise ConfigError("limit = 0: the prompts of reviews never end; say how many to use")
 

@@ -11,7 +11,14 @@ import numpy as np
 from dpojax import stopping
 from dpojax.data.records import DataError
 from dpojax.models.decoder import Params
-from dpojax.sampling.sampler import Prompts, ResponsePrefix, Sampler, Samples, doubling_up_to
+from dpojax.sampling.sampler import (
+    Prompts,
+    ResponsePrefix,
+    Sampler,
+    Samples,
+    SamplingError,
+    doubling_up_to,
+)
 from dpojax.sharding import to_host
 from dpojax.watchdog import beat
 
@@ -184,14 +191,14 @@ def pad(prompts: Sequence[np.ndarray], ids: Sequence[int], batch_size: int) -> P
 def _check_prompt(index: int, prompt: np.ndarray, sampler: Sampler) -> None:
     config = sampler.model.config
     if not len(prompt):
-        raise ValueError(f"prompt {index}: it is empty; give it at least one token (BOS)")
+        raise SamplingError(f"prompt {index}: it is empty; give it at least one token (BOS)")
     if not (prompt.min() >= 0 and prompt.max() < config.vocab_size):
         raise DataError(
             f"prompt {index}: it has an id outside 0 .. {config.vocab_size - 1}, the rows of the "
             "model's table; use the model's own tokenizer"
         )
     if len(prompt) + sampler.max_new_tokens > config.max_positions:
-        raise ValueError(
+        raise SamplingError(
             f"prompt {index}: {len(prompt)} tokens and {sampler.max_new_tokens} new ones, but the "
             f"model has {config.max_positions} positions; cut the prompt or lower max_new_tokens"
         )

@@ -25,6 +25,10 @@ from dpojax.sharding import ROWS, constrain
 FIRST_CACHE_TOKENS = 64  # tokens of a response that the cache holds at first; then it doubles
 
 
+class SamplingError(ValueError):
+    """Nothing can be drawn with these numbers or this prompt; the message names them."""
+
+
 class Prompts(NamedTuple):
     """A batch of prompts, padded on the right.
 
@@ -139,13 +143,13 @@ def build_sampler(model: Model, *, max_new_tokens: int, stop: Sequence[int] = ()
 def _check_ranges(temperature, top_k, top_p, samples) -> None:
     """Refuse Python numbers out of range. Arrays may be traced, so their values are not read."""
     if not isinstance(temperature, Array) and not 0 <= temperature < np.inf:
-        raise ValueError(f"temperature: must be finite and not negative, got {temperature}")
+        raise SamplingError(f"temperature: must be finite and not negative, got {temperature}")
     if not isinstance(top_k, Array) and top_k < 0:
-        raise ValueError(f"top_k: must not be negative, got {top_k}")
+        raise SamplingError(f"top_k: must not be negative, got {top_k}")
     if not isinstance(top_p, Array) and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: must be above 0 and at most 1, got {top_p}")
+        raise SamplingError(f"top_p: must be above 0 and at most 1, got {top_p}")
     if samples < 1:
-        raise ValueError(f"samples: must be positive, got {samples}")
+        raise SamplingError(f"samples: must be positive, got {samples}")
 
 
 def _no_prefix(batch_size: int) -> ResponsePrefix:

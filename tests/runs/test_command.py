@@ -8,6 +8,7 @@ import time
 import pytest
 
 from dpojax.runs.command import FAILED, exit_status
+from dpojax.sampling.sampler import SamplingError
 from dpojax.stopping import STOPPED, Preempted
 
 BEGIN = """
@@ -123,6 +124,9 @@ def test_the_status_says_how_a_command_ended(capsys):
     def refuse():
         raise FileNotFoundError(2, "No such file or directory", "data.jsonl")
 
+    def draw():
+        raise SamplingError("top_p: 3 is too high")
+
     def fail():
         raise KeyError("a bug")
 
@@ -132,5 +136,7 @@ def test_the_status_says_how_a_command_ended(capsys):
     assert "sft: stopped at step 3 of 6, saved; the same command" in capsys.readouterr().err
     assert exit_status(refuse) == FAILED
     assert "Traceback" not in capsys.readouterr().err
+    assert exit_status(draw) == FAILED
+    assert capsys.readouterr().err == "\nSamplingError: top_p: 3 is too high\n"
     assert exit_status(fail) == FAILED
     assert "Traceback" in capsys.readouterr().err

@@ -318,6 +318,9 @@ def test_a_policy_may_be_the_stage_of_a_run(tmp_path):
         ({"completions": 1}, "completions = 1: must be 2 or more"),
         ({"tie": float("nan")}, "tie = nan: must be 0 or more"),
         ({"label_temperature": 0.0}, "label_temperature = 0.0: must be positive"),
+        ({"top_p": 7.0}, "top_p = 7.0: must be above 0 and at most 1"),
+        ({"temperature": float("nan")}, "temperature = nan: must be finite"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: must be below"),
         ({"limit": 0}, "limit = 0: the prompts of reviews never end"),
     ],
 )
