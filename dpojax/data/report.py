@@ -138,11 +138,11 @@ class Report:
         """
         if cause not in CAUSES:
             raise KeyError(f"cause {cause!r} has no explanation: add it to report.CAUSES")
-        self.tallies[outcome].setdefault(cause, Tally()).add(1, [id], why)
+        self.tallies[outcome].setdefault(cause, Tally()).add(1, [id], _encodable(why))
 
     def count_field(self, name: str, id: str) -> None:
         """Count field `name` of record `id`, which was not read."""
-        self.unread.setdefault(name, Tally()).add(1, [id])
+        self.unread.setdefault(_encodable(name), Tally()).add(1, [id])
 
     def add(self, other: Report) -> None:
         """Add the counts of another report, such as that of the next part of the same data."""
@@ -263,6 +263,11 @@ class Report:
             _ends_table(self),
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def _encodable(text: str) -> str:
+    """The text with escapes for halves of surrogate pairs, which no stream and no file takes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _causes_table(report: Report) -> str:

@@ -41,6 +41,12 @@ def csv_rows(file: storage.Path, delimiter: str) -> Iterator[tuple[dict, int]]:
                 raise DataError(
                     f"{file}:{begins}: the first line should name every column once, got {columns}"
                 )
+            others = [other for other in ";\t|" if other in columns[0]]
+            if len(columns) == 1 and others:
+                raise DataError(
+                    f"{file}:{begins}: the first line has {others[0]!r} between its names and no "
+                    f"{delimiter!r}: save the table with {delimiter!r} between the columns"
+                )
         elif values:
             if len(values) != len(columns):
                 raise DataError(

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from dpojax.data.parsing import ParseConfig, parse_rows
-from dpojax.data.records import read_columns
+from dpojax.data.records import DataError, read_columns
 from dpojax.data.report import Report
+from dpojax.data.sources import read
 from tests.data.chat_tokenizers import assistant, user
 
 CALL = {"name": "add", "arguments": {"x": 1}}
@@ -231,3 +232,20 @@ def test_a_row_that_cannot_be_used_is_dropped_for_its_true_cause(name):
     (tally,) = report.tallies["dropped"].values()
     assert report.number("dropped", cause) == 1
     assert words in tally.why
+
+
+def test_half_a_surrogate_pair_in_a_name_can_be_printed_and_saved():
+    _, unread = parsed({"prompt": "q", "completion": "a", HALF: 1})
+    _, dropped = parsed({HALF: 1})
+    for report in (unread, dropped):
+        assert "\\ud83d" in str(report)
+        str(report).encode()
+        report.to_json().encode()
+
+
+@pytest.mark.parametrize("other", [";", "|", "\t"])
+def test_a_table_with_another_separator_is_one_clear_error(tmp_path, other):
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt{other}chosen{other}rejected\nq{other}a{other}b\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv:1: the first line has .* and no ','"):
+        list(read(file))
