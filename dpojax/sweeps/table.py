@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
@@ -21,7 +21,7 @@ class Column(NamedTuple):
     """A column of the printed table, shown where the metric was logged."""
 
     heading: str
-    metric: str  # of the last evaluation
+    metric: str  # of the kept evaluation
     scale: float
     number_format: str
 
@@ -55,32 +55,49 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
         for name in plan["members"]
         if (folder / name / FINISHED).exists()
     }
-    last = {name: lines[-1] for name, lines in evaluations.items() if lines}
-    storage.write_text(folder / TABLE, _csv(last, plan["members"]))
+    kept = {
+        name: kept_evaluation(folder / name / stage, lines)
+        for name, lines in evaluations.items()
+        if lines
+    }
+    storage.write_text(folder / TABLE, _csv(kept, plan["members"]))
     if evaluations:
         draw(evaluations, folder / FIGURE)
-    return "\n".join(text_table(_rows(last)))
+    return "\n".join(text_table(_rows(kept)))
 
 
-def _csv(last: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:
-    """The keys that members change, and all metrics of their last evaluations."""
+def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) -> Mapping:
+    """The evaluation of the step that a stage kept (`keep_best`), by default the last one.
+
+    Args:
+      folder: of the stage, which is finished.
+      lines: its evaluations, one or more.
+    """
+    path = folder / "summary.json"
+    kept = storage.read_json(path).get("kept") if path.is_file() else None
+    step = kept["step"] if kept else None
+    return next((line for line in lines if line["step"] == step), lines[-1])
+
+
+def _csv(kept: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:
+    """The keys that members change, and all metrics of their kept evaluations."""
     keys = list(dict.fromkeys(key for changes in members.values() for key in changes))
-    metrics = sorted({key for line in last.values() for key in line} - {"split", "time", "step"})
+    metrics = sorted({key for line in kept.values() for key in line} - {"split", "time", "step"})
     table = io.StringIO()
     out = csv.writer(table)
     out.writerow(["member", *keys, "step", *metrics])
-    for name, line in last.items():
+    for name, line in kept.items():
         values = [line.get(metric, math.nan) for metric in metrics]
         changed = [members[name].get(key, "") for key in keys]
         out.writerow([name, *changed, line["step"], *values])
     return table.getvalue()
 
 
-def _rows(last: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The headings, and the last evaluation of every member."""
-    columns = [c for c in COLUMNS if any(c.metric in line for line in last.values())]
+def _rows(kept: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """The headings, and the kept evaluation of every member."""
+    columns = [c for c in COLUMNS if any(c.metric in line for line in kept.values())]
     rows = [["", *(column.heading for column in columns)]]
-    for name, line in last.items():
+    for name, line in kept.items():
         values = (column.scale * line.get(column.metric, math.nan) for column in columns)
         cells = [format(x, column.number_format) for x, column in zip(values, columns)]
         rows.append([name, *cells])

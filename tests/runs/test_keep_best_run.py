@@ -15,6 +15,7 @@ from dpojax.stages import train
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.sweeps.members import same_program
+from dpojax.sweeps.table import kept_evaluation
 from dpojax.training import checkpoints
 
 from .conftest import tiny_config
@@ -72,6 +73,12 @@ def test_export_and_policies_by_name_are_of_the_kept_step(kept_run, tmp_path):
     np.testing.assert_array_equal(table(best), table(second))
     assert not np.array_equal(table(best), table(last))
     np.testing.assert_array_equal(table(load_policy(str(kept_run)).params), table(best))
+
+
+def test_the_table_of_a_sweep_shows_the_kept_step(kept_run):
+    lines = [{"step": step, "loss": loss} for step, loss in LOSSES.items()]
+    assert kept_evaluation(kept_run / "preference", lines) == {"step": 2, "loss": 0.04}
+    assert kept_evaluation(kept_run / "sft", lines)["step"] == 6  # keeps none
 
 
 def test_a_finished_run_that_stopped_early_trains_no_more(kept_run, capsys):
