@@ -71,7 +71,7 @@ def generate(
     if len(ids) != len(prompts):
         raise ValueError(f"ids: {len(ids)} for {len(prompts)} prompts")
     if samples < 1:
-        raise ValueError(f"samples: must be positive, got {samples}")
+        raise SamplingError(f"samples: must be positive, got {samples}")
     prompts = [np.asarray(prompt) for prompt in prompts]  # [its tokens] each
     for index, prompt in enumerate(prompts):
         _check_prompt(index, prompt, sampler)
