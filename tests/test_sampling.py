@@ -19,6 +19,7 @@ from dpojax.models import decoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig, Rope
 from dpojax.models.decoder import SHARDING_RULES
+from dpojax.runs.command import exit_status
 from dpojax.sampling import (
     Prompts,
     Samples,
@@ -388,7 +389,7 @@ def script():
 def run_script(script, *arguments):
     flags.FLAGS.unparse_flags()
     flags.FLAGS(["sample.py", *arguments])
-    return script.main(None)
+    return exit_status(script.main)
 
 
 def test_the_script_prints_models_side_by_side(script, tmp_path, capsys, monkeypatch):
@@ -426,7 +427,7 @@ def test_the_script_reads_prompts_from_the_home_folder(script, tmp_path, monkeyp
 def test_the_script_tells_errors_on_one_line(script, tmp_path, capsys):
     assert run_script(script, f"--model={tmp_path}", "--prompt=a") == 1
     assert run_script(script, f"--model={tmp_path}:preference", "--prompt=a") == 1
-    errors = capsys.readouterr().err.splitlines()
+    errors = list(filter(None, capsys.readouterr().err.splitlines()))
     assert len(errors) == 2
     for error, start, part in zip(
         errors, ("FileNotFoundError", "ConfigError"), ("config.json", "not the workdir of a run")

@@ -121,9 +121,15 @@ def shared_paths(config: ConfigDict) -> list[NamedPath]:
         paths.append(NamedPath("tokenizer", name, _files(TOKENIZER)))
     else:
         paths += data_paths(config, "sft")  # from whose texts the run makes the tokenizer
-    if storage.as_path(config.chat_template or ".").is_file():  # else it is a template's name
+    if _is_file_name(config.chat_template):
         paths.append(NamedPath("chat_template", config.chat_template, _file))
     return paths
+
+
+def _is_file_name(template: str) -> bool:
+    """Whether config.chat_template names a file; else it names one of the tokenizer's templates."""
+    path = storage.as_path(template or ".")
+    return bool(template) and ("/" in template or bool(path.suffix) or path.is_file())
 
 
 def data_paths(config: ConfigDict, stage: str) -> list[NamedPath]:

@@ -144,6 +144,7 @@ def test_what_a_terminal_sends_reaches_no_process_that_is_started_and_the_parent
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_parent_that_was_killed(tmp_path):
     plan = "import pathlib; from tests.jobs.test_local_workers import run; "
     plan += f"run(pathlib.Path({str(tmp_path)!r}), a='linger')"

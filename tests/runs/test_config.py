@@ -65,7 +65,7 @@ def test_a_value_of_another_type_is_an_error():
         ("preference.reference.dtype", "float16", r"config\.preference\.reference\.dtype"),
         ("stages", ("preference", "dpo"), r"config\.stages"),
         ("tokens.truncation", "cut", r"config\.tokens"),
-        ("sft.optimizer.name", "sgd", r"config\.sft: .*adamw"),
+        ("sft.optimizer.name", "sgd", r"config\.sft\.optimizer\.name: .*adamw"),
         ("preference.lora.rank", -1, r"config\.preference\.lora\.rank = -1: 0 \(off"),
         ("sft.lora.base_dtype", "int8", r"config\.sft\.lora\.base_dtype"),
         ("sft.lora.adapters", "folder", r"config\.sft\.lora: adapters = 'folder', but rank = 0"),

@@ -50,6 +50,7 @@ def in_two_processes(arguments: list[str]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, printed)]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone, capsys):
     ended = in_two_processes(
         command(tmp_path / "two", **{"distributed": True, "mesh.fsdp": 2, "max_buckets": 2})

@@ -259,6 +259,7 @@ def test_the_papers_sweep_has_22_runs():
     assert len(runs) == 22 == len({run.name for run in runs})
 
 
+@pytest.mark.slow
 def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_alone(
     made, tmp_path
 ):
@@ -282,6 +283,7 @@ def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_
     assert member["samples/reward"] == alone["samples/reward"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_and_is_named_in_the_report(made):
     """By itself, and among others that train with it."""
     folder, too_large = made[0], {"preference.learning_rate": 1e30}

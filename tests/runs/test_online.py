@@ -51,6 +51,9 @@ def make(folder):
     make_frontier(config(**CHANGES | source), RUNS, str(folder))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A frontier whose other jobs are done: of its policy, preferences and samples; its figure."""

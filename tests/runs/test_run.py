@@ -14,7 +14,6 @@ import pytest
 from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
-from dpojax.data import reviews
 from dpojax.data.records import DataError
 from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
@@ -226,6 +225,7 @@ def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished)
     assert not (workdir / "preference" / "reference_logprobs").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, monkeypatch):
     """In another workdir; those of other weights are not taken."""
     cache, computed, scored = tmp_path / "kept", [], []
@@ -352,22 +352,10 @@ def test_the_workdir_of_another_config_is_refused_before_anything_is_read(finish
         ({"chat_template": "no/such.jinja"}, ConfigError, r"config\.chat_template"),
     ],
 )
-def test_a_run_that_cannot_work_leaves_no_workdir(tmp_path, changes, error, message):
+def test_a_run_that_cannot_work_leaves_nothing_but_tokens(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         run.run(tiny_config(**changes), str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
-    from transformers import GPT2Config
-
-    GPT2Config(vocab_size=50_000, n_positions=128, bos_token_id=0, eos_token_id=0).save_pretrained(
-        tmp_path / "model"
-    )
-    reviews.tokenizer().save_pretrained(tmp_path / "words")
-    changes = {"model.path": str(tmp_path / "model"), "tokenizer": str(tmp_path / "words")}
-    with pytest.raises(ConfigError, match="371 ids and the model 50000 rows"):
-        run.run(tiny_config(**changes), str(tmp_path / "run"))
+    assert {path.name for path in tmp_path.glob("run/*")} <= {"tokens"}
 
 
 def test_the_command_line_tells_a_user_error_in_words(tmp_path):
@@ -407,9 +395,10 @@ def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, 
     monkeypatch.setattr(stage_module, "limit_bytes", lambda: 2**10)
     with pytest.raises(ConfigError, match=r"preference: a step needs about .* config\.\w+.* tries"):
         run.run(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokens"]
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     config = tiny_config(
         stages=("preference",), profile=True, **{"preference.steps": 8, "evaluate_every": 4}

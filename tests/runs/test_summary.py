@@ -25,7 +25,7 @@ def test_held_out_pairs_that_are_all_ties_have_no_accuracy():
     before, after = (defaultdict(lambda: math.nan) for _ in range(2))
     after["loss"] = 1.25
     kl_per_token = {"before": 0.0, "after": 0.5}
-    text = preference_summary._table(stage("dpo_ties"), 0, before, after, kl_per_token)
+    text = preference_summary._table(stage("dpo_ties"), 0, before, after, kl_per_token, {})
     assert text.count("no held-out pair states a preference") == 3
     assert "1.2500" in text
 

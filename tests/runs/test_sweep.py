@@ -215,6 +215,7 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
         assert steps(folder / name) == steps(swept[0] / name)
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
     swept, tmp_path, monkeypatch
 ):
@@ -238,6 +239,7 @@ def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
     assert not list(folder.glob(f"{sweep.GROUPS}/*"))
 
 
+@pytest.mark.slow
 def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_others(tmp_path):
     shared = {"sft.learning_rate": 1e30}
     members = [
@@ -254,6 +256,7 @@ def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_othe
     assert run_sweep(base_config(), members, str(tmp_path / "sweep")) == failed
 
 
+@pytest.mark.slow
 def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     """Two of five have a device each in a call; their states stay there between calls."""
     measured, stages_trained, compile_ = [], [], MemberProgram._compile
@@ -294,6 +297,7 @@ def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     assert len(stages_trained) == begun  # refused before the SFT stage
 
 
+@pytest.mark.slow
 def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tmp_path, capsys):
     policy, pairs = tmp_path / "policy", tmp_path / "pairs.jsonl"
     export(str(swept[0] / NAMES[0]), str(policy), stage="sft")

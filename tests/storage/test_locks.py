@@ -164,6 +164,7 @@ def test_a_lock_that_is_given_back_goes_to_who_waits_for_it(
     holder.join()
 
 
+@pytest.mark.slow
 def test_a_living_holder_keeps_its_lock_fresh(bucket, quick_locks):
     with other_process(bucket) as other:
         assert other.stdout.readline() == "held\n"
