@@ -14,6 +14,8 @@ from absl import logging as absl_logging
 
 from dpojax import stopping
 
+# What asyncio says of a coroutine of a library that is left over when its loop has ended.
+LOOP_CLOSED = "Event loop is closed"
 GONE = (errno.EPIPE, errno.EIO)  # `train | head` has ended; a terminal was closed
 
 
@@ -66,17 +68,17 @@ def look_after() -> None:
     sys.stderr = Lasting(sys.stderr, "standard error")
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
         logger.addFilter(WithoutLibraries())
-    threading.excepthook = _unless_of_the_system(threading.excepthook)
-    sys.unraisablehook = _unless_of_the_system(sys.unraisablehook)
+    threading.excepthook = _unless_it_follows(threading.excepthook)
+    sys.unraisablehook = _unless_it_follows(sys.unraisablehook)
 
 
-def _unless_of_the_system(hook: Any) -> Any:
-    """A hook for errors that nobody catches, without those of the operating system."""
+def _unless_it_follows(hook: Any) -> Any:
+    """A hook for errors that nobody catches, without those that follow from a failed write."""
 
     def told(args: Any) -> None:
         if issubclass(args.exc_type, stopping.Preempted):
             stopping.dropped()
-        elif not issubclass(args.exc_type, OSError):
+        elif not issubclass(args.exc_type, OSError) and str(args.exc_value) != LOOP_CLOSED:
             hook(args)
 
     return told

@@ -1,5 +1,6 @@
 """A command outlives its terminal, and shows one paragraph where a disk is full."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -53,9 +54,25 @@ def test_what_orbax_logs_of_a_failed_save_is_not_shown():
     assert shown(record("/dpojax/storage/locks.py", "in use by another"))
 
 
-@pytest.mark.parametrize(("error", "shown"), [(OSError(28, "full"), 0), (ValueError("bug"), 1)])
-def test_only_errors_of_the_system_in_threads_of_libraries_are_quiet(error, shown):
+def error_of_a_closed_loop():
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError) as closed:
+        loop.call_soon(print)
+    return closed.value
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError(28, "full"), 0),
+        (error_of_a_closed_loop(), 0),
+        (ValueError("bug"), 1),
+        (RuntimeError("bug"), 1),
+    ],
+)
+def test_only_what_follows_from_a_failed_write_is_quiet(error, shown):
     seen = []
-    hook = terminal._unless_of_the_system(seen.append)
+    hook = terminal._unless_it_follows(seen.append)
     hook(threading.ExceptHookArgs((type(error), error, None, None)))
     assert len(seen) == shown
