@@ -26,6 +26,7 @@ from dpojax.storage.paths import (
 )
 
 DAY = 86400.0  # seconds
+REMOVALS = 3  # how often the removal of a folder is tried
 UNFINISHED = ".unfinished"  # ends the hidden names of what is being written or removed
 _UNFINISHED_NAME = re.compile(rf"\..*\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}")  # of this file
 
@@ -183,7 +184,7 @@ def remove_folder(path: PathLike) -> None:
         hidden = path if is_unfinished(path) else _unfinished_name(path)
         if hidden != path:
             os.replace(path, hidden)  # a full disk, where no folder can be made, allows it
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove_hidden(hidden)
 
 
 def is_unfinished(path: PathLike) -> bool:
@@ -241,7 +242,7 @@ def _unfinished_folder(path: PathLike) -> Iterator[pathlib.Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_hidden(folder)
         os.close(descriptor)
 
 
@@ -272,8 +273,16 @@ def _remove_left_beside(path: PathLike) -> None:
 def _remove_left(path: pathlib.Path) -> None:
     """Remove a hidden folder unless a living process writes to it."""
     if (descriptor := _locked(path, without_locks=_is_old(path))) is not None:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_hidden(path)
         os.close(descriptor)
+
+
+def _remove_hidden(folder: PathLike) -> None:
+    """Remove a folder that no reader sees. A disk may fail once; what stays goes at the next start."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
 
 
 def _locked(folder: pathlib.Path, *, without_locks: bool = True) -> int | None:

@@ -234,3 +234,19 @@ def test_a_folder_is_removed_on_a_disk_where_no_other_can_be_made(tmp_path, monk
     monkeypatch.setattr(os, "mkdir", full)
     storage.remove_folder(tmp_path / "old")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_once_leaves_nothing_of_a_removed_folder(tmp_path, monkeypatch):
+    (tmp_path / "old" / "state").mkdir(parents=True)
+    (tmp_path / "old" / "state" / "array").write_bytes(b"1")
+    unlink, failures = os.unlink, [OSError(errno.EIO, "the disk")]
+
+    def fails_once(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        unlink(*args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", fails_once)
+    storage.remove_folder(tmp_path / "old")
+    assert not failures
+    assert not list(tmp_path.iterdir())
