@@ -278,7 +278,7 @@ def _remove_left(path: pathlib.Path) -> None:
 
 
 def _remove_hidden(folder: PathLike) -> None:
-    """Remove a folder that no reader sees. A disk may fail once; what stays goes at the next start."""
+    """Remove a folder that no reader sees. A disk that fails once is asked again."""
     for _ in range(REMOVALS):
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
