@@ -258,7 +258,7 @@ def test_a_removal_loses_the_name_before_it_loses_a_file(folder, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: seen.append(pathlib.Path(path)))
     with Checkpoints(folder, max_checkpoints=1) as checkpoints:
         checkpoints.save(4, state(4), metadata={"of": 4}, score=2.0)
-    removed = [path for path in seen if path.parent == folder and not path.name.startswith(".4")]
+    removed = {path for path in seen if path.parent == folder and not path.name.startswith(".4")}
     assert sorted(path.name.split(".")[1] for path in removed) == ["1", "2", "3"]
     assert names(folder)[-1] == "4"
     assert reopen(folder) == (4, 4)
