@@ -23,6 +23,7 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KNOWN = {GPT2, _WORDS + r"\p{N}{1,3}" + _REST, _WORDS + r"\p{N}" + _REST}  # Llama 3, Qwen 2
 WORD_END = re.compile(r"[A-Za-z](?=[ \n])")
+LAST_WORD_END = re.compile(r"(?s:.*)" + WORD_END.pattern)
 SEARCHED = 400  # characters at a prompt's end that are searched for a place to cut
 
 
@@ -101,8 +102,8 @@ class TextEncoder:
             for match in self._markers.finditer(end):
                 at = match.start()
         if not at and self._cuts_at_words:
-            for match in WORD_END.finditer(end):
-                at = match.end()
+            last = LAST_WORD_END.match(end)
+            at = last.end() if last else 0
         return begin + at if at else 0
 
     def _find_cuts(self) -> tuple[re.Pattern | None, bool]:

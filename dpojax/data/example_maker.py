@@ -66,8 +66,9 @@ class ExampleMaker:
         self.start = start_tokens(tokenizer)
         self.encoder = TextEncoder(tokenizer)
         self.template = ChatTemplate(tokenizer)
-        specials = [re.escape(token) for token in _special_tokens(tokenizer) if token]
-        self.special = re.compile("|".join(specials)) if specials else None
+        specials = [token for token in _special_tokens(tokenizer) if token]
+        self._special = re.compile("|".join(map(re.escape, specials)))
+        self._special_starts = {token[0] for token in specials}
 
     def __call__(self, records: Sequence[Record]) -> tuple[Examples, Report]:
         """The examples of one chunk of records, and the counts of `kept` and of all causes."""
@@ -102,11 +103,17 @@ class ExampleMaker:
             texts = self._render_messages(record)
             turns = [turn for part in (record.prompt, *record.responses) for turn in part]
             written = [turn.get("content") or "" for turn in turns]
-        if self.special and any(map(self.special.search, written)):
+        if any(map(self._has_special, written)):
             self.report.count("noted", "special_in_text", record.id)
         for note in texts.notes:
             self.report.count("noted", note, record.id)
         return texts
+
+    def _has_special(self, text: str) -> bool:
+        """Whether a control token stands in the text. Few texts have even its first character."""
+        if not any(start in text for start in self._special_starts):
+            return False
+        return self._special.search(text) is not None
 
     def _render_messages(self, record: Record) -> Rendered:
         try:

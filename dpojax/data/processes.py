@@ -47,13 +47,12 @@ class WorkerLost(Exception):
 class Worker:
     """One other process."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int | None) -> None:
         root = str(pathlib.Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        if threads:
+        if threads is not None:
             environment.setdefault("RAYON_NUM_THREADS", str(threads))
-        self.threads = threads
         self.process = subprocess.Popen(
             [sys.executable, "-c", COMMAND],
             stdin=subprocess.PIPE,
@@ -102,11 +101,17 @@ def end_idle() -> None:
 
 
 class Pool:
-    """Makes examples in up to `num_proc` other processes, which start when they are needed."""
+    """Makes examples in other processes, which start when they are needed.
 
-    def __init__(self, make: ExampleMaker, num_proc: int) -> None:
-        self.num_proc, self._maker = num_proc, make
-        self._threads = ThreadPoolExecutor(num_proc, thread_name_prefix="tokenise")
+    Args:
+      make: what makes them.
+      most: number of other processes.
+      threads: of the tokenizer in each of them; None is one for each core.
+    """
+
+    def __init__(self, make: ExampleMaker, most: int, threads: int | None = None) -> None:
+        self._maker, self._tokenizer_threads = make, threads
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="tokenise")
         self._lock = threading.Lock()
         self._free: list[Worker] = []
         self._busy: list[Worker] = []
@@ -121,7 +126,7 @@ class Pool:
                 each.process.kill()
         self._threads.shutdown()
         with _lock:
-            if not _idle and self._free:
+            if not _idle and self._free and self._tokenizer_threads is None:
                 _idle.append(self._free.pop())
         for each in self._free:
             each.end()
@@ -132,16 +137,17 @@ class Pool:
             made: Future[Made] = Future()
             made.set_result(self._maker(records))
             return made
-        return self._threads.submit(self._make, records)
+        # Pickled before this process makes examples itself, which changes the maker's counts.
+        return self._threads.submit(self._make, records, self._setup)
 
     @functools.cached_property
     def _setup(self) -> bytes:
         return pickle.dumps((self._maker, LIMITS))
 
-    def _make(self, records: Sequence[Record]) -> Made:
+    def _make(self, records: Sequence[Record], setup: bytes) -> Made:
         with self._lock:
             each = self._free.pop() if self._free else None
-        each = each or self._start()
+        each = each or self._start(setup)
         self._busy.append(each)
         try:
             made = each.ask(worker.CHUNK, records)
@@ -164,19 +170,19 @@ class Pool:
             self._busy.remove(each)
             self._free.append(each)
 
-    def _start(self) -> Worker:
+    def _start(self, setup: bytes) -> Worker:
         """A process that is ready: the idle one, if it still lives, or a new one."""
         with _lock:
-            idle = _idle.pop() if _idle and self.num_proc == 1 else None
+            idle = _idle.pop() if _idle and self._tokenizer_threads is None else None
         if idle is not None:
             try:
-                idle.ask(worker.SETUP, self._setup)
+                idle.ask(worker.SETUP, setup)
                 return idle
             except WorkerLost:  # it ended, since nothing came for a while
                 idle.end()
-        new = Worker(threads=0 if self.num_proc == 1 else max(1, cores() // self.num_proc))
+        new = Worker(self._tokenizer_threads)
         try:
-            new.ask(worker.SETUP, self._setup)
+            new.ask(worker.SETUP, setup)
         except WorkerLost:
             new.end()
             raise DataError(

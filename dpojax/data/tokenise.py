@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from dpojax.data import processes
@@ -19,6 +20,8 @@ from dpojax.data.examples import Example, Examples
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
+
+Pending = collections.deque[tuple[Sequence[Record], Future[processes.Made]]]
 
 MANY = 4  # chunks that are worth starting processes
 CHUNK = 2048  # records per call of the tokenizer: bounds memory, and keeps its threads busy
@@ -70,7 +73,8 @@ def tokenise_chunks(
     """Tokenise records chunk by chunk, so that memory does not grow with the data.
 
     Chat templates are programs of others, so messages are rendered in another process, with limits
-    of time and memory. Several processes share the chunks.
+    of time and memory. Several processes share the chunks; where they are texts, this process is
+    one of them.
 
     Args:
       chunks: lists of records. About `CHUNK` records a list keep the tokenizer's threads busy.
@@ -96,13 +100,30 @@ def tokenise_chunks(
     first = [*itertools.islice(chunks, 2 if num_proc else MANY)]
     num_proc = num_proc or (processes.cores() if len(first) == MANY else 1)
     apart = num_proc > 1 and len(first) > 1
-    with processes.Pool(make, num_proc) as pool:
+    # This process is one of them where the records are texts: templates never run in it.
+    shares = apart and not any(map(_has_messages, first))
+    threads = max(1, processes.cores() // num_proc) if apart else None
+    with processes.Pool(make, num_proc - 1 if shares else num_proc, threads) as pool:
         for chunk in itertools.chain(first, chunks):
-            pending.append(pool.submit(chunk, here=not apart and not _has_messages(chunk)))
-            while pending and (pending[0].done() or len(pending) > 2 * num_proc):
-                yield _counted(pending.popleft().result(), report)
+            waiting = sum(not made.done() for _, made in pending)
+            is_mine = not apart or (shares and waiting >= 2 * (num_proc - 1))
+            made = pool.submit(chunk, here=is_mine and not _has_messages(chunk))
+            pending.append((chunk, made))
+            while pending and (pending[0][1].done() or len(pending) > 2 * num_proc):
+                yield _counted(pending.popleft()[1].result(), report)
         while pending:
-            yield _counted(pending.popleft().result(), report)
+            if shares:
+                _take_one_back(pending, pool)
+            yield _counted(pending.popleft()[1].result(), report)
+
+
+def _take_one_back(pending: Pending, pool: processes.Pool) -> None:
+    """Make the examples of the last chunk here that no process has begun, if there is one."""
+    for place in reversed(range(len(pending))):
+        chunk, made = pending[place]
+        if not _has_messages(chunk) and made.cancel():
+            pending[place] = chunk, pool.submit(chunk, here=True)
+            return
 
 
 def _counted(made: tuple[Examples, Report], report: Report) -> Examples:

@@ -43,15 +43,35 @@ def plain(example):
     return [part.tolist() for part in (example.prompt, *example.responses)], example[3:10]
 
 
-def test_the_examples_and_their_report_do_not_depend_on_the_number_of_processes():
-    first, report = made(1)
-    assert [len(examples) for examples in first] == [8, 8, 8, 8, 8, 0]
-    assert report.tallies["dropped"]["identical"].examples == ["f:0", "f:5"]
+TEXTS = [[each for each in chunk if isinstance(each.prompt, str)] for chunk in CHUNKS * 3]
+COUNTS = [
+    sum(number % 3 > 0 and number % 5 > 0 for number in range(10 * i, 10 * i + 10))
+    for i in range(5)
+] + [0]
+
+
+@pytest.mark.parametrize(("chunks", "counts"), [(CHUNKS, [8] * 5 + [0]), (TEXTS, COUNTS * 3)])
+def test_the_examples_and_their_report_do_not_depend_on_the_number_of_processes(chunks, counts):
+    first, report = made(1, chunks)
+    assert [len(examples) for examples in first] == counts
+    assert report.tallies["dropped"]["identical"].examples in (["f:0", "f:5"], ["f:5", "f:10"])
     assert {example.source for examples in first for example in examples} == {0, 1}
-    again, other = made(3)
+    again, other = made(3, chunks)
     as_lists = lambda chunks: [[*map(plain, examples)] for examples in chunks]
     assert as_lists(again) == as_lists(first)
     assert other.to_content() == report.to_content()
+
+
+def test_this_process_is_one_of_those_that_share_texts(monkeypatch):
+    start, begun = processes.Pool._start, []
+
+    def counting(pool, setup):
+        begun.append(pool)
+        return start(pool, setup)
+
+    monkeypatch.setattr(processes.Pool, "_start", counting)
+    made(2, TEXTS)
+    assert len(begun) == 1
 
 
 def test_texts_need_no_other_process(monkeypatch):
@@ -129,8 +149,8 @@ def test_a_template_that_only_refuses_passes_the_probe():
 def test_a_process_that_is_killed_is_told_with_its_records(monkeypatch):
     start = processes.Pool._start
 
-    def start_and_kill(pool):
-        worker = start(pool)
+    def start_and_kill(pool, setup):
+        worker = start(pool, setup)
         worker.process.kill()
         return worker
 
