@@ -1,6 +1,6 @@
 """Time from preference pairs to token ids in Arrow arrays, beside `datasets.map`.
 
-    python benchmarks/tokenise.py --tokenizer FOLDER --source PAIRS.jsonl.gz --repeat 8
+    python benchmarks/tokenise.py --tokenizer FOLDER --source PAIRS.jsonl.gz [MORE ...]
 
 The systems take turns, `--rounds` times. All start from pairs in memory, and end with the ids of
 the prompt and of both answers in Arrow arrays in memory. `datasets.map` calls the tokenizer as
@@ -47,8 +47,8 @@ def main() -> None:
     args = arguments()
     tokenizer = read_tokenizer(args.tokenizer)
     datasets.disable_progress_bars()
-    records = [each for each in load_records(args.source)[0] if isinstance(each.prompt, str)]
-    records *= args.repeat
+    records = [record for source in args.source for record in load_records(source)[0]]
+    records = [record for record in records if isinstance(record.prompt, str)] * args.repeat
     systems = {
         ("datasets.map", 1): by_map,
         ("dpojax", 1): by_dpojax,
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--source", required=True, help="pairs of text, in any form")
+    parser.add_argument("--source", required=True, nargs="+", help="pairs of text, in any form")
     parser.add_argument("--repeat", type=int, default=1, help="how often the pairs are taken")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="a file for all measurements")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -72,6 +73,10 @@ class ExampleMaker:
 
     def __call__(self, records: Sequence[Record]) -> tuple[Examples, Report]:
         """The examples of one chunk of records, and the counts of `kept` and of all causes."""
+        with _no_garbage_collection():
+            return self._make(records)
+
+    def _make(self, records: Sequence[Record]) -> tuple[Examples, Report]:
         self.report = Report()
         rendered = []
         for record in records:
@@ -210,6 +215,18 @@ class ExampleMaker:
             source=self.sources.get(record.source, 0),
             scored=_masks(cut_answers),
         )
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Lists of ids are no garbage. Looking at all of them again and again would take long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _apply(choice: str, cause: str, record: Record, report: Report) -> None:

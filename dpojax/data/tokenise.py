@@ -24,6 +24,7 @@ from dpojax.data.tokenize_config import TokenizeConfig
 Pending = collections.deque[tuple[Sequence[Record], Future[processes.Made]]]
 
 MANY = 4  # chunks that are worth starting processes
+AHEAD = 4  # chunks, besides two for each process, that may be ready before the next one in order
 CHUNK = 2048  # records per call of the tokenizer: bounds memory, and keeps its threads busy
 
 
@@ -109,7 +110,7 @@ def tokenise_chunks(
             is_mine = not apart or (shares and waiting >= 2 * (num_proc - 1))
             made = pool.submit(chunk, here=is_mine and not _has_messages(chunk))
             pending.append((chunk, made))
-            while pending and (pending[0][1].done() or len(pending) > 2 * num_proc):
+            while pending and (pending[0][1].done() or len(pending) > 2 * num_proc + AHEAD):
                 yield _counted(pending.popleft()[1].result(), report)
         while pending:
             if shares:

@@ -6,6 +6,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpojax.data import encoding
 from dpojax.data.encoding import GPT2, KNOWN, TextEncoder
 
 MARKS = ["<|a|>", "<|b|>"]
@@ -80,16 +81,19 @@ TOKENIZERS = {
 ENCODERS = {name: TextEncoder(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
+def ids(name, text):
+    return TOKENIZERS[name](text, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=120, deadline=None)
 @given(prompt=TEXTS, texts=st.lists(TEXTS, min_size=1, max_size=3))
 def test_ids_are_those_of_the_whole_text(name, prompt, texts):
-    tokenizer, encoder = TOKENIZERS[name], ENCODERS[name]
-    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    encoder = ENCODERS[name]
     ((prompt_ids, added),) = encoder.continued([(prompt, texts)])
-    assert prompt_ids == ids(prompt)
+    assert prompt_ids == ids(name, prompt)
     for text, rest in zip(texts, added):
-        whole = ids(prompt + text)
+        whole = ids(name, prompt + text)
         fits = whole[: len(prompt_ids)] == prompt_ids
         assert rest == (whole[len(prompt_ids) :] if fits else None)
 
@@ -99,7 +103,7 @@ def test_ids_are_those_of_the_whole_text(name, prompt, texts):
     [
         ("gpt2", "Human: the cat sat?\n\nAssistant:", " sat?\n\nAssistant:"),
         ("gpt2", "<|a|>user\nthe cat sat<|b|>\n<|a|>assistant\n", "<|a|>assistant\n"),
-        ("known 0", "the mat. Sat\n", "\n"),
+        ("known 0", "the mat. Sat\n", " Sat\n"),
         ("spaced", "the cat<|b|>x", "<|b|>x"),
         ("spaced", "the cat sat", "the cat sat"),  # nothing tells where it is cut
         ("unknown", "the cat sat", "the cat sat"),
@@ -110,6 +114,31 @@ def test_ids_are_those_of_the_whole_text(name, prompt, texts):
 def test_only_a_prompts_end_is_encoded_with_each_response(name, prompt, tail):
     encoder = ENCODERS[name]
     assert prompt[encoder.cut(prompt) :] == tail
+
+
+@given(texts=st.lists(TEXTS, max_size=6))
+def test_words_that_are_forgotten_or_long_keep_their_ids(texts):
+    encoder = TextEncoder(TOKENIZERS["gpt2"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "WORDS", 5)
+        patch.setattr(encoding, "LONGEST", 3)
+        patch.setattr(encoding, "BATCH", 2)
+        for text in texts:
+            assert encoder.encode([text]) == [ids("gpt2", text)]
+
+
+def test_a_word_is_encoded_once(monkeypatch):
+    encoder, asked = TextEncoder(TOKENIZERS["gpt2"]), []
+    call = encoder._call_backend
+
+    def recording(rows, **options):
+        asked.extend(word for row in rows for word in row)
+        return call(rows, **options)
+
+    monkeypatch.setattr(encoder, "_call_backend", recording)
+    encoder.encode(["the cat sat. The cat", "the cat ate"])
+    encoder.encode(["A cat sat."])
+    assert sorted(asked) == [" The", " ate", " cat", " sat.", "A", "the"]
 
 
 def test_tokens_that_swallow_white_space_forbid_every_cut():
