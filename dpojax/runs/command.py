@@ -29,6 +29,7 @@ def failures() -> tuple[type[Exception], ...]:
     """The errors that a user can mend; anything else is a bug of ours, and shows its traceback."""
     from dpojax.config.errors import ConfigError
     from dpojax.data.records import DataError
+    from dpojax.evaluation.judging.judge import JudgeError
     from dpojax.evaluation.policies import NothingStopped
     from dpojax.evaluation.rewards import RewardError
     from dpojax.sampling.sampler import SamplingError
@@ -39,7 +40,7 @@ def failures() -> tuple[type[Exception], ...]:
     from dpojax.training.reference import ReferenceMismatch
 
     of_data = (ConfigError, DataError, StorageError, OSError, RewardError, NothingStopped)
-    of_data += (SamplingError,)
+    of_data += (SamplingError, JudgeError)
     of_training = (CheckpointError, ReferenceMismatch, NonFiniteLoss)
     return (*of_data, *of_training, FirstProcessFailed, DistributedError)
 
