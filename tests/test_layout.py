@@ -24,8 +24,9 @@ ORDER = [
     {"jobs"},
     {"stages"},
     {"runs"},
+    {"plans"},
     {"sweeps"},
-    {"frontier"},
+    {"frontier", "recipes"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -24,18 +24,24 @@ from dpojax.config.contents import (
 )
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import as_json, workdir_path
-from dpojax.config.saved import config_differences, require_same_contents
+from dpojax.config.saved import config_differences
 from dpojax.frontier.configs import RunConfigs
-from dpojax.frontier.plan import Plan, plan_frontier
+from dpojax.frontier.plan import plan_frontier
 from dpojax.frontier.runs import Run
-from dpojax.jobs import in_process, local_workers
 from dpojax.jobs.job import plan_as_json
+from dpojax.plans.folder import (
+    PLAN,
+    Plan,
+    carry_out,
+    check_workers,
+    deleting_hint,
+    read_plan_file,
+    require_same_plan,
+)
 from dpojax.runs.workdirs import require_writable, workdir_lock
 from dpojax.stages.registry import resolve
-from dpojax.training.compilation_cache import shared_programs
 
-PLAN = "plan.json"
-COMPILED = "compiled"  # programs that the runs share
+WHAT = "frontier"
 SAMPLES_FOR_BEST = 4  # of each prompt, times the largest n of best-of-n, are the fewest
 
 
@@ -66,14 +72,8 @@ def make_frontier(
     with workdir_lock(folder):
         plan = plan_frontier(config, runs, folder, parts=workers, vectorise=vectorise)
         write_or_compare_plan(config, runs, plan, folder)
-        cache = config.compilation_cache or str(folder / COMPILED)
-        if workers > 1:
-            local_workers.run_jobs(
-                plan.jobs, folder, "frontier", workers=workers, compilation_cache=cache
-            )
-        else:
-            with shared_programs(cache):
-                in_process.run_jobs(plan.jobs, folder, "frontier")
+        cache = config.compilation_cache
+        carry_out(plan.jobs, folder, WHAT, workers=workers, compilation_cache=cache)
     return folder
 
 
@@ -86,13 +86,7 @@ def check_frontier(
         configs.resolve(run)
     if config.frontier.reward == "classifier":
         resolve(configs.stage_config("classifier"), folder)
-    if config.distributed:
-        raise ConfigError(
-            "config.distributed: a frontier runs in one process; its jobs may be run by several, "
-            "each with the command that stands in plan.json"
-        )
-    if workers > 1 and not local_workers.on_cpu():
-        raise ConfigError(f"{workers} runs at once: only on a CPU, and in one process; take 1")
+    check_workers(workers, WHAT, distributed=config.distributed)
     frontier = config.frontier
     largest = max(frontier.best_of_n, default=0)
     if (least := SAMPLES_FOR_BEST * largest) > frontier.reference_samples:
@@ -132,10 +126,10 @@ def read_plan(folder: storage.Path) -> dict[str, Any]:
     Raises:
       StorageError: it is damaged.
     """
-    path, hint = folder / PLAN, "delete it: the command that began the frontier writes it again"
+    path = folder / PLAN
     fields = {"config": dict, "contents": dict, "runs": list, "jobs": list}
-    plan = storage.read_json(path, hint, fields=fields)
-    with storage.damage_named(path, hint):
+    plan = read_plan_file(path, WHAT, fields)
+    with storage.damage_named(path, deleting_hint(WHAT)):
         for run in plan["runs"]:
             if not {"name", "changes", "method", "setting", "stage"} <= set(run):
                 raise ValueError("a run lacks its name or settings")
@@ -155,13 +149,7 @@ def _contents(config: ConfigDict) -> dict[str, Content]:
 
 
 def _require_same(before: dict, now: dict, folder: storage.Path) -> None:
-    if changed := config_differences(before["config"], now["config"]):
-        raise ConfigError(
-            f"{folder} holds a frontier of another config; give this one its own --workdir, or "
-            "take back these changes:\n" + "\n".join(changed)
-        )
-    contents = {key: Content(*pair) for key, pair in now["contents"].items()}
-    require_same_contents(folder, before.get("contents", {}), contents)
+    require_same_plan(folder, WHAT, before, now)
     runs_now = {run["name"]: run for run in now["runs"]}
     if missing := [run["name"] for run in before["runs"] if run["name"] not in runs_now]:
         raise ConfigError(f"{folder} holds runs that this plan has not: {', '.join(missing)}")

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.frontier.configs import RunConfigs
-from dpojax.frontier.job_maker import JobMaker
 from dpojax.frontier.runs import Run
 from dpojax.jobs.job import Job
+from dpojax.plans.job_maker import JobMaker
 from dpojax.runs.preferences import Settings
 from dpojax.runs.workdirs import FAILED
 

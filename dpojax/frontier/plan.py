@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.config.resolved import as_json
 from dpojax.frontier.configs import CLASSIFIER, POLICY, PREFERENCES, REWARD_MODEL, RunConfigs
-from dpojax.frontier.job_maker import JobMaker
 from dpojax.frontier.online import online_jobs
 from dpojax.frontier.runs import ONLINE, Run
 from dpojax.jobs.job import Job, command
+from dpojax.plans.folder import Plan
+from dpojax.plans.job_maker import JobMaker
 from dpojax.runs.workdirs import FAILED, FINISHED, short_hash
 from dpojax.sweeps.members import same_program
 
 VECTORISED = "vectorised"  # checkpoints of runs that train together, while they do
 SAMPLES = "reference_samples.npz"
-
-
-class Plan(NamedTuple):
-    """Jobs in order, and the JSON files that their commands read, by path."""
-
-    jobs: list[Job]
-    files: dict[str, Any]
 
 
 def plan_frontier(

@@ -34,6 +34,7 @@ from dpojax.config.saved import (
 )
 from dpojax.jobs.in_process import run_jobs_in_terminal
 from dpojax.jobs.job import Job, command, plan_as_json
+from dpojax.plans.folder import deleting_hint, read_plan_file
 from dpojax.runs.command import run_command
 from dpojax.runs.run import run_resolved
 from dpojax.runs.workdirs import (
@@ -55,7 +56,7 @@ from dpojax.sweeps.table import FIGURE, TABLE, write_table
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
 
-PLAN, GROUPS = "sweep.json", "vectorised"
+PLAN, GROUPS, WHAT = "sweep.json", "vectorised", "sweep"
 
 
 def run_sweep(
@@ -100,10 +101,10 @@ def read_plan(folder: storage.Path) -> dict[str, Any]:
     Raises:
       StorageError: it is damaged.
     """
-    path, hint = folder / PLAN, "delete it: the command that began the sweep writes it again"
+    path = folder / PLAN
     fields = {"config": dict, "members": dict, "groups": list, "contents": dict}
-    plan = storage.read_json(path, hint, fields=fields)
-    with storage.damage_named(path, hint):
+    plan = read_plan_file(path, WHAT, fields)
+    with storage.damage_named(path, deleting_hint(WHAT)):
         for name, changes in plan["members"].items():
             _require_type(name, changes, dict)
         for group in plan["groups"]:

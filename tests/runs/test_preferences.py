@@ -18,10 +18,10 @@ from dpojax.data import reviews, sources
 from dpojax.data.prompts import read_prompts
 from dpojax.data.records import DataError
 from dpojax.evaluation.policies import NothingStopped
-from dpojax.frontier.job_maker import JobMaker
 from dpojax.jobs.job import execute
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import LLAMA, DecoderConfig
+from dpojax.plans.job_maker import JobMaker
 from dpojax.runs import preferences
 from dpojax.runs.policy import load_policy
 from dpojax.runs.preferences import Settings, generate_preferences

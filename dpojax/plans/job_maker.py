@@ -1,4 +1,4 @@
-"""Jobs that a frontier is made of, and the JSON files that their commands read."""
+"""Jobs that plans are made of, and the JSON files that their commands read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dpojax.jobs.job import Job, command
 from dpojax.runs.preferences import Settings
 from dpojax.runs.workdirs import FINISHED
 
-JOBS = "jobs"  # folder of the frontier's workdir
+JOBS = "jobs"  # folder of the plan's workdir
 
 
 class JobMaker:
     """Makes jobs whose commands read what they do from files in WORKDIR/jobs.
 
     Args:
-      folder: the frontier's workdir.
+      folder: the plan's workdir.
 
     Attributes:
       files: what those files hold, by path; whoever carries out the jobs writes them.

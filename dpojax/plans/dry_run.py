@@ -1,0 +1,102 @@
+"""Programs of a plan's jobs from shapes alone: no weights, no data, no tokenizer.
+
+They are built at the largest size of a micro-batch, as the jobs would run them. A shape that does
+not fit fails here, in minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dpojax import sharding
+from dpojax.config.contents import TRAINED_HERE
+from dpojax.config.errors import config_errors
+from dpojax.models import encoder, huggingface
+from dpojax.sampling import Prompts, build_sampler
+from dpojax.stages.registry import STAGES, resolve
+from dpojax.stages.setup import Setup, open_model
+from dpojax.stages.stage import RowSize
+from dpojax.stages.tokenizers import load_tokenizer
+from dpojax.stages.vocabulary import rows_for
+
+NOWHERE = "nowhere"  # the workdir of jobs that write nothing
+AT_ONCE = 64  # prompts or texts of a batch
+
+
+def stage_program(config: ConfigDict, name: str, size: RowSize) -> str:
+    """The train step of a stage, for rows of a size.
+
+    Raises:
+      ConfigError: a run that could not start. OSError, ValueError: a config.json is missing.
+    """
+    stage = STAGES[name].open(_setup(config, name))
+    lowered = stage.lower(size)
+    title = f"{name}, loss {stage.config.loss}" if name == "preference" else name
+    return _line(title, stage.setup.abstract_params, lowered.rows, lowered.weight_copies)
+
+
+def sampler_program(config: ConfigDict, *, prompt: int, new_tokens: int, samples: int) -> str:
+    """The sampler of the policy that SFT trains.
+
+    Args:
+      prompt: tokens of the longest prompt.
+      samples: responses to each prompt.
+    """
+    setup = _setup(config, "sft")
+    sampler = build_sampler(setup.model, max_new_tokens=new_tokens, stop=())
+    prompts = Prompts(_ids(AT_ONCE, prompt), _ids(AT_ONCE), _ids(AT_ONCE))
+
+    def draw(params: dict, prompts: Prompts) -> Any:
+        return sampler(params, prompts, seed=0, samples=samples)
+
+    with jax.set_mesh(setup.mesh):
+        jax.jit(draw).lower(setup.abstract_params, prompts)
+    rows = f"{AT_ONCE} prompts, {samples} x {new_tokens} new tokens"
+    return _line("sampler", setup.abstract_params, rows, copies=1)
+
+
+def encoder_program(folder: str, key: str) -> str:
+    """A classifier of transformers that is a reward; `key` is the config's that names it."""
+    with config_errors(f"{key} ({folder})"):
+        config = huggingface.read_classifier_config(folder)
+    model = encoder.build(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    jax.jit(model.apply).lower(shapes, _ids(AT_ONCE, AT_ONCE), _ids(AT_ONCE))
+    return _line("classifier", shapes, f"{AT_ONCE} texts of {AT_ONCE} tokens", copies=1)
+
+
+def _setup(config: ConfigDict, stage: str) -> Setup:
+    """As `prepare_setup`; of its tokenizer only the number of ids is there, and an end."""
+    config = copy.deepcopy(config)
+    config.stages = (stage,)
+    if stage != "sft" and "data" in config[stage]:
+        config[stage].data.source = config[stage].data.source or NOWHERE
+    run = resolve(config, NOWHERE)
+    vocabulary = 0
+    if config.tokenizer.startswith(TRAINED_HERE):
+        vocabulary = int(config.tokenizer.removeprefix(TRAINED_HERE))
+    elif not config.model.path:
+        vocabulary = rows_for(load_tokenizer(config, run.workdir))
+    with config_errors("mesh"):
+        mesh = sharding.make_mesh(**config.mesh)
+    model, imported_config = open_model(config, vocabulary, mesh)
+    tokenizer = types.SimpleNamespace(eos_token_id=0)
+    return Setup(run, mesh, tokenizer, model, imported_config)
+
+
+def _ids(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _line(name: str, tree: Any, rows: str, copies: int) -> str:
+    size = sum(x.size for x in jax.tree.leaves(tree))
+    return (
+        f"{name}: {size:,} parameters, {copies} float32 copies of them "
+        f"{4 * copies * size / 2**30:.1f} GiB; {rows}: lowers"
+    )
