@@ -49,11 +49,15 @@ class Reply(NamedTuple):
       choice: what it says.
       preference: P(first is better) in [0, 1] where the judge gives one, else nan.
       text: what it wrote, for people to read; "" for a judge that writes nothing.
+      tokens_in: tokens of the request that were paid for; 0 for a judge that costs nothing.
+      tokens_out: tokens of the reply that were paid for.
     """
 
     choice: Choice
     preference: float = math.nan
     text: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
 
     @property
     def mirrored(self) -> Reply:
