@@ -146,8 +146,8 @@ def _run(lab: trials.Laboratory, options: argparse.Namespace) -> int:
             if options.minutes and time.monotonic() - began > 60 * options.minutes:
                 break
             number = options.first + i
-            found = trial(Random(f"{options.seed}/{kind}/{number}"))
-            verdict, what = found if isinstance(found[0], Verdict) else (found, "")
+            outcome = trial(Random(f"{options.seed}/{kind}/{number}"))
+            verdict, what = outcome if isinstance(outcome[0], Verdict) else (outcome, "")
             counts.setdefault(kind, Counter())[verdict.kind] += 1
             _note(lab, options, {"kind": kind, "number": number, "what": what}, verdict)
     print(f"\n{show(counts)}\n\n{lab.kills} kills in all; some trials kill a run several times")
@@ -166,11 +166,11 @@ def _note(
         return
     print(json.dumps(line), flush=True)
     name = f"{trial['kind']}-{options.seed}-{trial['number']}".replace(" ", "-")
-    kept = lab.folder / "bad" / name.replace(":", "").replace(",", "")
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(lab.trial, kept)
+    folder = lab.folder / "bad" / name.replace(":", "").replace(",", "")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(lab.trial, folder)
     for file in ("printed.txt", "errors.txt"):
-        shutil.copy(lab.folder / file, kept / file)
+        shutil.copy(lab.folder / file, folder / file)
 
 
 if __name__ == "__main__":

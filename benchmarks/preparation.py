@@ -73,14 +73,14 @@ def prepare(path: pathlib.Path) -> dict[str, float]:
     config.preference.data.update(source=str(path), limit=0)
     setup = prepare_setup(registry.resolve(config, path.parent / "run"))
     stage = registry.open_stage(setup, "preference")
-    found = {"start MiB": peak()}
+    measured = {"start MiB": peak()}
     began = time.perf_counter()
     loaded = stage.load()
-    found |= {"data s": time.perf_counter() - began, "data MiB": peak()}
+    measured |= {"data s": time.perf_counter() - began, "data MiB": peak()}
     began = time.perf_counter()
     loaded.shape_for([loaded.batches])
-    found |= {"plan s": time.perf_counter() - began, "plan MiB": peak()}
-    return found
+    measured |= {"plan s": time.perf_counter() - began, "plan MiB": peak()}
+    return measured
 
 
 def peak() -> float:
@@ -107,11 +107,11 @@ def main() -> None:
                 size = path.stat().st_size / 2**20
                 command = [sys.executable, __file__, "--prepare", str(path)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            measured = json.loads(done.stdout.splitlines()[-1])
             lines.append(
-                [kind, f"{count:,}", f"{size:,.0f}", *(f"{x:,.0f}" for x in found.values())]
+                [kind, f"{count:,}", f"{size:,.0f}", *(f"{x:,.0f}" for x in measured.values())]
             )
-            print("\n".join(text_table([["file", "pairs", "MiB", *found], *lines])), flush=True)
+            print("\n".join(text_table([["file", "pairs", "MiB", *measured], *lines])), flush=True)
 
 
 if __name__ == "__main__":

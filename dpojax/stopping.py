@@ -181,7 +181,7 @@ def announce_signals() -> None:
 
 def _watch(pipe: int) -> None:
     """Read the number of each signal from the pipe."""
-    told: set[int] = set()
+    announced: set[int] = set()
     first_interrupt = None
     while number := os.read(pipe, 1):
         number = number[0]
@@ -195,9 +195,9 @@ def _watch(pipe: int) -> None:
             if first_interrupt is not None and now - first_interrupt > SAME_PRESS:
                 end_now(STOPPED, "Ctrl-C again: ended at once, without saving; " + GO_ON)
             first_interrupt = first_interrupt or now
-        if number in told:
+        if number in announced:
             continue
-        told.add(number)
+        announced.add(number)
         name = signal.Signals(number).name
         if _State.noting:
             say(f"{name}: the run stops after this step, and saves")

@@ -77,8 +77,8 @@ def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
         missing = REQUIRED.findall(str(error))
         if not missing:
             raise UsageError(_one_line(str(error))) from error
-        given = [f"--{name}=given" for name in missing]  # a stray word may be what was meant
-        left = flags.FLAGS([sys.argv[0], *rest, *given])[1:]
+        stand_ins = [f"--{name}=given" for name in missing]  # a stray word may be what was meant
+        left = flags.FLAGS([sys.argv[0], *rest, *stand_ins])[1:]
     _refuse_stray(left, words, missing)
 
 
@@ -301,12 +301,12 @@ def _unknown(name: str, known: Collection[str]) -> str:
 
 def _refuse_stray(left: Sequence[str], words: Sequence[str], missing: Sequence[str]) -> None:
     """Raise UsageError for words that belong to no flag, and for flags that are missing."""
-    told = [_stray(left[0], words)] if left else []
+    complaints = [_stray(left[0], words)] if left else []
     if missing:
         names = " and ".join(f"--{name}" for name in missing)
-        told.append(f"{names} {'is' if len(missing) == 1 else 'are'} missing")
-    if told:
-        raise UsageError("; ".join(told))
+        complaints.append(f"{names} {'is' if len(missing) == 1 else 'are'} missing")
+    if complaints:
+        raise UsageError("; ".join(complaints))
 
 
 def _stray(word: str, words: Sequence[str]) -> str:

@@ -89,12 +89,12 @@ def _opened(name: str, split: str, subset: str, revision: str, data_dir: str) ->
     import datasets
 
     streaming = not _is_offline()
-    given = {"name": subset, "revision": revision, "data_dir": data_dir, "split": split}
+    options = {"name": subset, "revision": revision, "data_dir": data_dir, "split": split}
     return datasets.load_dataset(
         name,
         streaming=streaming,
         trust_remote_code=False,
-        **{key: value for key, value in given.items() if value},
+        **{key: value for key, value in options.items() if value},
     )
 
 

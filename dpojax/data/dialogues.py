@@ -157,9 +157,9 @@ class _Answer:
         if continued:
             self.first -= 1
             self.turns[self.first :] = [_joined(record.prompt[-1], response[0]), *response[1:]]
-        own = range(self.first, len(self.turns))
-        self.own_turns = [i for i in own if self.turns[i]["role"] == "assistant"]
-        if not self.own_turns or self.own_turns[-1] != own[-1]:
+        places = range(self.first, len(self.turns))
+        self.own_turns = [i for i in places if self.turns[i]["role"] == "assistant"]
+        if not self.own_turns or self.own_turns[-1] != places[-1]:
             raise Drop("ends_without_answer")
         self.whole = template.render(record, self.turns)
         self.response = response

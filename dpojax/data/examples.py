@@ -168,11 +168,11 @@ class Examples(Sequence[Example]):
 
     def count(self, name: str) -> Counter:
         """How many examples have each value of a column of single values, such as "source"."""
-        found: Counter = Counter()
+        counts: Counter = Counter()
         for batch in self.batches:
             for value in pa.compute.value_counts(batch.column(name)).to_pylist():
-                found[value["values"]] += value["counts"]
-        return found
+                counts[value["values"]] += value["counts"]
+        return counts
 
 
 class Store:

@@ -232,14 +232,14 @@ class _Text:
     def _more(self) -> bool:
         """Drop what was passed, and read on: as much again as there is. False at the end."""
         self.line, self.window = self._line_here(), self.window[self.place :]
-        self.place, wanted = 0, len(self.window)
+        self.place, length = 0, len(self.window)
         added = []
-        while not self.ended and sum(map(len, added)) <= wanted:
+        while not self.ended and sum(map(len, added)) <= length:
             block = next(self.blocks, b"")
             self.ended = not block
             added.append(self._decode(block))
         self.window += "".join(added)
-        return len(self.window) > wanted
+        return len(self.window) > length
 
     def _decode(self, block: bytes) -> str:
         try:

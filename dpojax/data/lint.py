@@ -30,7 +30,7 @@ import numpy as np
 
 from dpojax import storage
 from dpojax.data import label_noise, text_files
-from dpojax.data.records import Content, Record, said
+from dpojax.data.records import Content, Record, message_text
 from dpojax.data.report import EXAMPLES
 from dpojax.intervals import wilson_interval
 from dpojax.tables import fitted, text_table
@@ -170,7 +170,7 @@ class _Texts(NamedTuple):
             groups = turns[-1].groupdict() if turns else {}
             turn = groups.get("human") or groups.get("instruction") or record.prompt
         else:
-            turn = said(record.prompt[-1])
+            turn = message_text(record.prompt[-1])
         prompt, *responses = (_plain(part) for part in (record.prompt, *record.responses))
         return cls(
             id=record.id,
@@ -197,9 +197,9 @@ def _plain(content: Content) -> str:
     if isinstance(content, str):
         text = content
     elif len(content) == 1:
-        text = said(content[0])
+        text = message_text(content[0])
     else:
-        text = "\n".join(f"{message['role']}: {said(message)}" for message in content)
+        text = "\n".join(f"{message['role']}: {message_text(message)}" for message in content)
     return " ".join(text.split())
 
 
@@ -268,7 +268,7 @@ def _written(record: Record) -> Iterator[str]:
         if isinstance(content, str):
             yield content
         else:
-            yield from map(said, content)
+            yield from map(message_text, content)
 
 
 def longer_chosen(pairs: Sequence[_Texts]) -> Finding:

@@ -50,16 +50,16 @@ def parse_rows(
         `malformed="error"` the first record that cannot be used. It is no error here if none is
         left, see `Report.require_some`.
     """
-    found: set[str] = set()
+    names_present: set[str] = set()
     row: Mapping[str, Any] | None = None
     id = ""
     for row, id in rows:
         report.read += 1
-        record = _parsed(config.columns.apply(row, id, found), id, report, config)
+        record = _parsed(config.columns.apply(row, id, names_present), id, report, config)
         if record is not None:
             yield record
     if row is not None:
-        config.columns.require_found(found, id.rpartition(":")[0], row)
+        config.columns.require_found(names_present, id.rpartition(":")[0], row)
 
 
 def _parsed(row: Mapping[str, Any], id: str, report: Report, config: ParseConfig) -> Record | None:

@@ -259,8 +259,8 @@ def _named(source: Source) -> Source:
     match = HUB_NAME.fullmatch(text.removeprefix(HUB))
     if match is None or (":" not in text and "@" not in text):
         return source
-    found = {name: value for name, value in match.groupdict().items() if value}
-    return source._replace(**found | {"path": HUB + match["path"]})
+    parts = {name: value for name, value in match.groupdict().items() if value}
+    return source._replace(**parts | {"path": HUB + match["path"]})
 
 
 def _places(source: Source) -> list[storage.Path | str]:

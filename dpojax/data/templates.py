@@ -130,7 +130,7 @@ class ChatTemplate:
             if len(text) > LARGEST:
                 raise Refused(f"it renders {len(text):,} characters, more than {LARGEST:,}")
             return text
-        raise Refused(_told(first)) from first
+        raise Refused(_one_line(first)) from first
 
     def generated(self, record: Record, turns: Sequence[Turn]) -> list[tuple[int, int]]:
         """Where `{% generation %}` blocks begin and end in the text of the turns; [] without."""
@@ -148,7 +148,7 @@ class ChatTemplate:
                 **{**self.tokenizer.special_tokens_map, **(record.template_options or {})},
             )
         except Exception as error:  # a template may raise anything
-            raise Refused(_told(error)) from error
+            raise Refused(_one_line(error)) from error
         return [tuple(span) for span in spans]
 
     def ends(self, text: str) -> bool:
@@ -224,7 +224,7 @@ def _as_object(arguments: Any) -> Any:
         return arguments
 
 
-def _told(error: Exception | None) -> str:
+def _one_line(error: Exception | None) -> str:
     """One line that says what a template raised."""
     text = " ".join(str(error).split())
     shown = text if len(text) <= 200 else text[:200] + "..."

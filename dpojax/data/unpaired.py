@@ -80,11 +80,11 @@ def _scored_with(example: Example, partner: Example, length: int) -> tuple[np.nd
     """Which tokens are scored once the partner's first `length` response tokens are added."""
     if example.scored is None and partner.scored is None:
         return None
-    own, others = (
+    mask, partner_mask = (
         np.ones(len(e.responses[0]), bool) if e.scored is None else e.scored[0]
         for e in (example, partner)
     )
-    return own, others[:length]
+    return mask, partner_mask[:length]
 
 
 def _hash(tokens: np.ndarray) -> bytes:

@@ -354,9 +354,9 @@ def _adapts(settings: dict, module: str) -> bool:
         return _is_among(targets, module)
     patterns = settings.get("layers_pattern") or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            wanted = layers if isinstance(layers, list) else [layers]
-            return int(found[1]) in wanted and _is_among(targets, module)
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            adapted_layers = layers if isinstance(layers, list) else [layers]
+            return int(match[1]) in adapted_layers and _is_among(targets, module)
     return False
 
 

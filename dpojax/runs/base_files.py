@@ -53,9 +53,8 @@ def with_base_files(config: ConfigDict, workdir: storage.Path, base: str = "") -
     """
     config, folder = editable(config), workdir / FOLDER
     if folder.is_dir():
-        kept = str(folder)
-        config.tokenizer, config.chat_template = kept, ""
-        config.model.path = config.model.path and kept
+        config.tokenizer, config.chat_template = str(folder), ""
+        config.model.path = config.model.path and str(folder)
         for stage in _adapter_folders(config):
             config[stage].lora.adapters = str(folder / stage)
     elif base:

@@ -75,10 +75,10 @@ def look_after() -> None:
 def _unless_it_follows(hook: Any) -> Any:
     """A hook for errors that nobody catches, without those that follow from a failed write."""
 
-    def told(args: Any) -> None:
+    def hook_unless_it_follows(args: Any) -> None:
         if issubclass(args.exc_type, stopping.Preempted):
             stopping.dropped()
         elif not issubclass(args.exc_type, OSError) and str(args.exc_value) != LOOP_CLOSED:
             hook(args)
 
-    return told
+    return hook_unless_it_follows

@@ -58,7 +58,7 @@ class StageData(NamedTuple):
       sources: where the examples come from. On both sides those of the first source come first.
         `Example.source` is the place in it. () where that is not known.
       file: where the examples are kept for the next run, if anywhere; see `token_cache`.
-      kept: the same for a person.
+      file_note: the same for a person.
     """
 
     examples: Sequence[Example]
@@ -67,7 +67,7 @@ class StageData(NamedTuple):
     labels: tuple[str, ...] = ()
     sources: tuple[SourcePart, ...] = ()
     file: storage.Path | None = None
-    kept: str = "in memory"
+    file_note: str = "in memory"
 
     @property
     def training(self) -> range:
@@ -93,12 +93,12 @@ class StageData(NamedTuple):
     def held_out_by_source(self) -> dict[str, range]:
         """The held-out examples of each source that has some; {} where there is one source."""
         ends = itertools.accumulate((part.held_out for part in self.sources), initial=self.train)
-        found = {
+        ranges = {
             part.name: range(first, end)
             for part, (first, end) in zip(self.sources, itertools.pairwise(ends))
             if end > first
         }
-        return found if len(self.sources) > 1 else {}
+        return ranges if len(self.sources) > 1 else {}
 
     @property
     def is_labelled(self) -> bool:

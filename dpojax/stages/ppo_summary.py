@@ -24,13 +24,13 @@ def summarise(stage: PPOSetup, params: dict) -> Summary:
     if jax.process_index() > 0:  # the files are the first process's
         return {}
     lines = read_metrics(stage.folder, "eval")
-    kept = {line["step"]: line for line in lines}.get(stage.best_step, lines[-1])
-    values = {"before": _sample_metrics(lines[0]), "after": _sample_metrics(kept)}
+    best_line = {line["step"]: line for line in lines}.get(stage.best_step, lines[-1])
+    values = {"before": _sample_metrics(lines[0]), "after": _sample_metrics(best_line)}
     config = stage.setup.config.samples
     count = len(held_out_prompts(stage.setup))  # some of them may be the same
     summary = {"prompts": count, "per_prompt": config.per_prompt, "values": values}
     text = _table(summary, stage.evaluation_reward)
-    for sample in last_samples(stage.folder, kept["step"])[:SHOWN]:
+    for sample in last_samples(stage.folder, best_line["step"])[:SHOWN]:
         end = "" if sample["stopped"] else " [...]"
         text += f"\n{sample['reward']:+.3f}  {sample['prompt']} |{sample['response']}{end}"
     stage.save_summary(summary, text)

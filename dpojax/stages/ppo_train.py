@@ -117,8 +117,8 @@ def _iterate(
             is_best = evaluating and evaluate()
             ended = keep is not None and keep.stopped_at == done
             if save or stopping or is_best or ended:
-                kept = {} if keep is None else {KEEP_BEST: keep.state()}
-                metadata = {"stage": stage.name, WINDOW: window.state()} | kept
+                metadata = {"stage": stage.name, WINDOW: window.state()}
+                metadata |= {} if keep is None else {KEEP_BEST: keep.state()}
                 writer.sync()
                 saved.save(done, state, metadata=metadata, score=keep.score if is_best else None)
             if stopping and done < steps and not ended:

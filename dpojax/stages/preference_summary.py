@@ -54,17 +54,17 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
                 before.add(now)
                 after.add(then)
             kl.add({"kl": divergence(params, reference, rows)})
-        found = {
+        by_source = {
             name: {"before": before.flush(), "after": after.flush()}
             for name, (before, after) in windows.items()
         }
-        values = found.pop("")
+        values = by_source.pop("")
         kl_per_token = {"before": 0.0, "after": kl.flush()["kl"]}
         pairs = member.batches.data.count_held_out_pairs()
         summary = {"pairs": pairs, "values": values, "kl_per_token_exact": kl_per_token}
-        if found:
-            summary["by_source"] = found
-        text = _table(member, pairs, values["before"], values["after"], kl_per_token, found)
+        if by_source:
+            summary["by_source"] = by_source
+        text = _table(member, pairs, values["before"], values["after"], kl_per_token, by_source)
         member.save_summary(summary, text)
         return summary
 

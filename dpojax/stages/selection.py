@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from dpojax.data import unpaired
 from dpojax.data.examples import Example
-from dpojax.data.records import DataError, Record, said
+from dpojax.data.records import DataError, Record, message_text
 from dpojax.data.report import Report
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def hash_of(record: Record) -> float:
     """
     named = record.prompt or record.responses[0]
     if not isinstance(named, str):
-        named = [[message["role"], said(message)] for message in named]
+        named = [[message["role"], message_text(message)] for message in named]
     named = json.dumps(named)
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:8]) / 2**64
 

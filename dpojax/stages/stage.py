@@ -262,18 +262,18 @@ class Stage(abc.ABC):
         Where the stage keeps its best evaluation, both say which step that is, and why.
         """
         if jax.process_index() == 0:
-            if (kept := kept_best(self.config, self.checkpoint_folder)) is not None:
-                summary |= {"kept": kept.state() | {"metric": kept.metric}}
-                text += f"\nkept: {kept.describe(self.steps)}"
+            if (best := kept_best(self.config, self.checkpoint_folder)) is not None:
+                summary |= {"kept": best.state() | {"metric": best.metric}}
+                text += f"\nkept: {best.describe(self.steps)}"
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
 
 
 def announce_kept(stage: Stage) -> None:
     """Say which step is the stage's result and why, by the first process."""
-    kept = kept_best(stage.config, stage.checkpoint_folder)
-    if kept is not None and jax.process_index() == 0:
-        print(f"{stage.name}: kept {kept.describe(stage.steps)}", flush=True)
+    best = kept_best(stage.config, stage.checkpoint_folder)
+    if best is not None and jax.process_index() == 0:
+        print(f"{stage.name}: kept {best.describe(stage.steps)}", flush=True)
 
 
 def require_language_model(setup: Setup, name: str) -> None:

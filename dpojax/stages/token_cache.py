@@ -58,13 +58,15 @@ def cached(
         both, about = examples.load(file)
         reports = {part: Report.from_content(x) for part, x in about["reports"].items()}
         parts = tuple(SourcePart(*part) for part in about["sources"])
-        joined, kept = Examples.joined(*both), f"read from {file}"
-        return StageData(joined, len(both[0]), reports, tuple(about["labels"]), parts, file, kept)
+        labels, where = tuple(about["labels"]), f"read from {file}"
+        return StageData(
+            Examples.joined(*both), len(both[0]), reports, labels, parts, file, file_note=where
+        )
     made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
         return _kept(file, name, key, load)
     except NotStored as error:
-        return load(Store)._replace(kept=f"not kept: {error}")
+        return load(Store)._replace(file_note=f"not kept: {error}")
     finally:
         for place in made:  # leaves none behind where nothing was kept
             with contextlib.suppress(OSError):
@@ -102,12 +104,12 @@ def _kept(
                 os.replace(stores[-1].path, unfinished)
         except _NotToKeep:
             reason = "the data changed meanwhile, or nothing tells what the tokenizer does"
-            return data._replace(kept=f"not kept: {reason}")
+            return data._replace(file_note=f"not kept: {reason}")
         except NotStored as error:
             if data is None:
                 raise
-            return data._replace(kept=f"not kept: {error}")
-    return data._replace(file=file, kept=f"kept in {file}")
+            return data._replace(file_note=f"not kept: {error}")
+    return data._replace(file=file, file_note=f"kept in {file}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data import processes, reviews, sources
-from dpojax.data.records import DataError, Record, said
+from dpojax.data.records import DataError, Record, message_text
 from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name, save_tokenizer
@@ -151,4 +151,4 @@ def _text(record: Record) -> str:
 
 
 def _part_text(part: str | list[Mapping[str, str]]) -> str:
-    return part if isinstance(part, str) else "\n".join(map(said, part))
+    return part if isinstance(part, str) else "\n".join(map(message_text, part))

@@ -55,7 +55,7 @@ class TrainedStage(ExampleStage):
         as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
         storage.write_json(self.folder / "data_report.json", as_json)
         storage.write_text(self.folder / "data_report.txt", report_text(self) + "\n")
-        return f"{self.name}: tokens {self.batches.data.kept}"
+        return f"{self.name}: tokens {self.batches.data.file_note}"
 
     def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
         return train.train_stage(self, start, stop)

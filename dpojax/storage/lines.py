@@ -146,15 +146,15 @@ def rewrite_records(path: PathLike, keep: Callable[[dict[str, Any]], bool]) -> N
     Damaged lines go, with a warning that names them. A file that would stay the same, or is not
     there, is not touched.
     """
-    lines, kept = read_lines(path), []
+    lines, kept_lines = read_lines(path), []
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is None:
             logger.warning("%s:%d is damaged and removed: %.60r", path, number, line)
         elif keep(record):
-            kept.append(line)
-    if len(kept) < len(lines):
-        write_text(path, "".join(line + "\n" for line in kept))
+            kept_lines.append(line)
+    if len(kept_lines) < len(lines):
+        write_text(path, "".join(line + "\n" for line in kept_lines))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from dpojax import storage
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.runs.workdirs import FINISHED
 from dpojax.tables import text_table
-from dpojax.training.metrics import read_metrics
+from dpojax.training.metrics import RESERVED, read_metrics
 
 TABLE, FIGURE = "sweep.csv", "sweep.png"
 
@@ -55,15 +55,15 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
         for name in plan["members"]
         if (folder / name / FINISHED).exists()
     }
-    kept = {
+    kept_evaluations = {
         name: kept_evaluation(folder / name / stage, lines)
         for name, lines in evaluations.items()
         if lines
     }
-    storage.write_text(folder / TABLE, _csv(kept, plan["members"]))
+    storage.write_text(folder / TABLE, _csv(kept_evaluations, plan["members"]))
     if evaluations:
         draw(evaluations, folder / FIGURE)
-    return "\n".join(text_table(_rows(kept)))
+    return "\n".join(text_table(_rows(kept_evaluations)))
 
 
 def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) -> Mapping:
@@ -74,30 +74,30 @@ def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) 
       lines: its evaluations, one or more.
     """
     path = folder / "summary.json"
-    kept = storage.read_json(path).get("kept") if path.is_file() else None
-    step = kept["step"] if kept else None
+    best = storage.read_json(path).get("kept") if path.is_file() else None
+    step = best["step"] if best else None
     return next((line for line in lines if line["step"] == step), lines[-1])
 
 
-def _csv(kept: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:
+def _csv(evaluations: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:
     """The keys that members change, and all metrics of their kept evaluations."""
     keys = list(dict.fromkeys(key for changes in members.values() for key in changes))
-    metrics = sorted({key for line in kept.values() for key in line} - {"split", "time", "step"})
+    metrics = sorted({key for line in evaluations.values() for key in line} - set(RESERVED))
     table = io.StringIO()
     out = csv.writer(table)
     out.writerow(["member", *keys, "step", *metrics])
-    for name, line in kept.items():
+    for name, line in evaluations.items():
         values = [line.get(metric, math.nan) for metric in metrics]
         changed = [members[name].get(key, "") for key in keys]
         out.writerow([name, *changed, line["step"], *values])
     return table.getvalue()
 
 
-def _rows(kept: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+def _rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     """The headings, and the kept evaluation of every member."""
-    columns = [c for c in COLUMNS if any(c.metric in line for line in kept.values())]
+    columns = [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
     rows = [["", *(column.heading for column in columns)]]
-    for name, line in kept.items():
+    for name, line in evaluations.items():
         values = (column.scale * line.get(column.metric, math.nan) for column in columns)
         cells = [format(x, column.number_format) for x, column in zip(values, columns)]
         rows.append([name, *cells])

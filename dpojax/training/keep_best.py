@@ -78,19 +78,19 @@ class KeepBest:
         """Which step is kept and why, and why training stopped: for a person."""
         extreme = "highest" if self.sign > 0 else "lowest"
         if self.step is None:
-            kept = f"no evaluation gave a number for {SPLIT}{self.metric}: the last step is kept"
+            text = f"no evaluation gave a number for {SPLIT}{self.metric}: the last step is kept"
         else:
             value = self.sign * self.score
-            kept = f"step {self.step} of {steps}, where {SPLIT}{self.metric} was {extreme}: "
-            kept += f"{value:.4g}"
+            where = f"where {SPLIT}{self.metric} was {extreme}"
+            text = f"step {self.step} of {steps}, {where}: {value:.4g}"
             if self.at_start is not None and self.sign * self.at_start >= self.score:
-                kept += f" (before training it was {self.at_start:.4g}, no worse)"
+                text += f" (before training it was {self.at_start:.4g}, no worse)"
         if self.stopped_at is not None and self.stopped_at < steps:
-            kept += (
+            text += (
                 f"; stopped at step {self.stopped_at} after {self.waited} evaluation(s) without a "
                 "better one"
             )
-        return kept
+        return text
 
 
 def parse(name: str, patience: int) -> KeepBest | None:

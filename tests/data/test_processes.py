@@ -11,7 +11,7 @@ from dpojax.data import processes
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.templates import LimitExceeded
-from dpojax.data.tokenise import tokenise_chunks
+from dpojax.data.tokenise import AHEAD, tokenise_chunks
 from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.data.worker import Limits
 from tests.data.chat_tokenizers import PLAIN, assistant, letters, user
@@ -95,7 +95,7 @@ def test_the_examples_come_before_all_records_are_read():
 
     first = next(tokenise_chunks(chunks(), letters(), WIDE, Report(), num_proc=2))
     assert len(first) == 8
-    assert len(read) <= 6
+    assert len(read) <= 2 * 2 + AHEAD + 1  # of 20, however slow the other process is
 
 
 @pytest.fixture

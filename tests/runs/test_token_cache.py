@@ -68,14 +68,14 @@ def test_a_second_run_tokenises_nothing_and_finds_the_same(tiny, tmp_path, monke
     changes = {key: files.get(value, value) for key, value in changes.items()}
     config = tiny(**changes, token_cache=str(tmp_path / "tokens"))
     first = prepared(config, tmp_path / "first", name)
-    assert first.batches.data.kept == f"kept in {first.batches.data.file}"
+    assert first.batches.data.file_note == f"kept in {first.batches.data.file}"
     with monkeypatch.context() as without:
         without.setattr(transformers.PreTrainedTokenizerFast, "__call__", no_tokenizer)
         without.setattr(sources, "read_each", None)
         without.setattr(reviews, "preferences", None)
         without.setattr(reviews, "texts", None)
         again = prepared(config, tmp_path / "again", name)
-    assert again.batches.data.kept == f"read from {first.batches.data.file}"
+    assert again.batches.data.file_note == f"read from {first.batches.data.file}"
     assert report_text(again) == report_text(first)
     assert (again.batches.shape, again.batches.data.labels) == (
         first.batches.shape,
@@ -281,7 +281,7 @@ def test_the_code_and_the_libraries_count(name_of, monkeypatch):
 def test_a_tokenizer_without_content_keeps_nothing(of_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "content_hash", lambda tokenizer: None)
     stage = prepared(of_pairs, tmp_path / "run", "preference")
-    assert "not kept" in stage.batches.data.kept
+    assert "not kept" in stage.batches.data.file_note
     assert not (tmp_path / "run").exists()
 
 
@@ -289,7 +289,7 @@ def test_a_folder_that_takes_no_file_stops_no_run(of_pairs, tmp_path):
     of_pairs.token_cache = str(tmp_path / "file" / "tokens")
     (tmp_path / "file").write_text("")
     stage = prepared(of_pairs, tmp_path / "run", "preference")
-    assert "not kept" in stage.batches.data.kept
+    assert "not kept" in stage.batches.data.file_note
     assert len(stage.batches.data.examples) > 0
 
 
@@ -338,7 +338,7 @@ def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):
     missed = (stage := prepared(of_pairs, tmp_path / "run", "preference")).batches.data
     monkeypatch.setattr(sharding, "agreed", waits)
     hit = open_stage(stage.setup, "preference").prepare().batches.data
-    assert (missed.kept, hit.kept) == (f"kept in {hit.file}", f"read from {hit.file}")
+    assert (missed.file_note, hit.file_note) == (f"kept in {hit.file}", f"read from {hit.file}")
     assert [*map(plain, missed.examples)] == [*map(plain, hit.examples)]
 
 
@@ -353,7 +353,7 @@ def test_a_disk_that_fills_up_while_tokens_are_written_stops_no_run(
 
     monkeypatch.setattr(pa.ipc, "new_file", Full)
     data = prepared(of_pairs, tmp_path / "run", "preference").batches.data
-    assert (data.file, data.kept) == (None, "not kept: [Errno 28] No space left on device")
+    assert (data.file, data.file_note) == (None, "not kept: [Errno 28] No space left on device")
     monkeypatch.undo()
     (tmp_path / "run" / "tokens" / ".key.arrow.0123abcd.unfinished").mkdir(parents=True)  # killed
     kept = prepared(of_pairs, tmp_path / "run", "preference").batches.data

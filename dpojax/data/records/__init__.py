@@ -37,7 +37,7 @@ from dpojax.data.records.record import (
     RecordError,
     Reject,
     Scores,
-    said,
+    message_text,
 )
 
 __all__ = [
@@ -52,8 +52,8 @@ __all__ = [
     "Reject",
     "Scores",
     "detect",
+    "message_text",
     "parse",
     "read_columns",
-    "said",
     "without_invented_nulls",
 ]

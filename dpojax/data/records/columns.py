@@ -33,13 +33,13 @@ class Columns(NamedTuple):
     paths: Mapping[str, Path] = types.MappingProxyType({})
     ignored: tuple[str, ...] = ()
 
-    def apply(self, row: Mapping[str, Any], id: str, found: set[str]) -> Mapping[str, Any]:
+    def apply(self, row: Mapping[str, Any], id: str, names_present: set[str]) -> Mapping[str, Any]:
         """The row with the fields that the mapping gives, and without those that it takes.
 
         A path that the row does not have gives no field.
 
         Args:
-          found: gets the names whose paths the row has.
+          names_present: gets the names whose paths the row has.
 
         Raises:
           DataError: the row has a field with a name that the mapping gives to another one.
@@ -52,7 +52,7 @@ class Columns(NamedTuple):
             taken.add(path[0])
             present, value = _follow(row, path)
             if present:
-                found.add(name)
+                names_present.add(name)
                 values[name] = value
         rest = {name: value for name, value in row.items() if name not in taken}
         for name in values.keys() & rest.keys():
@@ -64,9 +64,9 @@ class Columns(NamedTuple):
                 )
         return rest | values
 
-    def require_found(self, found: set[str], source: str, seen: Mapping[str, Any]) -> None:
+    def require_found(self, names_present: set[str], source: str, seen: Mapping[str, Any]) -> None:
         """Raise DataError if no row has the path of some field; `seen` is one of the rows."""
-        for name in self.paths.keys() - found:
+        for name in self.paths.keys() - names_present:
             raise DataError(
                 f"{source}: columns takes {name!r} from {written(self.paths[name])!r}, which no "
                 f"record has; they have {listed(seen)}"

@@ -224,10 +224,11 @@ def _looks_like_message(value: Any) -> bool:
 
 def same_message(first: dict, second: dict) -> bool:
     """Whether two messages say the same: role, content, reasoning and calls. Ids do not count."""
-    return first == second or _said(first) == _said(second)
+    return first == second or _compared(first) == _compared(second)
 
 
-def _said(message: dict) -> tuple:
+def _compared(message: dict) -> tuple:
+    """What counts of a message: role, content, reasoning, and the calls with parsed arguments."""
     calls = []
     for call in message.get("tool_calls", ()):
         function = call["function"] if isinstance(call["function"], Mapping) else call

@@ -180,8 +180,8 @@ class Fields:
             return None
         for names in (*SCORE_FIELDS, ("margin",)):
             if any(name in self.row for name in names):
-                found = self.optional_numbers(names)
-                return (*found, 0.0) if found and names == ("margin",) else found
+                scores = self.optional_numbers(names)
+                return (*scores, 0.0) if scores and names == ("margin",) else scores
         return None
 
     def optional_numbers(self, names: Sequence[str]) -> Scores | None:

@@ -119,7 +119,7 @@ def make_record(id: str, prompt: Content, responses: Any, **fields: Any) -> Reco
     return Record(id, as_messages(prompt, "user"), turns, **fields)
 
 
-def said(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
     """What a message says, as one text: its content, and its tool calls as JSON."""
     content = message["content"] or ""
     if not message.get("tool_calls"):

@@ -178,10 +178,10 @@ def family_of(raw: dict, families: Mapping[str, Family] = DECODERS) -> Family:
     """
     model_type = raw.get("model_type")
     if model_type not in families:
-        known, own = ", ".join(sorted(families)), ""
+        known, note = ", ".join(sorted(families)), ""
         if raw.get("auto_map"):
-            own = "; the folder's own code (auto_map) never runs here"
-        raise ValueError(f"model_type: {shown(model_type)} is not supported, only {known}{own}")
+            note = "; the folder's own code (auto_map) never runs here"
+        raise ValueError(f"model_type: {shown(model_type)} is not supported, only {known}{note}")
     return families[model_type]
 
 

@@ -76,13 +76,13 @@ def _names_asked_for(model_type: str) -> frozenset[str]:
 
     folder = pathlib.Path(transformers.__file__).parent
     config_class = _config_class(model_type)
-    own = pathlib.Path(sys.modules[config_class.__module__].__file__)
+    module_file = pathlib.Path(sys.modules[config_class.__module__].__file__)
     shared = frozenset().union(*(_names_in(folder / name) for name in _SHARED))
     if hasattr(config_class, "rope_parameters"):
         shared |= _names_in(folder / _ROTARY)
     else:
         shared -= {"rope_scaling", "rope_theta"}
-    return (shared - _OF_WINDOWS).union(*map(_names_in, own.parent.glob("[cm]o*_*.py")))
+    return (shared - _OF_WINDOWS).union(*map(_names_in, module_file.parent.glob("[cm]o*_*.py")))
 
 
 @functools.cache

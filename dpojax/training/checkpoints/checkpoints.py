@@ -55,10 +55,10 @@ class Checkpoints:
             raise CheckpointError(f"{folder}: Orbax writes to local folders and gs:// only")
         self.folder = storage.as_path(folder)
         self._max_checkpoints = max_checkpoints
-        found = steps.open_steps(self.folder, replace_damaged=replace_damaged)
-        self._scores: Scores = {step: one.score for step, one in found.complete.items()}
+        existing = steps.open_steps(self.folder, replace_damaged=replace_damaged)
+        self._scores: Scores = {step: one.score for step, one in existing.complete.items()}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # Of the save that nobody has waited for: its step, and what is kept once it is complete.
+        # Of the save that nobody has waited for: its step, and what is on disk once it is complete.
         self._in_flight: tuple[int, Scores, Future] | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -139,10 +139,10 @@ class Checkpoints:
             self._remove_unfinished(step)
             raise
         scores = self._scores | {step: score}
-        kept = _kept(scores, self._max_checkpoints)
-        removed = sorted(scores.keys() - kept.keys())
+        remaining = _newest_and_best(scores, self._max_checkpoints)
+        removed = sorted(scores.keys() - remaining.keys())
         future = self._thread.submit(_write, self.folder, step, written, record, removed)
-        self._in_flight = (step, kept, future)
+        self._in_flight = (step, remaining, future)
         return True
 
     def wait(self) -> None:
@@ -194,7 +194,7 @@ class Checkpoints:
         """Wait for this process's part of the save in progress, and the others' if `together`."""
         if self._in_flight is None:
             return
-        (step, kept, future), self._in_flight = self._in_flight, None
+        (step, remaining, future), self._in_flight = self._in_flight, None
         error = None
         try:
             with explained(f"cannot write the checkpoint {self.folder}/{step}"):
@@ -210,7 +210,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot write the checkpoint {self.folder}/{step}: another process failed"
             )
-        self._scores = kept
+        self._scores = remaining
 
     def _remove_unfinished(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -218,11 +218,11 @@ class Checkpoints:
                 writing.remove_unfinished(self.folder, step)
 
 
-def _kept(scores: Scores, max_checkpoints: int) -> Scores:
-    """The newest checkpoints of some, and the best one."""
+def _newest_and_best(scores: Scores, max_checkpoints: int) -> Scores:
+    """The checkpoints that stay on disk: the newest ones, and the one with the best score."""
     best = steps.best_of(scores)
-    kept = {*sorted(scores)[-max_checkpoints:]} | ({best.step} if best else set())
-    return {step: scores[step] for step in kept}
+    remaining = {*sorted(scores)[-max_checkpoints:]} | ({best.step} if best else set())
+    return {step: scores[step] for step in remaining}
 
 
 def _write(

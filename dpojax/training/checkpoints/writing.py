@@ -55,18 +55,18 @@ def complete(
     place, error = _place(folder, step), None
     try:
         written()
-        own = _own_checksums(place)
+        checksums = _own_checksums(place)
     except Exception as raised:
-        own, error = {}, raised
+        checksums, error = {}, raised
     if jax.process_index() != 0 and storage.is_local(folder):
-        _hand_in(place.parent, own, error)
+        _hand_in(place.parent, checksums, error)
     if error is not None:
         raise error
     if jax.process_index() == 0:
         if storage.is_local(folder):
             for process in range(1, jax.process_count()):
-                own |= _handed_in(place.parent, process)
-        write_manifest(place, record._replace(files=own))
+                checksums |= _handed_in(place.parent, process)
+        write_manifest(place, record._replace(files=checksums))
         if storage.is_local(folder):
             storage.move_folder(place, folder / str(step))
             storage.remove_folder(place.parent)
@@ -126,9 +126,9 @@ def _owner(name: str) -> int:
     return int(match[1]) % jax.process_count() if match else 0
 
 
-def _hand_in(folder: storage.Path, own: dict, error: Exception | None) -> None:
+def _hand_in(folder: storage.Path, checksums: dict, error: Exception | None) -> None:
     """Give the first process the checksums of this one's files, or say that there are none."""
-    content = {"error": "" if error is None else cause_of(error), "files": own}
+    content = {"error": "" if error is None else cause_of(error), "files": checksums}
     storage.write_json(folder / f"checksums.{jax.process_index()}.json", content)
 
 
