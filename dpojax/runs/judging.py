@@ -1,0 +1,186 @@
+"""Win rates: responses of policies are drawn, a judge compares them, and a report is written.
+
+    judge(Settings(out="judged", prompts="reviews", limit=256, judge="exact",
+                   a=[Side("runs/reviews:preference")], b=Side("runs/reviews:sft")))
+
+or, as a command, with the settings as JSON,
+
+    python -m dpojax.runs.judging --settings=SETTINGS.json
+
+The folder holds report.md, which is written last, win_rates.csv, the figure, samples.jsonl, and
+what a second call does not make again: responses/ and verdicts/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpojax import storage
+from dpojax.config.command_line import ArgumentParser
+from dpojax.evaluation.judging.asking import Judged, estimate, judge_comparisons
+from dpojax.evaluation.judging.cache import VerdictCache
+from dpojax.evaluation.judging.costs import Estimate
+from dpojax.evaluation.judging.judge import Judge
+from dpojax.evaluation.judging.open_judge import open_judge
+from dpojax.evaluation.judging.verdicts import Comparison
+from dpojax.runs.command import run_command
+from dpojax.runs.judging_settings import Settings, Side, settings_from_json
+from dpojax.runs.responses import share_cut
+from dpojax.runs.sides import Request, describe, draw_all, read_prompts, request_against, requests_of
+from dpojax.tables import text_table
+
+__all__ = ["Settings", "Side", "judge", "settings_from_json"]
+
+VERDICTS, SAMPLES, REPORT = "verdicts", "samples.jsonl", "report.md"
+ENDPOINT = ("price_in", "price_out", "concurrency", "requests_per_minute")
+
+Log = Callable[[str], None]
+
+
+class Contest(NamedTuple):
+    """Comparisons of one side, at a temperature and an n of best-of-n, with B.
+
+    Attributes:
+      cut: share of A's responses that reached the limit of tokens.
+    """
+
+    request: Request
+    comparisons: list[Comparison]
+    cut: float
+
+
+def make_contests(settings: Settings, log: Log = lambda line: None) -> list[Contest]:
+    """Draw what is missing, and put the responses of both sides together.
+
+    Raises:
+      DataError: prompts that are missing, or lack a response.
+      ConfigError, OSError, ValueError: as `load_policy` raises them.
+    """
+    prompts, examples = read_prompts(settings)
+    pairs = [
+        (request, request_against(request, settings))
+        for side in settings.a
+        for request in requests_of(side, settings)
+    ]
+    wanted = [request for pair in pairs for request in pair]
+    responses = draw_all(wanted, prompts, examples, settings, log)
+    contests = []
+    for request, against in pairs:
+        comparisons = [
+            Comparison(prompt.id, prompt.text, one.text, of_b[i % len(of_b)].text, prompt.reference)
+            for prompt, of_a, of_b in zip(prompts, responses[request], responses[against])
+            for i, one in enumerate(of_a)
+        ]
+        contests.append(Contest(request, comparisons, share_cut(responses[request])))
+    return contests
+
+
+def open_settings_judge(settings: Settings) -> Judge:
+    """The judge that settings name.
+
+    Raises:
+      JudgeError: it cannot be opened.
+    """
+    endpoint = {}
+    if settings.judge.startswith("openai:"):
+        endpoint = {name: getattr(settings, name) for name in ENDPOINT}
+    return open_judge(
+        settings.judge,
+        template=settings.template,
+        template_file=settings.template_file or None,
+        tie=settings.tie,
+        batch_size=settings.judge_batch_size,
+        **endpoint,
+    )
+
+
+def judge(settings: Settings, log: Log = lambda line: None) -> str:
+    """Judge all sides, write the folder, and return the report.
+
+    Args:
+      log: gets a line now and then.
+
+    Raises:
+      JudgeError: the judge cannot be asked, or would cost too much; a second call goes on.
+      what `make_contests` raises.
+    """
+    out = storage.as_path(settings.out, "out")
+    opened = open_settings_judge(settings)
+    contests = make_contests(settings, log)
+    judged = _ask(settings, opened, contests, log)
+    _write_samples(out / SAMPLES, contests, judged)
+    return _write_report(out, settings, contests, judged)
+
+
+def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
+    """What asking the judge would take; responses are drawn, and it is not asked."""
+    contests = make_contests(settings, log)
+    cache = VerdictCache(_verdicts(settings))
+    comparisons = [one for contest in contests for one in contest.comparisons]
+    opened = open_settings_judge(settings)
+    return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
+
+
+def _verdicts(settings: Settings) -> storage.Path:
+    return storage.as_path(settings.verdicts or f"{settings.out}/{VERDICTS}", "verdicts")
+
+
+def _ask(settings: Settings, opened: Judge, contests: Sequence[Contest], log: Log) -> Judged:
+    """Ask about all comparisons together, so that questions which sides share are asked once."""
+    return judge_comparisons(
+        opened,
+        [one for contest in contests for one in contest.comparisons],
+        cache=VerdictCache(_verdicts(settings)),
+        repeat=settings.repeat,
+        seed=settings.seed,
+        max_cost=settings.max_cost,
+        progress=lambda done, count: log(f"{done} of {count} questions are answered"),
+    )
+
+
+def _write_samples(path: storage.Path, contests: Sequence[Contest], judged: Judged) -> None:
+    """One line per comparison, with what the judge says of it."""
+    lines, judgements = [], iter(judged.judgements)
+    for contest in contests:
+        request = contest.request
+        for comparison, judgement in zip(contest.comparisons, judgements):
+            line = {"side": request.side.label, "temperature": request.temperature}
+            line |= {"best_of": request.best_of} | comparison._asdict()
+            line |= {"outcome": judgement.outcome.value, "score": judgement.score}
+            line |= {"judge": [judgement.a_first.text, judgement.b_first.text]}
+            lines.append(json.dumps(line) + "\n")
+    storage.write_text(path, "".join(lines))
+
+
+def _write_report(
+    out: storage.Path, settings: Settings, contests: Sequence[Contest], judged: Judged
+) -> str:
+    judgements = iter(judged.judgements)
+    rows = [["policy", "win rate"]]
+    for contest in contests:
+        scores = [next(judgements).score for _ in contest.comparisons]
+        rows.append([describe(contest.request), f"{np.nanmean(scores):.3f}"])
+    text = "\n".join(text_table(rows)) + "\n"
+    storage.write_text(out / REPORT, text)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command of a job: see above."""
+    parser = ArgumentParser(
+        prog="python -m dpojax.runs.judging", description="Judge policies by their responses."
+    )
+    parser.add_argument("--settings", required=True, help="a JSON file with the fields of Settings")
+    options = parser.parse_args(arguments)
+    path = storage.as_path(options.settings, "--settings")
+    with storage.damage_named(path):
+        settings = settings_from_json(storage.read_json(path, fields={}))
+    judge(settings, log=print)
+
+
+if __name__ == "__main__":
+    run_command(main)
