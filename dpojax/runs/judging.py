@@ -14,6 +14,7 @@ what a second call does not make again: responses/ and verdicts/.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,14 @@ from dpojax.evaluation.judging.verdicts import Comparison
 from dpojax.runs.command import run_command
 from dpojax.runs.judging_settings import Settings, Side, settings_from_json
 from dpojax.runs.responses import share_cut
-from dpojax.runs.sides import Request, describe, draw_all, read_prompts, request_against, requests_of
+from dpojax.runs.sides import (
+    Request,
+    describe,
+    draw_all,
+    read_prompts,
+    request_against,
+    requests_of,
+)
 from dpojax.tables import text_table
 
 __all__ = ["Settings", "Side", "judge", "settings_from_json"]
@@ -138,8 +146,20 @@ def _ask(settings: Settings, opened: Judge, contests: Sequence[Contest], log: Lo
         repeat=settings.repeat,
         seed=settings.seed,
         max_cost=settings.max_cost,
-        progress=lambda done, count: log(f"{done} of {count} questions are answered"),
+        progress=_Paced(log),
     )
+
+
+class _Paced:
+    """Tells how many questions are answered, now and then and at the end."""
+
+    def __init__(self, log: Log, seconds: float = 10.0):
+        self._log, self._seconds, self._last = log, seconds, time.monotonic()
+
+    def __call__(self, done: int, count: int) -> None:
+        if done == count or time.monotonic() - self._last >= self._seconds:
+            self._last = time.monotonic()
+            self._log(f"{done} of {count} questions are answered")
 
 
 def _write_samples(path: storage.Path, contests: Sequence[Contest], judged: Judged) -> None:

@@ -16,6 +16,26 @@ LEAST |= {"limit": 0, "seed": 0, "repeat": 0, "price_in": 0, "price_out": 0, "re
 LEAST |= {"concurrency": 1, "requests_per_minute": 0}
 
 
+def _make_tuples(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            object.__setattr__(settings, name, tuple(value))
+
+
+def _require_temperatures(temperatures: Sequence[float]) -> None:
+    for value in temperatures:
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"temperature = {value}: must be finite and not negative")
+    if not temperatures or len(set(temperatures)) < len(temperatures):
+        raise ConfigError(f"temperatures = {temperatures}: give one or more, each once")
+
+
+def _require_best_of(numbers: Sequence[int]) -> None:
+    if not numbers or len(set(numbers)) < len(numbers) or not all(n >= 1 for n in numbers):
+        raise ConfigError(f"best_of = {numbers}: give one or more numbers from 1, each once")
+
+
 @dataclasses.dataclass(frozen=True)
 class Side:
     """Whose responses are compared.
@@ -187,23 +207,3 @@ def _known(kind: type, values: Mapping[str, Any], what: str) -> Any:
     if missing:
         raise ConfigError(f"{what}: {', '.join(missing)} is missing")
     return kind(**values)
-
-
-def _make_tuples(settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None:
-            object.__setattr__(settings, name, tuple(value))
-
-
-def _require_temperatures(temperatures: Sequence[float]) -> None:
-    for value in temperatures:
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"temperature = {value}: must be finite and not negative")
-    if not temperatures or len(set(temperatures)) < len(temperatures):
-        raise ConfigError(f"temperatures = {temperatures}: give one or more, each once")
-
-
-def _require_best_of(numbers: Sequence[int]) -> None:
-    if not numbers or len(set(numbers)) < len(numbers) or not all(n >= 1 for n in numbers):
-        raise ConfigError(f"best_of = {numbers}: give one or more numbers from 1, each once")

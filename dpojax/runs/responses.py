@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from dpojax.training.reference import fingerprint
 
 FORMAT = "dpojax responses, version 1"  # changes when the same drawing gives other responses
 FILE, SETTINGS = "responses.jsonl", "drawing.json"
+LOG_SECONDS = 10.0  # between two lines of the log
 AT_ONCE = 32  # samples of a prompt that share its reading
 
 Log = Callable[[str], None]
@@ -75,7 +77,7 @@ class PolicyResponses:
       policy: see `runs.policy.load_policy`.
       folder: of all drawings.
       batch_size: responses that are drawn at a time; a kill loses as many.
-      log: gets a line per batch.
+      log: gets a line now and then.
     """
 
     def __init__(
@@ -127,9 +129,7 @@ class PolicyResponses:
             ]
             if missing:
                 self._draw_missing(missing, drawing, path, there)
-        return [
-            [there[name, number] for number in range(drawing.drawn_samples)] for name in names
-        ]
+        return [[there[name, number] for number in range(drawing.drawn_samples)] for name in names]
 
     def _name(self, drawing: Drawing) -> str:
         """The drawing's folder: responses of other numbers of samples share it."""
@@ -157,6 +157,7 @@ class PolicyResponses:
         at_once = max(len(block) for _, _, block in missing)
         size = max(1, self.batch_size // at_once)
         missing = sorted(missing, key=lambda one: len(one[1]))
+        told = time.monotonic()
         with storage.LineWriter(path) as lines:
             for start in range(0, len(missing), size):
                 batch = missing[start : start + size]
@@ -179,7 +180,10 @@ class PolicyResponses:
                             there[name, number] = response
                             line = {"prompt": name, "sample": number} | response._asdict()
                             lines.write(json.dumps(line))
-                self.log(f"{min(start + size, len(missing))} of {len(missing)} drawn")
+                done = min(start + size, len(missing))
+                if done == len(missing) or time.monotonic() - told >= LOG_SECONDS:
+                    told = time.monotonic()
+                    self.log(f"{done} of {len(missing)} are drawn")
 
 
 def best_responses(
