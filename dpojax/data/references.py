@@ -19,7 +19,7 @@ from dpojax.data.prompts import EMBEDDED, PREFIXES, read_prompts
 from dpojax.data.records import DataError, Record
 from dpojax.data.records.columns import Columns, read_columns
 from dpojax.data.records.forms import detect
-from dpojax.data.records.record import Content, RecordError, kind_of, said
+from dpojax.data.records.record import Content, RecordError, kind_of, message_text
 from dpojax.data.report import Report
 from dpojax.data.tokenise import tokenise
 from dpojax.data.tokenize_config import TokenizeConfig
@@ -213,8 +213,8 @@ def as_text(content: Content, alone: str) -> str:
     if isinstance(content, str):
         return content
     if len(content) == 1 and content[0]["role"] == alone:
-        return said(content[0])
-    return "\n\n".join(f"{message['role']}: {said(message)}" for message in content)
+        return message_text(content[0])
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in content)
 
 
 def _distinct(prompts: Iterator[ReferencedPrompt]) -> Iterator[ReferencedPrompt]:
