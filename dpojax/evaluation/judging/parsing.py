@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from dpojax.evaluation.judging.verdicts import Choice
 
 _THOUGHTS = re.compile(r"<(think|thinking|reasoning|thought)>.*?(</\1>|\Z)", re.DOTALL | re.I)
 _THOUGHTS_END = re.compile(r"</(?:think|thinking|reasoning|thought)>", re.I)
-_DECORATION = re.compile(r"</?[\w|]{1,20}>|<\|\w{1,20}\|>|\\boxed|[*_`#>\[\]\"'“”‘’«»|\\{}$]")
+_QUOTES = r"\"'\u2018-\u201f\u00ab\u00bb"
+_DECORATION = re.compile(
+    rf"</?[\w|]{{1,20}}>|<\|\w{{1,20}}\|>|\\boxed|[*_`#>\[\]|\\{{}}${_QUOTES}]"
+)
 
 _NOUN = (
     r"(?i:(?:the\s+)?(?:summary|response|answer|option|candidate|assistant|reply|text|completion|"
@@ -31,7 +35,7 @@ _LABELS = [
     )
 ]
 _LETTER = re.compile(
-    rf"\W*{_NOUN}\(?([ab])\)?(?:$|\s*[.,;:!?()–—-](.*)|\s+(?:because|since|as|over|is|for)\b)",
+    rf"\W*{_NOUN}\(?([ab])\)?(?:$|\s*[.,;:!?()\u2013\u2014-](.*)|\s+(?:because|since|as|over|is|for)\b)",
     re.IGNORECASE,
 )
 _ONE_MORE_LETTER = re.compile(rf"\W*(?:and\b|or\b|&|/)?\s*{_NOUN}[ab]\W*$", re.IGNORECASE)
@@ -56,7 +60,8 @@ def parse_verdict(reply: str, *, allows_ties: bool = False) -> Choice:
       UNPARSED where no line names one response, or where the line names both. A tie is UNPARSED,
       too, where the judge was not offered it.
     """
-    text = _THOUGHTS_END.split(_THOUGHTS.sub("", reply))[-1].replace("：", ":")
+    text = _THOUGHTS_END.split(_THOUGHTS.sub("", reply))[-1]
+    text = unicodedata.normalize("NFKC", text)  # a full-width colon is a colon
     lines = [_DECORATION.sub("", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
     if not lines:

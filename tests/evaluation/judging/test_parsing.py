@@ -14,6 +14,8 @@ FIRST = [
     "Preferred: Summary A",
     "Preferred summary: A",
     "Preferred: 'A'.",
+    "Preferred: \u201cA\u201d",
+    "Preferred\uff1aA",  # a full-width colon
     "- Preferred: A\n\n",
     "Preferred: A\r\n",
     "Preferred: (A)",
