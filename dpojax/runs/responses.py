@@ -204,13 +204,18 @@ def best_responses(
     """
     if n == 1 or reward is None:
         return [list(of_prompt) for of_prompt in responses]
-    best = []
-    for prompt, of_prompt in zip(prompts, responses):
-        distinct = list(dict.fromkeys(response.text for response in of_prompt))
-        scores = dict(zip(distinct, reward([prompt] * len(distinct), distinct).tolist()))
-        groups = [of_prompt[start : start + n] for start in range(0, len(of_prompt), n)]
-        best.append([max(group, key=lambda one: scores[one.text]) for group in groups])
-    return best
+    texts = dict.fromkeys(
+        (prompt, one.text) for prompt, of_prompt in zip(prompts, responses) for one in of_prompt
+    )
+    values = reward([prompt for prompt, _ in texts], [text for _, text in texts])
+    scores = dict(zip(texts, values.tolist()))
+    return [
+        [
+            max(of_prompt[start : start + n], key=lambda one: scores[prompt, one.text])
+            for start in range(0, len(of_prompt), n)
+        ]
+        for prompt, of_prompt in zip(prompts, responses)
+    ]
 
 
 def share_cut(responses: Sequence[Sequence[Response]]) -> float:
