@@ -32,7 +32,6 @@ from dpojax.storage.lines import (
     LineWriter,
     read_lines,
     read_records,
-    rewrite_lines,
     rewrite_records,
 )
 from dpojax.storage.locks import Locked, lock, lost_locks
@@ -68,7 +67,6 @@ __all__ = [
     "replacing",
     "replacing_folder",
     "require_checksum",
-    "rewrite_lines",
     "rewrite_records",
     "share_folder",
     "write_bytes",

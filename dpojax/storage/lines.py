@@ -38,8 +38,7 @@ class LineWriter:
         self._closed = False
         if is_local(path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if _is_torn(self.path):
-                rewrite_lines(path, keep=_always)
+            _remove_torn_line(self.path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         else:
             self._lines = read_lines(path)
@@ -116,15 +115,6 @@ def read_lines(path: PathLike) -> list[str]:
     return data.decode(errors="replace").split("\n")[:-1]
 
 
-def rewrite_lines(path: PathLike, keep: Callable[[str], bool]) -> None:
-    """Rewrite a file with the whole lines for which `keep(line)` is true: all or nothing.
-
-    A file that is not there stays so.
-    """
-    if Path(path).exists():
-        write_text(path, "".join(line + "\n" for line in read_lines(path) if keep(line)))
-
-
 def read_records(path: PathLike) -> list[dict[str, Any]]:
     """Return the JSON objects in a file of lines, one for each whole line; [] if there is no file.
 
@@ -166,14 +156,9 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _always(line: str) -> bool:
-    return True
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether a local file ends within a line."""
-    if not path.exists() or not os.path.getsize(path):
-        return False
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+def _remove_torn_line(path: Path) -> None:
+    """Cut a local file behind its last end of line."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Iterator
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from dpojax import peers, stopping, storage
+from dpojax import peers, sharding, stopping, storage
 from dpojax.stopping import Preempted
 
 __all__ = ["Preempted", "StopSignal", "forget_stop"]
@@ -34,7 +32,7 @@ class StopSignal:
 
     def __init__(self):
         self._entered = contextlib.ExitStack()
-        self._told = False  # the others, that this process is asked to stop
+        self._passed_on = False  # the signal, to the other processes
 
     @property
     def asked(self) -> bool:
@@ -85,7 +83,7 @@ class StopSignal:
           storage.Locked: a process has lost a lock, so none of them may save.
         """
         stops = self._exchange(step)
-        if stops and _any_process(bool(lost := storage.lost_locks())):
+        if stops and sharding.any_process(bool(lost := storage.lost_locks())):
             folders = ", ".join(lost) or "the workdir"  # processes without the lock know no name
             raise storage.Locked(f"{folders}: another process took over; nothing more is saved")
         return stops
@@ -95,12 +93,12 @@ class StopSignal:
         if jax.process_count() == 1:
             return bool(stopping.received())
         if link := peers.current():
-            if stopping.received() and not self._told:
-                self._told = True
+            if stopping.received() and not self._passed_on:
+                self._passed_on = True
                 link.ask_to_stop()
             return link.agreed()
         if not StopSignal._agreed and step % EXCHANGE == 0:
-            StopSignal._agreed = _any_process(bool(stopping.received()))
+            StopSignal._agreed = sharding.any_process(bool(stopping.received()))
         return StopSignal._agreed
 
     def _raise_if_asked(self, message: str) -> None:
@@ -112,10 +110,3 @@ def forget_stop() -> None:
     """Forget a signal that has stopped nothing yet."""
     stopping.forget()
     StopSignal._agreed = False
-
-
-def _any_process(value: bool) -> bool:
-    """Whether a value is True in any process; they wait for each other."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.process_allgather(np.array(value)).any())

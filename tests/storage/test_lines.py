@@ -21,10 +21,6 @@ def test_lines_are_appended_and_a_torn_one_at_the_end_is_dropped(folder):
         writer.flush()
         assert storage.read_lines(path) == ["first", "zweité", "third"]
     assert path.read_bytes().endswith(b"\nthird\n")
-    storage.rewrite_lines(path, lambda line: line != "first")
-    assert storage.read_lines(path) == ["zweité", "third"]
-    storage.rewrite_lines(folder / "nothing", lambda line: True)
-    assert names(folder) == ["log"]
 
 
 def test_a_line_with_an_end_in_it_and_one_after_the_close_are_refused(folder):
@@ -51,9 +47,17 @@ def test_a_local_line_is_there_at_once_and_a_buckets_after_a_while(folder, monke
     assert len(uploads) == (0 if storage.is_local(folder) else 2)
 
 
+def test_rewriting_leaves_the_records_that_are_wanted_and_makes_no_file(folder):
+    storage.write_text(folder / "x", '{"step": 1}\n{"step": 2}\n')
+    storage.rewrite_records(folder / "x", lambda record: record["step"] == 2)
+    assert storage.read_lines(folder / "x") == ['{"step": 2}']
+    storage.rewrite_records(folder / "nothing", lambda record: True)
+    assert names(folder) == ["x"]
+
+
 def test_rewriting_that_fails_leaves_all_lines(folder, failing_write):
-    storage.write_text(folder / "x", "1\n2\n")
+    storage.write_text(folder / "x", '{"step": 1}\n{"step": 2}\n')
     failing_write()
     with pytest.raises(OSError, match="no space left"):
-        storage.rewrite_lines(folder / "x", lambda line: False)
-    assert storage.read_lines(folder / "x") == ["1", "2"]
+        storage.rewrite_records(folder / "x", lambda record: False)
+    assert len(storage.read_records(folder / "x")) == 2
