@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -156,8 +156,8 @@ class FirstProcessFailed(RuntimeError):
     """The first process of a run has failed; its own message says why."""
 
 
-def on_first_process(action: Callable[[], None]) -> None:
-    """The first process does something; the others wait until it is done.
+def on_first_process(action: Callable[..., None], *arguments: Any) -> None:
+    """The first process calls action(*arguments); the others wait until it is done.
 
     Raises:
       what `action` raises, on the first process; FirstProcessFailed on the others.
@@ -165,7 +165,7 @@ def on_first_process(action: Callable[[], None]) -> None:
     error = None
     if jax.process_index() == 0:
         try:
-            action()
+            action(*arguments)
         except Exception as raised:
             error = raised
     failed = agreed(error is not None)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from dpojax.config.errors import ConfigError
+
 
 def read_config(path: str) -> ConfigDict:
     """The config of a file, locked.
@@ -23,7 +25,6 @@ def read_config(path: str) -> ConfigDict:
     Raises:
       ConfigError: naming the file, and the line where its code fails.
     """
-    from dpojax.config.errors import ConfigError
     from dpojax.config.saved import config_from_json
 
     if path.endswith(".json"):
@@ -56,8 +57,6 @@ def load_config_file(path: str) -> types.ModuleType:
     Raises:
       ConfigError: naming the file, and the line where its code fails.
     """
-    from dpojax.config.errors import ConfigError
-
     file = split_variant(path)[0]
     if not pathlib.Path(file).is_file():
         what = "a folder, not a file" if pathlib.Path(file).is_dir() else "there is no such file"
@@ -80,8 +79,6 @@ def split_variant(path: str) -> tuple[str, str, str]:
 @contextlib.contextmanager
 def failing_at_its_line(file: str) -> Iterator[None]:
     """Raise what the code of a config file raises as a ConfigError that begins with FILE:LINE."""
-    from dpojax.config.errors import ConfigError
-
     try:
         yield
     except ConfigError:
@@ -100,8 +97,6 @@ def failing_at_its_line(file: str) -> Iterator[None]:
 
 def _require_finite(config: ConfigDict, file: str, prefix: str = "config") -> None:
     """Raise ConfigError for a number that is NaN or infinite."""
-    from dpojax.config.errors import ConfigError
-
     for name in config:
         value = config.get(name)
         if isinstance(value, ConfigDict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -91,23 +91,27 @@ def arrow_rows(file: storage.Path) -> Iterator[tuple[dict, int]]:
 
 
 def _numbered(batches: Any, schema: pa.Schema) -> Iterator[tuple[dict, int]]:
-    finish, number = decoder_of(schema), 0
+    decoded, number = _decoder_of(schema), 0
     for batch in batches:
         for start in range(0, len(batch), ROWS):
             for row in batch.slice(start, ROWS).to_pylist():
                 number += 1
-                yield without_invented_nulls(finish(row)), number
+                yield without_invented_nulls(decoded(row)), number
 
 
-def decoder_of(schema: pa.Schema) -> Any:
+def _decoder_of(schema: pa.Schema) -> Callable[[dict], dict]:
     """What turns a row of Arrow's into what `datasets` would give, where it wrote the table."""
     described = (schema.metadata or {}).get(b"huggingface")
     if described is None or "features" not in json.loads(described).get("info", {}):
-        return lambda row: row
+        return dict
     import datasets
 
     features = datasets.Features.from_arrow_schema(schema)
-    return lambda row: with_class_names(features.decode_example(row), features)
+
+    def decoded(row: dict) -> dict:
+        return with_class_names(features.decode_example(row), features)
+
+    return decoded
 
 
 def with_class_names(row: dict, features: Mapping[str, Any]) -> dict:

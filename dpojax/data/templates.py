@@ -1,7 +1,7 @@
 """Chat templates: the text of a record's messages, or why the template refuses them.
 
 A template is a program that came with a model. `transformers` renders it in a sandbox, where it
-reaches no file. It may still loop for ever or fill the memory: `data.workers` renders in a process
+reaches no file. It may still loop for ever or fill the memory: `data.worker` renders in a process
 with limits.
 """
 

@@ -218,7 +218,11 @@ def _log_odds_of(
     if problem_type == "regression":
         return None
     if problem_type == "multi_label_classification" or labels == 1:
-        return lambda logits: logits[:, index]
+
+        def of_the_label(logits: NDArray) -> NDArray:
+            return logits[:, index]
+
+        return of_the_label
 
     def against_the_others(logits: NDArray) -> NDArray:
         others = np.delete(logits, index, axis=1)
@@ -415,6 +419,10 @@ def _open_reviews(argument: str, mesh: Mesh | None, batch_size: int) -> Reward:
     return exact_reviews(argument or "probability")
 
 
+def _no_folder(argument: str) -> str:
+    return ""
+
+
 def _folder_and_label(argument: str) -> tuple[str, str]:
     """Of FOLDER or FOLDER:LABEL; a folder's name may have a colon, too."""
     folder, colon, label = argument.rpartition(":")
@@ -472,7 +480,7 @@ def _require_one_label(folder: str, labels: Sequence[str]) -> None:
 
 KINDS: dict[str, RewardKind] = {
     "reviews": RewardKind(
-        "reviews, reviews:log_odds", _open_reviews, lambda argument: "", needs_argument=False
+        "reviews, reviews:log_odds", _open_reviews, _no_folder, needs_argument=False
     ),
     "classifier": RewardKind(
         "classifier:FOLDER, classifier:FOLDER:LABEL", _open_classifier, _classifier_folder

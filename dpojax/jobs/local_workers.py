@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import NoReturn
 
 import jax
 from absl import logging
@@ -152,7 +153,7 @@ def _settle(shares) -> None:
     A SIGTERM between two jobs unwinds: a process that died at once would take the lock of the
     jobs' queue with it, and the others would wait for that forever.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    signal.signal(signal.SIGTERM, _unwind)
     for number in SIGNALS:
         if number != signal.SIGTERM:  # the parent sees the others, and ends us by a SIGTERM
             signal.signal(number, signal.SIG_IGN)
@@ -167,6 +168,10 @@ def _settle(shares) -> None:
             time.sleep(5)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _unwind(*_: object) -> NoReturn:
+    sys.exit(STOPPED)
 
 
 def _cores() -> list[int]:

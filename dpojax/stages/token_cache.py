@@ -91,24 +91,25 @@ def _kept(
         stores.append(FileStore(unfinished.parent / f"{len(stores)}.arrow"))
         return stores[-1]
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [store.close() for store in stores])
-        try:
-            with _writing(storage.replacing(file)) as unfinished:
-                data = load(new_store)
-                if name is None or key() != name or jax.process_index():
-                    raise _NotToKeep
-                reports = {part: report.to_content() for part, report in data.reports.items()}
-                about = {"labels": data.labels, "reports": reports, "sources": data.sources}
-                stores[-1].seal(about)
-                os.replace(stores[-1].path, unfinished)
-        except _NotToKeep:
-            reason = "the data changed meanwhile, or nothing tells what the tokenizer does"
-            return data._replace(file_note=f"not kept: {reason}")
-        except NotStored as error:
-            if data is None:
-                raise
-            return data._replace(file_note=f"not kept: {error}")
+    try:
+        with _writing(storage.replacing(file)) as unfinished:
+            data = load(new_store)
+            if name is None or key() != name or jax.process_index():
+                raise _NotToKeep
+            reports = {part: report.to_content() for part, report in data.reports.items()}
+            about = {"labels": data.labels, "reports": reports, "sources": data.sources}
+            stores[-1].seal(about)
+            os.replace(stores[-1].path, unfinished)
+    except _NotToKeep:
+        reason = "the data changed meanwhile, or nothing tells what the tokenizer does"
+        return data._replace(file_note=f"not kept: {reason}")
+    except NotStored as error:
+        if data is None:
+            raise
+        return data._replace(file_note=f"not kept: {error}")
+    finally:
+        for store in stores:
+            store.close()
     return data._replace(file=file, file_note=f"kept in {file}")
 
 

@@ -15,7 +15,6 @@ import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -86,7 +85,7 @@ def run_sweep(
         sharding.start_distributed()
     require_writable(folder)
     with workdir_lock(folder), shared_programs(config.compilation_cache):
-        sharding.on_first_process(partial(_write_plan, config, changes, runs, folder))
+        sharding.on_first_process(_write_plan, config, changes, runs, folder)
         plan = read_plan(folder)
         run_jobs_in_terminal([_job(group, folder) for group in plan["groups"]])
         sharding.agreed(True)  # whatever failures the first process wrote are there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dpojax.data.records import dialogues
@@ -165,7 +165,7 @@ def comparison(fields: Fields) -> Record:
 def has_verdict(row: Mapping[str, Any]) -> bool:
     """Whether a row has two answers and says which is better."""
     names = _two_answers(row)
-    return names is not None and _verdict_of(row, names) is not None
+    return names is not None and _verdict_field(row, names) is not None
 
 
 def judged(fields: Fields) -> Record | Reject:
@@ -175,10 +175,11 @@ def judged(fields: Fields) -> Record | Reject:
         raise DataError(
             f"{fields.id}: form judged needs two answers, such as response_a, response_b"
         )
-    verdict = _verdict_of(fields.row, names)
-    if verdict is None:
+    field = _verdict_field(fields.row, names)
+    if field is None:
         raise fields.error("winner", "the name of the better answer")
-    preference = verdict(fields, names)  # above 0: the second is better
+    read_verdict = VERDICTS.get(field, _by_scores)
+    preference = read_verdict(fields, field, names)  # above 0: the second is better
     scores = _scores_of(fields, names, preference)
     first, second = _turns(fields, names) or tuple(fields.content(name) for name in names)
     order = (1, 0) if preference > 0 else (0, 1)
@@ -243,21 +244,19 @@ def _turns(fields: Fields, names: tuple[str, str]) -> tuple[Messages, Messages] 
     return turns[0], turns[1]
 
 
-Verdict = Callable[[Fields, tuple[str, str]], float]
+def _verdict_field(row: Mapping[str, Any], names: tuple[str, str]) -> str | None:
+    """The field that says which answer is better, which may be the score of the first; or None."""
+    verdicts = [name for name in VERDICTS if name in row]
+    if verdicts:
+        return next((name for name in verdicts if row[name] is not None), verdicts[0])
+    scores = _score_names(names)
+    return scores[0] if all(name in row for name in scores) else None
 
 
-def _verdict_of(row: Mapping[str, Any], names: tuple[str, str]) -> Verdict | None:
-    """What reads the verdict of a row: a number that is above 0 if the second answer is better."""
-    there = [name for name in VERDICTS if name in row]
-    there.sort(key=lambda name: row[name] is None)  # one that is null says nothing
-    if there:
-        return lambda fields, names: VERDICTS[there[0]](fields, there[0], names)
-    if all(name in row for name in _score_names(names)):
-        return _by_scores
-    return None
+# These read a verdict: a number that is above 0 if the second answer is better.
 
 
-def _by_scores(fields: Fields, names: tuple[str, str]) -> float:
+def _by_scores(fields: Fields, field: str, names: tuple[str, str]) -> float:
     first, second = (fields.number(name) for name in _score_names(names))
     return second - first
 

@@ -156,7 +156,7 @@ def open_steps(folder: storage.Path, *, replace_damaged: bool) -> Steps:
     Raises:
       CheckpointError: there are checkpoints, and all of them are damaged.
     """
-    sharding.on_first_process(lambda: _remove_leftovers(folder))
+    sharding.on_first_process(_remove_leftovers, folder)
     steps = examine_steps(folder)
     if steps.damaged and not steps.complete and not replace_damaged:
         reasons = "; ".join(f"{step}: {steps.damaged[step]}" for step in sorted(steps.damaged))
@@ -164,7 +164,7 @@ def open_steps(folder: storage.Path, *, replace_damaged: bool) -> Steps:
             f"{folder}: no checkpoint can be read ({reasons}); put the files back, "
             + _begin_again(folder)
         )
-    sharding.on_first_process(lambda: _set_aside_damaged(folder, steps))
+    sharding.on_first_process(_set_aside_damaged, folder, steps)
     return steps
 
 

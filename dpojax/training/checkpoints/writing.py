@@ -37,7 +37,7 @@ def begin_writing(folder: storage.Path, step: int, state: Any) -> Callable[[], N
     """
     parent = _place(folder, step).parent
     if storage.is_local(folder):
-        sharding.on_first_process(lambda: _make_empty(parent))
+        sharding.on_first_process(_make_empty, parent)
     context = ocp.Context()
     # A folder that cannot be made is an error here. In Orbax's thread others would wait for it.
     context.async_options.create_directories_asynchronously = False
