@@ -27,7 +27,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 SHARE = (0.0, 1.0)  # ends of the scale of a share
 SIGNED = (-1.0, 1.0)  # ends of the scale of a difference of shares
-_MASSES = {SHARE: 1.0, SIGNED: 0.5}  # weight of each pseudo-prompt, in prompts
+MASSES = {SHARE: (1.0, 1.0), SIGNED: (0.5, 0.5)}  # weights of the pseudo-prompts, in prompts
 
 
 class Measured(NamedTuple):
@@ -48,21 +48,18 @@ def _weights(prompts: int, resamples: int, seed: int) -> Array:
     return weights
 
 
-def prompt_weights(
-    prompts: int,
-    ends: tuple[float, float] = SHARE,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[Array, Array]:
-    """Random weights of the resamples, for statistics that are fitted anew in each of them.
+def prompt_weights(prompts: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Random weights of the prompts, [resamples, prompts], with mean 1; read-only."""
+    return _weights(prompts, resamples, seed)
 
-    Returns:
-      weights of the prompts, [resamples, prompts], read-only, and of the two pseudo-prompts,
-      [resamples, 2].
+
+def pseudo_weights(masses: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Random weights of pseudo-prompts, [resamples, pseudo-prompts].
+
+    Args:
+      masses: the mean of each weight; a prompt has 1.
     """
-    pseudo = np.random.default_rng([seed, 1]).standard_gamma(_MASSES[ends], (resamples, 2))
-    return _weights(prompts, resamples, seed), pseudo
+    return np.random.default_rng([seed, 1]).standard_gamma(masses, (resamples, len(masses)))
 
 
 def interval(value: float, resampled: ArrayLike) -> Measured:
@@ -95,7 +92,8 @@ def ratio(
     if not counted.any():
         return UNKNOWN
     size = denominators[counted].mean()  # of a pseudo-prompt
-    weights, pseudo = prompt_weights(len(numerators), ends, resamples=resamples, seed=seed)
+    weights = prompt_weights(len(numerators), resamples=resamples, seed=seed)
+    pseudo = pseudo_weights(MASSES[ends], resamples=resamples, seed=seed)
     tops = weights @ np.where(counted, numerators, 0) + size * (pseudo @ np.array(ends))
     bottoms = weights @ denominators + size * pseudo.sum(1)
     value = numerators[counted].sum() / denominators.sum()

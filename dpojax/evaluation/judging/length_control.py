@@ -22,12 +22,15 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from dpojax.evaluation.judging.bootstrap import (
+    MASSES,
     RESAMPLES,
+    SHARE,
     Array,
     Measured,
     index_prompts,
     interval,
     prompt_weights,
+    pseudo_weights,
 )
 from dpojax.evaluation.judging.verdicts import Judgement
 
@@ -79,7 +82,8 @@ def length_controlled(
         return None
     shares = 1 / np.bincount(prompts)[prompts]  # a prompt's comparisons weigh 1 in all
     (policy,), fitted = _fit(gaps, scores, shares[None], pseudo=np.zeros((1, 2)))
-    weights, pseudo = prompt_weights(int(prompts.max()) + 1, resamples=resamples, seed=seed)
+    weights = prompt_weights(int(prompts.max()) + 1, resamples=resamples, seed=seed)
+    pseudo = pseudo_weights(MASSES[SHARE], resamples=resamples, seed=seed)
     parts = math.ceil(resamples * len(scores) / LARGEST)  # a part takes some 200 MiB
     fits = [
         _fit(gaps, scores, part[:, prompts] * shares, pseudo_part)

@@ -40,6 +40,7 @@ class Side:
       temperature: of sampling; None if it is not known (responses from a file).
       best_of: how many responses a reward chose the judged one from.
       step: of training; None if the policy is a finished one.
+      cut: share of A's responses that ended at the limit of new tokens; None if it is not known.
     """
 
     policy: str
@@ -49,6 +50,7 @@ class Side:
     temperature: float | None = None
     best_of: int = 1
     step: int | None = None
+    cut: float | None = None
 
     @property
     def ids(self) -> list[str]:
@@ -58,14 +60,7 @@ class Side:
     @property
     def label(self) -> str:
         """Policy and setting in a few words."""
-        settings = []
-        if self.best_of > 1:
-            settings.append(f"best of {self.best_of}")
-        if self.temperature is not None:
-            settings.append(f"temperature {self.temperature:g}")
-        if self.step is not None:
-            settings.append(f"step {self.step}")
-        return ", ".join([self.policy, *settings])
+        return label(self.policy, self.temperature, self.best_of, self.step)
 
 
 class Row(NamedTuple):
@@ -75,7 +70,8 @@ class Row(NamedTuple):
       length_controlled: win rate at equal lengths; None if it is not known.
       length_a: mean length of A's responses, in the result's unit.
       length_b: of B's.
-      repeatability: None if nothing was asked again.
+      repeatability: None if nothing of this side was asked again.
+      cut: see `Side`.
     """
 
     policy: str
@@ -87,6 +83,12 @@ class Row(NamedTuple):
     length_a: float
     length_b: float
     repeatability: Repeatability | None
+    cut: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Policy and setting in a few words."""
+        return label(self.policy, self.temperature, self.best_of, self.step)
 
 
 class NamedDifference(NamedTuple):
@@ -120,6 +122,7 @@ class Result:
       is_symmetric: the judge was asked in one order.
       length_unit: of the rows' lengths.
       facts: what else the report is to show, name -> value, such as the prompts' file.
+      repeatability: of the judge, over all sides; None if nothing was asked again.
     """
 
     judge: str
@@ -132,6 +135,23 @@ class Result:
     is_symmetric: bool = False
     length_unit: str = "characters"
     facts: dict[str, str] = field(default_factory=dict)
+    repeatability: Repeatability | None = None
+
+
+def label(policy: str, temperature: float | None, best_of: int, step: int | None) -> str:
+    """Policy and setting in a few words.
+
+    >>> label("DPO", 0.5, best_of=4, step=None)
+    'DPO, best of 4, temperature 0.5'
+    """
+    settings = [policy]
+    if best_of > 1:
+        settings.append(f"best of {best_of}")
+    if temperature is not None:
+        settings.append(f"temperature {temperature:g}")
+    if step is not None:
+        settings.append(f"step {step}")
+    return ", ".join(settings)
 
 
 def summarise(
@@ -145,6 +165,7 @@ def summarise(
     length: Callable[[str], float] = len,
     length_unit: str = "characters",
     facts: dict[str, str] | None = None,
+    repeats: Sequence[tuple[Reply, Reply]] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Result:
@@ -153,6 +174,7 @@ def summarise(
     Args:
       sides: all judged by one judge against one opponent.
       length: of a response, for the length-controlled win rate.
+      repeats: of questions that were asked again, beside those of the sides.
       seed: of resamples, and of the choice of examples.
     """
     options = dict(resamples=resamples, seed=seed)
@@ -170,6 +192,7 @@ def summarise(
         is_symmetric=is_symmetric,
         length_unit=length_unit,
         facts=dict(facts or {}),
+        repeatability=repeatability([*repeats, *(pair for side in sides for pair in side.repeats)]),
     )
 
 
@@ -187,6 +210,7 @@ def _row(side: Side, is_symmetric: bool, length: Callable[[str], float], options
         float(lengths_a.mean()) if len(lengths_a) else math.nan,
         float(lengths_b.mean()) if len(lengths_b) else math.nan,
         repeatability(side.repeats),
+        side.cut,
     )
 
 
