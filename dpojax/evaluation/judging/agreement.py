@@ -1,7 +1,7 @@
 """Is a judge to be believed? Its choices against human ones, and those of humans among themselves.
 
-A judge *decides* a comparison if it says the same in both orders and no tie: the outcome is a win or
-a loss. It is *right* if humans chose the same response.
+A judge *decides* a comparison if it prefers the same response in both orders. It is *right* if a
+human chose that response.
 
 * accuracy = right / all comparisons. Ties, inconsistent and unparsed judgements are not right.
 * accuracy of decided comparisons = right / (right + wrong).
@@ -24,12 +24,14 @@ from numpy.typing import ArrayLike
 
 from dpojax.evaluation.judging.bootstrap import (
     RESAMPLES,
+    SHARE,
     UNKNOWN,
     Array,
     Measured,
     index_prompts,
     interval,
     prompt_weights,
+    pseudo_size,
     pseudo_weights,
     ratio,
 )
@@ -48,7 +50,7 @@ class Agreement(NamedTuple):
       kappa: Cohen's, over those that the judge decided.
       right: human choices that equal the judge's.
       wrong: human choices that contradict the judge's.
-      undecided: human choices by the judge's outcome, where that is a tie, inconsistent or unparsed.
+      undecided: human choices where the judge's outcome is a tie, inconsistent or unparsed.
       human_ties: rows that were left out because the human called a tie or chose nothing.
       prompts: how many have a human choice.
     """
@@ -126,8 +128,8 @@ def agreement(
     hits = sum(_DECIDED.get(outcome) == side for outcome, side in zip(outcomes, sides))
     counts = collections.Counter(outcomes)
     return Agreement(
-        accuracy=ratio(right, decided + undecided, **options),
-        decided_accuracy=ratio(right, decided, **options),
+        accuracy=_share(right, decided + undecided, **options),
+        decided_accuracy=_share(right, decided, **options),
         kappa=_kappa(tables, **options),
         right=hits,
         wrong=sum(counts[outcome] for outcome in _DECIDED) - hits,
@@ -199,7 +201,7 @@ def human_agreement(
         for pair in ordered:
             tables[prompt][pair] += 1 / len(ordered)
     options = dict(resamples=resamples, seed=seed)
-    same = ratio(tables.trace(axis1=1, axis2=2), tables.sum((1, 2)), **options)
+    same = _share(tables.trace(axis1=1, axis2=2), tables.sum((1, 2)), **options)
     return HumanAgreement(same, _kappa(tables, **options), len(several), pairs)
 
 
@@ -217,18 +219,25 @@ def cohen_kappa(table: ArrayLike) -> Array:
         return (observed - chance) / (1 - chance)
 
 
+def _share(hits: Array, comparisons: Array, *, resamples: int, seed: int) -> Measured:
+    """Hits / comparisons, both [prompts]."""
+    per_prompt = comparisons.sum() / max(1, (comparisons > 0).sum())
+    return ratio(hits, comparisons, per_prompt=per_prompt, resamples=resamples, seed=seed)
+
+
 def _kappa(tables: Array, *, resamples: int, seed: int) -> Measured:
     """Cohen's kappa of the sum of the prompts' tables, [prompts, 2, 2].
 
-    Half a pseudo-prompt in each cell: as much as the interval of the accuracy has.
+    Half a pseudo-prompt in each cell: as much as the interval of the share of hits has.
     """
     value = cohen_kappa(tables.sum(0))
     if not np.isfinite(value):
         return UNKNOWN
-    totals = tables.sum((1, 2))
+    hits, totals = tables.trace(axis1=1, axis2=2), tables.sum((1, 2))
+    size = pseudo_size(hits, totals, SHARE, totals.sum() / (totals > 0).sum())
     weights = prompt_weights(len(tables), resamples=resamples, seed=seed)
     pseudo = pseudo_weights([0.5] * 4, resamples=resamples, seed=seed)
-    cells = weights @ tables.reshape(-1, 4) + totals[totals > 0].mean() * pseudo
+    cells = weights @ tables.reshape(-1, 4) + size * pseudo
     return interval(value, cohen_kappa(cells.reshape(-1, 2, 2)))
 
 

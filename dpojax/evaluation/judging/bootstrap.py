@@ -8,8 +8,9 @@ statistic over the resamples.
 An ordinary bootstrap of a judge that prefers A on all of 50 prompts gives the interval [1, 1]. Two
 pseudo-prompts, one at each end of the scale, mend that. For a share they weigh as much as a prompt
 each: of k wins on n prompts the interval is that of Beta(k + 1, n - k + 1). For a number between -1
-and 1 they weigh half a prompt each, as in Agresti & Min 2005. They affect intervals only, never the
-values.
+and 1 they weigh half a prompt each, as in Agresti & Min 2005. Where a prompt has k comparisons, a
+pseudo-prompt is made smaller, down to 1/k of that, as far as these are independent of each other.
+Pseudo-prompts affect intervals only, never the values.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def ratio(
     denominators: ArrayLike,
     ends: tuple[float, float] = SHARE,
     *,
+    per_prompt: float = 1.0,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Measured:
@@ -83,6 +85,7 @@ def ratio(
       numerators: [prompts].
       denominators: [prompts], not negative; a prompt with 0 counts for nothing.
       ends: smallest and largest value that the ratio can have: `SHARE` or `SIGNED`.
+      per_prompt: comparisons per prompt.
 
     Returns:
       `UNKNOWN` if all denominators are 0.
@@ -91,13 +94,29 @@ def ratio(
     counted = denominators > 0
     if not counted.any():
         return UNKNOWN
-    size = denominators[counted].mean()  # of a pseudo-prompt
+    numerators = np.where(counted, numerators, 0)
+    size = pseudo_size(numerators, denominators, ends, per_prompt)
     weights = prompt_weights(len(numerators), resamples=resamples, seed=seed)
-    pseudo = pseudo_weights(MASSES[ends], resamples=resamples, seed=seed)
-    tops = weights @ np.where(counted, numerators, 0) + size * (pseudo @ np.array(ends))
-    bottoms = weights @ denominators + size * pseudo.sum(1)
-    value = numerators[counted].sum() / denominators.sum()
-    return interval(value, tops / bottoms)
+    pseudo = size * pseudo_weights(MASSES[ends], resamples=resamples, seed=seed)
+    tops = weights @ numerators + pseudo @ np.array(ends)
+    bottoms = weights @ denominators + pseudo.sum(1)
+    return interval(numerators.sum() / denominators.sum(), tops / bottoms)
+
+
+def pseudo_size(
+    numerators: Array, denominators: Array, ends: tuple[float, float], per_prompt: float
+) -> float:
+    """The denominator of a pseudo-prompt: that of a mean prompt, or less.
+
+    It shrinks with the variance between prompts, relative to that of prompts whose comparisons are
+    all the same (a design effect), but to no less than one comparison. Arguments: see `ratio`.
+    """
+    counted = denominators > 0
+    value = numerators.sum() / denominators.sum()
+    largest = (value - ends[0]) * (ends[1] - value) * (denominators**2).sum()
+    between = ((numerators - value * denominators)[counted] ** 2).sum()
+    shrunk = between / largest if largest > 0 else 1.0
+    return float(denominators[counted].mean() * np.clip(shrunk, 1 / max(1, per_prompt), 1))
 
 
 def mean_over_prompts(
@@ -117,7 +136,9 @@ def mean_over_prompts(
     """
     means = prompt_means(values, prompts)
     known = np.isfinite(means)
-    return ratio(np.where(known, means, 0), known, ends, resamples=resamples, seed=seed)
+    per_prompt = np.isfinite(values).sum() / max(1, known.sum())
+    options = dict(per_prompt=per_prompt, resamples=resamples, seed=seed)
+    return ratio(np.where(known, means, 0), known, ends, **options)
 
 
 def prompt_means(values: ArrayLike, prompts: ArrayLike) -> Array:

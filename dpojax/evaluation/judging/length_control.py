@@ -29,7 +29,9 @@ from dpojax.evaluation.judging.bootstrap import (
     Measured,
     index_prompts,
     interval,
+    prompt_means,
     prompt_weights,
+    pseudo_size,
     pseudo_weights,
 )
 from dpojax.evaluation.judging.verdicts import Judgement
@@ -83,7 +85,9 @@ def length_controlled(
     shares = 1 / np.bincount(prompts)[prompts]  # a prompt's comparisons weigh 1 in all
     (policy,), fitted = _fit(gaps, scores, shares[None], pseudo=np.zeros((1, 2)))
     weights = prompt_weights(int(prompts.max()) + 1, resamples=resamples, seed=seed)
-    pseudo = pseudo_weights(MASSES[SHARE], resamples=resamples, seed=seed)
+    means = prompt_means(scores, prompts)
+    size = pseudo_size(means, np.ones_like(means), SHARE, len(scores) / len(means))
+    pseudo = size * pseudo_weights(MASSES[SHARE], resamples=resamples, seed=seed)
     parts = math.ceil(resamples * len(scores) / LARGEST)  # a part takes some 200 MiB
     fits = [
         _fit(gaps, scores, part[:, prompts] * shares, pseudo_part)
