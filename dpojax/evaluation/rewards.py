@@ -174,7 +174,7 @@ def classifier(
     apply, params, longest = _encoder_logits(folder, mesh) if is_encoder else _logits(folder, mesh)
     pad = None if is_encoder else hf_config.get_text_config().pad_token_id
     longest = min(longest, tokenizer.model_max_length)
-    logits_of = _batched(apply, params, longest, mesh, batch_size)
+    logits_of = batched(apply, params, longest, mesh, batch_size)
 
     def scores(prompts, responses):
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
@@ -297,7 +297,7 @@ def scalar_head(
         raise ValueError(f"reward {name}: the model has no scalar head (it predicts tokens)")
     longest = model.config.max_positions
     config = TokenizeConfig(max_length=longest, truncation="error", identical="keep", empty="keep")
-    scores_of = _batched(_last_score(model), params, longest, mesh, batch_size)
+    scores_of = batched(_last_score(model), params, longest, mesh, batch_size)
 
     def score(prompts, responses):
         records = [
@@ -323,7 +323,7 @@ def _last_score(model: Model) -> Callable:
     return apply
 
 
-def _batched(
+def batched(
     apply: Callable, params, longest: int, mesh: Mesh | None, batch_size: int
 ) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]:
     """Turn `apply(params, tokens [B, T], lengths [B])` into a function of any number of texts.

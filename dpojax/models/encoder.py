@@ -1,4 +1,6 @@
-"""Sequence classifiers of the BERT type (Devlin et al. 2018; RoBERTa, Liu et al. 2019).
+"""Encoders of the BERT type (Devlin et al. 2018; RoBERTa, Liu et al. 2019).
+
+`build` makes a sequence classifier, `build_trunk` what is below its head.
 
 Letters of shapes: see `dpojax.models`; here B texts, T columns of a text.
 """
@@ -71,15 +73,15 @@ class EncoderConfig:
         )
 
 
-class Classifier(NamedTuple):
+class EncoderModel(NamedTuple):
     """Pure functions over `params`, a nested dict of arrays.
 
     Attributes:
       config: the architecture.
       init: (key) -> params, float32.
-      apply: (params, tokens, lengths) -> logits, float32 [B, labels]. `tokens` is int [B, T] and
-        `lengths` int [B]. Tokens after the length of a text change nothing. A token id outside the
-        table makes its row NaN.
+      apply: (params, tokens, lengths) -> logits, float32 [B, labels], of a classifier; hidden
+        states [B, T, D] of a trunk. `tokens` is int [B, T] and `lengths` int [B]. Tokens after the
+        length of a text change nothing before it. A token id outside the table makes its row NaN.
     """
 
     config: EncoderConfig
@@ -87,11 +89,19 @@ class Classifier(NamedTuple):
     apply: Callable[[Params, Array, Array], Array]
 
 
-def build(config: EncoderConfig, *, compute_dtype=jnp.float32) -> Classifier:
+def build(config: EncoderConfig, *, compute_dtype=jnp.float32) -> EncoderModel:
     """Build the classifier that `config` describes; norms and softmax stay in float32."""
+    return _functions_of(Classifier, config, compute_dtype)
 
-    def make(rngs: nnx.Rngs) -> Encoder:
-        return Encoder(config, jnp.dtype(compute_dtype), rngs)
+
+def build_trunk(config: EncoderConfig, *, compute_dtype=jnp.float32) -> EncoderModel:
+    """Build what is below the classifier: its params are those of `build` without the head's."""
+    return _functions_of(Trunk, config, compute_dtype)
+
+
+def _functions_of(kind: type[Trunk], config: EncoderConfig, compute_dtype) -> EncoderModel:
+    def make(rngs: nnx.Rngs) -> Trunk:
+        return kind(config, jnp.dtype(compute_dtype), rngs)
 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
@@ -104,7 +114,7 @@ def build(config: EncoderConfig, *, compute_dtype=jnp.float32) -> Classifier:
             raise ValueError(f"tokens: {tokens.shape[1]} columns, but the model has {longest}")
         return nnx.merge(graphdef, params)(tokens, lengths)
 
-    return Classifier(config, init, apply)
+    return EncoderModel(config, init, apply)
 
 
 class Embed(nnx.Module):
@@ -139,8 +149,8 @@ class Block(nnx.Module):
         return self.mlp_norm(x + self.mlp(x))
 
 
-class Encoder(nnx.Module):
-    """Embedding, stacked blocks, and a classifier on the first token's hidden state."""
+class Trunk(nnx.Module):
+    """Embedding and stacked blocks: [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
         def make_block(rngs: nnx.Rngs) -> Block:
@@ -149,9 +159,6 @@ class Encoder(nnx.Module):
         self.block, self.dtype = config.block, dtype
         self.embed = Embed(config, rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
-        width, std = (config.width,), config.initializer_range
-        self.pooler = Dense(width, width, bias=True, std=std, rngs=rngs)
-        self.classifier = Dense(width, (len(config.labels),), bias=True, std=std, rngs=rngs)
 
     def __call__(self, tokens: Array, lengths: Array) -> Array:
         batch, columns = tokens.shape
@@ -166,5 +173,19 @@ class Encoder(nnx.Module):
         # Padding becomes token 0, so that an id outside the table cannot make it NaN.
         x = self.embed(jnp.where(is_real, tokens, 0), self.dtype)
         x, _ = jax.lax.scan(run_block, x, (self.blocks, layer_constants(self.block)))
-        pooled = jnp.tanh(self.pooler(x[:, :1]))  # [B, 1, D]
-        return self.classifier(pooled)[:, 0].astype(jnp.float32)
+        return x
+
+
+class Classifier(Trunk):
+    """A trunk, and a classifier on the first token's hidden state: [B, T] -> [B, labels]."""
+
+    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype, rngs)
+        width, std = (config.width,), config.initializer_range
+        self.pooler = Dense(width, width, bias=True, std=std, rngs=rngs)
+        self.classifier = Dense(width, (len(config.labels),), bias=True, std=std, rngs=rngs)
+
+    def __call__(self, tokens: Array, lengths: Array) -> Array:
+        hidden_BxTxD = super().__call__(tokens, lengths)
+        pooled_Bx1xD = jnp.tanh(self.pooler(hidden_BxTxD[:, :1]))
+        return self.classifier(pooled_Bx1xD)[:, 0].astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Read and write Hugging Face checkpoints, without torch.
 
 `load` and `save` handle decoders with a language-model head or a scalar head. `load_classifier`
-reads BERT-type encoders.
+and `load_trunk` read BERT-type encoders.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ __all__ = [
     "config_to_raw",
     "load",
     "load_classifier",
+    "load_trunk",
     "local_folder",
     "pretrained_name",
     "read_centre",
@@ -60,6 +61,7 @@ __all__ = [
 FILES = ["*.json", "model*.safetensors"]
 TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # of tokenizers and configs
 CENTRE = "reward_centre.json"
+ENCODER_HEADS = r"^(bert\.pooler|classifier|cls|lm_head)\."  # which a trunk does not have
 ADAPTERS = "adapter_config.json"  # of a folder of peft's
 
 
@@ -181,6 +183,22 @@ def load_classifier(
     config, raw = _read_config(folder, ENCODERS)
     init = encoder.build(config).init
     return config, read_params(folder, family_of(raw, ENCODERS), config, init, mesh, dtype), raw
+
+
+def load_trunk(
+    path: str | os.PathLike, *, mesh: Mesh | None = None, dtype=jnp.float32
+) -> tuple[EncoderConfig, Params, dict]:
+    """Load a `BertModel` or `RobertaModel`, which has no classifier; see `load`.
+
+    Weights of a pooler or of another head in the folder are not read.
+    `encoder.build_trunk(config).apply(params, tokens, lengths)` returns hidden states.
+    """
+    folder = local_folder(path, FILES)
+    config, raw = _read_config(folder, ENCODERS)
+    family = family_of(raw, ENCODERS)
+    family = family._replace(harmless_tensors=f"{family.harmless_tensors}|{ENCODER_HEADS}")
+    init = encoder.build_trunk(config).init
+    return config, read_params(folder, family, config, init, mesh, dtype), raw
 
 
 def save(

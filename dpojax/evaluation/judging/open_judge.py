@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from dpojax.data.pairing import NEUTRAL_WORDS, ROUNDING
 from dpojax.evaluation import rewards
 from dpojax.evaluation.judging.judge import Judge, JudgeError
+from dpojax.evaluation.judging.sbert import sbert_judge
 from dpojax.evaluation.judging.score_judge import length_reward, reward_judge
 
 
@@ -151,6 +152,25 @@ def _open_openai(argument: str, options: Options) -> Judge:
     )
 
 
+def _open_sbert(argument: str, options: Options) -> Judge:
+    return _sbert("sbert", argument, options, to_prompt=False)
+
+
+def _open_sbert_prompt(argument: str, options: Options) -> Judge:
+    return _sbert("sbert_prompt", argument, options, to_prompt=True)
+
+
+def _sbert(kind: str, argument: str, options: Options, *, to_prompt: bool) -> Judge:
+    return sbert_judge(
+        argument,
+        name=f"{kind}:{argument}",
+        to_prompt=to_prompt,
+        tie=_tie(options, ROUNDING),
+        mesh=options.mesh,
+        batch_size=options.batch_size,
+    )
+
+
 def _reward_folder(kind: str) -> Callable[[str], str]:
     return lambda argument: rewards.folder_of(f"{kind}:{argument}")
 
@@ -164,5 +184,7 @@ KINDS: dict[str, JudgeKind] = {
     "classifier": JudgeKind(
         "classifier:FOLDER, classifier:FOLDER:LABEL", _open_classifier, _reward_folder("classifier")
     ),
+    "sbert": JudgeKind("sbert:FOLDER", _open_sbert, str),
+    "sbert_prompt": JudgeKind("sbert_prompt:FOLDER", _open_sbert_prompt, str),
     "openai": JudgeKind("openai:MODEL@URL", _open_openai),
 }
