@@ -253,7 +253,8 @@ class Stage(abc.ABC):
     @property
     def is_trained(self) -> bool:
         """Whether the stage's final state is on disk; what the first process sees."""
-        with Checkpoints(self.checkpoint_folder) as saved:
+        remaining = self.setup.config.max_checkpoints
+        with Checkpoints(self.checkpoint_folder, max_checkpoints=remaining) as saved:
             return sharding.agreed(has_ended(saved, self.steps))
 
     def save_summary(self, summary: Summary, text: str) -> None:

@@ -290,14 +290,15 @@ def _member(
     if ended:
         return Member(name, stage.steps, ended=True)
     forget_later_samples(stage.folder, done)
-    tensorboard = stage.setup.config.tensorboard
-    writer = MetricWriter(stage.folder, tensorboard=tensorboard, resume_step=done)
+    config = stage.setup.config
+    writer = MetricWriter(stage.folder, tensorboard=config.tensorboard, resume_step=done)
+    saved = Checkpoints(stage.checkpoint_folder, max_checkpoints=config.max_checkpoints)
     return Member(
         name=name,
         steps=stage.steps,
         evaluate=partial(evaluator, stage),
         writer=during.enter_context(writer),
-        checkpoints=during.enter_context(Checkpoints(stage.checkpoint_folder)),
+        checkpoints=during.enter_context(saved),
     )
 
 

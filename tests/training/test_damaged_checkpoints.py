@@ -264,6 +264,19 @@ def test_a_removal_loses_the_name_before_it_loses_a_file(folder, monkeypatch):
     assert reopen(folder) == (4, 4)
 
 
+def test_a_save_that_was_killed_before_it_removed_older_ones_leaves_none(folder, monkeypatch):
+    """No later save would do it where the run had come to its end."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dpojax.training.checkpoints.steps.remove_steps", lambda *_: None)
+        with Checkpoints(folder, max_checkpoints=2) as checkpoints:
+            checkpoints.save(4, state(4), metadata={"of": 4})
+    assert names(folder) == ["1", "2", "3", "4"]
+    with Checkpoints(folder, max_checkpoints=2) as checkpoints:
+        assert checkpoints.latest == 4
+    assert names(folder) == ["1", "3", "4"]  # step 1 has the best score
+    assert reopen(folder) == (4, 1)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(folder, monkeypatch, code, capfd):
     """Orbax's thread would make it in the background, and others wait five minutes for it."""

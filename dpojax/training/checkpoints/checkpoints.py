@@ -26,10 +26,11 @@ class Checkpoints:
 
     With several processes, every process makes every call, and all of them see the same `folder`.
 
-    Opening a folder removes what a killed process left incomplete, so only one run may have it
-    open. It reads the newest checkpoint and the best one, and compares each file with its checksum.
-    A checkpoint that is damaged is passed over with a warning, and set aside as `STEP.damaged`
-    until a newer one is complete; it is removed where that is so already.
+    Opening a folder removes what a killed process left incomplete and checkpoints that a newer one
+    has made old, so only one run may have it open. It reads the newest checkpoint and the best one,
+    and compares each file with its checksum. A checkpoint that is damaged is passed over with a
+    warning, and set aside as `STEP.damaged` until a newer one is complete; it is removed where that
+    is so already.
 
     Args:
       folder: a local folder or one on `gs://`. Orbax cannot write to `s3://`.
@@ -54,9 +55,12 @@ class Checkpoints:
         if str(folder).startswith("s3://"):
             raise CheckpointError(f"{folder}: Orbax writes to local folders and gs:// only")
         self.folder = storage.as_path(folder)
+        complete = steps.open_steps(self.folder, replace_damaged=replace_damaged).complete
+        scores = {step: manifest.score for step, manifest in complete.items()}
         self._max_checkpoints = max_checkpoints
-        existing = steps.open_steps(self.folder, replace_damaged=replace_damaged)
-        self._scores: Scores = {step: one.score for step, one in existing.complete.items()}
+        # Old ones are there where a save was killed once its checkpoint was complete.
+        self._scores, removed = _newest_and_best(scores, max_checkpoints)
+        sharding.on_first_process(steps.remove_steps, self.folder, removed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Of the save that nobody has waited for: its step, and what is on disk once it is complete.
         self._in_flight: tuple[int, Scores, Future] | None = None
@@ -139,8 +143,7 @@ class Checkpoints:
             self._remove_unfinished(step)
             raise
         scores = self._scores | {step: score}
-        remaining = _newest_and_best(scores, self._max_checkpoints)
-        removed = sorted(scores.keys() - remaining.keys())
+        remaining, removed = _newest_and_best(scores, self._max_checkpoints)
         future = self._thread.submit(_write, self.folder, step, written, record, removed)
         self._in_flight = (step, remaining, future)
         return True
@@ -218,11 +221,11 @@ class Checkpoints:
                 writing.remove_unfinished(self.folder, step)
 
 
-def _newest_and_best(scores: Scores, max_checkpoints: int) -> Scores:
-    """The checkpoints that stay on disk: the newest ones, and the one with the best score."""
+def _newest_and_best(scores: Scores, max_checkpoints: int) -> tuple[Scores, list[int]]:
+    """The checkpoints that stay on disk, the newest ones and the best one; the steps of others."""
     best = steps.best_of(scores)
     remaining = {*sorted(scores)[-max_checkpoints:]} | ({best.step} if best else set())
-    return {step: scores[step] for step in remaining}
+    return {step: scores[step] for step in remaining}, sorted(scores.keys() - remaining)
 
 
 def _write(
@@ -235,6 +238,5 @@ def _write(
     """Complete a checkpoint, then let the first process remove older ones."""
     writing.complete(folder, step, written, record)
     if jax.process_index() == 0:
-        for old in removed:
-            steps.remove_step(folder, old)
+        steps.remove_steps(folder, removed)
         steps.remove_set_aside(folder)

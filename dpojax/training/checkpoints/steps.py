@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from dpojax import sharding, storage
@@ -166,6 +167,12 @@ def open_steps(folder: storage.Path, *, replace_damaged: bool) -> Steps:
         )
     sharding.on_first_process(_set_aside_damaged, folder, steps)
     return steps
+
+
+def remove_steps(folder: storage.Path, steps: Iterable[int]) -> None:
+    """Remove checkpoints, see `remove_step`."""
+    for step in steps:
+        remove_step(folder, step)
 
 
 def remove_step(folder: storage.Path, step: int) -> None:
