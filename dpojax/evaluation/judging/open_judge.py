@@ -10,8 +10,12 @@ from jax.sharding import Mesh
 from dpojax.data.pairing import NEUTRAL_WORDS, ROUNDING
 from dpojax.evaluation import rewards
 from dpojax.evaluation.judging.judge import Judge, JudgeError
+from dpojax.evaluation.judging.local_judge import open_local
 from dpojax.evaluation.judging.sbert import sbert_judge
 from dpojax.evaluation.judging.score_judge import length_reward, reward_judge
+from dpojax.evaluation.judging.templates import open_template
+
+TEXTS, QUESTIONS = 64, 16  # in a batch
 
 
 class Options(NamedTuple):
@@ -21,7 +25,7 @@ class Options(NamedTuple):
       template: name of the prompt for judges that read one; see `templates`.
       template_file: a file that holds the prompt, in place of `template`.
       tie: largest difference of two tied scores, for judges that score; None is the kind's own.
-      batch_size: texts in a batch of a model.
+      batch_size: texts or questions in a batch of a model; None is the kind's own.
       mesh: where models are placed; None is one device.
       endpoint: further options of an `openai:` judge; see `openai_judge`.
     """
@@ -29,7 +33,7 @@ class Options(NamedTuple):
     template: str = "summary"
     template_file: str | None = None
     tie: float | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
     mesh: Mesh | None = None
     endpoint: Mapping[str, Any] = {}
 
@@ -57,7 +61,7 @@ def open_judge(
     template: str = "summary",
     template_file: str | None = None,
     tie: float | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     mesh: Mesh | None = None,
     **endpoint: Any,
 ) -> Judge:
@@ -136,7 +140,7 @@ def _open_classifier(argument: str, options: Options) -> Judge:
 
 def _open_reward(kind: str, argument: str, options: Options, *, bradley_terry: bool) -> Judge:
     spec = f"{kind}:{argument}"
-    reward = rewards.open_reward(spec, mesh=options.mesh, batch_size=options.batch_size)
+    reward = rewards.open_reward(spec, mesh=options.mesh, batch_size=options.batch_size or TEXTS)
     tie = _tie(options, ROUNDING)
     return reward_judge(reward, name=spec, tie=tie, bradley_terry=bradley_terry)
 
@@ -149,6 +153,16 @@ def _open_openai(argument: str, options: Options) -> Judge:
         template=options.template,
         template_file=options.template_file,
         **options.endpoint,
+    )
+
+
+def _open_local(argument: str, options: Options) -> Judge:
+    return open_local(
+        argument,
+        open_template(options.template, options.template_file),
+        tie=_tie(options, 0.0),
+        mesh=options.mesh,
+        batch_size=options.batch_size or QUESTIONS,
     )
 
 
@@ -167,7 +181,7 @@ def _sbert(kind: str, argument: str, options: Options, *, to_prompt: bool) -> Ju
         to_prompt=to_prompt,
         tie=_tie(options, ROUNDING),
         mesh=options.mesh,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or TEXTS,
     )
 
 
@@ -186,5 +200,6 @@ KINDS: dict[str, JudgeKind] = {
     ),
     "sbert": JudgeKind("sbert:FOLDER", _open_sbert, str),
     "sbert_prompt": JudgeKind("sbert_prompt:FOLDER", _open_sbert_prompt, str),
+    "local": JudgeKind("local:FOLDER", _open_local, str),
     "openai": JudgeKind("openai:MODEL@URL", _open_openai),
 }
