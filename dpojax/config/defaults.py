@@ -43,6 +43,7 @@ def default_config() -> ConfigDict:
     config.ppo = _ppo()
     config.samples = _samples()
     config.frontier = _frontier()
+    config.recipe = _recipe()
     config.sweep = _sweep()
     # A run that makes no progress for so long is ended, and the stacks of its threads are printed.
     # It has to be longer than the longest compilation; 0 never ends a run.
@@ -352,6 +353,46 @@ def _frontier() -> ConfigDict:
             best_of_n=(2, 4, 8, 16, 32, 64, 128),
             online_rounds=4,  # of online DPO, which share `count`
             online_beta=0.1,  # of --add=online_dpo
+        )
+    )
+
+
+def _recipe() -> ConfigDict:
+    """What scripts/recipe.py needs besides the stages; scripts/train.py reads none of it.
+
+    Sources are what STAGE.data.source takes. Prompts with all their records are shared out between
+    training, the judge and the test by a hash of their text.
+    """
+    return ConfigDict(
+        dict(
+            data="",  # a folder that a config file may put before the names of its files
+            comparisons="",  # of two responses or more
+            comparisons_split="",
+            demonstrations="",  # for SFT; "" takes the reference, or the best response, of each
+            demonstrations_split="",
+            texts="",  # to train a new model on before SFT; "" starts SFT from the config's model
+            texts_split="",
+            tests="",  # prompts with references to judge on; "" holds out test_share of comparisons
+            tests_split="",
+            shifted="",  # prompts of another domain, to judge on as well
+            shifted_split="",
+            test_share=0.1,  # of the prompts of comparisons
+            judge_share=0.0,  # of them, to train a reward model on that is the judge
+            test_prompts=256,  # most that are judged on; 0 is all
+            shifted_prompts=100,
+            max_words=0,  # leave out longer prompts; 0: none
+            instruction="",  # text before a prompt for a model that was not trained on the task
+            shots=2,  # examples of few-shot prompting
+            # See scripts/judge.py. "trained" is a reward model, trained on judge_share.
+            judge="trained",
+            judge_template="summary",  # of judges that read a prompt
+            temperatures=(0.0, 0.25, 0.5, 0.75, 1.0),
+            shifted_temperatures=(0.0, 0.25),
+            best_of=128,  # of the SFT policy's responses the one with the highest learned reward
+            max_new_tokens=64,
+            stop_text="",  # a response ends before this text: what an untrained model goes on with
+            betas=(0.1,),
+            checkpoints=0,  # judge so many checkpoints of a training run, equally far apart
         )
     )
 

@@ -134,6 +134,20 @@ FRONTIER_RULES = (
     at_least("online_rounds", 1, "1 or more rounds"),
     above("online_beta", 0),
 )
+RECIPE_RULES = (
+    from_zero_below("test_share", 1),
+    from_zero_below("judge_share", 1),
+    at_least("test_prompts", 0, "0 (all) or more prompts"),
+    at_least("shifted_prompts", 0, "0 (all) or more prompts"),
+    at_least("max_words", 0, "0 (any number) or more"),
+    at_least("shots", 0),
+    Rule("temperatures", lambda values: values and min(values) >= 0, "one or more, each from 0"),
+    Rule("shifted_temperatures", lambda values: values and min(values) >= 0, "each from 0"),
+    at_least("best_of", 1),
+    at_least("max_new_tokens", 1),
+    Rule("betas", lambda values: values and min(values) > 0, "one or more, each above 0"),
+    at_least("checkpoints", 0, "0 (none) or more"),
+)
 
 
 def apply_rules(rules: Sequence[Rule], config: ConfigDict, prefix: str = "") -> None:

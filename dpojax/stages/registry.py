@@ -12,7 +12,7 @@ from dpojax import storage
 from dpojax.config.contents import shared_paths
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, editable, workdir_path
-from dpojax.config.rules import FRONTIER_RULES, SHARED_RULES, apply_rules, check_numbers
+from dpojax.config.rules import FRONTIER_RULES, RECIPE_RULES, SHARED_RULES, apply_rules, check_numbers
 from dpojax.stages.classifier import Classifier
 from dpojax.stages.data import tokenize_config
 from dpojax.stages.ppo import PPO
@@ -38,6 +38,7 @@ def resolve(config: ConfigDict, workdir: str | storage.Path) -> ResolvedRun:
     check_numbers(config)
     apply_rules(SHARED_RULES, config)
     apply_rules(FRONTIER_RULES, config.frontier, "frontier.")
+    apply_rules(RECIPE_RULES, config.recipe, "recipe.")
     check_order(config.stages)
     tokenize_config(config.tokens)
     settings = {name: STAGES[name].resolve(config) for name in config.stages}

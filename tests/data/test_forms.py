@@ -40,6 +40,7 @@ def test_every_form_has_its_examples_on_the_page():
         "instruction",
         "ranked",
         "unpaired",
+        "article",
         "text",
         "classified",
     ]
@@ -60,6 +61,11 @@ def test_an_example_of_the_page_has_its_form_and_parses(form, row):
         assert said(record.responses[0]) == "Because."
         assert said(record.responses[-1]) == "No."
         assert record.rank is None
+    if form == "article":
+        info = {"article": row["article"]}
+        summaries = [{"text": " Rain."}, {"text": " Sun."}]
+        compared = parse({"info": info, "summaries": summaries, "choice": 0}, "f:1")
+        assert (record.prompt, record.responses[0]) == (compared.prompt, compared.responses[0])
     if form == "unpaired":
         assert record.label is (said(record.responses[0]) == "Because.")
 

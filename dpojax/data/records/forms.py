@@ -85,6 +85,7 @@ FORMS: dict[str, Form] = {
         rankings.is_ranked,
         rankings.ranked,
     ),
+    "article": Form("article, highlights", _has("article", "highlights"), singles.article),
     "text": Form("text; or prompt, completion; or messages", singles.is_text, singles.text),
     "classified": Form("text, label (a class: its name or number)", _never, singles.classified),
 }

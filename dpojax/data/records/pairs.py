@@ -18,10 +18,10 @@ from dpojax.data.records.record import (
     listed,
     make_record,
 )
+from dpojax.data.records.singles import ARTICLE_TEMPLATE
 
 HH_SEPARATOR = "\n\nAssistant:"
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-ARTICLE_TEMPLATE = "Article: {article}\n\nTL;DR:"
 
 # Names of the better and the worse answer, and of their prompt. The first that a row has is read.
 ANSWERS = (

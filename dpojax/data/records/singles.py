@@ -16,6 +16,7 @@ from dpojax.data.records.record import (
     make_record,
 )
 
+ARTICLE_TEMPLATE = "Article: {article}\n\nTL;DR:"
 DIALOGUES = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "input", "inputs")
 COMPLETIONS = ("completion", "response", "output", "targets")
@@ -127,6 +128,15 @@ def unpaired(fields: Fields) -> Record:
     if len(messages) < 2:
         raise RecordError(f"{fields.where(name)} has an answer and no prompt", "no_prompt")
     return Record(fields.id, messages[:-1], (messages[-1:],), label)
+
+
+def article(fields: Fields) -> Record:
+    """CNN/DailyMail (Hermann et al. 2015): an article, and its highlights as the summary.
+
+    The prompt is that of a comparison of two summaries of an article.
+    """
+    prompt = ARTICLE_TEMPLATE.format(article=fields.text("article"))
+    return Record(fields.id, prompt, (" " + fields.text("highlights"),))
 
 
 def classified(fields: Fields) -> Record:
