@@ -372,11 +372,13 @@ def _recipe() -> ConfigDict:
             demonstrations_split="",
             texts="",  # to train a new model on before SFT; "" starts SFT from the config's model
             texts_split="",
-            tests="",  # prompts with references to judge on; "" holds out test_share of comparisons
+            tests="",  # prompts with references to judge on; "" takes those of test_share
             tests_split="",
             shifted="",  # prompts of another domain, to judge on as well
             shifted_split="",
-            test_share=0.1,  # of the prompts of comparisons
+            # Of the prompts of comparisons: no run trains on these. Evaluations of the runs read
+            # them, and without `tests` they are judged on.
+            test_share=0.1,
             judge_share=0.0,  # of them, to train a reward model on that is the judge
             test_prompts=256,  # most that are judged on; 0 is all
             shifted_prompts=100,

@@ -18,6 +18,7 @@ from dpojax.recipes.plan import CHECKPOINT
 from dpojax.runs.command import run_command
 from dpojax.runs.export import export
 from dpojax.training.checkpoints import CheckpointError
+from dpojax.training.checkpoints.steps import find_steps
 
 
 def export_at(workdir: storage.Path, share: float, out: storage.Path) -> int:
@@ -27,7 +28,7 @@ def export_at(workdir: storage.Path, share: float, out: storage.Path) -> int:
       CheckpointError: the run has no checkpoint.
     """
     stage = read_run_config(workdir).stages[-1]
-    steps = sorted(int(path.name) for path in (workdir / stage / "checkpoints").glob("[0-9]*"))
+    steps = sorted(find_steps(workdir / stage / "checkpoints").complete)
     if not steps:
         raise CheckpointError(f"{workdir}: the stage {stage} has no checkpoint")
     step = min(steps, key=lambda step: abs(step - share * steps[-1]))

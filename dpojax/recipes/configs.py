@@ -83,7 +83,9 @@ class RecipeConfigs(NamedTuple):
 
     def policy(self, side: Side) -> str:
         """What responses are drawn from."""
-        return str(self.model(side.training, side.share)) if side.training else self.config.model.path
+        return (
+            str(self.model(side.training, side.share)) if side.training else self.config.model.path
+        )
 
     def judging_settings(self, evaluation: Evaluation) -> judging.Settings:
         """What `runs.judging` is given for an evaluation."""

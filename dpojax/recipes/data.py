@@ -26,6 +26,7 @@ from dpojax.recipes.recipe import FEW_SHOT, SHIFTED, TESTS, ZERO_SHOT
 from dpojax.runs.command import run_command
 
 COMPARISONS, DEMONSTRATIONS, JUDGE_COMPARISONS = "comparisons", "demonstrations", "judge"
+TRAIN = "train"  # the part of the prompts that policies learn from
 HELD_OUT = "held_out_"  # before the names of the first two
 COUNTS = "data.json"  # written last
 REFERENCE_POLICY = "ref"  # of a summary that people wrote, in comparisons of Stiennon et al. 2020
@@ -58,31 +59,33 @@ def make_data(config: ConfigDict, out: storage.Path) -> dict[str, Any]:
     compared = _read("comparisons", recipe, reports) if recipe.comparisons else {}
     shown = _read("demonstrations", recipe, reports) if recipe.demonstrations else compared
     tests = _read("tests", recipe, reports) if recipe.tests else None
-    test_share = 0.0 if tests is not None else recipe.test_share
-    held_out = set(tests or ())
 
     def part(prompt: str) -> str:
         share = draw("split", prompt)
-        if prompt in held_out or share < test_share:
+        if share < recipe.test_share or (tests is not None and prompt in tests):
             return TESTS
-        return JUDGE_COMPARISONS if share < test_share + recipe.judge_share else "train"
+        trained = share >= recipe.test_share + recipe.judge_share
+        return TRAIN if trained else JUDGE_COMPARISONS
 
-    pairs: dict[str, list[dict]] = {"train": [], JUDGE_COMPARISONS: [], TESTS: []}
+    pairs: dict[str, list[dict]] = {TRAIN: [], JUDGE_COMPARISONS: [], TESTS: []}
     for asked in compared.values():
         pairs[part(asked.prompt)] += [_comparison(asked.prompt, x) for x in asked.rankings]
-    lessons: dict[str, list[Asked]] = {"train": [], JUDGE_COMPARISONS: [], TESTS: []}
+    lessons: dict[str, list[Asked]] = {TRAIN: [], JUDGE_COMPARISONS: [], TESTS: []}
     for asked in shown.values():
         lessons[part(asked.prompt)].append(asked)
     files = {
-        COMPARISONS: pairs["train"],
+        COMPARISONS: pairs[TRAIN],
         HELD_OUT + COMPARISONS: pairs[TESTS],
         JUDGE_COMPARISONS: pairs[JUDGE_COMPARISONS],
-        DEMONSTRATIONS: [*map(_demonstration, lessons["train"])],
+        DEMONSTRATIONS: [*map(_demonstration, lessons[TRAIN])],
         HELD_OUT + DEMONSTRATIONS: [*map(_demonstration, lessons[TESTS])],
     }
-    prompted = Prompting(recipe, lessons["train"])
-    asked_tests = [*tests.values()] if tests is not None else _with_references(compared, shown)
-    asked_tests = [asked for asked in asked_tests if part(asked.prompt) == TESTS]
+    prompted = Prompting(recipe, lessons[TRAIN])
+    if tests is not None:
+        asked_tests = [*tests.values()]
+    else:
+        held_out = (x for x in compared.values() if part(x.prompt) == TESTS)
+        asked_tests = [shown.get(x.prompt, x) for x in held_out]
     files[TESTS] = prompted.records(asked_tests, recipe.test_prompts)
     if recipe.shifted:
         news = _read(SHIFTED, recipe, reports).values()
@@ -138,13 +141,9 @@ def _read(name: str, recipe: ConfigDict, reports: dict[str, Report]) -> dict[str
         if not prompt or record.all_tied or not (reference or responses[0]).strip():
             continue
         people = bool(reference) or len(responses) == 1
-        asked = by_prompt.setdefault(
-            prompt, Asked(prompt, reference or responses[0], people, [])
-        )
+        asked = by_prompt.setdefault(prompt, Asked(prompt, reference or responses[0], people, []))
         if people and not asked.by_people:
-            by_prompt[prompt] = asked._replace(
-                reference=reference or responses[0], by_people=True
-            )
+            by_prompt[prompt] = asked._replace(reference=reference or responses[0], by_people=True)
         if len(responses) > 1:
             asked.rankings.append(responses)
     if not by_prompt:
@@ -166,11 +165,6 @@ def _written_by_people(row: dict) -> str:
         if summary.get("policy") == REFERENCE_POLICY:
             return summary["text"]
     return ""
-
-
-def _with_references(compared: dict[str, Asked], shown: dict[str, Asked]) -> list[Asked]:
-    """The prompts of comparisons, with a demonstration where there is one."""
-    return [shown.get(prompt, asked) for prompt, asked in compared.items()]
 
 
 def _comparison(prompt: str, responses: tuple[str, ...]) -> dict:

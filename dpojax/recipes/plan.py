@@ -40,9 +40,7 @@ def _data_job(configs: RecipeConfigs, maker: JobMaker) -> Job:
     out = configs.folder / DATA
     return Job(
         DATA,
-        command(
-            "dpojax.recipes.data", config=maker.file(DATA, as_json(configs.config)), out=out
-        ),
+        command("dpojax.recipes.data", config=maker.file(DATA, as_json(configs.config)), out=out),
         outputs=(str(out / COUNTS),),
     )
 
@@ -98,9 +96,7 @@ def _judging_job(configs: RecipeConfigs, maker: JobMaker, evaluation: Evaluation
     name = f"judge-{evaluation.name}"
     return Job(
         name,
-        command(
-            "dpojax.runs.judging", settings=maker.file(name, dataclasses.asdict(settings))
-        ),
+        command("dpojax.runs.judging", settings=maker.file(name, dataclasses.asdict(settings))),
         needs=(DATA, *dict.fromkeys(needs)),
         outputs=(str(storage.as_path(settings.out) / REPORT),),
     )

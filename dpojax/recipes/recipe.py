@@ -1,9 +1,9 @@
 """What a recipe is: training runs, and the policies that are judged. Config files return one.
 
-    def recipe(config):
-        trainings = usual_trainings(config)
-        sides = [*prompted_sides(), Side("SFT", "sft"), *dpo_sides(config)]
-        return Recipe(trainings, [Evaluation("tests", "TL;DR", sides)])
+def recipe(config):
+    trainings = usual_trainings(config)
+    sides = [*prompted_sides(), Side("SFT", "sft"), *dpo_sides(config)]
+    return Recipe(trainings, [Evaluation("tests", "TL;DR", sides)])
 """
 
 from __future__ import annotations

@@ -12,7 +12,13 @@ from dpojax import storage
 from dpojax.config.contents import shared_paths
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, editable, workdir_path
-from dpojax.config.rules import FRONTIER_RULES, RECIPE_RULES, SHARED_RULES, apply_rules, check_numbers
+from dpojax.config.rules import (
+    FRONTIER_RULES,
+    RECIPE_RULES,
+    SHARED_RULES,
+    apply_rules,
+    check_numbers,
+)
 from dpojax.stages.classifier import Classifier
 from dpojax.stages.data import tokenize_config
 from dpojax.stages.ppo import PPO
