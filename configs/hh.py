@@ -27,11 +27,11 @@ Preferred-FT (SFT on the chosen responses), DPO and the best of 128 responses of
 compared with the chosen response, over temperatures and over training steps; zero-shot and few-shot
 prompting of the model before them. `paper`, the default, has the settings above.
 
-`small` is for 2 CPU cores. FOLDER holds stories260k, a Llama of 0.26M parameters that knows children's
-stories, and hh-rlhf/helpful-single-turn/{train_gt,test}.jsonl.gz. Its vocabulary of 512 ids makes
-long texts: pairs of more than 384 tokens (one in seven) are left out of training, prompts of more
-than 60 words out of the test, and responses end at 96 tokens. The judge is a reward model, trained
-on pairs of other prompts.
+`small` is for 2 CPU cores. FOLDER holds stories260k, a Llama of 0.26M parameters that knows
+children's stories, and hh-rlhf/helpful-single-turn/{train_gt,test}.jsonl.gz. Its vocabulary of 512
+ids makes long texts: pairs of more than 384 tokens (one in seven) are left out of training, prompts
+of more than 60 words out of the test, and responses end at 96 tokens. The judge is a reward model,
+trained on pairs of other prompts.
 """
 
 from ml_collections.config_dict import FieldReference
@@ -40,8 +40,8 @@ from dpojax.config.defaults import default_config
 
 SHOWS = """A small run shows that every step of the experiment works, and how sure its numbers are.
 It does not show which method is more helpful: a model of 0.26M parameters answers no question, and
-the judge, which has as many, hardly knows the better of two answers (its accuracy is in the table of
-training runs)."""
+the judge, which has as many, hardly knows the better of two answers (its accuracy on held-out pairs
+is in the table of training runs)."""
 
 
 def get_config(variant="paper"):

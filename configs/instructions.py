@@ -9,16 +9,17 @@ moments, besides gradients and activations); `--config.model.path=FOLDER` takes 
 any family of the README. SFT is on the chosen responses.
 
 The study of beta on these data, from one command: DPO with beta 0.1, 0.3, 0.7 and 1.0, loss and KL
-per token by epoch, and the win rate of SFT and of DPO by temperature, where the judge is SBERT: the
-response whose embedding is nearer to that of the chosen response wins.
+per token by epoch, and the win rate of SFT and of DPO by temperature. The judge is SBERT: the
+response wins whose embedding is nearer to that of the chosen response. It is asked twice: against
+other responses of SFT, drawn at the same temperature, and against the rejected responses.
 
     python scripts/recipe.py --config=configs/instructions.py:small --workdir=runs/study_small \\
         --config.recipe.data=FOLDER --config.recipe.judge=sbert:MINILM
     python scripts/recipe.py --config=configs/instructions.py:paper --workdir=runs/study \\
         --config.recipe.comparisons=instruction-data-with-preference.json
 
-`paper`, the default, has the settings above, and all-MiniLM-L6-v2 from the hub. `small` is for 2 CPU
-cores: FOLDER holds stories260k, a Llama of 0.26M parameters that knows children's stories, and
+`paper`, the default, has the settings above, and all-MiniLM-L6-v2 from the hub. `small` is for 2
+CPU cores: FOLDER holds stories260k, a Llama of 0.26M parameters that knows children's stories, and
 instruction-preference/instruction-data-with-preference.json; MINILM is a folder of a sentence
 encoder. All rows fit into its 512 tokens; responses end at 80 tokens.
 """
@@ -27,10 +28,9 @@ from ml_collections.config_dict import FieldReference
 
 from dpojax.config.defaults import default_config
 
-SHOWS = """The judge compares with the chosen response itself, and the other side is what SFT, drawn
-again at the same temperature, says. A small run shows how loss and KL depend on beta, and how sure
-the win rates are. It does not show that DPO follows instructions better: a model of 0.26M parameters
-follows none."""
+SHOWS = """SBERT measures how near a response is to the chosen one, not how good it is. A small run
+shows how loss and KL depend on beta, and how sure the win rates are. It does not show that DPO
+follows instructions better: a model of 0.26M parameters follows none."""
 
 
 def get_config(variant="paper"):
@@ -94,7 +94,8 @@ def recipe(config):
         )
     ]
     title = "Instruction preferences: DPO by beta"
-    return r.Recipe(title, trainings, evaluations, SHOWS, curves)
+    shows = SHOWS if config.recipe.data else ""
+    return r.Recipe(title, trainings, evaluations, shows, curves)
 
 
 def sweep():

@@ -14,18 +14,18 @@ plan.
 `paper`, the default, is the protocol of Rafailov et al. 2023, sections 6.2 and 6.3: RMSprop at 1e-6
 with 150 warm-up steps, batches of 64, one epoch. Departures: the model is Pythia 2.8B (theirs is
 GPT-J with a public SFT policy), and the judge is whichever you name (theirs was GPT-4). Float32
-weights, gradients and moments of 2.8B parameters are 33 GiB a training run, PPO holds a policy and a
-value model: mesh.fsdp spreads them over devices. SFT or DPO alone, with the same settings:
+weights, gradients and moments of 2.8B parameters are 31 GiB a training run, and PPO holds a policy
+and a value model: mesh.fsdp spreads them over devices. SFT and DPO alone, with the same settings:
 
     python scripts/train.py --config=configs/tldr.py --workdir=runs/tldr_sft
 
 `small` is for 2 CPU cores. FOLDER holds summarize-from-feedback/comparisons/*.json.gz (Stiennon et
-al. 2020), imdb/train.parquet and cnn-dailymail/*.jsonl.gz. A new model of 1.4M parameters with a
+al. 2020), imdb/train.parquet and cnn-dailymail/*.jsonl.gz. A new model of 1.7M parameters with a
 byte-level BPE of 4,096 ids, made here, learns English from film reviews, and then to summarise from
-a few hundred posts. Posts and articles are not cut: those of more than 512 tokens with their summary
-are left out of training, and those of more than 250 words out of the test. No sample of a reference
-summary is at hand for most posts: there the better of two model summaries takes its place. The judge
-is a reward model, trained on comparisons of other posts.
+a few hundred posts. No text is cut: posts that have more than 512 tokens with their summary are
+left out of training, posts and articles of more than 250 words out of the test. Most posts come
+without the summary that their author wrote: there the better of two model summaries takes its
+place. The judge is a reward model, trained on comparisons of other posts.
 """
 
 from ml_collections.config_dict import FieldReference
@@ -33,7 +33,7 @@ from ml_collections.config_dict import FieldReference
 from dpojax.config.defaults import default_config
 
 SHOWS = """A small run shows that every step of the experiment works, and how sure its numbers are.
-It does not show which method summarises better: a model of 1.4M parameters does not summarise."""
+It does not show which method summarises better: a model of 1.7M parameters does not summarise."""
 
 
 def get_config(variant="paper"):

@@ -75,7 +75,7 @@ def _setup(config: ConfigDict, stage: str) -> Setup:
     """As `prepare_setup`; of its tokenizer only the number of ids is there, and an end."""
     config = copy.deepcopy(config)
     config.stages = (stage,)
-    if stage != "sft" and "data" in config[stage]:
+    if "data" in config[stage]:
         config[stage].data.source = config[stage].data.source or NOWHERE
     run = resolve(config, NOWHERE)
     vocabulary = 0

@@ -11,7 +11,16 @@ from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.recipes import data
-from dpojax.recipes.recipe import BASE, JUDGE, REWARD, SFT, TRAINED, Evaluation, Side, Training
+from dpojax.recipes.recipe import (
+    BASE,
+    JUDGE,
+    REWARD,
+    SFT,
+    TRAINED,
+    Evaluation,
+    Side,
+    Training,
+)
 from dpojax.runs import judging
 from dpojax.stages import token_cache
 from dpojax.stages.registry import resolve
@@ -105,6 +114,7 @@ class RecipeConfigs(NamedTuple):
             prompts=self.file(evaluation.prompts),
             judge=self.judge,
             a=sides,
+            b=self.opponent(evaluation),
             temperatures=tuple(evaluation.temperatures),
             best_of_reward=self.learned_reward if needs_reward else "",
             max_new_tokens=recipe.max_new_tokens,

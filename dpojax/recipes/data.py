@@ -22,7 +22,7 @@ from dpojax.data import sources
 from dpojax.data.parsing import parse_rows
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
-from dpojax.recipes.recipe import FEW_SHOT, SHIFTED, TESTS, ZERO_SHOT
+from dpojax.recipes.recipe import FEW_SHOT, REJECTED, SHIFTED, TESTS, ZERO_SHOT
 from dpojax.runs.command import run_command
 
 COMPARISONS, DEMONSTRATIONS, JUDGE_COMPARISONS = "comparisons", "demonstrations", "judge"
@@ -85,8 +85,11 @@ def make_data(config: ConfigDict, out: storage.Path) -> dict[str, Any]:
         asked_tests = [*tests.values()]
     else:
         held_out = (x for x in compared.values() if part(x.prompt) == TESTS)
-        asked_tests = [shown.get(x.prompt, x) for x in held_out]
+        asked_tests = [_shown(x, shown.get(x.prompt, x)) for x in held_out]
     files[TESTS] = prompted.records(asked_tests, recipe.test_prompts)
+    files[REJECTED] = [
+        {"prompt": x.prompt, "response": x.rankings[0][-1]} for x in asked_tests if x.rankings
+    ]
     if recipe.shifted:
         news = _read(SHIFTED, recipe, reports).values()
         files[SHIFTED] = prompted.records([*news], recipe.shifted_prompts)
@@ -165,6 +168,11 @@ def _written_by_people(row: dict) -> str:
         if summary.get("policy") == REFERENCE_POLICY:
             return summary["text"]
     return ""
+
+
+def _shown(asked: Asked, demonstration: Asked) -> Asked:
+    """A prompt of comparisons, with a demonstration as its reference."""
+    return demonstration._replace(rankings=asked.rankings)
 
 
 def _comparison(prompt: str, responses: tuple[str, ...]) -> dict:

@@ -13,7 +13,17 @@ from dpojax.plans.folder import Plan
 from dpojax.plans.job_maker import JobMaker
 from dpojax.recipes.configs import DATA, EVALUATIONS, RecipeConfigs
 from dpojax.recipes.data import COUNTS
-from dpojax.recipes.recipe import JUDGE, PPO, REWARD, TRAINED, Evaluation, Recipe, Side, Training
+from dpojax.recipes.recipe import (
+    JUDGE,
+    PPO,
+    REWARD,
+    TEXTS,
+    TRAINED,
+    Evaluation,
+    Recipe,
+    Side,
+    Training,
+)
 from dpojax.runs.judging import REPORT
 
 SETTINGS = "report"  # of the last job
@@ -91,6 +101,7 @@ def _checkpoint_jobs(configs: RecipeConfigs, recipe: Recipe) -> list[Job]:
 def _judging_job(configs: RecipeConfigs, maker: JobMaker, evaluation: Evaluation) -> Job:
     settings = configs.judging_settings(evaluation)
     needs = [_name_of(side) for side in evaluation.sides if side.training]
+    needs += [] if evaluation.against in TEXTS else [_exported(evaluation.against)]
     needs += [_exported(JUDGE)] if configs.config.recipe.judge == TRAINED else []
     needs += [_exported(REWARD)] if settings.best_of_reward else []
     name = f"judge-{evaluation.name}"

@@ -20,6 +20,8 @@ from dpojax.config.files import failing_at_its_line, load_config_file, split_var
 BASE, SFT, REWARD, JUDGE, PPO = "base", "sft", "reward", "judge", "ppo"
 TRAINED = "trained"  # value of recipe.judge
 TESTS, SHIFTED = "tests", "shifted"  # the prompts of an evaluation
+REFERENCES, REJECTED = "references", "rejected"  # what policies are compared with
+TEXTS = (REFERENCES, REJECTED)
 ZERO_SHOT, FEW_SHOT = "zero_shot", "few_shot"  # fields of the prompts' records
 
 
@@ -58,7 +60,7 @@ class Side(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Policies judged on the same prompts against their references.
+    """Policies judged on the same prompts against one opponent.
 
     Attributes:
       name: of its folder; unique in a recipe.
@@ -66,6 +68,8 @@ class Evaluation(NamedTuple):
       sides: the policies.
       temperatures: of sampling.
       prompts: TESTS or SHIFTED.
+      against: REFERENCES; REJECTED, the worse response of each comparison; or a training run, which
+        is drawn from at the same temperature.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Evaluation(NamedTuple):
     sides: Sequence[Side]
     temperatures: tuple[float, ...]
     prompts: str = TESTS
+    against: str = REFERENCES
 
 
 class Recipe(NamedTuple):
@@ -166,7 +171,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     sides = [side for evaluation in recipe.evaluations for side in evaluation.sides]
     starts = [(training.name, training.start) for training in recipe.trainings]
     uses = [*starts, *((side.name, side.training) for side in sides)]
-    for user, name in [*uses, *(("curves", name) for name in recipe.curves)]:
+    uses += [("curves", name) for name in recipe.curves]
+    uses += [(x.name, x.against) for x in recipe.evaluations if x.against not in TEXTS]
+    for user, name in uses:
         if name and name not in trained:
             raise ConfigError(f"{where}: recipe(): {user} needs a training run {name!r}")
     if REWARD not in trained and any(max(side.best_of) > 1 for side in sides):

@@ -1,0 +1,112 @@
+"""Figures of a recipe: the win rate over training steps, and loss and KL over epochs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpojax import storage
+from dpojax.evaluation.plots import BLUE, GREEN, GREY, PANEL, PURPLE, STYLE, VERMILLION
+
+COLORS = (BLUE, VERMILLION, GREEN, PURPLE)
+BY_BETA = matplotlib.colormaps["viridis"]
+EVEN = 0.5  # the win rate of equals
+
+
+class WinRateAt(NamedTuple):
+    """A win rate with its 95 % interval, at a step of training."""
+
+    step: int
+    value: float
+    low: float
+    high: float
+
+
+class LearningCurve(NamedTuple):
+    """Evaluations of a training run.
+
+    Attributes:
+      epochs: of training, at each evaluation.
+      loss: held out, in nats per pair.
+      kl: to the reference, in nats per token; nan where it was not measured.
+    """
+
+    epochs: Sequence[float]
+    loss: Sequence[float]
+    kl: Sequence[float]
+
+
+def draw_over_steps(
+    curves: Mapping[str, Sequence[WinRateAt]], title: str, paths: Sequence[str | os.PathLike]
+) -> None:
+    """Draw win rates with their intervals over training steps, a colour for each policy.
+
+    Args:
+      curves: policy -> its checkpoints in order.
+      paths: .png, .pdf or .svg.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((1.5 * PANEL[0], 1.2 * PANEL[1]), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        for number, ((name, points), color) in enumerate(zip(curves.items(), COLORS)):
+            points = sorted(points)
+            value = [point.value for point in points]
+            below = [point.value - point.low for point in points]
+            above = [point.high - point.value for point in points]
+            axes.errorbar(
+                [point.step for point in points],
+                value,
+                yerr=[below, above],
+                fmt="os^D"[number % 4] + "-",
+                color=color,
+                ms=4.5,
+                lw=1.3,
+                capsize=2.5,
+                label=name,
+            )
+        axes.axhline(EVEN, color=GREY, lw=0.8, ls="--", zorder=0)
+        _set_labels(axes, title, "optimiser step", "win rate (95 % interval)")
+        axes.set_ylim(0, max(0.6, *(p.high + 0.05 for x in curves.values() for p in x)))
+        axes.legend(frameon=False)
+        _save(figure, paths)
+
+
+def draw_curves(
+    curves: Mapping[str, LearningCurve], x_label: str, paths: Sequence[str | os.PathLike]
+) -> None:
+    """Draw held-out loss, and KL per token, of training runs over epochs.
+
+    Args:
+      curves: run -> its evaluations, in the order of the legend.
+      x_label: "epoch".
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((2 * PANEL[0] + 1.2, PANEL[1] + 0.1), dpi=160, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, (name, curve) in enumerate(curves.items()):
+            color = BY_BETA(0.92 * number / max(1, len(curves) - 1))
+            left.plot(curve.epochs, curve.loss, "-o", color=color, ms=2.5, lw=1.3, label=name)
+            right.plot(curve.epochs, curve.kl, "-o", color=color, ms=2.5, lw=1.3)
+        _set_labels(left, "Held-out loss", x_label, "nats per pair")
+        _set_labels(right, "Divergence from SFT", x_label, "KL estimate, nats per token")
+        figure.legend(loc="outside right center", frameon=False)
+        figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
+        _save(figure, paths)
+
+
+def _set_labels(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.tick_params(color=GREY)
+
+
+def _save(figure: Figure, paths: Sequence[str | os.PathLike]) -> None:
+    for path in paths:
+        with storage.replacing(path) as unfinished:
+            figure.savefig(unfinished)
