@@ -14,6 +14,8 @@ from dpojax.recipes import data
 from dpojax.recipes.recipe import (
     BASE,
     JUDGE,
+    REFERENCES,
+    REJECTED,
     REWARD,
     SFT,
     TRAINED,
@@ -92,9 +94,18 @@ class RecipeConfigs(NamedTuple):
 
     def policy(self, side: Side) -> str:
         """What responses are drawn from."""
-        return (
-            str(self.model(side.training, side.share)) if side.training else self.config.model.path
-        )
+        if not side.training:
+            return self.config.model.path
+        return str(self.model(side.training, side.share))
+
+    def opponent(self, evaluation: Evaluation) -> judging.Side:
+        """What the sides of an evaluation are compared with."""
+        name = evaluation.against
+        if name == REFERENCES:
+            return judging.Side(REFERENCES)
+        if name == REJECTED:
+            return judging.Side(self.file(REJECTED), name="rejected responses")
+        return judging.Side(str(self.model(name)), name=name)
 
     def judging_settings(self, evaluation: Evaluation) -> judging.Settings:
         """What `runs.judging` is given for an evaluation."""
