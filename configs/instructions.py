@@ -68,6 +68,7 @@ def _paper(config):
 
 
 def _small(config):
+    config.max_buckets = 2  # another would take longer to compile than it saves this model
     data = FieldReference("")
     config.recipe.data = data
     config.recipe.comparisons = (
@@ -88,10 +89,10 @@ def recipe(config):
 
     trainings, sides = r.usual_trainings(config), [r.Side("SFT", r.SFT), *r.dpo_sides(config)]
     curves = [r.dpo_name(beta) for beta in config.recipe.betas]
+    temperatures = config.recipe.temperatures
     evaluations = [
-        r.Evaluation(
-            "references", "Against the chosen responses", sides, config.recipe.temperatures
-        )
+        r.Evaluation("sft", "Against SFT", sides, temperatures, against=r.SFT),
+        r.Evaluation("rejected", "Against the rejected", sides, temperatures, against=r.REJECTED),
     ]
     title = "Instruction preferences: DPO by beta"
     shows = SHOWS if config.recipe.data else ""
