@@ -11,10 +11,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpojax import storage
-from dpojax.config.contents import Content, NamedPath, contents_of, shared_paths
-from dpojax.config.errors import ConfigError
+from dpojax.config.contents import Content, NamedPath, contents_of, shared_paths, weights_hash
+from dpojax.config.errors import ConfigError, config_errors
 from dpojax.config.resolved import as_json, workdir_path
 from dpojax.data import sources
+from dpojax.evaluation.judging.open_judge import folder_of
 from dpojax.jobs.job import plan_as_json
 from dpojax.plans.folder import (
     PLAN,
@@ -26,7 +27,7 @@ from dpojax.plans.folder import (
 )
 from dpojax.recipes.configs import RecipeConfigs
 from dpojax.recipes.plan import plan_recipe
-from dpojax.recipes.recipe import Recipe, check_recipe
+from dpojax.recipes.recipe import TRAINED, Recipe, check_recipe
 from dpojax.runs.workdirs import require_writable, workdir_lock
 
 WHAT = "recipe"
@@ -67,6 +68,8 @@ def check(config: ConfigDict, recipe: Recipe, folder: storage.Path, workers: int
             "the text at the top of the config file says which"
         )
     configs = RecipeConfigs(config, folder)
+    with config_errors("recipe.judge"):
+        folder_of(configs.judge)
     for training in recipe.trainings:
         configs.resolve(training)
     for evaluation in recipe.evaluations:
@@ -110,7 +113,14 @@ def _contents(config: ConfigDict) -> dict[str, Content]:
         NamedPath(f"recipe.{name}", recipe[name], _hash_of(recipe[f"{name}_split"]))
         for name in SOURCES
     ]
+    paths.append(NamedPath("recipe.judge", recipe.judge, _judge_hash))
     return contents_of(paths)
+
+
+def _judge_hash(judge: str) -> str:
+    """A hash of the judge's weights, where it has some before the recipe begins."""
+    folder = "" if judge == TRAINED else folder_of(judge)
+    return weights_hash(folder) if folder else judge
 
 
 def _hash_of(split: str):
