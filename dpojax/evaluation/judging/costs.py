@@ -37,9 +37,11 @@ class CountsTokens(Protocol):
 
     Attributes:
       prices: None where the user gave none.
+      counted_by: how `tokens` counts, for a person.
     """
 
     prices: Prices | None
+    counted_by: str
 
     def tokens(self, question: Question) -> Tokens:
         """Count the tokens of the request, and how many its reply has at most."""
@@ -55,12 +57,23 @@ class Estimate(NamedTuple):
       tokens_out: of all replies, at most.
       price: at most, in the currency of the prices; 0 for a judge that costs nothing, None where no
         prices were given.
+      counted_by: how tokens were counted, for a person.
     """
 
     calls: int
     tokens_in: int
     tokens_out: int
     price: float | None
+    counted_by: str = ""
+
+    def __str__(self) -> str:
+        if not self.counted_by:
+            return f"{self.calls:,} calls, which cost nothing"
+        price = "" if self.price is None else f". They cost at most {self.price:,.4f}"
+        return (
+            f"{self.calls:,} calls with {self.tokens_in:,} tokens, and at most "
+            f"{self.tokens_out:,} tokens of replies, counted by {self.counted_by}{price}"
+        )
 
 
 def estimate_questions(judge: Judge, questions: Sequence[Question]) -> Estimate:
@@ -70,7 +83,7 @@ def estimate_questions(judge: Judge, questions: Sequence[Question]) -> Estimate:
     counts = [judge.tokens(question) for question in questions]
     tokens_in, tokens_out = sum(x.input for x in counts), sum(x.output for x in counts)
     price = None if judge.prices is None else judge.prices.of(tokens_in, tokens_out)
-    return Estimate(len(questions), tokens_in, tokens_out, price)
+    return Estimate(len(questions), tokens_in, tokens_out, price, judge.counted_by)
 
 
 class Budget:

@@ -43,6 +43,8 @@ class LongerWins:
 class Paid(LongerWins):
     """Asks for 100 tokens a question; its replies have 10, and might have 50."""
 
+    counted_by = "hand"
+
     def __init__(self, *, prices, counted=100, **options):
         super().__init__(**options)
         self.prices = prices
@@ -211,11 +213,26 @@ def test_an_estimate_counts_open_questions_alone():
 
 def test_an_estimate_is_the_number_of_questions_that_are_then_asked():
     cost = estimate(LongerWins(), comparisons_of(30), repeat=0.3)
-    assert cost == (judge_comparisons(LongerWins(), comparisons_of(30), repeat=0.3).asked, 0, 0, 0)
+    assert cost == (
+        judge_comparisons(LongerWins(), comparisons_of(30), repeat=0.3).asked,
+        0,
+        0,
+        0,
+        "",
+    )
+
+
+def test_an_estimate_is_a_sentence_for_the_terminal():
+    text = str(estimate(Paid(prices=Prices(2.0, 10.0)), comparisons_of(10), repeat=0))
+    assert text == (
+        "20 calls with 2,000 tokens, and at most 1,000 tokens of replies, counted by hand. They "
+        "cost at most 0.0140"
+    )
+    assert str(estimate(LongerWins(), comparisons_of(1), repeat=0)) == "2 calls, which cost nothing"
 
 
 def test_without_prices_the_estimate_has_tokens_and_no_price():
-    assert estimate(Paid(prices=None), comparisons_of(1), repeat=0) == (2, 200, 100, None)
+    assert estimate(Paid(prices=None), comparisons_of(1), repeat=0) == (2, 200, 100, None, "hand")
 
 
 @pytest.mark.parametrize("counted", [70, 100, 400])

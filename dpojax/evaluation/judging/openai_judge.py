@@ -1,0 +1,307 @@
+"""A judge behind a server that speaks the OpenAI protocol: vLLM, ollama, llama.cpp, or hosted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from dpojax.evaluation.judging.costs import Prices, Tokens
+from dpojax.evaluation.judging.endpoint import Endpoint, EndpointError
+from dpojax.evaluation.judging.judge import JudgeError
+from dpojax.evaluation.judging.pacing import Pace, backoff, call_in_threads, wait
+from dpojax.evaluation.judging.templates import Template, open_template
+from dpojax.evaluation.judging.verdicts import Choice, Question, Reply
+
+REQUEST_TOKENS = 10  # of a chat template, beside the prompt's
+TOP_LOGPROBS = 5  # most likely tokens in whose probabilities A and B are looked for
+LONGEST_WAIT = 600.0  # seconds that a server may ask to wait
+
+# A question that a server will never answer, unlike a request that it never takes.
+_QUESTION_REFUSED = re.compile(
+    r"context.?(?:length|window|size)|maximum context|too long|too large|longer than|"
+    r"content.?(?:filter|management|policy)",
+    re.IGNORECASE,
+)
+_NO_CREDIT = re.compile(r"insufficient_quota|billing", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class EndpointOptions:
+    """How a server is asked. The first five are part of a judge's fingerprint.
+
+    Attributes:
+      max_tokens: of a reply. A reasoning model needs more.
+      temperature: of sampling.
+      seed: of sampling, where the server takes one; None sends none.
+      logprobs: ask for the probabilities of the letters, which give `Reply.preference`.
+      extra_body: further fields of the request, or JSON that holds them; None removes a field.
+      served_by: stands for the address in the fingerprint. Give it for a model that moves between
+        addresses: its verdicts are found again.
+      key_variable: see `Endpoint`.
+      concurrency: requests at once.
+      timeout: seconds for one request.
+      max_retries: how often a request is sent again, after what may pass by itself.
+      backoff: seconds before the first retry; they double.
+      requests_per_minute, tokens_per_minute: limits; None for none.
+      price_in, price_out: of a million tokens of requests and of replies.
+      tokenizer: folder of the tokenizer that counts tokens; None counts characters / 4.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    seed: int | None = 0
+    logprobs: bool = False
+    extra_body: Mapping[str, Any] | str = dataclasses.field(default_factory=dict)
+    served_by: str | None = None
+    key_variable: str | None = None
+    concurrency: int = 8
+    timeout: float = 120.0
+    max_retries: int = 6
+    backoff: float = 1.0
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.extra_body, str):
+            object.__setattr__(self, "extra_body", _parse_fields(self.extra_body))
+        for name in ("max_tokens", "concurrency", "timeout"):
+            if not getattr(self, name) > 0:
+                raise JudgeError(f"{name} = {getattr(self, name)}: has to be above 0")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise JudgeError(f"{name} = {getattr(self, name)}: has to be above 0")
+        if (self.price_in is None) != (self.price_out is None):
+            raise JudgeError("price_in and price_out: give both, or none of them")
+
+
+class OpenAIJudge:
+    """Asks a chat model which response is better, and reads its written reply.
+
+    Attributes:
+      prices: of tokens, where the options have them.
+      counted_by: how `tokens` counts, for a person.
+    """
+
+    is_symmetric = False
+
+    def __init__(
+        self,
+        model: str,
+        url: str,
+        template: Template,
+        options: EndpointOptions = EndpointOptions(),
+    ):
+        """Make the judge; the server is not asked.
+
+        Args:
+          model: as the server names it.
+          url: of the server; see `Endpoint`.
+
+        Raises:
+          JudgeError: the address or the tokenizer cannot be used; the key is not there.
+        """
+        self._endpoint = Endpoint(url, key_variable=options.key_variable, timeout=options.timeout)
+        self._model, self._template, self._options = model, template, options
+        self._pace = Pace(options.requests_per_minute, options.tokens_per_minute)
+        self._has_answered = False
+        self.name = f"openai:{model}@{self._endpoint.url}"
+        has_prices = options.price_in is not None
+        self.prices = Prices(options.price_in, options.price_out) if has_prices else None
+        self._count, self.counted_by = _token_counter(options.tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """The model, the server, the prompt's version and the settings of sampling."""
+        request = self.body(Question("", "", "", "-"))
+        del request["messages"]
+        server = self._options.served_by or self._endpoint.url
+        return json.dumps(["openai", server, self._template.version, request], sort_keys=True)
+
+    def body(self, question: Question) -> dict[str, Any]:
+        """Return the request for one question, as the protocol has it."""
+        options = self._options
+        body = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": self._template.fill(question)}],
+            "max_tokens": options.max_tokens,
+            "temperature": options.temperature,
+            "seed": options.seed,
+        }
+        if options.logprobs:
+            body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        body |= options.extra_body
+        return {name: value for name, value in body.items() if value is not None}
+
+    def tokens(self, question: Question) -> Tokens:
+        """Count the tokens of a request, and how many its reply has at most."""
+        longest = self._options.extra_body.get("max_completion_tokens") or self._options.max_tokens
+        return Tokens(self._count(self._template.fill(question)), longest)
+
+    def read(self, question: Question, answer: Any) -> Reply:
+        """Return what a server's answer says.
+
+        Args:
+          answer: a chat completion, as parsed JSON.
+
+        Raises:
+          ValueError: it is no chat completion.
+        """
+        try:
+            choice = answer["choices"][0]
+            text = _text_of(choice)
+            usage = answer.get("usage") or {}
+            tokens_in = usage.get("prompt_tokens")
+            tokens_out = usage.get("completion_tokens")
+        except (TypeError, KeyError, IndexError, AttributeError):
+            shown = self._endpoint.without_key(json.dumps(answer))[:300]
+            raise ValueError(f"an answer that is no chat completion: {shown}") from None
+        verdict = self._template.read(text)
+        return Reply(
+            verdict,
+            _preference(choice, verdict),
+            text,
+            tokens_in if isinstance(tokens_in, int) else self.tokens(question).input,
+            tokens_out if isinstance(tokens_out, int) else self._count(text),
+        )
+
+    def replies(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
+        """Ask the server about each question; see `Judge.replies`.
+
+        Raises:
+          JudgeError: the server refuses, or still fails after all retries. Requests that were under
+            way have been waited for, and their replies were yielded.
+        """
+        return call_in_threads(self._ask, questions, self._options.concurrency)
+
+    def _ask(self, question: Question, stop: threading.Event) -> Reply:
+        """Ask until there is a reply."""
+        body, counts = self.body(question), self.tokens(question)
+        for retry in range(self._options.max_retries + 1):
+            self._pace.wait(counts.input + counts.output, stop)
+            try:
+                answer = self._endpoint.chat(body)
+                self._has_answered = True
+                return self.read(question, answer)
+            except ValueError as error:
+                last, delay = str(error), None
+            except EndpointError as error:
+                self._has_answered = self._has_answered or not error.is_unreachable
+                if error.status in (400, 413, 422) and _QUESTION_REFUSED.search(str(error)):
+                    return Reply(Choice.UNPARSED, text=str(error))
+                self._require_passing(error)
+                last, delay = str(error), error.retry_after
+            if delay:
+                self._pace.pause(delay)
+            elif retry < self._options.max_retries:
+                wait(backoff(retry, self._options.backoff), stop)
+        raise JudgeError(
+            f"{self.name}: {self._options.max_retries + 1} requests for one question have failed. "
+            f"The last one got {last}. Replies that came before are kept; the same command goes on"
+        )
+
+    def _require_passing(self, error: EndpointError) -> None:
+        """Raise JudgeError unless it may help to send the request again."""
+        status, advice = error.status, ""
+        if error.is_unreachable and not self._has_answered:
+            advice = "nobody answers at this address: is the server up, and the address right?"
+        elif status in (401, 403):
+            advice = (
+                "the key is refused, or there is none; set OPENAI_API_KEY, or name another "
+                "environment variable with key_variable (over http:// to another machine, a key "
+                "is sent only if its variable is named)"
+            )
+        elif status == 402 or (status == 429 and _NO_CREDIT.search(str(error))):
+            advice = "there is no credit left; the same command goes on once there is"
+        elif status == 404:
+            models = ", ".join(self._endpoint.models()[:10])
+            advice = "no such model or path" + (f"; the server has {models}" if models else "")
+        elif status is not None and 300 <= status < 400:
+            advice = "the server has moved; give its new address"
+        elif status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
+            advice = "the server does not take the request; extra_body changes its fields"
+        elif (error.retry_after or 0) > LONGEST_WAIT:
+            advice = f"the server asks to wait {error.retry_after:.0f} s; try again then"
+        if advice:
+            raise JudgeError(f"{self.name}: {error}: {advice}")
+
+
+def open_endpoint(
+    argument: str, *, template: str = "summary", template_file: str | None = None, **options: Any
+) -> OpenAIJudge:
+    """Open the judge `MODEL@URL`.
+
+    Args:
+      template: name of the prompt.
+      template_file: a file with a prompt, in place of `template`.
+      options: fields of `EndpointOptions`.
+
+    Raises:
+      JudgeError: the argument, the prompt or an option cannot be used.
+    """
+    model, _, url = argument.rpartition("@")
+    if not model or not url:
+        raise JudgeError(
+            f"openai:{argument}: is not openai:MODEL@URL, such as openai:llama3@http://localhost:8000/v1"
+        )
+    known = {field.name for field in dataclasses.fields(EndpointOptions)}
+    if unknown := sorted(options.keys() - known):
+        raise JudgeError(f"openai:{argument}: has no option {', '.join(unknown)}")
+    prompt = open_template(template, template_file)
+    return OpenAIJudge(model, url, prompt, EndpointOptions(**options))
+
+
+def _parse_fields(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise JudgeError(f"extra_body = {text}: is no JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise JudgeError(f"extra_body = {text}: is no JSON object")
+    return fields
+
+
+def _token_counter(folder: str | None) -> tuple[Callable[[str], int], str]:
+    """Return a function that counts the tokens of a request with a text, and how it does so."""
+    if folder is None:
+        return lambda text: REQUEST_TOKENS + math.ceil(len(text) / 4), "characters / 4"
+    from dpojax.data.tokenizer_files import read_tokenizer
+
+    try:
+        tokenizer = read_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"tokenizer = {folder}: {error}") from error
+    return lambda text: REQUEST_TOKENS + len(tokenizer(text).input_ids), f"the tokenizer {folder}"
+
+
+def _text_of(choice: Mapping[str, Any]) -> str:
+    """Return the text of a completion. A refusal, and a text that was cut off, are texts, too."""
+    message = choice["message"]
+    content = message.get("content")
+    if isinstance(content, list):  # parts, of which only texts are read
+        content = "".join(part.get("text") or "" for part in content)
+    if content is not None and not isinstance(content, str):
+        raise TypeError
+    return content or message.get("refusal") or f"(no text: {choice.get('finish_reason')})"
+
+
+def _preference(choice: Mapping[str, Any], verdict: Choice) -> float:
+    """Return P(A) / (P(A) + P(B)) at the token that is the verdict's letter; nan without it."""
+    letter = {Choice.FIRST: "A", Choice.SECOND: "B"}.get(verdict)
+    try:
+        tokens = choice["logprobs"]["content"]
+        at = [x for x in tokens if x["token"].strip() == letter][-1]
+        odds = {"A": 0.0, "B": 0.0}
+        for likely in at["top_logprobs"] or [at]:
+            if (name := likely["token"].strip()) in odds:
+                odds[name] += math.exp(likely["logprob"])
+        return odds["A"] / (odds["A"] + odds["B"])
+    except (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError):
+        return math.nan
