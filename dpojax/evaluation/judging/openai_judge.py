@@ -246,16 +246,17 @@ def open_endpoint(
     Raises:
       JudgeError: the argument, the prompt or an option cannot be used.
     """
-    model, _, url = argument.rpartition("@")
-    if not model or not url:
+    parts = re.fullmatch(r"(.+)@(https?://.*)", argument, re.DOTALL)
+    if parts is None:
         raise JudgeError(
-            f"openai:{argument}: is not openai:MODEL@URL, such as openai:llama3@http://localhost:8000/v1"
+            f"openai:{argument.partition('@')[0]}...: is not openai:MODEL@URL, such as "
+            "openai:llama3@http://localhost:8000/v1"
         )
     known = {field.name for field in dataclasses.fields(EndpointOptions)}
     if unknown := sorted(options.keys() - known):
-        raise JudgeError(f"openai:{argument}: has no option {', '.join(unknown)}")
+        raise JudgeError(f"openai:{parts[1]}: has no option {', '.join(unknown)}")
     prompt = open_template(template, template_file)
-    return OpenAIJudge(model, url, prompt, EndpointOptions(**options))
+    return OpenAIJudge(parts[1], parts[2], prompt, EndpointOptions(**options))
 
 
 def _parse_fields(text: str) -> dict[str, Any]:
