@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from dpojax.evaluation.judging.judge import Judge, JudgeError
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Judgement, Question, Reply
 
 REPEAT = 0.05  # share of questions that are asked a second time
-ROUND = 1024  # questions after which the cache is read again: another process may have answered
+ROUND = 256  # questions after which the cache is read again: another process may have answered
 IDENTICAL = Reply(Choice.TIE, 0.5, "not asked: the two responses are identical")
 
 Progress = Callable[[int, int], None]
@@ -155,6 +156,10 @@ def _ask_open(
     asked, total = 0, len(planned)
     unasked = open_questions(planned, cache)
     while unasked:
+        if cache.folder is not None:
+            # Processes that share a cache ask in different places, and so little twice.
+            start = random.randrange(len(unasked))
+            unasked = unasked[start:] + unasked[:start]
         count = budget.affordable([x.question for x in unasked[:ROUND]])
         if not count:
             raise CostReached(
