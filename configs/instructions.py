@@ -77,7 +77,7 @@ def _small(config):
     config.model.path = data + "/stories260k"
     config.recipe.max_new_tokens = 80
     config.sft.update(batch_size=32, epochs=6, learning_rate=2e-3)
-    config.preference.update(batch_size=32, epochs=3, learning_rate=5e-4)
+    config.preference.update(batch_size=32, epochs=3, learning_rate=1e-4)
     config.log_every, config.evaluate_every, config.checkpoint_every = 5, 6, 0
 
 

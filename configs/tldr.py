@@ -144,11 +144,11 @@ def recipe(config):
 def _quick_base(config, trainings):
     """The new model of `small` reads the beginnings of a part of the reviews."""
     changes = {
-        "sft.data.limit": 5_000,
+        "sft.data.limit": 4_000,
         "sft.epochs": 1,
         "sft.batch_size": 32,
         "sft.learning_rate": 3e-3,
-        "tokens.max_length": 192,
+        "tokens.max_length": 384,
         "tokens.truncation": "cut_response_end",
     }
     return [t._replace(changes=changes) if t.name == "base" else t for t in trainings]
