@@ -200,12 +200,13 @@ def _row(side: Side, is_symmetric: bool, length: Callable[[str], float], options
     lengths_a = np.array([length(comparison.a) for comparison in side.comparisons], float)
     lengths_b = np.array([length(comparison.b) for comparison in side.comparisons], float)
     judgements, ids = side.judgements, side.ids
+    asked = [comparison.a != comparison.b for comparison in side.comparisons]
     return Row(
         side.policy,
         side.temperature,
         side.best_of,
         side.step,
-        win_rate(judgements, ids, is_symmetric=is_symmetric, **options),
+        win_rate(judgements, ids, is_symmetric=is_symmetric, asked=asked, **options),
         length_controlled(judgements, ids, lengths_a, lengths_b, **options),
         float(lengths_a.mean()) if len(lengths_a) else math.nan,
         float(lengths_b.mean()) if len(lengths_b) else math.nan,

@@ -51,7 +51,7 @@ class WinRate(NamedTuple):
         the comparisons whose two replies could both be read, each in both orders. In [-1, 1]. 0 is
         a judge without a bias: whether A is better cancels. nan for a symmetric judge.
       flip_rate: share of inconsistent judgements among those whose two replies could both be read.
-        nan for a symmetric judge.
+        nan for a symmetric judge. Two identical responses, of which nobody asks, count for neither.
       comparisons: how many there were, those that were left out among them.
       prompts: how many have a score.
       prompts_left_out: how many have none.
@@ -110,6 +110,7 @@ def win_rate(
     ids: Sequence[Hashable],
     *,
     is_symmetric: bool = False,
+    asked: Sequence[bool] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> WinRate:
@@ -119,25 +120,28 @@ def win_rate(
       judgements: one per comparison.
       ids: the prompt of each comparison.
       is_symmetric: the judge was asked in one order, so that it has no position bias.
+      asked: False where nobody was asked, as of two identical responses. Such a tie counts for the
+        win rate, but not for position bias and flip rate. None: all were asked.
 
     Raises:
       ValueError: there are not as many ids as judgements.
     """
     prompts = _indexed(judgements, ids)
+    options = dict(resamples=resamples, seed=seed)
     scores = [judgement.score for judgement in judgements]
     known = int(np.isfinite(prompt_means(scores, prompts)).sum())
-    options = dict(resamples=resamples, seed=seed)
-    rate = mean_over_prompts(scores, prompts, **options)
     outcomes = [judgement.outcome for judgement in judgements]
     bias = flips = UNKNOWN
     if not is_symmetric:
-        favours = [_favours_first(judgement) for judgement in judgements]
+        skipped = np.zeros(len(judgements), bool) if asked is None else ~np.asarray(asked, bool)
+        favours = np.array([_favours_first(judgement) for judgement in judgements])
+        flipped = np.array([_FLIPPED.get(outcome, 0.0) for outcome in outcomes])
+        favours[skipped] = flipped[skipped] = np.nan
         bias = mean_over_prompts(favours, prompts, SIGNED, **options)
-        flipped = [_FLIPPED.get(outcome, 0.0) for outcome in outcomes]
         flips = mean_over_prompts(flipped, prompts, **options)
     counts = collections.Counter(outcomes)
     return WinRate(
-        *rate,
+        *mean_over_prompts(scores, prompts, **options),
         counts={outcome: counts[outcome] for outcome in Outcome},
         position_bias=bias,
         flip_rate=flips,
