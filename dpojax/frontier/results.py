@@ -37,7 +37,7 @@ def collect(folder: storage.Path) -> tuple[list[Point], Optimum, Point]:
     plan = read_plan(folder)
     rewards, lengths = read_reference_samples(folder / SAMPLES)
     base = _reference_point(rewards, lengths, plan["config"]["seed"])
-    points = [point for run in plan["runs"] for point in _points_of(folder, plan, run)]
+    points = [point for run in plan["runs"] for point in points_of(folder, plan, run)]
     for n in plan["config"]["frontier"]["best_of_n"]:
         kl, best = best_of_n_kl(rewards, n), best_of_n(rewards, n)
         points.append(
@@ -118,7 +118,7 @@ def _stage_folders(folder: storage.Path, plan: dict, run: dict) -> list[storage.
     return [trained / PREFERENCE for trained in online.trained_runs(workdir, rounds)]
 
 
-def _points_of(folder: storage.Path, plan: dict, run: dict) -> list[Point]:
+def points_of(folder: storage.Path, plan: dict, run: dict) -> list[Point]:
     """One point per evaluation of a run, but for those before a stage's first step.
 
     Steps go on from stage to stage.

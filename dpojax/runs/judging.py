@@ -18,15 +18,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from dpojax import storage
 from dpojax.config.command_line import ArgumentParser
+from dpojax.evaluation.judging import report
 from dpojax.evaluation.judging.asking import Judged, estimate, judge_comparisons
 from dpojax.evaluation.judging.cache import VerdictCache
 from dpojax.evaluation.judging.costs import Estimate
 from dpojax.evaluation.judging.judge import Judge
 from dpojax.evaluation.judging.open_judge import open_judge
+from dpojax.evaluation.judging.result import Result, summarise
+from dpojax.evaluation.judging.result import Side as JudgedSide
 from dpojax.evaluation.judging.verdicts import Comparison
 from dpojax.runs.command import run_command
 from dpojax.runs.judging_settings import Settings, Side, settings_from_json
@@ -39,11 +40,10 @@ from dpojax.runs.sides import (
     request_against,
     requests_of,
 )
-from dpojax.tables import text_table
 
 __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
-VERDICTS, SAMPLES, REPORT = "verdicts", "samples.jsonl", "report.md"
+VERDICTS, SAMPLES = "verdicts", "samples.jsonl"
 ENDPOINT = ("price_in", "price_out", "concurrency", "requests_per_minute")
 
 Log = Callable[[str], None]
@@ -61,8 +61,13 @@ class Contest(NamedTuple):
     cut: float
 
 
-def make_contests(settings: Settings, log: Log = lambda line: None) -> list[Contest]:
+def make_contests(
+    settings: Settings, log: Log = lambda line: None, *, only_kept: bool = False
+) -> list[Contest]:
     """Draw what is missing, and put the responses of both sides together.
+
+    Args:
+      only_kept: draw nothing, see `responses.PolicyResponses.draw`.
 
     Raises:
       DataError: prompts that are missing, or lack a response.
@@ -75,7 +80,7 @@ def make_contests(settings: Settings, log: Log = lambda line: None) -> list[Cont
         for request in requests_of(side, settings)
     ]
     wanted = [request for pair in pairs for request in pair]
-    responses = draw_all(wanted, prompts, examples, settings, log)
+    responses = draw_all(wanted, prompts, examples, settings, log, only_kept)
     contests = []
     for request, against in pairs:
         comparisons = [
@@ -106,8 +111,8 @@ def open_settings_judge(settings: Settings) -> Judge:
     )
 
 
-def judge(settings: Settings, log: Log = lambda line: None) -> str:
-    """Judge all sides, write the folder, and return the report.
+def judge(settings: Settings, log: Log = lambda line: None) -> Result:
+    """Judge all sides, write the folder, and return what was measured.
 
     Args:
       log: gets a line now and then.
@@ -119,35 +124,89 @@ def judge(settings: Settings, log: Log = lambda line: None) -> str:
     out = storage.as_path(settings.out, "out")
     opened = open_settings_judge(settings)
     contests = make_contests(settings, log)
-    judged = _ask(settings, opened, contests, log)
-    _write_samples(out / SAMPLES, contests, judged)
-    return _write_report(out, settings, contests, judged)
+    with open_verdicts(settings) as cache:
+        judged_sides, facts = _ask(settings, opened, contests, cache, log)
+    result = summarise(
+        judged_sides,
+        judge=opened.name,
+        fingerprint=opened.fingerprint,
+        opponent=settings.b.label,
+        template=getattr(opened, "template", ""),
+        is_symmetric=opened.is_symmetric,
+        facts=facts,
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
+    _write_samples(out / SAMPLES, judged_sides)
+    report.write(out, result)
+    return result
 
 
 def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
-    """What asking the judge would take; responses are drawn, and it is not asked."""
-    contests = make_contests(settings, log)
-    cache = VerdictCache(_verdicts(settings))
+    """What asking the judge would take. Nothing is drawn, and it is not asked.
+
+    Responses that are not drawn yet are taken to be as long as they can be.
+    """
+    contests = make_contests(settings, log, only_kept=True)
     comparisons = [one for contest in contests for one in contest.comparisons]
     opened = open_settings_judge(settings)
-    return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
+    with open_verdicts(settings) as cache:
+        return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
 
 
-def _verdicts(settings: Settings) -> storage.Path:
-    return storage.as_path(settings.verdicts or f"{settings.out}/{VERDICTS}", "verdicts")
+def open_verdicts(settings: Settings) -> VerdictCache:
+    """The verdicts that are there."""
+    folder = settings.verdicts or f"{settings.out}/{VERDICTS}"
+    return VerdictCache(storage.as_path(folder, "verdicts"))
 
 
-def _ask(settings: Settings, opened: Judge, contests: Sequence[Contest], log: Log) -> Judged:
-    """Ask about all comparisons together, so that questions which sides share are asked once."""
-    return judge_comparisons(
+def _ask(
+    settings: Settings,
+    opened: Judge,
+    contests: Sequence[Contest],
+    cache: VerdictCache,
+    log: Log,
+) -> tuple[list[JudgedSide], dict[str, str]]:
+    """Ask about all comparisons, and put what was said beside each contest."""
+    how = {"cache": cache, "repeat": settings.repeat, "seed": settings.seed}
+    judged = judge_comparisons(
         opened,
         [one for contest in contests for one in contest.comparisons],
-        cache=VerdictCache(_verdicts(settings)),
-        repeat=settings.repeat,
-        seed=settings.seed,
         max_cost=settings.max_cost,
         progress=_Paced(log),
+        **how,
     )
+    judged_sides = []
+    for request, comparisons, _ in contests:
+        of_side = judge_comparisons(opened, comparisons, **how)  # all in the cache
+        judged_sides.append(
+            JudgedSide(
+                request.side.label,
+                comparisons,
+                of_side.judgements,
+                of_side.repeats,
+                request.temperature,
+                request.best_of,
+            )
+        )
+    return judged_sides, _facts(settings, contests, judged)
+
+
+def _facts(settings: Settings, contests: Sequence[Contest], judged: Judged) -> dict[str, str]:
+    """What the report says besides numbers."""
+    facts = {
+        "prompts": f"{settings.prompts}, {len({c.id for c in contests[0].comparisons})} of them",
+        "responses": f"{settings.samples} to each prompt, {settings.max_new_tokens} tokens at most",
+        "questions": f"{judged.asked} asked now, {judged.cached} answered before",
+        "seed": str(settings.seed),
+    }
+    if judged.cost:
+        facts["cost"] = f"{judged.cost:.4g} now"
+    cut = {describe(c.request): f"{c.cut:.1%}" for c in contests if c.cut}
+    if cut:
+        shares = "; ".join(f"{label}: {share}" for label, share in cut.items())
+        facts["responses that reached the limit of tokens"] = shares
+    return facts
 
 
 class _Paced:
@@ -162,31 +221,21 @@ class _Paced:
             self._log(f"{done} of {count} questions are answered")
 
 
-def _write_samples(path: storage.Path, contests: Sequence[Contest], judged: Judged) -> None:
+def _write_samples(path: storage.Path, sides: Sequence[JudgedSide]) -> None:
     """One line per comparison, with what the judge says of it."""
-    lines, judgements = [], iter(judged.judgements)
-    for contest in contests:
-        request = contest.request
-        for comparison, judgement in zip(contest.comparisons, judgements):
-            line = {"side": request.side.label, "temperature": request.temperature}
-            line |= {"best_of": request.best_of} | comparison._asdict()
-            line |= {"outcome": judgement.outcome.value, "score": judgement.score}
-            line |= {"judge": [judgement.a_first.text, judgement.b_first.text]}
+    lines = []
+    for side in sides:
+        setting = {
+            "policy": side.policy,
+            "temperature": side.temperature,
+            "best_of": side.best_of,
+        }
+        for comparison, judgement in zip(side.comparisons, side.judgements):
+            line = setting | comparison._asdict()
+            line["outcome"] = judgement.outcome.value
+            line["replies"] = [judgement.a_first.text, judgement.b_first.text]
             lines.append(json.dumps(line) + "\n")
     storage.write_text(path, "".join(lines))
-
-
-def _write_report(
-    out: storage.Path, settings: Settings, contests: Sequence[Contest], judged: Judged
-) -> str:
-    judgements = iter(judged.judgements)
-    rows = [["policy", "win rate"]]
-    for contest in contests:
-        scores = [next(judgements).score for _ in contest.comparisons]
-        rows.append([describe(contest.request), f"{np.nanmean(scores):.3f}"])
-    text = "\n".join(text_table(rows)) + "\n"
-    storage.write_text(out / REPORT, text)
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -101,11 +101,15 @@ class PolicyResponses:
         prompts: Sequence[ReferencedPrompt],
         drawing: Drawing,
         texts: Sequence[str] | None = None,
+        *,
+        only_kept: bool = False,
     ) -> list[list[Response]]:
         """The responses to P prompts, [P][samples]; what the folder lacks is drawn and written.
 
         Args:
           texts: what the policy reads in the place of each prompt; None: the prompts themselves.
+          only_kept: draw nothing. In the place of a response that is missing stands a text as long
+            as it can be, which no other one equals.
 
         Raises:
           DataError: a prompt that cannot be rendered; SamplingError: one that is too long.
@@ -114,6 +118,17 @@ class PolicyResponses:
         ids = prompt_ids(prompts, self.policy.tokenizer, texts)
         names = [_hash(tokens)[:16] for tokens in ids]
         folder = self.folder / self._name(drawing)
+        numbers = range(drawing.drawn_samples)
+        if only_kept:
+            there = _read(folder / FILE)
+            longest = "word " * drawing.max_new_tokens
+            return [
+                [
+                    there.get((name, k), Response(f"{longest}{folder.name}{name}{k}", False))
+                    for k in numbers
+                ]
+                for name in names
+            ]
         with storage.lock(folder):
             path = folder / FILE
             if not path.exists():

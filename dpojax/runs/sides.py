@@ -112,8 +112,13 @@ def draw_all(
     examples: Sequence[ReferencedPrompt],
     settings: Settings,
     log: Callable[[str], None],
+    only_kept: bool = False,
 ) -> dict[Request, Responses]:
-    """The responses of each request; a policy is read once, and let go before the next one."""
+    """The responses of each request; a policy is read once, and let go before the next one.
+
+    Args:
+      only_kept: see `responses.PolicyResponses.draw`.
+    """
     responses: dict[Request, Responses] = {}
     requests = list(dict.fromkeys(requests))
     for request in requests:
@@ -122,7 +127,7 @@ def draw_all(
     drawn = [request for request in requests if is_policy(request.side)]
     for name in dict.fromkeys(request.side.policy for request in drawn):
         of_policy = [request for request in drawn if request.side.policy == name]
-        responses |= _draw(name, of_policy, prompts, examples, settings, log)
+        responses |= _draw(name, of_policy, prompts, examples, settings, log, only_kept)
     return responses
 
 
@@ -133,13 +138,14 @@ def _draw(
     examples: Sequence[ReferencedPrompt],
     settings: Settings,
     log: Callable[[str], None],
+    only_kept: bool,
 ) -> dict[Request, Responses]:
     """The responses of one policy to each of its requests."""
     folder = storage.as_path(settings.responses or f"{settings.out}/responses")
     policy = load_policy(name)
     drawer = PolicyResponses(policy, folder, batch_size=settings.batch_size)
     reward = None
-    if any(request.best_of > 1 for request in requests):
+    if any(request.best_of > 1 for request in requests) and not only_kept:
         reward = open_reward(settings.best_of_reward, mesh=policy.mesh)
     texts = [prompt.text for prompt in prompts]
     responses = {}
@@ -152,8 +158,12 @@ def _draw(
             seed=request.seed,
             stop_text=settings.stop_text,
         )
-        drawn = drawer.draw(prompts, drawing, texts_to_read(request.side, prompts, examples))
-        responses[request] = best_responses(texts, drawn, request.best_of, reward)
+        read = texts_to_read(request.side, prompts, examples)
+        drawn = drawer.draw(prompts, drawing, read, only_kept=only_kept)
+        if only_kept:
+            responses[request] = [of_prompt[: settings.samples] for of_prompt in drawn]
+        else:
+            responses[request] = best_responses(texts, drawn, request.best_of, reward)
     return responses
 
 
