@@ -55,7 +55,7 @@ NUMBER("price_in", None, "Of a million tokens that the endpoint reads.")
 NUMBER("price_out", None, "Of a million tokens that the endpoint writes.")
 COUNT("concurrency", None, "Requests to the endpoint at a time.")
 NUMBER("requests_per_minute", None, "Most requests; 0 is no limit.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only count calls, tokens and cost. Nothing is drawn.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only count calls, tokens and cost; draw nothing.")
 EXPORT = TEXT("export_batch", None, "Write the open questions as a batch file, and ask none.")
 IMPORT = TEXT("import_batch", None, "Take the replies of a batch file first.")
 
@@ -111,7 +111,7 @@ def read_settings() -> Any:
         from dpojax.frontier.judged import frontier_settings
 
         if A.value or B.value or PROMPTED.value:
-            raise UsageError("--frontier: names its sides itself; leave out --a, --b and --prompted")
+            raise UsageError("--frontier: names its sides itself; leave out --a, --b, --prompted")
         folder = storage.as_path(FRONTIER.value, "--frontier")
         if not folder.is_dir():
             raise UsageError(f"--frontier={FRONTIER.value}: no such folder")

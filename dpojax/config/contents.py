@@ -20,6 +20,7 @@ from dpojax.config.data_sources import sources_of
 from dpojax.config.errors import config_errors
 from dpojax.data import sources
 from dpojax.data.prompts import EMBEDDED, PREFIXES
+from dpojax.evaluation.judging.open_judge import folder_of as folder_of_judge
 from dpojax.evaluation.rewards import folder_of
 from dpojax.models.huggingface import CENTRE, local_folder
 
@@ -149,12 +150,18 @@ def _data_hash(data: ConfigDict, evaluation: bool, path: str) -> str:
     return sources.fingerprint(sources_of(moved, evaluation=evaluation))
 
 
+def draws_samples(config: ConfigDict) -> bool:
+    """Whether evaluations draw responses."""
+    return bool(config.samples.reward or config.samples.judge)
+
+
 def sample_paths(config: ConfigDict) -> list[NamedPath]:
-    """Reward and prompts of the samples that evaluations draw, where they draw any."""
-    if not config.samples.reward:
+    """Reward, judge and prompts of the samples that evaluations draw, where they draw any."""
+    if not draws_samples(config):
         return []
     return [
         NamedPath("samples.reward", config.samples.reward, reward_hash),
+        NamedPath("samples.judge", config.samples.judge, judge_hash),
         NamedPath("samples.prompts", config.samples.prompts, prompts_hash),
     ]
 
@@ -189,6 +196,14 @@ def _file(name: str) -> str:
 def reward_hash(spec: str) -> str:
     """Hash the kind, label and folder of a reward; one without a folder stands for itself."""
     folder = folder_of(spec)
+    if not folder:
+        return spec
+    return _hash_of_use(spec, folder, _files((*WEIGHTS, CENTRE, *TOKENIZER))(folder))
+
+
+def judge_hash(spec: str) -> str:
+    """Hash the kind and folder of a judge; one without a folder stands for itself."""
+    folder = folder_of_judge(spec)
     if not folder:
         return spec
     return _hash_of_use(spec, folder, _files((*WEIGHTS, CENTRE, *TOKENIZER))(folder))

@@ -322,11 +322,16 @@ def _ppo() -> ConfigDict:
 def _samples() -> ConfigDict:
     """Responses drawn from the policy at every evaluation of a preference stage or of PPO.
 
-    Their reward, KL and lengths are logged under samples/.
+    Their reward, KL, lengths and win rate are logged under samples/.
     """
     return ConfigDict(
         dict(
             reward="",  # "" is off; reviews, classifier:FOLDER, reward_model:FOLDER
+            # What compares each response with one of the reference's to the same prompt: "" is off;
+            # exact, length, reward_model:FOLDER, openai:MODEL@URL, ... (docs/judging.md). Training
+            # stops by it with keep_best="eval/samples/win_rate" and patience.
+            judge="",
+            judge_template="summary",  # the judge's prompt; see docs/judging.md
             prompts="reviews",  # held-out prompts: see ppo.prompts
             count=64,  # of them
             per_prompt=4,

@@ -7,7 +7,8 @@ evaluation.reward.value, evaluation.kl.value, evaluation.kl_of_tokens.error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from dpojax.sampling import Sample, Sampler, generate
 from dpojax.sharding import put_rows, row_shards, settle, to_host
 from dpojax.training.forward import build_score
 
+BATCH_SIZE = 64  # prompts that are sampled at a time
 NO_LIMIT = 2**30  # tokens; the sampler limits the length of a prompt
 
 
@@ -61,8 +63,11 @@ class PolicyEvaluation(NamedTuple):
       stopped: share of responses that ended before the length limit.
       distinct_1, distinct_2, repetition: see `text_statistics`; repetition is that of 4-grams.
       texts: the first sample of each of the first prompts.
-      rewards, log_ratios: [P, K].
+      rewards, log_ratios: [P, K]; rewards are nan where no reward scores.
       drawn: the K samples of each prompt.
+      responses: their texts, [P][K].
+      judged: what a judge says of them, by metric; empty without one.
+      win_scores: of each prompt, the share of its comparisons that were won; empty without a judge.
     """
 
     reward: Estimate
@@ -77,6 +82,9 @@ class PolicyEvaluation(NamedTuple):
     rewards: NDArray[np.float64]
     log_ratios: NDArray[np.float64]
     drawn: list[list[Sample]]
+    responses: list[list[str]]
+    judged: Mapping[str, float] = types.MappingProxyType({})
+    win_scores: Sequence[float] = ()
 
     def metrics(self) -> dict[str, float]:
         """The numbers under their names in metrics.jsonl."""
@@ -93,7 +101,9 @@ class PolicyEvaluation(NamedTuple):
             "distinct_2": self.distinct_2,
             "repetition": self.repetition,
         }
-        return {f"samples/{name}": float(value) for name, value in values.items()}
+        if np.isnan(self.rewards).all():
+            del values["reward"], values["reward_error"]
+        return {f"samples/{name}": float(value) for name, value in values.items()} | self.judged
 
 
 def evaluate(
@@ -102,13 +112,13 @@ def evaluate(
     model: Model,
     tokenizer,
     prompts: Sequence[str],
-    reward: Callable[[Sequence[str], Sequence[str]], np.ndarray],
+    reward: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None,
     *,
     sampler: Sampler,
     samples_per_prompt: int,
     seed: int,
     temperature: float = 1.0,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     score: Callable | None = None,
     mesh: Mesh | None = None,
     fixed_length: bool = False,
@@ -123,7 +133,7 @@ def evaluate(
       params, reference_params: weights of the policy and of the reference.
       model, tokenizer: of both.
       prompts: P texts; a prompt's random numbers depend on its index.
-      reward: maps (prompts, responses) to scores, see `rewards.Reward`.
+      reward: maps (prompts, responses) to scores, see `rewards.Reward`; None scores nothing.
       sampler: draws the responses.
       samples_per_prompt: K.
       seed: of the samples.
@@ -155,13 +165,15 @@ def evaluate(
         SampledText(prompt, texts[0], float(scores[0]), samples[0].stopped)
         for prompt, texts, scores, samples in zip(prompts, responses, rewards, drawn)
     ]
-    return evaluation._replace(texts=texts[:shown])
+    return evaluation._replace(texts=texts[:shown], responses=responses)
 
 
 def _rewards(
-    reward: Callable, prompts: Sequence[str], responses: Sequence[Sequence[str]]
+    reward: Callable | None, prompts: Sequence[str], responses: Sequence[Sequence[str]]
 ) -> NDArray[np.float64]:
     """Score K responses to each of P prompts, [P, K]."""
+    if reward is None:
+        return np.full((len(prompts), len(responses[0])), np.nan)
     reward = reward if isinstance(reward, Reward) else Reward("reward", reward)
     repeated = [prompt for prompt, texts in zip(prompts, responses) for _ in texts]
     scores = reward(repeated, [text for texts in responses for text in texts])
@@ -195,6 +207,7 @@ def _summary(
         rewards=rewards,
         log_ratios=ratios,
         drawn=drawn,
+        responses=[],
     )
 
 

@@ -28,6 +28,7 @@ class Panel(NamedTuple):
     metric: str
     scale: float = 1.0
     over: tuple[str, str] | None = None  # another metric and its unit; None: steps
+    interval: tuple[str, str] | None = None  # metrics of its lower and upper end
 
 
 PANELS = (
@@ -49,6 +50,13 @@ PANELS = (
         "samples/reward",
         1,
         ("samples/kl", "nats per response"),
+    ),
+    Panel(
+        "Win rate against the reference",
+        "% of comparisons, 95 % interval",
+        "samples/win_rate",
+        100,
+        interval=("samples/win_rate_low", "samples/win_rate_high"),
     ),
 )
 
@@ -100,6 +108,9 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color) -> Line2D:
     """Draw the curve of one member, and mark its last evaluation, the result."""
     x, y = _points(lines, panel)
     (drawn,) = axes.plot(x, y, "-", color=color, lw=1.3)
+    if panel.interval:
+        low, high = (_points(lines, panel._replace(metric=end))[1] for end in panel.interval)
+        axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
     if x:
         axes.plot(x[-1:], y[-1:], "o", color=color, ms=5, mec="white", mew=0.7, zorder=3)
     return drawn

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpojax import storage
-from dpojax.config.contents import NamedPath, adapters_hash, data_paths
-from dpojax.config.errors import config_errors
+from dpojax.config.contents import NamedPath, adapters_hash, data_paths, draws_samples
+from dpojax.config.errors import ConfigError, config_errors
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
 from dpojax.data.examples import Store
@@ -43,6 +43,7 @@ from dpojax.training.step import build_evaluate
 # (parameters, step, the stage's folder) -> metrics of sampled responses
 EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
 
+WINS = ("samples/win_rate", "samples/win_rate_low", "samples/win_rate_high")
 PACE_KEYS = ("learning_rate", "warmup_steps", "warmup_ratio", "steps", "epochs")
 
 
@@ -162,8 +163,15 @@ class ExampleStage(Stage):
     def check_keep_best(self) -> None:
         """Raise ConfigError if no evaluation will have the metric of config.NAME.keep_best."""
         followed = new_keep_best(self.config)
-        samples = bool(self.setup.config.samples.reward)
-        if followed is None or (samples and followed.metric.startswith("samples/")):
+        samples = draws_samples(self.setup.config)
+        if followed is None:
+            return
+        if samples and followed.metric.startswith("samples/"):
+            if followed.metric in WINS and not self.setup.config.samples.judge:
+                raise ConfigError(
+                    f"config.{self.name}.keep_best = {self.config.keep_best!r}: a judge says who "
+                    "wins; name one in config.samples.judge"
+                )
             return
         with config_errors(f"{self.name}.keep_best"):
             require_known(followed.metric, self.metric_names())

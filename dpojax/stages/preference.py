@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dpojax.config.contents import NamedPath, sample_paths, weights_hash
+from dpojax.config.contents import NamedPath, draws_samples, sample_paths, weights_hash
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import apply_rules, one_of, precision
@@ -136,7 +136,7 @@ class Preference(LanguageStage):
         return open_reference(self, weights, params, base, stop)
 
     def open_samples(self, base: dict | None) -> EvaluateSamples | None:
-        if not self.setup.config.samples.reward:
+        if not draws_samples(self.setup.config):
             return None
         return sampled_metrics(
             self.setup,
@@ -152,7 +152,7 @@ class Preference(LanguageStage):
         return jax.tree.map(lambda x: x.update(dtype=dtype), self.setup.abstract_params)
 
     def sampled_reference_shapes(self) -> dict | None:
-        if not self.setup.config.samples.reward or self._reference_is_base:
+        if not draws_samples(self.setup.config) or self._reference_is_base:
             return None
         return self.setup.abstract_params
 

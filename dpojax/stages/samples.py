@@ -17,10 +17,13 @@ from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
 from dpojax.sampling import build_sampler
 from dpojax.stages.setup import Setup
+from dpojax.stages.wins import open_wins
 from dpojax.training.metrics import forget_later_steps
 
 SEED = 0  # of the held-out prompts and of the draws: runs with other seeds are judged alike
+SEED_OF_REFERENCE = 1  # of the reference's draws that a judge compares with
 FILE = "samples.jsonl"
+WIN_SCORE = "win_score"  # field of a line there
 
 
 def held_out_prompts(setup: Setup) -> list[str]:
@@ -41,14 +44,14 @@ def open_samples(
 
     Args:
       score: of `training.forward.build_score`, jitted.
-      reward_name: see `evaluation.rewards.open_reward`.
+      reward_name: see `evaluation.rewards.open_reward`; "" scores nothing.
 
     Raises:
       ConfigError, DataError: a reward or prompts that are not there.
     """
     config = setup.config.samples
     with config_errors("samples.reward"):
-        reward = open_reward(reward_name, mesh=setup.mesh)
+        reward = open_reward(reward_name, mesh=setup.mesh) if reward_name else None
     prompts = held_out_prompts(setup)
     sampler = build_sampler(
         setup.model, max_new_tokens=config.max_new_tokens, stop=setup.stop_tokens
@@ -119,12 +122,13 @@ def sampled_metrics(
     reward_name = setup.config.samples.reward
     evaluate = open_samples(setup, reference_params, score, reward_name=reward_name)
     of_reference = evaluate(reference_params)
-    ranks = open_ranks(setup, reference_params, score, of_reference)
+    add_wins = open_wins(setup, reference_params, held_out_prompts(setup), SEED_OF_REFERENCE)
+    ranks = open_ranks(setup, reference_params, score, of_reference) if reward_name else None
 
     def metrics(params: dict, step: int, folder: storage.Path) -> dict[str, float]:
         is_reference = step == 0 and starts_at_reference
-        evaluation = of_reference if is_reference else evaluate(params)
-        of_ranks = ranks(params).metrics()
+        evaluation = add_wins(of_reference if is_reference else evaluate(params))
+        of_ranks = ranks(params).metrics() if ranks else {}
         append_samples(folder, step, evaluation)  # last: a signal may end what comes before
         return evaluation.metrics() | of_ranks
 
@@ -132,13 +136,20 @@ def sampled_metrics(
 
 
 def append_samples(folder: storage.Path, step: int, evaluation: PolicyEvaluation) -> None:
-    """One line per prompt in the stage's samples.jsonl: the first response to it."""
+    """One line per prompt in the stage's samples.jsonl: the first response to it.
+
+    The reward is that of this response; `win_score` is of all responses to the prompt.
+    """
     if jax.process_index() != 0:
         return
     ratios = evaluation.log_ratios[:, 0].tolist()
     with storage.LineWriter(folder / FILE) as lines:
-        for text, ratio in zip(evaluation.texts, ratios):
-            lines.write(json.dumps({"step": step} | text._asdict() | {"log_ratio": ratio}))
+        for index, (text, ratio) in enumerate(zip(evaluation.texts, ratios)):
+            line = {"step": step} | text._asdict() | {"log_ratio": ratio}
+            if evaluation.win_scores:
+                line[WIN_SCORE] = evaluation.win_scores[index]
+            known = {name: x for name, x in line.items() if x == x}  # without nan
+            lines.write(json.dumps(known))
 
 
 def forget_later_samples(folder: storage.Path, step: int | None) -> None:

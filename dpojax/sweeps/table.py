@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
+from dpojax.evaluation.judging.bootstrap import SIGNED, mean_over_prompts
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.runs.workdirs import FINISHED
+from dpojax.stages.samples import WIN_SCORE, last_samples
+from dpojax.stages.wins import RATE as WIN_RATE
 from dpojax.tables import text_table
 from dpojax.training.metrics import RESERVED, read_metrics
 
 TABLE, FIGURE = "sweep.csv", "sweep.png"
+# The highest win rate of a member minus this member's, paired by prompt, with a 95 % interval.
+BEHIND = "samples/behind_best"
 
 
 class Column(NamedTuple):
@@ -37,6 +42,12 @@ COLUMNS = (
     Column("±", "samples/reward_error", 1, ".3f"),
     Column("KL of samples, nats", "samples/kl", 1, ".2f"),
     Column("±", "samples/kl_error", 1, ".2f"),
+    Column("win rate, %", "samples/win_rate", 100, ".1f"),
+    Column("from", "samples/win_rate_low", 100, ".1f"),
+    Column("to", "samples/win_rate_high", 100, ".1f"),
+    Column("behind the best, %", BEHIND, 100, ".1f"),
+    Column("from", f"{BEHIND}_low", 100, ".1f"),
+    Column("to", f"{BEHIND}_high", 100, ".1f"),
 )
 
 
@@ -60,6 +71,7 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
         for name, lines in evaluations.items()
         if lines
     }
+    add_differences(kept_evaluations, {name: folder / name / stage for name in kept_evaluations})
     storage.write_text(folder / TABLE, _csv(kept_evaluations, plan["members"]))
     if evaluations:
         draw(evaluations, folder / FIGURE)
@@ -77,6 +89,42 @@ def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) 
     best = storage.read_json(path).get("kept") if path.is_file() else None
     step = best["step"] if best else None
     return next((line for line in lines if line["step"] == step), lines[-1])
+
+
+def add_differences(
+    evaluations: dict[str, Mapping[str, float]], folders: Mapping[str, storage.Path]
+) -> None:
+    """Add how far each member's win rate is behind the highest, where a judge compared samples.
+
+    All members answered the same prompts, so the difference is paired by prompt.
+
+    Args:
+      evaluations: those that are kept, by member; `BEHIND` is put into them.
+      folders: of the members' stages.
+    """
+    rates = {name: line.get(WIN_RATE, math.nan) for name, line in evaluations.items()}
+    rates = {name: rate for name, rate in rates.items() if math.isfinite(rate)}
+    if len(rates) < 2:
+        return
+    scores = {name: _win_scores(folders[name], evaluations[name]["step"]) for name in rates}
+    best = max(rates, key=rates.__getitem__)
+    for name in rates:
+        prompts = [prompt for prompt in scores[best] if prompt in scores[name]]
+        gaps = [scores[best][prompt] - scores[name][prompt] for prompt in prompts]
+        measured = mean_over_prompts(gaps, range(len(gaps)), SIGNED)
+        behind = zip(("", "_low", "_high"), measured)
+        evaluations[name] = evaluations[name] | {f"{BEHIND}{end}": x for end, x in behind}
+    # The best is not behind itself, with certainty.
+    evaluations[best] = evaluations[best] | {BEHIND: 0.0}
+    for end in ("_low", "_high"):
+        evaluations[best] |= {f"{BEHIND}{end}": math.nan}
+
+
+def _win_scores(folder: storage.Path, step: int) -> dict[str, float]:
+    """The share of its comparisons that each prompt's responses won, at a step."""
+    return {
+        line["prompt"]: line[WIN_SCORE] for line in last_samples(folder, step) if WIN_SCORE in line
+    }
 
 
 def _csv(evaluations: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:

@@ -11,7 +11,7 @@ KEEP_BEST = "keep best"  # key of a checkpoint's metadata
 SPLIT = "eval/"  # may stand before a metric's name, as TensorBoard shows it
 # Parts of names that tell whether lower or higher is better.
 LOWER = frozenset(("loss", "cross_entropy", "perplexity", "displacement"))
-HIGHER = frozenset(("accuracy", "accuracies", "margins", "reward", "rank_correlation"))
+HIGHER = frozenset(("accuracy", "accuracies", "margins", "reward", "rank_correlation", "win_rate"))
 
 
 @dataclasses.dataclass

@@ -27,6 +27,7 @@ SHOWN = (
     ("rewards/margins", 1, "margin {value:+.2f}"),
     ("displacement", 100, "chosen less likely {value:.0f} %"),
     ("kl/per_token", 1, "kl {value:.3f} nats/token"),
+    ("samples/win_rate", 100, "win rate {value:.1f} %"),
 )
 
 
