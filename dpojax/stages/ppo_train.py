@@ -16,15 +16,8 @@ from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
 from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.ppo_setup import PPOSetup
-from dpojax.stages.samples import (
-    SEED_OF_REFERENCE,
-    append_samples,
-    forget_later_samples,
-    held_out_prompts,
-    open_samples,
-)
+from dpojax.stages.samples import append_samples, forget_later_samples, open_judged_samples
 from dpojax.stages.stage import announce_kept
-from dpojax.stages.wins import open_wins
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST
@@ -86,9 +79,7 @@ def _iterate(
     every = Every(config.log_every, config.evaluate_every, config.checkpoint_every)
     window, clocks, done = Window(), [], int(state.iteration)
     score, reward_name = stage.programs.score, stage.evaluation_reward
-    sample = open_samples(stage.setup, reference, score, reward_name=reward_name)
-    prompts = held_out_prompts(stage.setup)
-    add_wins = open_wins(stage.setup, reference, prompts, SEED_OF_REFERENCE)
+    sample = open_judged_samples(stage.setup, reference, score, reward_name=reward_name)
     keep, ended = new_keep_best(stage.config), False
     if done:
         window.restore(saved.metadata(done).get(WINDOW, {}))
@@ -97,7 +88,7 @@ def _iterate(
 
     def evaluate() -> bool:
         """Log an evaluation; return whether it is the best so far."""
-        evaluation = add_wins(sample(state.policy.params))
+        evaluation = sample(state.policy.params)
         append_samples(stage.folder, done, evaluation)
         values = evaluation.metrics()
         writer.write(done, values, split="eval")

@@ -17,7 +17,7 @@ from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
 from dpojax.sampling import build_sampler
 from dpojax.stages.setup import Setup
-from dpojax.stages.wins import open_wins
+from dpojax.stages.wins import AddWins, open_wins
 from dpojax.training.metrics import forget_later_steps
 
 SEED = 0  # of the held-out prompts and of the draws: runs with other seeds are judged alike
@@ -78,6 +78,23 @@ def open_samples(
     return evaluate
 
 
+def open_judged_samples(
+    setup: Setup, reference_params: dict, score: Callable, *, reward_name: str
+) -> Callable[[dict], PolicyEvaluation]:
+    """Like `open_samples`, with the win rate where `config.samples` names a judge."""
+    sample = open_samples(setup, reference_params, score, reward_name=reward_name)
+    add_wins = _open_wins(setup, reference_params)
+
+    def evaluate(params: dict) -> PolicyEvaluation:
+        return add_wins(sample(params))
+
+    return evaluate
+
+
+def _open_wins(setup: Setup, reference_params: dict) -> AddWins:
+    return open_wins(setup, reference_params, held_out_prompts(setup), SEED_OF_REFERENCE)
+
+
 def open_ranks(
     setup: Setup, reference_params: dict, score: Callable, of_reference: PolicyEvaluation
 ) -> Callable[[dict], RankCorrelation]:
@@ -122,7 +139,7 @@ def sampled_metrics(
     reward_name = setup.config.samples.reward
     evaluate = open_samples(setup, reference_params, score, reward_name=reward_name)
     of_reference = evaluate(reference_params)
-    add_wins = open_wins(setup, reference_params, held_out_prompts(setup), SEED_OF_REFERENCE)
+    add_wins = _open_wins(setup, reference_params)
     ranks = open_ranks(setup, reference_params, score, of_reference) if reward_name else None
 
     def metrics(params: dict, step: int, folder: storage.Path) -> dict[str, float]:
