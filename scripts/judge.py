@@ -81,8 +81,10 @@ def main() -> int:
     if DRY_RUN.value:
         print(judging.describe_estimate(judging.estimate_cost(settings, log=tell)))
         return 0
-    print(judging.judge(settings, log=tell).partition("\n## Examples")[0])
-    print(f"{settings.out}: report.md, win_rates.csv, win_rates.png, win_rates.pdf, samples.jsonl")
+    print(judging.terminal_table(judging.judge(settings, log=tell)))
+    print(
+        f"\n{settings.out}: report.md, win_rates.csv, win_rates.png, win_rates.pdf, samples.jsonl"
+    )
     return 0
 
 

@@ -58,7 +58,7 @@ def frontier_settings(
     ]
     n = max((n for n in config["frontier"]["best_of_n"] if n <= MOST_OF_N), default=0)
     if n and (not methods or BEST_OF_N in methods):
-        sides.append(Side(str(folder / POLICY), name=name(BEST_OF_N), best_of=(n,)))
+        sides.append(Side(str(folder / POLICY), name="SFT", best_of=(n,)))
     reward = config["frontier"]["reward"]
     learned = f"classifier:{folder / CLASSIFIER}"
     values = {
@@ -68,7 +68,7 @@ def frontier_settings(
         "b": Side(str(folder / POLICY), name="SFT"),
         "temperatures": (samples["temperature"],),
         "best_of_reward": learned if reward == "classifier" else reward,
-        "samples": 4,
+        "samples": 2,
         "max_new_tokens": samples["max_new_tokens"],
         "skip": samples["count"],
         "limit": 2 * samples["count"],

@@ -26,9 +26,9 @@ from dpojax.evaluation.judging.cache import VerdictCache
 from dpojax.evaluation.judging.costs import Estimate
 from dpojax.evaluation.judging.judge import Judge
 from dpojax.evaluation.judging.open_judge import open_judge
-from dpojax.evaluation.judging.result import Result, summarise
+from dpojax.evaluation.judging.result import Result, Row, summarise
 from dpojax.evaluation.judging.result import Side as JudgedSide
-from dpojax.evaluation.judging.verdicts import Comparison
+from dpojax.evaluation.judging.verdicts import Comparison, Outcome
 from dpojax.runs.command import run_command
 from dpojax.runs.judging_settings import Settings, Side, settings_from_json
 from dpojax.runs.responses import share_cut
@@ -40,6 +40,7 @@ from dpojax.runs.sides import (
     request_against,
     requests_of,
 )
+from dpojax.tables import text_table
 
 __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
@@ -140,6 +141,52 @@ def judge(settings: Settings, log: Log = lambda line: None) -> Result:
     _write_samples(out / SAMPLES, judged_sides)
     report.write(out, result)
     return result
+
+
+def terminal_table(result: Result) -> str:
+    """The win rates for a terminal, at most 100 columns wide if names are short."""
+    bias = [] if result.is_symmetric else ["flips"]
+    heading = ["win rate, %", "95 %", "equal lengths", "win", "tie", "loss", *bias, "unparsed"]
+    rows = [["", *heading]]
+    for row in result.rows:
+        rate, equal = row.win_rate, row.length_controlled
+        outcomes = [Outcome.WIN, Outcome.TIE, Outcome.LOSS, Outcome.INCONSISTENT, Outcome.UNPARSED]
+        if result.is_symmetric:
+            outcomes.remove(Outcome.INCONSISTENT)
+        rows.append(
+            [
+                row_label(row),
+                f"{100 * rate.value:.1f}",
+                f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
+                "n/a" if equal is None else f"{100 * equal.value:.1f}",
+                *(f"{100 * rate.share(outcome):.1f}" for outcome in outcomes),
+            ]
+        )
+    prompts = {row.win_rate.prompts for row in result.rows}
+    counts = " or ".join(f"{count:,}" for count in sorted(prompts))
+    title = f"Win rates against {result.opponent}, judged by {result.judge}, on {counts} prompts"
+    return "\n".join([title, "", *text_table(rows)])
+
+
+def row_label(row: Row) -> str:
+    """Policy and setting in a few words."""
+    parts = [row.policy]
+    parts += [f"best of {row.best_of}"] if row.best_of > 1 else []
+    parts += [] if row.temperature is None else [f"T={row.temperature:g}"]
+    return ", ".join(parts)
+
+
+def describe_estimate(of_asking: Estimate) -> str:
+    """Calls, tokens and price in a sentence."""
+    text = f"{of_asking.calls:,} questions to ask"
+    if of_asking.tokens_in:
+        text += f", about {of_asking.tokens_in:,} tokens to read and at most "
+        text += f"{of_asking.tokens_out:,} to write"
+        if of_asking.price is None:
+            text += "; price unknown (--price_in and --price_out, per million tokens)"
+        else:
+            text += f"; at most {of_asking.price:.2f} in the currency of the prices"
+    return text
 
 
 def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
