@@ -34,7 +34,6 @@ from dpojax.runs.judging_settings import Settings, Side, settings_from_json
 from dpojax.runs.responses import share_cut
 from dpojax.runs.sides import (
     Request,
-    describe,
     draw_all,
     read_prompts,
     request_against,
@@ -147,6 +146,7 @@ def terminal_table(result: Result) -> str:
     """The win rates for a terminal, at most 100 columns wide if names are short."""
     bias = [] if result.is_symmetric else ["flips"]
     heading = ["win rate, %", "95 %", "equal lengths", "win", "tie", "loss", *bias, "unparsed"]
+    temperatures = {row.temperature for row in result.rows}
     rows = [["", *heading]]
     for row in result.rows:
         rate, equal = row.win_rate, row.length_controlled
@@ -155,7 +155,7 @@ def terminal_table(result: Result) -> str:
             outcomes.remove(Outcome.INCONSISTENT)
         rows.append(
             [
-                row_label(row),
+                row_label(row, with_temperature=len(temperatures) > 1),
                 f"{100 * rate.value:.1f}",
                 f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
                 "n/a" if equal is None else f"{100 * equal.value:.1f}",
@@ -165,14 +165,17 @@ def terminal_table(result: Result) -> str:
     prompts = {row.win_rate.prompts for row in result.rows}
     counts = " or ".join(f"{count:,}" for count in sorted(prompts))
     title = f"Win rates against {result.opponent}, judged by {result.judge}, on {counts} prompts"
+    if len(temperatures) == 1 and None not in temperatures:
+        title += f", at temperature {temperatures.pop():g}"
     return "\n".join([title, "", *text_table(rows)])
 
 
-def row_label(row: Row) -> str:
+def row_label(row: Row, *, with_temperature: bool) -> str:
     """Policy and setting in a few words."""
     parts = [row.policy]
     parts += [f"best of {row.best_of}"] if row.best_of > 1 else []
-    parts += [] if row.temperature is None else [f"T={row.temperature:g}"]
+    if with_temperature and row.temperature is not None:
+        parts.append(f"T={row.temperature:g}")
     return ", ".join(parts)
 
 
@@ -224,7 +227,7 @@ def _ask(
         **how,
     )
     judged_sides = []
-    for request, comparisons, _ in contests:
+    for request, comparisons, cut in contests:
         of_side = judge_comparisons(opened, comparisons, **how)  # all in the cache
         judged_sides.append(
             JudgedSide(
@@ -234,6 +237,7 @@ def _ask(
                 of_side.repeats,
                 request.temperature,
                 request.best_of,
+                cut=cut if is_policy(request.side) else None,
             )
         )
     return judged_sides, _facts(settings, contests, judged)
@@ -249,10 +253,6 @@ def _facts(settings: Settings, contests: Sequence[Contest], judged: Judged) -> d
     }
     if judged.cost:
         facts["cost"] = f"{judged.cost:.4g} now"
-    cut = {describe(c.request): f"{c.cut:.1%}" for c in contests if c.cut}
-    if cut:
-        shares = "; ".join(f"{label}: {share}" for label, share in cut.items())
-        facts["responses that reached the limit of tokens"] = shares
     return facts
 
 
