@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from dpojax.evaluation.judging.costs import Prices, Tokens
 from dpojax.evaluation.judging.endpoint import Endpoint, EndpointError
@@ -16,10 +20,14 @@ from dpojax.evaluation.judging.judge import JudgeError
 from dpojax.evaluation.judging.pacing import Pace, backoff, call_in_threads, wait
 from dpojax.evaluation.judging.templates import Template, open_template
 from dpojax.evaluation.judging.verdicts import Choice, Question, Reply
+from dpojax.storage import as_path
 
 REQUEST_TOKENS = 10  # of a chat template, beside the prompt's
 TOP_LOGPROBS = 5  # most likely tokens in whose probabilities A and B are looked for
-LONGEST_WAIT = 600.0  # seconds that a server may ask to wait
+LONGEST_WAIT = 600.0  # seconds that a server may ask to wait, at once and in all for a question
+NOTICE_SECONDS = 30.0  # between two warnings about requests that are sent again
+
+logger = logging.getLogger(__name__)
 
 # A question that a server will never answer, unlike a request that it never takes.
 _QUESTION_REFUSED = re.compile(
@@ -49,7 +57,7 @@ class EndpointOptions:
       backoff: seconds before the first retry; they double.
       requests_per_minute, tokens_per_minute: limits; None for none.
       price_in, price_out: of a million tokens of requests and of replies.
-      tokenizer: folder of the tokenizer that counts tokens; None counts characters / 4.
+      tokenizer: folder whose tokenizer.json counts tokens; None counts bytes / 4.
     """
 
     max_tokens: int = 512
@@ -112,6 +120,7 @@ class OpenAIJudge:
         self._model, self._template, self._options = model, template, options
         self._pace = Pace(options.requests_per_minute, options.tokens_per_minute)
         self._has_answered = False
+        self._next_notice = 0.0
         self.name = f"openai:{model}@{self._endpoint.url}"
         has_prices = options.price_in is not None
         self.prices = Prices(options.price_in, options.price_out) if has_prices else None
@@ -184,28 +193,39 @@ class OpenAIJudge:
     def _ask(self, question: Question, stop: threading.Event) -> Reply:
         """Ask until there is a reply."""
         body, counts = self.body(question), self.tokens(question)
-        for retry in range(self._options.max_retries + 1):
+        failures, waited = 0, 0.0
+        while failures <= self._options.max_retries:
             self._pace.wait(counts.input + counts.output, stop)
             try:
                 answer = self._endpoint.chat(body)
                 self._has_answered = True
                 return self.read(question, answer)
             except ValueError as error:
-                last, delay = str(error), None
+                problem, delay = str(error), None
             except EndpointError as error:
                 self._has_answered = self._has_answered or not error.is_unreachable
                 if error.status in (400, 413, 422) and _QUESTION_REFUSED.search(str(error)):
                     return Reply(Choice.UNPARSED, text=str(error))
                 self._require_passing(error)
-                last, delay = str(error), error.retry_after
+                problem, delay = str(error), error.retry_after
+            self._tell(problem)
+            # A busy server that says when to come again has not failed, for some time.
+            waited += max(1.0, delay) if delay else 0.0
+            failures += not delay or waited > LONGEST_WAIT
             if delay:
                 self._pace.pause(delay)
-            elif retry < self._options.max_retries:
-                wait(backoff(retry, self._options.backoff), stop)
+            elif failures <= self._options.max_retries:
+                wait(backoff(failures - 1, self._options.backoff), stop)
         raise JudgeError(
-            f"{self.name}: {self._options.max_retries + 1} requests for one question have failed. "
-            f"The last one got {last}. Replies that came before are kept; the same command goes on"
+            f"{self.name}: {failures} requests for one question have failed. The last one got "
+            f"{problem}. Replies that came before are kept; the same command goes on"
         )
+
+    def _tell(self, problem: str) -> None:
+        """Say that a request is sent again, not for each of many."""
+        if time.monotonic() >= self._next_notice:
+            self._next_notice = time.monotonic() + NOTICE_SECONDS
+            logger.warning("%s: %s; such requests are sent again", self.name, problem)
 
     def _require_passing(self, error: EndpointError) -> None:
         """Raise JudgeError unless it may help to send the request again."""
@@ -272,14 +292,20 @@ def _parse_fields(text: str) -> dict[str, Any]:
 def _token_counter(folder: str | None) -> tuple[Callable[[str], int], str]:
     """Return a function that counts the tokens of a request with a text, and how it does so."""
     if folder is None:
-        return lambda text: REQUEST_TOKENS + math.ceil(len(text) / 4), "characters / 4"
-    from dpojax.data.tokenizer_files import read_tokenizer
-
+        return _count_bytes, "UTF-8 bytes / 4"
     try:
-        tokenizer = read_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"tokenizer = {folder}: {error}") from error
-    return lambda text: REQUEST_TOKENS + len(tokenizer(text).input_ids), f"the tokenizer {folder}"
+        tokenizer = Tokenizer.from_str(
+            (as_path(folder, "tokenizer") / "tokenizer.json").read_text()
+        )
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise JudgeError(
+            f"tokenizer = {folder}: tokenizer.json cannot be read ({error})"
+        ) from error
+    return lambda text: REQUEST_TOKENS + len(tokenizer.encode(text)), f"the tokenizer {folder}"
+
+
+def _count_bytes(text: str) -> int:
+    return REQUEST_TOKENS + math.ceil(len(text.encode(errors="replace")) / 4)
 
 
 def _text_of(choice: Mapping[str, Any]) -> str:

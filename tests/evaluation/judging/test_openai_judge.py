@@ -4,6 +4,9 @@ import math
 import time
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from dpojax.evaluation.judging.asking import judge_comparisons
 from dpojax.evaluation.judging.cache import VerdictCache
@@ -144,6 +147,30 @@ def test_an_error_that_stays_is_not_tried_again(status, answer, advice):
     assert "\n" not in str(error.value)
 
 
+def test_a_busy_server_that_says_when_to_come_again_is_no_failure():
+    limit = (429, b"later", {"Retry-After": "0.01"})
+    with ChatServer(lambda text, attempt: limit if attempt < 8 else None) as server:
+        [(_, reply)] = judge_at(server, max_retries=0).replies([QUESTION])
+    assert reply.choice is Choice.FIRST
+    assert server.requests.total() == 9
+
+
+def test_a_busy_server_is_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr("dpojax.evaluation.judging.openai_judge.LONGEST_WAIT", 3.0)
+    limit = (429, b"later", {"Retry-After": "0.01"})
+    server = ChatServer(lambda text, attempt: limit)
+    with server, pytest.raises(JudgeError, match="'later'"):
+        replies_of(judge_at(server, max_retries=1), [QUESTION])
+    assert server.requests.total() == 5
+
+
+def test_of_many_requests_that_are_sent_again_one_is_told(caplog):
+    with ChatServer(once("500")) as server:
+        replies_of(judge_at(server), [QUESTION, QUESTION.mirrored])
+    assert [x.message.split("; ")[1] for x in caplog.records] == ["such requests are sent again"]
+    assert "HTTP 500 'oops'" in caplog.text
+
+
 def test_a_server_that_asks_to_wait_for_hours_is_not_waited_for():
     limit = (429, b"later", {"Retry-After": "7200"})
     with ChatServer(once(limit)) as server, pytest.raises(JudgeError, match="7200 s"):
@@ -239,6 +266,18 @@ def test_where_a_server_counts_no_tokens_they_are_estimated():
     answer = {"choices": [{"message": {"content": "x" * 40}}]}
     reply = judge.read(QUESTION, answer)
     assert (reply.tokens_in, reply.tokens_out) == (10 + 4, 10 + 10)
+
+
+def test_a_tokenizer_counts_tokens_where_one_is_at_hand(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    options = EndpointOptions(tokenizer=str(tmp_path))
+    judge = OpenAIJudge("m", "http://localhost:1", TEMPLATE, options)
+    texts = ["long one", "one two three"]
+    counts = [judge.tokens(QUESTION._replace(first=text)).input for text in texts]
+    assert counts == [10 + 2, 10 + 3]
+    assert str(tmp_path) in judge.counted_by
 
 
 @pytest.mark.parametrize(
