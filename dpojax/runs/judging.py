@@ -35,6 +35,7 @@ from dpojax.runs.responses import share_cut
 from dpojax.runs.sides import (
     Request,
     draw_all,
+    is_policy,
     read_prompts,
     request_against,
     requests_of,
