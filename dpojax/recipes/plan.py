@@ -24,10 +24,10 @@ from dpojax.recipes.recipe import (
     Side,
     Training,
 )
-from dpojax.runs.judging import REPORT
 
 SETTINGS = "report"  # of the last job
 CHECKPOINT = "checkpoint.json"  # beside an exported checkpoint: which step it is
+REPORT = "report.md"  # of the recipe, and of each evaluation; written last
 
 
 def plan_recipe(config: ConfigDict, recipe: Recipe, folder: storage.Path) -> Plan:
@@ -145,7 +145,7 @@ def _report_job(configs: RecipeConfigs, maker: JobMaker, recipe: Recipe) -> Job:
         "report",
         command("dpojax.recipes.report", settings=maker.file(SETTINGS, settings)),
         needs=(*needs, *(training.name for training in recipe.trainings)),
-        outputs=(str(configs.folder / "report.md"),),
+        outputs=(str(configs.folder / REPORT),),
     )
 
 

@@ -20,12 +20,12 @@ from dpojax.jobs.progress import read_seconds
 from dpojax.recipes.configs import DATA
 from dpojax.recipes.data import COMPARISONS, COUNTS, DEMONSTRATIONS, HELD_OUT, JUDGE_COMPARISONS
 from dpojax.recipes.figures import LearningCurve, WinRateAt, draw_curves, draw_over_steps
-from dpojax.recipes.plan import CHECKPOINT
+from dpojax.recipes.plan import CHECKPOINT, REPORT
 from dpojax.recipes.recipe import SHIFTED, TESTS
 from dpojax.runs.command import run_command
 from dpojax.training.metrics import read_metrics
 
-REPORT, WIN_RATES, CURVES = "report.md", "win_rates.csv", "curves.csv"
+WIN_RATES, CURVES = "win_rates.csv", "curves.csv"
 OVER_STEPS, BY_EPOCH = "win_rate_over_steps", "loss_and_kl"
 SUFFIXES = (".png", ".pdf")
 PARTS = {
