@@ -4,13 +4,13 @@ import collections
 import http.server
 import json
 import random
+import select
 import threading
 import time
 
 from dpojax.evaluation.judging.templates import Template
 
 TEMPLATE = Template("test", "{prompt}|{first}|{second}")
-SLOW = 0.6  # seconds that a slow answer takes; judges of the tests wait for half of that
 FAULTS = (
     "429",
     "429 with Retry-After",
@@ -135,8 +135,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "hung up":
             self.close_connection = True
         elif fault == "slow":
-            time.sleep(SLOW)
-            self._send(200, whole)
+            select.select([self.connection], [], [], 20)  # until the client hangs up
+            self.close_connection = True
         elif isinstance(fault, tuple):  # status, answer, headers
             self._send(*fault)
         else:

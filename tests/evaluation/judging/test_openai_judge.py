@@ -16,14 +16,13 @@ from dpojax.evaluation.judging.templates import Template, open_template
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Outcome, Question
 from tests.evaluation.judging.chat_server import (
     FAULTS,
-    SLOW,
     TEMPLATE,
     ChatServer,
     longer_wins,
     seeded_faults,
 )
 
-QUICK = {"backoff": 0.002, "max_retries": 30, "timeout": SLOW / 2}
+QUICK = {"backoff": 0.002, "max_retries": 30, "timeout": 20}
 QUESTION = Question("p", "long one", "short")
 
 
@@ -74,11 +73,16 @@ def test_a_failure_that_passes_is_tried_again(fault):
     assert server.answers.total() == 1
 
 
-def test_an_answer_that_takes_too_long_is_asked_for_again():
-    with ChatServer(once("slow")) as server:
-        [(_, reply)] = judge_at(server).replies([QUESTION])
-    assert reply.choice is Choice.FIRST
-    assert server.requests.total() == 2
+def test_answers_that_take_too_long_are_asked_for_again_and_lose_nothing():
+    faults = seeded_faults(1, 0.2, kinds=("slow", "500"))
+    questions = [Question(str(i), "longer", "short") for i in range(30)]
+    with ChatServer(faults) as server:
+        replies = replies_of(judge_at(server, timeout=0.9), questions)
+    assert [replies[i].choice for i in range(30)] == [Choice.FIRST] * 30
+    assert set(server.answers.values()) == {1}
+    slow = [x for x in map(TEMPLATE.fill, questions) if faults(x, 0) == "slow"]
+    assert slow
+    assert all(server.requests[text] > 1 for text in slow)
 
 
 def test_the_reply_to_each_question_is_its_own_however_answers_are_ordered():
@@ -103,7 +107,7 @@ def test_the_time_that_a_server_asks_to_wait_is_waited_by_all():
         judge = judge_at(s, concurrency=1)
         began = time.monotonic()
         replies_of(judge, [Question("0", "a", "b"), Question("1", "a", "b")])
-    assert 0.3 <= time.monotonic() - began < 0.9
+    assert 0.3 <= time.monotonic() - began < 5
 
 
 def test_after_the_last_retry_the_error_says_what_came_and_the_rest_is_kept(tmp_path):

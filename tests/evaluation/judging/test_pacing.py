@@ -133,7 +133,7 @@ def test_a_caller_that_stops_waits_for_nobody():
     assert next(results) == (0, 0)
     began = time.monotonic()
     results.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     assert stopped.wait(5)
 
 
