@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer
 
 from dpojax.evaluation.judging.costs import Prices, Tokens
 from dpojax.evaluation.judging.endpoint import Endpoint, EndpointError
+from dpojax.evaluation.judging.endpoint_options import EndpointOptions, options_of
 from dpojax.evaluation.judging.judge import JudgeError
 from dpojax.evaluation.judging.pacing import Pace, backoff, call_in_threads, wait
 from dpojax.evaluation.judging.templates import Template, open_template
@@ -38,58 +38,6 @@ _QUESTION_REFUSED = re.compile(
 _NO_CREDIT = re.compile(r"insufficient_quota|billing", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class EndpointOptions:
-    """How a server is asked. The first five are part of a judge's fingerprint.
-
-    Attributes:
-      max_tokens: of a reply. A reasoning model needs more.
-      temperature: of sampling.
-      seed: of sampling, where the server takes one; None sends none.
-      logprobs: ask for the probabilities of the letters, which give `Reply.preference`.
-      extra_body: further fields of the request, or JSON that holds them; None removes a field.
-      served_by: stands for the address in the fingerprint. Give it for a model that moves between
-        addresses: its verdicts are found again.
-      key_variable: see `Endpoint`.
-      concurrency: requests at once.
-      timeout: seconds for one request.
-      max_retries: how often a request is sent again, after what may pass by itself.
-      backoff: seconds before the first retry; they double.
-      requests_per_minute, tokens_per_minute: limits; None for none.
-      price_in, price_out: of a million tokens of requests and of replies.
-      tokenizer: folder whose tokenizer.json counts tokens; None counts bytes / 4.
-    """
-
-    max_tokens: int = 512
-    temperature: float = 0.0
-    seed: int | None = 0
-    logprobs: bool = False
-    extra_body: Mapping[str, Any] | str = dataclasses.field(default_factory=dict)
-    served_by: str | None = None
-    key_variable: str | None = None
-    concurrency: int = 8
-    timeout: float = 120.0
-    max_retries: int = 6
-    backoff: float = 1.0
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    price_in: float | None = None
-    price_out: float | None = None
-    tokenizer: str | None = None
-
-    def __post_init__(self):
-        if isinstance(self.extra_body, str):
-            object.__setattr__(self, "extra_body", _parse_fields(self.extra_body))
-        for name in ("max_tokens", "concurrency", "timeout"):
-            if not getattr(self, name) > 0:
-                raise JudgeError(f"{name} = {getattr(self, name)}: has to be above 0")
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise JudgeError(f"{name} = {getattr(self, name)}: has to be above 0")
-        if (self.price_in is None) != (self.price_out is None):
-            raise JudgeError("price_in and price_out: give both, or none of them")
-
-
 class OpenAIJudge:
     """Asks a chat model which response is better, and reads its written reply.
 
@@ -105,7 +53,7 @@ class OpenAIJudge:
         model: str,
         url: str,
         template: Template,
-        options: EndpointOptions = EndpointOptions(),
+        options: EndpointOptions | None = None,
     ):
         """Make the judge; the server is not asked.
 
@@ -116,6 +64,7 @@ class OpenAIJudge:
         Raises:
           JudgeError: the address or the tokenizer cannot be used; the key is not there.
         """
+        options = options or EndpointOptions()
         self._endpoint = Endpoint(url, key_variable=options.key_variable, timeout=options.timeout)
         self._model, self._template, self._options = model, template, options
         self._pace = Pace(options.requests_per_minute, options.tokens_per_minute)
@@ -272,21 +221,8 @@ def open_endpoint(
             f"openai:{argument.partition('@')[0]}...: is not openai:MODEL@URL, such as "
             "openai:llama3@http://localhost:8000/v1"
         )
-    known = {field.name for field in dataclasses.fields(EndpointOptions)}
-    if unknown := sorted(options.keys() - known):
-        raise JudgeError(f"openai:{parts[1]}: has no option {', '.join(unknown)}")
     prompt = open_template(template, template_file)
-    return OpenAIJudge(parts[1], parts[2], prompt, EndpointOptions(**options))
-
-
-def _parse_fields(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise JudgeError(f"extra_body = {text}: is no JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise JudgeError(f"extra_body = {text}: is no JSON object")
-    return fields
+    return OpenAIJudge(parts[1], parts[2], prompt, options_of(options))
 
 
 def _token_counter(folder: str | None) -> tuple[Callable[[str], int], str]:

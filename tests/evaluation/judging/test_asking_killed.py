@@ -23,7 +23,8 @@ import random
 import sys
 from dpojax.evaluation.judging import asking
 from dpojax.evaluation.judging.cache import VerdictCache
-from dpojax.evaluation.judging.openai_judge import EndpointOptions, OpenAIJudge
+from dpojax.evaluation.judging.endpoint_options import EndpointOptions
+from dpojax.evaluation.judging.openai_judge import OpenAIJudge
 from dpojax.evaluation.judging.templates import Template
 from dpojax.evaluation.judging.verdicts import Comparison
 

@@ -8,8 +8,9 @@ import pytest
 from dpojax.evaluation.judging.asking import judge_comparisons
 from dpojax.evaluation.judging.batches import Imported, export_batch, import_batch
 from dpojax.evaluation.judging.cache import VerdictCache
+from dpojax.evaluation.judging.endpoint_options import EndpointOptions
 from dpojax.evaluation.judging.judge import JudgeError
-from dpojax.evaluation.judging.openai_judge import EndpointOptions, OpenAIJudge
+from dpojax.evaluation.judging.openai_judge import OpenAIJudge
 from dpojax.evaluation.judging.verdicts import Comparison, Outcome
 from tests.evaluation.judging.chat_server import TEMPLATE, ChatServer, longer_wins
 

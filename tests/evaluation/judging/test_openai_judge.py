@@ -10,8 +10,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from dpojax.evaluation.judging.asking import judge_comparisons
 from dpojax.evaluation.judging.cache import VerdictCache
+from dpojax.evaluation.judging.endpoint import Endpoint
+from dpojax.evaluation.judging.endpoint_options import EndpointOptions, options_of, parse_options
 from dpojax.evaluation.judging.judge import JudgeError
-from dpojax.evaluation.judging.openai_judge import EndpointOptions, OpenAIJudge, open_endpoint
+from dpojax.evaluation.judging.openai_judge import OpenAIJudge, open_endpoint
 from dpojax.evaluation.judging.templates import Template, open_template
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Outcome, Question
 from tests.evaluation.judging.chat_server import (
@@ -354,8 +356,6 @@ def test_the_hub_may_be_offline_and_its_token_stays_here(monkeypatch):
 
 
 def test_the_default_key_goes_to_another_machine_over_https_alone(monkeypatch):
-    from dpojax.evaluation.judging.endpoint import Endpoint
-
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
 
     def sends_key(url, variable=None):
@@ -377,8 +377,6 @@ def test_the_default_key_goes_to_another_machine_over_https_alone(monkeypatch):
     ],
 )
 def test_an_address_may_be_written_as_other_clients_take_it(url, asked):
-    from dpojax.evaluation.judging.endpoint import Endpoint
-
     assert Endpoint(url)._chat_url == asked
 
 
@@ -390,9 +388,13 @@ def test_an_address_may_be_written_as_other_clients_take_it(url, asked):
         ("llama@http://:8000", {}, "begins with http"),
         ("llama@http://h:port", {}, "is no address"),
         ("llama@http://me:sk-1@h", {}, "holds a name or a password"),
-        ("llama@http://h", {"threads": 3}, "has no option threads"),
+        ("llama@http://h", {"threads": 3}, "has no option threads; it has max_tokens"),
         ("llama@http://h", {"concurrency": 0}, "concurrency = 0"),
-        ("llama@http://h", {"requests_per_minute": 0}, "requests_per_minute = 0"),
+        ("llama@http://h", {"requests_per_minute": -1}, "requests_per_minute = -1"),
+        ("llama@http://h", {"max_tokens": "9"}, "max_tokens = 9: has to be an integer"),
+        ("llama@http://h", {"concurrency": 2.5}, "has to be an integer, above 0"),
+        ("llama@http://h", {"backoff": None}, "backoff = None"),
+        ("llama@http://h", {"temperature": math.nan}, "temperature = nan"),
         ("llama@http://h", {"price_in": 1.0}, "give both"),
         ("llama@http://h", {"extra_body": "[]"}, "no JSON object"),
         ("llama@http://h", {"extra_body": "{"}, "no JSON"),
@@ -405,6 +407,17 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(argument, options,
     with pytest.raises(JudgeError, match=message) as error:
         open_endpoint(argument, **options)
     assert "sk-1" not in str(error.value)
+
+
+def test_options_are_read_from_a_command_line():
+    texts = ["max_tokens=900", "seed=null", "served_by=7b=int4", 'extra_body={"top_k": 1}']
+    values = parse_options(["logprobs=true", *texts])
+    assert options_of(values) == EndpointOptions(
+        max_tokens=900, seed=None, logprobs=True, served_by="7b=int4", extra_body={"top_k": 1}
+    )
+    for text, message in (("max_tokens", "NAME=VALUE"), ("max_tokens=many", "is no JSON")):
+        with pytest.raises(JudgeError, match=message):
+            parse_options([text])
 
 
 def test_what_changes_replies_changes_the_fingerprint_and_nothing_else_does():
