@@ -20,6 +20,7 @@ A judge that is compared with people:
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from typing import Any
 
@@ -45,26 +46,33 @@ TEXT("form", None, "Of the data's rows, as in --config.sft.data.form.")
 COUNT("skip", None, "Distinct prompts to leave out first.")
 COUNT("limit", None, "Distinct prompts behind those; 0 is all.")
 
-TEXT("judge", None, "exact, length, reward_model:FOLDER, classifier:FOLDER, openai:MODEL@URL, ...")
-TEXT("template", None, "The judge's prompt: summary, concise, helpful, or a file of your own.")
+JUDGE = TEXTS(
+    "judge", [], "exact, length, reward_model:FOLDER, sbert:FOLDER, local:FOLDER, openai:MODEL@URL."
+)
+TEXT("template", None, "The judge's prompt: summary, concise, helpful, instruction, or a file.")
 NUMBER("tie", None, "Judges that score: scores at most so far apart are a tie.")
-NUMBER("repeat", None, "Share of the questions that are asked twice, to see if the judge agrees.")
+NUMBER("repeat", None, "Share of questions that are asked twice; default: 0.05.")
 COUNT("judge_batch_size", None, "Texts that a local judge reads at a time.")
 NUMBER("max_cost", None, "Stop asking before this is paid, in the currency of the prices.")
-NUMBER("price_in", None, "Of a million tokens that the endpoint reads.")
-NUMBER("price_out", None, "Of a million tokens that the endpoint writes.")
-COUNT("concurrency", None, "Requests to the endpoint at a time.")
-NUMBER("requests_per_minute", None, "Most requests; 0 is no limit.")
+ENDPOINT = [
+    NUMBER("price_in", None, "Of a million tokens that the endpoint reads."),
+    NUMBER("price_out", None, "Of a million tokens that the endpoint writes."),
+    COUNT("concurrency", None, "Requests to the endpoint at a time; default: 8."),
+    NUMBER("requests_per_minute", None, "Most requests to it."),
+]
+MORE = TEXTS("endpoint", [], "NAME=VALUE: another option of it, such as key_variable=HF_TOKEN.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only count calls, tokens and cost; draw nothing.")
-EXPORT = TEXT("export_batch", None, "Write the open questions as a batch file, and ask none.")
-IMPORT = TEXT("import_batch", None, "Take the replies of a batch file first.")
+EXPORT = TEXT("export_batch", None, "A folder: write the open questions as batch files there.")
+IMPORT = TEXTS("import_batch", [], "A file of replies to batch files; may be repeated.")
 
-TEMPERATURES = flags.DEFINE_list("temperatures", None, "Of the responses of a: 0,0.25,0.5,0.75,1.")
+TEMPERATURES = flags.DEFINE_list(
+    "temperatures", None, "Of the responses of a, such as 0,0.25,0.5,0.75,1; default: 1."
+)
 NUMBER("b_temperature", None, "Of those of b; default: that of the a it is compared with.")
 BEST_OF = flags.DEFINE_list("best_of", None, "The best of so many responses by a reward: 1,16,128.")
 TEXT("best_of_reward", None, "reviews, classifier:FOLDER[:LABEL], reward_model:FOLDER.")
-COUNT("samples", None, "Responses of each side to each prompt.")
-COUNT("max_new_tokens", None, "The longest response.")
+COUNT("samples", None, "Responses of each side to each prompt; default: 1.")
+COUNT("max_new_tokens", None, "Tokens of the longest response; default: 64.")
 TEXT("stop_text", None, "A response ends before this text.")
 PROMPTED = TEXTS("prompted", [], "NAME=FILE[:SHOTS]: the side NAME reads prompts in this template.")
 TEXT("examples", None, "Data whose first records are the examples of few-shot prompting.")
@@ -77,14 +85,21 @@ TEXT("verdicts", None, "Folder that keeps verdicts, for several calls; default: 
 def main() -> int:
     from dpojax.runs import judging
 
+    if HUMANS.value is not None:
+        return compare_with_humans()
     settings = read_settings()
     if DRY_RUN.value:
-        print(judging.describe_estimate(judging.estimate_cost(settings, log=tell)))
+        print(judging.estimate_cost(settings, log=tell))
         return 0
+    if EXPORT.value:
+        files = judging.export_questions(settings, EXPORT.value, log=tell)
+        print("\n".join(map(str, files)) or "every question has its reply: nothing is written")
+        return 0
+    if IMPORT.value:
+        tell(str(judging.import_replies(settings, IMPORT.value, log=tell)))
     print(judging.terminal_table(judging.judge(settings, log=tell)))
-    print(
-        f"\n{settings.out}: report.md, win_rates.csv, win_rates.png, win_rates.pdf, samples.jsonl"
-    )
+    files = "report.md, win_rates.csv, win_rates.png, win_rates.pdf, samples.jsonl"
+    print(f"\n{settings.out}: {files}")
     return 0
 
 
@@ -100,13 +115,7 @@ def read_settings() -> Any:
     from dpojax.config.errors import ConfigError
     from dpojax.runs.judging_settings import Settings
 
-    names = {field.name for field in dataclasses.fields(Settings)} - {"a", "b"}
-    values = {
-        name: flags.FLAGS[name].value
-        for name in names & set(flags.FLAGS)
-        if flags.FLAGS[name].value is not None
-    }
-    values |= numbers("temperatures", TEMPERATURES.value, float)
+    values = set_flags() | numbers("temperatures", TEMPERATURES.value, float)
     values |= numbers("best_of", BEST_OF.value, int)
     values |= template_of(values.pop("template", None))
     if FRONTIER.value is not None:
@@ -120,7 +129,7 @@ def read_settings() -> Any:
         return frontier_settings(folder, at_kl=AT_KL.value, methods=METHODS.value, **values)
     if AT_KL.value is not None or METHODS.value:
         raise UsageError("--at_kl, --methods: choose runs of a --frontier; name one")
-    required = {"a": A.value, "prompts": values.get("prompts"), "judge": values.get("judge")}
+    required = {"a": A.value, "prompts": values.get("prompts"), "judge": JUDGE.value}
     if missing := [f"--{name}" for name, value in required.items() if not value]:
         raise UsageError(f"{', '.join(missing)}: missing (or --frontier=FOLDER)")
     values.setdefault("out", "judged")
@@ -128,6 +137,72 @@ def read_settings() -> Any:
         return Settings(a=sides(A.value), b=sides([B.value or "references"])[0], **values)
     except ConfigError as error:
         raise UsageError(str(error)) from error
+
+
+def set_flags() -> dict[str, Any]:
+    """The settings whose flags are on the command line, as they stand there."""
+    from dpojax.config.command_line import UsageError
+    from dpojax.runs.judging_settings import Settings
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    names -= {"a", "b", "judge", "endpoint", "temperatures", "best_of"}
+    values = {
+        name: flags.FLAGS[name].value
+        for name in names & set(flags.FLAGS)
+        if flags.FLAGS[name].value is not None
+    }
+    if len(JUDGE.value) > 1 and HUMANS.value is None:
+        raise UsageError("--judge: several judges are compared by --humans; name one")
+    values |= {"judge": JUDGE.value[0]} if JUDGE.value else {}
+    options = {flag.name: flag.value for flag in ENDPOINT if flag.value is not None}
+    for text in MORE.value:
+        name, separator, value = text.partition("=")
+        if not (separator and name):
+            raise UsageError(f"--endpoint={text}: NAME=VALUE")
+        options[name] = value_of(value)
+    return values | {"endpoint": options}
+
+
+def value_of(text: str) -> Any:
+    """A number or truth value as such, and any other text as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool | None) else text
+
+
+def compare_with_humans() -> int:
+    """Ask each judge about comparisons that people have made, and print how they agree."""
+    from dpojax import storage
+    from dpojax.config.command_line import UsageError
+    from dpojax.evaluation.judging import human_study
+    from dpojax.evaluation.judging.humans import read_humans
+    from dpojax.runs import judging
+    from dpojax.runs.judging_settings import Settings, Side
+
+    if not JUDGE.value or A.value or B.value or FRONTIER.value:
+        raise UsageError("--humans: needs --judge, one or more, and no --a, --b or --frontier")
+    values = {"out": "judged"} | set_flags() | template_of(flags.FLAGS["template"].value)
+    values |= {"prompts": HUMANS.value, "a": (Side(HUMANS.value),)}
+    judges = [
+        judging.open_settings_judge(Settings(**values | {"judge": spec})) for spec in JUDGE.value
+    ]
+    settings = Settings(**values)
+    with judging.open_verdicts(settings) as cache:
+        study = human_study.human_agreement(
+            judges,
+            read_humans(HUMANS.value),
+            cache=cache,
+            max_cost=settings.max_cost,
+            resamples=settings.resamples,
+            seed=settings.seed,
+        )
+    out = storage.as_path(settings.out, "--out")
+    human_study.write_csv(study, out / "agreement.csv")
+    print("\n".join(human_study.table(study)))
+    print(f"\n{settings.out}: agreement.csv")
+    return 0
 
 
 def numbers(name: str, texts: list[str] | None, kind: type) -> dict[str, tuple]:

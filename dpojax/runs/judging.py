@@ -22,6 +22,7 @@ from dpojax import storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.evaluation.judging import report
 from dpojax.evaluation.judging.asking import Judged, estimate, judge_comparisons
+from dpojax.evaluation.judging.batches import Imported, export_batch, import_batch
 from dpojax.evaluation.judging.cache import VerdictCache
 from dpojax.evaluation.judging.costs import Estimate
 from dpojax.evaluation.judging.judge import Judge
@@ -44,8 +45,7 @@ from dpojax.tables import text_table
 
 __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
-VERDICTS, SAMPLES = "verdicts", "samples.jsonl"
-ENDPOINT = ("price_in", "price_out", "concurrency", "requests_per_minute")
+VERDICTS, SAMPLES, REPORT = "verdicts", "samples.jsonl", "report.md"
 
 Log = Callable[[str], None]
 
@@ -99,16 +99,13 @@ def open_settings_judge(settings: Settings) -> Judge:
     Raises:
       JudgeError: it cannot be opened.
     """
-    endpoint = {}
-    if settings.judge.startswith("openai:"):
-        endpoint = {name: getattr(settings, name) for name in ENDPOINT}
     return open_judge(
         settings.judge,
         template=settings.template,
         template_file=settings.template_file or None,
         tie=settings.tie,
         batch_size=settings.judge_batch_size,
-        **endpoint,
+        **settings.endpoint,
     )
 
 
@@ -180,19 +177,6 @@ def row_label(row: Row, *, with_temperature: bool) -> str:
     return ", ".join(parts)
 
 
-def describe_estimate(of_asking: Estimate) -> str:
-    """Calls, tokens and price in a sentence."""
-    text = f"{of_asking.calls:,} questions to ask"
-    if of_asking.tokens_in:
-        text += f", about {of_asking.tokens_in:,} tokens to read and at most "
-        text += f"{of_asking.tokens_out:,} to write"
-        if of_asking.price is None:
-            text += "; price unknown (--price_in and --price_out, per million tokens)"
-        else:
-            text += f"; at most {of_asking.price:.2f} in the currency of the prices"
-    return text
-
-
 def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
     """What asking the judge would take. Nothing is drawn, and it is not asked.
 
@@ -203,6 +187,37 @@ def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
     opened = open_settings_judge(settings)
     with open_verdicts(settings) as cache:
         return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
+
+
+def export_questions(
+    settings: Settings, folder: str, log: Log = lambda line: None
+) -> list[storage.Path]:
+    """Draw what is missing, and write the open questions as batch files instead of asking them.
+
+    Raises:
+      JudgeError: see `batches.export_batch`.
+    """
+    opened = open_settings_judge(settings)
+    comparisons = [one for contest in make_contests(settings, log) for one in contest.comparisons]
+    with open_verdicts(settings) as cache:
+        how = {"cache": cache, "repeat": settings.repeat, "seed": settings.seed}
+        return export_batch(opened, comparisons, folder, **how)
+
+
+def import_replies(
+    settings: Settings, files: Sequence[str], log: Log = lambda line: None
+) -> Imported:
+    """Take the replies of batch files into the verdicts.
+
+    Raises:
+      JudgeError: see `batches.import_batch`.
+    """
+    opened = open_settings_judge(settings)
+    comparisons = [one for contest in make_contests(settings, log) for one in contest.comparisons]
+    paths = [storage.as_path(file, "a batch file") for file in files]
+    with open_verdicts(settings) as cache:
+        how = {"repeat": settings.repeat, "seed": settings.seed}
+        return import_batch(opened, comparisons, paths, cache, **how)
 
 
 def open_verdicts(settings: Settings) -> VerdictCache:

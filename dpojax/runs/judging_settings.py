@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,7 @@ from dpojax.data.prompts import EMBEDDED
 
 REFERENCES = "references"
 LEAST = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "judge_batch_size": 1, "skip": 0}
-LEAST |= {"limit": 0, "seed": 0, "repeat": 0, "price_in": 0, "price_out": 0, "resamples": 1}
-LEAST |= {"concurrency": 1, "requests_per_minute": 0}
+LEAST |= {"limit": 0, "seed": 0, "repeat": 0, "resamples": 1}
 
 
 def _make_tuples(settings: Any, *names: str) -> None:
@@ -105,9 +105,7 @@ class Settings:
       judge_batch_size: texts that a local judge reads at a time.
       repeat: see `asking.judge_comparisons`.
       max_cost: stop asking before it is passed; None: no limit.
-      price_in, price_out: per million tokens that an endpoint reads and writes.
-      concurrency: requests to an endpoint at a time.
-      requests_per_minute: most of them; 0 is no limit.
+      endpoint: options of an openai: judge, fields of `openai_judge.EndpointOptions`.
       resamples: of the bootstrap.
       responses, verdicts: the folders that keep them; "" are folders of `out`. Several calls can
         share them.
@@ -141,10 +139,7 @@ class Settings:
     judge_batch_size: int = 64
     repeat: float = 0.05
     max_cost: float | None = None
-    price_in: float = 0.0
-    price_out: float = 0.0
-    concurrency: int = 8
-    requests_per_minute: float = 0.0
+    endpoint: Mapping[str, Any] = types.MappingProxyType({})
     resamples: int = 2000
     seed: int = 0
     responses: str = ""
@@ -154,6 +149,7 @@ class Settings:
         object.__setattr__(self, "a", tuple(_side(side) for side in self.a))
         object.__setattr__(self, "b", _side(self.b))
         _make_tuples(self, "temperatures", "best_of")
+        object.__setattr__(self, "endpoint", dict(self.endpoint))
         if not self.a:
             raise ConfigError("a: name at least one policy or file to judge")
         labels = [side.label for side in self.a]
