@@ -145,6 +145,12 @@ def hh(fields: Fields) -> Record | Reject:
 
 def comparison(fields: Fields) -> Record:
     """Stiennon et al. 2020, with a post of Reddit or an article of CNN/DailyMail."""
+    prompt, texts, choice = read_comparison(fields)
+    return Record(fields.id, prompt, (texts[choice], texts[1 - choice]))
+
+
+def read_comparison(fields: Fields) -> tuple[str, tuple[str, str], int]:
+    """The prompt, the two summaries in their order, and the index of the better one."""
     info = fields.inside("info")
     if info.has("article"):
         prompt = ARTICLE_TEMPLATE.format(article=info.text("article"))
@@ -158,8 +164,8 @@ def comparison(fields: Fields) -> Record:
     if choice not in (0, 1):
         raise fields.error("choice", "0 or 1, the index of the better summary", "bad_verdict")
     both = fields.parts("summaries", summaries)
-    texts = [both.inside(name).text("text") for name in ("0", "1")]
-    return Record(fields.id, prompt, (texts[int(choice)], texts[1 - int(choice)]))
+    first, second = (both.inside(name).text("text") for name in ("0", "1"))
+    return prompt, (first, second), int(choice)
 
 
 def has_verdict(row: Mapping[str, Any]) -> bool:
