@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,7 +138,7 @@ class Settings:
     judge_batch_size: int = 64
     repeat: float = 0.05
     max_cost: float | None = None
-    endpoint: Mapping[str, Any] = types.MappingProxyType({})
+    endpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resamples: int = 2000
     seed: int = 0
     responses: str = ""
@@ -198,7 +197,7 @@ def _known(kind: type, values: Mapping[str, Any], what: str) -> Any:
     missing = [
         name
         for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{what}: {', '.join(missing)} is missing")
