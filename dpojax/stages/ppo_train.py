@@ -16,8 +16,8 @@ from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
 from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.ppo_setup import PPOSetup
-from dpojax.stages.samples import append_samples, forget_later_samples, open_judged_samples
-from dpojax.stages.stage import announce_kept
+from dpojax.stages.samples import append_samples, open_judged_samples
+from dpojax.stages.stage import announce_kept, open_metrics
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST
@@ -51,12 +51,7 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
             state = stage.new_state(params)
         else:
             state, _ = saved.restore(stage.abstract_state())
-        forget_later_samples(stage.folder, done)
-        with MetricWriter(
-            stage.folder,
-            tensorboard=config.tensorboard,
-            resume_step=-1 if done is None else done,
-        ) as writer:
+        with open_metrics(stage, done) as writer:
             reference = stage.reference_params()
             with stop.steps():
                 finished = _iterate(stage, state, reference, saved, writer, stop)

@@ -31,11 +31,13 @@ from dpojax.models import huggingface
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.exported import ExportOptions, in_dtype
 from dpojax.stages.kept import has_ended, kept_best
+from dpojax.stages.samples import forget_later_samples
 from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.memory import Footprint, gib, limit_bytes
+from dpojax.training.metrics import MetricWriter
 from dpojax.training.preemption import StopSignal
 
 MEBI = 2**20  # processes agree on an int32, so bytes would be too many
@@ -268,6 +270,19 @@ class Stage(abc.ABC):
                 text += f"\nkept: {best.describe(self.steps)}"
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
+
+
+def open_metrics(stage: Stage, done: int | None) -> MetricWriter:
+    """What writes the metrics of a stage that goes on after `done` steps; None: it begins.
+
+    The lines of later steps go, and their samples: the stage writes them again.
+    """
+    forget_later_samples(stage.folder, done)
+    return MetricWriter(
+        stage.folder,
+        tensorboard=stage.setup.config.tensorboard,
+        resume_step=-1 if done is None else done,
+    )
 
 
 def announce_kept(stage: Stage) -> None:

@@ -27,9 +27,8 @@ from dpojax.stages.example_stage import EvaluateSamples, ExampleStage
 from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.reference import Reference
 from dpojax.stages.references import check_identity, scores_at_start
-from dpojax.stages.samples import forget_later_samples
 from dpojax.stages.setup import with_scalar_params
-from dpojax.stages.stage import Lowered, announce_kept
+from dpojax.stages.stage import Lowered, announce_kept, open_metrics
 from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
@@ -78,12 +77,7 @@ def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal
         abstract = abstract_train_state(stage, optimizer)
         batches = stage.batches.training(reference.attach)
         first_scores = None
-        forget_later_samples(stage.folder, done)
-        with MetricWriter(
-            stage.folder,
-            tensorboard=config.tensorboard,
-            resume_step=-1 if done is None else done,
-        ) as writer:
+        with open_metrics(stage, done) as writer:
             if params is None:
                 state, _ = checkpoints.restore(abstract, batches)
             else:

@@ -38,16 +38,14 @@ from dpojax.runs.workdirs import (
 from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.registry import open_stage, resolve
-from dpojax.stages.samples import forget_later_samples
 from dpojax.stages.setup import initial_params, prepare_setup, with_scalar_params
-from dpojax.stages.stage import Stage, require_memory
+from dpojax.stages.stage import Stage, open_metrics, require_memory
 from dpojax.stages.train import Evaluator, frozen_weights, open_evaluator
 from dpojax.sweeps.layout import begun_layout, group_folder, mesh_with_members
 from dpojax.sweeps.members import same_program
 from dpojax.sweeps.program import MemberProgram
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import Every, NonFiniteLoss
-from dpojax.training.metrics import MetricWriter
 from dpojax.training.preemption import StopSignal
 from dpojax.training.vectorised_loop import (
     Member,
@@ -213,7 +211,7 @@ class Group:
         per_call = program.members_per_call
         chunks = [indices[k : k + per_call] for k in range(0, len(indices), per_call)]
         resumed = resume(saved, program.abstract, len(chunks), batches)
-        states, done, failed, windows = resumed or Resumed([], -1, {}, {})
+        states, done, failed, windows = resumed or Resumed([], None, {}, {})
         if resumed is None:
             evaluator = self._with_first_scores(evaluator, trained)
         members = {i: _member(self.stages[i], evaluator, during, done, i in ended) for i in indices}
@@ -243,7 +241,7 @@ class Group:
                 MemberChunk([members[i] for i in chunk], chunk_states, values)
                 for chunk, chunk_states, values in zip(chunks, states, hyperparameters_of)
             ],
-            max(done, 0),
+            done or 0,
         )
         return {i: member.error for i, member in members.items()}
 
@@ -282,22 +280,20 @@ def _member(
     stage: ExampleStage,
     evaluator: Evaluator,
     during: contextlib.ExitStack,
-    done: int,
+    done: int | None,
     ended: bool,
 ) -> Member:
     """What a member has of its own; open as long as `during`."""
     name = stage.setup.workdir.name
     if ended:
         return Member(name, stage.steps, ended=True)
-    forget_later_samples(stage.folder, done)
-    config = stage.setup.config
-    writer = MetricWriter(stage.folder, tensorboard=config.tensorboard, resume_step=done)
-    saved = Checkpoints(stage.checkpoint_folder, max_checkpoints=config.max_checkpoints)
+    most = stage.setup.config.max_checkpoints
+    saved = Checkpoints(stage.checkpoint_folder, max_checkpoints=most)
     return Member(
         name=name,
         steps=stage.steps,
         evaluate=partial(evaluator, stage),
-        writer=during.enter_context(writer),
+        writer=during.enter_context(open_metrics(stage, done)),
         checkpoints=during.enter_context(saved),
     )
 
