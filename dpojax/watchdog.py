@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from dpojax import stopping
 
+MINUTES = 30.0  # without progress, after which a command ends by default
 HUNG = 1  # the status of a run that was ended for making no progress
 MOST_TICKS = 20  # how often a limit is looked at while it passes
 
@@ -18,6 +19,7 @@ class _Progress:
 
     beats = 0
     doing = "the run began"
+    unwatched = 0  # how many `unwatched` blocks are entered
 
 
 def beat(doing: str = "") -> None:
@@ -28,6 +30,17 @@ def beat(doing: str = "") -> None:
     """
     _Progress.beats += 1
     _Progress.doing = doing or _Progress.doing
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Let the block take any time: of a download, nothing tells how far it is."""
+    _Progress.unwatched += 1
+    try:
+        yield
+    finally:
+        _Progress.unwatched -= 1
+        beat()
 
 
 @contextlib.contextmanager
@@ -58,12 +71,14 @@ def _watch(limit: float, ended: threading.Event) -> None:
         before = now
         if beats != _Progress.beats:
             beats, idle = _Progress.beats, 0.0
+        elif _Progress.unwatched:
+            idle = 0.0
         elif idle >= limit:
             stopping.end_now(
                 HUNG,
-                f"No progress for {limit / 60:.3g} minutes (config.hang_minutes) while: "
-                f"{_Progress.doing}. The process ends, so that its devices are free; its last "
-                f"checkpoint is complete, and {stopping.GO_ON}. The stacks of its threads:",
+                f"No progress for {limit / 60:.3g} minutes (hang_minutes) while: "
+                f"{_Progress.doing}. The process ends, so that its devices are free; what it has "
+                f"saved is complete, and {stopping.GO_ON}. The stacks of its threads:",
                 why=f"has made no progress for {limit / 60:.3g} minutes",
                 stacks=True,
             )

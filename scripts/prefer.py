@@ -49,6 +49,7 @@ flags.DEFINE_bool("fixed_length", False, "Completions that are all cut are no er
 COUNT("batch_size", 64, "Prompts at a time.")
 COUNT("shard_size", 1024, "Prompts of a file.")
 COUNT("seed", 0, "Of prompts, completions and labels.")
+NUMBER("hang_minutes", 30.0, "Without progress, after which the command ends; 0: never.")
 PROCESS = TEXT("process", "", "INDEX/COUNT; as JAX counts by default.")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dpojax.runs.command import run_script
+from dpojax.watchdog import watching
 
 MODEL = flags.DEFINE_multi_string("model", None, "One column each.", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt.")
@@ -27,12 +28,16 @@ TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this prob
 SEED = flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0)
 CHAT = flags.DEFINE_bool("chat", False, "Prompts are users' messages, for the chat template.")
 BATCH = flags.DEFINE_integer("batch_size", 8, "Prompts at a time.", lower_bound=1)
+HANG = flags.DEFINE_float(
+    "hang_minutes", 30.0, "Without progress, after which the command ends; 0: never.", lower_bound=0
+)
 
 
 def main() -> None:
     require_ranges()
     prompts = read_prompts()
-    columns = [respond(name, prompts) for name in MODEL.value]
+    with watching(HANG.value):
+        columns = [respond(name, prompts) for name in MODEL.value]
     width = shutil.get_terminal_size().columns
     print(side_by_side(MODEL.value, width))
     for prompt, *responses in zip(prompts, *columns):

@@ -33,7 +33,7 @@ def test_a_run_that_hangs_is_ended_with_what_it_did_and_all_stacks():
     )
     assert time.monotonic() - began < 30
     assert process.returncode == watchdog.HUNG
-    assert "No progress for 0.02 minutes (config.hang_minutes) while: evaluation." in process.stderr
+    assert "No progress for 0.02 minutes (hang_minutes) while: evaluation." in process.stderr
     assert re.search(r'File "<string>", line 7 in <module>', process.stderr)
     assert process.stderr.count("most recent call first") >= 3  # main, a thread, the watchdog
 
@@ -44,6 +44,15 @@ def test_a_run_that_gets_on_slowly_is_left_alone(ended):
             time.sleep(0.1)
             watchdog.beat()
     assert not ended
+
+
+def test_a_download_takes_as_long_as_it_takes_and_is_watched_afterwards(ended):
+    with watchdog.watching(0.005):  # 0.3 s
+        with watchdog.unwatched():
+            time.sleep(0.8)
+        assert not ended
+        time.sleep(0.8)
+    assert ended
 
 
 def test_nothing_is_watched_after_the_run_or_where_the_limit_is_zero(ended):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dpojax.watchdog import MINUTES
+
 
 def default_config() -> ConfigDict:
     """The locked config: an unknown key or a value of another type is an error."""
@@ -47,7 +49,7 @@ def default_config() -> ConfigDict:
     config.sweep = _sweep()
     # A run that makes no progress for so long is ended, and the stacks of its threads are printed.
     # It has to be longer than the longest compilation; 0 never ends a run.
-    config.hang_minutes = 30.0
+    config.hang_minutes = MINUTES
     config.check_memory = True  # refuse a stage that is predicted not to fit on a device
     config.profile = False  # trace, and tell where the time went; not for PPO or a sweep
     config.log_every = 10  # steps

@@ -15,6 +15,7 @@ from dpojax import storage
 from dpojax.data.json_files import choose
 from dpojax.data.records import DataError, without_invented_nulls
 from dpojax.data.table_files import with_class_names
+from dpojax.watchdog import beat
 
 SAVED = ("state.json", "dataset_dict.json")  # of Dataset.save_to_disk
 
@@ -112,6 +113,7 @@ def _chosen(opened: Any, split: str, name: str) -> Any:
 def _numbered(rows: Any) -> Iterator[tuple[dict, int]]:
     features = rows.features or {}
     for row, number in zip(rows, itertools.count(1)):
+        beat("data are read")
         yield without_invented_nulls(with_class_names(row, features)), number
 
 

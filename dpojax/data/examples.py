@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow.compute
 
 from dpojax import storage
 from dpojax.data.records import DataError
+from dpojax.watchdog import beat
 
 # One column for each field of an Example. None is stored as null.
 SCHEMA = pa.schema(
@@ -230,9 +231,9 @@ class FileStore(Store):
         with _storing(), open(self.path, "rb+") as file:
             file.seek(0, os.SEEK_END)
             file.write(text + len(text).to_bytes(LENGTH, "little"))
+            length = file.tell()
             file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").digest()
-            file.write(digest)
+            file.write(_hash_of(file, length))
 
     def close(self) -> None:
         """Close the file of a store that was not finished."""
@@ -261,13 +262,20 @@ def _check(path: os.PathLike) -> None:
 
     They are read and not mapped: pages of a mapped file would count as memory of this process.
     """
-    digest, left = hashlib.sha256(), os.path.getsize(path) - DIGEST
     with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
-        if file.read() != digest.digest():
+        digest = _hash_of(file, os.path.getsize(path) - DIGEST)
+        if file.read() != digest:
             raise DataError("its bytes are not those that were written")
+
+
+def _hash_of(file: BinaryIO, length: int) -> bytes:
+    """The SHA-256 of the next `length` bytes of a file."""
+    digest = hashlib.sha256()
+    while length > 0 and (block := file.read(min(BLOCK, length))):
+        digest.update(block)
+        length -= len(block)
+        beat()
+    return digest.digest()
 
 
 def _mapped(content: pa.Buffer, sides: Iterable[bool]) -> tuple[Examples, Examples]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from dpojax import storage
 from dpojax.data import text_files
 from dpojax.data.records import DataError, without_invented_nulls
+from dpojax.watchdog import beat
 
 ROWS = 512  # that are taken out of a Parquet file at once
 
@@ -94,6 +95,7 @@ def _numbered(batches: Any, schema: pa.Schema) -> Iterator[tuple[dict, int]]:
     decoded, number = _decoder_of(schema), 0
     for batch in batches:
         for start in range(0, len(batch), ROWS):
+            beat("data are read")
             for row in batch.slice(start, ROWS).to_pylist():
                 number += 1
                 yield without_invented_nulls(decoded(row)), number

@@ -17,6 +17,7 @@ from typing import IO
 
 from dpojax import storage
 from dpojax.data.records import DataError
+from dpojax.watchdog import beat
 
 BLOCK = 2**20  # bytes that are read at once
 LINE_LIMIT = 64 * 2**20  # bytes of one line, or of one record of a JSON array
@@ -81,6 +82,7 @@ def blocks(file: storage.Path) -> Iterator[bytes]:
             except DAMAGED as error:
                 reason = _reason(error)
                 raise DataError(f"{file}:{line}: cannot be read from here on: {reason}") from error
+            beat("data are read")
             if not block:
                 return
             if line == 1 and block.startswith(UTF16_MARKS):

@@ -20,6 +20,7 @@ from dpojax.data.examples import Example, Examples
 from dpojax.data.records import DataError, Record
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
+from dpojax.watchdog import beat
 
 Pending = collections.deque[tuple[Sequence[Record], Future[processes.Made]]]
 
@@ -129,6 +130,7 @@ def _take_one_back(pending: Pending, pool: processes.Pool) -> None:
 
 def _counted(made: tuple[Examples, Report], report: Report) -> Examples:
     """The examples; their counts are added to the report."""
+    beat("records are tokenised")
     examples, counts = made
     report.add(counts)
     return examples

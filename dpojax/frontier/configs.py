@@ -80,6 +80,7 @@ class RunConfigs(NamedTuple):
             truncated=frontier.truncated,
             fixed_length=frontier.truncated == "keep",
             seed=self.config.seed,
+            hang_minutes=self.config.hang_minutes,
         )
 
     def stage_config(self, stage: str) -> ConfigDict:

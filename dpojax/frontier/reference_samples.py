@@ -23,6 +23,7 @@ from dpojax.runs.command import run_command
 from dpojax.runs.policy import load_policy
 from dpojax.sampling import build_sampler, generate
 from dpojax.stages.samples import SEED
+from dpojax.watchdog import watching
 
 SAMPLES_AT_ONCE = 32  # of a prompt
 
@@ -33,6 +34,11 @@ def sample_reference(config: ConfigDict, policy_name: str, out: storage.Path) ->
     Args:
       config: its `samples` say how to draw and score; `frontier.reference_samples` is m.
     """
+    with watching(config.hang_minutes):
+        _sample_reference(config, policy_name, out)
+
+
+def _sample_reference(config: ConfigDict, policy_name: str, out: storage.Path) -> None:
     samples_config = config.samples
     policy = load_policy(policy_name)
     reward = open_reward(samples_config.reward, mesh=policy.mesh)

@@ -41,6 +41,7 @@ from dpojax.models.families import (
 from dpojax.models.safetensors_io import Tensor
 from dpojax.models.transfer import read_params, tensors_of
 from dpojax.sharding import to_host
+from dpojax.watchdog import unwatched
 
 __all__ = [
     "config_to_raw",
@@ -279,7 +280,8 @@ def local_folder(path: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
         raise FileNotFoundError(f"{path}: no such folder, and not a name like owner/model")
     from huggingface_hub import snapshot_download  # only a name of the hub needs it
 
-    return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+    with unwatched():
+        return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
 
 
 def pretrained_name(path: str | os.PathLike) -> str:

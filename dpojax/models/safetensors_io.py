@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpojax import storage
 from dpojax.models.config_values import shown
+from dpojax.watchdog import beat
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -278,6 +279,7 @@ def write_file(path: pathlib.Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
+            beat("weights are written")
             values = np.ascontiguousarray(tensor.fetch(), tensor.dtype)
             if values.shape != tensor.shape:
                 raise AssertionError(f"{tensor.name}: {values.shape} is not {tensor.shape}")

@@ -22,6 +22,7 @@ from dpojax.models.families import Family
 from dpojax.models.safetensors_io import Stored, Tensor
 from dpojax.models.weights import Weight
 from dpojax.sharding import tree_shardings
+from dpojax.watchdog import beat
 
 Config = DecoderConfig | EncoderConfig
 
@@ -196,6 +197,7 @@ def _array(
         layers = np.empty((len(parts), *parts[0].view[index].shape), dtype)
         for source, out in zip(parts, layers):
             copied(source, index, out)
+            beat("weights are read")
         return layers if stacked else layers[0]
 
     return jax.make_array_from_callback(shape, sharding, shard)

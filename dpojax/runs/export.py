@@ -17,6 +17,7 @@ from dpojax.runs.command import run_command
 from dpojax.stages.exported import DTYPES, ExportOptions
 from dpojax.stages.registry import STAGES, open_stage, resolve
 from dpojax.stages.setup import prepare_setup
+from dpojax.watchdog import watching
 
 
 def export(
@@ -62,10 +63,11 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype={dtype}: {', '.join(DTYPES)}")
     config = read_run_config(run)
-    setup = prepare_setup(resolve(with_base_files(config, run, base), run))
-    opened = open_stage(setup, stage or config.stages[-1])
-    base = base or config.model.path or None
-    opened.export(target, ExportOptions(step, adapters, dtype, base))
+    with watching(config.hang_minutes):
+        setup = prepare_setup(resolve(with_base_files(config, run, base), run))
+        opened = open_stage(setup, stage or config.stages[-1])
+        base = base or config.model.path or None
+        opened.export(target, ExportOptions(step, adapters, dtype, base))
     return target
 
 

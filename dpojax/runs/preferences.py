@@ -42,13 +42,14 @@ from dpojax.runs.policy import Policy, load_policy
 from dpojax.sampling import Sample, build_sampler, generate
 from dpojax.stages.tokenizers import vocabulary_hash
 from dpojax.training.reference import fingerprint
+from dpojax.watchdog import MINUTES, watching
 
 FORMAT = "dpojax preferences, version 3"  # changes when the same settings give other data
 PROVENANCE = "provenance.json"
 LIBRARIES = ("jax", "flax", "transformers", "tokenizers", "numpy", "pyarrow")
 METADATA = b"dpojax"  # a shard's counts and versions, in the metadata of its schema
 # A rerun may change these; of the first three, what they name is compared, not where it lies.
-MAY_CHANGE = ("policy", "prompts", "reward", "out", "batch_size")
+MAY_CHANGE = ("policy", "prompts", "reward", "out", "batch_size", "hang_minutes")
 CHOICES = {
     "pairs": ("all", "best_worst", "ranked"),
     "labels": pairing.KINDS,
@@ -56,7 +57,7 @@ CHOICES = {
     "split": reviews.SPLITS,
 }
 LEAST = {"skip": 0, "limit": 0, "completions": 2, "batch_size": 1, "shard_size": 1, "tie": 0}
-LEAST |= {"seed": 0}
+LEAST |= {"seed": 0, "hang_minutes": 0}
 COUNTS = ("prompts", "completions", "truncated", "empty", "identical", "ties", "records")
 COUNTS += ("prompts_without_record",)
 COLUMNS = {"prompt_index": pa.int64(), "prompt": pa.string()}
@@ -92,6 +93,7 @@ class Settings:
         EOS behind those that are kept, as behind any other response.
       fixed_length: a shard whose completions were all cut is no error.
       batch_size, shard_size: prompts of a batch, and of a shard.
+      hang_minutes: without progress, after which the process ends; 0: never.
 
     Raises:
       ConfigError: a value that cannot be; it is named.
@@ -118,6 +120,7 @@ class Settings:
     batch_size: int = 64
     shard_size: int = 1024
     seed: int = 0
+    hang_minutes: float = MINUTES
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -161,6 +164,11 @@ def generate_preferences(
     index, count = process or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
         raise ConfigError(f"process {index} of {count}: they are counted from 0")
+    with watching(settings.hang_minutes):
+        return _generate(settings, index, count, log)
+
+
+def _generate(settings: Settings, index: int, count: int, log: Callable[[str], None]) -> dict:
     out = storage.as_path(settings.out, "--out")
     policy = load_policy(settings.policy)
     prompts = _prompts(settings, policy)

@@ -57,7 +57,10 @@ def run_resolved(resolved: ResolvedRun) -> None:
     compare_config(resolved)  # before data are read, which may take an hour
     if not sharding.agreed((resolved.workdir / FINISHED).exists()):
         require_writable(resolved.workdir)
-        with shared_programs(resolved.config.compilation_cache):
+        with (
+            shared_programs(resolved.config.compilation_cache),
+            watching(resolved.config.hang_minutes),
+        ):
             _run(resolved)
     _show(resolved.workdir)
 
@@ -68,8 +71,7 @@ def _run(resolved: ResolvedRun) -> None:
     stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused
     for stage in stages:
         require_memory(stage)
-    watch = watching(resolved.config.hang_minutes)
-    with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), watch, StopSignal() as stop:
+    with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
         write_or_compare_config(resolved)  # another run may have begun here meanwhile
         keep_base_files(setup)
         announce(stages)

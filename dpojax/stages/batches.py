@@ -18,6 +18,7 @@ from dpojax.models.lora import Adapters
 from dpojax.stages.data import StageData
 from dpojax.stages.setup import Setup
 from dpojax.training.costs import packing_costs
+from dpojax.watchdog import beat
 
 Attach = Callable[[Rows], Rows]  # fills in the reference's log-probs
 
@@ -116,6 +117,7 @@ def choose_shape(
     Raises:
       DataError, ConfigError: see `packing.plan`.
     """
+    beat("batches are planned")
     config, first = setup.config, every[0]
     training = [np.asarray(batch, np.int32) for batches in every for batch in batches.order]
     plan_with = partial(

@@ -30,6 +30,7 @@ from dpojax.data.tokenise import CHUNK
 from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.stages import selection
 from dpojax.stages.selection import DataRequirements
+from dpojax.watchdog import beat
 
 NewStore = Callable[[], Store]
 
@@ -368,6 +369,7 @@ def _with_mismatched(loaded: StageData, max_length: int, store: Store) -> StageD
         made = unpaired.with_mismatched(loaded.examples, indices, max_length)
         while chunk := list(itertools.islice(made, CHUNK)):
             store.add(Examples.of(chunk), held_out=held_out)
+            beat("mismatched responses are added")
     return loaded._replace(examples=Examples.joined(*store.finish()))
 
 

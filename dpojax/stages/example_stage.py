@@ -39,6 +39,7 @@ from dpojax.training.keep_best import require_known
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.preemption import StopSignal
 from dpojax.training.step import build_evaluate
+from dpojax.watchdog import beat
 
 # (parameters, step, the stage's folder) -> metrics of sampled responses
 EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
@@ -186,6 +187,7 @@ class ExampleStage(Stage):
         Args:
           new_store: makes what the examples are put into, see `stages.data.load`.
         """
+        beat("data are read")
         config = self.setup.config
         return stage_data.load(
             self.config.data,

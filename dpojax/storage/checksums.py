@@ -16,6 +16,7 @@ from typing import NamedTuple
 import google_crc32c
 
 from dpojax.storage.paths import Path, PathLike, StorageError, is_local, objects_below
+from dpojax.watchdog import beat
 
 CHUNK = 2**23  # bytes
 THREADS = 8  # a network file system answers several faster than one
@@ -107,6 +108,7 @@ def _crc32c_of(path: PathLike, size: int) -> google_crc32c.Checksum:
         while chunk := file.read(min(CHUNK, size)):
             total.update(chunk)
             size -= len(chunk)
+            beat()
     return total
 
 

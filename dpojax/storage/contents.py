@@ -21,6 +21,7 @@ from dpojax.storage.paths import (
     objects_below,
     version_of,
 )
+from dpojax.watchdog import beat, unwatched
 
 CHUNK = 2**20  # bytes
 
@@ -75,7 +76,7 @@ def local_copy(path: PathLike, patterns: Sequence[str] = ("*",)) -> pathlib.Path
     folder = _mirror_folder() / _digest(os.fspath(path)) / _digest(version)
     copy = folder / Path(path).name
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder / ".lock"):
+    with unwatched(), _one_at_a_time(folder / ".lock"):
         if copy.exists():
             return copy
         if "" in versions:
@@ -140,6 +141,7 @@ def _hash_file(path: str, version: str) -> str:
         with Path(path).open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
+                beat()
         _hashes[key] = digest.hexdigest()
     for recorded in _recorders:
         recorded[key[0]] = _hashes[key]

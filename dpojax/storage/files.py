@@ -24,6 +24,7 @@ from dpojax.storage.paths import (
     modified,
     objects_below,
 )
+from dpojax.watchdog import unwatched
 
 DAY = 86400.0  # seconds
 REMOVALS = 3  # how often the removal of a folder is tried
@@ -118,7 +119,8 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
             os.replace(unfinished, path)
             _sync(pathlib.Path(path).parent)
         else:
-            filesystem(path).put_file(str(unfinished), os.fspath(path))
+            with unwatched():
+                filesystem(path).put_file(str(unfinished), os.fspath(path))
 
 
 @contextlib.contextmanager
@@ -220,9 +222,10 @@ def free_bytes(path: PathLike) -> int | None:
 def download(folder: PathLike, to: pathlib.Path, names: Iterable[str]) -> None:
     """Write objects below a bucket's folder, given by relative name, into a local folder."""
     fs = filesystem(folder)
-    for name in names:
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(f"{os.fspath(folder)}/{name}", str(to / name))
+    with unwatched():
+        for name in names:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(f"{os.fspath(folder)}/{name}", str(to / name))
 
 
 @contextlib.contextmanager
@@ -331,14 +334,14 @@ def _upload(folder: pathlib.Path, path: PathLike) -> None:
     names = _files_below(folder)
     names.sort(key=lambda name: ((folder / name).stat().st_mtime_ns, name))
     fs = filesystem(path)
-    with _all_objects(path, names):
+    with unwatched(), _all_objects(path, names):
         for name in names:
             fs.put_file(str(folder / name), f"{os.fspath(path)}/{name}")
 
 
 def _copy_objects(source: PathLike, target: PathLike) -> None:
     names = _oldest_first(source)
-    with _all_objects(target, names):
+    with unwatched(), _all_objects(target, names):
         if (fs := filesystem(source)) is filesystem(target):
             for name in names:
                 fs.cp_file(f"{os.fspath(source)}/{name}", f"{os.fspath(target)}/{name}")

@@ -77,7 +77,8 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
         raise ConfigError("these runs differ in more than one program can vary")
     workdirs = [run.workdir for run in runs]
     if not all(map(has_ended, workdirs)):
-        _train(runs, folder)
+        with watching(runs[0].config.hang_minutes):
+            _train(runs, folder)
     sharding.agreed(True)  # what the first process wrote is there, and nobody reads checkpoints
     if jax.process_index() == 0:
         storage.remove_folder(group_folder(workdirs, folder))
@@ -102,7 +103,6 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
             keep_base_files(setup._replace(run=run))
         during.enter_context(jax.set_mesh(setup.mesh))
         stop = during.enter_context(StopSignal())
-        during.enter_context(watching(setup.config.hang_minutes))
         announce(stages)
         if setup.config.profile and jax.process_index() == 0:
             print("config.profile: nothing is profiled of members that train together")
