@@ -254,7 +254,7 @@ def load(path: str | os.PathLike) -> tuple[tuple[Examples, Examples], dict[str, 
         text = json.loads(content[-LENGTH - length : -LENGTH].to_pybytes())
         return _mapped(content[: -LENGTH - length], text["held_out"]), text["about"]
     except (DataError, ValueError, KeyError, pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a usable cache of tokens ({error}); delete it") from error
+        raise DataError(f"{path}: not a usable cache of tokens ({error})") from error
 
 
 def _check(path: os.PathLike) -> None:

@@ -17,6 +17,7 @@ from dpojax.config.rules import LORA_RULES, apply_rules
 from dpojax.models import lora
 from dpojax.models.lora import Adapters, LoraConfig
 from dpojax.models.lora_peft import load_peft
+from dpojax.stages.kept_weights import FINGERPRINT
 from dpojax.stages.setup import Setup
 from dpojax.training import checkpoints, reference
 
@@ -61,6 +62,12 @@ class StageAdapters(NamedTuple):
         """
         if params is None:
             return checkpoints.load_tree(self.base_folder, self.abstract_base)
+        base = self.as_base(params)
+        checkpoints.save_tree(self.base_folder, base, {FINGERPRINT: reference.fingerprint(base)})
+        return base
+
+    def as_base(self, params: dict) -> dict:
+        """`params` in the base's dtype, see `keep_base`."""
 
         def stored(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
             if x.dtype == like.dtype:
@@ -69,9 +76,7 @@ class StageAdapters(NamedTuple):
             x.delete()
             return cast
 
-        base = jax.tree.map(stored, params, self.abstract_base)
-        checkpoints.save_tree(self.base_folder, base, {"fingerprint": reference.fingerprint(base)})
-        return base
+        return jax.tree.map(stored, params, self.abstract_base)
 
     def trained_params(self, folder: storage.Path, step: int | None) -> dict:
         """Merged float32 parameters of a checkpoint in `folder`; None is the newest step."""

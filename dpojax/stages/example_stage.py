@@ -138,6 +138,12 @@ class ExampleStage(Stage):
         """Metrics of sampled responses at evaluations; None where there are none."""
         return None
 
+    def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
+        """Folders of weights that the run keeps -> what makes them again, of start() or a path."""
+        if self.adapters is None:
+            return {}
+        return {self.adapters.base_folder: lambda: self.adapters.as_base(start())}
+
     def live_reference_shapes(self) -> dict | None:
         """Shapes of the weights of a reference that is scored in every step."""
         return None

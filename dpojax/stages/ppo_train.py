@@ -14,7 +14,9 @@ from dpojax.evaluation.policies import response_texts
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
+from dpojax.stages import kept_weights
 from dpojax.stages.kept import has_ended, new_keep_best
+from dpojax.stages.kept_weights import FINGERPRINT
 from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import append_samples, open_judged_samples
 from dpojax.stages.stage import announce_kept, open_metrics
@@ -41,15 +43,15 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
     """
     config = stage.setup.config
     with Checkpoints(stage.checkpoint_folder, max_checkpoints=config.max_checkpoints) as saved:
-        done = saved.latest
+        done, folder = saved.latest, stage.folder / "reference"
         if has_ended(saved, stage.steps):
             return stage.trained_params()
         if done is None:
             params = start()
-            metadata = {"fingerprint": fingerprint(params)}
-            checkpoints.save_tree(stage.folder / "reference", params, metadata)
+            checkpoints.save_tree(folder, params, {FINGERPRINT: fingerprint(params)})
             state = stage.new_state(params)
         else:
+            kept_weights.mend(folder, start)
             state, _ = saved.restore(stage.abstract_state())
         with open_metrics(stage, done) as writer:
             reference = stage.reference_params()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dpojax import storage
 from dpojax.config.contents import NamedPath, draws_samples, sample_paths, weights_hash
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
@@ -28,9 +30,10 @@ from dpojax.stages.references import (
     policy_starts_at_reference,
     reference_weights,
     saved_weights,
+    weights_folder,
 )
 from dpojax.stages.samples import sampled_metrics
-from dpojax.stages.setup import Setup
+from dpojax.stages.setup import Setup, load_weights
 from dpojax.stages.stage import Summarise, require_language_model
 from dpojax.stages.train import evaluate_batches
 from dpojax.stages.trained_stage import LanguageStage
@@ -134,6 +137,11 @@ class Preference(LanguageStage):
         if not self.programs.objective.needs_reference:
             return NO_REFERENCE
         return open_reference(self, weights, params, base, stop)
+
+    def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
+        path = self.config.reference.path
+        make_again = partial(load_weights, self.setup, path) if path else start
+        return {weights_folder(self): make_again} | super().kept_weights(start)
 
     def open_samples(self, base: dict | None) -> EvaluateSamples | None:
         if not draws_samples(self.setup.config):

@@ -15,6 +15,7 @@ from dpojax import sharding, storage
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.kept_weights import FINGERPRINT
 from dpojax.stages.reference import Reference
 from dpojax.stages.setup import load_weights
 from dpojax.stages.tokenizers import vocabulary_hash
@@ -88,9 +89,7 @@ def reference_weights(
     params = load_weights(stage.setup, path) if path else start
     fingerprint = reference.fingerprint(params)
     with ExitStack() as here:
-        saving = checkpoints.saving_tree(
-            weights_folder(stage), params, {"fingerprint": fingerprint}
-        )
+        saving = checkpoints.saving_tree(weights_folder(stage), params, {FINGERPRINT: fingerprint})
         (here if writing is None else writing).enter_context(saving)
     return Weights(params, fingerprint)
 

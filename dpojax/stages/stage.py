@@ -168,8 +168,8 @@ class Stage(abc.ABC):
         """Train to the end, from the beginning or from the newest checkpoint.
 
         Args:
-          start: gives the parameters to begin with, whose buffers are taken over; a stage that
-            resumes does not call it.
+          start: gives the parameters to begin with, whose buffers are taken over. A stage that
+            resumes calls it only to make damaged weights again, see `kept_weights.mend`.
           stop: says when the run has to save and end.
 
         Returns:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -25,11 +26,14 @@ from dpojax import storage
 from dpojax.config.data_sources import sources_of
 from dpojax.data import examples, sources
 from dpojax.data.examples import Examples, FileStore, NotStored, Store
+from dpojax.data.records import DataError
 from dpojax.data.report import Report
 from dpojax.stages import classifier_data, selection
 from dpojax.stages import data as stage_data
 from dpojax.stages.data import NewStore, SourcePart, StageData
 from dpojax.stages.tokenizers import content_hash
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "tokens"  # of the workdir
 LIBRARIES = ("datasets", "jinja2", "numpy", "tokenizers", "transformers")
@@ -41,27 +45,25 @@ def cached(
     """The examples in folder/KEY.arrow, or those that load() reads, which are kept there.
 
     They are written while they are read, and mapped into memory. A folder that takes no file stops
-    no run: the examples are in memory then. Of several processes only the first keeps its file.
+    no run: the examples are in memory then. A damaged file is made again, with a warning. Of
+    several processes only the first keeps its file.
 
     Args:
       key: the file's name; None if nothing tells what the examples depend on.
       load: makes the examples in a store, see `stages.data.load`.
 
     Raises:
-      DataError: the file is damaged; and what key() and load() raise.
+      DataError: as key() and load() raise it.
     """
     name = key()
     file = folder / f"{name or 'unnamed'}.arrow"
     with contextlib.suppress(OSError):
         storage.remove_unfinished(folder)  # of runs that were killed
     if name is not None and file.exists():
-        both, about = examples.load(file)
-        reports = {part: Report.from_content(x) for part, x in about["reports"].items()}
-        parts = tuple(SourcePart(*part) for part in about["sources"])
-        labels, where = tuple(about["labels"]), f"read from {file}"
-        return StageData(
-            Examples.joined(*both), len(both[0]), reports, labels, parts, file, file_note=where
-        )
+        try:
+            return _read(file)
+        except DataError as error:  # its name says that it would be made of the same data now
+            logger.warning("%s; it is made again", error)
     made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
         return _kept(file, name, key, load)
@@ -71,6 +73,21 @@ def cached(
         for place in made:  # leaves none behind where nothing was kept
             with contextlib.suppress(OSError):
                 os.rmdir(place)
+
+
+def _read(file: storage.Path) -> StageData:
+    """The examples in a file.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    both, about = examples.load(file)
+    reports = {part: Report.from_content(x) for part, x in about["reports"].items()}
+    parts = tuple(SourcePart(*part) for part in about["sources"])
+    labels, note = tuple(about["labels"]), f"read from {file}"
+    return StageData(
+        Examples.joined(*both), len(both[0]), reports, labels, parts, file, file_note=note
+    )
 
 
 class _NotToKeep(Exception):

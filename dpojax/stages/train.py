@@ -23,6 +23,7 @@ from dpojax.losses import RunningMean
 from dpojax.models import lora
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
+from dpojax.stages import kept_weights
 from dpojax.stages.example_stage import EvaluateSamples, ExampleStage
 from dpojax.stages.kept import has_ended, new_keep_best
 from dpojax.stages.reference import Reference
@@ -69,6 +70,9 @@ def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal
         if has_ended(checkpoints, stage.steps):
             return stage.trained_params()
         params = start() if done is None else None
+        if done is not None:
+            for folder, make_again in stage.kept_weights(start).items():
+                kept_weights.mend(folder, make_again)
         if params is not None and setup.model.config.scalar_head:
             params = with_scalar_params(setup, params)
         base = None if stage.adapters is None else stage.adapters.keep_base(params)

@@ -97,7 +97,7 @@ def test_a_changed_byte_anywhere_is_found(tmp_path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"key\.arrow: not a usable cache of tokens .*delete it"):
+    with pytest.raises(DataError, match=r"key\.arrow: not a usable cache of tokens"):
         load(path)
 
 
@@ -106,7 +106,7 @@ def test_a_file_that_was_cut_is_found(tmp_path, size):
     path = tmp_path / "key.arrow"
     save(path, Examples.of(pairs(50)), {})
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(DataError, match=r"key\.arrow: not a usable cache of tokens .*delete it"):
+    with pytest.raises(DataError, match=r"key\.arrow: not a usable cache of tokens"):
         load(path)
 
 

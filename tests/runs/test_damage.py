@@ -184,6 +184,28 @@ def weights(workdir):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(load_tree(folder, shapes))]
 
 
+def flip_a_bit(folder):
+    """In the middle of the largest file."""
+    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+
+
+def test_a_damaged_reference_is_made_again_where_the_stage_before_is_there(tmp_path, caplog):
+    changes = {"sft.steps": 1, "preference.steps": 3, "checkpoint_every": 1}
+    runs.run(tiny_config(**changes), tmp_path)
+    loss = read_metrics(tmp_path / "preference", "eval")[-1]["loss"]
+    for name in ("finished.json", "preference/checkpoints/3"):
+        path = tmp_path / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    flip_a_bit(tmp_path / "preference" / "reference")
+    runs.run(tiny_config(**changes), tmp_path)
+    assert f"{tmp_path}/preference/reference was damaged" in caplog.text
+    assert read_metrics(tmp_path / "preference", "eval")[-1]["loss"] == loss
+    assert not list((tmp_path / "preference" / "reference").glob("*.damaged"))
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(
     finished, tmp_path, caplog
 ):
@@ -191,10 +213,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits
     shutil.copytree(finished, workdir)
     (workdir / "finished.json").unlink()
     newest = workdir / "sft" / "checkpoints" / "4"
-    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 4
-    largest.write_bytes(content)
+    flip_a_bit(newest)
     with (workdir / "sft" / "metrics.jsonl").open("ab") as metrics:
         metrics.write(b"\xff\n\0\0{")
     runs.run(tiny_config(**SFT), workdir)

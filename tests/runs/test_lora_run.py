@@ -1,6 +1,7 @@
 """Stages that train LoRA adapters: what is trained, kept, resumed and exported."""
 
 import dataclasses
+import pathlib
 from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
@@ -211,6 +212,32 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path):
         for line in lines(folder, "preference")
     ]
     assert values(tmp_path / "run") == values(finished.folder)
+
+
+def damage(folder):
+    """Flip a bit in the middle of the largest file below a folder."""
+    files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+
+
+def test_a_damaged_base_is_made_again_of_the_weights_it_came_from_and_of_no_others(
+    finished, tmp_path, caplog
+):
+    stage = moved(finished.stage, tmp_path / "run")
+    with pytest.raises(Preempted):
+        trained(stage, partial(initial_params, stage.setup), stop_at=3)
+    damage(stage.adapters.base_folder)
+    others = lambda: jax.tree.map(lambda x: x + 1, initial_params(stage.setup))
+    with pytest.raises(checkpoints.CheckpointError, match="reference/0 is damaged"):
+        trained(stage, others)
+    assert not caplog.records
+    trained(stage, partial(initial_params, stage.setup))
+    assert "reference was damaged: its weights are made again" in caplog.text
+    assert_same(flat(base_on_disk(stage)), flat(finished.start), **EXACTLY)
+    assert_same(flat(stage.trained_params()), flat(finished.params), **EXACTLY)
 
 
 def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached_one(

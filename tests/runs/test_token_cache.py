@@ -1,6 +1,7 @@
 """What was tokenised once is read again, under a name that changes with all it depends on."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -318,15 +319,28 @@ def test_an_error_in_the_data_is_never_kept(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_file_is_named_and_deleting_it_helps(of_pairs, tmp_path):
-    stage = prepared(of_pairs, tmp_path / "run", "preference")
+@pytest.mark.parametrize("damaged", [lambda x: x[:-100], lambda x: b"", lambda x: x[::-1]])
+def test_a_damaged_file_is_named_and_made_again(of_pairs, tmp_path, caplog, damaged):
+    first = prepared(of_pairs, tmp_path / "run", "preference").batches.data
     (file,) = (tmp_path / "run" / "tokens").iterdir()
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match=rf"{file.name}: not a usable cache .*delete it"):
-        prepared(of_pairs, tmp_path / "run", "preference")
+    content = file.read_bytes()
+    file.unlink()  # not changed in place, as it is mapped
+    file.write_bytes(damaged(content))
+    again = prepared(of_pairs, tmp_path / "run", "preference").batches.data
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert re.search(rf"{file.name}: not a usable cache .*; it is made again$", warning)
+    assert [*map(plain, again.examples)] == [*map(plain, first.examples)]
+    assert file.read_bytes() == content
+
+
+def test_a_damaged_file_whose_data_are_gone_is_not_made_of_others(of_pairs, tmp_path):
+    prepared(of_pairs, tmp_path / "run", "preference")
+    (file,) = (tmp_path / "run" / "tokens").iterdir()
     file.unlink()
-    stage = prepared(of_pairs, tmp_path / "run", "preference")
-    assert len(stage.batches.data.examples) == len(ROWS)
+    file.write_bytes(b"")
+    write(tmp_path / "pairs.jsonl", ROWS[::-1])
+    prepared(of_pairs, tmp_path / "run", "preference")
+    assert file.read_bytes() == b""
 
 
 def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):

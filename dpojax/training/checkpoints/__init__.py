@@ -8,13 +8,20 @@ opens the checkpoints of a run gets the newest that is whole.
 from dpojax.training.checkpoints.checkpoints import Checkpoints
 from dpojax.training.checkpoints.errors import CheckpointError
 from dpojax.training.checkpoints.steps import Best, best, metadata_of
-from dpojax.training.checkpoints.trees import load_params, load_tree, save_tree, saving_tree
+from dpojax.training.checkpoints.trees import (
+    damaged_tree,
+    load_params,
+    load_tree,
+    save_tree,
+    saving_tree,
+)
 
 __all__ = [
     "Best",
     "CheckpointError",
     "Checkpoints",
     "best",
+    "damaged_tree",
     "load_params",
     "load_tree",
     "metadata_of",

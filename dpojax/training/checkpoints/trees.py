@@ -12,8 +12,11 @@ from orbax.checkpoint import v1 as ocp
 from dpojax import storage
 from dpojax.training.checkpoints.arrays import placed, read_state, require_same_tree, saved_tree
 from dpojax.training.checkpoints.checkpoints import Checkpoints
-from dpojax.training.checkpoints.errors import CheckpointError, explained
-from dpojax.training.checkpoints.steps import whole_checkpoint
+from dpojax.training.checkpoints.errors import CheckpointError, Damaged, explained
+from dpojax.training.checkpoints.manifest import read_manifest
+from dpojax.training.checkpoints.steps import examine_steps, whole_checkpoint
+
+TREE = 0  # the step of a single tree
 
 
 def save_tree(folder: storage.PathLike, tree: Any, metadata: dict) -> None:
@@ -39,7 +42,7 @@ def saving_tree(folder: storage.PathLike, tree: Any, metadata: dict) -> Iterator
       CheckpointError: on entry as `save_tree` does; on exit if the write failed.
     """
     with Checkpoints(folder, max_checkpoints=1, replace_damaged=True) as checkpoints:
-        if not checkpoints.save(0, tree, metadata=metadata):
+        if not checkpoints.save(TREE, tree, metadata=metadata):
             there = checkpoints.metadata()
             if there != json.loads(json.dumps(metadata)):
                 raise CheckpointError(
@@ -60,6 +63,21 @@ def load_tree(folder: storage.PathLike, abstract: Any) -> Any:
       CheckpointError: no whole tree is there, or its arrays differ from those of `abstract`.
     """
     return read_state(whole_checkpoint(folder, None)[0], abstract)
+
+
+def damaged_tree(folder: storage.PathLike) -> dict | None:
+    """Return the metadata of a tree that `save_tree` wrote and whose arrays are damaged.
+
+    None where the tree is whole or not there, and where its metadata are damaged, too. Every
+    process makes this call.
+    """
+    folder = storage.as_path(folder)
+    if TREE not in examine_steps(folder).damaged:
+        return None
+    try:
+        return read_manifest(f"{folder}/{TREE}").metadata
+    except Damaged:
+        return None
 
 
 def load_params(
