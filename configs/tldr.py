@@ -22,8 +22,8 @@ and a value model: mesh.fsdp spreads them over devices. SFT and DPO alone, with 
 `small` is for 2 CPU cores. FOLDER holds summarize-from-feedback/comparisons/*.json.gz (Stiennon et
 al. 2020), imdb/train.parquet and cnn-dailymail/*.jsonl.gz. A new model of 1.7M parameters with a
 byte-level BPE of 4,096 ids, made here, learns English from film reviews, and then to summarise from
-a few hundred posts. No text is cut: posts that have more than 512 tokens with their summary are
-left out of training, posts and articles of more than 250 words out of the test. Most posts come
+a few hundred posts. No post is cut: those that have more than 640 tokens with their summary are
+left out of training, posts and articles of more than 400 words out of the test. Most posts come
 without the summary that their author wrote: there the better of two model summaries takes its
 place. The judge is a reward model, trained on comparisons of other posts.
 """
@@ -68,12 +68,13 @@ def _small(config):
         test_share=0.15,
         judge_share=0.35,
         test_prompts=100,
-        max_words=250,
+        max_words=400,
         shots=1,
         max_new_tokens=56,
     )
     config.tokenizer = "train:4096"
-    config.model.update(width=128, layers=4, heads=4, kv_heads=2, mlp_width=320, max_positions=1024)
+    config.tokens.max_length = 640
+    config.model.update(width=128, layers=4, heads=4, kv_heads=2, mlp_width=320, max_positions=1280)
     config.sft.update(epochs=4, batch_size=16, learning_rate=1e-3, schedule="cosine")
     config.sft.score_prompt = True  # posts are most of the English that it reads
     config.preference.update(batch_size=16, learning_rate=1e-4, schedule="cosine")
@@ -148,7 +149,6 @@ def _quick_base(config, trainings):
         "sft.epochs": 1,
         "sft.batch_size": 32,
         "sft.learning_rate": 3e-3,
-        "tokens.max_length": 384,
         "tokens.truncation": "cut_response_end",
     }
     return [t._replace(changes=changes) if t.name == "base" else t for t in trainings]
