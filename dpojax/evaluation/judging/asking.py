@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dpojax.evaluation.judging.cache import VerdictCache, cache_key
-from dpojax.evaluation.judging.costs import Budget, Estimate, estimate_questions
+from dpojax.evaluation.judging.costs import Budget, CountsTokens, Estimate, estimate_questions
 from dpojax.evaluation.judging.judge import Judge, JudgeError
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Judgement, Question, Reply
 
 REPEAT = 0.05  # share of questions that are asked a second time
-ROUND = 256  # questions after which the cache is read again: another process may have answered
+# Questions after which the cache is read again: another process may have answered some.
+ROUND = 256
+ROUND_AT_NO_COST = 4096  # of judges in this process, which batch questions by their length
 IDENTICAL = Reply(Choice.TIE, 0.5, "not asked: the two responses are identical")
 
 Progress = Callable[[int, int], None]
@@ -93,15 +95,12 @@ def judge_comparisons(
         asked = _ask_open(judge, planned, cache, budget, progress)
     finally:
         cache.flush()
+    replies = {x.question: cache.get(x.key) for x in planned if not x.repetition}
     judgements = []
-    for comparison in comparisons:
-        question = comparison.question
-        a_first = _reply_to(judge, question, cache)
-        judgements.append(Judgement(a_first, _reply_to(judge, question.mirrored, cache)))
-    repeats = []
-    for again in (x for x in planned if x.repetition):
-        first_key = cache_key(judge.fingerprint, again.question)
-        repeats.append((cache.get(first_key), cache.get(again.key)))
+    for question in (comparison.question for comparison in comparisons):
+        a_first = _reply_to(judge, question, replies)
+        judgements.append(Judgement(a_first, _reply_to(judge, question.mirrored, replies)))
+    repeats = [(replies[x.question], cache.get(x.key)) for x in planned if x.repetition]
     identical = sum(x.a == x.b for x in comparisons)
     return Judged(judgements, repeats, asked, len(planned) - asked, identical, budget.spent)
 
@@ -131,10 +130,11 @@ def plan_questions(
             continue
         for ordered in (question, question.mirrored):
             questions[_as_asked(judge, ordered)] = None
-    planned = [PlannedQuestion(x, 0, cache_key(judge.fingerprint, x)) for x in questions]
+    fingerprint = judge.fingerprint
+    planned = [PlannedQuestion(x, 0, cache_key(fingerprint, x)) for x in questions]
     again = [x for x in planned if _share_of(x.key, seed) < repeat]
     return planned + [
-        PlannedQuestion(x.question, 1, cache_key(judge.fingerprint, x.question, 1)) for x in again
+        PlannedQuestion(x.question, 1, cache_key(fingerprint, x.question, 1)) for x in again
     ]
 
 
@@ -153,6 +153,7 @@ def _ask_open(
     progress: Progress | None,
 ) -> int:
     """Ask round after round until every question has its reply; return how many were asked."""
+    round_size = ROUND if isinstance(judge, CountsTokens) else ROUND_AT_NO_COST
     asked, total = 0, len(planned)
     unasked = open_questions(planned, cache)
     while unasked:
@@ -160,7 +161,7 @@ def _ask_open(
             # Processes that share a cache ask in different places, and so little twice.
             start = random.randrange(len(unasked))
             unasked = unasked[start:] + unasked[:start]
-        count = budget.affordable([x.question for x in unasked[:ROUND]])
+        count = budget.affordable([x.question for x in unasked[:round_size]])
         if not count:
             raise CostReached(
                 f"{judge.name}: stopped before max_cost. {budget.spent:.4g} was spent, and "
@@ -181,12 +182,11 @@ def _ask_open(
     return asked
 
 
-def _reply_to(judge: Judge, question: Question, cache: VerdictCache) -> Reply:
+def _reply_to(judge: Judge, question: Question, replies: Mapping[Question, Reply]) -> Reply:
     if question.first == question.second:
         return IDENTICAL
     as_asked = _as_asked(judge, question)
-    reply = cache.get(cache_key(judge.fingerprint, as_asked))
-    return reply if as_asked == question else reply.mirrored
+    return replies[as_asked] if as_asked == question else replies[as_asked].mirrored
 
 
 def _as_asked(judge: Judge, question: Question) -> Question:

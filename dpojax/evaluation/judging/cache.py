@@ -59,6 +59,7 @@ class VerdictCache:
           StorageError: the folder's name cannot be used.
         """
         self.folder = None if folder is None else as_path(folder, "the verdict cache")
+        self._is_local = self.folder is None or is_local(self.folder)
         self._replies: dict[str, Reply] = {}
         self._versions: dict[str, str] = {}  # of the files that were read, by name
         self._writer: LineWriter | None = None
@@ -97,7 +98,7 @@ class VerdictCache:
             self._writer, self._lines = LineWriter(self.folder / _new_file_name()), 0
         self._writer.write(json.dumps({"key": key, "judge": judge, **_to_json(reply)}))
         self._lines += 1
-        if is_local(self.folder):
+        if self._is_local:
             return
         if self._lines >= BUCKET_LINES:
             self.close()

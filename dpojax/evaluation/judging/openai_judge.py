@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -75,7 +76,7 @@ class OpenAIJudge:
         self.prices = Prices(options.price_in, options.price_out) if has_prices else None
         self._count, self.counted_by = _token_counter(options.tokenizer)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The model, the server, the prompt's version and the settings of sampling."""
         request = self.body(Question("", "", "", "-"))

@@ -268,7 +268,7 @@ def test_a_share_outside_of_zero_to_one_is_refused():
 
 
 def test_what_another_process_adds_meanwhile_is_not_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpojax.evaluation.judging.asking.ROUND", 2)
+    monkeypatch.setattr("dpojax.evaluation.judging.asking.ROUND_AT_NO_COST", 2)
     comparisons = comparisons_of(3)
     with VerdictCache(tmp_path) as ours, VerdictCache(tmp_path) as theirs:
 
