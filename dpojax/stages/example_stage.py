@@ -169,19 +169,7 @@ class ExampleStage(Stage):
 
     def check_keep_best(self) -> None:
         """Raise ConfigError if no evaluation will have the metric of config.NAME.keep_best."""
-        followed = new_keep_best(self.config)
-        samples = draws_samples(self.setup.config)
-        if followed is None:
-            return
-        if samples and followed.metric.startswith("samples/"):
-            if followed.metric in WINS and not self.setup.config.samples.judge:
-                raise ConfigError(
-                    f"config.{self.name}.keep_best = {self.config.keep_best!r}: a judge says who "
-                    "wins; name one in config.samples.judge"
-                )
-            return
-        with config_errors(f"{self.name}.keep_best"):
-            require_known(followed.metric, self.metric_names())
+        _check_keep_best(self)
 
     @abc.abstractmethod
     def metric_names(self) -> list[str]:
@@ -295,6 +283,22 @@ def scores_of(forward: Forward) -> Callable[..., Any]:
         return outputs(params, rows)
 
     return score
+
+
+def _check_keep_best(stage: ExampleStage) -> None:
+    followed = new_keep_best(stage.config)
+    if followed is None:
+        return
+    config = stage.setup.config
+    if draws_samples(config) and followed.metric.startswith("samples/"):
+        if followed.metric in WINS and not config.samples.judge:
+            raise ConfigError(
+                f"config.{stage.name}.keep_best = {stage.config.keep_best!r}: a judge says who "
+                "wins; name one in config.samples.judge"
+            )
+        return
+    with config_errors(f"{stage.name}.keep_best"):
+        require_known(followed.metric, stage.metric_names())
 
 
 def _traced_keys(stage_class: type[ExampleStage], run: ResolvedRun) -> frozenset[str]:
