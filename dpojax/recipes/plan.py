@@ -131,14 +131,11 @@ def _report_job(configs: RecipeConfigs, maker: JobMaker, recipe: Recipe) -> Job:
             for evaluation in recipe.evaluations
         ],
         "curves": [
-            {"name": t.name, "stage": t.stage, "workdir": str(configs.run(t.name))}
+            _training(configs, t) | {"label": _label(recipe, t)}
             for t in recipe.trainings
             if t.name in recipe.curves
         ],
-        "trainings": [
-            {"name": t.name, "stage": t.stage, "workdir": str(configs.run(t.name))}
-            for t in recipe.trainings
-        ],
+        "trainings": [_training(configs, t) for t in recipe.trainings],
     }
     needs = [f"judge-{evaluation.name}" for evaluation in recipe.evaluations]
     return Job(
@@ -147,6 +144,19 @@ def _report_job(configs: RecipeConfigs, maker: JobMaker, recipe: Recipe) -> Job:
         needs=(*needs, *(training.name for training in recipe.trainings)),
         outputs=(str(configs.folder / REPORT),),
     )
+
+
+def _training(configs: RecipeConfigs, training: Training) -> dict:
+    """Where a training run is."""
+    workdir = str(configs.run(training.name))
+    return {"name": training.name, "stage": training.stage, "workdir": workdir}
+
+
+def _label(recipe: Recipe, training: Training) -> str:
+    """A training run's name in figures: that of the side which is its result."""
+    sides = [side for evaluation in recipe.evaluations for side in evaluation.sides]
+    names = [side.name for side in sides if side.training == training.name and side.share == 1]
+    return names[0] if names else training.name
 
 
 def _checkpoint(configs: RecipeConfigs, side: Side) -> dict:

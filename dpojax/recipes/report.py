@@ -26,7 +26,7 @@ from dpojax.runs.command import run_command
 from dpojax.training.metrics import read_metrics
 
 WIN_RATES, CURVES = "win_rates.csv", "curves.csv"
-OVER_STEPS, BY_EPOCH = "win_rate_over_steps", "loss_and_kl"
+BY_EPOCH = "loss_and_kl"
 SUFFIXES = (".png", ".pdf")
 PARTS = {
     DEMONSTRATIONS: "demonstrations for SFT",
@@ -123,7 +123,7 @@ def _over_steps(folder: storage.Path, evaluation: Mapping, rows: Sequence[Row]) 
             curves.setdefault(checkpoint["curve"], []).append(
                 WinRateAt(_step_of(checkpoint), *values)
             )
-    name = f"{OVER_STEPS}_{evaluation['name']}"
+    name = f"win_rate_over_{evaluation['name']}"
     draw_over_steps(curves, evaluation["title"], [folder / f"{name}{end}" for end in SUFFIXES])
     return f"{name}.png"
 
@@ -151,7 +151,7 @@ def _curves_text(folder: storage.Path, trainings: Sequence[Mapping]) -> str:
         share = config.epochs / lines[-1]["step"] if not config.steps else 1.0
         values = [[line.get(name, math.nan) for line in lines] for name in ("loss", "kl/per_token")]
         epochs = [line["step"] * share for line in lines]
-        curves[training["name"]] = LearningCurve(epochs, *values)
+        curves[training["label"]] = LearningCurve(epochs, *values)
         for epoch, loss, kl in zip(epochs, *values):
             table.append({"run": training["name"], "epoch": epoch, "loss": loss, "kl": kl})
     _write_csv(folder / CURVES, table)

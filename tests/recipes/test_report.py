@@ -86,15 +86,15 @@ def test_the_figures_have_the_steps_of_checkpoints_and_epochs_of_evaluations(
     points = drawn["steps"]["DPO"]
     assert [(point.step, point.value) for point in points] == [(6, 0.5), (12, 0.625)]
     assert drawn["label"] == "epoch"
-    assert [*drawn["curves"]["dpo"].epochs] == [0, 1.5, 3]
-    assert [*drawn["curves"]["dpo"].kl] == [0, 0.06, 0.12]
+    assert [*drawn["curves"]["DPO at 2/2"].epochs] == [0, 1.5, 3]
+    assert [*drawn["curves"]["DPO at 2/2"].kl] == [0, 0.06, 0.12]
     with open(tmp_path / "curves.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0.0", "1.5", "3.0"]
 
 
 def test_figures_are_written_as_png_and_pdf(settings, tmp_path):
     text = report.write(settings)
-    for name in ("win_rate_over_steps_steps", "loss_and_kl"):
+    for name in ("win_rate_over_steps", "loss_and_kl"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert (tmp_path / f"{name}.pdf").stat().st_size > 5_000
         assert f"({name}.png)" in text
