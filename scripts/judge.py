@@ -20,7 +20,6 @@ A judge that is compared with people:
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from typing import Any
 
@@ -47,7 +46,9 @@ COUNT("skip", None, "Distinct prompts to leave out first.")
 COUNT("limit", None, "Distinct prompts behind those; 0 is all.")
 
 JUDGE = TEXTS(
-    "judge", [], "exact, length, reward_model:FOLDER, sbert:FOLDER, local:FOLDER, openai:MODEL@URL."
+    "judge",
+    [],
+    "exact, length, reward_model:, classifier:, sbert:, local:FOLDER, openai:MODEL@URL.",
 )
 TEXT("template", None, "The judge's prompt: summary, concise, helpful, instruction, or a file.")
 NUMBER("tie", None, "Judges that score: scores at most so far apart are a tie.")
@@ -142,6 +143,7 @@ def read_settings() -> Any:
 def set_flags() -> dict[str, Any]:
     """The settings whose flags are on the command line, as they stand there."""
     from dpojax.config.command_line import UsageError
+    from dpojax.evaluation.judging.endpoint_options import parse_options
     from dpojax.runs.judging_settings import Settings
 
     names = {field.name for field in dataclasses.fields(Settings)}
@@ -155,21 +157,7 @@ def set_flags() -> dict[str, Any]:
         raise UsageError("--judge: several judges are compared by --humans; name one")
     values |= {"judge": JUDGE.value[0]} if JUDGE.value else {}
     options = {flag.name: flag.value for flag in ENDPOINT if flag.value is not None}
-    for text in MORE.value:
-        name, separator, value = text.partition("=")
-        if not (separator and name):
-            raise UsageError(f"--endpoint={text}: NAME=VALUE")
-        options[name] = value_of(value)
-    return values | {"endpoint": options}
-
-
-def value_of(text: str) -> Any:
-    """A number or truth value as such, and any other text as it is."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, int | float | bool | None) else text
+    return values | {"endpoint": options | parse_options(MORE.value)}
 
 
 def compare_with_humans() -> int:
