@@ -86,7 +86,6 @@ def _paper(config):
     config.reward.epochs = 1
     config.evaluate_every = 312  # their 20,000 examples
     config.checkpoint_every = 312
-    config.max_checkpoints = 9  # all of a stage: the recipe judges some of them
     config.recipe.update(
         comparisons="Anthropic/hh-rlhf",
         comparisons_split="train",
@@ -122,7 +121,6 @@ def _small(config):
     config.preference.update(epochs=1, learning_rate=3e-4)
     config.reward.update(epochs=2, learning_rate=5e-4)
     config.log_every, config.evaluate_every, config.checkpoint_every = 5, 10, 10
-    config.max_checkpoints = 100
 
 
 VARIANTS = {"paper": _paper, "small": _small}
@@ -140,7 +138,10 @@ def recipe(config):
         evaluations.append(r.Evaluation("steps", "Over training steps", steps, (1.0,)))
     shows = SHOWS if settings.judge == r.TRAINED else ""
     title = "HH: win rate against the chosen response"
-    return r.Recipe(title, r.usual_trainings(config), evaluations, shows)
+    trainings = r.usual_trainings(config)
+    if settings.checkpoints:  # those in the middle of a run have to stay
+        trainings = [t._replace(changes={**t.changes, "max_checkpoints": 100}) for t in trainings]
+    return r.Recipe(title, trainings, evaluations, shows)
 
 
 def sweep():
