@@ -1,11 +1,11 @@
-"""How a server of the OpenAI protocol is asked, and what a command line says of it."""
+"""How a server of the OpenAI protocol is asked."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dpojax.evaluation.judging.judge import JudgeError
@@ -67,7 +67,7 @@ POSITIVE = ("max_tokens", "concurrency", "timeout")
 OPTIONAL = ("temperature", "seed", "price_in", "price_out", "requests_per_minute")
 OPTIONAL += ("tokens_per_minute",)
 NUMBERS = {*INTEGERS, *POSITIVE, *OPTIONAL, "backoff"}
-TEXTS = ("served_by", "key_variable", "tokenizer", "extra_body")
+TEXTS = ("served_by", "key_variable", "tokenizer")
 
 
 def options_of(values: Mapping[str, Any]) -> EndpointOptions:
@@ -81,22 +81,8 @@ def options_of(values: Mapping[str, Any]) -> EndpointOptions:
         raise JudgeError(
             f"a judge behind a server has no option {', '.join(unknown)}; it has {', '.join(names)}"
         )
-    return EndpointOptions(**values)
-
-
-def parse_options(texts: Iterable[str]) -> dict[str, Any]:
-    """Return names and values of options that a command line gives as NAME=VALUE.
-
-    Raises:
-      JudgeError: a text is not of this form, or its value is neither JSON nor an option's text.
-    """
-    values = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise JudgeError(f"{text}: is no option NAME=VALUE of a server, such as max_tokens=900")
-        values[name] = value if name in TEXTS else _parse_json(name, value)
-    return values
+    texts = {name: str(values[name]) for name in TEXTS if values.get(name) is not None}
+    return EndpointOptions(**{**values, **texts})
 
 
 def _parse_json(name: str, text: str) -> Any:
