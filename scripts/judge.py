@@ -92,12 +92,12 @@ def main() -> int:
     if DRY_RUN.value:
         print(judging.estimate_cost(settings, log=tell))
         return 0
+    if IMPORT.value:
+        tell(str(judging.import_replies(settings, IMPORT.value, log=tell)))
     if EXPORT.value:
         files = judging.export_questions(settings, EXPORT.value, log=tell)
         print("\n".join(map(str, files)) or "every question has its reply: nothing is written")
         return 0
-    if IMPORT.value:
-        tell(str(judging.import_replies(settings, IMPORT.value, log=tell)))
     print(judging.terminal_table(judging.judge(settings, log=tell)))
     files = "report.md, win_rates.csv, win_rates.png, win_rates.pdf, samples.jsonl"
     print(f"\n{settings.out}: {files}")
