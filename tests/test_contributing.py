@@ -13,6 +13,11 @@ from dpojax.config.defaults import default_config
 from dpojax.data import records, reviews
 from dpojax.data.records import Record
 from dpojax.evaluation import rewards
+from dpojax.evaluation.judging import open_judge as open_judges
+from dpojax.evaluation.judging.asking import judge_comparisons
+from dpojax.evaluation.judging.judge import JudgeError
+from dpojax.evaluation.judging.open_judge import JudgeKind
+from dpojax.evaluation.judging.verdicts import Choice, Comparison, Outcome, Reply
 from dpojax.evaluation.rewards import Reward, RewardKind, open_reward
 from dpojax.jobs.job import pending
 from dpojax.methods import sft
@@ -157,7 +162,7 @@ def test_a_form_is_found_from_its_fields(monkeypatch):
     assert records.detect({"prompt": "a", "chosen": "b", "rejected": "c"}) == "pair"
 
 
-# A judge.
+# A reward.
 
 
 def test_a_reward_is_opened_by_its_name(monkeypatch):
@@ -172,6 +177,35 @@ def test_a_reward_is_opened_by_its_name(monkeypatch):
     assert open_reward("length")(["p", "p"], ["a", "abc"]).tolist() == [1.0, 3.0]
     with pytest.raises(rewards.RewardError, match=r"'height'.*reviews.*length"):
         open_reward("height")
+
+
+# A judge.
+
+
+class FirstLetter:
+    """Prefers the response whose first letter comes earlier. It never calls a tie."""
+
+    name, is_symmetric = "first_letter", False
+
+    def __init__(self, alphabet):
+        self.alphabet, self.fingerprint = alphabet, f"first_letter {alphabet}"
+
+    def replies(self, questions):
+        for index, (_, first, second, _) in enumerate(questions):
+            comes_later = self.alphabet.index(first[0]) > self.alphabet.index(second[0])
+            yield index, Reply(Choice.SECOND if comes_later else Choice.FIRST)
+
+
+def test_a_judge_is_opened_by_its_name_and_asked_in_both_orders(monkeypatch):
+    kind = JudgeKind("first_letter:ALPHABET", lambda alphabet, options: FirstLetter(alphabet))
+    monkeypatch.setitem(open_judges.KINDS, "first_letter", kind)
+    pairs = [("an apple", "a bee"), ("a bee", "bees"), ("cats", "bees")]
+    comparisons = [Comparison(f"p{i}", "p", *pair) for i, pair in enumerate(pairs)]
+    judged = judge_comparisons(open_judges.open_judge("first_letter:abc"), comparisons)
+    outcomes = [judgement.outcome for judgement in judged.judgements]
+    assert outcomes == [Outcome.INCONSISTENT, Outcome.WIN, Outcome.LOSS]
+    with pytest.raises(JudgeError, match=r"'last_letter'.*exact.*first_letter:ALPHABET"):
+        open_judges.open_judge("last_letter")
 
 
 # A launcher.
