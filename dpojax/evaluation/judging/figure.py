@@ -75,10 +75,25 @@ def figure(results: Sequence[Result]) -> Figure:
             axes = drawn.add_subplot(lines, columns, index + 1)
             heights.append(_panel(axes, result))
             if len(results) > 1:
-                axes.set_title(result.judge)
+                axes.set_title(short_name(result.judge))
         drawn.set_size_inches(columns * PANEL[0], lines * max(heights, default=PANEL[1]))
         drawn.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
     return drawn
+
+
+def short_name(judge: str) -> str:
+    """A judge's name for a figure: without the address and the path of a folder.
+
+    >>> short_name("openai:org/model@http://localhost:8000/v1"), short_name("local:/models/judge")
+    ('openai:model', 'local:judge')
+    """
+    kind, colon, rest = judge.split("@")[0].partition(":")
+    return kind + colon + rest.rstrip("/").split("/")[-1]
+
+
+def look_of(index: int) -> tuple[str, str]:
+    """Colour and mark of a line."""
+    return COLORS[index % len(COLORS)], MARKS[index % len(MARKS)]
 
 
 def _panel(axes: Axes, result: Result) -> float:
@@ -132,7 +147,7 @@ def _curves(axes: Axes, series: Sequence[Series]) -> None:
     """Draw lines with bars, and their names beside their right ends."""
     width = max(np.ptp(np.concatenate([line.x for line in series])), 1e-9)
     for index, line in enumerate(series):
-        color, mark = COLORS[index % len(COLORS)], MARKS[index % len(MARKS)]
+        color, mark = look_of(index)
         shift = DODGE * width * (index - (len(series) - 1) / 2)  # bars do not hide each other
         value, low, high = line.rates
         axes.errorbar(
@@ -144,21 +159,27 @@ def _curves(axes: Axes, series: Sequence[Series]) -> None:
     high = max(0.5, *(line.rates[2].max() for line in series))
     room = 0.06 * (high - low)
     axes.set_ylim(max(-0.02, low - room), min(1.02, high + room))
-    _label_ends(axes, series)
+    ends = [(line.rates[0][-1], line.name, look_of(i)[0]) for i, line in enumerate(series)]
+    label_ends(axes, ends)
 
 
-def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
-    """Write names at the right of the axes, moved apart where they would overlap."""
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write names at the right of the axes, moved apart where they would overlap.
+
+    Args:
+      ends: height in data units, name and colour of each line. The axes have their final limits.
+    """
     bottom, top = axes.get_ylim()
-    heights = np.array([(line.rates[0][-1] - bottom) / (top - bottom) for line in series])
-    for index, height in zip(np.argsort(heights), _spread(np.sort(heights))):
+    ends = sorted(ends)
+    heights = [(height - bottom) / (top - bottom) for height, _, _ in ends]
+    for height, (_, name, color) in zip(_spread(heights), ends):
         axes.text(
-            1.02, height, series[index].name, transform=axes.transAxes, va="center",
-            color=_dark(COLORS[index % len(COLORS)]), weight="bold",
+            1.02, height, name, transform=axes.transAxes, va="center", color=_dark(color),
+            weight="bold",
         )  # fmt: skip
 
 
-def _spread(heights: np.ndarray) -> np.ndarray:
+def _spread(heights: Sequence[float]) -> np.ndarray:
     """Rising heights, moved apart by at least `APART` and as little as that needs.
 
     Labels that would overlap become a block, which is centred on its members' heights.

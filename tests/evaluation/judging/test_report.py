@@ -210,7 +210,7 @@ def test_several_judges_have_a_section_and_a_panel_each():
     results = [summary(*sides), summary(*sides, judge="length")]
     assert "## Judge: length" in report.report(results)
     assert [axes.get_title("left") for axes in figure.figure(results).axes] == [
-        JUDGE["judge"],
+        "openai:judge|x",
         "length",
     ]
 
@@ -296,7 +296,7 @@ def test_policies_at_one_setting_have_a_line_each_and_their_interval(tmp_path):
     assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
 
 
-@pytest.mark.parametrize("module", [agreement, bootstrap, cautions, result, statistics])
+@pytest.mark.parametrize("module", [agreement, bootstrap, cautions, figure, result, statistics])
 def test_examples_in_docstrings_are_right(module):
     outcome = doctest.testmod(module)
     assert outcome.attempted > 0
