@@ -164,7 +164,7 @@ def compare_with_humans() -> int:
     """Ask each judge about comparisons that people have made, and print how they agree."""
     from dpojax import storage
     from dpojax.config.command_line import UsageError
-    from dpojax.evaluation.judging import human_study
+    from dpojax.evaluation.judging import human_report, human_study
     from dpojax.evaluation.judging.humans import read_humans
     from dpojax.runs import judging
     from dpojax.runs.judging_settings import Settings, Side
@@ -187,9 +187,9 @@ def compare_with_humans() -> int:
             seed=settings.seed,
         )
     out = storage.as_path(settings.out, "--out")
-    human_study.write_csv(study, out / "agreement.csv")
+    human_report.write(out, study, {"file": HUMANS.value})
     print("\n".join(human_study.table(study)))
-    print(f"\n{settings.out}: agreement.csv")
+    print(f"\n{settings.out}: agreement.md, agreement.csv, agreement.png, agreement.pdf")
     return 0
 
 
