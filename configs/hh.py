@@ -30,8 +30,8 @@ prompting of the model before them. `paper`, the default, has the settings above
 `small` is for 2 CPU cores. FOLDER holds stories260k, a Llama of 0.26M parameters that knows
 children's stories, and hh-rlhf/helpful-single-turn/{train_gt,test}.jsonl.gz. Its vocabulary of 512
 ids makes long texts: pairs of more than 384 tokens (one in seven) are left out of training, prompts
-of more than 60 words out of the test, and responses end at 96 tokens. The judge is a reward model,
-trained on pairs of other prompts.
+of more than 60 words out of the test, and responses end at 96 tokens, where more than half of the
+chosen responses go on. The judge is a reward model, trained on pairs of other prompts.
 """
 
 from ml_collections.config_dict import FieldReference

@@ -31,12 +31,21 @@ def export_at(workdir: storage.Path, share: float, out: storage.Path) -> int:
     steps = sorted(find_steps(workdir / stage / "checkpoints").complete)
     if not steps:
         raise CheckpointError(f"{workdir}: the stage {stage} has no checkpoint")
-    step = min(steps, key=lambda step: abs(step - share * steps[-1]))
+    step = nearest_step(steps, share)
     if not (out / "config.json").exists():  # it is written last
         storage.remove_folder(out)
         export(workdir, out, stage=stage, step=step)
     storage.write_json(out / CHECKPOINT, {"step": step, "steps": steps[-1]})
     return step
+
+
+def nearest_step(steps: Sequence[int], share: float) -> int:
+    """Of ascending steps the one that is nearest to a share of the last."""
+
+    def distance(step: int) -> float:
+        return abs(step - share * steps[-1])
+
+    return min(steps, key=distance)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

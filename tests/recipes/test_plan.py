@@ -9,6 +9,7 @@ import pytest
 from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.config.files import read_config
+from dpojax.recipes.checkpoint import nearest_step
 from dpojax.recipes.make import check, make_recipe
 from dpojax.recipes.plan import plan_recipe
 from dpojax.recipes.recipe import Evaluation, Recipe, Side, Training, check_recipe, read_recipe
@@ -112,6 +113,11 @@ def test_a_judge_or_a_recipe_that_cannot_be_is_refused_before_anything_is_made(
     with pytest.raises(ConfigError, match=r"config\.recipe\.comparisons is empty"):
         make_recipe(config, small_recipe(config), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("share", "step"), [(0.25, 312), (0.5, 1248), (0.75, 1872), (1, 2513)])
+def test_the_checkpoint_nearest_to_a_share_of_the_run_is_taken(share, step):
+    assert nearest_step([312, 1248, 1872, 2513], share) == step
 
 
 SFT = Training("sft", "sft", start="")
