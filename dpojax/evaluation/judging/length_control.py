@@ -39,7 +39,8 @@ from dpojax.evaluation.judging.verdicts import Judgement
 FEWEST_EACH_SIDE = 0.025  # share of comparisons where A is not longer, and where it is not shorter
 MOST_FAILED = 0.01  # share of resamples whose fit may fail
 LARGEST = 4_000_000  # resamples x comparisons that are fitted at a time
-STEPS, TOLERANCE = 50, 1e-8  # of Newton's method
+STEPS, TOLERANCE = 50, 1e-7  # of Newton's method
+LARGEST_STEP = 2.0  # logits; from far away Newton's method would overshoot
 
 
 def length_controlled(
@@ -83,20 +84,21 @@ def length_controlled(
     if not len(scores) or not _is_identified(scores, gaps):
         return None
     shares = 1 / np.bincount(prompts)[prompts]  # a prompt's comparisons weigh 1 in all
-    (policy,), fitted = _fit(gaps, scores, shares[None], pseudo=np.zeros((1, 2)))
+    start, fitted = _fit(gaps, scores, shares[None], np.zeros((1, 2)), np.zeros((2, 1)))
     weights = prompt_weights(int(prompts.max()) + 1, resamples=resamples, seed=seed)
     means = prompt_means(scores, prompts)
     size = pseudo_size(means, np.ones_like(means), SHARE, len(scores) / len(means))
     pseudo = size * pseudo_weights(MASSES[SHARE], resamples=resamples, seed=seed)
     parts = math.ceil(resamples * len(scores) / LARGEST)  # a part takes some 200 MiB
     fits = [
-        _fit(gaps, scores, part[:, prompts] * shares, pseudo_part)
+        _fit(gaps, scores, part[:, prompts] * shares, pseudo_part, start)
         for part, pseudo_part in zip(np.array_split(weights, parts), np.array_split(pseudo, parts))
     ]
-    resampled, converged = map(np.concatenate, zip(*fits))
+    resampled = np.concatenate([parameters[0] for parameters, _ in fits])
+    converged = np.concatenate([ok for _, ok in fits])
     if not fitted.all() or (~converged).mean() > MOST_FAILED:
         return None
-    return interval(expit(policy), expit(resampled[converged]))
+    return interval(expit(start[0, 0]), expit(resampled[converged]))
 
 
 def _is_identified(scores: Array, gaps: Array) -> bool:
@@ -111,44 +113,53 @@ def _is_identified(scores: Array, gaps: Array) -> bool:
     return bool(lost.max() > won.min() and won.max() > lost.min())
 
 
-def _fit(gaps: Array, scores: Array, weights: Array, pseudo: Array) -> tuple[Array, Array]:
-    """Fit the policy's effect in every resample, by Newton's method.
+def _fit(
+    gaps: Array, scores: Array, weights: Array, pseudo: Array, start: Array
+) -> tuple[Array, Array]:
+    """Fit policy and slope in every resample, by Newton's method.
 
     Args:
       gaps: [comparisons], length differences.
       scores: [comparisons], in [0, 1].
       weights: [resamples, comparisons].
       pseudo: [resamples, 2], weights of a lost and of a won comparison at equal lengths.
+      start: [2, 1], policy and slope to start from.
 
     Returns:
-      the policy's effect in logits, and whether the fit converged, both [resamples].
+      policy and slope in logits, [2, resamples], and whether the fit converged, [resamples].
     """
-    totals = weights.sum(1)
-    centre = weights @ gaps / totals
-    spread = np.sqrt(weights @ gaps**2 / totals - centre**2)
-    lengths = np.tanh(gaps / spread[:, None])
-    policy, slope = np.zeros(len(weights)), np.zeros(len(weights))
-    step = np.full((2, len(weights)), np.inf)
+    centred = gaps - gaps.mean()
+    mean, square = weights @ centred / weights.sum(1), weights @ centred**2 / weights.sum(1)
+    lengths = np.tanh(gaps / np.sqrt(square - mean**2)[:, None])
+    parameters = np.repeat(start, len(weights), axis=1)
     for _ in range(STEPS):
-        fitted = expit(policy[:, None] + slope[:, None] * lengths)
-        residual, information = weights * (scores - fitted), weights * fitted * (1 - fitted)
-        at_zero = expit(policy)
-        gradient = residual.sum(1) + pseudo[:, 1] - pseudo.sum(1) * at_zero
-        slope_gradient = np.einsum("rc,rc->r", residual, lengths)
-        level = information.sum(1) + pseudo.sum(1) * at_zero * (1 - at_zero)
-        product = information * lengths
-        cross, square = product.sum(1), np.einsum("rc,rc->r", product, lengths)
-        determinant = level * square - cross**2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            step = np.stack(
-                [
-                    (square * gradient - cross * slope_gradient) / determinant,
-                    (level * slope_gradient - cross * gradient) / determinant,
-                ]
-            )
-        # Newton's method diverges from far away; a step of 2 logits is far.
-        step = np.clip(np.nan_to_num(step, nan=np.inf), -2, 2)
-        policy, slope = policy + step[0], slope + step[1]
-        if (np.abs(step) < TOLERANCE).all():
+        step = _newton_step(parameters, lengths, scores, weights, pseudo)
+        parameters = parameters + step
+        converged = (np.abs(step) < TOLERANCE).all(0)
+        if converged.all():
             break
-    return policy, (np.abs(step) < TOLERANCE).all(0)
+    return parameters, converged
+
+
+def _newton_step(
+    parameters: Array, lengths: Array, scores: Array, weights: Array, pseudo: Array
+) -> Array:
+    """Solve the two normal equations of each resample; at most `LARGEST_STEP`, [2, resamples]."""
+    policy, slope = parameters
+    wins = expit(policy[:, None] + slope[:, None] * lengths)
+    residual, information = weights * (scores - wins), weights * wins * (1 - wins)
+    wins_at_zero = expit(policy)
+    gradient = residual.sum(1) + pseudo[:, 1] - pseudo.sum(1) * wins_at_zero
+    slope_gradient = np.einsum("rc,rc->r", residual, lengths)
+    level = information.sum(1) + pseudo.sum(1) * wins_at_zero * (1 - wins_at_zero)
+    product = information * lengths
+    cross, square = product.sum(1), np.einsum("rc,rc->r", product, lengths)
+    solved = np.stack(
+        [
+            square * gradient - cross * slope_gradient,
+            level * slope_gradient - cross * gradient,
+        ]
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step = solved / (level * square - cross**2)
+    return np.clip(np.nan_to_num(step, nan=LARGEST_STEP), -LARGEST_STEP, LARGEST_STEP)
