@@ -13,17 +13,21 @@ import pytest
 
 from dpojax import storage
 from dpojax.config.errors import ConfigError
+from dpojax.evaluation import frontier_points
 from dpojax.evaluation.frontier_points import arrays, at_the_bound, read_points
 from dpojax.evaluation.optimum import above_limit, read_optimum
 from dpojax.evaluation.policies import NothingStopped
 from dpojax.evaluation.rewards import Reward, RewardError, open_reward
+from dpojax.frontier import judged
 from dpojax.frontier import results as frontier_results
 from dpojax.frontier.configs import RunConfigs
 from dpojax.frontier.frontier import make_frontier, write_or_compare_plan
+from dpojax.frontier.judged import frontier_settings
 from dpojax.frontier.plan import plan_frontier
 from dpojax.frontier.runs import Run, paper_runs, run_of_loss
 from dpojax.runs import preferences as preferences_module
 from dpojax.runs.command import failures
+from dpojax.runs.judging import judge
 from dpojax.runs.run import run as train
 from dpojax.stages import samples as samples_module
 from dpojax.training.metrics import read_metrics
@@ -111,6 +115,47 @@ def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {line["method"] for line in lines} == {"dpo", "preferred_ft"}
     assert len(lines) == 2 * 8
+
+
+def test_one_run_of_each_method_is_judged_against_the_sft_policy(made, tmp_path):
+    folder = storage.as_path(made[0])
+    settings = frontier_settings(folder, limit=6, samples=1, out=str(tmp_path))
+    assert (settings.prompts, settings.skip) == ("reviews", 8)  # behind those of the evaluations
+    assert (settings.judge, settings.b.label) == ("exact", "SFT")
+    result = judge(settings)
+    assert [(row.policy, row.best_of) for row in result.rows] == [
+        ("DPO beta=0.1", 1),
+        ("Preferred-FT seed=1", 1),
+        ("SFT", 4),
+    ]
+    assert result.opponent == "SFT"
+    assert all(0 <= row.win_rate.value <= 1 for row in result.rows)
+    assert (tmp_path / "report.md").exists()
+
+
+def test_of_each_method_the_run_with_the_highest_reward_or_nearest_to_a_kl_is_judged(
+    made, monkeypatch
+):
+    folder = storage.as_path(made[0])
+    plan = frontier_results.read_plan(folder)
+    other = plan["runs"][0] | {"setting": "beta=9", "name": plan["runs"][1]["name"]}
+    plan["runs"].append(other)
+    last = {"beta=0.1": (5.0, 0.6), "beta=9": (1.0, 0.5), "seed=1": (0.2, 0.5)}  # KL, reward
+
+    def points_of(folder, plan, run):
+        kl, reward = last[run["setting"]]
+        values = dict.fromkeys(frontier_points.Point._fields, 0.0)
+        return [frontier_points.Point(**values | {"kl": kl, "reward": reward})]
+
+    monkeypatch.setattr(judged, "points_of", points_of)
+    for at_kl, setting in ((None, "beta=0.1"), (1.5, "beta=9"), (4.0, "beta=0.1")):
+        chosen = judged.chosen_runs(folder, plan, at_kl)
+        assert chosen["dpo"][0]["setting"] == setting
+
+
+def test_a_method_that_the_frontier_has_not_is_named(made):
+    with pytest.raises(ConfigError, match="no finished run of ppo; it has dpo, preferred_ft, best"):
+        frontier_settings(storage.as_path(made[0]), methods=["ppo"])
 
 
 def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_nothing(made):

@@ -5,9 +5,11 @@ and the figure, or another machine's rounding of a margin that was too narrow. W
 frontier, however small, `test_frontier.py` asserts in less time.
 """
 
+import csv
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -102,3 +104,24 @@ def test_the_implicit_reward_of_dpo_orders_held_out_responses_as_the_exact_rewar
 def above(point, other):
     """By how many standard errors of the difference, as if independent."""
     return (point.reward - other.reward) / math.hypot(point.reward_error, other.reward_error)
+
+
+def test_the_oracle_prefers_dpo_ppo_and_best_of_n_to_the_sft_policy_within_two_minutes(made):
+    folder, _, _ = made
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "judge.py"), f"--frontier={folder}"],
+        env=environment(flags="") | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "judged by exact" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= max(100, len(str(folder)) + 80)
+    with open(folder / "judged" / "win_rates.csv") as file:
+        rows = {row["policy"].split()[0]: row for row in csv.DictReader(file)}
+    assert {"DPO", "PPO-GT", "Unlikelihood", "Preferred-FT", "SFT"} == {*rows}
+    for name in ("DPO", "PPO-GT", "SFT"):  # the last is the best of 16
+        assert float(rows[name]["low"]) > 0.5
+    assert time.monotonic() - began < 120
