@@ -47,6 +47,8 @@ __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
 VERDICTS, SAMPLES, REPORT = "verdicts", "samples.jsonl", "report.md"
 
+SHORT = {outcome: outcome.value for outcome in Outcome} | {Outcome.INCONSISTENT: "flipped"}
+
 Log = Callable[[str], None]
 
 
@@ -142,30 +144,31 @@ def judge(settings: Settings, log: Log = lambda line: None) -> Result:
 
 def terminal_table(result: Result) -> str:
     """The win rates for a terminal, at most 100 columns wide if names are short."""
-    bias = [] if result.is_symmetric else ["flips"]
-    heading = ["win rate, %", "95 %", "equal lengths", "win", "tie", "loss", *bias, "unparsed"]
-    temperatures = {row.temperature for row in result.rows}
-    rows = [["", *heading]]
-    for row in result.rows:
+    rows = result.rows
+    outcomes = [Outcome.WIN, Outcome.TIE, Outcome.LOSS]
+    outcomes += [] if result.is_symmetric else [Outcome.INCONSISTENT]
+    outcomes += [Outcome.UNPARSED] if any(r.win_rate.counts[Outcome.UNPARSED] for r in rows) else []
+    with_cut = any(row.cut for row in rows)
+    temperatures = {row.temperature for row in rows}
+    heading = ["", "win rate, %", "95 %", "equal lengths", *(SHORT[x] for x in outcomes)]
+    table = [heading + ["cut"] * with_cut]
+    for row in rows:
         rate, equal = row.win_rate, row.length_controlled
-        outcomes = [Outcome.WIN, Outcome.TIE, Outcome.LOSS, Outcome.INCONSISTENT, Outcome.UNPARSED]
-        if result.is_symmetric:
-            outcomes.remove(Outcome.INCONSISTENT)
-        rows.append(
-            [
-                row_label(row, with_temperature=len(temperatures) > 1),
-                f"{100 * rate.value:.1f}",
-                f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
-                "n/a" if equal is None else f"{100 * equal.value:.1f}",
-                *(f"{100 * rate.share(outcome):.1f}" for outcome in outcomes),
-            ]
-        )
-    prompts = {row.win_rate.prompts for row in result.rows}
-    counts = " or ".join(f"{count:,}" for count in sorted(prompts))
+        cells = [
+            row_label(row, with_temperature=len(temperatures) > 1),
+            f"{100 * rate.value:.1f}",
+            f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
+            "n/a" if equal is None else f"{100 * equal.value:.1f}",
+            *(f"{100 * rate.share(outcome):.1f}" for outcome in outcomes),
+        ]
+        if with_cut:
+            cells.append("-" if row.cut is None else f"{100 * row.cut:.1f}")
+        table.append(cells)
+    counts = " or ".join(f"{count:,}" for count in sorted({row.win_rate.prompts for row in rows}))
     title = f"Win rates against {result.opponent}, judged by {result.judge}, on {counts} prompts"
     if len(temperatures) == 1 and None not in temperatures:
         title += f", at temperature {temperatures.pop():g}"
-    return "\n".join([title, "", *text_table(rows)])
+    return "\n".join([title, "", *text_table(table)])
 
 
 def row_label(row: Row, *, with_temperature: bool) -> str:
