@@ -14,17 +14,19 @@ counts a fault (longer_chosen and words_disagree are none).
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
 from dpojax import storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.data import lint, records, sources, tokenise
-from dpojax.data.examples import Example
-from dpojax.data.parsing import ParseConfig
+from dpojax.data.examples import Example, Examples
+from dpojax.data.parsing import ParseConfig, parse_rows
 from dpojax.data.report import Report
 from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.data.tokenizer_files import read_tokenizer
@@ -89,12 +91,20 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
     parsing = ParseConfig(
         args.form, records.read_columns(args.columns), args.scores, args.assistant_turns == "last"
     )
-    train, report = sources.load_records(_one(args.data), split=args.split, config=parsing)
-    held_out = sources.load_records(_one(args.eval), config=parsing)[0] if args.eval else None
-    findings = lint.lint(train, evaluation=held_out, control_tokens=tokenizer.all_special_tokens)
-    examples, report = tokenise.tokenise(train, tokenizer, config, report)
+    held_out, held_out_report, report = None, Report(), Report()
+    if args.eval:
+        held_out = parse_rows(sources.read(_one(args.eval)), held_out_report, parsing)
+    linter = lint.Linter(evaluation=held_out, control_tokens=tokenizer.all_special_tokens)
+    if args.eval:
+        held_out_report.require_some()
+    rows = sources.read(_one(args.data), split=args.split)
+    chunks = _linted_chunks(parse_rows(rows, report, parsing), linter)
+    tokenised = tokenise.tokenise_chunks(chunks, tokenizer, config, report)
+    shown = _selected(tokenised, args.first, args.show)
+    report.require_some()
+    findings = linter.findings()
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for example in _selected(examples, args.first, args.show):
+    for example in shown:
         print(render(example, tokenizer, colour) + "\n")
     print(f"{report}\n\n{lint.table(findings)}")
     if args.json:
@@ -103,15 +113,29 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
     return report, findings
 
 
-def _selected(examples: list[Example], first: str | None, count: int) -> list[Example]:
-    """`count` examples from the one with the id `first` on, or from the start."""
-    start = 0
-    if first:
-        ids = [example.id for example in examples]
-        if first not in ids:
-            raise records.DataError(f"no example has the id {first!r}; ids are like {ids[0]!r}")
-        start = ids.index(first)
-    return examples[start : start + count]
+def _linted_chunks(
+    loaded: Iterator[records.Record], linter: lint.Linter
+) -> Iterator[list[records.Record]]:
+    while chunk := list(itertools.islice(loaded, tokenise.CHUNK)):
+        for record in chunk:
+            linter.add(record)
+        yield chunk
+
+
+def _selected(chunks: Iterator[Examples], first: str | None, count: int) -> list[Example]:
+    """`count` examples from the one with the id `first` on, or from the start; reads all chunks."""
+    selected, begun, any_id = [], not first, ""
+    for examples in chunks:
+        if begun and len(selected) == count:
+            continue  # the report is on all of them
+        for example in examples:
+            any_id = any_id or example.id
+            begun = begun or example.id == first
+            if begun and len(selected) < count:
+                selected.append(example)
+    if any_id and not begun:
+        raise records.DataError(f"no example has the id {first!r}; ids are like {any_id!r}")
+    return selected
 
 
 def _one(paths: list[str]) -> str | list[str]:

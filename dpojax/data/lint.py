@@ -19,19 +19,21 @@ Identical responses are not looked at here: `tokenise` drops them.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import math
+import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpojax import storage
 from dpojax.data import label_noise, text_files
 from dpojax.data.records import Content, Record, message_text
-from dpojax.data.report import EXAMPLES
+from dpojax.data.report import EXAMPLES, Tally
 from dpojax.intervals import wilson_interval
 from dpojax.tables import fitted, text_table
 
@@ -62,6 +64,9 @@ SHORTEST_REPEAT = 20  # characters; "Hello" as an answer to "Hello" is no repeat
 SURE = 0.9  # the classifier of words is sure of what it gives a higher probability
 
 
+_IdentifiedPair = tuple[str, str, str, str]  # id, prompt, chosen, rejected
+
+
 class Finding(NamedTuple):
     """One row of the table.
 
@@ -86,38 +91,89 @@ class Finding(NamedTuple):
 
 
 def lint(
-    records: Sequence[Record],
+    records: Iterable[Record],
     *,
-    evaluation: Sequence[Record] | None = None,
+    evaluation: Iterable[Record] | None = None,
     control_tokens: Iterable[str] = (),
 ) -> list[Finding]:
-    """Run all checks.
+    """Run all checks on records, see `Linter`."""
+    linter = Linter(evaluation=evaluation, control_tokens=control_tokens)
+    for record in records:
+        linter.add(record)
+    return linter.findings()
+
+
+class Linter:
+    """Runs all checks on records that come one after the other.
+
+    Of each record it keeps the id and hashes, not the texts: about 200 bytes, whatever its length.
+    Only `words_disagree` keeps texts, of at most `label_noise.MOST_PAIRS` pairs.
 
     Args:
-      records: the training data.
       evaluation: records whose prompts no training record may share; None leaves this check out.
       control_tokens: control tokens of the tokenizer in use, besides what CONTROL matches.
-
-    Returns:
-      One finding for each check, also if it counts nothing, in the order of WORDS.
     """
-    texts = [_Texts.of(record) for record in records]
-    faults: dict[str, Iterable[str]] = {
-        "duplicate": _duplicates(texts),
-        "contradicting": _contradicting(texts),
-        "repeats_prompt": (text.id for text in texts if text.repeats_prompt()),
-        "control_token": _matching(records, _control_pattern(control_tokens)),
-        "broken_text": _matching(records, BROKEN),
-    }
-    if evaluation is not None:
-        faults["in_evaluation"] = _shared(texts, [_Texts.of(record) for record in evaluation])
-    findings = []
-    for name in WORDS:
-        if name in faults:
-            ids = list(faults[name])
-            findings.append(Finding(name, len(ids), len(records), tuple(ids[:EXAMPLES])))
-    pairs = [text for text in texts if text.places[0] < text.places[-1]]
-    return [*findings, longer_chosen(pairs), words_disagree(pairs)]
+
+    def __init__(
+        self,
+        *,
+        evaluation: Iterable[Record] | None = None,
+        control_tokens: Iterable[str] = (),
+    ):
+        self._control = re.compile(
+            "|".join([CONTROL.pattern, *map(re.escape, sorted(control_tokens))])
+        )
+        self._questions = None if evaluation is None else _first_ids(evaluation)
+        self._ids: list[str] = []
+        self._records = array("Q")  # a hash of each record
+        self._claims = _Claims()
+        self._seen: dict[str, Tally] = {name: Tally() for name in WORDS}
+        self._unequal = 0  # pairs of different lengths
+        self._sample = _PairSample()
+
+    def add(self, record: Record) -> None:
+        """Look at the next record of the training data."""
+        text = _Texts.of(record)
+        for claim in _claims(text):
+            self._claims.add(len(self._ids), *claim)
+        self._ids.append(text.id)
+        self._records.append(_hash(text.prompt, text.responses, text.places, text.label))
+        if text.repeats_prompt():
+            self._seen["repeats_prompt"].add(1, [text.id])
+        for name, pattern in (("control_token", self._control), ("broken_text", BROKEN)):
+            if any(map(pattern.search, _written(record))):
+                self._seen[name].add(1, [text.id])
+        if self._questions and (other := self._questions.get(_hash(text.question))):
+            self._seen["in_evaluation"].add(1, [f"{text.id} / {other}"])
+        if text.places[0] < text.places[-1]:
+            self._add_pair(text)
+
+    def _add_pair(self, text: _Texts) -> None:
+        chosen, rejected = text.responses[0], text.responses[-1]
+        self._unequal += len(chosen) != len(rejected)
+        if len(chosen) > len(rejected):
+            self._seen["longer_chosen"].add(1, [text.id])
+        self._sample.add((text.id, text.prompt, chosen, rejected))
+
+    def findings(self) -> list[Finding]:
+        """One finding for each check, also if it counts nothing, in the order of WORDS."""
+        self._seen["duplicate"] = _tally(self._duplicates())
+        self._seen["contradicting"] = _tally(self._claims.denied(self._ids))
+        faults = [
+            Finding(name, tally.count, len(self._ids), tuple(tally.examples))
+            for name, tally in self._seen.items()
+            if name not in MEASURES and (name != "in_evaluation" or self._questions is not None)
+        ]
+        longer = _longer_chosen(self._seen["longer_chosen"], self._unequal)
+        return [*faults, longer, words_disagree(self._sample.pairs, self._sample.step)]
+
+    def _duplicates(self) -> Iterator[str]:
+        """Yield "ID / ID OF THE FIRST" for every record that repeats an earlier one."""
+        hashes = np.asarray(self._records)
+        _, firsts, group = np.unique(hashes, return_index=True, return_inverse=True)
+        for index, first in enumerate(firsts[group].tolist()):
+            if first != index:
+                yield f"{self._ids[index]} / {self._ids[first]}"
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -203,29 +259,33 @@ def _plain(content: Content) -> str:
     return " ".join(text.split())
 
 
-def _duplicates(texts: Sequence[_Texts]) -> Iterator[str]:
-    """Yield "ID / ID OF THE FIRST" for every record that repeats an earlier one."""
-    first: dict[tuple, str] = {}
-    for text in texts:
-        key = (text.prompt, text.responses, text.places, text.label)
-        if key in first:
-            yield f"{text.id} / {first[key]}"
-        first.setdefault(key, text.id)
+class _Claims:
+    """Which records state that one response to a prompt is better than another."""
 
+    def __init__(self) -> None:
+        self._of_record = array("Q")  # the record that makes each claim, by its number
+        self._stated, self._denial = array("Q"), array("Q")  # hashes of it, and of its contrary
 
-def _contradicting(texts: Sequence[_Texts]) -> Iterator[str]:
-    """Yield "ID / ID" for every record with a claim that another record denies.
+    def add(self, record: int, prompt: str, better: str | None, worse: str | None) -> None:
+        self._of_record.append(record)
+        self._stated.append(_hash(prompt, better, worse))
+        self._denial.append(_hash(prompt, worse, better))
 
-    Unpaired records contradict each other if the same response has both labels.
-    """
-    first: dict[tuple, str] = {}
-    for text in texts:
-        for claim in _claims(text):
-            first.setdefault(claim, text.id)
-    for text in texts:
-        deniers = (first.get((prompt, b, a)) for prompt, a, b in _claims(text))
-        if other := next(filter(None, deniers), None):
-            yield f"{text.id} / {other}"
+    def denied(self, ids: Sequence[str]) -> Iterator[str]:
+        """Yield "ID / ID" for every record with a claim that another record denies.
+
+        Unpaired records contradict each other if the same response has both labels.
+        """
+        of_record, denial = np.asarray(self._of_record), np.asarray(self._denial)
+        stated, first_claims = np.unique(np.asarray(self._stated), return_index=True)
+        if not len(stated):
+            return
+        places = np.minimum(np.searchsorted(stated, denial), len(stated) - 1)
+        denied = np.flatnonzero(stated[places] == denial)
+        records, firsts = np.unique(of_record[denied], return_index=True)
+        others = of_record[first_claims[places[denied[firsts]]]]
+        for record, other in zip(records.tolist(), others.tolist()):
+            yield f"{ids[record]} / {ids[other]}"
 
 
 def _claims(text: _Texts) -> Iterator[tuple]:
@@ -243,23 +303,24 @@ def _claims(text: _Texts) -> Iterator[tuple]:
             yield text.prompt, better, worse
 
 
-def _shared(texts: Sequence[_Texts], evaluation: Sequence[_Texts]) -> Iterator[str]:
-    """Yield "ID / ID" for every record whose question is in the evaluation data."""
-    first = {text.question: text.id for text in reversed(evaluation)}
-    for text in texts:
-        if text.question in first:
-            yield f"{text.id} / {first[text.question]}"
+def _first_ids(evaluation: Iterable[Record]) -> dict[int, str]:
+    """The first record with each question, by the question's hash."""
+    first: dict[int, str] = {}
+    for record in evaluation:
+        first.setdefault(_hash(_Texts.of(record).question), record.id)
+    return first
 
 
-def _control_pattern(tokens: Iterable[str]) -> re.Pattern:
-    return re.compile("|".join([CONTROL.pattern, *map(re.escape, sorted(tokens))]))
+def _hash(*parts: Any) -> int:
+    """64 bits of the texts: two of a million records collide with a probability of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
 
 
-def _matching(records: Sequence[Record], pattern: re.Pattern) -> Iterator[str]:
-    """Yield the id of every record in which some text matches."""
-    for record in records:
-        if any(pattern.search(text) for text in _written(record)):
-            yield record.id
+def _tally(ids: Iterable[str]) -> Tally:
+    tally = Tally()
+    for id in ids:
+        tally.add(1, [id])
+    return tally
 
 
 def _written(record: Record) -> Iterator[str]:
@@ -271,28 +332,45 @@ def _written(record: Record) -> Iterator[str]:
             yield from map(message_text, content)
 
 
-def longer_chosen(pairs: Sequence[_Texts]) -> Finding:
-    """Measure how often the longer response (in characters) is chosen, with a 95 % interval."""
-    differences = [len(pair.responses[0]) - len(pair.responses[-1]) for pair in pairs]
-    ids = [pair.id for pair, difference in zip(pairs, differences) if difference > 0]
-    unequal = sum(difference != 0 for difference in differences)
+def _longer_chosen(longer: Tally, unequal: int) -> Finding:
+    """How often the longer response (in characters) is chosen, with a 95 % interval."""
     note = ""
     if unequal:
-        low, high = wilson_interval(len(ids), unequal)
+        low, high = wilson_interval(longer.count, unequal)
         note = f"95 % interval {100 * low:.1f} % to {100 * high:.1f} %; 50 % is no bias"
-    return Finding("longer_chosen", len(ids), unequal, tuple(ids[:EXAMPLES]), note)
+    return Finding("longer_chosen", longer.count, unequal, tuple(longer.examples), note)
 
 
-def words_disagree(pairs: Sequence[_Texts]) -> Finding:
-    """Find pairs whose words speak for the rejected response, see `label_noise`; surest first."""
-    step = max(1, math.ceil(len(pairs) / label_noise.MOST_PAIRS))
-    pairs = [pair for pair in pairs[::step] if pair.responses[0] != pair.responses[-1]]
+class _PairSample:
+    """Every `step`-th of the pairs, of which there are at most `label_noise.MOST_PAIRS`.
+
+    `step` is a power of two: whenever there are too many, every second one goes.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[_IdentifiedPair] = []
+        self.step = 1
+        self._number = 0  # of the next pair
+
+    def add(self, pair: _IdentifiedPair) -> None:
+        if self._number % self.step == 0 and len(self.pairs) == label_noise.MOST_PAIRS:
+            self.pairs, self.step = self.pairs[::2], 2 * self.step
+        if self._number % self.step == 0:
+            self.pairs.append(pair)
+        self._number += 1
+
+
+def words_disagree(pairs: Sequence[_IdentifiedPair], step: int) -> Finding:
+    """Find pairs whose words speak for the rejected response, see `label_noise`; surest first.
+
+    Args:
+      pairs: every `step`-th pair of the data.
+    """
+    pairs = [pair for pair in pairs if pair[-2] != pair[-1]]
     if len(pairs) < label_noise.FEWEST_PAIRS:
         note = f"not checked: fewer than {label_noise.FEWEST_PAIRS} pairs"
         return Finding("words_disagree", 0, 0, (), note)
-    chance = label_noise.held_out_chances(
-        [(pair.prompt, pair.responses[0], pair.responses[-1]) for pair in pairs]
-    )
+    chance = label_noise.held_out_chances([texts for _, *texts in pairs])
     wrong = [int(i) for i in np.argsort(chance, kind="stable") if chance[i] < 1 - SURE]
     sure = int(np.sum(np.maximum(chance, 1 - chance) > SURE))
     note = (
@@ -301,5 +379,5 @@ def words_disagree(pairs: Sequence[_Texts]) -> Finding:
         f"% of those: far above {100 - 100 * SURE:.0f} % it is overconfident, and no evidence"
     )
     note += f"; one pair in {step} was looked at" if step > 1 else ""
-    ids = tuple(pairs[i].id for i in wrong[:EXAMPLES])
+    ids = tuple(pairs[i][0] for i in wrong[:EXAMPLES])
     return Finding("words_disagree", len(wrong), len(pairs), ids, note)

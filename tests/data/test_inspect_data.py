@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -73,6 +74,22 @@ def test_show_and_from_choose_the_examples(data, tokenizer, capsys):
     assert out.startswith("a.jsonl:3\n")
     assert run(data, tokenizer, "--from", "a.jsonl:2") == 2
     assert "no example has the id 'a.jsonl:2'" in capsys.readouterr().err
+
+
+def test_no_more_than_a_few_chunks_of_records_are_held(data, tokenizer, monkeypatch, capsys):
+    rows = [{"prompt": f"q {n}", "chosen": "yes", "rejected": "no"} for n in range(60)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.setattr(inspect_data.tokenise, "CHUNK", 4)
+    references, held = [], []
+
+    def add(self, record):
+        references.append(weakref.ref(record))
+        held.append(sum(reference() is not None for reference in references))
+
+    monkeypatch.setattr(inspect_data.lint.Linter, "add", add)
+    assert run(data, tokenizer) == 0
+    assert len(references) == 60
+    assert max(held) <= 4 * 4
 
 
 def test_strict_fails_when_a_record_was_dropped(data, tokenizer, capsys):

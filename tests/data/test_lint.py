@@ -179,6 +179,14 @@ def test_swapped_labels_are_found_where_words_decide():
     assert "it ranks 97.0 % of held-out pairs as labelled" in finding.note
 
 
+def test_of_many_pairs_an_even_part_is_looked_at(monkeypatch):
+    monkeypatch.setattr(lint.label_noise, "MOST_PAIRS", 60)
+    records = [pair(n, f"p {n}", f"good {n}", "bad") for n in range(200)]
+    finding = find("words_disagree", records)
+    assert finding.of == 50  # every fourth: every second would be 100
+    assert "one pair in 4 was looked at" in finding.note
+
+
 def test_few_pairs_are_not_judged_and_identical_ones_do_not_count():
     records = [polite(number) for number in range(49)]
     same = [pair(99, chosen="same", rejected="same")]
