@@ -97,27 +97,27 @@ def test_results_come_as_calls_end():
 
 
 def test_after_an_error_calls_under_way_are_yielded_and_no_other_begins():
-    failed = threading.Event()
+    all_at_work = threading.Barrier(3)
     called = []
 
     def call(item, stop):
         called.append(item)
+        all_at_work.wait(10)
         if item == 0:
-            failed.set()
             raise ValueError("broken")
-        failed.wait(10)
         stop.wait(10)
+        time.sleep(0.2)  # it ends when the error is known
         return item
 
     results, error = [], None
     try:
-        for result in call_in_threads(call, range(100), 3):
+        for result in call_in_threads(call, range(20), 3):
             results.append(result)
     except ValueError as raised:
         error = raised
     assert str(error) == "broken"
-    assert sorted(results) == [(x, x) for x in sorted(called) if x]
-    assert len(called) <= 4
+    assert sorted(results) == [(1, 1), (2, 2)]
+    assert sorted(called) == [0, 1, 2]
 
 
 def test_a_caller_that_stops_waits_for_nobody():
