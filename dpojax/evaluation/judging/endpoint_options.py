@@ -1,11 +1,11 @@
-"""How a server of the OpenAI protocol is asked."""
+"""How a server of the OpenAI protocol is asked, and what a command line says of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpojax.evaluation.judging.judge import JudgeError
@@ -81,8 +81,22 @@ def options_of(values: Mapping[str, Any]) -> EndpointOptions:
         raise JudgeError(
             f"a judge behind a server has no option {', '.join(unknown)}; it has {', '.join(names)}"
         )
-    texts = {name: str(values[name]) for name in TEXTS if values.get(name) is not None}
-    return EndpointOptions(**{**values, **texts})
+    return EndpointOptions(**values)
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return names and values of options that a command line gives as NAME=VALUE.
+
+    Raises:
+      JudgeError: a text is not of this form, or the value of an option that is no text is no JSON.
+    """
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise JudgeError(f"{text}: is no option NAME=VALUE of a server, such as max_tokens=900")
+        values[name] = value if name in TEXTS else _parse_json(name, value)
+    return values
 
 
 def _parse_json(name: str, text: str) -> Any:

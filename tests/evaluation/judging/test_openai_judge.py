@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from dpojax.evaluation.judging.asking import judge_comparisons
 from dpojax.evaluation.judging.cache import VerdictCache
 from dpojax.evaluation.judging.endpoint import Endpoint
-from dpojax.evaluation.judging.endpoint_options import EndpointOptions, options_of
+from dpojax.evaluation.judging.endpoint_options import EndpointOptions, options_of, parse_options
 from dpojax.evaluation.judging.judge import JudgeError
 from dpojax.evaluation.judging.openai_judge import OpenAIJudge, open_endpoint
 from dpojax.evaluation.judging.templates import Template, open_template
@@ -410,9 +410,15 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(argument, options,
     assert "sk-1" not in str(error.value)
 
 
-def test_options_are_taken_as_a_command_line_has_them():
-    options = options_of({"served_by": 7, "seed": None, "extra_body": '{"top_k": 1}'})
-    assert options == EndpointOptions(served_by="7", seed=None, extra_body={"top_k": 1})
+def test_options_are_read_from_a_command_line():
+    texts = ["max_tokens=900", "seed=null", "served_by=7", 'extra_body={"top_k": 1}']
+    options = options_of(parse_options(["logprobs=true", *texts]))
+    assert options == EndpointOptions(
+        max_tokens=900, seed=None, logprobs=True, served_by="7", extra_body={"top_k": 1}
+    )
+    for text, message in (("max_tokens", "NAME=VALUE"), ("max_tokens=many", "is no JSON")):
+        with pytest.raises(JudgeError, match=message):
+            parse_options([text])
 
 
 def test_what_changes_replies_changes_the_fingerprint_and_nothing_else_does():
