@@ -135,7 +135,7 @@ class Budget:
         if self._judge is None or self._judge.prices is None:
             return
         self.spent += self._judge.prices.of(reply.tokens_in, reply.tokens_out)
-        if self.is_limited:
+        if self.is_limited and reply.tokens_in:  # a request that was refused shows nothing
             ratio = reply.tokens_in / max(1, self._judge.tokens(question).input)
             self._worst_ratio = max(self._worst_ratio, ratio)
             self._margin = LATER_MARGIN * self._worst_ratio

@@ -146,7 +146,7 @@ def _open_reward(kind: str, argument: str, options: Options, *, bradley_terry: b
 
 
 def _open_openai(argument: str, options: Options) -> Judge:
-    from dpojax.evaluation.judging import openai_judge  # its client takes a second to import
+    from dpojax.evaluation.judging import openai_judge  # others do without HTTP
 
     return openai_judge.open_endpoint(
         argument,

@@ -253,6 +253,19 @@ def test_the_cost_stays_below_its_limit_and_what_was_paid_for_is_kept(counted):
     assert max(judge.counts.values()) == 1
 
 
+def test_requests_that_were_refused_for_nothing_do_not_make_others_seem_free():
+    class RefusesFirst(Paid):
+        def reply(self, choice):
+            if self.counts.total() <= 16:
+                return Reply(Choice.UNPARSED)
+            return super().reply(choice)
+
+    judge = RefusesFirst(prices=Prices(1000.0, 0.0))
+    with pytest.raises(CostReached):
+        judge_comparisons(judge, comparisons_of(100), repeat=0, max_cost=0.5)
+    assert (judge.counts.total() - 16) * 0.1 <= 0.5
+
+
 def test_a_limit_on_the_cost_needs_prices():
     with pytest.raises(JudgeError, match="--price_in"):
         judge_comparisons(Paid(prices=None), comparisons_of(1), max_cost=1)
