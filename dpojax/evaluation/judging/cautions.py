@@ -100,8 +100,8 @@ def _of_lengths(row: Row) -> Iterator[Caution]:
         return
     if controlled is None:
         yield Caution(
-            "The win rate at equal lengths is not known: lengths tell A and B apart, or all "
-            "differences in length are the same.",
+            "The win rate at equal lengths is not known: A is nearly always the longer or the "
+            "shorter one, lengths alone say who wins, or one side always wins.",
             "",
             0.0,
         )

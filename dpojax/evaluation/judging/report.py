@@ -104,7 +104,7 @@ def details(result: Result) -> str:
     ]
     columns["length of A"] = [_length(row.length_a) for row in result.rows]
     columns["length of B"] = [_length(row.length_b) for row in result.rows]
-    columns["cut off"] = ["" if row.cut is None else share(row.cut) for row in result.rows]
+    columns["cut"] = ["" if row.cut is None else share(row.cut) for row in result.rows]
     return _table_of(columns)
 
 

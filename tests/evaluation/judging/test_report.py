@@ -80,7 +80,7 @@ def test_details_hold_the_judges_faults_and_the_lengths():
     assert row["repeatability"] == "75.0 % (30.1 to 95.4)"  # Wilson, of 3 in 4
     length = np.mean([20 + i % 7 for i in range(20)])
     assert (row["length of A"], row["length of B"]) == (f"{length:.1f}", "23.0")
-    assert row["cut off"] == "12.5 %"
+    assert row["cut"] == "12.5 %"
 
 
 def test_the_csv_has_one_row_per_side_and_judge_and_the_same_numbers():
