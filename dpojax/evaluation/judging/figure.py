@@ -28,6 +28,7 @@ MARKS = ("o", "s", "^", "D", "v", "p", "h", "X", "P")
 PANEL, DPI = (4.6, 3.2), 200  # inches
 COLUMNS = 2
 LINE = 0.34  # inches that a policy takes where it has a line of its own
+LETTERS, LETTER = 12, 0.085  # a name that a panel has room for; inches of each further letter
 APART = 0.075  # least distance of two labels, as a share of the axes' height
 DODGE = 0.012  # sideways distance of two policies' marks, as a share of the axis
 
@@ -76,9 +77,17 @@ def figure(results: Sequence[Result]) -> Figure:
             heights.append(_panel(axes, result))
             if len(results) > 1:
                 axes.set_title(short_name(result.judge))
-        drawn.set_size_inches(columns * PANEL[0], lines * max(heights, default=PANEL[1]))
+        width = PANEL[0] + LETTER * max(0, _longest_name(drawn) - LETTERS)
+        drawn.set_size_inches(columns * width, lines * max(heights, default=PANEL[1]))
         drawn.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
     return drawn
+
+
+def _longest_name(drawn: Figure) -> int:
+    """Letters of the longest name beside a panel."""
+    names = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    names += [text.get_text() for axes in drawn.axes for text in axes.get_yticklabels()]
+    return max(map(len, names), default=0)
 
 
 def short_name(judge: str) -> str:
