@@ -310,3 +310,23 @@ def test_the_job_writes_the_report(data, tmp_path):
     command = [sys.executable, "-m", "dpojax.runs.judging", f"--settings={path}"]
     subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True)
     assert (tmp_path / "out" / judging.REPORT).exists()
+
+
+def test_questions_go_out_as_a_batch_file_and_the_replies_come_back_without_a_server(
+    data, tmp_path
+):
+    nobody = "openai:some-model@http://127.0.0.1:9/v1"
+    how = settings(data, judge=nobody, repeat=0.0)
+    (path,) = judging.export_questions(how, str(tmp_path / "batch"))
+    requests = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(requests) == 2 * len(RECORDS)  # "bad" in both orders; "good" is the reference
+    body = {"choices": [{"message": {"content": "Preferred: A"}}]}
+    replies = [
+        {"custom_id": x["custom_id"], "response": {"status_code": 200, "body": body}}
+        for x in requests
+    ]
+    answers = write(tmp_path / "replies.jsonl", replies)
+    imported = judging.import_replies(how, [answers])
+    assert (imported.added, imported.missing) == (len(requests), 0)
+    result = judging.judge(how)  # asks nobody
+    assert result.rows[1].win_rate.counts[Outcome.INCONSISTENT] == len(RECORDS)
