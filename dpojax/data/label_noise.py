@@ -19,8 +19,9 @@ There is no randomness: the same data always give the same answer.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections import Counter
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,21 +73,22 @@ def _folds(pairs: Sequence[Pair]) -> np.ndarray:
 
 def _word_differences(pairs: Sequence[Pair]) -> scipy.sparse.csr_array:
     """[pairs, words]: 1 where only the chosen response has the word, -1 where only the rejected."""
-    differing = []
-    for _, *responses in pairs:
+    numbers: dict[str, int] = {}  # of the words, in the order in which they come
+    rows, words, signs = array("l"), array("l"), array("d")
+    for row, (_, *responses) in enumerate(pairs):
         chosen, rejected = (set(re.findall(r"\w+|[^\w\s]", text.lower())) for text in responses)
-        # Sorted: the order of a set of strings differs from run to run.
-        signs = dict.fromkeys(sorted(chosen - rejected), 1.0)
-        differing.append(signs | dict.fromkeys(sorted(rejected - chosen), -1.0))
-    counts = Counter(word for words in differing for word in words)
-    known = [word for word, count in counts.most_common(VOCABULARY) if count >= RAREST]
-    column = {word: number for number, word in enumerate(known)}
-    entries = [
-        (row, column[word], sign)
-        for row, words in enumerate(differing)
-        for word, sign in words.items()
-        if word in column
-    ]
-    rows, columns, values = zip(*entries) if entries else ((), (), ())
+        for sign, differing in ((1.0, chosen - rejected), (-1.0, rejected - chosen)):
+            # Sorted: the order of a set of strings differs from run to run.
+            words.extend(numbers.setdefault(word, len(numbers)) for word in sorted(differing))
+            rows.extend(itertools.repeat(row, len(differing)))
+            signs.extend(itertools.repeat(sign, len(differing)))
+    counts = np.bincount(words, minlength=len(numbers))
+    known = np.argsort(-counts, kind="stable")[:VOCABULARY]
+    known = known[counts[known] >= RAREST]
+    column_of = np.full(len(numbers), -1)
+    column_of[known] = np.arange(len(known))
+    columns = column_of[np.asarray(words)]
+    is_known = columns >= 0
     shape = (len(pairs), max(len(known), 1))
-    return scipy.sparse.csr_array((values, (rows, columns)), shape=shape, dtype=np.float64)
+    entries = np.asarray(signs)[is_known], (np.asarray(rows)[is_known], columns[is_known])
+    return scipy.sparse.csr_array(entries, shape=shape)
