@@ -171,7 +171,7 @@ def load(
                 sources=names,
                 num_proc=num_proc,
             )
-            _put(stream, store, encode, requirements)
+            put(stream, store, encode, requirements)
         return _loaded(data, streams, names, store)
 
     loaded = selection.with_some_held_out(data.eval_share, attempt)
@@ -204,7 +204,7 @@ def parse_config(
     )
 
 
-class _Stream(NamedTuple):
+class Stream(NamedTuple):
     """Records of one part of the data with their sides: (held out or not, record).
 
     `report` is complete once all of them were read.
@@ -221,7 +221,7 @@ def _streams(
     settings: TokenizeConfig,
     seed: int,
     held_out_below: float,
-) -> tuple[list[_Stream], list[str]]:
+) -> tuple[list[Stream], list[str]]:
     """One stream if evaluation takes a share of the data, else two; and the sources' names."""
     embedded = data.source == EMBEDDED
     read = _Reader(data, requirements, settings, seed)
@@ -278,7 +278,7 @@ class _Reader:
         parsed = (records.parse(row, f"{EMBEDDED}/{split}:{number}") for row, number in numbered)
         return selection.usable(parsed, self.requirements, report)
 
-    def stream(self, part: str, report: Report, sided: Iterable[tuple[bool, Record]]) -> _Stream:
+    def stream(self, part: str, report: Report, sided: Iterable[tuple[bool, Record]]) -> Stream:
         if self.requirements.form == "labelled":
             identical = self.settings.identical
             sided = (
@@ -286,11 +286,11 @@ class _Reader:
                 for held_out, record in sided
                 for half in selection.labelled(record, identical, report)
             )
-        return _Stream(part, report, sided)
+        return Stream(part, report, sided)
 
 
-def _put(
-    stream: _Stream,
+def put(
+    stream: Stream,
     store: Store,
     encode: Callable[[Iterable[list[Record]]], Iterator[Examples]],
     requirements: DataRequirements,
@@ -326,7 +326,7 @@ def _chunked(
             yield held_out, chunk
 
 
-def _loaded(data: ConfigDict, streams: list[_Stream], names: list[str], store: Store) -> StageData:
+def _loaded(data: ConfigDict, streams: list[Stream], names: list[str], store: Store) -> StageData:
     """What the store has got."""
     train, test = store.finish()
     require_both(data.source, len(train), len(test), streams[0].report)

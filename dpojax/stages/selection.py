@@ -16,6 +16,8 @@ from dpojax.data.report import Report
 
 T = TypeVar("T")
 
+JUST_ABOVE = 1e-15  # added to a hash in [0, 1), it gives the next larger bound
+
 
 class DataRequirements(NamedTuple):
     """What a stage learns from.
@@ -130,19 +132,14 @@ def with_some_held_out(share: float, attempt: Callable[[float], T]) -> T:
     try:
         return attempt(share)
     except NothingHeldOut as nothing:
-        return attempt(nothing.lowest + 1e-15)
+        return attempt(nothing.lowest + JUST_ABOVE)
 
 
-def sides(loaded: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records, see `hold_out`."""
-
-    def split(below: float) -> tuple[list[Record], list[Record]]:
-        train, test = [], []
-        for held_out, record in hold_out(loaded, below, 0, Report()):
-            (test if held_out else train).append(record)
-        return train, test
-
-    return with_some_held_out(share, split)
+def are_held_out(places: Sequence[float], share: float) -> list[bool]:
+    """Which records are held out, by their `hash_of`: a share, and at least one; see `hold_out`."""
+    lowest = min(places, default=0.0)
+    below = share if lowest < share else lowest + JUST_ABOVE
+    return [place < below for place in places]
 
 
 def labelled(record: Record, identical: str, report: Report) -> list[Record]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +11,13 @@ import pytest
 
 from dpojax.config.errors import ConfigError
 from dpojax.data import reviews
+from dpojax.data.parsing import parse_rows
 from dpojax.data.records import DataError
 from dpojax.evaluation.rewards import RewardError, open_reward
 from dpojax.runs.export import export, main
 from dpojax.runs.run import run
 from dpojax.stages import classifier_data
+from dpojax.stages import data as stage_data
 from dpojax.stages.registry import resolve
 
 from .conftest import lines, tiny_config
@@ -159,6 +162,26 @@ def test_a_limit_takes_both_classes_of_a_sorted_file_and_texts_are_cut_at_their_
         ids = [*example.prompt, *example.responses[0]]
         assert ids == tokenizer(row["text"])["input_ids"][:9]
         assert example.category == row["label"]
+
+
+def test_no_more_than_a_few_chunks_of_texts_are_held(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in texts(200)))
+    monkeypatch.setattr(stage_data, "CHUNK", 8)
+    references, held = [], []
+
+    def watched(*arguments):
+        for record in parse_rows(*arguments):
+            references.append(weakref.ref(record))
+            held.append(sum(reference() is not None for reference in references))
+            yield record
+            del record
+
+    monkeypatch.setattr(classifier_data, "parse_rows", watched)
+    data = config(path, **{"classifier.data.eval_limit": 0}).classifier.data
+    loaded = classifier_data.load(data, reviews.tokenizer(), max_tokens=24, seed=0)
+    assert (len(loaded.examples), len(references)) == (200, 2 * 200)
+    assert max(held) <= 5 * 8  # two sides are collected, and chunks are tokenised ahead
 
 
 def test_a_classifier_that_could_not_train_is_refused_with_its_key(tmp_path):

@@ -8,14 +8,30 @@ from hypothesis import strategies as st
 
 from dpojax.data import reviews
 from dpojax.data.records import DataError, Record
+from dpojax.data.report import Report
 from dpojax.stages.data import DataRequirements, load
-from dpojax.stages.selection import sides
+from dpojax.stages.selection import are_held_out, hash_of, hold_out, with_some_held_out
 
 BEST, RANKED, LABELLED = DataRequirements("best"), DataRequirements(), DataRequirements("labelled")
 
 
 def record(prompt, response="yes", id="f:1"):
     return Record(id, prompt, (response,))
+
+
+def sides(records, share):
+    """The records to train on, and those held out: by record, and by all hashes at once."""
+
+    def split(below):
+        sided = list(hold_out(records, below, 0, Report()))
+        return [
+            [record for held_out, record in sided if held_out is side] for side in (False, True)
+        ]
+
+    train, test = with_some_held_out(share, split)
+    at_once = are_held_out([hash_of(record) for record in records], share)
+    assert [record for record, held_out in zip(records, at_once) if held_out] == test
+    return train, test
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.floats(0.05, 0.9))
