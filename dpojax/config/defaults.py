@@ -29,8 +29,8 @@ def default_config() -> ConfigDict:
     # Folder of compiled programs, which any number of runs may share, so that later ones start
     # sooner. "" is JAX_COMPILATION_CACHE_DIR, or, for a frontier, inside its workdir.
     config.compilation_cache = ""
-    # Processes that tokenise, besides this one; 0 is one for each core if there are many records.
-    # Examples do not depend on it.
+    # Processes that tokenise; 0 is one for each core if there are many records. Where records are
+    # plain texts, this process is one of them. Examples do not depend on it.
     config.num_proc = 0
     config.row_length = 0  # largest number of tokens in a row; 0 chooses it from the data
     # Largest number of rows of a micro-batch, on all devices together. A batch that has more is
