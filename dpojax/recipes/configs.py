@@ -105,7 +105,8 @@ class RecipeConfigs(NamedTuple):
             return judging.Side(REFERENCES)
         if name == REJECTED:
             return judging.Side(self.file(REJECTED), name="rejected responses")
-        return judging.Side(str(self.model(name)), name=name)
+        labels = [side.name for side in evaluation.sides if side.training == name]
+        return judging.Side(str(self.model(name)), name=labels[0] if labels else name)
 
     def judging_settings(self, evaluation: Evaluation) -> judging.Settings:
         """What `runs.judging` is given for an evaluation."""
