@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 
 Row = Sequence[str]
 
+WIDTH = 100  # characters of a line that `fitted` makes, with two spaces between columns
 INDENT = " " * 6  # of what `fitted` puts below a row
 LONG_CELL = 60  # characters; Markdown columns with a longer cell are not padded
 SHORTEST_RULE = 3  # dashes that Markdown needs below a heading
@@ -32,15 +33,14 @@ def text_table(rows: Sequence[Row], *, left: Collection[int] = (0,), gap: str = 
     return [gap.join(_padded(row, widths, left)).rstrip() for row in rows]
 
 
-def fitted(rows: Sequence[Row], width: int = 100) -> list[list[str]]:
-    """Rows for `text_table`, of which the last column stands in rows of its own if it is too wide.
+def fitted(rows: Sequence[Row]) -> list[list[str]]:
+    """Rows for `text_table` whose last column stands in rows of its own if it is too wide.
 
     Args:
       rows: the cells of each line; a last cell is a list with ", " between its items.
-      width: characters that two spaces between columns included may be taken.
     """
     lengths = [max(map(len, column)) for column in zip(*rows)]
-    if sum(lengths) + 2 * (len(lengths) - 1) <= width:
+    if sum(lengths) + 2 * (len(lengths) - 1) <= WIDTH:
         return [list(row) for row in rows]
     result = []
     for *cells, last in rows:

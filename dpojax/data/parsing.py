@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from dpojax.data.records import Columns, DataError, Record, RecordError, Reject
+from dpojax.data.records import Columns, DataError, Record, RecordError
 from dpojax.data.records.forms import open_row, parse_fields
 from dpojax.data.report import Report
+
+# Causes of records that say what they mean: `malformed` is not about them.
+WELL_FORMED = ("zero_weight", "prompts_differ")
 
 
 class ParseConfig(NamedTuple):
@@ -68,16 +71,13 @@ def _parsed(row: Mapping[str, Any], id: str, report: Report, config: ParseConfig
         fields = open_row(row, id, config.need_scores, config.last_turn)
         parsed = parse_fields(fields, config.form)
     except RecordError as error:
-        if config.malformed == "error" and error.cause != "zero_weight":
+        if config.malformed == "error" and error.cause not in WELL_FORMED:
             raise DataError(f"{error} (tokens.malformed is error)") from error
         report.count("dropped", error.cause, id, str(error))
         return None
     for name in fields.unread():
         if name not in config.columns.ignored:
             report.count_field(name, id)
-    if isinstance(parsed, Reject):
-        report.count("dropped", parsed.cause, id, parsed.why)
-        return None
     for note in dict.fromkeys(fields.notes):
         report.count("noted", note, id)
     return parsed

@@ -83,23 +83,19 @@ def listed(text: str, **selection: str) -> list[Source]:
 
 
 def load_records(
-    path: Path | Source | Sequence[Path | Source],
-    *,
-    split: str | None = None,
-    config: ParseConfig = AS_IT_IS,
+    path: Path | Source | Sequence[Path | Source], *, config: ParseConfig = AS_IT_IS
 ) -> tuple[list[Record], Report]:
     """Read the records of a data set, and count those that cannot be used in a report.
 
     Args:
       path: what `read` takes.
-      split: see `read`.
       config: how the rows are parsed.
 
     Raises:
       DataError: see `read` and `parse_rows`; also when no record can be used.
     """
     report = Report()
-    usable = list(parse_rows(read(path, split=split), report, config))
+    usable = list(parse_rows(read(path), report, config))
     report.require_some()
     return usable, report
 

@@ -90,8 +90,15 @@ def test_an_odd_record_is_dropped_under_its_own_cause(row, cause):
     (tally,) = report.tallies["dropped"].values()
     assert list(report.tallies["dropped"]) == [cause]
     assert (tally.count, tally.examples) == (3, ["f:2", "f:4"])
-    if cause not in ("prompts_differ", "prompt_not_in_dialogue"):
-        assert tally.why.startswith("f:2: ")
+    assert tally.why.startswith("f:2: ")
+
+
+def test_other_prompts_have_a_key_of_their_own_and_a_stated_one_that_is_not_there_is_odd():
+    answers = {"chosen": [user("r"), assistant("a")], "rejected": [user("r"), assistant("b")]}
+    with pytest.raises(DataError, match=r"f:2: field 'prompt' is not the start .*malformed is err"):
+        read(PAIR, CHAT | answers, malformed="error")
+    answers["rejected"] = [user("q"), assistant("b")]
+    assert len(read(PAIR, CHAT | answers, malformed="error")[0]) == 1
 
 
 def test_an_odd_record_ends_the_run_if_that_is_asked_for():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpojax.data.records import DataError, Record, Reject, detect, parse
+from dpojax.data.records import DataError, Record, RecordError, detect, parse
 
 
 def user(text):
@@ -71,7 +71,9 @@ def test_equal_dialogues_keep_their_last_message_as_the_response():
     ],
 )
 def test_dialogues_with_different_prompts_are_rejected_and_not_repaired(row):
-    assert parse(row, "f:1") == Reject("f:1", "prompts_differ")
+    with pytest.raises(RecordError) as error:
+        parse(row, "f:1")
+    assert error.value.cause == "prompts_differ"
 
 
 def test_a_stated_prompt_that_agrees_with_the_dialogues_is_no_fault():
@@ -99,7 +101,9 @@ def test_hh_splits_at_the_last_assistant_turn():
 
 def test_hh_with_different_prompts_is_rejected():
     row = {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}
-    assert parse(row, "f:1") == Reject("f:1", "prompts_differ")
+    with pytest.raises(RecordError) as error:
+        parse(row, "f:1")
+    assert error.value.cause == "prompts_differ"
 
 
 def test_key_order_never_matters():
@@ -325,16 +329,21 @@ HH = {
 @pytest.mark.parametrize("name", HH)
 def test_hh_pairs_are_split_where_they_should_be(shared, name):
     rows = json_lines(shared / f"data/hh-rlhf/{name}.jsonl.gz")
-    parsed = [parse(row, str(i)) for i, row in enumerate(rows)]
-    records = [record for record in parsed if isinstance(record, Record)]
-    equal = sum(record.responses[0] == record.responses[1] for record in records)
-    empty = sum(not all(text.strip() for text in record.responses) for record in records)
+    records, causes = {}, set()
+    for i, row in enumerate(rows):
+        try:
+            records[i] = parse(row, str(i))
+        except RecordError as error:
+            causes.add(error.cause)
+    assert causes <= {"prompts_differ"}
+    responses = [record.responses for record in records.values()]
+    equal = sum(chosen == rejected for chosen, rejected in responses)
+    empty = sum(not all(text.strip() for text in pair) for pair in responses)
     assert (len(rows), len(rows) - len(records), equal, empty) == HH[name]
-    for row, record in zip(rows, parsed):
-        if isinstance(record, Record):
-            assert record.prompt.endswith("\n\nAssistant:")
-            assert record.prompt + record.responses[0] == row["chosen"]
-            assert record.prompt + record.responses[1] == row["rejected"]
+    for i, record in records.items():
+        assert record.prompt.endswith("\n\nAssistant:")
+        assert record.prompt + record.responses[0] == rows[i]["chosen"]
+        assert record.prompt + record.responses[1] == rows[i]["rejected"]
 
 
 @pytest.mark.parametrize(("batch", "count", "zero"), [("13", 1097, 624), ("18", 674, 350)])

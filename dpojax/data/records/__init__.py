@@ -35,7 +35,6 @@ from dpojax.data.records.record import (
     Messages,
     Record,
     RecordError,
-    Reject,
     Scores,
     message_text,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "Messages",
     "Record",
     "RecordError",
-    "Reject",
     "Scores",
     "detect",
     "message_text",

@@ -13,7 +13,6 @@ from dpojax.data.records.record import (
     DataError,
     Record,
     RecordError,
-    Reject,
     kind_of,
     listed,
 )
@@ -26,12 +25,12 @@ class Form(NamedTuple):
       fields: its fields, for a person.
       matches: whether a row with these fields has this form; the first form of `FORMS` that
         matches is taken.
-      parse: the fields of a row -> a record, or why there is none.
+      parse: the fields of a row -> a record; raises RecordError.
     """
 
     fields: str
     matches: Callable[[Mapping[str, Any]], bool]
-    parse: Callable[[Fields], Record | Reject]
+    parse: Callable[[Fields], Record]
 
 
 def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -118,8 +117,7 @@ def parse(
     form: str = "auto",
     *,
     need_scores: bool = False,
-    last_turn: bool = False,
-) -> Record | Reject:
+) -> Record:
     """Parse one row.
 
     Args:
@@ -127,14 +125,13 @@ def parse(
       id: of the record, for error messages.
       form: a name from `FORMS`, or `auto` to find it from the keys.
       need_scores: the loss reads scores. Otherwise scores that are no numbers are passed over.
-      last_turn: of a dialogue to imitate, only the last turn of the assistant is the response.
 
     Raises:
-      RecordError: a missing or mistyped field, a record without responses, or no known form. The
-        message names `id` and the field.
+      RecordError: a missing or mistyped field, a record without responses, answers to different
+        prompts, or no known form. The message names `id` and the field.
       DataError: `form` is no name of a form.
     """
-    return parse_fields(open_row(row, id, need_scores, last_turn), form)
+    return parse_fields(open_row(row, id, need_scores), form)
 
 
 def open_row(row: Any, id: str, need_scores: bool = False, last_turn: bool = False) -> Fields:
@@ -150,16 +147,13 @@ def open_row(row: Any, id: str, need_scores: bool = False, last_turn: bool = Fal
     return fields
 
 
-def parse_fields(fields: Fields, form: str = "auto") -> Record | Reject:
+def parse_fields(fields: Fields, form: str = "auto") -> Record:
     """Parse an opened row, see `parse`. Afterwards `fields` tells what was not read."""
     if form != "auto" and form not in FORMS:
         raise DataError(f"form {form!r} is not known; choose auto or one of {listed(FORMS)}")
     refuse_media(fields)
     name = detect(fields.row, fields.id) if form == "auto" else form
-    parsed = FORMS[name].parse(fields)
-    if isinstance(parsed, Reject):
-        return parsed
-    record = with_context(parsed, fields)
+    record = with_context(FORMS[name].parse(fields), fields)
     if fields.need_scores and record.scores is None and len(record.responses) > 1:
         raise RecordError(
             f"{fields.id}: this loss needs to know what every response is worth: give a pair "

@@ -14,7 +14,6 @@ from dpojax.data.records.record import (
     Messages,
     Record,
     RecordError,
-    Reject,
     listed,
     make_record,
 )
@@ -64,7 +63,7 @@ def answers_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return next((names for names in ANSWERS if any(name in row for name in names)), None)
 
 
-def pair(fields: Fields) -> Record | Reject:
+def pair(fields: Fields) -> Record:
     better, worse = answers_of(fields.row) or ANSWERS[0]
     chosen, rejected = fields.content(better), fields.content(worse)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -91,13 +90,17 @@ def pair(fields: Fields) -> Record | Reject:
             "no_prompt",
         )
     if any(whole):
-        return Reject(fields.id, "prompts_differ")
+        raise _prompts_differ(fields.id)
     return make_record(fields.id, prompt_of(fields, PROMPTS), (chosen, rejected), scores=scores)
+
+
+def _prompts_differ(id: str) -> RecordError:
+    return RecordError(f"{id}: the two answers belong to different prompts", "prompts_differ")
 
 
 def _split(
     id: str, first: Messages, second: Messages, stated: Content | None, **fields: Any
-) -> Record | Reject:
+) -> Record:
     """Split two dialogues where they part: before it is the prompt, after it are the answers.
 
     They answer different prompts if nothing is common, or if they part at a turn of the user or
@@ -106,10 +109,13 @@ def _split(
     shared = dialogues.common_start(first, second)
     prompt, answers = first[:shared], (first[shared:], second[shared:])
     if shared == 0 or any(dialogues.opens_dialogue(answer) for answer in answers):
-        return Reject(id, "prompts_differ")
+        raise _prompts_differ(id)
     if stated is not None and not _is_prompt(stated, prompt):
-        why = "if the dialogues hold all of it, leave the field out: data.columns=-prompt"
-        return Reject(id, "prompt_not_in_dialogue", why)
+        raise RecordError(
+            f"{id}: field 'prompt' is not the start of the dialogues; if they hold all of it, "
+            "leave the field out: data.columns=-prompt",
+            "prompt_not_in_dialogue",
+        )
     return Record(id, prompt, answers, **fields)
 
 
@@ -122,7 +128,7 @@ def _is_prompt(stated: Content, common: Messages) -> bool:
     return dialogues.same_messages(stated, common[: len(stated)])
 
 
-def hh(fields: Fields) -> Record | Reject:
+def hh(fields: Fields) -> Record:
     halves = []
     for name in PROMPTS:
         if name in fields.row and not fields.has(name):
@@ -139,7 +145,7 @@ def hh(fields: Fields) -> Record | Reject:
         halves.append((head + separator, answer))
     (prompt, chosen), (other_prompt, rejected) = halves
     if prompt != other_prompt:
-        return Reject(fields.id, "prompts_differ")
+        raise _prompts_differ(fields.id)
     return Record(fields.id, prompt, (chosen, rejected), scores=fields.scores())
 
 
@@ -174,7 +180,7 @@ def has_verdict(row: Mapping[str, Any]) -> bool:
     return names is not None and _verdict_field(row, names) is not None
 
 
-def judged(fields: Fields) -> Record | Reject:
+def judged(fields: Fields) -> Record:
     """Two answers with a verdict. A tie is a record of two equal ranks."""
     names = _two_answers(fields.row)
     if names is None:

@@ -79,19 +79,6 @@ class Record:
         return len(self.responses) > 1 and not any(self.places)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reject:
-    """A well-formed row without a usable preference, to be counted under `cause`, not raised.
-
-    The causes are `prompts_differ` (chosen and rejected answer different prompts) and
-    `prompt_not_in_dialogue` (the row's prompt is not the start of its dialogues).
-    """
-
-    id: str
-    cause: str
-    why: str = ""
-
-
 def kind_of(value: Any) -> str:
     """Describe a value in a word or two, for an error."""
     if value is None:
