@@ -53,7 +53,7 @@ PANELS = (
     ),
     Panel(
         "Win rate against the reference",
-        "% of comparisons, 95 % interval",
+        "%, with 95 % interval",
         "samples/win_rate",
         100,
         interval=("samples/win_rate_low", "samples/win_rate_high"),

@@ -29,6 +29,16 @@ class Column(NamedTuple):
     metric: str  # of the kept evaluation
     scale: float
     number_format: str
+    with_interval: bool = False  # the ends are metrics, too: NAME_low and NAME_high
+
+    def cell(self, line: Mapping[str, float]) -> str:
+        """The metric of an evaluation, and its interval."""
+        ends = ("", "_low", "_high") if self.with_interval else ("",)
+        values = [line.get(self.metric + end, math.nan) for end in ends]
+        value, *interval = (format(self.scale * x, self.number_format) for x in values)
+        if not self.with_interval or math.isnan(values[-1]):
+            return value
+        return f"{value} ({interval[0]} to {interval[1]})"
 
 
 COLUMNS = (
@@ -42,12 +52,8 @@ COLUMNS = (
     Column("±", "samples/reward_error", 1, ".3f"),
     Column("KL of samples, nats", "samples/kl", 1, ".2f"),
     Column("±", "samples/kl_error", 1, ".2f"),
-    Column("win rate, %", "samples/win_rate", 100, ".1f"),
-    Column("from", "samples/win_rate_low", 100, ".1f"),
-    Column("to", "samples/win_rate_high", 100, ".1f"),
-    Column("behind the best, %", BEHIND, 100, ".1f"),
-    Column("from", f"{BEHIND}_low", 100, ".1f"),
-    Column("to", f"{BEHIND}_high", 100, ".1f"),
+    Column("win rate, %", "samples/win_rate", 100, ".1f", with_interval=True),
+    Column("behind the best, %", BEHIND, 100, ".1f", with_interval=True),
 )
 
 
@@ -146,7 +152,5 @@ def _rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     columns = [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
     rows = [["", *(column.heading for column in columns)]]
     for name, line in evaluations.items():
-        values = (column.scale * line.get(column.metric, math.nan) for column in columns)
-        cells = [format(x, column.number_format) for x, column in zip(values, columns)]
-        rows.append([name, *cells])
+        rows.append([name, *(column.cell(line) for column in columns)])
     return rows
