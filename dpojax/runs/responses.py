@@ -172,7 +172,7 @@ class PolicyResponses:
         at_once = max(len(block) for _, _, block in missing)
         size = max(1, self.batch_size // at_once)
         missing = sorted(missing, key=lambda one: len(one[1]))
-        told = time.monotonic()
+        last_line = time.monotonic()
         with storage.LineWriter(path) as lines:
             for start in range(0, len(missing), size):
                 batch = missing[start : start + size]
@@ -196,8 +196,8 @@ class PolicyResponses:
                             line = {"prompt": name, "sample": number} | response._asdict()
                             lines.write(json.dumps(line))
                 done = min(start + size, len(missing))
-                if done == len(missing) or time.monotonic() - told >= LOG_SECONDS:
-                    told = time.monotonic()
+                if done == len(missing) or time.monotonic() - last_line >= LOG_SECONDS:
+                    last_line = time.monotonic()
                     self.log(f"{done} of {len(missing)} are drawn")
 
 

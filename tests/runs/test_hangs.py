@@ -8,11 +8,13 @@ import pytest
 from dpojax import stopping, storage, watchdog
 from dpojax.config.resolved import as_json
 from dpojax.data import text_files
+from dpojax.evaluation.judging.verdicts import Choice, Comparison, Reply
 from dpojax.runs import preferences
 from dpojax.runs.export import export
 from dpojax.runs.preferences import Settings, generate_preferences
 from dpojax.runs.run import run
 from dpojax.stages import data as stage_data
+from dpojax.stages import wins
 from dpojax.stages.trained_stage import LanguageStage
 
 MINUTES = 0.01  # 0.6 s
@@ -85,3 +87,25 @@ def test_a_slow_disk_is_no_hang_since_each_block_is_progress(beats, monkeypatch,
     with watchdog.watching(MINUTES):
         assert len(list(text_files.lines(file))) == len(BLOCKS)  # takes 1.8 s
     assert bool(ended) != beats
+
+
+class SlowJudge:
+    """Replies to a question after a while."""
+
+    name = fingerprint = "slow"
+    is_symmetric = False
+
+    def replies(self, questions):
+        for index in range(len(questions)):
+            threading.Event().wait(0.2)
+            yield index, Reply(Choice.FIRST)
+
+
+def test_a_judge_that_is_slow_is_no_hang_since_each_reply_is_progress(monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(stopping, "end_now", lambda status, text, **_: ended.append(text))
+    comparisons = [Comparison(f"{n}", f"prompt {n}", "a", "b") for n in range(4)]
+    with watchdog.watching(MINUTES):
+        judgements = wins._ask(SlowJudge(), comparisons, storage.as_path(tmp_path))  # 1.6 s
+    assert len(judgements) == 4
+    assert not ended
