@@ -219,3 +219,15 @@ def test_the_difference_between_members_is_paired_by_prompt(tmp_path):
     assert second["samples/behind_best_low"] > 0.03
     assert second["samples/behind_best_high"] < 0.17
     assert evaluations["best"]["samples/behind_best"] == 0
+
+
+@pytest.mark.slow
+def test_evaluations_of_ppo_have_the_win_rate_beside_the_reward(tmp_path):
+    changes = SAMPLED | {"stages": ("ppo",), "ppo.limit": 16, "ppo.steps": 2, "ppo.batch_size": 8}
+    changes |= {"ppo.minibatches": 1, "ppo.max_new_tokens": 12, "evaluate_every": 1}
+    run(tiny_config(**changes), str(tmp_path / "run"))
+    evaluations = [x for x in lines(tmp_path / "run", "ppo") if x["split"] == "eval"]
+    assert [line["step"] for line in evaluations] == [0, 1, 2]
+    for line in evaluations:
+        assert 0 <= line["samples/win_rate"] <= 1
+        assert np.isfinite(line["samples/reward"])
