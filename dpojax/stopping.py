@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOPPED = 143  # the status of a command that was asked to stop; the same command goes on
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
+GO_ON = "the same command goes on"
 RESPONSE = 10.0  # seconds that a computation in C++ may take before the process ends over it
 RESPONSE_TOLD = 1.0  # the same, where other processes have been told and end, too
 AGAIN = 0.1  # seconds after which a Preempted is raised again that Python has dropped
@@ -39,7 +40,6 @@ class _State:
     """What this process has received. Signal handlers belong to the whole process."""
 
     received = ""  # the name of the first signal that stopped nothing yet
-    first_interrupt = None  # when the first SIGINT came, by the monotonic clock
     listeners = 0  # how many `listening` blocks are entered
     noting = 0  # how many `noted` blocks are entered
     obeying = False  # whether `between_batches` obeys what was noted
@@ -61,7 +61,7 @@ def raised() -> Preempted | None:
 
 def forget() -> None:
     """Forget a signal that has stopped nothing yet."""
-    _State.received, _State.raised, _State.first_interrupt = "", False, None
+    _State.received, _State.raised = "", False
 
 
 def on_end(action: Callable[[int, str], None] | None) -> None:
@@ -138,10 +138,7 @@ def between_batches() -> None:
 
 def _receive(number: int, _frame: object) -> None:
     """The handler, which runs in the main thread."""
-    name = signal.Signals(number).name
-    if number == signal.SIGINT and _State.first_interrupt is None:
-        _State.first_interrupt = time.monotonic()
-    _State.received = _State.received or name
+    _State.received = _State.received or signal.Signals(number).name
     if not _State.noting and not _State.raised:
         _State.raised = True
         raise Preempted(_sentence())
@@ -149,7 +146,12 @@ def _receive(number: int, _frame: object) -> None:
 
 def dropped() -> None:
     """Raise Preempted again, soon: it came in a finaliser, whose errors Python drops."""
-    timer = threading.Timer(AGAIN, _repeat)
+    later(AGAIN, _repeat)
+
+
+def later(seconds: float, action: Callable[..., None], *arguments: Any) -> None:
+    """Call action(*arguments) after a while, in a thread that keeps no process from ending."""
+    timer = threading.Timer(seconds, action, arguments)
     timer.daemon = True
     timer.start()
 
@@ -205,12 +207,7 @@ def _watch(pipe: int) -> None:
         say(f"{name}: the run stops")
         _tell(STOPPED, f"was stopped by {name}")
         alone = _State.on_end is None
-        timer = threading.Timer(RESPONSE if alone else RESPONSE_TOLD, _end_if_deaf, [name])
-        timer.daemon = True
-        timer.start()
-
-
-GO_ON = "the same command goes on"
+        later(RESPONSE if alone else RESPONSE_TOLD, _end_if_deaf, name)
 
 
 def _end_if_deaf(name: str) -> None:

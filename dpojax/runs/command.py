@@ -137,7 +137,5 @@ def end(status: int) -> NoReturn:
         stopping.end_now(status)
     if status or alone:
         text = f"ended after {LINGER:.0f} s of waiting for threads of libraries"
-        timer = threading.Timer(LINGER, stopping.end_now, [status, text])
-        timer.daemon = True
-        timer.start()
+        stopping.later(LINGER, stopping.end_now, status, text)
     sys.exit(status)
