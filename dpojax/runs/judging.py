@@ -25,11 +25,13 @@ from dpojax.evaluation.judging.asking import Judged, estimate, judge_comparisons
 from dpojax.evaluation.judging.batches import Imported, export_batch, import_batch
 from dpojax.evaluation.judging.cache import VerdictCache
 from dpojax.evaluation.judging.costs import Estimate
-from dpojax.evaluation.judging.judge import Judge
-from dpojax.evaluation.judging.open_judge import open_judge
+from dpojax.evaluation.judging.judge import Judge, JudgeError
+from dpojax.evaluation.judging.open_judge import folder_of, open_judge
 from dpojax.evaluation.judging.result import Result, Row, summarise
 from dpojax.evaluation.judging.result import Side as JudgedSide
+from dpojax.evaluation.judging.templates import open_template
 from dpojax.evaluation.judging.verdicts import Comparison, Outcome
+from dpojax.models.huggingface import require_known
 from dpojax.runs.command import run_command
 from dpojax.runs.judging_settings import Settings, Side, settings_from_json
 from dpojax.runs.responses import share_cut
@@ -47,6 +49,7 @@ __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
 VERDICTS, SAMPLES, REPORT = "verdicts", "samples.jsonl", "report.md"
 
+READERS = ("openai:", "local:")  # judges that read a prompt
 SHORT = {outcome: outcome.value for outcome in Outcome} | {Outcome.INCONSISTENT: "flipped"}
 
 Log = Callable[[str], None]
@@ -111,6 +114,27 @@ def open_settings_judge(settings: Settings) -> Judge:
     )
 
 
+def check_judge(settings: Settings) -> None:
+    """Raise JudgeError for a judge that cannot be opened, without reading its weights."""
+    folder = folder_of(settings.judge)
+    if not folder:
+        open_settings_judge(settings)
+        return
+    try:
+        require_known(folder)
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"judge {settings.judge!r}: {error}") from error
+    _template_of(settings)
+
+
+def _template_of(settings: Settings) -> str:
+    """Name and version of the prompt that the judge reads; "" for one that reads none."""
+    if not settings.judge.startswith(READERS):
+        return ""
+    template = open_template(settings.template, settings.template_file or None)
+    return f"{template.name} {template.version}"
+
+
 def judge(settings: Settings, log: Log = lambda line: None) -> Result:
     """Judge all sides, write the folder, and return what was measured.
 
@@ -122,8 +146,11 @@ def judge(settings: Settings, log: Log = lambda line: None) -> Result:
       what `make_contests` raises.
     """
     out = storage.as_path(settings.out, "out")
-    opened = open_settings_judge(settings)
+    check_judge(settings)
     contests = make_contests(settings, log)
+    opened = open_settings_judge(
+        settings
+    )  # a model, whose memory the policies do not need any more
     with open_verdicts(settings) as cache:
         judged_sides, facts = _ask(settings, opened, contests, cache, log)
     result = summarise(
@@ -131,7 +158,7 @@ def judge(settings: Settings, log: Log = lambda line: None) -> Result:
         judge=opened.name,
         fingerprint=opened.fingerprint,
         opponent=settings.b.label,
-        template=getattr(opened, "template", ""),
+        template=_template_of(settings),
         is_symmetric=opened.is_symmetric,
         facts=facts,
         resamples=settings.resamples,

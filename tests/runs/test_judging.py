@@ -16,6 +16,7 @@ from dpojax.data.records import DataError
 from dpojax.evaluation.judging import open_judge
 from dpojax.evaluation.judging.asking import CostReached
 from dpojax.evaluation.judging.costs import Prices, Tokens
+from dpojax.evaluation.judging.judge import JudgeError
 from dpojax.evaluation.judging.open_judge import JudgeKind
 from dpojax.evaluation.judging.verdicts import Choice, Outcome, Reply
 from dpojax.evaluation.rewards import exact_reviews
@@ -330,3 +331,20 @@ def test_questions_go_out_as_a_batch_file_and_the_replies_come_back_without_a_se
     assert (imported.added, imported.missing) == (len(requests), 0)
     result = judging.judge(how)  # asks nobody
     assert result.rows[1].win_rate.counts[Outcome.INCONSISTENT] == len(RECORDS)
+
+
+def test_a_judge_that_cannot_be_opened_is_named_before_anything_is_drawn(
+    policy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(responses, "generate", None)
+    for spec in ("oracle", f"reward_model:{tmp_path / 'nowhere'}", f"local:{tmp_path}"):
+        with pytest.raises(JudgeError, match=re.escape(spec)):
+            judging.judge(sampled(policy, tmp_path, judge=spec))
+    with pytest.raises(JudgeError, match="poem"):
+        judging.judge(sampled(policy, tmp_path, judge=f"local:{policy}", template="poem"))
+
+
+def test_the_report_names_the_prompt_of_a_judge_that_reads_one(policy, data, tmp_path):
+    how = settings(data, judge=f"local:{policy}", a=(Side(data["bad"]),), template="helpful")
+    assert judging._template_of(how).startswith("helpful ")
+    assert judging._template_of(settings(data)) == ""
