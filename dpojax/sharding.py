@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpojax import peers
+from dpojax.watchdog import unwatched
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that rows of tokens are spread over
@@ -168,7 +169,8 @@ def on_first_process(action: Callable[..., None], *arguments: Any) -> None:
             action(*arguments)
         except Exception as raised:
             error = raised
-    failed = agreed(error is not None)
+    with unwatched():  # the first process is watched
+        failed = agreed(error is not None)
     if error is not None:
         raise error
     if failed:

@@ -21,6 +21,7 @@ import numpy as np
 from dpojax.data.examples import Example
 from dpojax.data.filling import Size, best_fill, first_fit, level, tokens_of
 from dpojax.data.records import DataError
+from dpojax.watchdog import beat
 
 GAIN = 0.005  # share of the time that one more bucket must save to be worth its compilation
 DOUBLING = 0.03  # share of the time that twice the memory of activations must save
@@ -196,8 +197,12 @@ def plan(
 def _sizes(examples: Sequence[Example], score_prompt: bool) -> list[Size]:
     """The size of every example; equal ones are one object, as there may be millions."""
     known: dict[Size, Size] = {}
-    sizes = (size_of(example, score_prompt=score_prompt) for example in examples)
-    return [known.setdefault(size, size) for size in sizes]
+    sizes = []
+    for example in examples:
+        size = size_of(example, score_prompt=score_prompt)
+        sizes.append(known.setdefault(size, size))
+        beat()
+    return sizes
 
 
 class _Priced(NamedTuple):

@@ -89,13 +89,13 @@ class Worker:
 
 
 _idle: list[Worker] = []  # at most one, so that the next call need not start another
-_lock = threading.Lock()
+_idle_lock = threading.Lock()
 
 
 @atexit.register
 def end_idle() -> None:
     """End the process that waits for the next call."""
-    with _lock:
+    with _idle_lock:
         while _idle:
             _idle.pop().end()
 
@@ -125,7 +125,7 @@ class Pool:
             for each in list(self._busy):  # nobody wants what they make
                 each.process.kill()
         self._threads.shutdown()
-        with _lock:
+        with _idle_lock:
             if not _idle and self._free and self._tokenizer_threads is None:
                 _idle.append(self._free.pop())
         for each in self._free:
@@ -172,7 +172,7 @@ class Pool:
 
     def _start(self, setup: bytes) -> Worker:
         """A process that is ready: the idle one, if it still lives, or a new one."""
-        with _lock:
+        with _idle_lock:
             idle = _idle.pop() if _idle and self._tokenizer_threads is None else None
         if idle is not None:
             try:

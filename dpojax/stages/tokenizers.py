@@ -21,6 +21,7 @@ from dpojax.data.vocabulary import train_tokenizer
 from dpojax.models.huggingface import pretrained_name, save_tokenizer
 from dpojax.models.special_tokens import PLAIN_DIALOGUE, end_tokens
 from dpojax.stages.data import EMBEDDED, parse_config
+from dpojax.watchdog import unwatched
 
 FOLDER = "tokenizer"  # of the workdir
 
@@ -137,7 +138,7 @@ def _trained_here(config: ConfigDict, folder: storage.Path) -> storage.Path:
         if folder.exists():
             return
         records, _ = sources.load_records(sources_of(data), config=parse_config(data))
-        with config_errors("tokenizer"):
+        with config_errors("tokenizer"), unwatched():
             tokenizer = train_tokenizer(map(_text, records[: data.limit or None]), int(size))
         with storage.replacing_folder(folder) as unfinished:
             save_tokenizer(tokenizer, unfinished)

@@ -186,6 +186,7 @@ def key_of(
     """
     digest = hashlib.sha256(f"{FORMAT} {dtype} {model} {tokenizer} {weights}".encode())
     for example in examples:
+        beat()
         for piece in (example.prompt, *example.responses):
             digest.update(np.int64(len(piece)).tobytes() + np.asarray(piece, np.int32).tobytes())
         for mask in example.scored or ():
