@@ -1,5 +1,6 @@
 """A language model as judge: log-probs against torch's, chat templates, lengths, and refusals."""
 
+import functools
 import json
 import logging
 import math
@@ -61,12 +62,27 @@ def folder_with(tmp_path, tokenizer, model_type="llama", **settings):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return folder_with(tmp_path_factory.mktemp("plain"), letters())
+
+
+@pytest.fixture(scope="module")
+def judge(plain):
+    return open_local(plain, SHORT, batch_size=2)
+
+
+@functools.lru_cache(maxsize=1)
+def their_model(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 def their_logprobs(folder, text):
     """Log-probs of the two answers behind a text, by torch, one sequence for each."""
     import torch
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer, model = their_model(folder)
     starts = text.startswith("<s>")
     totals = []
     wholes = [tokenizer(text + a, add_special_tokens=not starts)["input_ids"] for a in ANSWERS]
@@ -95,7 +111,7 @@ def test_log_probs_of_the_answers_are_those_of_torch(tmp_path, model_type):
 
 
 def test_a_chat_template_writes_the_prompt_and_opens_the_answer(tmp_path):
-    judge = open_local(folder_with(tmp_path, letters(CHAT)), SHORT)
+    judge = open_local(folder_with(tmp_path, letters(CHAT)), SHORT, batch_size=2)
     texts = [f"<s><u>{SHORT.fill(q)}<e><a>{BEFORE_ANSWER}" for q in QUESTIONS]
     expected = [their_logprobs(tmp_path, text) for text in texts]
     np.testing.assert_allclose(judge.answer_logprobs(QUESTIONS), expected, rtol=0, atol=1e-4)
@@ -117,22 +133,20 @@ def test_answers_of_several_tokens_count_with_all_of_them(tmp_path):
         bos_token="<s>",
         eos_token="</s>",
     )
-    judge = open_local(folder_with(tmp_path, tokenizer), SHORT)
+    judge = open_local(folder_with(tmp_path, tokenizer), SHORT, batch_size=2)
     texts = [f"{SHORT.fill(q).rstrip()}\n\n{BEFORE_ANSWER}" for q in QUESTIONS]
     expected = [their_logprobs(tmp_path, text) for text in texts]
     assert [len(ids) for ids in judge._encoder.example(QUESTIONS[0]).responses] == [1, 2]
     np.testing.assert_allclose(judge.answer_logprobs(QUESTIONS), expected, rtol=0, atol=1e-4)
 
 
-def test_replies_depend_on_neither_the_batch_nor_the_mesh(tmp_path):
-    folder = folder_with(tmp_path, letters())
-    alone = np.concatenate([open_local(folder, SHORT).answer_logprobs([q]) for q in QUESTIONS])
-    meshed = open_local(folder, SHORT, mesh=make_mesh(), batch_size=3)
+def test_replies_depend_on_neither_the_batch_nor_the_mesh(plain, judge):
+    alone = np.concatenate([judge.answer_logprobs([q]) for q in QUESTIONS])
+    meshed = open_local(plain, SHORT, mesh=make_mesh(), batch_size=3)
     np.testing.assert_allclose(meshed.answer_logprobs(QUESTIONS * 3), [*alone] * 3, atol=1e-5)
 
 
-def test_a_prompt_that_is_too_long_loses_its_start_and_its_reply_says_so(tmp_path, caplog):
-    judge = open_local(folder_with(tmp_path, letters()), SHORT)
+def test_a_prompt_that_is_too_long_loses_its_start_and_its_reply_says_so(judge, caplog):
     room = POSITIONS - len(f"<s> | a | b\n\n{BEFORE_ANSWER} A") + len("<s>") - 1
     end = "the end of the post"
     fits, longer = Question(end.rjust(room), "a", "b"), Question(end.rjust(room + 50), "a", "b")
@@ -144,24 +158,21 @@ def test_a_prompt_that_is_too_long_loses_its_start_and_its_reply_says_so(tmp_pat
     assert f"1 of 2 questions are longer than the model's {POSITIONS} positions" in caplog.text
 
 
-def test_responses_that_are_too_long_cannot_be_judged(tmp_path):
-    judge = open_local(folder_with(tmp_path, letters()), SHORT)
+def test_responses_that_are_too_long_cannot_be_judged(judge):
     replies = dict(judge.replies([Question("p", "a" * 200, "b"), Question("p", "a", "b")]))
     assert replies[0].choice is Choice.UNPARSED
     assert f"longer than the model's {POSITIONS} positions" in replies[0].text
     assert replies[1].choice is not Choice.UNPARSED
 
 
-def test_equal_log_probs_are_a_tie_and_the_margin_is_in_nats(tmp_path):
-    folder = folder_with(tmp_path, letters())
-    first, second = open_local(folder, SHORT).answer_logprobs(QUESTIONS[:1])[0]
+def test_equal_log_probs_are_a_tie_and_the_margin_is_in_nats(plain, judge):
+    first, second = judge.answer_logprobs(QUESTIONS[:1])[0]
     for margin, is_tie in ((abs(first - second) + 1e-3, True), (abs(first - second) - 1e-3, False)):
-        ((_, reply),) = open_local(folder, SHORT, tie=margin).replies(QUESTIONS[:1])
+        ((_, reply),) = open_local(plain, SHORT, tie=margin, batch_size=2).replies(QUESTIONS[:1])
         assert (reply.choice is Choice.TIE) is is_tie
 
 
-def test_fingerprints_differ_where_replies_may(tmp_path):
-    plain = folder_with(tmp_path / "plain", letters())
+def test_fingerprints_differ_where_replies_may(tmp_path, plain):
     chat = folder_with(tmp_path / "chat", letters(CHAT))  # the same weights
     judges = [
         open_local(plain, SHORT),
@@ -176,9 +187,8 @@ def test_fingerprints_differ_where_replies_may(tmp_path):
     assert folder_of(judges[3].name) == str(plain)
 
 
-def test_a_template_that_needs_a_reference_refuses_a_question_without(tmp_path):
-    template = Template("mine", "{first} {second} {reference}")
-    judge = open_local(folder_with(tmp_path, letters()), template)
+def test_a_template_that_needs_a_reference_refuses_a_question_without(plain):
+    judge = open_local(plain, Template("mine", "{first} {second} {reference}"))
     with pytest.raises(JudgeError, match="no reference response"):
         list(judge.replies(QUESTIONS))
 

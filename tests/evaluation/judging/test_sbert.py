@@ -1,5 +1,6 @@
 """Our sentence encoder against torch's, and the judge that is made of it."""
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -76,13 +77,18 @@ def tiny(tmp_path):
     return make
 
 
-def their_states(folder, text, longest):
-    """Hidden states of torch's model, [T, D]."""
-    torch = pytest.importorskip("torch", reason="the expected values come from torch")
+@functools.lru_cache(maxsize=1)
+def their_model(folder):
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+    return tokenizer, transformers.AutoModel.from_pretrained(folder).eval()
+
+
+def their_states(folder, text, longest):
+    """Hidden states of torch's model, [T, D]."""
+    torch = pytest.importorskip("torch", reason="the expected values come from torch")
+    tokenizer, model = their_model(folder)
     ids = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")
     with torch.no_grad():
         return model(ids["input_ids"]).last_hidden_state[0].double().numpy()
@@ -93,10 +99,11 @@ def test_embeddings_of_minilm_are_those_of_torch(minilm):
     assert (recipe.pooling, recipe.normalize, recipe.longest) == ("mean", True, 256)
     means = np.stack([their_states(minilm, text, 256).mean(axis=0) for text in TEXTS])
     expected = means / np.linalg.norm(means, axis=1, keepdims=True)
-    embedded = open_encoder(minilm, batch_size=4).embed(TEXTS)
+    embedded = open_encoder(minilm, batch_size=len(TEXTS)).embed(TEXTS)
     np.testing.assert_allclose(embedded, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_minilm_prefers_the_response_that_means_the_same(minilm):
     judge = open_judge(f"sbert:{minilm}")
     reference = "He wants to leave his job because his boss is rude."
