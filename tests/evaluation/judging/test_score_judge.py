@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ from dpojax.evaluation.judging.judge import JudgeError
 from dpojax.evaluation.judging.open_judge import folder_of, open_judge
 from dpojax.evaluation.judging.score_judge import Text, length_reward, reward_judge
 from dpojax.evaluation.judging.verdicts import Choice, Question
-from dpojax.evaluation.rewards import Reward
+from dpojax.evaluation.rewards import Reward, open_reward
+from dpojax.models import decoder, huggingface
+from dpojax.models.config import LLAMA, DecoderConfig
 
 
 def answers(judge, questions):
@@ -166,3 +170,30 @@ def test_an_option_of_endpoints_is_refused_elsewhere():
 def test_the_folder_of_a_judge_is_known_without_opening_it():
     specs = ["exact", "reward_model:a/b", "classifier:a/b:GOOD", "classifier:a/b"]
     assert [folder_of(spec) for spec in specs] == ["", "a/b", "a/b", "a/b"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("reward_model", ()), ("classifier", ("BAD", "GOOD"))]
+)
+def test_a_models_folder_judges_by_its_scores(tmp_path, kind, labels):
+    sizes = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "max_positions": 48}
+    vocabulary = len(reviews.tokenizer())
+    config = DecoderConfig(**LLAMA, **sizes, vocab_size=vocabulary, scalar_head=True, labels=labels)
+    shapes = jax.eval_shape(decoder.build(config).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.float32(0.3 * rng.normal(size=x.shape)), shapes)
+    huggingface.save(tmp_path / "model", config, params, tokenizer=reviews.tokenizer())
+    spec = f"{kind}:{tmp_path / 'model'}" + (":GOOD" if labels else "")
+    question = Question("i", " hated it .", " liked it .")
+    questions = [question, question.mirrored]
+    first, second = open_reward(spec)(["i"] * 2, [" hated it .", " liked it ."])
+    judge = open_judge(spec, batch_size=4)
+    replies = answers(judge, questions)
+    expected = [Choice.FIRST, Choice.SECOND] if first > second else [Choice.SECOND, Choice.FIRST]
+    assert [reply.choice for reply in replies] == expected
+    assert judge.name == spec
+    if kind == "classifier":
+        assert math.isnan(replies[0].preference)
+    else:
+        share = math.exp(first) / (math.exp(first) + math.exp(second))
+        assert replies[0].preference == pytest.approx(share, abs=1e-6)
