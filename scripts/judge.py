@@ -48,7 +48,7 @@ COUNT("limit", None, "Distinct prompts behind those; 0 is all.")
 JUDGE = TEXTS(
     "judge",
     [],
-    "exact, length, reward_model:, classifier:, sbert:, sbert_prompt:, local:FOLDER, openai:MODEL@URL.",
+    "exact, length, reward_model:, classifier:, sbert:, sbert_prompt:, local:, openai:MODEL@URL.",
 )
 TEXT("template", None, "The judge's prompt: summary, concise, helpful, instruction, or a file.")
 NUMBER("tie", None, "Judges that score: scores at most so far apart are a tie.")
