@@ -305,6 +305,7 @@ def test_settings_go_through_json_and_unknown_ones_are_named(data):
         settings_from_json({name: x for name, x in values.items() if name != "judge"})
 
 
+@pytest.mark.slow
 def test_the_job_writes_the_report(data, tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(dataclasses.asdict(settings(data))))

@@ -158,6 +158,7 @@ def test_the_win_scores_of_prompts_average_to_the_win_rate(trained):
     assert "reward" not in samples[0]
 
 
+@pytest.mark.slow
 def test_training_stops_by_the_win_rate_and_keeps_the_best(tmp_path, monkeypatch):
     rates = {0: 0.5, 2: 0.61, 4: 0.7, 6: 0.69, 8: 0.7}
     evaluate = train.Evaluator.__call__
@@ -187,6 +188,7 @@ def test_a_judge_that_there_is_not_is_named_before_anything_is_made(tmp_path):
         run(tiny_config(**SAMPLED | {"samples.judge": "oracle"}), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_win_rates_and_how_far_members_are_behind_the_best(tmp_path, capsys):
     changes = SAMPLED | {"samples.reward": "", "preference.steps": 3}
     members = [{"preference.beta": 0.1}, {"preference.beta": 1.0}]
