@@ -109,27 +109,29 @@ def human_agreement(
 
 
 def table(study: HumanStudy) -> list[str]:
-    """Lines of a table of all judges, and of one by the humans' confidence."""
-    rows = [["judge", "accuracy", "of decided", "kappa", "decided", "accuracy, several humans"]]
+    """Lines of a table of all judges, and of one by the humans' confidence, for a terminal."""
+    rows = [["judge", "accuracy", "kappa", "decided", "several humans"]]
     for judge in study.judges:
         each, several = judge.agreement, judge.by_several
         decided = (each.right + each.wrong) / max(1, each.choices)
-        numbers = [_shown(each.accuracy), _shown(each.decided_accuracy), _shown(each.kappa)]
+        numbers = [_shown(each.accuracy), _shown(each.kappa)]
         last = "-" if several is None else _shown(several.accuracy)
         rows.append([judge.name, *numbers, f"{decided:.0%}", last])
     if study.humans is not None:
         same = _shown(study.humans.agreement)
-        rows.append([HUMANS, "-", "-", _shown(study.humans.kappa), "100%", same])
+        rows.append([HUMANS, "-", _shown(study.humans.kappa), "100%", same])
     counts = f"{study.choices} human choices on {study.comparisons} comparisons"
     if study.humans is not None:
         counts += f", {study.humans.comparisons} of them with several humans"
     lines = [f"{counts}; 95 % intervals over prompts", *text_table(rows)]
     levels = sorted({level for judge in study.judges for level in judge.by_confidence})
     if levels:
-        rows = [["accuracy by the humans' confidence", *(f"{level:g}" for level in levels)]]
+        rows = [["accuracy by confidence", *(f"{level:g}" for level in levels)]]
         for judge in study.judges:
             cells = (judge.by_confidence.get(level) for level in levels)
-            rows.append([judge.name, *(_shown(cell.accuracy) if cell else "-" for cell in cells)])
+            rows.append(
+                [judge.name, *(f"{cell.accuracy.value:.2f}" if cell else "-" for cell in cells)]
+            )
         lines += ["", *text_table(rows)]
     return lines
 

@@ -148,7 +148,9 @@ def test_humans_stand_beside_the_judges(study):
 
 
 def test_the_table_and_the_csv_have_the_same_numbers(study, tmp_path):
-    text = "\n".join(human_study.table(study))
+    lines = human_study.table(study)
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
     assert "4 human choices on 3 comparisons, 1 of them with several humans" in text
     human_study.write_csv(study, tmp_path / "agreement.csv")
     with open(tmp_path / "agreement.csv") as file:
