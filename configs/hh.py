@@ -30,8 +30,9 @@ prompting of the model before them. `paper`, the default, has the settings above
 `small` is for 2 CPU cores. FOLDER holds stories260k, a Llama of 0.26M parameters that knows
 children's stories, and hh-rlhf/helpful-single-turn/{train_gt,test}.jsonl.gz. Its vocabulary of 512
 ids makes long texts: pairs of more than 384 tokens (one in seven) are left out of training, prompts
-of more than 60 words out of the test, and responses end at 96 tokens, where more than half of the
-chosen responses go on. The judge is a reward model, trained on pairs of other prompts.
+of more than 40 words, or with a chosen response of more than 80, out of the test. Responses end at
+96 tokens, where more than half of the chosen responses go on. The judge is a reward model, trained
+on pairs of other prompts.
 """
 
 from ml_collections.config_dict import FieldReference
@@ -109,7 +110,8 @@ def _small(config):
         test_share=0.05,
         judge_share=0.4,
         test_prompts=100,
-        max_words=60,
+        max_words=40,
+        max_reference_words=80,
         max_new_tokens=96,
     )
     config.model.path = data + "/stories260k"

@@ -389,7 +389,8 @@ def _recipe() -> ConfigDict:
             judge_share=0.0,  # of them, to train a reward model on that is the judge
             test_prompts=256,  # most that are judged on; 0 is all
             shifted_prompts=100,
-            max_words=0,  # leave out longer prompts; 0: none
+            max_words=0,  # do not judge on longer prompts; 0: on all
+            max_reference_words=0,  # nor on those whose reference is longer
             instruction="",  # text before a prompt for a model that was not trained on the task
             shots=2,  # examples of few-shot prompting
             # See scripts/judge.py. "trained" is a reward model, trained on judge_share.

@@ -140,6 +140,7 @@ RECIPE_RULES = (
     at_least("test_prompts", 0, "0 (all) or more prompts"),
     at_least("shifted_prompts", 0, "0 (all) or more prompts"),
     at_least("max_words", 0, "0 (any number) or more"),
+    at_least("max_reference_words", 0, "0 (any number) or more"),
     at_least("shots", 0),
     Rule("temperatures", lambda values: values and min(values) >= 0, "one or more, each from 0"),
     Rule("shifted_temperatures", lambda values: values and min(values) >= 0, "each from 0"),

@@ -112,8 +112,8 @@ class Prompting:
 
     def records(self, prompts: Sequence[Asked], limit: int) -> list[dict]:
         """The first prompts, in an order that hashes decide, without those that are too long."""
-        most = self.recipe.max_words
-        used = [x for x in prompts if not most or len(x.prompt.split()) <= most]
+        prompt, reference = self.recipe.max_words, self.recipe.max_reference_words
+        used = [x for x in prompts if _fits(x.prompt, prompt) and _fits(x.reference, reference)]
         used.sort(key=lambda x: draw("order", x.prompt))
         return [self._record(x) for x in used[: limit or None]]
 
@@ -123,6 +123,11 @@ class Prompting:
         record[ZERO_SHOT] = before + asked.prompt
         record[FEW_SHOT] = before + self.examples + asked.prompt
         return record
+
+
+def _fits(text: str, words: int) -> bool:
+    """Whether a text has at most so many words; 0 is any number."""
+    return not words or len(text.split()) <= words
 
 
 def draw(name: str, text: str) -> float:

@@ -123,6 +123,14 @@ def test_long_prompts_are_not_judged_on_and_articles_are_the_other_domain(tmp_pa
     )
     assert max(len(row["prompt"].split()) for row in files["tests"]) <= 20
     assert counts["test_prompts_of_any_length"] > len(files["tests"])
+    _, short = made(tmp_path / "short", comparisons=source, max_reference_words=0, test_share=0.5)
+    assert len(short["tests"]) == counts["test_prompts_of_any_length"]
+    wordy = [{"prompt": f"q{n}", "chosen": "w " * n, "rejected": "b"} for n in range(1, 41)]
+    wordy = write_lines(tmp_path / "wordy.jsonl", wordy)
+    _, files_of_short = made(
+        tmp_path / "w", comparisons=wordy, max_reference_words=9, test_share=0.5
+    )
+    assert max(len(row["reference"].split()) for row in files_of_short["tests"]) <= 9
     assert sorted(row["reference"] for row in files["shifted"]) == [" h1", " h2", " h3"]
     assert all(row["prompt"].startswith("Article: n") for row in files["shifted"])
 
