@@ -72,7 +72,7 @@ def draw_over_steps(
         axes.axhline(EVEN, color=GREY, lw=0.8, ls="--", zorder=0)
         _set_labels(axes, title, "optimiser step", "win rate (95 % interval)")
         axes.set_ylim(0, max(0.6, *(p.high + 0.05 for x in curves.values() for p in x)))
-        axes.legend(frameon=False)
+        figure.legend(loc="outside right center", frameon=False)
         _save(figure, paths)
 
 
