@@ -148,9 +148,7 @@ def judge(settings: Settings, log: Log = lambda line: None) -> Result:
     out = storage.as_path(settings.out, "out")
     check_judge(settings)
     contests = make_contests(settings, log)
-    opened = open_settings_judge(
-        settings
-    )  # a model, whose memory the policies do not need any more
+    opened = open_settings_judge(settings)  # a model: the policies have left the memory
     with open_verdicts(settings) as cache:
         judged_sides, facts = _ask(settings, opened, contests, cache, log)
     result = summarise(

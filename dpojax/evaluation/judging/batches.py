@@ -12,13 +12,13 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dpojax import storage
 from dpojax.evaluation.judging.asking import REPEAT, open_questions, plan_questions
 from dpojax.evaluation.judging.cache import VerdictCache
 from dpojax.evaluation.judging.judge import Judge, JudgeError
 from dpojax.evaluation.judging.openai_judge import OpenAIJudge
 from dpojax.evaluation.judging.verdicts import Comparison, Question
 from dpojax.storage import Path, as_path, matches
-from dpojax.storage.files import write_bytes
 from dpojax.storage.paths import PathLike
 
 MAX_REQUESTS = 50_000  # of one file; both are OpenAI's limits
@@ -87,7 +87,7 @@ def export_batch(
     for number, part in enumerate(_parts(lines, max_requests, max_bytes), start=1):
         folder.mkdir(parents=True, exist_ok=True)
         paths.append(folder / f"{PREFIX}-{number:03d}.jsonl")
-        write_bytes(paths[-1], b"".join(part))
+        storage.write_bytes(paths[-1], b"".join(part))
     return paths
 
 
