@@ -192,6 +192,7 @@ def flip_a_bit(folder):
     largest.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_reference_is_made_again_where_the_stage_before_is_there(tmp_path, caplog):
     changes = {"sft.steps": 1, "preference.steps": 3, "checkpoint_every": 1}
     runs.run(tiny_config(**changes), tmp_path)

@@ -137,7 +137,8 @@ def read_what_training_reads(stage):
 def prepare_a_ppo_stage(config, workdir):
     """The same (test_ppo_run.py trains one), and one evaluation of its samples."""
     config.stages = ("ppo",)
-    config.samples.update(reward="reviews", count=1, per_prompt=1, max_new_tokens=2)
+    config.samples.update(reward="reviews", judge="exact", count=1, per_prompt=1)
+    config.samples.max_new_tokens = 2
     stage = open_stage(prepare_setup(registry.resolve(config, workdir)), "ppo").prepare()
     stage.batch(0)
     assert stage.hyper
@@ -145,7 +146,7 @@ def prepare_a_ppo_stage(config, workdir):
     assert new_keep_best(stage.config) is None
     params = initial_params(stage.setup)
     score, reward_name = stage.programs.score, stage.evaluation_reward
-    samples.open_samples(stage.setup, params, score, reward_name=reward_name)(params)
+    samples.open_judged_samples(stage.setup, params, score, reward_name=reward_name)(params)
     stage.new_state(params)
 
 
