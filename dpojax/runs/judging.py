@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dpojax import storage
@@ -34,7 +34,7 @@ from dpojax.evaluation.judging.verdicts import Comparison, Outcome
 from dpojax.models.huggingface import require_known
 from dpojax.runs.command import run_command
 from dpojax.runs.judging_settings import Settings, Side, settings_from_json
-from dpojax.runs.responses import share_cut
+from dpojax.runs.responses import Log, share_cut, silent
 from dpojax.runs.sides import (
     Request,
     draw_all,
@@ -52,8 +52,6 @@ VERDICTS, SAMPLES, REPORT = "verdicts", "samples.jsonl", "report.md"
 READERS = ("openai:", "local:")  # judges that read a prompt
 SHORT = {outcome: outcome.value for outcome in Outcome} | {Outcome.INCONSISTENT: "flipped"}
 
-Log = Callable[[str], None]
-
 
 class Contest(NamedTuple):
     """Comparisons of one side, at a temperature and an n of best-of-n, with B.
@@ -68,7 +66,7 @@ class Contest(NamedTuple):
 
 
 def make_contests(
-    settings: Settings, log: Log = lambda line: None, *, only_kept: bool = False
+    settings: Settings, log: Log = silent, *, only_kept: bool = False
 ) -> list[Contest]:
     """Draw what is missing, and put the responses of both sides together.
 
@@ -85,8 +83,8 @@ def make_contests(
         for side in settings.a
         for request in requests_of(side, settings)
     ]
-    wanted = [request for pair in pairs for request in pair]
-    responses = draw_all(wanted, prompts, examples, settings, log, only_kept)
+    requests = [request for pair in pairs for request in pair]
+    responses = draw_all(requests, prompts, examples, settings, log, only_kept)
     contests = []
     for request, against in pairs:
         comparisons = [
@@ -135,7 +133,7 @@ def _template_of(settings: Settings) -> str:
     return f"{template.name} {template.version}"
 
 
-def judge(settings: Settings, log: Log = lambda line: None) -> Result:
+def judge(settings: Settings, log: Log = silent) -> Result:
     """Judge all sides, write the folder, and return what was measured.
 
     Args:
@@ -205,7 +203,7 @@ def row_label(row: Row, *, with_temperature: bool) -> str:
     return ", ".join(parts)
 
 
-def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
+def estimate_cost(settings: Settings, log: Log = silent) -> Estimate:
     """What asking the judge would take. Nothing is drawn, and it is not asked.
 
     Responses that are not drawn yet are taken to be as long as they can be.
@@ -217,9 +215,7 @@ def estimate_cost(settings: Settings, log: Log = lambda line: None) -> Estimate:
         return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
 
 
-def export_questions(
-    settings: Settings, folder: str, log: Log = lambda line: None
-) -> list[storage.Path]:
+def export_questions(settings: Settings, folder: str, log: Log = silent) -> list[storage.Path]:
     """Draw what is missing, and write the open questions as batch files instead of asking them.
 
     Raises:
@@ -232,9 +228,7 @@ def export_questions(
         return export_batch(opened, comparisons, folder, **how)
 
 
-def import_replies(
-    settings: Settings, files: Sequence[str], log: Log = lambda line: None
-) -> Imported:
+def import_replies(settings: Settings, files: Sequence[str], log: Log = silent) -> Imported:
     """Take the replies of batch files into the verdicts.
 
     Raises:

@@ -38,6 +38,10 @@ AT_ONCE = 32  # samples of a prompt that share its reading
 Log = Callable[[str], None]
 
 
+def silent(line: str) -> None:
+    """Print nothing: a log that nobody reads."""
+
+
 class Response(NamedTuple):
     """A response, and whether it ended by itself rather than at the limit of tokens."""
 
@@ -86,7 +90,7 @@ class PolicyResponses:
         folder: storage.Path,
         *,
         batch_size: int = 64,
-        log: Log = lambda line: None,
+        log: Log = silent,
     ):
         self.policy, self.folder, self.batch_size, self.log = policy, folder, batch_size, log
         self._fingerprint = _hash(
