@@ -7,6 +7,10 @@ loss (nats)   0.693  0.512
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Collection, Sequence
 
 Row = Sequence[str]
@@ -15,6 +19,7 @@ WIDTH = 100  # characters of a line that `fitted` makes, with two spaces between
 INDENT = " " * 6  # of what `fitted` puts below a row
 LONG_CELL = 60  # characters; Markdown columns with a longer cell are not padded
 SHORTEST_RULE = 3  # dashes that Markdown needs below a heading
+CELL_END = re.compile(r"(?<!\\)\|")  # in a line of a Markdown table; `\|` is part of a cell
 
 
 def text_table(rows: Sequence[Row], *, left: Collection[int] = (0,), gap: str = "  ") -> list[str]:
@@ -50,6 +55,82 @@ def fitted(rows: Sequence[Row]) -> list[list[str]]:
         for item in () if is_heading or not last else (last,) if whole else last.split(", "):
             result.append([INDENT + item, *("" for _ in cells[1:])])
     return result
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that shows what is printed; None where none does, as in a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def blocks_table(rows: Sequence[Row], width: int | None) -> list[str]:
+    """`text_table`; where it is too wide, blocks of its columns that all begin with the first one.
+
+    A column that is too wide by itself still stands whole in a block of its own.
+
+    Args:
+      rows: the cells of each line, all of the same number of columns.
+      width: characters of a line; None takes lines of any length.
+
+    Returns:
+      One line per row and block, with an empty line between blocks.
+    """
+    lines: list[str] = []
+    for columns in _blocks(rows, width):
+        block = text_table([[row[column] for column in columns] for row in rows])
+        lines += ["", *block] if lines else block
+    return lines
+
+
+def fitted_markdown(text: str, width: int | None) -> str:
+    """Markdown for a terminal: wrapped lines, and the tables that are too wide in blocks.
+
+    Args:
+      text: with tables whose cells are escaped, as `markdown_table` takes them.
+      width: characters of a line; None changes nothing.
+    """
+    if width is None:
+        return text
+    result, table = [], []
+    for line in [*text.split("\n"), ""]:
+        if line.startswith("|"):
+            table.append(line)
+            continue
+        if table:
+            result += _fitted_table(table, width)
+            table = []
+        result += _wrapped(line, width)
+    return "\n".join(result[:-1])
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line of text, at most `width` wide unless a word is longer; items of lists are indented."""
+    indent = "  " if line.startswith(("- ", "* ", "> ")) else ""
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.wrap(line) or [""]
+
+
+def _fitted_table(lines: Sequence[str], width: int) -> list[str]:
+    """The lines of a Markdown table, in blocks if they are too wide."""
+    if max(map(len, lines)) <= width:
+        return list(lines)
+    heading, _, *body = [[cell.strip() for cell in CELL_END.split(line)[1:-1]] for line in lines]
+    return blocks_table([heading, *body], width)
+
+
+def _blocks(rows: Sequence[Row], width: int | None) -> list[list[int]]:
+    """The columns of each block of `blocks_table`."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    blocks, total = [[0]], 0
+    for column in range(1, len(widths)):
+        total = total or widths[0]
+        total += len("  ") + widths[column]
+        if width is not None and total > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            total = widths[0] + len("  ") + widths[column]
+        blocks[-1].append(column)
+    return blocks if rows else []
 
 
 def ruled_table(title: str, rows: Sequence[Row]) -> list[str]:

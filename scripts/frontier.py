@@ -41,6 +41,7 @@ VECTORISE = flags.DEFINE_bool(
 def main() -> int:
     from dpojax.frontier import dry_run, frontier, results
     from dpojax.jobs import local_workers
+    from dpojax.tables import fitted_markdown, terminal_width
 
     runs = planned_runs()
     if DRY_RUN.value:
@@ -52,7 +53,8 @@ def main() -> int:
     folder = frontier.make_frontier(
         CONFIG.value, runs, WORKDIR.value, workers=workers, vectorise=vectorise
     )
-    print(results.write(folder).split("\n## Samples")[0])
+    report = results.write(folder).split("\n## Samples")[0]
+    print(fitted_markdown(report, terminal_width()))
     print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md")
     failures = results.failures(folder)
     for name, why in failures.items():

@@ -28,6 +28,7 @@ def main() -> None:
     from dpojax.recipes.dry_run import dry_run
     from dpojax.recipes.make import make_recipe
     from dpojax.recipes.recipe import read_recipe
+    from dpojax.tables import fitted_markdown, terminal_width
 
     recipe = read_recipe(CONFIG.path, CONFIG.value)
     if DRY_RUN.value:
@@ -35,7 +36,8 @@ def main() -> None:
             print(line, flush=True)
         return
     folder = make_recipe(CONFIG.value, recipe, WORKDIR.value, workers=WORKERS.value)
-    print(storage.read_text(folder / "report.md").split("\n## Examples")[0])
+    report = storage.read_text(folder / "report.md").split("\n## Examples")[0]
+    print(fitted_markdown(report, terminal_width()))
     print(f"{folder}: report.md, its tables as .csv, its figures as .png and .pdf")
 
 

@@ -1,9 +1,21 @@
 """Tables of text: columns of equal width."""
 
 import doctest
+import io
+import itertools
+import os
+
+import pytest
 
 from dpojax import tables
-from dpojax.tables import markdown_table, ruled_table, text_table
+from dpojax.tables import (
+    blocks_table,
+    fitted_markdown,
+    markdown_table,
+    ruled_table,
+    terminal_width,
+    text_table,
+)
 
 ROWS = [["", "before", "after"], ["loss (nats)", "0.693", "0.512"]]
 
@@ -58,6 +70,73 @@ def test_a_markdown_column_of_long_texts_is_not_padded():
         f"| a    | {long} |",
         "| b    | y   |",
     ]
+
+
+WIDE = [["", *(f"metric {n}" for n in range(9))]]
+WIDE += [[f"beta-{row}", *(str(10**n + row) for n in range(9))] for row in range(2)]
+
+
+def cells_of(lines):
+    """Every cell of blocks: {(the line's first cell, the column's heading): cell}."""
+    cells = {}
+    for is_gap, block in itertools.groupby(lines, lambda line: not line):
+        if not is_gap:
+            heading, *body = (line.replace("metric ", "metric").split() for line in block)
+            cells |= {(name, at): x for name, *rest in body for at, x in zip(heading, rest)}
+    return cells
+
+
+@pytest.mark.parametrize("width", [24, 25, 40, 60, 80])
+def test_blocks_of_a_table_hold_every_cell_and_no_line_is_wider(width):
+    lines = blocks_table(WIDE, width)
+    assert max(map(len, lines)) <= width
+    assert "" in lines
+    names = [heading.replace(" ", "") for heading in WIDE[0][1:]]
+    want = {(row[0], at): x for row in WIDE[1:] for at, x in zip(names, row[1:])}
+    assert cells_of(lines) == want
+
+
+def test_a_table_that_fits_or_that_nobody_measures_is_one_block():
+    whole = text_table(WIDE)
+    width = max(map(len, whole))
+    assert blocks_table(WIDE, width) == blocks_table(WIDE, None) == whole
+    assert len(blocks_table(WIDE, width - 1)) == 2 * len(whole) + 1
+
+
+def test_a_column_that_is_too_wide_by_itself_stays_whole():
+    rows = [["name", "a", "b" * 30, "c"], ["x", "1", "2", "3"]]
+    blocks = blocks_table(rows, 20)
+    assert blocks == ["name  a", "x     1", "", f"name  {'b' * 30}", f"x     {'2':>30}"] + [
+        "",
+        "name  c",
+        "x     3",
+    ]
+    assert blocks_table([], 20) == []
+
+
+def test_a_report_on_a_terminal_is_wrapped_and_loses_no_word_or_cell():
+    table = markdown_table(
+        ["method", "reward", "what it"], [["DPO", "0.5", r"a\|b"], ["PPO", "1", ""]]
+    )
+    report = "\n".join(["# Title", "", "Some words " * 9, "", *table, "- item " + "word " * 9, ""])
+    fitted = fitted_markdown(report, 20)
+    assert max(map(len, fitted.split("\n"))) <= 20
+    assert fitted.startswith("# Title\n\nSome words Some\nwords Some words\n")
+    assert (
+        "method  reward\nDPO        0.5\nPPO          1\n\nmethod  what it\nDPO        a\\|b\n"
+        in fitted
+    )
+    assert fitted.endswith("\n  word word word\n  word\n")
+    assert fitted_markdown(report, 40).count("\n| ") == 4  # the table fits
+    assert fitted_markdown(report, None) == report
+
+
+def test_only_a_terminal_has_a_width(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert terminal_width() is None
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((73, 24)))
+    assert terminal_width() == 73
 
 
 def test_the_example_of_the_docstring_is_what_is_printed():

@@ -156,6 +156,9 @@ def _optimizer(learning_rate: float) -> dict:
         # "-name" that lower is. Such members of a sweep train one after another.
         keep_best="",
         patience=0,  # stop after so many evaluations without a better one; 0: never
+        # Stop at the first evaluation where a metric has reached a value, such as
+        # "eval/samples/win_rate>=0.6" or "eval/loss<=0.5". Each member of a sweep stops for itself.
+        stop_at="",
     )
 
 
@@ -331,7 +334,8 @@ def _samples() -> ConfigDict:
             reward="",  # "" is off; reviews, classifier:FOLDER, reward_model:FOLDER
             # What compares each response with one of the reference's to the same prompt: "" is off;
             # exact, length, reward_model:FOLDER, openai:MODEL@URL, ... (docs/judging.md). Training
-            # stops by it with keep_best="eval/samples/win_rate" and patience.
+            # stops by it with stop_at="eval/samples/win_rate>=0.6", or with
+            # keep_best="eval/samples/win_rate" and patience.
             judge="",
             judge_template="summary",  # the judge's prompt; see docs/judging.md
             prompts="reviews",  # held-out prompts: see ppo.prompts

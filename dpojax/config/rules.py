@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data.records import FORMS, DataError, read_columns
-from dpojax.training import keep_best
+from dpojax.training import keep_best, stop_at
 from dpojax.training.objective import OptionError
 from dpojax.training.state import make_optimizer, make_schedule
 
@@ -198,14 +198,16 @@ def _reason_against(key: str, number: Any) -> str:
 
 
 def check_optimizer(stage: ConfigDict, name: str) -> None:
-    """Check a stage's optimiser, schedule and `keep_best`, and fill in a warm-up that is open.
+    """Check a stage's optimiser, schedule and early stops, and fill in a warm-up that is open.
 
     Raises:
       ConfigError: an optimiser or a schedule that does not exist; two warm-ups; a decay that turns
-        weights around; a metric whose direction is not known.
+        weights around; a metric whose direction is not known; a `stop_at` that is no condition.
     """
     with config_errors(f"{name}.keep_best"):
         keep_best.parse(stage.keep_best, stage.patience)
+    with config_errors(f"{name}.stop_at"):
+        stop_at.parse(stage.stop_at)
     try:
         make_optimizer(stage.optimizer)
         make_schedule(stage.schedule, 0, 1)

@@ -34,6 +34,7 @@ SAME_RESULT += ("num_proc", "hang_minutes")
 # And these, which change the order of sums: its result stays the same to rounding.
 SAME_TO_ROUNDING = ("distributed", "mesh", "micro_rows", "max_buckets", "row_length", "max_logits")
 SAME_TO_ROUNDING += ("model.attention", "sweep")
+EARLY_STOPS = ("keep_best", "stop_at")  # of a stage: what its evaluations decide
 
 
 def compare_config(run: ResolvedRun) -> None:
@@ -83,7 +84,8 @@ def config_differences(before: dict, now: dict, *, ignore: Sequence[str] | set =
     """
     before, now = flat(before), flat(now)
     free = {*SAME_RESULT, *SAME_TO_ROUNDING, *ignore}
-    if any(now.get(f"{name}.keep_best") for name in now.get("stages", ())):
+    decisive = [f"{name}.{key}" for name in now.get("stages", ()) for key in EARLY_STOPS]
+    if any(now.get(key) for key in decisive):
         free -= {"evaluate_every"}  # evaluations decide which checkpoint is the result
     free = tuple(f"{key}." for key in free)
     return [

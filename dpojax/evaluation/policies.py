@@ -35,6 +35,24 @@ from dpojax.training.forward import build_score
 BATCH_SIZE = 64  # prompts that are sampled at a time
 NO_LIMIT = 2**30  # tokens; the sampler limits the length of a prompt
 
+# Names in metrics.jsonl: of all samples, of those that a reward scores, of rank correlations.
+SAMPLE_METRICS = tuple(
+    f"samples/{name}"
+    for name in (
+        "length",
+        "kl",
+        "kl_of_tokens",
+        "kl_error",
+        "kl_of_tokens_error",
+        "stopped",
+        "distinct_1",
+        "distinct_2",
+        "repetition",
+    )
+)
+REWARD_METRICS = ("samples/reward", "samples/reward_error")
+RANK_METRICS = ("samples/rank_correlation", "samples/rank_correlation_error")
+
 
 class NothingStopped(ValueError):
     """Every response ran into the length limit."""
@@ -88,22 +106,21 @@ class PolicyEvaluation(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """The numbers under their names in metrics.jsonl."""
-        values = {
-            "length": self.lengths.mean,
-            "reward": self.reward.value,
-            "kl": self.kl.value,
-            "kl_of_tokens": self.kl_of_tokens.value,
-            "reward_error": self.reward.error,
-            "kl_error": self.kl.error,
-            "kl_of_tokens_error": self.kl_of_tokens.error,
-            "stopped": self.stopped,
-            "distinct_1": self.distinct_1,
-            "distinct_2": self.distinct_2,
-            "repetition": self.repetition,
-        }
-        if np.isnan(self.rewards).all():
-            del values["reward"], values["reward_error"]
-        return {f"samples/{name}": float(value) for name, value in values.items()} | self.judged
+        values = (
+            self.lengths.mean,
+            self.kl.value,
+            self.kl_of_tokens.value,
+            self.kl.error,
+            self.kl_of_tokens.error,
+            self.stopped,
+            self.distinct_1,
+            self.distinct_2,
+            self.repetition,
+        )
+        named = dict(zip(SAMPLE_METRICS, map(float, values), strict=True))
+        if not np.isnan(self.rewards).all():
+            named |= dict(zip(REWARD_METRICS, map(float, self.reward)))
+        return named | self.judged
 
 
 def evaluate(
@@ -370,8 +387,7 @@ class RankCorrelation(NamedTuple):
         """The numbers under their names in metrics.jsonl, with a standard error."""
         # That of a normal distribution with the same 95 % interval.
         error = (self.high - self.low) / (2 * 1.96)
-        name = "samples/rank_correlation"
-        return {name: self.value, f"{name}_error": error}
+        return dict(zip(RANK_METRICS, (self.value, error), strict=True))
 
 
 def rank_correlation(

@@ -43,7 +43,7 @@ from dpojax.runs.sides import (
     request_against,
     requests_of,
 )
-from dpojax.tables import text_table
+from dpojax.tables import blocks_table, terminal_width
 
 __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
@@ -166,7 +166,7 @@ def judge(settings: Settings, log: Log = silent) -> Result:
 
 
 def terminal_table(result: Result) -> str:
-    """The win rates for a terminal, at most 100 columns wide if names are short."""
+    """The win rates for a terminal, in blocks of columns where it is too narrow."""
     rows = result.rows
     outcomes = [Outcome.WIN, Outcome.TIE, Outcome.LOSS]
     outcomes += [] if result.is_symmetric else [Outcome.INCONSISTENT]
@@ -191,7 +191,7 @@ def terminal_table(result: Result) -> str:
     title = f"Win rates against {result.opponent}, judged by {result.judge}, on {counts} prompts"
     if len(temperatures) == 1 and None not in temperatures:
         title += f", at temperature {temperatures.pop():g}"
-    return "\n".join([title, "", *text_table(table)])
+    return "\n".join([title, "", *blocks_table(table, terminal_width())])
 
 
 def row_label(row: Row, *, with_temperature: bool) -> str:

@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpojax import storage
-from dpojax.config.contents import NamedPath, adapters_hash, data_paths, draws_samples
-from dpojax.config.errors import ConfigError, config_errors
+from dpojax.config.contents import NamedPath, adapters_hash, data_paths
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.rules import DATA_RULES, TRAINING_RULES, apply_rules, check_optimizer
 from dpojax.data.examples import Store
@@ -29,13 +28,12 @@ from dpojax.stages import token_cache
 from dpojax.stages.adapters import StageAdapters, check_lora
 from dpojax.stages.batches import Batches, choose_shape
 from dpojax.stages.data import NewStore, StageData
-from dpojax.stages.kept import new_keep_best
+from dpojax.stages.kept import check_metrics
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import POLICY, Stage
 from dpojax.stages.vocabulary import require_rows
 from dpojax.training.forward import Forward, build_outputs
-from dpojax.training.keep_best import require_known
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.preemption import StopSignal
 from dpojax.training.step import build_evaluate
@@ -44,7 +42,6 @@ from dpojax.watchdog import beat
 # (parameters, step, the stage's folder) -> metrics of sampled responses
 EvaluateSamples = Callable[[dict, int, storage.Path], dict[str, float]]
 
-WINS = ("samples/win_rate", "samples/win_rate_low", "samples/win_rate_high")
 PACE_KEYS = ("learning_rate", "warmup_steps", "warmup_ratio", "steps", "epochs")
 
 
@@ -155,7 +152,6 @@ class ExampleStage(Stage):
     # From here on every such stage is alike.
 
     def prepare(self) -> Self:
-        self.check_keep_best()
         loaded = self.load()
         return loaded.with_shape(loaded.shape_for([loaded.batches]))
 
@@ -163,17 +159,19 @@ class ExampleStage(Stage):
         """The stage with its data, whose shape is still to be chosen.
 
         Raises:
+          ConfigError: no evaluation will have the metric of `keep_best` or of `stop_at`.
           DataError: see `stages.data.load`.
         """
+        check_metrics(self.name, self.setup.config, self.metric_names, self.sample_metric_names)
         return self._with_batches(_load_data(self))
-
-    def check_keep_best(self) -> None:
-        """Raise ConfigError if no evaluation will have the metric of config.NAME.keep_best."""
-        _check_keep_best(self)
 
     @abc.abstractmethod
     def metric_names(self) -> list[str]:
         """The names of an evaluation's metrics, without those of samples."""
+
+    def sample_metric_names(self) -> list[str]:
+        """The names of what `open_samples` measures."""
+        return []
 
     def read_data(self, new_store: NewStore = Store) -> StageData:
         """Read and tokenise the stage's data; the cache of tokens is not looked at.
@@ -283,22 +281,6 @@ def scores_of(forward: Forward) -> Callable[..., Any]:
         return outputs(params, rows)
 
     return score
-
-
-def _check_keep_best(stage: ExampleStage) -> None:
-    followed = new_keep_best(stage.config)
-    if followed is None:
-        return
-    config = stage.setup.config
-    if draws_samples(config) and followed.metric.startswith("samples/"):
-        if followed.metric in WINS and not config.samples.judge:
-            raise ConfigError(
-                f"config.{stage.name}.keep_best = {stage.config.keep_best!r}: a judge says who "
-                "wins; name one in config.samples.judge"
-            )
-        return
-    with config_errors(f"{stage.name}.keep_best"):
-        require_known(followed.metric, stage.metric_names())
 
 
 def _traced_keys(stage_class: type[ExampleStage], run: ResolvedRun) -> frozenset[str]:

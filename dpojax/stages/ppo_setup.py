@@ -34,6 +34,8 @@ from dpojax.models.decoder import SHARDING_RULES
 from dpojax.rl import AdaptiveKL
 from dpojax.sampling import Prompts, Sampler, build_sampler
 from dpojax.stages.data import DataRequirements
+from dpojax.stages.kept import check_metrics
+from dpojax.stages.samples import sample_metric_names
 from dpojax.stages.setup import Setup, with_scalar_model
 from dpojax.stages.stage import Stage, require_language_model
 from dpojax.stages.vocabulary import require_rows_of_prompts
@@ -161,9 +163,10 @@ class PPOSetup(Stage):
 
         Raises:
           ConfigError: a reward that cannot be opened; fewer prompts than a batch; a prompt that
-            leaves no room for its response.
+            leaves no room for its response; a metric that no evaluation has.
           DataError: see `read_prompts`.
         """
+        check_metrics(self.name, self.setup.config, self.metric_names)
         with config_errors("ppo.reward"):
             reward = open_reward(self.config.reward, mesh=self.setup.mesh)
         return dataclasses.replace(self, prompts=_read_prompts(self.setup), reward=reward)
@@ -173,6 +176,11 @@ class PPOSetup(Stage):
         step = self.best_step if step is None else step
         shapes = self.setup.abstract_params
         return checkpoints.load_params(self.checkpoint_folder, shapes, step, within="policy")
+
+    def metric_names(self) -> list[str]:
+        """The names of an evaluation's metrics."""
+        reward = self.evaluation_reward
+        return sample_metric_names(self.setup, reward_name=reward, with_ranks=False)
 
     def reference_params(self) -> dict:
         """The float32 parameters that the stage started from."""

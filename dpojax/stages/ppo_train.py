@@ -10,12 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dpojax import sharding
-from dpojax.evaluation.policies import response_texts
+from dpojax.evaluation.policies import PolicyEvaluation, response_texts
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPOState
 from dpojax.sampling import Prompts, Sample, Samples
 from dpojax.stages import kept_weights
-from dpojax.stages.kept import has_ended, new_keep_best
+from dpojax.stages.kept import has_ended, new_keep_best, new_stop_at
 from dpojax.stages.kept_weights import FINGERPRINT
 from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import append_samples, open_judged_samples
@@ -23,12 +23,13 @@ from dpojax.stages.stage import announce_kept, open_metrics
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST
-from dpojax.training.loop import WINDOW, Every, NonFiniteLoss
+from dpojax.training.loop import WINDOW, Every, NonFiniteLoss, say_reached
 from dpojax.training.metrics import MetricWriter, Window, progress
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import fingerprint
 from dpojax.training.state import schedule_of, warmup_steps
 from dpojax.training.step import Report
+from dpojax.training.stop_at import STOP_AT
 
 
 def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
@@ -71,26 +72,24 @@ def _iterate(
     writer: MetricWriter,
     stop: StopSignal,
 ) -> PPOState:
-    """The iterations from the state's on to the last, or until `keep_best` stops."""
+    """The iterations from the state's on to the last, or until `keep_best` or `stop_at` stops."""
     config, steps = stage.setup.config, stage.steps
     every = Every(config.log_every, config.evaluate_every, config.checkpoint_every)
     window, clocks, done = Window(), [], int(state.iteration)
     score, reward_name = stage.programs.score, stage.evaluation_reward
     sample = open_judged_samples(stage.setup, reference, score, reward_name=reward_name)
-    keep, ended = new_keep_best(stage.config), False
+    keep, stop_at, ended = new_keep_best(stage.config), new_stop_at(stage.config), False
+    followed = {key: x for key, x in ((KEEP_BEST, keep), (STOP_AT, stop_at)) if x is not None}
     if done:
         window.restore(saved.metadata(done).get(WINDOW, {}))
-        if keep is not None:
-            keep.restore(saved.metadata(done))
+        for metric in followed.values():
+            metric.restore(saved.metadata(done))
 
     def evaluate() -> bool:
         """Log an evaluation; return whether it is the best so far."""
-        evaluation = sample(state.policy.params)
-        append_samples(stage.folder, done, evaluation)
-        values = evaluation.metrics()
-        writer.write(done, values, split="eval")
-        if jax.process_index() == 0:
-            tqdm.write(f"{stage.name}  {_evaluation_line(done, steps, values)}")
+        values = _log_evaluation(stage, sample(state.policy.params), done, writer)
+        if stop_at is not None and stop_at.add(done, values):
+            say_reached(stage.name, stop_at, steps)
         return keep is not None and keep.add(done, values)
 
     if done == 0:
@@ -112,10 +111,10 @@ def _iterate(
                     f"reward {values['objective/scores']:.3f}, kl {values['objective/kl']:.2f}"
                 )
             is_best = evaluating and evaluate()
-            ended = keep is not None and keep.stopped_at == done
+            ended = any(metric.stopped_at == done for metric in followed.values())
             if save or stopping or is_best or ended:
-                metadata = {"stage": stage.name, WINDOW: window.state()}
-                metadata |= {} if keep is None else {KEEP_BEST: keep.state()}
+                metadata = {key: metric.state() for key, metric in followed.items()}
+                metadata |= {"stage": stage.name, WINDOW: window.state()}
                 writer.sync()
                 saved.save(done, state, metadata=metadata, score=keep.score if is_best else None)
             if stopping and done < steps and not ended:
@@ -123,6 +122,18 @@ def _iterate(
                 raise Preempted(f"{stage.name}: stopped at iteration {done} of {steps}, saved")
     saved.wait()
     return state
+
+
+def _log_evaluation(
+    stage: PPOSetup, evaluation: PolicyEvaluation, done: int, writer: MetricWriter
+) -> dict[str, float]:
+    """Write and print an evaluation after `done` iterations; return its metrics."""
+    append_samples(stage.folder, done, evaluation)
+    values = evaluation.metrics()
+    writer.write(done, values, split="eval")
+    if jax.process_index() == 0:
+        tqdm.write(f"{stage.name}  {_evaluation_line(done, stage.steps, values)}")
+    return values
 
 
 def _require_finite(stage: PPOSetup, report: Report, done: int, saved: Checkpoints) -> None:

@@ -32,7 +32,7 @@ from dpojax.stages.references import (
     saved_weights,
     weights_folder,
 )
-from dpojax.stages.samples import sampled_metrics
+from dpojax.stages.samples import sample_metric_names, sampled_metrics
 from dpojax.stages.setup import Setup, load_weights
 from dpojax.stages.stage import Summarise, require_language_model
 from dpojax.stages.train import evaluate_batches
@@ -152,6 +152,12 @@ class Preference(LanguageStage):
             self.programs.score,
             starts_at_reference=policy_starts_at_reference(self),
         )
+
+    def sample_metric_names(self) -> list[str]:
+        if not draws_samples(self.setup.config):
+            return []
+        reward = self.setup.config.samples.reward
+        return sample_metric_names(self.setup, reward_name=reward, with_ranks=bool(reward))
 
     def live_reference_shapes(self) -> dict | None:
         if self.config.reference.kind != "live" or self._reference_is_base:

@@ -16,6 +16,7 @@ from dpojax.evaluation import policies
 from dpojax.evaluation.policies import PolicyEvaluation, RankCorrelation
 from dpojax.evaluation.rewards import open_reward
 from dpojax.sampling import build_sampler
+from dpojax.stages import wins
 from dpojax.stages.setup import Setup
 from dpojax.stages.wins import AddWins, open_wins
 from dpojax.training.metrics import forget_later_steps
@@ -150,6 +151,19 @@ def sampled_metrics(
         return evaluation.metrics() | of_ranks
 
     return metrics
+
+
+def sample_metric_names(setup: Setup, *, reward_name: str, with_ranks: bool) -> list[str]:
+    """The names of what evaluations measure of samples, without drawing any.
+
+    Args:
+      reward_name: see `open_samples`.
+      with_ranks: whether evaluations have the rank correlation.
+    """
+    names = list(policies.SAMPLE_METRICS)
+    names += policies.REWARD_METRICS if reward_name else ()
+    names += policies.RANK_METRICS if with_ranks else ()
+    return [*names, *(wins.METRICS if setup.config.samples.judge else ())]
 
 
 def append_samples(folder: storage.Path, step: int, evaluation: PolicyEvaluation) -> None:

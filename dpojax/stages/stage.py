@@ -30,7 +30,7 @@ from dpojax.config.resolved import ResolvedRun
 from dpojax.models import huggingface
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.exported import ExportOptions, in_dtype
-from dpojax.stages.kept import has_ended, kept_best
+from dpojax.stages.kept import has_ended, kept_best, stopped_at
 from dpojax.stages.samples import forget_later_samples
 from dpojax.stages.setup import Setup
 from dpojax.stages.tokenizers import read_generation_config
@@ -262,12 +262,15 @@ class Stage(abc.ABC):
     def save_summary(self, summary: Summary, text: str) -> None:
         """Write summary.json and summary.txt into the stage's folder, by the first process.
 
-        Where the stage keeps its best evaluation, both say which step that is, and why.
+        Both say which step is kept and why (`keep_best`), and what ended the stage (`stop_at`).
         """
         if jax.process_index() == 0:
             if (best := kept_best(self.config, self.checkpoint_folder)) is not None:
                 summary |= {"kept": best.state() | {"metric": best.metric}}
                 text += f"\nkept: {best.describe(self.steps)}"
+            if (stop := stopped_at(self.config, self.checkpoint_folder)) is not None:
+                summary |= {"stop_at": stop.state() | {"condition": stop.condition}}
+                text += f"\nended: {stop.describe(self.steps)}"
             storage.write_json(self.folder / "summary.json", summary)
             storage.write_text(self.folder / "summary.txt", text + "\n")
 

@@ -25,7 +25,7 @@ from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.stages import kept_weights
 from dpojax.stages.example_stage import EvaluateSamples, ExampleStage
-from dpojax.stages.kept import has_ended, new_keep_best
+from dpojax.stages.kept import has_ended, new_keep_best, new_stop_at
 from dpojax.stages.reference import Reference
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.setup import with_scalar_params
@@ -357,6 +357,7 @@ def _train_loop(
         writer=writer,
         stop=stop,
         keep_best=new_keep_best(stage.config),
+        stop_at=new_stop_at(stage.config),
         spans=Spans(stage.folder if config.profile else None),
     )
 

@@ -25,6 +25,11 @@ from dpojax.watchdog import beat, unwatched
 
 VERDICTS = "verdicts"  # folder of the workdir
 RATE = "samples/win_rate"
+LOW, HIGH = f"{RATE}_low", f"{RATE}_high"
+OFTEN_NAN = (RATE, LOW, HIGH)  # logged at every evaluation, nan where they are not known
+# All that a judge adds to an evaluation; the last two only if it is asked in both orders.
+METRICS = (*OFTEN_NAN, "samples/ties", "samples/unparsed")
+METRICS += ("samples/flip_rate", "samples/position_bias")
 
 AddWins = Callable[[PolicyEvaluation], PolicyEvaluation]
 
@@ -62,7 +67,7 @@ def open_wins(setup: Setup, reference_params: dict, prompts: Sequence[str], seed
         except JudgeError as error:
             if jax.process_index() == 0:
                 tqdm.write(f"WARNING: no win rate at this evaluation: {error}")
-            return evaluation._replace(judged={RATE: math.nan})
+            return evaluation._replace(judged=dict.fromkeys(OFTEN_NAN, math.nan))
         rate = win_rate(judgements, [c.id for c in comparisons], is_symmetric=judge.is_symmetric)
         scores = [judgement.score for judgement in judgements]
         means = prompt_means(scores, index_prompts([c.id for c in comparisons]))
@@ -128,14 +133,15 @@ def _got_on(done: int, total: int) -> None:
 
 
 def _metrics(rate: WinRate) -> dict[str, float]:
-    """Under their names in metrics.jsonl; what is not known is left out."""
-    values = {
-        "win_rate": rate.value,
-        "win_rate_low": rate.low,
-        "win_rate_high": rate.high,
-        "ties": rate.share(Outcome.TIE),
-        "unparsed": rate.share(Outcome.UNPARSED),
-        "flip_rate": rate.flip_rate.value,
-        "position_bias": rate.position_bias.value,
-    }
-    return {f"samples/{name}": x for name, x in values.items() if not math.isnan(x)}
+    """Under their names in metrics.jsonl; what is not known is nan or left out."""
+    values = (
+        rate.value,
+        rate.low,
+        rate.high,
+        rate.share(Outcome.TIE),
+        rate.share(Outcome.UNPARSED),
+        rate.flip_rate.value,
+        rate.position_bias.value,
+    )
+    named = dict(zip(METRICS, values, strict=True))
+    return {name: x for name, x in named.items() if name in OFTEN_NAN or not math.isnan(x)}

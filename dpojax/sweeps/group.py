@@ -36,6 +36,7 @@ from dpojax.runs.workdirs import (
     write_failure,
 )
 from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.kept import new_stop_at
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup, with_scalar_params
@@ -47,6 +48,7 @@ from dpojax.sweeps.program import MemberProgram
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.preemption import StopSignal
+from dpojax.training.stop_at import STOP_AT
 from dpojax.training.vectorised_loop import (
     Member,
     MemberChunk,
@@ -211,13 +213,15 @@ class Group:
         per_call = program.members_per_call
         chunks = [indices[k : k + per_call] for k in range(0, len(indices), per_call)]
         resumed = resume(saved, program.abstract, len(chunks), batches)
-        states, done, failed, windows = resumed or Resumed([], None, {}, {})
+        states, done, failed, windows, stops = resumed or Resumed([], None, {}, {}, {})
         if resumed is None:
             evaluator = self._with_first_scores(evaluator, trained)
         members = {i: _member(self.stages[i], evaluator, during, done, i in ended) for i in indices}
         for i, member in members.items():
             member.error = failed.get(member.name, "")
             member.window.restore(windows.get(member.name, {}))
+            if member.stop_at is not None:
+                member.stop_at.restore({STOP_AT: stops.get(member.name)})
             if resumed is None and not member.ended:
                 _begin(member, self.stages[i], evaluator)
         hyperparameters_of = [program.hyperparameters(chunk, ended) for chunk in chunks]
@@ -295,6 +299,7 @@ def _member(
         evaluate=partial(evaluator, stage),
         writer=during.enter_context(open_metrics(stage, done)),
         checkpoints=during.enter_context(saved),
+        stop_at=new_stop_at(stage.config),
     )
 
 

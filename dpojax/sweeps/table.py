@@ -14,7 +14,7 @@ from dpojax.evaluation.sweep_figure import draw
 from dpojax.runs.workdirs import FINISHED
 from dpojax.stages.samples import WIN_SCORE, last_samples
 from dpojax.stages.wins import RATE as WIN_RATE
-from dpojax.tables import text_table
+from dpojax.tables import blocks_table, terminal_width
 from dpojax.training.metrics import RESERVED, read_metrics
 
 TABLE, FIGURE = "sweep.csv", "sweep.png"
@@ -30,30 +30,29 @@ class Column(NamedTuple):
     scale: float
     number_format: str
     with_interval: bool = False  # the ends are metrics, too: NAME_low and NAME_high
+    with_error: bool = False  # the standard error is a metric, too: NAME_error
 
     def cell(self, line: Mapping[str, float]) -> str:
-        """The metric of an evaluation, and its interval."""
-        ends = ("", "_low", "_high") if self.with_interval else ("",)
-        values = [line.get(self.metric + end, math.nan) for end in ends]
-        value, *interval = (format(self.scale * x, self.number_format) for x in values)
-        if not self.with_interval or math.isnan(values[-1]):
+        """The metric of an evaluation, and its interval or error where that is known."""
+        ends = ("_low", "_high") if self.with_interval else ("_error",) if self.with_error else ()
+        values = [line.get(self.metric + end, math.nan) for end in ("", *ends)]
+        value, *spread = (format(self.scale * x, self.number_format) for x in values)
+        if not ends or math.isnan(values[-1]):
             return value
-        return f"{value} ({interval[0]} to {interval[1]})"
+        return f"{value} ± {spread[0]}" if self.with_error else f"{value} ({' to '.join(spread)})"
 
 
 COLUMNS = (
-    Column("held-out loss", "loss", 1, ".4f"),
-    Column("accuracy, %", "rewards/accuracies", 100, ".1f"),
-    Column("accuracy, %", "accuracy", 100, ".1f"),
-    Column("margin, nats", "rewards/margins", 1, "+.3f"),
-    Column("KL estimate, nats/token", "kl/per_token", 1, ".4f"),
-    Column("chosen less likely, %", "displacement", 100, ".1f"),
-    Column("reward of samples", "samples/reward", 1, ".3f"),
-    Column("±", "samples/reward_error", 1, ".3f"),
-    Column("KL of samples, nats", "samples/kl", 1, ".2f"),
-    Column("±", "samples/kl_error", 1, ".2f"),
-    Column("win rate, %", "samples/win_rate", 100, ".1f", with_interval=True),
-    Column("behind the best, %", BEHIND, 100, ".1f", with_interval=True),
+    Column("held-out loss", "loss", 1, "z.4f"),
+    Column("accuracy, %", "rewards/accuracies", 100, "z.1f"),
+    Column("accuracy, %", "accuracy", 100, "z.1f"),
+    Column("margin, nats", "rewards/margins", 1, "+z.3f"),
+    Column("KL estimate, nats/token", "kl/per_token", 1, "z.4f"),
+    Column("chosen less likely, %", "displacement", 100, "z.1f"),
+    Column("reward of samples", "samples/reward", 1, "z.3f", with_error=True),
+    Column("KL of samples, nats", "samples/kl", 1, "z.2f", with_error=True),
+    Column("win rate, %", "samples/win_rate", 100, "z.1f", with_interval=True),
+    Column("behind the best, %", BEHIND, 100, "z.1f", with_interval=True),
 )
 
 
@@ -64,7 +63,7 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
       plan: what sweep.json holds.
 
     Returns:
-      the table as text.
+      the table as text, in blocks of columns where the terminal is too narrow.
     """
     stage = plan["config"]["stages"][-1]
     evaluations = {
@@ -81,7 +80,7 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
     storage.write_text(folder / TABLE, _csv(kept_evaluations, plan["members"]))
     if evaluations:
         draw(evaluations, folder / FIGURE)
-    return "\n".join(text_table(_rows(kept_evaluations)))
+    return "\n".join(blocks_table(_rows(kept_evaluations), terminal_width()))
 
 
 def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) -> Mapping:
@@ -148,8 +147,10 @@ def _csv(evaluations: Mapping[str, Mapping[str, float]], members: Mapping[str, M
 
 
 def _rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """The headings, and the kept evaluation of every member."""
+    """The headings, and the kept evaluation of every member; its step where they differ."""
     columns = [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
+    if len({line["step"] for line in evaluations.values()}) > 1:
+        columns.insert(0, Column("step", "step", 1, ".0f"))
     rows = [["", *(column.heading for column in columns)]]
     for name, line in evaluations.items():
         rows.append([name, *(column.cell(line) for column in columns)])

@@ -24,6 +24,7 @@ from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
 from dpojax.training.step import Report
+from dpojax.training.stop_at import STOP_AT, StopAt
 from dpojax.training.throughput import memory_bytes
 
 WINDOW = "window"  # in a checkpoint's metadata: of the steps that no line has shown yet
@@ -81,6 +82,7 @@ class TrainLoop:
       keep_best: follows a metric of `evaluate`. Whenever it is better than before, the state is
         saved and stays on disk until one is better. It also says when to stop early. None keeps no
         best.
+      stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never.
       spans: add up where the time goes.
       warned: the terminal has said that updates are lost to rounding.
     """
@@ -100,11 +102,12 @@ class TrainLoop:
     writer: MetricWriter
     stop: StopSignal
     keep_best: KeepBest | None = None
+    stop_at: StopAt | None = None
     spans: Spans = dataclasses.field(default_factory=Spans)
     warned: bool = False
 
     def __call__(self, state: State) -> State:
-        """Train to the last step, or until `keep_best` stops; return the state, also on disk.
+        """Train to the last step or to an early stop; return the state, also on disk.
 
         Raises:
           NonFiniteLoss: naming the examples; the last good checkpoint is kept.
@@ -119,8 +122,8 @@ class TrainLoop:
     def _train(self, state: State) -> State:
         done = int(state.step)
         saved = self.checkpoints.metadata(done) if done else {}
-        if self.keep_best is not None and done:
-            self.keep_best.restore(saved)
+        for followed in self._followed():
+            followed.restore(saved)  # at step 0 nothing is saved
         first = done + 1
         pace = _Pace(self.flops, self.ceiling)
         pace.carry_over(saved.get(WINDOW))
@@ -165,7 +168,11 @@ class TrainLoop:
         return state
 
     def _stops_early(self, step: int) -> bool:
-        return self.keep_best is not None and self.keep_best.stopped_at == step
+        return any(followed.stopped_at == step for followed in self._followed())
+
+    def _followed(self) -> list[KeepBest | StopAt]:
+        """What follows a metric, and may end the training."""
+        return [x for x in (self.keep_best, self.stop_at) if x is not None]
 
     def _check(self, rows: Rows, report: Report, step: int) -> None:
         """Refuse a step whose loss or gradient was not finite."""
@@ -189,12 +196,12 @@ class TrainLoop:
         """Evaluate and log; return the values, and whether they are the best so far.
 
         A signal need not wait for the end. The run that resumes then evaluates first. The last
-        evaluation, one that decides what is kept, and one of several processes are not cut short.
+        evaluation, one that decides anything, and one of several processes are not cut short.
 
         Raises:
           Preempted: the state is saved, and not evaluated.
         """
-        alone = jax.process_count() == 1 and self.keep_best is None
+        alone = jax.process_count() == 1 and not self._followed()
         try:
             with self.spans(EVALUATION), stopping.obeyed(alone and step < self.steps):
                 values = self.evaluate(state)
@@ -206,6 +213,8 @@ class TrainLoop:
             raise Preempted(f"{self.stage}: {why}") from stopped
         self.writer.write(step, values, split="eval")
         print_evaluation(self.stage, step, self.steps, values)
+        if self.stop_at is not None and self.stop_at.add(step, values):
+            say_reached(self.stage, self.stop_at, self.steps)
         return values, self.keep_best is not None and self.keep_best.add(step, values)
 
     def _save(
@@ -230,6 +239,8 @@ class TrainLoop:
         self.writer.sync()  # a run that resumes here does not write these lines again
         if self.keep_best is not None:
             metadata[KEEP_BEST] = self.keep_best.state()
+        if self.stop_at is not None:
+            metadata[STOP_AT] = self.stop_at.state()
         score = self.keep_best.score if is_best else None
         with self.spans(CHECKPOINT):
             self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
@@ -239,6 +250,12 @@ def print_evaluation(name: str, step: int, steps: int, values: dict[str, float])
     """Print a line above the progress bar, in the first process alone."""
     if jax.process_index() == 0:
         tqdm.write(f"{name}  {evaluation_line(step, steps, values)}")
+
+
+def say_reached(name: str, stop_at: StopAt, steps: int) -> None:
+    """Print why a training ends before its last step, in the first process alone."""
+    if jax.process_index() == 0:
+        tqdm.write(f"{name}  stops at {stop_at.describe(steps)}")
 
 
 def warn_of_lost_updates(name: str, step: int, values: dict[str, float]) -> bool:

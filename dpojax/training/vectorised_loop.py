@@ -19,12 +19,14 @@ from dpojax.training.loop import (
     Every,
     name_the_not_finite,
     print_evaluation,
+    say_reached,
     warn_of_lost_updates,
 )
 from dpojax.training.metrics import MetricWriter, Window, progress
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.state import State
 from dpojax.training.step import Report
+from dpojax.training.stop_at import STOP_AT, StopAt
 from dpojax.training.vectorised_step import MemberHyperparameters, MemberStates
 from dpojax.watchdog import beat
 
@@ -45,6 +47,8 @@ class Member:
       error: why it failed; "" if it did not.
       evaluation: the values of its last evaluation.
       window: metrics of its steps since the last log.
+      stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never. Other
+        members train on.
       warned: the terminal has said that its updates are lost to rounding.
     """
 
@@ -57,11 +61,17 @@ class Member:
     error: str = ""
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     window: Window = dataclasses.field(default_factory=Window)
+    stop_at: StopAt | None = None
     warned: bool = False
 
     def trains_after(self, done: int) -> bool:
         """Whether it takes another step after `done` steps."""
-        return not self.ended and not self.error and done < self.steps
+        return not self.ended and not self.error and not self.is_last(done)
+
+    def is_last(self, done: int) -> bool:
+        """Whether it has taken its last step after `done` steps: of its run, or before a stop."""
+        stopped_at = None if self.stop_at is None else self.stop_at.stopped_at
+        return done >= (self.steps if stopped_at is None else stopped_at)
 
     def log(self, stage: str, done: int) -> None:
         """Write the metrics of the steps since the last log."""
@@ -74,11 +84,16 @@ class Member:
         values = self.evaluation = self.evaluate(state)
         self.writer.write(done, values, split="eval")
         print_evaluation(f"{stage} {self.name}", done, self.steps, values)
+        if self.stop_at is not None and self.stop_at.add(done, values):
+            say_reached(f"{stage} {self.name}", self.stop_at, self.steps)
 
     def finish(self, stage: str, state: State, done: int) -> None:
         """Save its final state."""
         finite = {name: x for name, x in self.evaluation.items() if math.isfinite(x)}
-        self.checkpoints.save(done, state, metadata={"stage": stage, "evaluation": finite})
+        metadata = {"stage": stage, "evaluation": finite}
+        if self.stop_at is not None:
+            metadata[STOP_AT] = self.stop_at.state()
+        self.checkpoints.save(done, state, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -105,6 +120,19 @@ class MemberChunk:
                 if member.ended:
                     continue
                 member.window.add(jax.tree.map(lambda x, i=index: x[i], metrics))
+
+    def idle(self, done: int) -> None:
+        """Let members that stopped at their evaluation after `done` steps take no more of them."""
+        stopped = [
+            member.stop_at is not None and member.stop_at.stopped_at == done
+            for member in self.members
+        ]
+        if any(stopped):
+            before = self.hyperparameters.steps
+            steps = np.array(sharding.to_host(before))
+            steps[np.flatnonzero(stopped)] = 0
+            steps = sharding.put(steps, before.sharding)
+            self.hyperparameters = self.hyperparameters._replace(steps=steps)
 
 
 class Orders:
@@ -183,9 +211,10 @@ class VectorisedLoop:
                     self._check(chunks, *pending, done)
                     self._report(chunks, active, due, done)
                 saving = self.every.checkpoint and done % self.every.checkpoint == 0
-                if done < last and (saving or stopping):
+                going_on = any(member.trains_after(done) for member in members)
+                if going_on and (saving or stopping):
                     self._save(chunks, done)
-                if stopping and done < last:
+                if stopping and going_on:
                     self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {last}, saved")
         for member in members:
@@ -222,7 +251,9 @@ class VectorisedLoop:
                 member.log(self.stage, done)
         evaluating = [member for member in active if due[member.name].evaluate]
         self._each(chunks, evaluating, Member.evaluate_and_log, done)
-        self._each(chunks, [m for m in active if done == m.steps], Member.finish, done)
+        self._each(chunks, [m for m in active if m.is_last(done)], Member.finish, done)
+        for chunk in chunks:
+            chunk.idle(done)
 
     def _each(
         self, chunks: Sequence[MemberChunk], members: Sequence[Member], act: Callable, done: int
@@ -261,7 +292,9 @@ class VectorisedLoop:
         windows = {member.name: member.window.state() for member in training}
         for member in training:
             member.writer.sync()  # a run that resumes here does not write these lines again
+            member.checkpoints.wait()  # one that has ended has its final state, which is not here
         metadata = {"stage": self.stage, "failed": failed, "windows": windows}
+        metadata[STOP_AT] = {m.name: m.stop_at.state() for m in training if m.stop_at is not None}
         self.checkpoints.save(done, states, self.batches, metadata=metadata)
 
 
@@ -273,12 +306,14 @@ class Resumed(NamedTuple):
       done: steps.
       failed: why members had failed, by name.
       windows: of each member, what its steps since the last log add to the next one.
+      stops: of each member with a `stop_at`, what is known of its metric.
     """
 
     states: list[MemberStates]
     done: int
     failed: dict[str, str]
     windows: dict[str, dict]
+    stops: dict[str, dict]
 
 
 def resume(
@@ -300,7 +335,8 @@ def resume(
         return None
     states, metadata = checkpoints.restore({_key(c): abstract for c in range(chunks)}, batches)
     of_chunks = [states[_key(c)] for c in range(chunks)]
-    return Resumed(of_chunks, done, metadata["failed"], metadata.get("windows", {}))
+    windows, stops = metadata.get("windows", {}), metadata.get(STOP_AT, {})
+    return Resumed(of_chunks, done, metadata["failed"], windows, stops)
 
 
 def _key(chunk: int) -> str:

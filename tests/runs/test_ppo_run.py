@@ -272,6 +272,7 @@ def test_the_iteration_of_the_best_samples_is_kept_and_training_stops_without_a_
         "max_checkpoints": 1,
         "ppo.keep_best": "eval/samples/reward",
         "ppo.patience": 1,
+        "ppo.stop_at": "eval/samples/reward>=0.7",  # before training alone, which does not count
     }
     train(tmp_path, keys=keys)
     steps = {int(path.name) for path in (tmp_path / "ppo" / "checkpoints").iterdir()}
@@ -282,3 +283,21 @@ def test_the_iteration_of_the_best_samples_is_kept_and_training_stops_without_a_
     assert [values[when]["samples/reward"] for when in ("before", "after")] == [0.9, 0.6]
     text = (tmp_path / "ppo" / "summary.txt").read_text()
     assert "step 2 of 4, where eval/samples/reward was highest: 0.6 (before training" in text
+    assert "ended: eval/samples/reward >= 0.7 was never reached: the highest was 0.6, at" in text
+
+
+@pytest.mark.slow
+def test_iterations_end_at_the_first_reward_that_reaches_the_value(
+    train, stage, tmp_path, monkeypatch
+):
+    rewards = iter([0.2, 0.4, 0.6, 0.9])
+    metrics = PolicyEvaluation.metrics
+
+    def with_reward(self):
+        return metrics(self) | {"samples/reward": next(rewards)}
+
+    monkeypatch.setattr(PolicyEvaluation, "metrics", with_reward)
+    train(tmp_path, keys={"evaluate_every": 1, "ppo.stop_at": "eval/samples/reward>=0.5"})
+    summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+    assert summary["stop_at"]["stopped_at"] == 2
+    assert len(list(rewards)) == 1

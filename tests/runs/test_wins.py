@@ -116,8 +116,8 @@ def test_an_evaluation_whose_judge_is_away_has_no_win_rate_and_training_goes_on(
 ):
     picky.is_down = True
     judged = opened("picky")(evaluation(said("chosen"))).judged
-    assert list(judged) == ["samples/win_rate"]
-    assert np.isnan(judged["samples/win_rate"])
+    assert list(judged) == [f"samples/win_rate{end}" for end in ("", "_low", "_high")]
+    assert np.isnan(list(judged.values())).all()
     assert "WARNING: no win rate at this evaluation: picky: is away" in capsys.readouterr().out
 
 
@@ -149,6 +149,15 @@ def test_every_evaluation_of_a_run_logs_the_win_rate_and_its_interval(trained):
     assert draws == [1]  # the reference, once
 
 
+def test_the_metrics_of_samples_are_known_before_any_are_drawn(trained):
+    """So that keep_best and stop_at can be refused: of an exact judge, without a reward."""
+    stage = open_stage(prepare_setup(resolve(tiny_config(**SAMPLED), trained[0])), "preference")
+    first = next(x for x in lines(trained[0], "preference") if x["split"] == "eval")
+    logged = {name for name in first if name.startswith("samples/")}
+    both_orders = {"samples/flip_rate", "samples/position_bias"}  # which the exact judge has not
+    assert {*stage.sample_metric_names()} - both_orders == logged
+
+
 def test_the_win_scores_of_prompts_average_to_the_win_rate(trained):
     folder = trained[0] / "preference"
     last = [x for x in lines(trained[0], "preference") if x["split"] == "eval"][-1]
@@ -174,13 +183,36 @@ def test_training_stops_by_the_win_rate_and_keeps_the_best(tmp_path, monkeypatch
     assert (kept["step"], kept["stopped_at"]) == (4, 8)
 
 
-def test_stopping_by_the_win_rate_needs_a_judge(tmp_path):
-    changes = {"samples.judge": "", "samples.reward": "reviews"}
-    changes |= {"preference.keep_best": "eval/samples/win_rate"}
-    resolved = resolve(tiny_config(**SAMPLED | changes), tmp_path)
-    stage = open_stage(prepare_setup(resolved), "preference")
-    with pytest.raises(ConfigError, match=r"name one in config\.samples\.judge"):
-        stage.prepare()
+def prepare(folder, **changes):
+    resolved = resolve(tiny_config(**SAMPLED | changes), folder)
+    return open_stage(prepare_setup(resolved), resolved.config.stages[0]).prepare()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preference.keep_best": "eval/samples/win_rate"},
+        {"preference.stop_at": "eval/samples/win_rate_low>=0.5"},
+    ],
+)
+def test_stopping_by_the_win_rate_needs_a_judge(changes, tmp_path):
+    said = rf"config\.{next(iter(changes))} = .* name one in config\.samples\.judge"
+    with pytest.raises(ConfigError, match=said):
+        prepare(tmp_path, **changes, **{"samples.judge": "", "samples.reward": "reviews"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"preference.stop_at": "eval/samples/winrate>=1"}, "samples/win_rate, eval/samples/win"),
+        ({"preference.keep_best": "+samples/reward"}, "eval/samples/repetition, eval/samples/stop"),
+        ({"stages": ("sft",), "sft.stop_at": "samples/kl>=1"}, "they have eval/entropy"),
+        ({"stages": ("ppo",), "ppo.stop_at": "loss<=1"}, "samples/reward, eval/samples/reward_err"),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused_with_its_neighbours(changes, known, tmp_path):
+    with pytest.raises(ConfigError, match=rf"evaluations have no eval/.*{known}"):
+        prepare(tmp_path, **changes)
 
 
 def test_a_judge_that_there_is_not_is_named_before_anything_is_made(tmp_path):

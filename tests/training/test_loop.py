@@ -17,6 +17,7 @@ from dpojax.training.keep_best import KeepBest
 from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.metrics import MetricWriter, read_metrics
 from dpojax.training.preemption import Preempted, StopSignal
+from dpojax.training.stop_at import StopAt
 
 ACCURACIES = {0: 0.99, 2: 0.6, 4: 0.9, 6: 0.7, 8: 0.9, 10: 0.8, 11: float("nan")}
 SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -62,7 +63,15 @@ def run_loop(monkeypatch):
     monkeypatch.setattr("dpojax.training.loop._Pace", lambda *_: Idle())
 
     def start(
-        folder, killed_at=None, *, sign=1, patience=0, values=ACCURACIES, asked_at=None, keep=True
+        folder,
+        killed_at=None,
+        *,
+        sign=1,
+        patience=0,
+        values=ACCURACIES,
+        asked_at=None,
+        keep=True,
+        stop_at=None,
     ):
         def evaluate(state):
             if int(state.step) == killed_at:
@@ -95,6 +104,7 @@ def run_loop(monkeypatch):
                 writer=writer,
                 stop=stack.enter_context(StopSignal()),
                 keep_best=KeepBest("accuracy", sign, patience) if keep else None,
+                stop_at=stop_at and StopAt("accuracy", sign, stop_at),
             )
             return run(state)
 
@@ -209,6 +219,29 @@ def test_a_run_killed_before_or_after_any_evaluation_stops_at_the_same_step(
             assert int(again.step) == 8
             np.testing.assert_array_equal(again.params, whole.params)
             assert best(folder / "checkpoints") == (-0.3, 4)
+
+
+def test_a_run_killed_around_an_evaluation_stops_where_the_value_is_first_reached(
+    run_loop, killed_after_an_evaluation, tmp_path
+):
+    """At step 6; the evaluation before the first step has reached it already, and stops nothing."""
+    settings = {"values": ACCURACIES | {4: 0.65, 6: 0.7, 8: 0.9}, "stop_at": 0.7, "keep": False}
+    whole = run_loop(tmp_path / "whole", **settings)
+    assert int(whole.step) == 6
+    for step in (4, 6):
+        before, after = tmp_path / f"before{step}", tmp_path / f"after{step}"
+        with pytest.raises(Killed):
+            run_loop(before, step, **settings)
+        alive = killed_after_an_evaluation(step)
+        with contextlib.suppress(Killed):  # nothing is saved at step 4
+            run_loop(after, **settings)
+        alive()
+        for folder in (before, after):
+            again = run_loop(folder, **settings)
+            np.testing.assert_array_equal(again.params, whole.params)
+            with Checkpoints(folder / "checkpoints") as saved:
+                assert saved.latest == 6
+                assert saved.metadata()["stop at"]["stopped_at"] == 6
 
 
 def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():

@@ -18,7 +18,7 @@ from dpojax.evaluation.judging.humans import HumanComparison
 from dpojax.evaluation.judging.judge import Judge
 from dpojax.evaluation.judging.verdicts import Outcome
 from dpojax.storage.paths import PathLike
-from dpojax.tables import text_table
+from dpojax.tables import blocks_table, terminal_width
 
 HUMANS = "human, another one"
 SEVERAL = "several humans"
@@ -109,7 +109,11 @@ def human_agreement(
 
 
 def table(study: HumanStudy) -> list[str]:
-    """Lines of a table of all judges, and of one by the humans' confidence, for a terminal."""
+    """Lines of a table of all judges, and of one by the humans' confidence, for a terminal.
+
+    Where the terminal is too narrow, they are in blocks of columns.
+    """
+    width = terminal_width()
     rows = [["judge", "accuracy", "kappa", "decided", "several humans"]]
     for judge in study.judges:
         each, several = judge.agreement, judge.by_several
@@ -123,7 +127,7 @@ def table(study: HumanStudy) -> list[str]:
     counts = f"{study.choices} human choices on {study.comparisons} comparisons"
     if study.humans is not None:
         counts += f", {study.humans.comparisons} of them with several humans"
-    lines = [f"{counts}; 95 % intervals over prompts", *text_table(rows)]
+    lines = [f"{counts}; 95 % intervals over prompts", *blocks_table(rows, width)]
     levels = sorted({level for judge in study.judges for level in judge.by_confidence})
     if levels:
         rows = [["accuracy by confidence", *(f"{level:g}" for level in levels)]]
@@ -132,7 +136,7 @@ def table(study: HumanStudy) -> list[str]:
             rows.append(
                 [judge.name, *(f"{cell.accuracy.value:.2f}" if cell else "-" for cell in cells)]
             )
-        lines += ["", *text_table(rows)]
+        lines += ["", *blocks_table(rows, width)]
     return lines
 
 
