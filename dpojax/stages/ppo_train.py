@@ -104,14 +104,14 @@ def _iterate(
             bar.update()
             log, evaluating, save = every.due(done, steps)
             stopping = stop.agreed(done)
-            if log:
+            is_best = evaluating and evaluate()
+            ended = any(metric.stopped_at == done for metric in followed.values())
+            if log or ended:
                 values = window.flush() | _pace(clocks)
                 writer.write(done, values)
                 bar.set_postfix_str(
                     f"reward {values['objective/scores']:.3f}, kl {values['objective/kl']:.2f}"
                 )
-            is_best = evaluating and evaluate()
-            ended = any(metric.stopped_at == done for metric in followed.values())
             if save or stopping or is_best or ended:
                 metadata = {key: metric.state() for key, metric in followed.items()}
                 metadata |= {"stage": stage.name, WINDOW: window.state()}

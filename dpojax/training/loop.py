@@ -158,6 +158,8 @@ class TrainLoop:
                     values, is_best = self._evaluate(state, done, pace)
                     pace.restart()
                 ended = self._stops_early(done)
+                if ended and not due.log:  # no later line would have the metrics of these steps
+                    self._log(pace, done)
                 if due.save or asked or is_best or ended:
                     self._save(state, done, values, is_best, pace.not_logged())
                 if asked and done < self.steps and not ended:

@@ -251,7 +251,11 @@ class VectorisedLoop:
                 member.log(self.stage, done)
         evaluating = [member for member in active if due[member.name].evaluate]
         self._each(chunks, evaluating, Member.evaluate_and_log, done)
-        self._each(chunks, [m for m in active if m.is_last(done)], Member.finish, done)
+        last = [member for member in active if member.is_last(done)]
+        for member in last:
+            if not due[member.name].log:  # no later line would have the metrics of these steps
+                member.log(self.stage, done)
+        self._each(chunks, last, Member.finish, done)
         for chunk in chunks:
             chunk.idle(done)
 

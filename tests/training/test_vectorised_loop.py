@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax.stages.kept import has_ended
 from dpojax.training.checkpoints import Checkpoints, load_params
 from dpojax.training.loop import Every
 from dpojax.training.metrics import Metric, MetricWriter
 from dpojax.training.preemption import Preempted, StopSignal
+from dpojax.training.stop_at import STOP_AT, StopAt
 from dpojax.training.vectorised_loop import (
     Member,
     MemberChunk,
@@ -40,6 +42,10 @@ class Report(NamedTuple):
     bad: jax.Array
 
 
+class Hyperparameters(NamedTuple):
+    steps: jax.Array
+
+
 class Batches:
     """1, 2, 3, ... with a position that is saved."""
 
@@ -57,9 +63,10 @@ class Batches:
         self.position = state["position"]
 
 
-def step(states, rows, steps):
+def step(states, rows, hyperparameters):
     """Adds the batch's number to a member's params; at batch 3 a member of 6 steps may break."""
     (done, params), alive = states
+    steps = hyperparameters.steps
     finite = ~((steps < 0) & (rows.number == 3))
     active = alive & (done < jnp.abs(steps))
     taken = active & finite
@@ -75,16 +82,21 @@ def new_states():
 
 @pytest.fixture
 def train(monkeypatch):
-    """(folder, the step to stop after) -> the members, trained from where they are."""
+    """(folder, the step to stop after) -> the members, trained from where they are.
 
-    def run(folder, stop_after=None):
+    The long one may be told to stop once its params are so large.
+    """
+
+    def run(folder, stop_after=None, long_stops_at=None):
         monkeypatch.setattr(StopSignal, "agreed", lambda self, done=0: done == stop_after)
         with contextlib.ExitStack() as stack:
             saved = stack.enter_context(Checkpoints(folder / "together"))
             batches = Orders([Batches()])
             abstract = jax.eval_shape(new_states)
             resumed = resume(saved, abstract, len(CHUNKS), batches)
-            states, done, failed, windows = resumed or Resumed([new_states()] * 2, 0, {}, {})
+            states, done, failed, windows, stops = resumed or Resumed(
+                [new_states()] * 2, 0, {}, {}, {}
+            )
 
             def member(name):
                 own = stack.enter_context(Checkpoints(folder / name))
@@ -95,13 +107,19 @@ def train(monkeypatch):
                 error = failed.get(name, "")
                 new = Member(name, STEPS[name], evaluate, writer, own, error=error)
                 new.window.restore(windows.get(name, {}))
+                if name == "long" and long_stops_at is not None:
+                    new.stop_at = StopAt("params", 1, long_stops_at)
+                    new.stop_at.restore({STOP_AT: stops.get(name)})
+                    new.ended = has_ended(own, new.steps)
                 return new
 
             chunks = [
-                MemberChunk([member(name) for name in names if name], of_chunk, numbers)
-                for names, of_chunk, numbers in zip(
-                    CHUNKS, states, (jnp.array([4, 6]), jnp.array([-6, 0]))
+                MemberChunk(
+                    [member(name) for name in names if name],
+                    of_chunk,
+                    Hyperparameters(jnp.array(steps)),
                 )
+                for names, of_chunk, steps in zip(CHUNKS, states, ([4, 6], [-6, 0]))
             ]
             loop = VectorisedLoop(
                 stage="toy",
@@ -162,3 +180,26 @@ def test_a_sweep_that_is_stopped_goes_on_with_what_had_ended_and_failed(train, t
         for split in ("train", "eval"):
             whole = metrics(tmp_path / "whole" / "long", split)
             assert metrics(folder / "long", split) == whole
+
+
+def test_a_member_that_stops_at_a_value_takes_no_more_steps_and_the_others_go_on(train, tmp_path):
+    """Also where the sweep is stopped before, when or after it does."""
+    for stop_after in (None, 1, 3):
+        folder = tmp_path / f"stopped{stop_after}"
+        if stop_after is not None:
+            with pytest.raises(Preempted, match=f"toy: stopped at step {stop_after} of 6, saved"):
+                train(folder, stop_after, long_stops_at=5.0)
+        members = train(folder, long_stops_at=5.0)
+        assert [bool(member.error) for member in members] == [False, False, True]
+        assert final(folder / "long", 3) == 1 + 2 + 3
+        assert {path.name for path in (folder / "long").glob("[0-9]*")} == {"3"}
+        assert metrics(folder / "long", "eval") == {0: 0.0, 3: 6.0}
+        assert metrics(folder / "long", "train") == {2: 15.0, 3: 30.0}  # of all its steps
+        assert final(folder / "short", 4) == 10
+
+
+def test_a_sweep_in_which_all_have_stopped_is_finished_though_it_is_asked_to_stop(train, tmp_path):
+    short, long, broken = train(tmp_path, stop_after=4, long_stops_at=5.0)
+    assert (short.error, long.error) == ("", "")
+    assert broken.error
+    assert not (tmp_path / "together").exists() or not [*(tmp_path / "together").glob("[0-9]*")]
