@@ -65,7 +65,9 @@ def terminal_width() -> int | None:
 def blocks_table(rows: Sequence[Row], width: int | None) -> list[str]:
     """`text_table`; where it is too wide, blocks of its columns that all begin with the first one.
 
-    A column that is too wide by itself still stands whole in a block of its own.
+    Where several rows have the same first cell, the blocks begin with as many columns as tell the
+    rows apart, if these take no more than half of the width. A column that is too wide by itself
+    still stands whole in a block of its own.
 
     Args:
       rows: the cells of each line, all of the same number of columns.
@@ -121,16 +123,33 @@ def _fitted_table(lines: Sequence[str], width: int) -> list[str]:
 
 def _blocks(rows: Sequence[Row], width: int | None) -> list[list[int]]:
     """The columns of each block of `blocks_table`."""
+    if not rows:
+        return []
     widths = [max(map(len, column)) for column in zip(*rows)]
-    blocks, total = [[0]], 0
-    for column in range(1, len(widths)):
-        total = total or widths[0]
-        total += len("  ") + widths[column]
-        if width is not None and total > width and len(blocks[-1]) > 1:
-            blocks.append([0])
-            total = widths[0] + len("  ") + widths[column]
-        blocks[-1].append(column)
-    return blocks if rows else []
+    repeated = list(range(_naming_columns(rows)))
+    if width is not None and 2 * _total(widths, repeated) > width:
+        repeated = [0]
+    blocks = [repeated]
+    for column in range(len(repeated), len(widths)):
+        longer = [*blocks[-1], column]
+        if width is not None and _total(widths, longer) > width and blocks[-1] != repeated:
+            blocks.append([*repeated, column])
+        else:
+            blocks[-1] = longer
+    return blocks
+
+
+def _naming_columns(rows: Sequence[Row]) -> int:
+    """How many of the first columns tell all rows apart; 1 where none do."""
+    for count in range(1, len(rows[0])):
+        if len({tuple(row[:count]) for row in rows}) == len(rows):
+            return count
+    return 1
+
+
+def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
+    """The width of a line with these columns."""
+    return sum(widths[column] for column in columns) + len("  ") * (len(columns) - 1)
 
 
 def ruled_table(title: str, rows: Sequence[Row]) -> list[str]:

@@ -103,6 +103,24 @@ def test_a_table_that_fits_or_that_nobody_measures_is_one_block():
     assert len(blocks_table(WIDE, width - 1)) == 2 * len(whole) + 1
 
 
+def test_blocks_repeat_the_columns_that_tell_rows_apart_where_there_is_room():
+    rows = [
+        ["method", "at", "reward", "length"],
+        ["DPO", "1", "0.5", "9"],
+        ["DPO", "2", "0.6", "8"],
+    ]
+    assert blocks_table(rows, 20) == [
+        "method  at  reward",
+        "DPO      1     0.5",
+        "DPO      2     0.6",
+        "",
+        "method  at  length",
+        "DPO      1       9",
+        "DPO      2       8",
+    ]
+    assert blocks_table(rows, 18)[4] == "method  length"  # two names would take most of it
+
+
 def test_a_column_that_is_too_wide_by_itself_stays_whole():
     rows = [["name", "a", "b" * 30, "c"], ["x", "1", "2", "3"]]
     blocks = blocks_table(rows, 20)
