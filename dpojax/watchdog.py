@@ -20,6 +20,7 @@ class _Progress:
     beats = 0
     doing = "the run began"
     unwatched = 0  # how many `unwatched` blocks are entered
+    ends: dict[object, float] = {}  # noqa: RUF012 (of the blocks of `taking_up_to`, monotonic)
 
 
 def beat(doing: str = "") -> None:
@@ -41,6 +42,20 @@ def unwatched() -> Iterator[None]:
     finally:
         _Progress.unwatched -= 1
         beat()
+
+
+@contextlib.contextmanager
+def taking_up_to(seconds: float) -> Iterator[None]:
+    """Let the block take so long: it ends by itself then, as a request with a timeout does.
+
+    Threads may enter such blocks side by side.
+    """
+    block = object()
+    _Progress.ends[block] = time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        del _Progress.ends[block]
 
 
 @contextlib.contextmanager
@@ -71,7 +86,7 @@ def _watch(limit: float, ended: threading.Event) -> None:
         before = now
         if beats != _Progress.beats:
             beats, idle = _Progress.beats, 0.0
-        elif _Progress.unwatched:
+        elif _Progress.unwatched or any(now < end for end in list(_Progress.ends.values())):
             idle = 0.0
         elif idle >= limit:
             stopping.end_now(

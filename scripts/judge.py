@@ -79,6 +79,7 @@ PROMPTED = TEXTS("prompted", [], "NAME=FILE[:SHOTS]: the side NAME reads prompts
 TEXT("examples", None, "Data whose first records are the examples of few-shot prompting.")
 COUNT("batch_size", None, "Responses that are drawn at a time.")
 COUNT("seed", None, "Of prompts, responses and intervals.")
+NUMBER("hang_minutes", None, "Without progress, after which it ends; default: 30; 0: never.")
 TEXT("responses", None, "Folder that keeps responses, for several calls; default: OUT/responses.")
 TEXT("verdicts", None, "Folder that keeps verdicts, for several calls; default: OUT/verdicts.")
 
@@ -168,26 +169,29 @@ def compare_with_humans() -> int:
     from dpojax.evaluation.judging.humans import read_humans
     from dpojax.runs import judging
     from dpojax.runs.judging_settings import Settings, Side
+    from dpojax.watchdog import watching
 
     if not JUDGE.value or A.value or B.value or FRONTIER.value:
         raise UsageError("--humans: needs --judge, one or more, and no --a, --b or --frontier")
     values = {"out": "judged"} | set_flags() | template_of(flags.FLAGS["template"].value)
     values |= {"prompts": HUMANS.value, "a": (Side(HUMANS.value),)}
-    judges = [
-        judging.open_settings_judge(Settings(**values | {"judge": spec})) for spec in JUDGE.value
-    ]
-    settings = Settings(**values)
-    with judging.open_verdicts(settings) as cache:
-        study = human_study.human_agreement(
-            judges,
-            read_humans(HUMANS.value),
-            cache=cache,
-            max_cost=settings.max_cost,
-            resamples=settings.resamples,
-            seed=settings.seed,
-        )
+    settings = Settings(**values | {"judge": JUDGE.value[0]})
     out = storage.as_path(settings.out, "--out")
-    human_report.write(out, study, {"file": HUMANS.value})
+    with watching(settings.hang_minutes):
+        judges = [
+            judging.open_settings_judge(dataclasses.replace(settings, judge=spec))
+            for spec in JUDGE.value
+        ]
+        with storage.lock_in_turn(out, tell), judging.open_verdicts(settings) as cache:
+            study = human_study.human_agreement(
+                judges,
+                read_humans(HUMANS.value),
+                cache=cache,
+                max_cost=settings.max_cost,
+                resamples=settings.resamples,
+                seed=settings.seed,
+            )
+            human_report.write(out, study, {"file": HUMANS.value})
     print("\n".join(human_study.table(study)))
     print(f"\n{settings.out}: agreement.md, agreement.csv, agreement.png, agreement.pdf")
     return 0

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -52,6 +53,22 @@ def test_a_download_takes_as_long_as_it_takes_and_is_watched_afterwards(ended):
             time.sleep(0.8)
         assert not ended
         time.sleep(0.8)
+    assert ended
+
+
+def test_what_ends_by_itself_has_its_time_and_is_watched_afterwards(ended):
+    def waits(seconds):
+        with watchdog.taking_up_to(seconds):
+            time.sleep(0.8)
+
+    with watchdog.watching(0.005):  # 0.3 s
+        threads = [threading.Thread(target=waits, args=(seconds,)) for seconds in (2.0, 0.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not ended
+        waits(0.0)
     assert ended
 
 

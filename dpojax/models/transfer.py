@@ -56,7 +56,7 @@ def read_params(
       family: names the tensors.
       config: of the model.
       init: `init` of the model; only shapes are taken from it.
-      mesh: where the arrays are put, by `SHARDING_RULES`; None: the first device.
+      mesh: where the arrays are put, by `SHARDING_RULES`; None: this process's first device.
       dtype: of the arrays.
 
     Raises:
@@ -68,7 +68,7 @@ def read_params(
     tensors = _full_names(safetensors_io.read_folder(folder), family)
     sources = _sources(family, config, flat, tensors, folder)
     if mesh is None:
-        shardings = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
+        shardings = dict.fromkeys(flat, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         tree = tree_shardings(shapes, mesh, SHARDING_RULES)
         shardings = traverse_util.flatten_dict(tree, sep="/")

@@ -133,6 +133,7 @@ class RecipeConfigs(NamedTuple):
             stop_text=recipe.stop_text,
             template=recipe.judge_template,
             seed=self.config.seed,
+            hang_minutes=self.config.hang_minutes,
             responses=str(self.folder / RESPONSES),
             verdicts=str(self.folder / VERDICTS),
         )

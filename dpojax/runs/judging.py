@@ -44,6 +44,7 @@ from dpojax.runs.sides import (
     requests_of,
 )
 from dpojax.tables import blocks_table, terminal_width
+from dpojax.watchdog import beat, watching
 
 __all__ = ["Settings", "Side", "judge", "settings_from_json"]
 
@@ -136,6 +137,9 @@ def _template_of(settings: Settings) -> str:
 def judge(settings: Settings, log: Log = silent) -> Result:
     """Judge all sides, write the folder, and return what was measured.
 
+    Several processes may be given the same settings. They draw different responses. One of them
+    asks the judge; the others wait, and then find all replies there.
+
     Args:
       log: gets a line now and then.
 
@@ -144,11 +148,20 @@ def judge(settings: Settings, log: Log = silent) -> Result:
       what `make_contests` raises.
     """
     out = storage.as_path(settings.out, "out")
-    check_judge(settings)
-    contests = make_contests(settings, log)
+    with watching(settings.hang_minutes):
+        check_judge(settings)
+        contests = make_contests(settings, log)
+        with storage.lock_in_turn(out, log):
+            return _judge(settings, contests, out, log)
+
+
+def _judge(settings: Settings, contests: Sequence[Contest], out: storage.Path, log: Log) -> Result:
+    """Ask the judge, and write the folder."""
+    beat("the judge is opened")
     opened = open_settings_judge(settings)  # a model: the policies have left the memory
     with open_verdicts(settings) as cache:
         judged_sides, facts = _ask(settings, opened, contests, cache, log)
+    beat("the report is written")
     result = summarise(
         judged_sides,
         judge=opened.name,
@@ -208,11 +221,12 @@ def estimate_cost(settings: Settings, log: Log = silent) -> Estimate:
 
     Responses that are not drawn yet are taken to be as long as they can be.
     """
-    contests = make_contests(settings, log, only_kept=True)
-    comparisons = [one for contest in contests for one in contest.comparisons]
-    opened = open_settings_judge(settings)
-    with open_verdicts(settings) as cache:
-        return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
+    with watching(settings.hang_minutes):
+        contests = make_contests(settings, log, only_kept=True)
+        comparisons = [one for contest in contests for one in contest.comparisons]
+        opened = open_settings_judge(settings)
+        with open_verdicts(settings) as cache:
+            return estimate(opened, comparisons, cache, repeat=settings.repeat, seed=settings.seed)
 
 
 def export_questions(settings: Settings, folder: str, log: Log = silent) -> list[storage.Path]:
@@ -221,11 +235,12 @@ def export_questions(settings: Settings, folder: str, log: Log = silent) -> list
     Raises:
       JudgeError: see `batches.export_batch`.
     """
-    opened = open_settings_judge(settings)
-    comparisons = [one for contest in make_contests(settings, log) for one in contest.comparisons]
-    with open_verdicts(settings) as cache:
-        how = {"cache": cache, "repeat": settings.repeat, "seed": settings.seed}
-        return export_batch(opened, comparisons, folder, **how)
+    with watching(settings.hang_minutes):
+        opened, contests = open_settings_judge(settings), make_contests(settings, log)
+        comparisons = [one for contest in contests for one in contest.comparisons]
+        with open_verdicts(settings) as cache:
+            how = {"cache": cache, "repeat": settings.repeat, "seed": settings.seed}
+            return export_batch(opened, comparisons, folder, **how)
 
 
 def import_replies(settings: Settings, files: Sequence[str], log: Log = silent) -> Imported:
@@ -234,12 +249,13 @@ def import_replies(settings: Settings, files: Sequence[str], log: Log = silent) 
     Raises:
       JudgeError: see `batches.import_batch`.
     """
-    opened = open_settings_judge(settings)
-    comparisons = [one for contest in make_contests(settings, log) for one in contest.comparisons]
-    paths = [storage.as_path(file, "a batch file") for file in files]
-    with open_verdicts(settings) as cache:
-        how = {"repeat": settings.repeat, "seed": settings.seed}
-        return import_batch(opened, comparisons, paths, cache, **how)
+    with watching(settings.hang_minutes):
+        opened, contests = open_settings_judge(settings), make_contests(settings, log)
+        comparisons = [one for contest in contests for one in contest.comparisons]
+        paths = [storage.as_path(file, "a batch file") for file in files]
+        with open_verdicts(settings) as cache:
+            how = {"repeat": settings.repeat, "seed": settings.seed}
+            return import_batch(opened, comparisons, paths, cache, **how)
 
 
 def open_verdicts(settings: Settings) -> VerdictCache:

@@ -9,10 +9,11 @@ from typing import Any
 
 from dpojax.config.errors import ConfigError
 from dpojax.data.prompts import EMBEDDED
+from dpojax.watchdog import MINUTES
 
 REFERENCES = "references"
 LEAST = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "judge_batch_size": 1, "skip": 0}
-LEAST |= {"limit": 0, "seed": 0, "repeat": 0, "resamples": 1}
+LEAST |= {"limit": 0, "seed": 0, "repeat": 0, "resamples": 1, "hang_minutes": 0}
 
 
 def _make_tuples(settings: Any, *names: str) -> None:
@@ -106,6 +107,7 @@ class Settings:
       max_cost: stop asking before it is passed; None: no limit.
       endpoint: options of an openai: judge, fields of `openai_judge.EndpointOptions`.
       resamples: of the bootstrap.
+      hang_minutes: without progress, after which the process ends; 0: never.
       responses, verdicts: the folders that keep them; "" are folders of `out`. Several calls can
         share them.
 
@@ -141,6 +143,7 @@ class Settings:
     endpoint: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resamples: int = 2000
     seed: int = 0
+    hang_minutes: float = MINUTES
     responses: str = ""
     verdicts: str = ""
 

@@ -25,6 +25,7 @@ from dpojax import storage
 from dpojax.data.references import ReferencedPrompt, prompt_ids
 from dpojax.evaluation.policies import response_texts
 from dpojax.evaluation.rewards import Reward
+from dpojax.runs.kept_scores import keep_scores
 from dpojax.runs.policy import Policy
 from dpojax.sampling import build_sampler, generate
 from dpojax.stages.tokenizers import vocabulary_hash
@@ -107,6 +108,7 @@ class PolicyResponses:
         texts: Sequence[str] | None = None,
         *,
         only_kept: bool = False,
+        in_turn: bool = False,
     ) -> list[list[Response]]:
         """The responses to P prompts, [P][samples]; what the folder lacks is drawn and written.
 
@@ -114,6 +116,7 @@ class PolicyResponses:
           texts: what the policy reads in the place of each prompt; None: the prompts themselves.
           only_kept: draw nothing. In the place of a response that is missing stands a text as long
             as it can be, which no other one equals.
+          in_turn: wait for a process that draws the same, in the place of raising Locked.
 
         Raises:
           DataError: a prompt that cannot be rendered; SamplingError: one that is too long.
@@ -133,7 +136,7 @@ class PolicyResponses:
                 ]
                 for name in names
             ]
-        with storage.lock(folder):
+        with storage.lock_in_turn(folder, self.log) if in_turn else storage.lock(folder):
             path = folder / FILE
             if not path.exists():
                 settings = {"format": FORMAT} | dataclasses.asdict(drawing)
@@ -149,6 +152,10 @@ class PolicyResponses:
             if missing:
                 self._draw_missing(missing, drawing, path, there)
         return [[there[name, number] for number in range(drawing.drawn_samples)] for name in names]
+
+    def kept_scores(self, reward: Reward, drawing: Drawing) -> Reward:
+        """The same reward, whose scores of a drawing's responses are kept beside them."""
+        return keep_scores(reward, self.folder / self._name(drawing), self.log)
 
     def _name(self, drawing: Drawing) -> str:
         """The drawing's folder: responses of other numbers of samples share it."""

@@ -116,6 +116,8 @@ def draw_all(
 ) -> dict[Request, Responses]:
     """The responses of each request; a policy is read once, and let go before the next one.
 
+    What another process draws is left to it. It is read at the end; then its policy is read again.
+
     Args:
       only_kept: see `responses.PolicyResponses.draw`.
     """
@@ -125,9 +127,12 @@ def draw_all(
         if not is_policy(request.side):
             responses[request] = _read_side(request.side, prompts, settings.samples)
     drawn = [request for request in requests if is_policy(request.side)]
-    for name in dict.fromkeys(request.side.policy for request in drawn):
-        of_policy = [request for request in drawn if request.side.policy == name]
-        responses |= _draw(name, of_policy, prompts, examples, settings, log, only_kept)
+    for in_turn in (False, True):
+        for name in dict.fromkeys(request.side.policy for request in drawn):
+            of_policy = [r for r in drawn if r.side.policy == name and r not in responses]
+            if of_policy:
+                how = {"only_kept": only_kept, "in_turn": in_turn}
+                responses |= _draw(name, of_policy, prompts, examples, settings, log, **how)
     return responses
 
 
@@ -138,9 +143,15 @@ def _draw(
     examples: Sequence[ReferencedPrompt],
     settings: Settings,
     log: Callable[[str], None],
+    *,
     only_kept: bool,
+    in_turn: bool,
 ) -> dict[Request, Responses]:
-    """The responses of one policy to each of its requests."""
+    """The responses of one policy to each of its requests.
+
+    Args:
+      in_turn: wait for a process that draws one of them. Otherwise, it is missing in the result.
+    """
     folder = storage.as_path(settings.responses or f"{settings.out}/responses")
     policy = load_policy(name)
     drawer = PolicyResponses(policy, folder, batch_size=settings.batch_size)
@@ -159,11 +170,17 @@ def _draw(
             stop_text=settings.stop_text,
         )
         read = texts_to_read(request.side, prompts, examples)
-        drawn = drawer.draw(prompts, drawing, read, only_kept=only_kept)
+        try:
+            drawn = drawer.draw(prompts, drawing, read, only_kept=only_kept, in_turn=in_turn)
+        except storage.Locked:
+            if in_turn:  # the lock was lost
+                raise
+            continue
         if only_kept:
             responses[request] = [of_prompt[: settings.samples] for of_prompt in drawn]
-        else:
-            responses[request] = best_responses(texts, drawn, request.best_of, reward)
+            continue
+        scores = drawer.kept_scores(reward, drawing) if request.best_of > 1 else None
+        responses[request] = best_responses(texts, drawn, request.best_of, scores)
     return responses
 
 

@@ -21,7 +21,7 @@ from dpojax.evaluation.judging.verdicts import Comparison, Judgement, Outcome
 from dpojax.evaluation.policies import PolicyEvaluation
 from dpojax.sampling import build_sampler, generate
 from dpojax.stages.setup import Setup
-from dpojax.watchdog import beat, unwatched
+from dpojax.watchdog import unwatched
 
 VERDICTS = "verdicts"  # folder of the workdir
 RATE = "samples/win_rate"
@@ -117,7 +117,7 @@ def _ask(judge: Judge, comparisons: Sequence[Comparison], folder: storage.Path) 
     if jax.process_index() == 0:
         try:
             with VerdictCache(folder) as cache:
-                judge_comparisons(judge, comparisons, cache=cache, repeat=0, progress=_got_on)
+                judge_comparisons(judge, comparisons, cache=cache, repeat=0)
         except JudgeError as raised:
             error = raised
     with unwatched():  # the first process is watched while it asks
@@ -126,10 +126,6 @@ def _ask(judge: Judge, comparisons: Sequence[Comparison], folder: storage.Path) 
         raise error or JudgeError("the first process could not ask the judge")
     with VerdictCache(folder) as cache:
         return judge_comparisons(judge, comparisons, cache=cache, repeat=0).judgements
-
-
-def _got_on(done: int, total: int) -> None:
-    beat(f"a judge is asked, {done} of {total}")
 
 
 def _metrics(rate: WinRate) -> dict[str, float]:

@@ -34,7 +34,7 @@ from dpojax.storage.lines import (
     read_records,
     rewrite_records,
 )
-from dpojax.storage.locks import Locked, lock, lost_locks
+from dpojax.storage.locks import Locked, lock, lock_in_turn, lost_locks
 from dpojax.storage.paths import Path, StorageError, as_path, is_local, matches
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "is_local",
     "local_copy",
     "lock",
+    "lock_in_turn",
     "lost_locks",
     "matches",
     "move_folder",

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dpojax.storage.paths import (
     PathLike,
@@ -24,11 +24,13 @@ from dpojax.storage.paths import (
     modified,
     scheme_of,
 )
+from dpojax.watchdog import unwatched
 
 LOCK = ".lock"
 REFRESH_SECONDS = 10.0  # how often the holder of a bucket's lock writes it again
 STALE_SECONDS = 45.0  # a bucket's lock that nobody has written for this long can be taken over
 POLL_SECONDS = 3.0  # how often a process that waits for a bucket's lock looks at it
+TURN_SECONDS = 1.0  # between two tries of `lock_in_turn`
 
 _lost: set[str] = set()  # what `lost_locks` returns
 
@@ -62,6 +64,28 @@ def lock(folder: PathLike) -> Iterator[None]:
     """
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with (_local_lock if is_local(folder) else _bucket_lock)(folder, holder):
+        yield
+
+
+@contextlib.contextmanager
+def lock_in_turn(folder: PathLike, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a folder, once no other process does.
+
+    Args:
+      log: gets a line if there is another one.
+    """
+    with contextlib.ExitStack() as stack:
+        waits = False
+        while True:
+            try:
+                stack.enter_context(lock(folder))
+                break
+            except Locked as error:
+                if not waits:
+                    log(f"{str(error).rpartition(';')[0]}; waiting until it has ended")
+                waits = True
+            with unwatched():  # the other process is watched
+                time.sleep(TURN_SECONDS)
         yield
 
 

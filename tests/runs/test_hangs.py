@@ -1,5 +1,6 @@
 """Whatever a command does, it is ended where it stops getting on; slow disks are no hang."""
 
+import contextlib
 import io
 import threading
 
@@ -8,14 +9,19 @@ import pytest
 from dpojax import stopping, storage, watchdog
 from dpojax.config.resolved import as_json
 from dpojax.data import text_files
+from dpojax.evaluation.judging import endpoint, pacing
+from dpojax.evaluation.judging.asking import judge_comparisons
+from dpojax.evaluation.judging.endpoint_options import EndpointOptions
+from dpojax.evaluation.judging.openai_judge import OpenAIJudge
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Reply
-from dpojax.runs import preferences
+from dpojax.runs import judging, preferences
 from dpojax.runs.export import export
 from dpojax.runs.preferences import Settings, generate_preferences
 from dpojax.runs.run import run
 from dpojax.stages import data as stage_data
 from dpojax.stages import wins
 from dpojax.stages.trained_stage import LanguageStage
+from tests.evaluation.judging.chat_server import TEMPLATE, ChatServer
 
 MINUTES = 0.01  # 0.6 s
 BLOCKS = [b'{"text": "a"}\n'] * 8
@@ -67,6 +73,16 @@ def test_preferences_that_nobody_draws_are_ended(hang, tmp_path):
         generate_preferences(Settings(**settings, out=str(tmp_path), hang_minutes=MINUTES))
 
 
+@pytest.mark.parametrize("step", ["make_contests", "open_settings_judge", "_ask"])
+def test_judging_that_never_ends_is_ended(step, hang, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "p", "chosen": "c", "rejected": "r", "response": "r"}\n')
+    hang(judging, step, "")
+    settings = dict(judge="length", prompts=str(pairs), a=(str(pairs),), hang_minutes=MINUTES)
+    with pytest.raises(EndedByWatchdog):
+        judging.judge(judging.Settings(**settings, out=str(tmp_path)))
+
+
 class SlowDisk(io.BytesIO):
     """Gives a block after a while."""
 
@@ -108,4 +124,25 @@ def test_a_judge_that_is_slow_is_no_hang_since_each_reply_is_progress(monkeypatc
     with watchdog.watching(MINUTES):
         judgements = wins._ask(SlowJudge(), comparisons, storage.as_path(tmp_path))  # 1.6 s
     assert len(judgements) == 4
+    assert not ended
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_a_server_has_as_long_for_an_answer_as_its_timeout_says(has_time, monkeypatch):
+    ended = []
+    monkeypatch.setattr(stopping, "end_now", lambda status, text, **_: ended.append(text))
+    if not has_time:
+        monkeypatch.setattr(endpoint, "taking_up_to", contextlib.nullcontext)
+    with ChatServer(delay=1.2) as server:
+        judge = OpenAIJudge("tiny", server.url, TEMPLATE, EndpointOptions(timeout=20))
+        with watchdog.watching(MINUTES):
+            judge_comparisons(judge, [Comparison("1", "prompt", "longer", "short")], repeat=0)
+    assert bool(ended) != has_time
+
+
+def test_the_time_until_a_server_may_be_asked_again_is_no_hang(monkeypatch):
+    ended = []
+    monkeypatch.setattr(stopping, "end_now", lambda status, text, **_: ended.append(text))
+    with watchdog.watching(MINUTES):
+        pacing.wait(1.2, threading.Event())
     assert not ended

@@ -1,15 +1,18 @@
 """Judging: who is compared with whom, what the report says, and what a second call does not do."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 
+from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.data import reviews
 from dpojax.data.records import DataError
@@ -23,6 +26,7 @@ from dpojax.evaluation.rewards import exact_reviews
 from dpojax.runs import judging, responses, sides
 from dpojax.runs.judging import Settings, Side, settings_from_json
 from dpojax.runs.policy import load_policy
+from dpojax.storage import locks
 
 from .conftest import ROOT, environment
 from .test_preferences import save_model
@@ -238,6 +242,59 @@ def test_a_second_judge_draws_nothing_again(policy, tmp_path, loads, monkeypatch
     monkeypatch.setattr(responses, "generate", refused)
     result = judging.judge(sampled(policy, tmp_path / "second", judge="length", **shared))
     assert result.judge == "length"
+
+
+def test_a_second_command_scores_nothing_again(policy, tmp_path, loads, monkeypatch):
+    changes = {"best_of": (1, 3), "best_of_reward": "reviews"}
+    first = judging.judge(sampled(policy, tmp_path, **changes))
+
+    def refused(prompts, texts):
+        raise AssertionError("scored again")
+
+    unused = dataclasses.replace(exact_reviews(), function=refused)
+    monkeypatch.setattr(sides, "open_reward", lambda spec, mesh: unused)
+    assert judging.judge(sampled(policy, tmp_path, **changes)).rows == first.rows
+
+
+def test_what_another_process_draws_is_left_to_it_and_read_at_the_end(
+    policy, tmp_path, loads, monkeypatch
+):
+    monkeypatch.setattr(locks, "TURN_SECONDS", 0.01)
+    expected = judging.judge(sampled(policy, tmp_path / "alone"))
+    greedy = sampled(policy, tmp_path / "two", temperatures=(0.0,), b=Side("references"))
+    prompts, _ = sides.read_prompts(greedy)
+    sides.draw_all(sides.requests_of(greedy.a[0], greedy), prompts, [], greedy, responses.silent)
+    (of_other,) = (tmp_path / "two" / "responses").iterdir()
+    lines, other = [], contextlib.ExitStack()
+
+    def log(line):
+        lines.append(line)
+        if "waiting until it has ended" in line:
+            other.close()
+
+    other.enter_context(storage.lock(of_other))
+    assert judging.judge(sampled(policy, tmp_path / "two"), log).rows == expected.rows
+    assert sum("are drawn" in line for line in lines[:3]) == 3  # the other drawings
+    assert f"{of_other}: in use by process" in lines[3]
+
+
+def test_one_process_asks_and_the_others_find_the_replies(data, costly, monkeypatch):
+    monkeypatch.setattr(locks, "TURN_SECONDS", 0.01)
+    how = settings(data, judge="costly", repeat=0.0)
+    lines, other = [], contextlib.ExitStack()
+    (folder := pathlib.Path(how.out)).mkdir()
+
+    def log(line):
+        lines.append(line)
+        if "waiting until it has ended" in line:
+            assert costly.asked == 0
+            other.close()
+            judging.judge(how)
+
+    other.enter_context(storage.lock(folder))
+    judging.judge(how, log)
+    assert f"{folder}: in use by process" in lines[0]
+    assert costly.asked == 2 * len(RECORDS)
 
 
 def test_a_dry_run_draws_nothing(policy, tmp_path, loads, monkeypatch):

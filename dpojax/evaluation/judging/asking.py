@@ -11,6 +11,7 @@ from dpojax.evaluation.judging.cache import VerdictCache, cache_key
 from dpojax.evaluation.judging.costs import Budget, CountsTokens, Estimate, estimate_questions
 from dpojax.evaluation.judging.judge import Judge, JudgeError
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Judgement, Question, Reply
+from dpojax.watchdog import beat
 
 REPEAT = 0.05  # share of questions that are asked a second time
 # Questions after which the cache is read again: another process may have answered some.
@@ -169,10 +170,12 @@ def _ask_open(
                 "A higher max_cost goes on from here"
             )
         current, done = unasked[:count], total - len(unasked)
+        beat(f"a judge is asked, {done} of {total}")
         for index, reply in judge.replies([x.question for x in current]):
             cache.put(current[index].key, reply, judge.name)
             budget.pay(current[index].question, reply)
             asked, done = asked + 1, done + 1
+            beat(f"a judge is asked, {done} of {total}")
             if progress is not None:
                 progress(done, total)
         if missing := len(open_questions(current, cache)):

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpojax.evaluation.judging.judge import JudgeError
+from dpojax.watchdog import taking_up_to
 
 DEFAULT_KEY = "OPENAI_API_KEY"  # the environment variable that holds the key
 LARGEST_ANSWER = 64 << 20  # bytes
@@ -102,6 +103,16 @@ class Endpoint:
         return text.replace(self.__key, "***") if self.__key else text
 
     def _ask(self, url: str, data: bytes | None, timeout: float) -> Any:
+        # The first bytes may take the whole time, and so may each later piece.
+        with taking_up_to(2 * timeout):
+            text = self._answer(url, data, timeout)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            shown = self._shown(text)
+            raise EndpointError(f"an answer that is no JSON: {shown}") from None
+
+    def _answer(self, url: str, data: bytes | None, timeout: float) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "dpojax"}
         if self.__key:
             headers["Authorization"] = f"Bearer {self.__key}"
@@ -109,16 +120,11 @@ class Endpoint:
         deadline = time.monotonic() + timeout
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                text = _read(response, deadline)
+                return _read(response, deadline)
         except urllib.error.HTTPError as error:
             raise self._refusal(error, deadline) from None
         except (OSError, http.client.HTTPException) as error:
             raise _no_answer(error, timeout) from None
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            shown = self._shown(text)
-            raise EndpointError(f"an answer that is no JSON: {shown}") from None
 
     def _refusal(self, error: urllib.error.HTTPError, deadline: float) -> EndpointError:
         text = b""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from dpojax.watchdog import taking_up_to
+
 LONGEST_BACKOFF = 60.0  # seconds
 
 Item = TypeVar("Item")
@@ -68,8 +70,9 @@ def wait(seconds: float, stop: threading.Event) -> None:
     Raises:
       Stopped: `stop` was set.
     """
-    if stop.is_set() or (seconds > 0 and stop.wait(seconds)):
-        raise Stopped
+    with taking_up_to(seconds):
+        if stop.is_set() or (seconds > 0 and stop.wait(seconds)):
+            raise Stopped
 
 
 def backoff(retry: int, base: float) -> float:
