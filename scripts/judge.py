@@ -178,6 +178,7 @@ def compare_with_humans() -> int:
     settings = Settings(**values | {"judge": JUDGE.value[0]})
     out = storage.as_path(settings.out, "--out")
     with watching(settings.hang_minutes):
+        humans = read_humans(HUMANS.value)
         judges = [
             judging.open_settings_judge(dataclasses.replace(settings, judge=spec))
             for spec in JUDGE.value
@@ -185,7 +186,7 @@ def compare_with_humans() -> int:
         with storage.lock_in_turn(out, tell), judging.open_verdicts(settings) as cache:
             study = human_study.human_agreement(
                 judges,
-                read_humans(HUMANS.value),
+                humans,
                 cache=cache,
                 max_cost=settings.max_cost,
                 resamples=settings.resamples,

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import pathlib
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -42,11 +44,20 @@ def rows_of(folder):
         return list(csv.DictReader(file))
 
 
-def test_a_recipe_that_is_killed_goes_on_to_its_report_and_makes_nothing_twice(
-    tmp_path, comparisons
-):
-    folder = tmp_path / "recipe"
-    command, env = script(tmp_path, comparisons, folder)
+class Made(NamedTuple):
+    """A recipe that one process made, which was killed on its way and started again."""
+
+    folder: pathlib.Path
+    env: dict
+    sft_before: int  # when the first run ended, before the second start
+    sft_after: int  # and behind it
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, comparisons):
+    path = tmp_path_factory.mktemp("made")
+    folder = path / "recipe"
+    command, env = script(path, comparisons, folder)
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     started = folder / "runs" / "dpo-beta-0.5" / "config.json"
     deadline = time.monotonic() + 200
@@ -59,7 +70,20 @@ def test_a_recipe_that_is_killed_goes_on_to_its_report_and_makes_nothing_twice(
     before = done.stat().st_mtime_ns
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
-    assert done.stat().st_mtime_ns == before
+    return Made(folder, env, before, done.stat().st_mtime_ns)
+
+
+def results_of(folder):
+    """Every number and every file that does not hold a time."""
+    files = [*folder.glob("*.csv"), *folder.glob("evaluations/*/*.csv")]
+    files += folder.glob("evaluations/*/samples.jsonl")
+    files += folder.glob("models/*/*.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_recipe_that_is_killed_goes_on_to_its_report_and_makes_nothing_twice(made, comparisons):
+    folder = made.folder
+    assert made.sft_after == made.sft_before
     rows = rows_of(folder)
     labels = {(row["evaluation"], row["policy"], row["best_of"]) for row in rows}
     assert labels == {
@@ -80,7 +104,7 @@ def test_a_recipe_that_is_killed_goes_on_to_its_report_and_makes_nothing_twice(
     for line in report.splitlines():
         if line.startswith("!["):
             assert (folder / line.split("(")[-1].rstrip(")")).stat().st_size > 5_000
-    _each_command_of_the_plan_can_be_run_by_hand(folder, env)
+    _each_command_of_the_plan_can_be_run_by_hand(folder, made.env)
     config = small_config(comparisons, **{"recipe.max_new_tokens": 13})
     with pytest.raises(ConfigError, match=r"recipe\.max_new_tokens: 12 -> 13"):
         make_recipe(config, small_recipe(config), folder)
@@ -95,3 +119,15 @@ def _each_command_of_the_plan_can_be_run_by_hand(folder, env):
     subprocess.run(words, env=env, check=True, capture_output=True)
     again = (folder / "report.md").read_text()
     assert again.split("## Time")[0] == text.split("## Time")[0]
+
+
+def test_two_workers_make_bit_for_bit_what_one_makes(tmp_path, comparisons, made):
+    command, env = script(tmp_path, comparisons, tmp_path / "two")
+    ended = subprocess.run(
+        [*command, "--workers=2"], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 0, ended.stderr
+    results = results_of(tmp_path / "two")
+    assert len([name for name in results if name.endswith(".safetensors")]) >= 5
+    assert results.keys() >= {"win_rates.csv", "evaluations/tests/samples.jsonl"}
+    assert results == results_of(made.folder)

@@ -75,6 +75,27 @@ def test_one_process_holds_a_lock_and_the_other_is_told_who(folder, quick_locks)
         pass
 
 
+def test_a_lock_in_turn_waits_for_its_holder_and_says_for_whom(folder, quick_locks, monkeypatch):
+    monkeypatch.setattr(locks, "TURN_SECONDS", 0.05)
+    told = []
+
+    def tell_and_end_the_other(line):
+        told.append(line)
+        other.stdin.write("end\n")
+        other.stdin.flush()
+
+    with other_process(folder) as other:
+        assert other.stdout.readline() == "held\n"
+        with storage.lock_in_turn(folder, tell_and_end_the_other):
+            assert other.wait(20) == 0
+            with pytest.raises(storage.Locked), storage.lock(folder):
+                pass
+    (line,) = told
+    assert f"in use by process {other.pid} on" in line
+    with storage.lock(folder):  # it was given back
+        pass
+
+
 def test_a_local_lock_ends_with_its_process(tmp_path):
     killed_holder(tmp_path)
     with storage.lock(tmp_path):
