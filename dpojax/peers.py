@@ -21,7 +21,9 @@ LOST = 30  # seconds of silence after which a machine counts as lost
 CONNECT = 20.0  # seconds in which the line must stand
 FIRST = 0  # the process that the others are connected to
 LAST = 2.0  # seconds that process 0 leaves to the others for ending
-DEAD = 1  # the status of a process that ends because another one was killed
+# The status of a process that ends because another one was killed: 75 is EX_TEMPFAIL of sysexits.h,
+# "try again". A launcher restarts it: the run itself has not failed.
+DEAD = 75
 
 
 class Link:

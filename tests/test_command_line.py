@@ -213,6 +213,7 @@ def test_every_script_refuses_a_stray_word_with_one_line_and_status_2(script):
         "export": ["--workdir=x", "--out=y"],
         "prefer": ["--policy=x", "--prompts=reviews", "--reward=reviews", "--out=y"],
         "sample": ["--model=x"],
+        "launch": ["slurm", CONFIG, "--workdir=x"],
         "judge": ["--a=x", "--prompts=reviews", "--judge=exact"],
     }.get(script.stem, [CONFIG, "--workdir=x"])
     ended = subprocess.run(

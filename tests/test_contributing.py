@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax.config.command_line import UsageError
 from dpojax.config.defaults import default_config
 from dpojax.data import records, reviews
 from dpojax.data.records import Record
@@ -19,7 +20,8 @@ from dpojax.evaluation.judging.judge import JudgeError
 from dpojax.evaluation.judging.open_judge import JudgeKind
 from dpojax.evaluation.judging.verdicts import Choice, Comparison, Outcome, Reply
 from dpojax.evaluation.rewards import Reward, RewardKind, open_reward
-from dpojax.jobs.job import pending
+from dpojax.jobs.job import Job, pending
+from dpojax.launching import engines, launch
 from dpojax.methods import sft
 from dpojax.methods.preference import options
 from dpojax.runs import run as runs
@@ -210,8 +212,46 @@ def test_a_judge_is_opened_by_its_name_and_asked_in_both_orders(monkeypatch):
 
 # A launcher.
 
+PRINTER = """
+import shlex
+from dpojax.launching.engine import Engine
 
-def launch_in_subprocesses(jobs):
+class Printer(Engine):
+    name, about, submits_with = "printer", "a list of commands", "lpr"
+
+    def add_options(self, parser):
+        parser.add_argument("--colour", default="black")
+
+    def is_distributed(self, options):
+        return False
+
+    def text(self, launch, options):
+        lines = [shlex.join(launch.words(job)) for job in launch.jobs]
+        return "\\n".join([options.colour, *lines])
+
+ENGINE = Printer()
+"""
+
+
+def test_a_launcher_is_one_file(tmp_path, monkeypatch):
+    (tmp_path / "printer.py").write_text(PRINTER)
+    monkeypatch.setattr(engines, "__path__", [*engines.__path__, str(tmp_path)])
+    file, config = tmp_path / "file", ROOT / "configs" / "reviews.py"
+    words = [f"--config={config}", "--workdir=gs://b/r", f"--out={file}", "--colour=red"]
+    monkeypatch.setattr(Job, "is_done", False)  # nobody looks into the bucket
+    assert launch.launch(["printer", *words, "--config.preference.beta=2"]) == 0
+    colour, line = file.read_text().splitlines()
+    assert colour == "red"
+    assert line.endswith(" --workdir=gs://b/r --config.preference.beta=2")
+    sys.modules.pop("dpojax.launching.engines.printer")
+    with pytest.raises(UsageError, match=r"begin with one of .*printer"):
+        launch.launch(["plotter", *words])
+
+
+# An executor.
+
+
+def run_in_subprocesses(jobs):
     """The smallest executor: each command in a process of its own, when its needs are met."""
     while to_do := pending(jobs):
         names = {job.name for job in to_do}
@@ -219,8 +259,8 @@ def launch_in_subprocesses(jobs):
         subprocess.run([sys.executable, *job.command[1:]], check=True, cwd=ROOT)
 
 
-def test_a_launcher_needs_the_commands_alone(tmp_path):
+def test_an_executor_needs_the_commands_alone(tmp_path):
     second = small_job(tmp_path, "second", needs=("first",))
-    launch_in_subprocesses([second, small_job(tmp_path, "first")])
+    run_in_subprocesses([second, small_job(tmp_path, "first")])
     first, second = ((tmp_path / name).stat().st_mtime_ns for name in ("first", "second"))
     assert first < second

@@ -26,7 +26,7 @@ ORDER = [
     {"runs"},
     {"plans"},
     {"sweeps"},
-    {"frontier", "recipes"},
+    {"frontier", "recipes", "launching"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

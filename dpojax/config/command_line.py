@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -46,6 +46,37 @@ class ConfigFlag:
         flags.DEFINE_string("config", None, f"{text} Its keys: --config.KEY=VALUE.", required=True)
 
 
+class ConfigWords(NamedTuple):
+    """What a command line says of a config; see `parse_config_words`.
+
+    Attributes:
+      path: FILE, or FILE:VARIANT; "" if there is none.
+      value: the config, locked, with the values of the command line; None if there is none.
+      keys: `--config.KEY=VALUE` for every key that was set, to be given to another command.
+      rest: the other words, `--config=FILE` among them.
+    """
+
+    path: str
+    value: ConfigDict | None
+    keys: tuple[str, ...]
+    rest: list[str]
+
+
+def parse_config_words(words: Sequence[str]) -> ConfigWords:
+    """Read the config that a command line names, for a command whose other flags are argparse's.
+
+    Raises:
+      UsageError: a word that sets no key. ConfigError: the config file cannot be read.
+    """
+    check_dashes(words)
+    if not (path := _config_path(words)):
+        return ConfigWords("", None, (), list(words))
+    config = read_config(path)
+    rest, texts = _set_keys(config, words)
+    keys = tuple(f"--config.{key}={text}" for key, text in texts.items())
+    return ConfigWords(path, config, keys, rest)
+
+
 def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
     """Parse the command line of a script whose flags are absl's.
 
@@ -66,7 +97,7 @@ def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
     if config is not None and (path := _config_path(words)):
         config.path = path
         config.value = read_config(path)
-        rest = _set_keys(config.value, words)
+        rest, _ = _set_keys(config.value, words)
     _refuse_repeated(name for name in _names(rest) if not _may_repeat(name))
     missing = []
     try:
@@ -233,8 +264,8 @@ def _config_path(words: Sequence[str]) -> str:
     return values[0] if values else ""
 
 
-def _set_keys(config: ConfigDict, words: Sequence[str]) -> list[str]:
-    """Set the keys that the words name; return the other words."""
+def _set_keys(config: ConfigDict, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Set the keys that the words name; return the other words, and the text of each key."""
     rest, texts = [], {}
     remaining = iter(words)
     for word in remaining:
@@ -256,7 +287,7 @@ def _set_keys(config: ConfigDict, words: Sequence[str]) -> list[str]:
         if texts.setdefault(key, text) != text:
             raise UsageError(f"--config.{key} is given twice: {_short(texts[key])}, {_short(text)}")
         set_key(config, key, text)
-    return rest
+    return rest, texts
 
 
 def _own() -> list[str]:

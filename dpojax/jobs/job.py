@@ -11,7 +11,7 @@ import importlib
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
@@ -35,6 +35,8 @@ class Job(NamedTuple):
       kind: jobs of one kind take about the same time and compile the same programs. "": no other
         job is like this one.
       is_part: the job is one part of a larger one, cut so that parts can be done at once.
+      needs_devices: it computes on accelerators. A job that only reads and writes files runs on any
+        machine.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Job(NamedTuple):
     failure_files: tuple[str, ...] = ()
     kind: str = ""
     is_part: bool = False
+    needs_devices: bool = True
 
     @property
     def kind_name(self) -> str:
@@ -126,6 +129,16 @@ def execute_logged(job: Job, folder: storage.Path) -> None:
 def plan_as_json(jobs: Sequence[Job]) -> list[dict]:
     """The jobs as a list of JSON objects, each with its command as one line for a shell."""
     return [job._asdict() | {"command": shlex.join(job.command)} for job in jobs]
+
+
+def job_from_json(values: Mapping[str, Any]) -> Job:
+    """The job that `plan_as_json` wrote.
+
+    Raises:
+      TypeError, KeyError: it has a field too many, or lacks one.
+    """
+    lists = {name: tuple(values[name]) for name in ("needs", "outputs", "failure_files")}
+    return Job(**{**values, **lists, "command": tuple(shlex.split(values["command"]))})
 
 
 class _Log:

@@ -1,12 +1,14 @@
 """A whole run: the stages of a config in one workdir, resumed where they stopped.
 
-    python -m dpojax.runs.run --config=CONFIG.json --workdir=WORKDIR
+    python -m dpojax.runs.run --config=CONFIG --workdir=WORKDIR
 
-trains a config that was written as JSON. scripts/train.py takes config files in Python.
+is the command of a job. It takes config files in Python and the keys --config.KEY=VALUE, as
+scripts/train.py does, and configs that were written as JSON.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,12 +16,11 @@ import jax
 from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
-from dpojax.config.command_line import ArgumentParser
+from dpojax.config.command_line import ArgumentParser, parse_config_words
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import (
     code_changed,
     compare_config,
-    config_from_json,
     write_or_compare_config,
 )
 from dpojax.runs.base_files import keep_base_files
@@ -150,13 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
       what `run` raises; a loss that is not finite is written into --failure_file first.
     """
     parser = ArgumentParser(prog="python -m dpojax.runs.run", description=run.__doc__)
-    parser.add_argument("--config", required=True, help="a config as JSON, such as config.json")
+    parser.add_argument("--config", required=True, help="a config in Python or JSON")
     parser.add_argument("--workdir", required=True, help="where the run keeps everything")
     parser.add_argument("--failure_file", default="", help="where to write why the loss was NaN")
-    options = parser.parse_args(arguments)
-    values = storage.read_json(storage.as_path(options.config, "--config"), fields={})
+    words = parse_config_words(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words.rest)
     try:
-        run(config_from_json(values, where=options.config), options.workdir)
+        run(words.value, options.workdir)
     except NonFiniteLoss as error:
         if options.failure_file:
             write_failure(storage.as_path(options.failure_file), str(error))

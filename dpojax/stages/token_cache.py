@@ -2,7 +2,8 @@
 
 Runs, members of a sweep and jobs of a frontier may share the folder, and read and write it at the
 same time. A file is there as a whole or not at all, and one name has one content. So every process
-of a run looks for the file by itself, and only that of the first process gets the name.
+of a run looks for the file by itself, and only that of the first process gets the name. Of several
+runs that need a file that is not there, one makes it, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -57,16 +58,20 @@ def cached(
     """
     name = key()
     file = folder / f"{name or 'unnamed'}.arrow"
+    made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     with contextlib.suppress(OSError):
         storage.remove_unfinished(folder)  # of runs that were killed
-    if name is not None and file.exists():
-        try:
-            return _read(file)
-        except DataError as error:  # its name says that it would be made of the same data now
-            logger.warning("%s; it is made again", error)
-    made = [x for x in (folder, folder.parent) if storage.is_local(x) and not x.exists()]
     try:
-        return _kept(file, name, key, load)
+        with contextlib.ExitStack() as waiting:
+            # Only the first process keeps its file.
+            if name is not None and not file.exists() and jax.process_index() == 0:
+                waiting.enter_context(storage.turn(file))
+            if name is not None and file.exists():
+                try:
+                    return _read(file)
+                except DataError as error:  # its name says that it would be made of the same data
+                    logger.warning("%s; it is made again", error)
+            return _kept(file, name, key, load)
     except NotStored as error:
         return load(Store)._replace(file_note=f"not kept: {error}")
     finally:

@@ -34,7 +34,7 @@ from dpojax.storage.lines import (
     read_records,
     rewrite_records,
 )
-from dpojax.storage.locks import Locked, lock, lock_in_turn, lost_locks
+from dpojax.storage.locks import Locked, lock, lock_in_turn, lost_locks, turn
 from dpojax.storage.paths import Path, StorageError, as_path, is_local, matches
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "require_checksum",
     "rewrite_records",
     "share_folder",
+    "turn",
     "write_bytes",
     "write_json",
     "write_text",

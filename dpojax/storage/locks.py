@@ -15,6 +15,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from dpojax.storage.paths import (
     PathLike,
@@ -30,7 +31,7 @@ LOCK = ".lock"
 REFRESH_SECONDS = 10.0  # how often the holder of a bucket's lock writes it again
 STALE_SECONDS = 45.0  # a bucket's lock that nobody has written for this long can be taken over
 POLL_SECONDS = 3.0  # how often a process that waits for a bucket's lock looks at it
-TURN_SECONDS = 1.0  # between two tries of `lock_in_turn`
+TURN_SECONDS = 1.0  # between two tries of `lock_in_turn` and `turn`
 
 _lost: set[str] = set()  # what `lost_locks` returns
 
@@ -62,8 +63,7 @@ def lock(folder: PathLike) -> Iterator[None]:
       Locked: another process holds the lock. If another process takes it over later, it is raised
         when the body ends.
     """
-    holder = f"process {os.getpid()} on {socket.gethostname()}"
-    with (_local_lock if is_local(folder) else _bucket_lock)(folder, holder):
+    with (_local_lock if is_local(folder) else _bucket_lock)(folder, _this_process()):
         yield
 
 
@@ -74,11 +74,20 @@ def lock_in_turn(folder: PathLike, log: Callable[[str], None]) -> Iterator[None]
     Args:
       log: gets a line if there is another one.
     """
+    with _in_turn(partial(lock, folder), log):
+        yield
+
+
+@contextlib.contextmanager
+def _in_turn(
+    take: Callable[[], contextlib.AbstractContextManager[None]], log: Callable[[str], None]
+) -> Iterator[None]:
+    """Hold the lock that take() gives, or raises Locked for, once no other process holds it."""
     with contextlib.ExitStack() as stack:
         waits = False
         while True:
             try:
-                stack.enter_context(lock(folder))
+                stack.enter_context(take())
                 break
             except Locked as error:
                 if not waits:
@@ -92,6 +101,62 @@ def lock_in_turn(folder: PathLike, log: Callable[[str], None]) -> Iterator[None]
 def lost_locks() -> list[str]:
     """Return the folders whose locks were taken over from this process while it still uses them."""
     return sorted(_lost)
+
+
+@contextlib.contextmanager
+def turn(path: PathLike) -> Iterator[None]:
+    """Let one process at a time make a file; the others wait until it is there, or its maker gone.
+
+    Whoever gets its turn has to look whether the file is there by now. Local locks are a hidden
+    file beside `path`, which is removed again; a bucket's are those of `lock`. A folder that takes
+    no lock gives every process its turn at once.
+    """
+    take = partial(_local_turn if is_local(path) else _bucket_turn, path)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # read-only, or a network file system without locks
+            held.enter_context(_in_turn(take, logger.warning))
+        yield
+
+
+@contextlib.contextmanager
+def _local_turn(path: PathLike) -> Iterator[None]:
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    lock_file = os.path.join(folder, f".{name[:100]}{LOCK}")
+    with open(lock_file, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _held(path, file.read().strip()) from None
+        # The holder before may have removed the name since it was opened here.
+        if not _is_file(lock_file, file.fileno()):
+            raise _held(path, "")
+        file.truncate(0)
+        file.write(_this_process())
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(lock_file)
+
+
+def _is_file(path: str, descriptor: int) -> bool:
+    """Whether a name is that of an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _bucket_turn(path: PathLike) -> contextlib.AbstractContextManager[None]:
+    folder, _, name = os.fspath(path).rpartition("/")
+    return _bucket_lock(f"{folder}/.{name}", _this_process())
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _held(folder: PathLike, holder: str) -> Locked:

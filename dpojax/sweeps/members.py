@@ -104,11 +104,11 @@ def same_program(runs: Sequence[ResolvedRun]) -> list[list[int]]:
 
 def same_beginning(run: ResolvedRun, other: ResolvedRun) -> bool:
     """Whether two runs have the same stages before the last."""
-    return _before_last(run.config) == _before_last(other.config)
+    return what_begins(run.config) == what_begins(other.config)
 
 
-def _before_last(config: ConfigDict) -> dict:
-    """All that decides the stages before the last."""
+def what_begins(config: ConfigDict) -> dict:
+    """All that decides the stages before the last, as JSON has it."""
     values = as_json(config)
     keys = (*config.stages[:-1], "seed", "stages", "model", "tokenizer", "tokens", "chat_template")
     return {key: values[key] for key in keys}

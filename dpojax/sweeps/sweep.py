@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -22,40 +21,35 @@ from ml_collections import ConfigDict
 
 from dpojax import sharding, storage
 from dpojax.config.command_line import ArgumentParser
-from dpojax.config.contents import Content
 from dpojax.config.errors import ConfigError
-from dpojax.config.resolved import ResolvedRun, as_json, editable, workdir_path
-from dpojax.config.saved import (
-    FINISHED,
-    config_differences,
-    config_from_json,
-    require_same_contents,
-)
+from dpojax.config.resolved import ResolvedRun, workdir_path
+from dpojax.config.saved import config_from_json
 from dpojax.jobs.in_process import run_jobs_in_terminal
-from dpojax.jobs.job import Job, command, plan_as_json
-from dpojax.plans.folder import deleting_hint, read_plan_file
 from dpojax.runs.command import run_command
 from dpojax.runs.run import run_resolved
 from dpojax.runs.workdirs import (
     FAILED,
-    ended_here,
     failure_of,
     has_ended,
-    require_writable,
     share_stages,
     workdir_lock,
     write_failure,
 )
-from dpojax.stages import token_cache
-from dpojax.stages.registry import check_order
 from dpojax.sweeps.group import train_group
-from dpojax.sweeps.layout import group_folder, read_layout
-from dpojax.sweeps.members import Changes, member_names, member_run, same_beginning, same_program
+from dpojax.sweeps.members import Changes, member_run, same_beginning
+from dpojax.sweeps.plan import (
+    GROUPS,
+    PLAN,
+    beginning_folder,
+    compared_plan,
+    group_job,
+    read_plan,
+    resolve_sweep,
+    write_plan,
+)
 from dpojax.sweeps.table import FIGURE, TABLE, write_table
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
-
-PLAN, GROUPS, WHAT = "sweep.json", "vectorised", "sweep"
 
 
 def run_sweep(
@@ -76,46 +70,18 @@ def run_sweep(
       what `run` raises, and `Preempted`: the same call goes on.
     """
     folder = workdir_path(workdir)
-    config = editable(config)
-    check_order(config.stages)
-    config.token_cache = config.token_cache or str(folder / token_cache.FOLDER)
-    changes = dict(zip(member_names(members, config.stages[-1]), members))
-    runs = {name: member_run(config, x, folder / name) for name, x in changes.items()}
+    config, changes, runs = resolve_sweep(config, members, folder)
     if config.distributed:
         sharding.start_distributed()
-    require_writable(folder)
+    devices = jax.local_device_count() if jax.default_backend() == "cpu" else None
     with workdir_lock(folder), shared_programs(config.compilation_cache):
-        sharding.on_first_process(_write_plan, config, changes, runs, folder)
+        sharding.on_first_process(_begin, config, changes, runs, folder, devices)
         plan = read_plan(folder)
-        run_jobs_in_terminal([_job(group, folder) for group in plan["groups"]])
+        run_jobs_in_terminal([group_job(group, folder, devices) for group in plan["groups"]])
         sharding.agreed(True)  # whatever failures the first process wrote are there
         if jax.process_index() == 0:
             print(f"\n{write_table(folder, plan)}\n{folder}: {TABLE}, {FIGURE}")
     return {name: why for name in runs if (why := failure_of(folder / name))}
-
-
-def read_plan(folder: storage.Path) -> dict[str, Any]:
-    """What sweep.json holds.
-
-    Raises:
-      StorageError: it is damaged.
-    """
-    path = folder / PLAN
-    fields = {"config": dict, "members": dict, "groups": list, "contents": dict}
-    plan = read_plan_file(path, WHAT, fields)
-    with storage.damage_named(path, deleting_hint(WHAT)):
-        for name, changes in plan["members"].items():
-            _require_type(name, changes, dict)
-        for group in plan["groups"]:
-            _require_type("groups", group, list)
-        for name, content in plan["contents"].items():
-            _require_type(name, content, list)
-    return plan
-
-
-def _require_type(name: str, content: Any, kind: type) -> None:
-    if not isinstance(content, kind):
-        raise TypeError(f"{name!r} is of another type")
 
 
 def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
@@ -137,6 +103,18 @@ def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
     if config.distributed:
         sharding.start_distributed()
     runs = [member_run(config, plan["members"][name], folder / name) for name in names]
+    with shared_programs(config.compilation_cache):
+        return _train(runs, config, plan, folder)
+
+
+def _train(
+    runs: Sequence[ResolvedRun], config: ConfigDict, plan: Mapping[str, Any], folder: storage.Path
+) -> dict[str, str]:
+    """Train members whose first stages may be there already; why some failed, by name."""
+    beginning = beginning_folder(runs[0], folder)
+    if has_ended(beginning):
+        share_stages(beginning, runs[0].workdir)
+    names = [run.workdir.name for run in runs]
     for name in itertools.chain(*plan["groups"]):
         if name not in names and has_ended(folder / name):
             other = member_run(config, plan["members"][name], folder / name)
@@ -147,58 +125,6 @@ def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
     if len(runs) > 1:
         return train_group(runs, folder / GROUPS)
     return _train_alone(runs[0])
-
-
-def group_members(
-    runs: Mapping[str, ResolvedRun], recorded: Sequence[Sequence[str]], folder: storage.Path
-) -> list[list[str]]:
-    """Members that train together: first those that have begun to, then the others.
-
-    Members that have begun stay together, since their checkpoints are of all of them.
-
-    Args:
-      recorded: the groups of the calls before.
-
-    Raises:
-      ConfigError: a member is gone whose group has not ended.
-    """
-    groups = []
-    for group in recorded:
-        workdirs = [folder / name for name in group]
-        gone = [name for name in group if name not in runs]
-        under_way = len(group) > 1 and read_layout(group_folder(workdirs, folder / GROUPS))
-        if gone and under_way:
-            raise ConfigError(
-                f"{folder} is training {', '.join(group)} together: put {', '.join(gone)} back "
-                "into sweep(), or give these members their own --workdir"
-            )
-        begun_alone = len(group) == 1 and workdirs[0].exists()
-        if under_way or any(map(ended_here, workdirs)) or begun_alone:
-            groups.append([name for name in group if name in runs])
-    new = [name for name in runs if not any(name in group for group in groups)]
-    for indices in same_program([runs[name] for name in new]):
-        groups.append([new[i] for i in indices])
-    return [group for group in groups if group]
-
-
-def _job(group: Sequence[str], folder: storage.Path) -> Job:
-    """The job that trains a group; a member that fails alone is told in its own workdir."""
-    devices = jax.local_device_count() if jax.default_backend() == "cpu" else None
-    return Job(
-        name="-and-".join(group) if len(group) < 3 else f"{group[0]}-and-{len(group) - 1}-more",
-        command=command(
-            "dpojax.sweeps.sweep", workdir=folder, members=_as_csv(group), cpu_devices=devices
-        ),
-        outputs=tuple(str(folder / name / FINISHED) for name in group),
-        failure_files=tuple(str(folder / name / FAILED) for name in group),
-    )
-
-
-def _as_csv(names: Sequence[str]) -> str:
-    """Names with commas between, for --members; a name that holds a comma itself is quoted."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(names)
-    return line.getvalue()
 
 
 def _train_alone(member: ResolvedRun) -> dict[str, str]:
@@ -214,64 +140,16 @@ def _train_alone(member: ResolvedRun) -> dict[str, str]:
     return {name: why} if why else {}
 
 
-def _write_plan(
+def _begin(
     config: ConfigDict,
     members: Mapping[str, Changes],
     runs: Mapping[str, ResolvedRun],
     folder: storage.Path,
+    cpu_devices: int | None,
 ) -> None:
-    """Write sweep.json, which is compared with the one there first."""
-    plan = _compared_plan(config, members, runs, folder)
-    plan["groups"] = group_members(runs, plan["groups"], folder)
-    jobs = plan_as_json([_job(group, folder) for group in plan["groups"]])
-    storage.write_json(folder / PLAN, plan | {"jobs": jobs})
-
-
-def _compared_plan(
-    config: ConfigDict,
-    members: Mapping[str, Changes],
-    runs: Mapping[str, ResolvedRun],
-    folder: storage.Path,
-) -> dict:
-    """What sweep.json is to hold; members may be added to those that it has.
-
-    Raises:
-      ConfigError: it is of another config, a member of that name had other changes, or a file that
-        its members read has changed.
-    """
-    path = folder / PLAN
-    contents: dict[str, Content] = {}
-    for name, run in runs.items():
-        for key, content in run.contents.items():
-            same = contents.get(key, content).path == content.path
-            contents[key if same else f"{key} of {name}"] = content
-    now = {"config": as_json(config), "members": members, "groups": [], "contents": contents}
-    if not path.exists():
-        return now
-    before = read_plan(folder)
-    if changed := config_differences(before["config"], now["config"]):
-        raise ConfigError(
-            f"{folder} holds a sweep of another config; give this one its own --workdir, or "
-            "take back these changes:\n" + "\n".join(changed)
-        )
-    for name, changes in members.items():
-        earlier = before["members"].get(name, changes)
-        if _as_lists(earlier) != _as_lists(changes):
-            raise ConfigError(
-                f"{folder} holds a member {name} with {earlier}, which is now {changes}; give this "
-                "sweep its own --workdir"
-            )
-    require_same_contents(folder, before.get("contents", {}), contents)
-    return now | {
-        "members": before["members"] | dict(members),
-        "groups": before["groups"],
-        "contents": before.get("contents", {}) | contents,
-    }
-
-
-def _as_lists(changes: Changes) -> dict:
-    """As JSON has them: tuples are lists."""
-    return {key: list(x) if isinstance(x, tuple) else x for key, x in changes.items()}
+    """Write sweep.json, with a job for each group."""
+    plan = compared_plan(config, members, runs, folder)
+    write_plan(folder, plan, [group_job(group, folder, cpu_devices) for group in plan["groups"]])
 
 
 def use_cpu_devices(count: int) -> None:

@@ -1,19 +1,29 @@
-"""The table and the figure of a sweep's members."""
+"""The table and the figure of a sweep's members.
+
+    python -m dpojax.sweeps.table --workdir=runs/sweep
+
+writes them for the members that are finished: the command of the last job of a sweep.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
+from dpojax.config.command_line import ArgumentParser
+from dpojax.config.resolved import workdir_path
 from dpojax.evaluation.judging.bootstrap import SIGNED, mean_over_prompts
 from dpojax.evaluation.sweep_figure import draw
-from dpojax.runs.workdirs import FINISHED
+from dpojax.runs.command import run_command
+from dpojax.runs.workdirs import FINISHED, failure_of
 from dpojax.stages.samples import WIN_SCORE, last_samples
 from dpojax.stages.wins import RATE as WIN_RATE
+from dpojax.sweeps.plan import read_plan
 from dpojax.tables import blocks_table, terminal_width
 from dpojax.training.metrics import RESERVED, read_metrics
 
@@ -155,3 +165,21 @@ def _rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
     for name, line in evaluations.items():
         rows.append([name, *(column.cell(line) for column in columns)])
     return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command of a job: see above."""
+    parser = ArgumentParser(
+        prog="python -m dpojax.sweeps.table", description="Write a sweep's table and figure."
+    )
+    parser.add_argument("--workdir", required=True, help="of the sweep")
+    folder = workdir_path(parser.parse_args(arguments).workdir)
+    plan = read_plan(folder)
+    print(f"\n{write_table(folder, plan)}\n{folder}: {TABLE}, {FIGURE}")
+    for name in plan["members"]:
+        if why := failure_of(folder / name):
+            print(f"{name} failed: {why}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,6 +7,7 @@ a sweep share it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -106,7 +107,8 @@ def cached(
 ) -> tuple[Store, bool]:
     """Load the store `folder/KEY.npy`, or make and save it. Every process makes this call.
 
-    The file ends with a checksum. One that is damaged is made again, with a warning.
+    The file ends with a checksum. One that is damaged is made again, with a warning. Of several
+    runs that need a file that is not there, one makes it, and the others wait for it.
 
     Returns:
       the store, and True if it was loaded.
@@ -115,6 +117,20 @@ def cached(
       ReferenceMismatch: the file is of other examples.
     """
     path = storage.as_path(folder, "the reference's cache folder") / f"{key}.npy"
+    with contextlib.ExitStack() as waiting:
+
+        def take_turn() -> None:
+            if not path.exists():
+                waiting.enter_context(storage.turn(path))
+
+        sharding.on_first_process(take_turn)
+        return _load_or_make(path, examples, make)
+
+
+def _load_or_make(
+    path: storage.Path, examples: Sequence[Example], make: Callable[[], Store]
+) -> tuple[Store, bool]:
+    """See `cached`."""
     damage = _damage(path) if jax.process_index() == 0 and path.exists() else ""
     if sharding.agreed(path.exists() and not damage):
         values = np.load(storage.local_copy(path), mmap_mode="r")

@@ -3,14 +3,13 @@
 import json
 import os
 import pathlib
-import shlex
 import subprocess
 import sys
 
 import pytest
 
 from dpojax.jobs import in_process
-from dpojax.jobs.job import Job, command, execute, pending, plan_as_json
+from dpojax.jobs.job import Job, command, execute, job_from_json, pending, plan_as_json
 
 from ..runs.conftest import ROOT, environment
 from .small_jobs import diamond, job
@@ -32,19 +31,21 @@ def test_a_job_of_several_outputs_has_ended_where_each_is_there_or_has_failed(tm
     assert pending([group, after]) == [after]
 
 
-def from_json(values: dict) -> Job:
-    """The job of a line of plan.json."""
-    listed = {name: tuple(values[name]) for name in ("needs", "outputs", "failure_files")}
-    return Job(**values | listed | {"command": tuple(shlex.split(values["command"]))})
-
-
 def test_a_plan_comes_back_from_json_as_it_was(tmp_path):
     folder = tmp_path / "with a space"
     jobs = diamond(folder)
     jobs.append(
-        job(folder, "e", kind="e's", is_part=True, failure_files=(str(folder / "e.failed"),))
+        job(
+            folder,
+            "e",
+            kind="e's",
+            is_part=True,
+            needs_devices=False,
+            failure_files=(str(folder / "e.failed"),),
+        )
     )
-    assert list(map(from_json, json.loads(json.dumps(plan_as_json(jobs))))) == jobs
+    jobs.append(job(folder, "f", needs_devices=False))
+    assert list(map(job_from_json, json.loads(json.dumps(plan_as_json(jobs))))) == jobs
 
 
 def test_the_command_in_a_plan_runs_by_hand(tmp_path):

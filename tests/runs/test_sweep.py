@@ -23,15 +23,16 @@ from dpojax.runs.workdirs import FINISHED, short_hash
 from dpojax.stages.preference import Preference
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
-from dpojax.sweeps import group, layout, sweep
+from dpojax.sweeps import group, layout, plan, sweep
 from dpojax.sweeps.members import (
     member_names,
     member_run,
     read_sweep,
     same_program,
 )
+from dpojax.sweeps.plan import group_members
 from dpojax.sweeps.program import MemberProgram
-from dpojax.sweeps.sweep import group_members, run_sweep
+from dpojax.sweeps.sweep import run_sweep
 from dpojax.training import memory
 from dpojax.training.preemption import Preempted, StopSignal
 
@@ -424,7 +425,7 @@ def test_the_folder_of_another_sweep_is_refused(swept):
     with pytest.raises(ConfigError, match=r"preference\.batch_size: 8 -> 4"):
         run_sweep(base_config(**{"preference.batch_size": 4}), MEMBERS, str(swept[0]))
     with pytest.raises(ConfigError, match=r"unchanged with \{\}, which is now"):
-        sweep._compared_plan(
+        plan.compared_plan(
             base_config(),
             {"unchanged": {"preference.beta": 0.1}},
             {},

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -354,6 +356,35 @@ def test_no_process_waits_for_another(of_pairs, tmp_path, monkeypatch):
     hit = open_stage(stage.setup, "preference").prepare().batches.data
     assert (missed.file_note, hit.file_note) == (f"kept in {hit.file}", f"read from {hit.file}")
     assert [*map(plain, missed.examples)] == [*map(plain, hit.examples)]
+
+
+def test_of_two_runs_that_need_the_same_tokens_at_once_one_tokenises(
+    of_pairs, tmp_path, monkeypatch
+):
+    of_pairs.stages, of_pairs.token_cache = ("preference",), str(tmp_path / "tokens")
+    kept, both, notes = token_cache._kept, threading.Barrier(2), []
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        return kept(*arguments)
+
+    monkeypatch.setattr(token_cache, "_kept", slowly)
+    opened = [
+        open_stage(prepare_setup(resolve(of_pairs, tmp_path / name)), "preference")
+        for name in ("a", "b")
+    ]
+
+    def prepare(stage):
+        both.wait()
+        notes.append(stage.prepare().batches.data.file_note)
+
+    threads = [threading.Thread(target=prepare, args=(stage,)) for stage in opened]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (file,) = (tmp_path / "tokens").iterdir()
+    assert sorted(notes) == [f"kept in {file}", f"read from {file}"]
 
 
 def test_a_disk_that_fills_up_while_tokens_are_written_stops_no_run(

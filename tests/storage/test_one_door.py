@@ -15,6 +15,7 @@ ALLOWED = {
     "stages/token_cache.py": {"os.replace"},  # into the file of `storage.replacing`
     "data/worker.py": {"open"},  # the memory that the kernel counts
     "runs/base_files.py": {"shutil.copyfile"},  # below the folder of `storage.replacing_folder`
+    "launching/launch.py": {"shutil.which"},  # looks for a command, no file of a run
     "training/reference.py": {"np.save"},  # to the file that `storage.replacing` gives it
 }
 CALLS = {"os.replace", "os.rename", "os.link", "np.save", "np.savez", "numpy.save"}

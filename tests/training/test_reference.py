@@ -1,5 +1,8 @@
 """The reference's log-probs: found again under their hash, refused when they are not theirs."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +57,30 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path, store, pairs):
     assert (found, found_again) == (False, True)
     np.testing.assert_array_equal(first.values, again.values)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["key.npy"]
+
+
+def test_of_two_runs_that_need_a_store_at_once_one_computes_it(tmp_path, store, pairs):
+    computed, both = [], threading.Barrier(2)
+
+    def slowly():
+        computed.append("a store")
+        time.sleep(0.2)
+        return store
+
+    def need():
+        both.wait()
+        found.append(cached(tmp_path, "key", pairs, slowly))
+
+    found: list = []
+    threads = [threading.Thread(target=need) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert computed == ["a store"]
+    assert sorted(was_cached for _, was_cached in found) == [False, True]
+    for one, _ in found:
+        np.testing.assert_array_equal(one.values, store.values)
 
 
 def empty(content, rng):

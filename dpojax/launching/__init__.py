@@ -1,0 +1,1 @@
+"""Jobs on clusters: one file for an engine that exists, and how to submit it."""
