@@ -26,6 +26,7 @@ from dpojax.config.saved import (
 from dpojax.runs.base_files import keep_base_files
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, require_writable, workdir_lock, write_failure
+from dpojax.stages import kept_weights
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.stages.stage import Stage, Summary, require_memory
@@ -117,9 +118,13 @@ def train_in_turn(
     def trained(params: dict) -> dict:
         return params
 
+    def trained_before(stage: Stage, start: Callable[[], dict]) -> dict:
+        kept_weights.mend(stage.kept_weights(start))  # these, and the summary, may read them
+        return stage.trained_params()
+
     for stage in stages:
         if stage.is_trained:
-            start = stage.trained_params
+            start = partial(trained_before, stage, start)
         else:
             start = partial(trained, stage.train(start, stop))
     return start

@@ -136,7 +136,6 @@ class ExampleStage(Stage):
         return None
 
     def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
-        """Folders of weights that the run keeps -> what makes them again, of start() or a path."""
         if self.adapters is None:
             return {}
         return {self.adapters.base_folder: lambda: self.adapters.as_base(start())}

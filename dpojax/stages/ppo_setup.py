@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpojax import sharding
+from dpojax import sharding, storage
 from dpojax.config.contents import NamedPath, prompts_hash, reward_hash, sample_paths
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.config.rules import (
@@ -182,9 +182,16 @@ class PPOSetup(Stage):
         reward = self.evaluation_reward
         return sample_metric_names(self.setup, reward_name=reward, with_ranks=False)
 
+    @property
+    def reference_folder(self) -> storage.Path:
+        return self.folder / "reference"
+
     def reference_params(self) -> dict:
         """The float32 parameters that the stage started from."""
-        return checkpoints.load_tree(self.folder / "reference", self.setup.abstract_params)
+        return checkpoints.load_tree(self.reference_folder, self.setup.abstract_params)
+
+    def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
+        return {self.reference_folder: start}
 
     @property
     def steps(self) -> int:

@@ -44,15 +44,16 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
     """
     config = stage.setup.config
     with Checkpoints(stage.checkpoint_folder, max_checkpoints=config.max_checkpoints) as saved:
-        done, folder = saved.latest, stage.folder / "reference"
+        done = saved.latest
         if has_ended(saved, stage.steps):
             return stage.trained_params()
         if done is None:
             params = start()
-            checkpoints.save_tree(folder, params, {FINGERPRINT: fingerprint(params)})
+            metadata = {FINGERPRINT: fingerprint(params)}
+            checkpoints.save_tree(stage.reference_folder, params, metadata)
             state = stage.new_state(params)
         else:
-            kept_weights.mend(folder, start)
+            kept_weights.mend(stage.kept_weights(start))
             state, _ = saved.restore(stage.abstract_state())
         with open_metrics(stage, done) as writer:
             reference = stage.reference_params()

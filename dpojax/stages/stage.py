@@ -140,10 +140,9 @@ class Stage(abc.ABC):
         """The memory that a train step will need of each device; None where nothing predicts it."""
 
     def memory_advice(self) -> dict[str, str]:
-        """What to change where a step needs too much memory.
+        """What to change where a step needs too much memory, by the part that takes most of it.
 
-        Returns:
-          by the part of the footprint that takes most; "" is for all others.
+        The key "" is for all other parts of the footprint.
         """
         return {"": "spread the model over more devices (config.mesh.fsdp)"}
 
@@ -175,6 +174,10 @@ class Stage(abc.ABC):
         Returns:
           the stage's final parameters, float32.
         """
+
+    def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
+        """Folders of weights that the run keeps -> what makes them again, of start() or a path."""
+        return {}
 
     @abc.abstractmethod
     def evaluate(self, params: dict) -> dict[str, float]:

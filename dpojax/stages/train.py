@@ -71,8 +71,7 @@ def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal
             return stage.trained_params()
         params = start() if done is None else None
         if done is not None:
-            for folder, make_again in stage.kept_weights(start).items():
-                kept_weights.mend(folder, make_again)
+            kept_weights.mend(stage.kept_weights(start))
         if params is not None and setup.model.config.scalar_head:
             params = with_scalar_params(setup, params)
         base = None if stage.adapters is None else stage.adapters.keep_base(params)

@@ -194,17 +194,22 @@ def flip_a_bit(folder):
 
 @pytest.mark.slow
 def test_a_damaged_reference_is_made_again_where_the_stage_before_is_there(tmp_path, caplog):
+    """Before the last step, and between it and the summary, which reads the reference."""
     changes = {"sft.steps": 1, "preference.steps": 3, "checkpoint_every": 1}
     runs.run(tiny_config(**changes), tmp_path)
     loss = read_metrics(tmp_path / "preference", "eval")[-1]["loss"]
-    for name in ("finished.json", "preference/checkpoints/3"):
-        path = tmp_path / name
+    summary = (tmp_path / "preference" / "summary.json").read_text()
+    for lost in ("preference/checkpoints/3", "preference/summary.json"):
+        (tmp_path / "finished.json").unlink()
+        path = tmp_path / lost
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    flip_a_bit(tmp_path / "preference" / "reference")
-    runs.run(tiny_config(**changes), tmp_path)
-    assert f"{tmp_path}/preference/reference was damaged" in caplog.text
-    assert read_metrics(tmp_path / "preference", "eval")[-1]["loss"] == loss
-    assert not list((tmp_path / "preference" / "reference").glob("*.damaged"))
+        flip_a_bit(tmp_path / "preference" / "reference")
+        caplog.clear()
+        runs.run(tiny_config(**changes), tmp_path)
+        assert f"{tmp_path}/preference/reference was damaged" in caplog.text
+        assert read_metrics(tmp_path / "preference", "eval")[-1]["loss"] == loss
+        assert (tmp_path / "preference" / "summary.json").read_text() == summary
+        assert not list((tmp_path / "preference" / "reference").glob("*.damaged"))
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(
