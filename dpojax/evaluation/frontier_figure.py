@@ -21,8 +21,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from dpojax import storage
-from dpojax.evaluation import frontier_points
+from dpojax.evaluation import frontier_points, plots
 from dpojax.evaluation.frontier import Estimate
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point
 from dpojax.evaluation.optimum import (
@@ -90,16 +89,8 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
 
 
 def draw(points: Sequence[Point], optimum: Optimum, base: Point, *paths: str | os.PathLike) -> None:
-    """Write `figure` to each path (png, pdf or svg by its suffix), all or nothing.
-
-    Args:
-      paths: local files, or objects of a bucket; their folders are made.
-    """
-    drawn = figure(points, optimum, base)
-    for path in map(storage.as_path, paths):
-        dated = {"CreationDate": None} if path.suffix == ".pdf" else None
-        with storage.replacing(path) as unfinished, matplotlib.rc_context(STYLE):
-            drawn.savefig(unfinished, metadata=dated)
+    """Write `figure` to each path, see `plots.save`."""
+    plots.save(figure(points, optimum, base), *paths)
 
 
 def looks_of(methods: Sequence[str] | Mapping) -> dict[str, tuple[str, str]]:

@@ -7,9 +7,7 @@ says so. A claim needs more than `CLAIM` standard errors. "±" is one standard e
 from __future__ import annotations
 
 import datetime
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import numpy as np
 from dpojax.evaluation import frontier_points
 from dpojax.evaluation.frontier import Estimate, Shortfall, hull_below
 from dpojax.evaluation.frontier_points import Point
+from dpojax.evaluation.markdown import escaped, escaped_table
 from dpojax.evaluation.optimum import (
     Optimum,
     above_limit,
@@ -25,7 +24,6 @@ from dpojax.evaluation.optimum import (
     share_of_optimal_gain,
     trusted_up_to,
 )
-from dpojax.tables import markdown_table
 
 TARGETS = (1.0, 3.0, 6.0, 10.0)  # nats
 NEAR = 1.5  # a hull point is near a target if the ratio of the two KLs is below this
@@ -77,10 +75,10 @@ def report(
     blocks += ["## Points of the hulls", _about_the_table(optimum), table(points, optimum, base)]
     blocks += ["## Samples for the same prompts", *_samples(samples)]
     rows = [[name, str(value)] for name, value in environment.items()]
-    blocks += ["## Environment", _markdown(["", "value"], rows)]
+    blocks += ["## Environment", escaped_table(["", "value"], rows)]
     if seconds is not None:
         rows = [[name, str(datetime.timedelta(seconds=round(s)))] for name, s in seconds.items()]
-        blocks += ["## Time", _markdown(["stage", "h:mm:ss"], rows)]
+        blocks += ["## Time", escaped_table(["stage", "h:mm:ss"], rows)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -151,7 +149,7 @@ def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
                 *_quality(point),
             ]
         )
-    return _markdown(header, lines)
+    return escaped_table(header, lines)
 
 
 def by_prompt(lines: Sequence[Mapping]) -> Samples:
@@ -335,7 +333,7 @@ def _samples(samples: Samples) -> list[str]:
             for text, reward in texts.get(prompt, [("(no sample for this prompt)", math.nan)]):
                 lines.append([name, _pm(reward, None), text])
         blocks += [f"> {escaped(prompt)}"]
-        blocks += [_markdown(["method", "reward", "response"], lines)]
+        blocks += [escaped_table(["method", "reward", "response"], lines)]
     return blocks or ["None were given."]
 
 
@@ -355,18 +353,3 @@ def _pm(value: float, error: float | None, digits: int = 3, *, percent: bool = F
         for x in ((value,) if error is None else (value, error))
     ]
     return texts[0] if texts[0] == "-" else " ± ".join(texts) + unit
-
-
-def escaped(text: str) -> str:
-    """Escape a text so that Markdown shows it as it is, on one line.
-
-    >>> print(escaped("a|b *c* <br />"))
-    a\\|b \\*c\\* &lt;br /&gt;
-    """
-    text = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
-
-
-def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells that hold plain text."""
-    return "\n".join(markdown_table(heading, [[escaped(cell) for cell in row] for row in rows]))

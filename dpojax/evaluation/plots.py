@@ -89,8 +89,19 @@ def training_curves(metrics: Mapping[str, Sequence[Mapping]], path: str | os.Pat
         if panels:
             _legend(figure)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
-        with storage.replacing(path) as unfinished:
-            figure.savefig(unfinished)
+        save(figure, path)
+
+
+def save(figure: Figure, *paths: str | os.PathLike) -> None:
+    """Write a figure to each path (png, pdf or svg by its suffix), all or nothing.
+
+    Args:
+      paths: local files, or objects of a bucket; their folders are made.
+    """
+    for path in map(storage.as_path, paths):
+        undated = {"CreationDate": None} if path.suffix == ".pdf" else None
+        with storage.replacing(path) as unfinished, matplotlib.rc_context(STYLE):
+            figure.savefig(unfinished, metadata=undated)
 
 
 def _panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dpojax import storage
-from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS, is_defined
+from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS, is_defined, save
 
 COLORS = matplotlib.colormaps["viridis"]
 MOST = 6  # panels
@@ -88,8 +87,7 @@ def draw(members: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> N
             _label(axes, panel)
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
-        with storage.replacing(path) as unfinished:
-            figure.savefig(unfinished)
+        save(figure, path)
 
 
 def _points(lines: Sequence[Mapping], panel: Panel) -> tuple[list[float], list[float]]:

@@ -10,21 +10,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dpojax import storage
-from dpojax.evaluation.plots import BLUE, GREEN, GREY, PANEL, PURPLE, STYLE, VERMILLION
+from dpojax.evaluation.judging.figure import draw_curves, series_of
+from dpojax.evaluation.plots import GREY, PANEL, STYLE, save
 
-COLORS = (BLUE, VERMILLION, GREEN, PURPLE)
 BY_BETA = matplotlib.colormaps["viridis"]
-EVEN = 0.5  # the win rate of equals
-
-
-class WinRateAt(NamedTuple):
-    """A win rate with its 95 % interval, at a step of training."""
-
-    step: int
-    value: float
-    low: float
-    high: float
 
 
 class LearningCurve(NamedTuple):
@@ -42,48 +31,33 @@ class LearningCurve(NamedTuple):
 
 
 def draw_over_steps(
-    curves: Mapping[str, Sequence[WinRateAt]], title: str, paths: Sequence[str | os.PathLike]
+    points: Mapping[str, Sequence[tuple[float, ...]]],
+    title: str,
+    paths: Sequence[str | os.PathLike],
 ) -> None:
     """Draw win rates with their intervals over training steps, a colour for each policy.
 
     Args:
-      curves: policy -> its checkpoints in order.
-      paths: .png, .pdf or .svg.
+      points: policy -> (step, win rate, low, high) of each of its checkpoints.
+      paths: see `plots.save`.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure((1.5 * PANEL[0], 1.2 * PANEL[1]), dpi=160, layout="constrained")
+        figure = Figure((1.6 * PANEL[0], 1.2 * PANEL[1]), dpi=160, layout="constrained")
         axes = figure.add_subplot()
-        for number, ((name, points), color) in enumerate(zip(curves.items(), COLORS)):
-            points = sorted(points)
-            value = [point.value for point in points]
-            below = [point.value - point.low for point in points]
-            above = [point.high - point.value for point in points]
-            axes.errorbar(
-                [point.step for point in points],
-                value,
-                yerr=[below, above],
-                fmt="os^D"[number % 4] + "-",
-                color=color,
-                ms=4.5,
-                lw=1.3,
-                capsize=2.5,
-                label=name,
-            )
-        axes.axhline(EVEN, color=GREY, lw=0.8, ls="--", zorder=0)
+        draw_curves(axes, series_of(points))
         _set_labels(axes, title, "optimiser step", "win rate (95 % interval)")
-        axes.set_ylim(0, max(0.6, *(p.high + 0.05 for x in curves.values() for p in x)))
-        figure.legend(loc="outside right center", frameon=False)
-        _save(figure, paths)
+        save(figure, *paths)
 
 
-def draw_curves(
+def draw_learning(
     curves: Mapping[str, LearningCurve], x_label: str, paths: Sequence[str | os.PathLike]
 ) -> None:
     """Draw held-out loss, and KL per token, of training runs over epochs.
 
     Args:
       curves: run -> its evaluations, in the order of the legend.
-      x_label: "epoch".
+      x_label: "epoch", or "optimiser step".
+      paths: see `plots.save`.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure((2 * PANEL[0] + 1.2, PANEL[1] + 0.1), dpi=160, layout="constrained")
@@ -96,7 +70,7 @@ def draw_curves(
         _set_labels(right, "Divergence from SFT", x_label, "KL estimate, nats per token")
         figure.legend(loc="outside right center", frameon=False)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
-        _save(figure, paths)
+        save(figure, *paths)
 
 
 def _set_labels(axes: Axes, title: str, x: str, y: str) -> None:
@@ -104,9 +78,3 @@ def _set_labels(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.tick_params(color=GREY)
-
-
-def _save(figure: Figure, paths: Sequence[str | os.PathLike]) -> None:
-    for path in paths:
-        with storage.replacing(path) as unfinished:
-            figure.savefig(unfinished)

@@ -16,10 +16,13 @@ from typing import Any
 from dpojax import storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.config.saved import read_run_config
+from dpojax.evaluation.judging.bootstrap import Measured
+from dpojax.evaluation.judging.cautions import percent
+from dpojax.evaluation.markdown import escaped_table
 from dpojax.jobs.progress import read_seconds
 from dpojax.recipes.configs import DATA
 from dpojax.recipes.data import COMPARISONS, COUNTS, DEMONSTRATIONS, HELD_OUT, JUDGE_COMPARISONS
-from dpojax.recipes.figures import LearningCurve, WinRateAt, draw_curves, draw_over_steps
+from dpojax.recipes.figures import LearningCurve, draw_learning, draw_over_steps
 from dpojax.recipes.plan import CHECKPOINT, REPORT
 from dpojax.recipes.recipe import SHIFTED, TESTS
 from dpojax.runs.command import run_command
@@ -70,7 +73,7 @@ def _read_rates(folder: str) -> list[Row]:
 
 def _data_text(folder: storage.Path, judge: str) -> str:
     counts = storage.read_json(folder / DATA / COUNTS)
-    rows = [["part", "records", "prompts"]]
+    rows = []
     for name, title in PARTS.items():
         if counts["records"].get(name):
             numbers = counts["records"][name], counts["prompts"][name]
@@ -81,7 +84,8 @@ def _data_text(folder: storage.Path, judge: str) -> str:
         "or is named as one; for the others it is the better response of their first comparison. "
         "No prompt is in two parts."
     )
-    return f"The judge is `{judge}`.\n\n{_table(rows)}\n\n{whose}"
+    table = escaped_table(["part", "records", "prompts"], rows)
+    return f"The judge is `{judge}`.\n\n{table}\n\n{whose}"
 
 
 def _evaluation_text(folder: storage.Path, evaluation: Mapping, rows: Sequence[Row]) -> str:
@@ -94,12 +98,16 @@ def _evaluation_text(folder: storage.Path, evaluation: Mapping, rows: Sequence[R
     else:
         figure = f"{place}/win_rates.png"
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
-    table = [["policy", *(f"temperature {x}" if x else "" for x in temperatures)]]
+    heading = ["policy", *(f"temperature {x}" if x else "" for x in temperatures)]
+    table = []
     for name in dict.fromkeys(map(_policy, rows)):
-        cells = {row["temperature"]: _cell(row) for row in rows if _policy(row) == name}
+        cells = {
+            row["temperature"]: percent(_win_rate(row)) for row in rows if _policy(row) == name
+        }
         table.append([name, *(cells.get(x, "") for x in temperatures)])
-    note = "Win rates in %, with 95 % intervals."
-    return f"{title}\n\n{note}\n\n{_table(table)}\n\n![{evaluation['title']}]({figure})\n\n{links}"
+    image = f"![{evaluation['title']}]({figure})"
+    note = "Win rates, in brackets 95 % intervals."
+    return "\n\n".join([title, note, escaped_table(heading, table), image, links])
 
 
 def _policy(row: Row) -> str:
@@ -107,24 +115,20 @@ def _policy(row: Row) -> str:
     return row["policy"] + (f", best of {best}" if best > 1 else "")
 
 
-def _cell(row: Row) -> str:
-    value, low, high = (100 * _number(row[name]) for name in ("win_rate", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+def _win_rate(row: Row) -> Measured:
+    return Measured(*(_number(row[name]) for name in ("win_rate", "low", "high")))
 
 
 def _over_steps(folder: storage.Path, evaluation: Mapping, rows: Sequence[Row]) -> str:
     """Draw the win rate over training steps; return the figure's name."""
     by_side = {row["policy"]: row for row in rows}
-    curves: dict[str, list[WinRateAt]] = {}
+    points: dict[str, list[tuple[float, ...]]] = {}
     for checkpoint in evaluation["checkpoints"]:
-        row = by_side.get(checkpoint["side"])
-        if row is not None:
-            values = [_number(row[name]) for name in ("win_rate", "low", "high")]
-            curves.setdefault(checkpoint["curve"], []).append(
-                WinRateAt(_step_of(checkpoint), *values)
-            )
+        rate = _win_rate(by_side[checkpoint["side"]])
+        if math.isfinite(rate.value):
+            points.setdefault(checkpoint["curve"], []).append((_step_of(checkpoint), *rate))
     name = f"win_rate_over_{evaluation['name']}"
-    draw_over_steps(curves, evaluation["title"], [folder / f"{name}{end}" for end in SUFFIXES])
+    draw_over_steps(points, evaluation["title"], [folder / f"{name}{end}" for end in SUFFIXES])
     return f"{name}.png"
 
 
@@ -156,7 +160,7 @@ def _curves_text(folder: storage.Path, trainings: Sequence[Mapping]) -> str:
             table.append({"run": training["name"], "epoch": epoch, "loss": loss, "kl": kl})
     _write_csv(folder / CURVES, table)
     x_label = "epoch" if by_epoch else "optimiser step"
-    draw_curves(curves, x_label, [folder / f"{BY_EPOCH}{end}" for end in SUFFIXES])
+    draw_learning(curves, x_label, [folder / f"{BY_EPOCH}{end}" for end in SUFFIXES])
     note = (
         "Held-out loss, and KL(SFT || policy) per token, estimated on held-out responses of the "
         f"data ({CURVES})."
@@ -166,29 +170,23 @@ def _curves_text(folder: storage.Path, trainings: Sequence[Mapping]) -> str:
 
 def _trainings_text(trainings: Sequence[Mapping]) -> str:
     """The last evaluation of every training run."""
-    rows = [["run", "stage", "steps", *METRICS.values()]]
+    heading, rows = ["run", "stage", "steps", *METRICS.values()], []
     for training in trainings:
         last = _evaluations(training["workdir"], training["stage"])[-1:]
         values = last[0] if last else {}
         numbers = [values.get(name, math.nan) for name in METRICS]
         cells = ["" if math.isnan(number) else f"{number:.3f}" for number in numbers]
         rows.append([training["name"], training["stage"], str(values.get("step", "")), *cells])
-    used = [index for index in range(len(rows[0])) if index < 3 or any(r[index] for r in rows[1:])]
-    table = _table([[row[index] for index in used] for row in rows])
+    used = [i for i in range(len(heading)) if i < 3 or any(row[i] for row in rows)]
+    table = escaped_table([heading[i] for i in used], [[row[i] for i in used] for row in rows])
     return f"## Training runs, at their last evaluation on held-out data\n\n{table}"
 
 
 def _seconds_text(folder: storage.Path) -> str:
     seconds = read_seconds(folder)
-    rows = [["job", "minutes"], *([name, f"{x / 60:.1f}"] for name, x in seconds.jobs.items())]
+    rows = [[name, f"{x / 60:.1f}"] for name, x in seconds.jobs.items()]
     total = f"{sum(seconds.jobs.values()) / 60:.0f} minutes in all jobs."
-    return f"## Time\n\n{_table(rows)}\n\n{total}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([head, "| --- " * len(rows[0]) + "|", *body])
+    return f"## Time\n\n{escaped_table(['job', 'minutes'], rows)}\n\n{total}"
 
 
 def _write_csv(path: storage.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from dpojax.evaluation import frontier_report
+from dpojax.evaluation import frontier_report, markdown
 from dpojax.evaluation.frontier_points import Point
 from dpojax.evaluation.frontier_report import conclusions, report, rows, table
 from dpojax.evaluation.optimum import Optimum
@@ -185,6 +185,7 @@ def test_environment_and_times_are_tables(seconds):
         assert times == [("sft", "0:01:01"), ("dpo", "1:06:40")]
 
 
-def test_examples_in_the_docstrings_run():
-    result = doctest.testmod(frontier_report)
-    assert (result.attempted > 1, result.failed) == (True, 0)
+@pytest.mark.parametrize("module", [frontier_report, markdown])
+def test_examples_in_the_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert (result.attempted > 0, result.failed) == (True, 0)

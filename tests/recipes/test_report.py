@@ -13,9 +13,9 @@ from dpojax.recipes.recipe import Evaluation, Recipe, Side, Training, checkpoint
 
 from .conftest import small_config, write_lines
 
-COLUMNS = "policy,temperature,best_of,step,win_rate,low,high,prompts"
-RATES = ["SFT,0.0,1,,0.4,0.3,0.5,8", "SFT,1.0,1,,0.25,0.2,0.3,8", "SFT,1.0,4,,0.75,0.7,0.8,8"]
-AT_STEPS = ["DPO at 1/2,1.0,1,,0.5,0.4,0.6,8", "DPO at 2/2,1.0,1,,0.625,0.5,0.7,8"]
+COLUMNS = "policy,temperature,best_of,win_rate,low,high,prompts"
+RATES = ["SFT,0.0,1,0.4,0.3,0.5,8", "SFT,1.0,1,0.25,0.2,0.3,8", "SFT,1.0,4,0.75,0.7,0.8,8"]
+AT_STEPS = ["DPO at 1/2,1.0,1,0.5,0.4,0.6,8", "DPO at 2/2,1.0,1,0.625,0.5,0.7,8"]
 
 
 @pytest.fixture
@@ -59,13 +59,19 @@ def settings(tmp_path):
     return plan.files[str(tmp_path / "jobs" / "report.json")]
 
 
+def cells(text):
+    """The cells of each line of all tables of a report."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def test_the_tables_have_the_win_rates_of_every_evaluation(settings, tmp_path):
     text = report.write(settings)
-    assert "| policy | temperature 0.0 | temperature 1.0 |" in text
-    assert "| SFT | 40.0 [30.0, 50.0] | 25.0 [20.0, 30.0] |" in text
-    assert "| SFT, best of 4 |  | 75.0 [70.0, 80.0] |" in text
+    assert ["policy", "temperature 0.0", "temperature 1.0"] in cells(text)
+    assert ["SFT", "40.0 % (30.0 to 50.0)", "25.0 % (20.0 to 30.0)"] in cells(text)
+    assert ["SFT, best of 4", "", "75.0 % (70.0 to 80.0)"] in cells(text)
     assert "Of 9 test prompts of any length, 3 have a reference" in text
-    assert "| prompts to judge on | 8 | 8 |" in text
+    assert ["prompts to judge on", "8", "8"] in cells(text)
     assert "comparisons for the judge" not in text
     assert "It shows nothing." in text
     with open(tmp_path / "win_rates.csv", newline="") as file:
@@ -78,13 +84,12 @@ def test_the_figures_have_the_steps_of_checkpoints_and_epochs_of_evaluations(
     settings, tmp_path, monkeypatch
 ):
     drawn = {}
-    monkeypatch.setattr(report, "draw_over_steps", lambda curves, *_: drawn.update(steps=curves))
+    monkeypatch.setattr(report, "draw_over_steps", lambda points, *_: drawn.update(steps=points))
     monkeypatch.setattr(
-        report, "draw_curves", lambda curves, label, _: drawn.update(curves=curves, label=label)
+        report, "draw_learning", lambda curves, label, _: drawn.update(curves=curves, label=label)
     )
     report.write(settings)
-    points = drawn["steps"]["DPO"]
-    assert [(point.step, point.value) for point in points] == [(6, 0.5), (12, 0.625)]
+    assert drawn["steps"] == {"DPO": [(6, 0.5, 0.4, 0.6), (12, 0.625, 0.5, 0.7)]}
     assert drawn["label"] == "epoch"
     assert [*drawn["curves"]["DPO at 2/2"].epochs] == [0, 1.5, 3]
     assert [*drawn["curves"]["DPO at 2/2"].kl] == [0, 0.06, 0.12]
@@ -102,8 +107,8 @@ def test_figures_are_written_as_png_and_pdf(settings, tmp_path):
 
 def test_a_rate_of_one_and_its_interval_are_inside_the_axes(monkeypatch):
     saved = []
-    monkeypatch.setattr(figures, "_save", lambda figure, _: saved.append(figure))
-    points = [figures.WinRateAt(0, 0.99, 0.9, 1.0), figures.WinRateAt(5, 0.0, 0.0, 0.1)]
+    monkeypatch.setattr(figures, "save", lambda figure, *_: saved.append(figure))
+    points = [(0, 0.99, 0.9, 1.0), (5, 0.0, 0.0, 0.1)]
     figures.draw_over_steps({"A": points}, "T", [])
     (axes,) = saved[0].axes
     low, high = axes.get_ylim()

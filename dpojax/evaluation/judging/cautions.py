@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dpojax.evaluation.frontier_report import escaped
 from dpojax.evaluation.judging.bootstrap import Measured
 from dpojax.evaluation.judging.result import Result, Row
 from dpojax.evaluation.judging.statistics import Difference, Repeatability, WinRate
 from dpojax.evaluation.judging.verdicts import Outcome
+from dpojax.evaluation.markdown import escaped
 
 FEW_PROMPTS = 100
 MANY_FLIPS = 0.2

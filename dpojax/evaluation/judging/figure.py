@@ -1,4 +1,4 @@
-"""The figure of win rates: over sampling temperature, over training steps, or policy by policy.
+"""The figure of win rates: over sampling temperature, or policy by policy.
 
 One panel per judge. Bars are 95 % intervals. The dashed line is a policy that is as good as its
 opponent.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from dpojax import storage
+from dpojax.evaluation import plots
+from dpojax.evaluation.judging.bootstrap import Measured
 from dpojax.evaluation.judging.result import Result, Row
 from dpojax.evaluation.plots import BLUE, GREEN, GREY, PURPLE, STYLE, TICKS, VERMILLION
 
@@ -34,11 +35,11 @@ DODGE = 0.012  # sideways distance of two policies' marks, as a share of the axi
 
 
 class Series(NamedTuple):
-    """A line of the figure: one policy at several settings.
+    """A line of a figure: one policy at several settings.
 
     Attributes:
-      x: temperatures or steps, [points], rising.
-      rates: win rates with the ends of their intervals, [3, points], as shares.
+      x: settings, such as temperatures, [points], rising.
+      rates: shares with the ends of their intervals, [3, points].
     """
 
     name: str
@@ -47,24 +48,15 @@ class Series(NamedTuple):
 
 
 def draw(results: Sequence[Result], *paths: str | os.PathLike) -> None:
-    """Write `figure` to each path (png, pdf or svg by its suffix), all or nothing.
-
-    Args:
-      paths: local files, or objects of a bucket; their folders are made.
-    """
-    drawn = figure(results)
-    for path in map(storage.as_path, paths):
-        dated = {"CreationDate": None} if path.suffix == ".pdf" else None
-        with storage.replacing(path) as unfinished, matplotlib.rc_context(STYLE):
-            drawn.savefig(unfinished, metadata=dated)
+    """Write `figure` to each path, see `plots.save`."""
+    plots.save(figure(results), *paths)
 
 
 def figure(results: Sequence[Result]) -> Figure:
     """Draw a panel for each result that has rows.
 
-    The horizontal axis is the training step where two rows differ in it, else the temperature where
-    two rows differ in that. Otherwise each policy has a line of its own. Rows without a win rate,
-    or without a step or temperature that the axis needs, are left out.
+    The horizontal axis is the temperature where two rows differ in it; rows without one are left
+    out then. Otherwise each policy has a line of its own. Rows without a win rate are left out.
     """
     results = [result for result in results if result.rows]
     columns = min(COLUMNS, max(1, len(results)))
@@ -108,53 +100,50 @@ def look_of(index: int) -> tuple[str, str]:
 def _panel(axes: Axes, result: Result) -> float:
     """Draw one result; return the height that the panel needs, in inches."""
     rows = [row for row in result.rows if math.isfinite(row.win_rate.value)]
-    if len({row.step for row in rows} - {None}) > 1:
-        _curves(axes, _series(rows, "step"))
-        axes.set_xlabel("training step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICKS))
-    elif len({row.temperature for row in rows} - {None}) > 1:
-        series = _series(rows, "temperature")
-        _curves(axes, series)
-        axes.set_xlabel("sampling temperature")
-        _temperature_ticks(axes, series)
-    else:
+    if len({row.temperature for row in rows} - {None}) < 2:
         return _dots(axes, rows, result.opponent)
+    series = _over_temperature(rows)
+    draw_curves(axes, series)
+    axes.set_xlabel("sampling temperature")
     axes.set_ylabel(f"win rate against {result.opponent}")
-    axes.axhline(0.5, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1.5)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=TICKS))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _temperature_ticks(axes, series)
     return PANEL[1]
 
 
-def _names(rows: Sequence[Row], leave_out: str) -> list[str]:
-    """Labels without the setting on the axis, and without those that all rows share."""
-    shared = {leave_out} | {
-        setting
-        for setting in ("temperature", "best_of", "step")
-        if len({getattr(row, setting) for row in rows}) == 1
-    }
-    plain = {"temperature": None, "best_of": 1, "step": None}
-    hidden = {setting: plain[setting] for setting in shared if setting in plain}
+def _names(rows: Sequence[Row], *, with_temperature: bool) -> list[str]:
+    """Labels without the settings that all rows share."""
+    hidden: dict[str, int | None] = {}
+    if not with_temperature or len({row.temperature for row in rows}) == 1:
+        hidden["temperature"] = None
+    if len({row.best_of for row in rows}) == 1:
+        hidden["best_of"] = 1
     return [row._replace(**hidden).label for row in rows]
 
 
-def _series(rows: Sequence[Row], setting: str) -> list[Series]:
-    """Lines over a setting, in order of first appearance; rows without the setting are left out."""
+def _over_temperature(rows: Sequence[Row]) -> list[Series]:
+    """Lines over temperature, in order of first appearance; rows without one are left out."""
     points_of: dict[str, list[tuple[float, ...]]] = {}
-    for name, row in zip(_names(rows, setting), rows):
-        if getattr(row, setting) is not None:
-            points = points_of.setdefault(name, [])
-            points.append((getattr(row, setting), *row.win_rate[:3]))
+    for name, row in zip(_names(rows, with_temperature=False), rows):
+        if row.temperature is not None:
+            points_of.setdefault(name, []).append((row.temperature, *row.win_rate[:3]))
+    return series_of(points_of)
+
+
+def series_of(points_of: Mapping[str, Sequence[tuple[float, ...]]]) -> list[Series]:
+    """Lines from their points (x, share, low, high), in any order; one without a point is none."""
     series = []
     for name, points in points_of.items():
+        if not points:
+            continue
         x, *rates = np.array(sorted(points), float).T
         series.append(Series(name, x, np.array(rates)))
     return series
 
 
-def _curves(axes: Axes, series: Sequence[Series]) -> None:
-    """Draw lines with bars, and their names beside their right ends."""
-    width = max(np.ptp(np.concatenate([line.x for line in series])), 1e-9)
+def draw_curves(axes: Axes, series: Sequence[Series]) -> None:
+    """Draw lines of shares with bars, and their names beside their right ends."""
+    every_x = [x for line in series for x in line.x]
+    width = max(every_x, default=0) - min(every_x, default=0)
     for index, line in enumerate(series):
         color, mark = look_of(index)
         shift = DODGE * width * (index - (len(series) - 1) / 2)  # bars do not hide each other
@@ -164,15 +153,18 @@ def _curves(axes: Axes, series: Sequence[Series]) -> None:
             mec="white", mew=0.6, lw=1.6, elinewidth=1, capsize=2, zorder=3,
         )  # fmt: skip
     axes.margins(x=0.03)
-    low = min(0.5, *(line.rates[1].min() for line in series))
-    high = max(0.5, *(line.rates[2].max() for line in series))
-    room = 0.06 * (high - low)
+    low = min([0.5, *(line.rates[1].min() for line in series)])
+    high = max([0.5, *(line.rates[2].max() for line in series)])
+    room = max(0.06 * (high - low), 0.01)
     axes.set_ylim(max(-0.02, low - room), min(1.02, high + room))
+    axes.axhline(0.5, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1.5)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=TICKS))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ends = [(line.rates[0][-1], line.name, look_of(i)[0]) for i, line in enumerate(series)]
-    label_ends(axes, ends)
+    _label_ends(axes, ends)
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write names at the right of the axes, moved apart where they would overlap.
 
     Args:
@@ -220,26 +212,38 @@ def _temperature_ticks(axes: Axes, series: Sequence[Series]) -> None:
 def _dots(axes: Axes, rows: Sequence[Row], opponent: str) -> float:
     """Draw one line of the panel per row, the first at the top; return the panel's height."""
     for index, row in enumerate(rows):
-        value, low, high = row.win_rate[:3]
-        axes.errorbar(
-            value, index, xerr=[[value - low], [high - value]], fmt="o", ms=5.5, mec="white",
-            mew=0.6, color=BLUE, elinewidth=1.4, capsize=2.5, zorder=3,
-        )  # fmt: skip
+        measured = Measured(*row.win_rate[:3])
+        value = measured.value
+        draw_dot(axes, measured, index, BLUE, "o")
         text = axes.annotate(
             f"{100 * value:.1f} %", (value, index), (0, 5), textcoords="offset points",
             ha="center", va="bottom", fontsize=7.5,
         )  # fmt: skip
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    name_dots(axes, _names(rows, with_temperature=True))
+    axes.set_xlabel(f"win rate against {opponent}")
+    return 0.8 + LINE * len(rows)
+
+
+def draw_dot(axes: Axes, measured: Measured, place: float, color: str, mark: str) -> None:
+    """Draw a share and its interval on a line of its own."""
+    value, low, high = measured
+    axes.errorbar(
+        value, place, xerr=[[value - low], [high - value]], fmt=mark, ms=5.5, mec="white",
+        mew=0.6, color=color, elinewidth=1.4, capsize=2.5, zorder=3,
+    )  # fmt: skip
+
+
+def name_dots(axes: Axes, names: Sequence[str]) -> None:
+    """Name the lines 0, 1, ... of a panel, the first at the top, with percentages below."""
     axes.axvline(0.5, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1.5)
-    axes.set_yticks(range(len(rows)), _names(rows, ""))
-    axes.set_ylim(len(rows) - 0.5, -0.75)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.75)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICKS))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"win rate against {opponent}")
-    return 0.8 + LINE * len(rows)
 
 
 def _dark(color: str) -> np.ndarray:

@@ -7,26 +7,37 @@ import os
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from dpojax import storage
-from dpojax.evaluation.frontier_report import escaped
+from dpojax.evaluation import plots
 from dpojax.evaluation.judging import human_study
 from dpojax.evaluation.judging.agreement import Agreement
 from dpojax.evaluation.judging.bootstrap import Measured
 from dpojax.evaluation.judging.cautions import UNKNOWN, percent, share
-from dpojax.evaluation.judging.figure import DPI, LINE, label_ends, look_of, short_name
-from dpojax.evaluation.judging.human_study import HumanStudy, JudgeStudy
+from dpojax.evaluation.judging.figure import (
+    DPI,
+    LINE,
+    draw_curves,
+    draw_dot,
+    look_of,
+    name_dots,
+    series_of,
+    short_name,
+)
+from dpojax.evaluation.judging.human_study import (
+    HUMANS,
+    HumanStudy,
+    JudgeStudy,
+    confidence_levels,
+)
 from dpojax.evaluation.judging.verdicts import Outcome
-from dpojax.evaluation.plots import GREY, STYLE, TICKS
-from dpojax.tables import markdown_table
+from dpojax.evaluation.markdown import escaped_table
+from dpojax.evaluation.plots import GREY, STYLE
 
-HUMANS = "another human"
 WIDTH, CURVES = 3.7, 2.9  # inches of a panel; least height of the panel over confidence
-DODGE = 0.05  # steps of confidence between the marks of two judges
 
 READING = (
     "A judge *decides* a comparison if it prefers the same response in both orders, and it is "
@@ -65,7 +76,7 @@ def report(study: HumanStudy, facts: Mapping[str, str]) -> str:
         counts["comparisons with several humans"] = study.humans.comparisons
     about = [[name, str(value)] for name, value in {**facts, **counts}.items()]
     blocks = ["# Judges against human choices", "![Agreement with humans](agreement.png)"]
-    blocks += [_markdown(["", "value"], about), table(study), READING]
+    blocks += [escaped_table(["", "value"], about), table(study), READING]
     if levels := confidence_levels(study):
         blocks += ["## By the humans' confidence", by_confidence(study, levels)]
         blocks += ["Accuracy over all comparisons. The larger the number, the surer the human was."]
@@ -90,16 +101,16 @@ def table(study: HumanStudy) -> str:
         shares = [share(count / each.choices) if each.choices else UNKNOWN for count in counts]
         lines.append([judge.name, *_measured(each), *shares, str(each.choices), str(each.prompts)])
     heading += [outcome.value for outcome in undecided] + ["choices", "prompts"]
-    return _markdown(heading, lines)
+    return escaped_table(heading, lines)
 
 
 def by_confidence(study: HumanStudy, levels: Sequence[float]) -> str:
     """One line per judge, a column for each level of confidence."""
     lines = [
-        [judge.name, *(percent(_accuracy(judge, level)) for level in levels)]
+        [judge.name, *(percent(judge.by_confidence[level].accuracy) for level in levels)]
         for judge in study.judges
     ]
-    return _markdown(["judge", *(f"confidence {level:g}" for level in levels)], lines)
+    return escaped_table(["judge", *(f"confidence {level:g}" for level in levels)], lines)
 
 
 def among_humans(study: HumanStudy) -> str:
@@ -109,21 +120,12 @@ def among_humans(study: HumanStudy) -> str:
     ]
     same = percent(study.humans.agreement)
     lines.append([HUMANS, same, same, _kappa(study.humans.kappa)])
-    return _markdown(["", "accuracy", "accuracy where decided", "kappa"], lines)
-
-
-def confidence_levels(study: HumanStudy) -> list[float]:
-    """All levels of confidence, rising."""
-    return sorted({level for judge in study.judges for level in judge.by_confidence})
+    return escaped_table(["", "accuracy", "accuracy where decided", "kappa"], lines)
 
 
 def draw(study: HumanStudy, *paths: str | os.PathLike) -> None:
-    """Write `figure` to each path (png, pdf or svg by its suffix), all or nothing."""
-    drawn = figure(study)
-    for path in map(storage.as_path, paths):
-        dated = {"CreationDate": None} if path.suffix == ".pdf" else None
-        with storage.replacing(path) as unfinished, matplotlib.rc_context(STYLE):
-            drawn.savefig(unfinished, metadata=dated)
+    """Write `figure` to each path, see `plots.save`."""
+    plots.save(figure(study), *paths)
 
 
 def figure(study: HumanStudy) -> Figure:
@@ -152,66 +154,35 @@ def _overall_panel(axes: Axes, judges: Sequence[JudgeStudy], study: HumanStudy) 
         same = study.humans.agreement
         axes.axvspan(same.low, same.high, color="#EAEAEA", lw=0, zorder=0)
         names.append(HUMANS)
-        _bar(axes, same, len(judges), GREY, "o")
+        draw_dot(axes, same, len(judges), GREY, "o")
     for index, judge in enumerate(judges):
-        _bar(axes, judge.agreement.accuracy, index, *look_of(index))
-    axes.axvline(0.5, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1.5)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.75)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        if math.isfinite(judge.agreement.accuracy.value):
+            draw_dot(axes, judge.agreement.accuracy, index, *look_of(index))
+    name_dots(axes, names)
     axes.set_xlabel("accuracy against human choices")
 
 
-def _bar(axes: Axes, measured: Measured, place: float, color: str, mark: str) -> None:
-    value, low, high = measured
-    if math.isfinite(value):
-        axes.errorbar(
-            value, place, xerr=[[value - low], [high - value]], fmt=mark, ms=5.5, mec="white",
-            mew=0.6, color=color, elinewidth=1.4, capsize=2.5, zorder=3,
-        )  # fmt: skip
-
-
 def _confidence_panel(axes: Axes, judges: Sequence[JudgeStudy], levels: Sequence[float]) -> None:
-    ends = []
-    for index, judge in enumerate(judges):
-        color, mark = look_of(index)
-        known = [
-            (place, *_accuracy(judge, level))
+    """Draw a line for each judge. A level at which humans called all a tie has no points."""
+    points = {
+        short_name(judge.name): [
+            (place, *judge.by_confidence[level].accuracy)
             for place, level in enumerate(levels)
-            if _accuracy(judge, level) and math.isfinite(_accuracy(judge, level).value)
+            if math.isfinite(judge.by_confidence[level].accuracy.value)
         ]
-        if not known:
-            continue
-        x, value, low, high = np.array(known).T
-        shift = DODGE * (index - (len(judges) - 1) / 2)  # bars do not hide each other
-        axes.errorbar(
-            x + shift, value, (value - low, high - value), fmt=f"{mark}-", color=color, ms=5,
-            mec="white", mew=0.6, lw=1.6, elinewidth=1, capsize=2, zorder=3,
-        )  # fmt: skip
-        ends.append((value[-1], short_name(judge.name), color))
-    axes.axhline(0.5, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1.5)
+        for judge in judges
+    }
+    draw_curves(axes, series_of(points))
     axes.xaxis.set_major_locator(FixedLocator(range(len(levels))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{level:g}" for level in levels])
     axes.set_xlabel("the human's confidence")
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=TICKS))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylabel("accuracy")
-    label_ends(axes, ends)
 
 
 def _overall(judge: JudgeStudy) -> float:
     value = judge.agreement.accuracy.value
     return value if math.isfinite(value) else -math.inf
-
-
-def _accuracy(judge: JudgeStudy, level: float) -> Measured | None:
-    each = judge.by_confidence.get(level)
-    return each.accuracy if each else None
 
 
 def _measured(each: Agreement) -> list[str]:
@@ -222,7 +193,3 @@ def _kappa(measured: Measured) -> str:
     if not math.isfinite(measured.value):
         return UNKNOWN
     return f"{measured.value:.2f} ({measured.low:.2f} to {measured.high:.2f})"
-
-
-def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(markdown_table(heading, [[escaped(cell) for cell in row] for row in rows]))

@@ -20,7 +20,7 @@ from dpojax.evaluation.judging.verdicts import Outcome
 from dpojax.storage.paths import PathLike
 from dpojax.tables import blocks_table, terminal_width
 
-HUMANS = "human, another one"
+HUMANS = "another human"
 SEVERAL = "several humans"
 UNDECIDED = ["tie", "inconsistent", "unparsed"]
 COLUMNS = ["judge", "part", "accuracy", "accuracy_low", "accuracy_high"]
@@ -128,16 +128,18 @@ def table(study: HumanStudy) -> list[str]:
     if study.humans is not None:
         counts += f", {study.humans.comparisons} of them with several humans"
     lines = [f"{counts}; 95 % intervals over prompts", *blocks_table(rows, width)]
-    levels = sorted({level for judge in study.judges for level in judge.by_confidence})
-    if levels:
+    if levels := confidence_levels(study):
         rows = [["accuracy by confidence", *(f"{level:g}" for level in levels)]]
         for judge in study.judges:
-            cells = (judge.by_confidence.get(level) for level in levels)
-            rows.append(
-                [judge.name, *(f"{cell.accuracy.value:.2f}" if cell else "-" for cell in cells)]
-            )
+            values = [judge.by_confidence[level].accuracy.value for level in levels]
+            rows.append([judge.name, *(f"{x:.2f}" if math.isfinite(x) else "-" for x in values)])
         lines += ["", *blocks_table(rows, width)]
     return lines
+
+
+def confidence_levels(study: HumanStudy) -> list[float]:
+    """All levels of confidence, rising. Every judge has the same ones."""
+    return sorted({level for judge in study.judges for level in judge.by_confidence})
 
 
 def write_csv(study: HumanStudy, path: PathLike) -> None:

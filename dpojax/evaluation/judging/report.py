@@ -12,12 +12,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from dpojax import storage
-from dpojax.evaluation.frontier_report import escaped
 from dpojax.evaluation.judging import figure
 from dpojax.evaluation.judging.cautions import UNKNOWN, cautions, percent, share
 from dpojax.evaluation.judging.result import NamedDifference, Result, Row
 from dpojax.evaluation.judging.verdicts import Judgement, Outcome, Reply
-from dpojax.tables import markdown_table
+from dpojax.evaluation.markdown import escaped, escaped_table
 
 MANY_DIFFERENCES = 24  # lines of the table
 LONGEST_SAMPLE = 1500  # characters of each text in samples.md
@@ -113,14 +112,13 @@ def _setting_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "policy": [row.policy for row in rows],
         "temperature": [_number(row.temperature) for row in rows],
         "best of": [_number(row.best_of) if row.best_of > 1 else "" for row in rows],
-        "step": [_number(row.step) for row in rows],
     }
 
 
 def _table_of(columns: Mapping[str, Sequence[str]]) -> str:
     """A table without the columns that are empty."""
     used = {name: cells for name, cells in columns.items() if any(cells)}
-    return _markdown(list(used), list(zip(*used.values())))
+    return escaped_table(list(used), list(zip(*used.values())))
 
 
 def differences(result: Result) -> str:
@@ -130,7 +128,7 @@ def differences(result: Result) -> str:
         says = "higher" if gap.low > 0 else "lower" if gap.high < 0 else "not settled"
         lines.append([first, second, percent(gap, sign=True), str(gap.prompts), says])
     heading = ["win rate of", "minus that of", "difference, points", "prompts", "the first is"]
-    return _markdown(heading, lines)
+    return escaped_table(heading, lines)
 
 
 def _shown_differences(result: Result) -> list[NamedDifference]:
@@ -144,11 +142,11 @@ def _shown_differences(result: Result) -> list[NamedDifference]:
 def _about_differences(result: Result) -> str:
     count, shown = len(result.differences), len(_shown_differences(result))
     rest = "" if shown == count else f" All {count} of them are in differences.csv."
-    several = f" The intervals are not corrected for there being {count} of them." * (count > 1)
+    several = f" The intervals are not corrected for there being {count} of them."
     return (
         "Differences are in percentage points, paired by prompt: both sides answered the same "
         "prompts and met the same B. A side is called higher or lower if the 95 % interval does "
-        f"not contain 0.{several}{rest}"
+        f"not contain 0.{several if count > 1 else ''}{rest}"
     )
 
 
@@ -160,7 +158,7 @@ def _about(result: Result) -> str:
         again = f"{percent(result.repeatability)} of {result.repeatability.asked} questions"
         facts["repeatability"] = again
     facts |= {"B": result.opponent, "unit of lengths": result.length_unit, **result.facts}
-    return _markdown(["", "value"], [[name, str(value)] for name, value in facts.items()])
+    return escaped_table(["", "value"], [[name, str(value)] for name, value in facts.items()])
 
 
 def samples(results: Sequence[Result]) -> str:
@@ -204,7 +202,6 @@ def _csv_row(result: Result, row: Row) -> dict:
         "policy": row.policy,
         "temperature": row.temperature,
         "best_of": row.best_of,
-        "step": row.step,
         "opponent": result.opponent,
         "judge": result.judge,
         "fingerprint": result.fingerprint,
@@ -274,7 +271,3 @@ def _length(value: float) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(markdown_table(heading, [[escaped(cell) for cell in row] for row in rows]))

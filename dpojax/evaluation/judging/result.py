@@ -39,7 +39,6 @@ class Side:
       repeats: replies to questions that were asked again, as `judge_comparisons` returns them.
       temperature: of sampling; None if it is not known (responses from a file).
       best_of: how many responses a reward chose the judged one from.
-      step: of training; None if the policy is a finished one.
       cut: share of A's responses that ended at the limit of new tokens; None if it is not known.
     """
 
@@ -49,7 +48,6 @@ class Side:
     repeats: Sequence[tuple[Reply, Reply]] = ()
     temperature: float | None = None
     best_of: int = 1
-    step: int | None = None
     cut: float | None = None
 
     @property
@@ -60,7 +58,7 @@ class Side:
     @property
     def label(self) -> str:
         """Policy and setting in a few words."""
-        return label(self.policy, self.temperature, self.best_of, self.step)
+        return label(self.policy, self.temperature, self.best_of)
 
 
 class Row(NamedTuple):
@@ -77,7 +75,6 @@ class Row(NamedTuple):
     policy: str
     temperature: float | None
     best_of: int
-    step: int | None
     win_rate: WinRate
     length_controlled: Measured | None
     length_a: float
@@ -88,7 +85,7 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         """Policy and setting in a few words."""
-        return label(self.policy, self.temperature, self.best_of, self.step)
+        return label(self.policy, self.temperature, self.best_of)
 
 
 class NamedDifference(NamedTuple):
@@ -138,10 +135,10 @@ class Result:
     repeatability: Repeatability | None = None
 
 
-def label(policy: str, temperature: float | None, best_of: int, step: int | None) -> str:
+def label(policy: str, temperature: float | None, best_of: int) -> str:
     """Policy and setting in a few words.
 
-    >>> label("DPO", 0.5, best_of=4, step=None)
+    >>> label("DPO", 0.5, best_of=4)
     'DPO, best of 4, temperature 0.5'
     """
     settings = [policy]
@@ -149,8 +146,6 @@ def label(policy: str, temperature: float | None, best_of: int, step: int | None
         settings.append(f"best of {best_of}")
     if temperature is not None:
         settings.append(f"temperature {temperature:g}")
-    if step is not None:
-        settings.append(f"step {step}")
     return ", ".join(settings)
 
 
@@ -205,7 +200,6 @@ def _row(side: Side, is_symmetric: bool, length: Callable[[str], float], options
         side.policy,
         side.temperature,
         side.best_of,
-        side.step,
         win_rate(judgements, ids, is_symmetric=is_symmetric, asked=asked, **options),
         length_controlled(judgements, ids, lengths_a, lengths_b, **options),
         float(lengths_a.mean()) if len(lengths_a) else math.nan,
@@ -224,7 +218,7 @@ def _pairs(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
     pairs = [
         (first, second)
         for first, second in itertools.combinations(sides, 2)
-        if (first.temperature, first.step) == (second.temperature, second.step)
+        if first.temperature == second.temperature
     ]
     first_of: dict[tuple[str, int], Side] = {}
     for side in sides:

@@ -69,7 +69,6 @@ def test_the_table_holds_the_numbers_worked_out_by_hand():
     shares = [row[outcome.value] for outcome in Outcome]
     assert shares == ["50.0 %", "20.0 %", "10.0 %", "15.0 %", "5.0 %"]
     assert (row["comparisons"], row["prompts"]) == ("200", "190")
-    assert "step" not in row
 
 
 def test_details_hold_the_judges_faults_and_the_lengths():
@@ -97,7 +96,7 @@ def test_the_csv_has_one_row_per_side_and_judge_and_the_same_numbers():
     assert measured == list(first[:3])
     assert [rows[0][o.value] for o in Outcome] == ["30", "20", "2", "5", "1"]
     assert float(rows[0]["flip_rate"]) == pytest.approx(5 / 57)
-    assert rows[2]["position_bias"] == rows[2]["repeatability"] == rows[0]["step"] == ""
+    assert rows[2]["position_bias"] == rows[2]["repeatability"] == ""
 
 
 def test_differences_pair_policies_at_a_temperature_and_a_policy_with_its_first_setting():
@@ -257,14 +256,6 @@ def test_the_figure_has_a_line_per_policy_over_temperature_with_its_intervals():
         for line in axes.lines
         if line.get_linestyle() == "--"
     )
-
-
-def test_the_figure_is_over_steps_where_rows_have_steps():
-    sides = [side("DPO", mixed(10 + s, 20), temperature=0.7, step=100 * s) for s in range(4)]
-    (axes,) = figure.figure([summary(*sides)]).axes
-    assert axes.get_xlabel() == "training step"
-    assert [text.get_text() for text in axes.texts] == ["DPO"]
-    np.testing.assert_allclose(curves_of(axes)[0][:, 0], [0, 100, 200, 300])
 
 
 def test_names_of_lines_that_end_at_the_same_height_do_not_overlap():
