@@ -136,13 +136,13 @@ def recipe(config):
         title, news = "News (CNN/DailyMail)", settings.shifted_temperatures
         evaluations.append(r.Evaluation("news", title, trained, news, r.SHIFTED))
     shows = SHOWS if not config.model.path else ""
-    trainings = _quick_base(config, r.usual_trainings(config, ppo=True))
+    trainings = _quick_base(r.usual_trainings(config, ppo=True))
     return r.Recipe(
         "TL;DR: win rate against the reference summaries", trainings, evaluations, shows
     )
 
 
-def _quick_base(config, trainings):
+def _quick_base(trainings):
     """The new model of `small` reads the beginnings of a part of the reviews."""
     changes = {
         "sft.data.limit": 4_000,

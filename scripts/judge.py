@@ -83,6 +83,10 @@ NUMBER("hang_minutes", None, "Without progress, after which it ends; default: 30
 TEXT("responses", None, "Folder that keeps responses, for several calls; default: OUT/responses.")
 TEXT("verdicts", None, "Folder that keeps verdicts, for several calls; default: OUT/verdicts.")
 
+# The settings that --humans reads: the comparisons are there, and nothing is drawn.
+OF_HUMANS = {"out", "judge", "template", "tie", "judge_batch_size", "endpoint"}
+OF_HUMANS |= {"max_cost", "seed", "verdicts", "hang_minutes"}
+
 
 def main() -> int:
     from dpojax.runs import judging
@@ -166,14 +170,21 @@ def compare_with_humans() -> int:
     from dpojax import storage
     from dpojax.config.command_line import UsageError
     from dpojax.evaluation.judging import human_report, human_study
+    from dpojax.evaluation.judging.asking import estimate
     from dpojax.evaluation.judging.humans import read_humans
     from dpojax.runs import judging
     from dpojax.runs.judging_settings import Settings, Side
     from dpojax.watchdog import watching
 
-    if not JUDGE.value or A.value or B.value or FRONTIER.value:
-        raise UsageError("--humans: needs --judge, one or more, and no --a, --b or --frontier")
-    values = {"out": "judged"} | set_flags() | template_of(flags.FLAGS["template"].value)
+    values = {"out": "judged"} | set_flags()
+    other = {A, B, FRONTIER, AT_KL, METHODS, EXPORT, IMPORT, TEMPERATURES, BEST_OF, PROMPTED}
+    unread = values.keys() - OF_HUMANS | {flag.name for flag in other if flag.present}
+    if unread:
+        names = ", ".join(f"--{name}" for name in sorted(unread))
+        raise UsageError(f"--humans: asks about the file's comparisons, and reads no {names}")
+    if not JUDGE.value:
+        raise UsageError("--humans: needs --judge, one or more")
+    values |= template_of(values.pop("template", None))
     values |= {"prompts": HUMANS.value, "a": (Side(HUMANS.value),)}
     settings = Settings(**values | {"judge": JUDGE.value[0]})
     out = storage.as_path(settings.out, "--out")
@@ -183,6 +194,12 @@ def compare_with_humans() -> int:
             judging.open_settings_judge(dataclasses.replace(settings, judge=spec))
             for spec in JUDGE.value
         ]
+        if DRY_RUN.value:
+            comparisons = [human.comparison for human in humans]
+            with judging.open_verdicts(settings) as cache:
+                for judge in judges:
+                    print(f"{judge.name}: {estimate(judge, comparisons, cache, repeat=0)}")
+            return 0
         with storage.lock_in_turn(out, tell), judging.open_verdicts(settings) as cache:
             study = human_study.human_agreement(
                 judges,

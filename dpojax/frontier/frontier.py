@@ -37,6 +37,7 @@ from dpojax.plans.folder import (
     deleting_hint,
     read_plan_file,
     require_same_plan,
+    write_plan,
 )
 from dpojax.runs.workdirs import require_writable, workdir_lock
 from dpojax.stages.registry import resolve
@@ -106,18 +107,15 @@ def write_or_compare_plan(
       ConfigError: plan.json is of another config, or lacks a run, or has one with other settings;
         it names the keys.
     """
-    path = folder / PLAN
     content = {
         "config": as_json(config),
         "contents": _contents(config),
         "runs": [run._asdict() | {"name": run.name, "changes": dict(run.changes)} for run in runs],
         "jobs": plan_as_json(plan.jobs),
     }
-    if path.exists():
+    if (folder / PLAN).exists():
         _require_same(read_plan(folder), content, folder)
-    for file, values in plan.files.items():
-        storage.write_json(storage.as_path(file), values)
-    storage.write_json(path, content)  # runs may be added
+    write_plan(folder, plan, content)  # runs may be added
 
 
 def read_plan(folder: storage.Path) -> dict[str, Any]:

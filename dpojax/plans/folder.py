@@ -37,6 +37,13 @@ def read_plan_file(path: storage.Path, what: str, fields: Mapping[str, type]) ->
     return storage.read_json(path, deleting_hint(what), fields=dict(fields))
 
 
+def write_plan(folder: storage.Path, plan: Plan, content: Mapping[str, Any]) -> None:
+    """Write the files that the jobs read and, last, what plan.json holds."""
+    for file, values in plan.files.items():
+        storage.write_json(storage.as_path(file), values)
+    storage.write_json(folder / PLAN, content)
+
+
 def deleting_hint(what: str) -> str:
     """What to do about a plan's file that is damaged."""
     return f"delete it: the command that began the {what} writes it again"

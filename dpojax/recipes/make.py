@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpojax import storage
-from dpojax.config.contents import Content, NamedPath, contents_of, shared_paths, weights_hash
+from dpojax.config.contents import Content, NamedPath, contents_of, judge_hash, shared_paths
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.config.resolved import as_json, workdir_path
 from dpojax.data import sources
@@ -24,10 +24,12 @@ from dpojax.plans.folder import (
     check_workers,
     read_plan_file,
     require_same_plan,
+    write_plan,
 )
 from dpojax.recipes.configs import RecipeConfigs
 from dpojax.recipes.plan import plan_recipe
 from dpojax.recipes.recipe import TRAINED, Recipe, check_recipe
+from dpojax.runs.judging import check_judge
 from dpojax.runs.workdirs import require_writable, workdir_lock
 
 WHAT = "recipe"
@@ -50,6 +52,7 @@ def make_recipe(
     """
     folder = workdir_path(workdir)
     check(config, recipe, folder, workers)
+    _check_judge(config, recipe, folder)
     require_writable(folder)
     with workdir_lock(folder):
         plan = plan_recipe(config, recipe, folder)
@@ -77,6 +80,13 @@ def check(config: ConfigDict, recipe: Recipe, folder: storage.Path, workers: int
     check_workers(workers, WHAT, distributed=config.distributed)
 
 
+def _check_judge(config: ConfigDict, recipe: Recipe, folder: storage.Path) -> None:
+    """Raise ConfigError for a judge that could not be asked, hours before it is."""
+    if config.recipe.judge != TRAINED and recipe.evaluations:
+        with config_errors("recipe.judge"):
+            check_judge(RecipeConfigs(config, folder).judging_settings(recipe.evaluations[0]))
+
+
 def write_or_compare_plan(
     config: ConfigDict, recipe: Recipe, plan: Plan, folder: storage.Path
 ) -> None:
@@ -100,9 +110,7 @@ def write_or_compare_plan(
                 f"{folder} holds a recipe with other runs or evaluations (recipe() of the config "
                 "file has changed); give this one its own --workdir"
             )
-    for file, values in plan.files.items():
-        storage.write_json(storage.as_path(file), values)
-    storage.write_json(path, content)
+    write_plan(folder, plan, content)
 
 
 def _contents(config: ConfigDict) -> dict[str, Content]:
@@ -118,9 +126,8 @@ def _contents(config: ConfigDict) -> dict[str, Content]:
 
 
 def _judge_hash(judge: str) -> str:
-    """A hash of the judge's weights, where it has some before the recipe begins."""
-    folder = "" if judge == TRAINED else folder_of(judge)
-    return weights_hash(folder) if folder else judge
+    """A hash of the judge, where it is there before the recipe begins."""
+    return judge if judge == TRAINED else judge_hash(judge)
 
 
 def _hash_of(split: str):

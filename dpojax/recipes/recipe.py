@@ -1,9 +1,9 @@
 """What a recipe is: training runs, and the policies that are judged. Config files return one.
 
 def recipe(config):
-    trainings = usual_trainings(config)
-    sides = [*prompted_sides(), Side("SFT", "sft"), *dpo_sides(config)]
-    return Recipe(trainings, [Evaluation("tests", "TL;DR", sides)])
+    sides = [*prompted_sides(config), Side("SFT", SFT), *dpo_sides(config)]
+    evaluation = Evaluation("tests", "Posts", sides, config.recipe.temperatures)
+    return Recipe("DPO against SFT", usual_trainings(config), [evaluation])
 """
 
 from __future__ import annotations

@@ -182,16 +182,18 @@ def terminal_table(result: Result) -> str:
     """The win rates for a terminal, in blocks of columns where it is too narrow."""
     rows = result.rows
     outcomes = [Outcome.WIN, Outcome.TIE, Outcome.LOSS]
-    outcomes += [] if result.is_symmetric else [Outcome.INCONSISTENT]
-    outcomes += [Outcome.UNPARSED] if any(r.win_rate.counts[Outcome.UNPARSED] for r in rows) else []
+    if not result.is_symmetric:
+        outcomes.append(Outcome.INCONSISTENT)
+    if any(row.win_rate.counts[Outcome.UNPARSED] for row in rows):
+        outcomes.append(Outcome.UNPARSED)
     with_cut = any(row.cut for row in rows)
     temperatures = {row.temperature for row in rows}
     heading = ["", "win rate, %", "95 %", "equal lengths", *(SHORT[x] for x in outcomes)]
-    table = [heading + ["cut"] * with_cut]
+    table = [[*heading, "cut"] if with_cut else heading]
     for row in rows:
         rate, equal = row.win_rate, row.length_controlled
         cells = [
-            row_label(row, with_temperature=len(temperatures) > 1),
+            _row_label(row, with_temperature=len(temperatures) > 1),
             f"{100 * rate.value:.1f}",
             f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
             "n/a" if equal is None else f"{100 * equal.value:.1f}",
@@ -207,8 +209,8 @@ def terminal_table(result: Result) -> str:
     return "\n".join([title, "", *blocks_table(table, terminal_width())])
 
 
-def row_label(row: Row, *, with_temperature: bool) -> str:
-    """Policy and setting in a few words."""
+def _row_label(row: Row, *, with_temperature: bool) -> str:
+    """Policy and setting, shorter than `Row.label`."""
     parts = [row.policy]
     parts += [f"best of {row.best_of}"] if row.best_of > 1 else []
     if with_temperature and row.temperature is not None:

@@ -105,7 +105,7 @@ class Settings:
       judge_batch_size: texts that a local judge reads at a time.
       repeat: see `asking.judge_comparisons`.
       max_cost: stop asking before it is passed; None: no limit.
-      endpoint: options of an openai: judge, fields of `openai_judge.EndpointOptions`.
+      endpoint: options of an openai: judge, fields of `EndpointOptions`.
       resamples: of the bootstrap.
       hang_minutes: without progress, after which the process ends; 0: never.
       responses, verdicts: the folders that keep them; "" are folders of `out`. Several calls can

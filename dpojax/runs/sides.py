@@ -10,6 +10,7 @@ from dpojax.data import sources
 from dpojax.data.prompting import PromptTemplate, require_place
 from dpojax.data.records import DataError
 from dpojax.data.references import ReferencedPrompt, read_prompts_with_references
+from dpojax.evaluation.judging.result import label
 from dpojax.evaluation.rewards import open_reward
 from dpojax.runs.judging_settings import REFERENCES, Settings, Side
 from dpojax.runs.policy import load_policy
@@ -37,6 +38,11 @@ class Request(NamedTuple):
     temperature: float | None
     best_of: int
     seed: int
+
+    @property
+    def label(self) -> str:
+        """Side and setting in a few words."""
+        return label(self.side.label, self.temperature, self.best_of)
 
 
 def requests_of(side: Side, settings: Settings) -> list[Request]:
@@ -161,7 +167,7 @@ def _draw(
     texts = [prompt.text for prompt in prompts]
     responses = {}
     for request in requests:
-        drawer.log = lambda line, request=request: log(f"{describe(request)}: {line}")
+        drawer.log = _prefixed(log, request.label)
         drawing = Drawing(
             temperature=request.temperature,
             samples=settings.samples * request.best_of,
@@ -184,12 +190,11 @@ def _draw(
     return responses
 
 
-def describe(request: Request) -> str:
-    """A request in words: "dpo, temperature 0.5, best of 4"."""
-    parts = [request.side.label]
-    parts += [] if request.temperature is None else [f"temperature {request.temperature:g}"]
-    parts += [f"best of {request.best_of}"] if request.best_of > 1 else []
-    return ", ".join(parts)
+def _prefixed(log: Callable[[str], None], label: str) -> Callable[[str], None]:
+    def prefixed(line: str) -> None:
+        log(f"{label}: {line}")
+
+    return prefixed
 
 
 def texts_to_read(

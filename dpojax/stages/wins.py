@@ -68,12 +68,12 @@ def open_wins(setup: Setup, reference_params: dict, prompts: Sequence[str], seed
             if jax.process_index() == 0:
                 tqdm.write(f"WARNING: no win rate at this evaluation: {error}")
             return evaluation._replace(judged=dict.fromkeys(OFTEN_NAN, math.nan))
-        rate = win_rate(judgements, [c.id for c in comparisons], is_symmetric=judge.is_symmetric)
-        scores = [judgement.score for judgement in judgements]
-        means = prompt_means(scores, index_prompts([c.id for c in comparisons]))
-        by_prompt = dict(zip(dict.fromkeys(prompts), means.tolist()))
+        ids = [comparison.id for comparison in comparisons]
+        rate = win_rate(judgements, ids, is_symmetric=judge.is_symmetric)
+        means = prompt_means([judgement.score for judgement in judgements], index_prompts(ids))
+        score_of = dict(zip(dict.fromkeys(ids), means.tolist()))  # some prompts may be the same
         return evaluation._replace(
-            judged=_metrics(rate), win_scores=[by_prompt[prompt] for prompt in prompts]
+            judged=_metrics(rate), win_scores=[score_of[prompt] for prompt in prompts]
         )
 
     return add

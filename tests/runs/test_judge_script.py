@@ -68,6 +68,7 @@ def test_it_prints_a_table_that_fits_a_terminal_and_names_its_files(folder):
         (["--a=x", "--prompts=p", "--judge=exact", "--at_kl=3"], "choose runs of a --frontier"),
         (["--a=x", "--prompts=p", "--judge=exact", "--prompted=y=f.txt"], "no side has this name"),
         (["--humans=humans.jsonl"], "--humans: needs --judge"),
+        (["--humans=humans.jsonl", "--judge=exact", "--limit=3"], "reads no --limit"),
         (["--a=x", "--prompts=p", "--judge=exact", "--judge=length"], "name one"),
         (["--a=x", "--prompts=p", "--judge=exact", "--best_of=4"], "name the reward"),
     ],
@@ -88,3 +89,12 @@ def test_judges_are_held_against_human_choices(folder):
     assert float(rows["exact"][1].rstrip("%")) in (1.0, 100.0)  # the humans are the oracle
     assert rows["length"] != rows["exact"]
     assert "agreement.csv" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_dry_run_beside_human_choices_counts_the_calls_and_asks_nobody(folder):
+    nobody = "openai:model@http://localhost:9/v1"
+    done = judge("--humans=humans.jsonl", f"--judge={nobody}", "--dry_run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{nobody}: {2 * len(RECORDS)} calls with ")
+    assert not (folder / "judged").exists()

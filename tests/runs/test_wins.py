@@ -37,7 +37,7 @@ SAMPLED = {
 
 
 class Picky:
-    """Prefers the first response by 2 to 1, whatever it says, and counts what it is asked."""
+    """Prefers the second response every third time, else the first, and counts what it is asked."""
 
     name, fingerprint, is_symmetric = "picky", "picky", False
 
@@ -87,7 +87,10 @@ def test_the_exact_judge_counts_the_better_response_of_each_pair(opened):
     add = opened("exact")
     every = add(evaluation(said("chosen")))
     assert every.judged["samples/win_rate"] == 1.0
-    assert 0.85 < every.judged["samples/win_rate_low"] < 1
+    # n wins of n: the lower end of Beta(n + 1, 1) is 0.025^(1 / (n + 1)). Of 2,000 resamples it has
+    # a standard error of sqrt(0.025 * 0.975 / 2000) / density = 0.003.
+    low = 0.025 ** (1 / (len(RECORDS) + 1))
+    assert every.judged["samples/win_rate_low"] == pytest.approx(low, abs=4 * 0.003)
     half = [record["chosen" if i % 2 else "rejected"] for i, record in enumerate(RECORDS)]
     mixed = add(evaluation([[text] for text in half]))
     assert mixed.judged["samples/win_rate"] == pytest.approx(0.75)  # the same responses tie
@@ -98,9 +101,12 @@ def test_the_exact_judge_counts_the_better_response_of_each_pair(opened):
 
 def test_a_judge_that_follows_the_position_has_its_bias_and_flips_logged(opened, picky):
     judged = opened("picky")(evaluation(said("chosen"))).judged
-    assert judged["samples/position_bias"] > 0.2
-    assert judged["samples/flip_rate"] > 0.2
-    assert judged["samples/win_rate_low"] < judged["samples/win_rate"]
+    # Both orders of 40 pairs are 80 questions in a row, wherever it begins: 54 times the first, 26
+    # times the second. Both orders get "first" in 14 pairs, and A wins half of the other 26.
+    assert judged["samples/position_bias"] == pytest.approx((54 - 26) / 80)
+    assert judged["samples/flip_rate"] == pytest.approx(14 / 40)
+    assert judged["samples/win_rate"] == pytest.approx(0.5)
+    assert judged["samples/win_rate_low"] < 0.5 < judged["samples/win_rate_high"]
 
 
 def test_a_judge_that_may_cost_something_is_not_asked_again_after_a_resume(opened, picky):
@@ -249,9 +255,12 @@ def test_the_difference_between_members_is_paired_by_prompt(tmp_path):
     add_differences(evaluations, folders)
     second = evaluations["second"]
     assert second["samples/behind_best"] == pytest.approx(0.1)
-    # Each prompt differs by the same; the difference of two separate win rates has +-0.13.
-    assert second["samples/behind_best_low"] > 0.03
-    assert second["samples/behind_best_high"] < 0.17
+    # Each prompt differs by the same, so that the two pseudo-prompts alone make the interval. Each
+    # weighs half a prompt: their difference has the density K0(|x|) / pi, 95 % of it within 2.18,
+    # which 2,000 resamples tell to 0.12. All 41 prompts weigh 41. Unpaired it would be +-0.13.
+    half = 2.18 / 41
+    assert second["samples/behind_best_low"] == pytest.approx(0.1 - half, abs=4 * 0.12 / 41)
+    assert second["samples/behind_best_high"] == pytest.approx(0.1 + half, abs=4 * 0.12 / 41)
     assert evaluations["best"]["samples/behind_best"] == 0
 
 

@@ -64,8 +64,8 @@ class EndpointOptions:
 # What values may be.
 INTEGERS = ("max_tokens", "concurrency", "max_retries", "seed")
 POSITIVE = ("max_tokens", "concurrency", "timeout")
-OPTIONAL = ("temperature", "seed", "price_in", "price_out", "requests_per_minute")
-OPTIONAL += ("tokens_per_minute",)
+OPTIONAL = ("temperature", "seed", "price_in", "price_out")
+OPTIONAL += ("requests_per_minute", "tokens_per_minute")
 NUMBERS = {*INTEGERS, *POSITIVE, *OPTIONAL, "backoff"}
 TEXTS = ("served_by", "key_variable", "tokenizer")
 

@@ -242,7 +242,7 @@ def name_dots(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICKS))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 

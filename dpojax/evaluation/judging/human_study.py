@@ -89,9 +89,8 @@ def human_agreement(
     confidence = [choice.confidence for _, choice in choices]
     several = [True if len(comparisons[i].choices) > 1 else None for i in places]
     options = {"resamples": resamples, "seed": seed}
-    studies = []
+    studies, questions = [], [each.comparison for each in comparisons]
     for judge in judges:
-        questions = [each.comparison for each in comparisons]
         judged = judge_comparisons(judge, questions, cache=cache, max_cost=max_cost, repeat=0.0)
         judgements = [judged.judgements[i] for i in places]
         rows = judgements, humans, ids

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from dpojax import stopping
 from dpojax.data.encoding import TextEncoder
@@ -31,6 +31,7 @@ from dpojax.data.rows import collate
 from dpojax.data.templates import ChatTemplate, Refused
 from dpojax.data.tokenizer_files import read_tokenizer
 from dpojax.evaluation.judging.judge import JudgeError
+from dpojax.evaluation.judging.score_judge import choose
 from dpojax.evaluation.judging.templates import Template
 from dpojax.evaluation.judging.verdicts import Choice, Question, Reply
 from dpojax.models import decoder, huggingface
@@ -95,7 +96,7 @@ class QuestionEncoder:
 
     def encode(self, question: Question) -> EncodedQuestion:
         """The ids of one question. Where it is too long, its prompt loses its start."""
-        shortened, excess = question, 0
+        shortened = question
         while True:
             example = self.example(shortened)
             excess = len(example.prompt) + max(map(len, example.responses)) - self.longest
@@ -256,13 +257,10 @@ class LocalJudge:
 
     def _reply(self, first: float, second: float, *, is_cut: bool) -> Reply:
         difference = first - second
-        preference = 0.5 * (1 + math.tanh(difference / 2))
-        if self._labels.tied(difference):
-            choice = Choice.TIE
-        else:
-            choice = Choice.FIRST if self._labels.first_wins(difference) else Choice.SECOND
         text = f"log P(A) {first:.4f}, log P(B) {second:.4f}"
-        return Reply(choice, preference, text + "; the prompt's start was left out" * is_cut)
+        if is_cut:
+            text += "; the prompt's start was left out"
+        return Reply(choose(self._labels, difference), float(expit(difference)), text)
 
 
 def open_local(

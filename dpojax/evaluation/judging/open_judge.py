@@ -27,7 +27,7 @@ class Options(NamedTuple):
       tie: largest difference of two tied scores, for judges that score; None is the kind's own.
       batch_size: texts or questions in a batch of a model; None is the kind's own.
       mesh: where models are placed; None is one device.
-      endpoint: further options of an `openai:` judge; see `openai_judge`.
+      endpoint: further options of an `openai:` judge, fields of `EndpointOptions`.
     """
 
     template: str = "summary"

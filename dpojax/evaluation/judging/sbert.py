@@ -215,11 +215,9 @@ def sbert_judge(
         distinct = list(dict.fromkeys(targets + responses))
         place = {text: index for index, text in enumerate(distinct)}
         unit_nxD = _normalized(sentences.embed(distinct))
-        left, right = (
-            [place[text.response] for text in texts],
-            [place[target] for target in targets],
-        )
-        return np.sum(unit_nxD[left] * unit_nxD[right], axis=1)
+        responses_nxD = unit_nxD[[place[response] for response in responses]]
+        targets_nxD = unit_nxD[[place[target] for target in targets]]
+        return np.sum(responses_nxD * targets_nxD, axis=1)
 
     compared = "prompt" if to_prompt else "reference"
     return ScoreJudge(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from dpojax.data.pairing import ROUNDING, Labels
 from dpojax.data.records import DataError
@@ -106,13 +107,15 @@ class ScoreJudge:
 
     def _reply(self, difference: float) -> Reply:
         """The reply where the first response's score minus the second's is `difference`."""
-        if self._labels.tied(difference):
-            choice = Choice.TIE
-        else:
-            choice = Choice.FIRST if self._labels.first_wins(difference) else Choice.SECOND
-        # sigmoid(x) = (1 + tanh(x / 2)) / 2, and tanh does not overflow.
-        preference = 0.5 * (1 + math.tanh(difference / 2)) if self._bradley_terry else math.nan
-        return Reply(choice, preference)
+        preference = float(expit(difference)) if self._bradley_terry else math.nan
+        return Reply(choose(self._labels, difference), preference)
+
+
+def choose(labels: Labels, difference: float) -> Choice:
+    """What the first response's score minus the second's says."""
+    if labels.tied(difference):
+        return Choice.TIE
+    return Choice.FIRST if labels.first_wins(difference) else Choice.SECOND
 
 
 def reward_judge(
