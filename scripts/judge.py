@@ -177,7 +177,7 @@ def compare_with_humans() -> int:
     from dpojax.watchdog import watching
 
     values = {"out": "judged"} | set_flags()
-    other = {A, B, FRONTIER, AT_KL, METHODS, EXPORT, IMPORT, TEMPERATURES, BEST_OF, PROMPTED}
+    other = (A, B, FRONTIER, AT_KL, METHODS, EXPORT, IMPORT, TEMPERATURES, BEST_OF, PROMPTED)
     unread = values.keys() - OF_HUMANS | {flag.name for flag in other if flag.present}
     if unread:
         names = ", ".join(f"--{name}" for name in sorted(unread))

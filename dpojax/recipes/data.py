@@ -21,6 +21,7 @@ from dpojax.config.saved import config_from_json
 from dpojax.data import sources
 from dpojax.data.parsing import parse_rows
 from dpojax.data.records import DataError, Record
+from dpojax.data.records.pairs import author_summary
 from dpojax.data.report import Report
 from dpojax.recipes.recipe import FEW_SHOT, REJECTED, SHIFTED, TESTS, ZERO_SHOT
 from dpojax.runs.command import run_command
@@ -29,12 +30,11 @@ COMPARISONS, DEMONSTRATIONS, JUDGE_COMPARISONS = "comparisons", "demonstrations"
 TRAIN = "train"  # the part of the prompts that policies learn from
 HELD_OUT = "held_out_"  # before the names of the first two
 COUNTS = "data.json"  # written last
-REFERENCE_POLICY = "ref"  # of a summary that people wrote, in comparisons of Stiennon et al. 2020
 SHORT = 0.25  # share of the demonstrations, the shortest, that few-shot examples are taken from
 
 
-class Asked(NamedTuple):
-    """A prompt with all that the data say of it.
+class PromptRecords(NamedTuple):
+    """A prompt with all that the records of a source say of it.
 
     Attributes:
       reference: a demonstration, else the best response of its first comparison.
@@ -56,8 +56,8 @@ def make_data(config: ConfigDict, out: storage.Path) -> dict[str, Any]:
     """
     recipe = config.recipe
     reports: dict[str, Report] = {}
-    compared = _read("comparisons", recipe, reports) if recipe.comparisons else {}
-    shown = _read("demonstrations", recipe, reports) if recipe.demonstrations else compared
+    compared = _read("comparisons", recipe, reports)
+    demonstrated = _read("demonstrations", recipe, reports) if recipe.demonstrations else compared
     tests = _read("tests", recipe, reports) if recipe.tests else None
 
     def part(prompt: str) -> str:
@@ -67,33 +67,33 @@ def make_data(config: ConfigDict, out: storage.Path) -> dict[str, Any]:
         trained = share >= recipe.test_share + recipe.judge_share
         return TRAIN if trained else JUDGE_COMPARISONS
 
-    pairs: dict[str, list[dict]] = {TRAIN: [], JUDGE_COMPARISONS: [], TESTS: []}
-    for asked in compared.values():
-        pairs[part(asked.prompt)] += [_comparison(asked.prompt, x) for x in asked.rankings]
-    lessons: dict[str, list[Asked]] = {TRAIN: [], JUDGE_COMPARISONS: [], TESTS: []}
-    for asked in shown.values():
-        lessons[part(asked.prompt)].append(asked)
+    comparisons: dict[str, list[dict]] = {name: [] for name in (TRAIN, JUDGE_COMPARISONS, TESTS)}
+    for each in compared.values():
+        comparisons[part(each.prompt)] += [_comparison(each.prompt, x) for x in each.rankings]
+    demonstrations: dict[str, list[PromptRecords]] = {name: [] for name in comparisons}
+    for each in demonstrated.values():
+        demonstrations[part(each.prompt)].append(each)
     files = {
-        COMPARISONS: pairs[TRAIN],
-        HELD_OUT + COMPARISONS: pairs[TESTS],
-        JUDGE_COMPARISONS: pairs[JUDGE_COMPARISONS],
-        DEMONSTRATIONS: [*map(_demonstration, lessons[TRAIN])],
-        HELD_OUT + DEMONSTRATIONS: [*map(_demonstration, lessons[TESTS])],
+        COMPARISONS: comparisons[TRAIN],
+        HELD_OUT + COMPARISONS: comparisons[TESTS],
+        JUDGE_COMPARISONS: comparisons[JUDGE_COMPARISONS],
+        DEMONSTRATIONS: [*map(_demonstration, demonstrations[TRAIN])],
+        HELD_OUT + DEMONSTRATIONS: [*map(_demonstration, demonstrations[TESTS])],
     }
-    prompted = Prompting(recipe, lessons[TRAIN])
     if tests is not None:
-        asked_tests = [*tests.values()]
+        test_prompts = [*tests.values()]
     else:
         held_out = (x for x in compared.values() if part(x.prompt) == TESTS)
-        asked_tests = [_shown(x, shown.get(x.prompt, x)) for x in held_out]
-    files[TESTS] = prompted.records(asked_tests, recipe.test_prompts)
+        test_prompts = [_demonstrated(x, demonstrated.get(x.prompt, x)) for x in held_out]
+    prompting = Prompting(recipe, demonstrations[TRAIN])
+    files[TESTS] = prompting.records(test_prompts, recipe.test_prompts)
     files[REJECTED] = [
-        {"prompt": x.prompt, "response": x.rankings[0][-1]} for x in asked_tests if x.rankings
+        {"prompt": x.prompt, "response": x.rankings[0][-1]} for x in test_prompts if x.rankings
     ]
     if recipe.shifted:
-        news = _read(SHIFTED, recipe, reports).values()
-        files[SHIFTED] = prompted.records([*news], recipe.shifted_prompts)
-    return _write(out, files, reports, asked_tests)
+        shifted = _read(SHIFTED, recipe, reports).values()
+        files[SHIFTED] = prompting.records([*shifted], recipe.shifted_prompts)
+    return _write(out, files, reports, test_prompts)
 
 
 class Prompting:
@@ -103,26 +103,28 @@ class Prompting:
       demonstrations: that few-shot examples are taken from.
     """
 
-    def __init__(self, recipe: ConfigDict, demonstrations: Sequence[Asked]):
+    def __init__(self, recipe: ConfigDict, demonstrations: Sequence[PromptRecords]):
         self.recipe = recipe
         by_length = sorted(demonstrations, key=lambda x: len(x.prompt) + len(x.reference))
         short = by_length[: max(recipe.shots, int(SHORT * len(by_length)))]
         examples = sorted(short, key=lambda x: draw("examples", x.prompt))[: recipe.shots]
         self.examples = "".join(f"{x.prompt}{x.reference.rstrip()}\n\n" for x in examples)
 
-    def records(self, prompts: Sequence[Asked], limit: int) -> list[dict]:
+    def records(self, prompts: Sequence[PromptRecords], limit: int) -> list[dict]:
         """The first prompts, in an order that hashes decide, without those that are too long."""
         prompt, reference = self.recipe.max_words, self.recipe.max_reference_words
         used = [x for x in prompts if _fits(x.prompt, prompt) and _fits(x.reference, reference)]
         used.sort(key=lambda x: draw("order", x.prompt))
         return [self._record(x) for x in used[: limit or None]]
 
-    def _record(self, asked: Asked) -> dict:
-        before = self.recipe.instruction
-        record = {"prompt": asked.prompt, "reference": asked.reference}
-        record[ZERO_SHOT] = before + asked.prompt
-        record[FEW_SHOT] = before + self.examples + asked.prompt
-        return record
+    def _record(self, each: PromptRecords) -> dict:
+        instruction = self.recipe.instruction
+        return {
+            "prompt": each.prompt,
+            "reference": each.reference,
+            ZERO_SHOT: instruction + each.prompt,
+            FEW_SHOT: instruction + self.examples + each.prompt,
+        }
 
 
 def _fits(text: str, words: int) -> bool:
@@ -136,10 +138,10 @@ def draw(name: str, text: str) -> float:
     return int.from_bytes(digest[:6]) / 2**48
 
 
-def _read(name: str, recipe: ConfigDict, reports: dict[str, Report]) -> dict[str, Asked]:
+def _read(name: str, recipe: ConfigDict, reports: dict[str, Report]) -> dict[str, PromptRecords]:
     """What a source of the recipe holds, by prompt."""
     where, report = sources.listed(recipe[name], split=recipe[f"{name}_split"]), Report()
-    by_prompt: dict[str, Asked] = {}
+    by_prompt: dict[str, PromptRecords] = {}
     for record, reference in _records(where, report):
         prompt, responses = record.prompt, record.responses
         if not isinstance(prompt, str) or not all(isinstance(x, str) for x in responses):
@@ -148,12 +150,12 @@ def _read(name: str, recipe: ConfigDict, reports: dict[str, Report]) -> dict[str
             )
         if not prompt or record.all_tied or not (reference or responses[0]).strip():
             continue
-        people = bool(reference) or len(responses) == 1
-        asked = by_prompt.setdefault(prompt, Asked(prompt, reference or responses[0], people, []))
-        if people and not asked.by_people:
-            by_prompt[prompt] = asked._replace(reference=reference or responses[0], by_people=True)
+        reference, by_people = reference or responses[0], bool(reference) or len(responses) == 1
+        each = by_prompt.setdefault(prompt, PromptRecords(prompt, reference, by_people, []))
+        if by_people and not each.by_people:
+            by_prompt[prompt] = each._replace(reference=reference, by_people=True)
         if len(responses) > 1:
-            asked.rankings.append(responses)
+            each.rankings.append(responses)
     if not by_prompt:
         why = f"{report.dropped} of {report.read} records cannot be used"
         raise DataError(f"config.recipe.{name} = {recipe[name]!r}: no record has a prompt; {why}")
@@ -165,19 +167,12 @@ def _records(where: Sequence[sources.Source], report: Report) -> Iterator[tuple[
     """Each record, with the response that people wrote where its row says which one that is."""
     for row, id in sources.read(where):
         for record in parse_rows([(row, id)], report):
-            yield record, _written_by_people(row)
+            yield record, author_summary(row)
 
 
-def _written_by_people(row: dict) -> str:
-    for summary in row.get("summaries") or ():
-        if summary.get("policy") == REFERENCE_POLICY:
-            return summary["text"]
-    return ""
-
-
-def _shown(asked: Asked, demonstration: Asked) -> Asked:
+def _demonstrated(compared: PromptRecords, demonstration: PromptRecords) -> PromptRecords:
     """A prompt of comparisons, with a demonstration as its reference."""
-    return demonstration._replace(rankings=asked.rankings)
+    return demonstration._replace(rankings=compared.rankings)
 
 
 def _comparison(prompt: str, responses: tuple[str, ...]) -> dict:
@@ -186,15 +181,15 @@ def _comparison(prompt: str, responses: tuple[str, ...]) -> dict:
     return {"prompt": prompt, "responses": list(responses)}
 
 
-def _demonstration(asked: Asked) -> dict:
-    return {"prompt": asked.prompt, "completion": asked.reference}
+def _demonstration(each: PromptRecords) -> dict:
+    return {"prompt": each.prompt, "completion": each.reference}
 
 
 def _write(
     out: storage.Path,
     files: dict[str, list[dict]],
     reports: dict[str, Report],
-    tests: Sequence[Asked],
+    tests: Sequence[PromptRecords],
 ) -> dict[str, Any]:
     """Write all files, and data.json; see `make_data`."""
     if not files[TESTS]:
@@ -210,7 +205,7 @@ def _write(
         "prompts": {
             name: len({record["prompt"] for record in records}) for name, records in files.items()
         },
-        "test_references_by_people": sum(asked.by_people for asked in tests),
+        "test_references_by_people": sum(each.by_people for each in tests),
         "test_prompts_of_any_length": len(tests),
         "sources": {name: report.to_content() for name, report in reports.items()},
     }

@@ -154,3 +154,11 @@ def test_data_that_no_recipe_can_use_are_refused_in_a_sentence(tmp_path, rows, m
     with pytest.raises(DataError, match=message):
         made(tmp_path / "out", comparisons=source, max_words=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_field_summaries_of_another_meaning_is_no_reference(tmp_path):
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(20)]
+    rows = [row | {"summaries": ["of", {"policy": "ref"}]} for row in rows]
+    source = write_lines(tmp_path / "pairs.jsonl", rows)
+    counts, _ = made(tmp_path / "out", comparisons=source, test_share=0.5)
+    assert counts["test_references_by_people"] == 0

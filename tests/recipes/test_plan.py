@@ -109,6 +109,13 @@ def test_a_judge_or_a_recipe_that_cannot_be_is_refused_before_anything_is_made(
     config = small_config(comparisons, **{"recipe.judge": "oracle"})
     with pytest.raises(ConfigError, match=r"recipe\.judge.*'oracle': is not one of"):
         make_recipe(config, small_recipe(config), tmp_path / "none")
+    config = small_config(comparisons, **{"recipe.judge": "local:nowhere"})
+    with pytest.raises(ConfigError, match=r"config\.recipe\.judge: judge 'local:nowhere': "):
+        make_recipe(config, small_recipe(config), tmp_path / "none")
+    poem = {"recipe.judge": "openai:m@http://localhost/v1", "recipe.judge_template": "poem"}
+    config = small_config(comparisons, **poem)
+    with pytest.raises(ConfigError, match=r"config\.recipe\.judge: template 'poem': is not one"):
+        make_recipe(config, small_recipe(config), tmp_path / "none")
     config = small_config("")
     with pytest.raises(ConfigError, match=r"config\.recipe\.comparisons is empty"):
         make_recipe(config, small_recipe(config), tmp_path / "none")

@@ -20,6 +20,7 @@ from dpojax.data.records.record import (
 from dpojax.data.records.singles import ARTICLE_TEMPLATE
 
 HH_SEPARATOR = "\n\nAssistant:"
+AUTHOR = "ref"  # the policy of Stiennon et al. that wrote the post, and a summary below it
 TLDR_TEMPLATE = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 
 # Names of the better and the worse answer, and of their prompt. The first that a row has is read.
@@ -172,6 +173,15 @@ def read_comparison(fields: Fields) -> tuple[str, tuple[str, str], int]:
     both = fields.parts("summaries", summaries)
     first, second = (both.inside(name).text("text") for name in ("0", "1"))
     return prompt, (first, second), int(choice)
+
+
+def author_summary(row: Mapping[str, Any]) -> str:
+    """Of a row of Stiennon et al. the summary by the post's author; "" where there is none."""
+    summaries = row.get("summaries")
+    for summary in summaries if isinstance(summaries, list | tuple) else ():
+        if isinstance(summary, Mapping) and summary.get("policy") == AUTHOR:
+            return str(summary.get("text") or "")
+    return ""
 
 
 def has_verdict(row: Mapping[str, Any]) -> bool:

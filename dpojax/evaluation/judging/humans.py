@@ -17,11 +17,10 @@ from typing import NamedTuple
 from dpojax.data import sources
 from dpojax.data.records import DataError
 from dpojax.data.records.fields import Fields
-from dpojax.data.records.pairs import read_comparison
+from dpojax.data.records.pairs import author_summary, read_comparison
 from dpojax.evaluation.judging.verdicts import Choice, Comparison
 
 MIDDLE = 5  # of the scale of confidence of Stiennon et al., 1 to 9
-AUTHOR = "ref"  # their name of the policy that wrote the post, and a summary below it
 CHOICES = {"a": Choice.FIRST, "b": Choice.SECOND, "tie": Choice.TIE}
 
 
@@ -88,9 +87,8 @@ def _summaries(fields: Fields, authors: dict[str, str]) -> tuple[Comparison, Hum
     prompt, texts, better = read_comparison(fields)
     info = fields.inside("info")
     id = info.text("id") if info.has("id") else prompt
-    for text, summary in zip(texts, fields["summaries"]):
-        if summary.get("policy") == AUTHOR:
-            authors[id] = text
+    if by_author := author_summary(fields.row):
+        authors[id] = by_author
     choice = Choice.SECOND if better else Choice.FIRST
     return Comparison(id, prompt, *texts), HumanChoice(
         choice, _worker(fields), _distance_from_middle(fields, better)
