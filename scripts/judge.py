@@ -89,11 +89,16 @@ OF_HUMANS |= {"max_cost", "seed", "verdicts", "hang_minutes"}
 
 
 def main() -> int:
+    from dpojax.config.command_line import UsageError
     from dpojax.runs import judging
 
     if HUMANS.value is not None:
         return compare_with_humans()
     settings = read_settings()
+    if DRY_RUN.value and (EXPORT.value or IMPORT.value):
+        raise UsageError(
+            "--dry_run: makes and reads no batch files; leave out --export_batch and --import_batch"
+        )
     if DRY_RUN.value:
         print(judging.estimate_cost(settings, log=tell))
         return 0

@@ -70,6 +70,7 @@ def test_it_prints_a_table_that_fits_a_terminal_and_names_its_files(folder):
         (["--humans=humans.jsonl"], "--humans: needs --judge"),
         (["--humans=humans.jsonl", "--judge=exact", "--limit=3"], "reads no --limit"),
         (["--a=x", "--prompts=p", "--judge=exact", "--judge=length"], "name one"),
+        (["--a=x", "--prompts=p", "--judge=exact", "--dry_run", "--import_batch=f"], "batch files"),
         (["--a=x", "--prompts=p", "--judge=exact", "--best_of=4"], "name the reward"),
     ],
 )

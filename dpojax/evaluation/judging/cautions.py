@@ -19,7 +19,7 @@ MANY_CUT = 0.05
 UNREPEATABLE = 0.9
 UNEQUAL_LENGTHS = 1.25  # ratio of mean lengths
 NAMED = 4  # sides that a sentence names; of more it names the worst one
-UNKNOWN = "n/a"
+NOT_KNOWN = "n/a"
 
 
 class Caution(NamedTuple):
@@ -126,7 +126,7 @@ def percent(
     ('61.3 % (58.2 to 64.4)', '+10.0 (-5.0 to +25.0)')
     """
     if measured is None or not math.isfinite(measured.value):
-        return UNKNOWN
+        return NOT_KNOWN
     ends = measured.value, measured.low, measured.high
     if sign:
         value, low, high = (f"{100 * x:+.1f}" for x in ends)
@@ -137,4 +137,4 @@ def percent(
 
 def share(value: float) -> str:
     """A share in percent, without an interval."""
-    return f"{100 * value:.1f} %" if math.isfinite(value) else UNKNOWN
+    return f"{100 * value:.1f} %" if math.isfinite(value) else NOT_KNOWN

@@ -16,7 +16,7 @@ from dpojax.evaluation import plots
 from dpojax.evaluation.judging import human_study
 from dpojax.evaluation.judging.agreement import Agreement
 from dpojax.evaluation.judging.bootstrap import Measured
-from dpojax.evaluation.judging.cautions import UNKNOWN, percent, share
+from dpojax.evaluation.judging.cautions import NOT_KNOWN, percent, share
 from dpojax.evaluation.judging.figure import (
     DPI,
     LINE,
@@ -98,7 +98,7 @@ def table(study: HumanStudy) -> str:
     for judge in study.judges:
         each = judge.agreement
         counts = [each.right, each.wrong, *(each.undecided[outcome] for outcome in undecided)]
-        shares = [share(count / each.choices) if each.choices else UNKNOWN for count in counts]
+        shares = [share(count / each.choices) if each.choices else NOT_KNOWN for count in counts]
         lines.append([judge.name, *_measured(each), *shares, str(each.choices), str(each.prompts)])
     heading += [outcome.value for outcome in undecided] + ["choices", "prompts"]
     return escaped_table(heading, lines)
@@ -191,5 +191,5 @@ def _measured(each: Agreement) -> list[str]:
 
 def _kappa(measured: Measured) -> str:
     if not math.isfinite(measured.value):
-        return UNKNOWN
+        return NOT_KNOWN
     return f"{measured.value:.2f} ({measured.low:.2f} to {measured.high:.2f})"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dpojax import storage
 from dpojax.evaluation.judging import figure
-from dpojax.evaluation.judging.cautions import UNKNOWN, cautions, percent, share
+from dpojax.evaluation.judging.cautions import NOT_KNOWN, cautions, percent, share
 from dpojax.evaluation.judging.result import NamedDifference, Result, Row
 from dpojax.evaluation.judging.verdicts import Judgement, Outcome, Reply
 from dpojax.evaluation.markdown import escaped, escaped_table
@@ -266,7 +266,7 @@ def _quoted(text: str) -> str:
 
 
 def _length(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else UNKNOWN
+    return f"{value:.1f}" if math.isfinite(value) else NOT_KNOWN
 
 
 def _number(value: float | None) -> str:
