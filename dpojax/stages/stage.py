@@ -268,14 +268,18 @@ class Stage(abc.ABC):
         Both say which step is kept and why (`keep_best`), and what ended the stage (`stop_at`).
         """
         if jax.process_index() == 0:
-            if (best := kept_best(self.config, self.checkpoint_folder)) is not None:
-                summary |= {"kept": best.state() | {"metric": best.metric}}
-                text += f"\nkept: {best.describe(self.steps)}"
-            if (stop := stopped_at(self.config, self.checkpoint_folder)) is not None:
-                summary |= {"stop_at": stop.state() | {"condition": stop.condition}}
-                text += f"\nended: {stop.describe(self.steps)}"
-            storage.write_json(self.folder / "summary.json", summary)
-            storage.write_text(self.folder / "summary.txt", text + "\n")
+            _save_summary(self, summary, text)
+
+
+def _save_summary(stage: Stage, summary: Summary, text: str) -> None:
+    if (best := kept_best(stage.config, stage.checkpoint_folder)) is not None:
+        summary |= {"kept": best.state() | {"metric": best.metric}}
+        text += f"\nkept: {best.describe(stage.steps)}"
+    if (stop := stopped_at(stage.config, stage.checkpoint_folder)) is not None:
+        summary |= {"stop_at": stop.state() | {"condition": stop.condition}}
+        text += f"\nended: {stop.describe(stage.steps)}"
+    storage.write_json(stage.folder / "summary.json", summary)
+    storage.write_text(stage.folder / "summary.txt", text + "\n")
 
 
 def open_metrics(stage: Stage, done: int | None) -> MetricWriter:
