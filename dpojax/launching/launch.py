@@ -104,6 +104,11 @@ def launch(words: Sequence[str]) -> int:
     submit = engine.submit(str(file), launched)
     print(f"{file}: {_described(jobs)}")
     print(f"submit it with: {shlex.join(submit)}", flush=True)
+    if not engine.shares_files and storage.is_local(options.workdir):
+        print(
+            f"--workdir={options.workdir} will be a folder of the job's machines, and lost with "
+            "them unless it is a disk of its own; gs://BUCKET/... stays"
+        )
     return subprocess.run(submit).returncode if options.submit else 0
 
 
@@ -111,7 +116,6 @@ def _parser(engine: Engine) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"launch.py {engine.name}",
         description=f"Write {engine.about} that trains a config, or its sweep.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--config", required=True, help="FILE.py or FILE.py:VARIANT; keys: --config.KEY=VALUE")
@@ -120,11 +124,18 @@ def _parser(engine: Engine) -> ArgumentParser:
     add("--submit", action="store_true", help="also submit the file")
     add("--name", default="", help="of the launch; default: the last part of the workdir")
     add("--out", default="", help="the file; default: in the workdir, or here if it is a bucket")
-    add("--code", default=engine.code, help="the folder that jobs run from, on their machines")
-    add("--python", default=engine.python, help="the interpreter there; default: this one")
+    code = "the current one" if engine.shares_files else engine.code or "the engine's own"
+    add("--code", default=engine.code, help=f"the folder where jobs run; default: {code}")
+    python = engine.python or "this one"
+    add("--python", default=engine.python, help=f"the interpreter there; default: {python}")
     add("--setup", default="", help="shell commands before each job: 'source env/bin/activate'")
-    add("--max_restarts", type=int, default=50, help="how often a stopped job is started again")
-    add("--grace", type=int, default=engine.grace, help="seconds to save in before the kill")
+    add("--max_restarts", type=int, default=50, help="of a stopped job; default: %(default)s")
+    add(
+        "--grace",
+        type=int,
+        default=engine.grace,
+        help="seconds from the signal to the kill, to save in; default: %(default)s",
+    )
     engine.add_options(parser.add_argument_group(engine.name))
     return parser
 

@@ -42,17 +42,17 @@ class Slurm(Engine):
     shares_files = True
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--nodes", type=int, default=1, help="of each job")
-        parser.add_argument("--gpus_per_node", type=int, default=0)
+        parser.add_argument("--nodes", type=int, default=1, help="of each job; default: 1")
+        parser.add_argument("--gpus_per_node", type=int, default=0, help="default: none")
         parser.add_argument(
             "--tasks_per_node",
             type=int,
             default=0,
-            help="processes; JAX under Slurm takes one for each GPU, which is the default",
+            help="processes; default: one for each GPU, as JAX takes them under Slurm, or one",
         )
         for name in ("partition", "account", "qos", "time", "mem"):
             parser.add_argument(f"--{name}", default="", help=f"as sbatch has --{name}")
-        parser.add_argument("--cpus_per_task", type=int, default=0)
+        parser.add_argument("--cpus_per_task", type=int, default=0, help="default: Slurm's own")
         parser.add_argument(
             "--sbatch", default="", help="more options of sbatch: '--constraint=h100 --exclusive'"
         )
