@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.hlo import collectives, product_flops
 from benchmarks.train_step import Case, make_model, synthetic_rows
 from dpojax import sharding
 from dpojax.config.defaults import default_config
 from dpojax.data.rows import Rows
 from dpojax.methods import preference
 from dpojax.models import decoder
+from dpojax.planning.hlo import collectives, product_flops
 from dpojax.training.forward import NO_FROZEN_WEIGHTS, language_model
 from dpojax.training.memory import temporary_bytes
 from dpojax.training.state import (

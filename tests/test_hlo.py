@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.hlo import collectives, product_flops
+from dpojax.planning.hlo import collectives, product_flops
 from dpojax.sharding import make_mesh
 
 WRITTEN = """HloModule by_hand

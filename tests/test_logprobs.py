@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
-from benchmarks.hlo import collectives
 from dpojax import sharding
 from dpojax.logprobs import (
     Head,
@@ -22,6 +21,7 @@ from dpojax.logprobs import (
     token_statistics,
     weight_gradient,
 )
+from dpojax.planning.hlo import collectives
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 7, 8, 23
 

@@ -47,6 +47,7 @@ def default_config() -> ConfigDict:
     config.frontier = _frontier()
     config.recipe = _recipe()
     config.sweep = _sweep()
+    config.plan = _plan()
     # A run that makes no progress for so long is ended, and the stacks of its threads are printed.
     # It has to be longer than the longest compilation; 0 never ends a run.
     config.hang_minutes = MINUTES
@@ -58,6 +59,17 @@ def default_config() -> ConfigDict:
     config.max_checkpoints = 2  # how many checkpoints of a stage stay on disk
     config.tensorboard = True
     return config.lock()
+
+
+def _plan() -> ConfigDict:
+    """The data that scripts/plan.py expects; they decide no result."""
+    return ConfigDict(
+        dict(
+            examples=0,  # pairs, or texts of SFT, in one epoch
+            prompt=0.0,  # tokens, on average
+            response=0.0,
+        )
+    )
 
 
 def _model() -> ConfigDict:

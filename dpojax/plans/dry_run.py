@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dpojax import sharding
+from dpojax import sharding, storage
 from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.errors import config_errors
 from dpojax.models import encoder, huggingface
@@ -78,16 +78,21 @@ def _setup(config: ConfigDict, stage: str) -> Setup:
     if "data" in config[stage]:
         config[stage].data.source = config[stage].data.source or NOWHERE
     run = resolve(config, NOWHERE)
-    vocabulary = 0
-    if config.tokenizer.startswith(TRAINED_HERE):
-        vocabulary = int(config.tokenizer.removeprefix(TRAINED_HERE))
-    elif not config.model.path:
-        vocabulary = rows_for(load_tokenizer(config, run.workdir))
+    vocabulary = vocabulary_of(config)
     with config_errors("mesh"):
         mesh = sharding.make_mesh(**config.mesh)
     model, imported_config = open_model(config, vocabulary, mesh)
     tokenizer = types.SimpleNamespace(eos_token_id=0)
     return Setup(run, mesh, tokenizer, model, imported_config)
+
+
+def vocabulary_of(config: ConfigDict) -> int:
+    """How many rows the table of a new model has; 0 for a model that is imported."""
+    if config.model.path:
+        return 0
+    if config.tokenizer.startswith(TRAINED_HERE):
+        return int(config.tokenizer.removeprefix(TRAINED_HERE))
+    return rows_for(load_tokenizer(config, storage.as_path(NOWHERE)))
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:

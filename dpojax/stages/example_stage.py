@@ -162,7 +162,17 @@ class ExampleStage(Stage):
           DataError: see `stages.data.load`.
         """
         check_metrics(self.name, self.setup.config, self.metric_names, self.sample_metric_names)
-        return self._with_batches(_load_data(self))
+        return self.with_data(_load_data(self))
+
+    def with_data(self, data: StageData) -> Self:
+        """The same stage with examples, whose shape is still to be chosen."""
+        config = self.config
+        steps = config.steps or steps_in(
+            data.epoch, batch_size=config.batch_size, epochs=config.epochs
+        )
+        seed = self.setup.config.seed
+        batches = Batches(data, config.batch_size, steps, seed, score_prompt=self.score_prompt)
+        return dataclasses.replace(self, batches=batches)
 
     @abc.abstractmethod
     def metric_names(self) -> list[str]:
@@ -246,16 +256,7 @@ class ExampleStage(Stage):
             adapters = adapters._replace(base_folder=base_folder)
         setup = self.setup._replace(run=run)
         member = dataclasses.replace(self, setup=setup, adapters=adapters)
-        return member._with_batches(self.batches.data)
-
-    def _with_batches(self, data: StageData) -> Self:
-        config = self.config
-        steps = config.steps or steps_in(
-            data.epoch, batch_size=config.batch_size, epochs=config.epochs
-        )
-        seed = self.setup.config.seed
-        batches = Batches(data, config.batch_size, steps, seed, score_prompt=self.score_prompt)
-        return dataclasses.replace(self, batches=batches)
+        return member.with_data(self.batches.data)
 
 
 def make_programs(objective: Objective, forward: Forward, score: Callable) -> Programs:

@@ -9,10 +9,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.hlo import collectives
 from dpojax import sharding
 from dpojax.methods import preference
 from dpojax.models.decoder import SHARDING_RULES
+from dpojax.planning.hlo import collectives
 from dpojax.training.forward import NO_FROZEN_WEIGHTS, FrozenWeights, language_model
 from dpojax.training.state import abstract_state, initial_state, make_schedule, new_state
 from dpojax.training.step import build_step

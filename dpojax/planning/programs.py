@@ -1,0 +1,295 @@
+"""The programs of one stage of a config, lowered for devices that need not be there."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pathlib
+import tempfile
+import types
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dpojax import sharding
+from dpojax.config.errors import ConfigError, config_errors
+from dpojax.data.packing import bucket_of
+from dpojax.data.pipeline import steps_in
+from dpojax.data.rows import Rows, buckets_of, needs_of
+from dpojax.planning.chips import Topology
+from dpojax.planning.expected import expected_data
+from dpojax.planning.published import model_folder
+from dpojax.planning.roofline import Loop
+from dpojax.plans.dry_run import NOWHERE, vocabulary_of
+from dpojax.sampling import Prompts, build_sampler
+from dpojax.sampling.sampler import FIRST_CACHE_TOKENS
+from dpojax.stages import registry, train
+from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.setup import Setup, open_model
+from dpojax.training.memory import Footprint
+from dpojax.training.state import make_optimizer
+from dpojax.training.throughput import model_flops, product_weights
+from dpojax.training.vectorised_step import (
+    MemberHyperparameters,
+    abstract_member_states,
+    build_vectorised_step,
+)
+
+SAMPLED_BATCHES = 16  # that stand for all batches of a run
+
+
+class Work(NamedTuple):
+    """What one run of a program does: FLOPs of the model alone, and tokens of the data."""
+
+    model_flops: float
+    tokens: float
+
+
+class PlannedProgram(NamedTuple):
+    """One program of a stage.
+
+    Attributes:
+      name: such as "step".
+      lower: lowers it; devices need not be there.
+      runs: how often it runs in the whole stage.
+      work: of one run.
+      loops: what its loops over data do.
+      row_length: columns of a row.
+      footprint: predicted memory; None where nothing predicts it.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    runs: float
+    work: Work
+    loops: tuple[Loop, ...] = ()
+    row_length: int = 0
+    footprint: Footprint | None = None
+
+
+class PlannedStage(NamedTuple):
+    """A stage with its shape, which has neither weights nor devices.
+
+    steps: optimiser steps of the whole stage. rows: some of its batches, NumPy.
+    """
+
+    stage: ExampleStage
+    steps: int
+    rows: list[Rows]
+
+
+def plan_stage(config: ConfigDict, name: str, topology: Topology) -> PlannedStage:
+    """Open a stage of a config on a topology, and choose the shape of its batches.
+
+    Its data are read where config.plan expects nothing, or else are of the lengths that it expects.
+
+    Raises:
+      ConfigError: a run that could not start; or data that are not there and not expected.
+      DataError: data that cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        setup = _setup(config, name, topology, pathlib.Path(folder) / "model")
+    stage = registry.open_stage(setup, name)
+    if not isinstance(stage, ExampleStage):
+        raise ConfigError(f"{name}: plans are made of stages that learn from examples")
+    data = expected_data(setup.config, responses=1 if stage.requirements.form == "best" else 2)
+    stage = stage.with_data(data)
+    steps = stage.config.steps or steps_in(
+        setup.config.plan.examples, batch_size=stage.config.batch_size, epochs=stage.config.epochs
+    )
+    stage = stage.with_shape(stage.shape_for([stage.batches]))
+    rows = list(itertools.islice(iter(stage.batches.training()), SAMPLED_BATCHES))
+    return PlannedStage(stage, steps, rows)
+
+
+def programs(planned: PlannedStage, *, members: int = 0) -> list[PlannedProgram]:
+    """The step, the scoring of held-out data and of a cached reference, and the sampler.
+
+    Args:
+      planned: the stage.
+      members: of a sweep that trains together; 0 or 1 for a single run.
+    """
+    stage, config = planned.stage, planned.stage.setup.config
+    loops, shape = _loops(planned), stage.batches.shape
+    step_work = _work(planned, backward=True)
+    every = config.evaluate_every or planned.steps
+    evaluations = planned.steps / max(1, every) + 1
+    held_out = max(1, len(stage.batches.held_out_batches)) if stage.config.data.eval_limit else 1
+    result = [
+        PlannedProgram(
+            "step",
+            lambda: train.lower_step(stage, shape),
+            planned.steps,
+            step_work,
+            loops,
+            shape.length,
+            train.footprint(stage),
+        )
+    ]
+    if members > 1:
+        result.append(
+            PlannedProgram(
+                f"step of {members} members",
+                lambda: lower_members(stage, members),
+                planned.steps,
+                Work(members * step_work.model_flops, step_work.tokens),
+                loops,
+                shape.length,
+            )
+        )
+    score_work = _work(planned, backward=False)
+    result.append(
+        PlannedProgram(
+            "evaluation",
+            lambda: lower_score(stage),
+            evaluations * held_out,
+            score_work,
+            loops,
+            shape.length,
+        )
+    )
+    if _caches_reference(stage):
+        result.append(
+            result[-1]._replace(name="reference", runs=math.ceil(planned.steps / _epochs(planned)))
+        )
+    if config.samples.count:
+        result.append(_sampler(stage, evaluations))
+    return result
+
+
+def lower_score(stage: ExampleStage) -> jax.stages.Lowered:
+    """The scoring of a batch: of held-out data, and of a reference that is cached."""
+    spread = NamedSharding(stage.setup.mesh, PartitionSpec(None, sharding.ROWS))
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
+        train.abstract_rows(stage, stage.batches.shape),
+    )
+    with jax.set_mesh(stage.setup.mesh):
+        return jax.jit(stage.programs.score).lower(stage.setup.abstract_params, rows)
+
+
+def lower_members(stage: ExampleStage, members: int) -> jax.stages.Lowered:
+    """The step of members that train together, spread over as many devices as divide them."""
+    axis = math.gcd(members, stage.setup.mesh.shape["data"])
+    mesh = sharding.sweep_mesh(stage.setup.mesh, axis)
+    optimizer = make_optimizer(stage.config.optimizer)
+    abstract = abstract_member_states(train.abstract_train_state(stage, optimizer), members, mesh)
+    on_members = stage.stepping_on(mesh)
+    step = build_vectorised_step(train.make_step(on_members, optimizer), abstract)
+    spread = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS))
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
+        train.abstract_rows(stage, stage.batches.shape),
+    )
+    by_member = NamedSharding(mesh, PartitionSpec(sharding.SWEEP))
+
+    def stacked(dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((members,), dtype, sharding=by_member)
+
+    hyperparameters = MemberHyperparameters(
+        hyper={name: stacked(jnp.float32) for name in stage.hyper},
+        warmup_steps=stacked(jnp.int32),
+        steps=stacked(jnp.int32),
+        seed=stacked(jnp.int32),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(
+            abstract, rows, hyperparameters, train.abstract_frozen_weights(on_members)
+        )
+
+
+def _setup(config: ConfigDict, name: str, topology: Topology, folder: pathlib.Path) -> Setup:
+    """As `prepare_setup` on a topology's devices; of its tokenizer only an end is there."""
+    config = copy.deepcopy(config)
+    config.stages = (name,)
+    vocabulary = vocabulary_of(config)
+    config.model.path = model_folder(config.model.path, folder)
+    config[name].data.source = config[name].data.source or NOWHERE
+    run = registry.resolve(config, NOWHERE)
+    with config_errors("mesh"):
+        mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    model, imported_config = open_model(run.config, vocabulary, mesh)
+    return Setup(run, mesh, types.SimpleNamespace(eos_token_id=0), model, imported_config)
+
+
+def _loops(planned: PlannedStage) -> tuple[Loop, ...]:
+    """How many micro-batches a batch has of each bucket, on average."""
+    counts: list[np.ndarray] = []
+    for rows in planned.rows:
+        buckets, needs = buckets_of(rows), needs_of(rows)
+        used = bucket_of(needs[needs[:, 0] > 0], buckets)
+        counts.append(np.bincount(used, minlength=len(buckets)))
+    lengths = [bucket.length for bucket in buckets_of(planned.rows[0])]
+    return tuple(Loop(float(n), length) for n, length in zip(np.mean(counts, axis=0), lengths))
+
+
+def _work(planned: PlannedStage, *, backward: bool) -> Work:
+    body, head = product_weights(planned.stage.setup.abstract_params)
+    tokens = np.mean([(rows.segment > 0).sum() for rows in planned.rows])
+    scored = np.mean([(rows.response >= 0).sum() for rows in planned.rows])
+    return Work(model_flops(body, head, tokens, scored, backward=backward), float(tokens))
+
+
+def _epochs(planned: PlannedStage) -> float:
+    stage = planned.stage
+    in_epoch = stage.setup.config.plan.examples / stage.config.batch_size
+    return max(1.0, planned.steps / max(1.0, in_epoch))
+
+
+def _caches_reference(stage: ExampleStage) -> bool:
+    return stage.programs.objective.needs_reference and stage.live_reference_shapes() is None
+
+
+def _sampler(stage: ExampleStage, evaluations: float) -> PlannedProgram:
+    """The sampler of evaluations: `samples.count` prompts, `samples.per_prompt` responses each."""
+    samples, setup = stage.setup.config.samples, stage.setup
+    prompts, each, new = samples.count, samples.per_prompt, samples.max_new_tokens
+    length = max(1, int(setup.config.plan.prompt))
+    body, head = product_weights(setup.abstract_params)
+    tokens = prompts * (length + each * new)
+    flops = model_flops(body, head, tokens, prompts * each * new, backward=False)
+    return PlannedProgram(
+        "sampler",
+        lambda: lower_sampler(setup, prompts, length, new, each),
+        evaluations,
+        Work(flops, tokens),
+        tuple(Loop(n, length + new) for n in _decoding_loops(new)),
+        length,
+    )
+
+
+def lower_sampler(
+    setup: Setup, prompts: int, length: int, new_tokens: int, samples: int
+) -> jax.stages.Lowered:
+    """The sampler of a policy, for so many prompts of a length in tokens."""
+    sampler = build_sampler(setup.model, max_new_tokens=new_tokens, stop=())
+    spread = NamedSharding(
+        setup.mesh, sharding.fit_spec(PartitionSpec(sharding.ROWS), (prompts,), setup.mesh)
+    )
+
+    def ids(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread)
+
+    def draw(params: dict, prompts: Prompts):
+        return sampler(params, prompts, seed=0, samples=samples)
+
+    with jax.set_mesh(setup.mesh):
+        return jax.jit(draw).lower(
+            setup.abstract_params, Prompts(ids(prompts, length), ids(prompts), ids(prompts))
+        )
+
+
+def _decoding_loops(new_tokens: int) -> list[int]:
+    """Steps of each loop of decoding: the cache doubles from one to the next."""
+    loops, size, done = [], FIRST_CACHE_TOKENS, 0
+    while done < new_tokens:
+        size = min(size, new_tokens)
+        loops.append(size - done)
+        done, size = size, 2 * size
+    return loops

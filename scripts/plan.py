@@ -1,0 +1,60 @@
+"""Plan: python scripts/plan.py --config=configs/hh.py --topology=v5e:4x4
+
+Compiles the programs of a config for chips that need not be there, and says what each needs and
+takes: memory a device (predicted and compiled), FLOPs, bytes of the HBM and of collectives, what of
+the communication no kernel hides, the time at the roofline, and with it hours and chip-hours. That
+time is a lower bound: no kernel reaches its chip's peak.
+
+Topologies: v5e:4x4, v6e:8x8, v5p:2x2x4 (pip install 'jax[tpu]'), h100:8, h200:8 (pip install
+'jax[cuda13]'), cpu:8 (memory alone). Run it with JAX_PLATFORMS=cpu. No weights are read, and no
+data: config.plan says how many examples there are, and how long they are.
+
+--members=4 adds the step of a sweep whose members train together. --max_hours=12 refuses a plan
+that takes longer (exit status 1). --json=FILE keeps all numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from dpojax.config.command_line import ConfigFlag
+from dpojax.runs.command import run_script
+
+CONFIG = ConfigFlag("A file of configs/.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips to compile for, such as v5e:4x4 or h200:8.", required=True
+)
+MEMBERS = flags.DEFINE_integer("members", 0, "Of a sweep that trains together.", lower_bound=0)
+PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "Of a chip, in any currency.")
+MAX_HOURS = flags.DEFINE_float("max_hours", 0.0, "Refuse a plan that takes longer; 0 refuses none.")
+JSON = flags.DEFINE_string("json", "", "File for all numbers.")
+
+
+def main() -> int:
+    from dpojax import storage
+    from dpojax.planning import plan
+    from dpojax.planning.chips import topology
+
+    chips = topology(TOPOLOGY.value)
+    plans = []
+    for one in plan.make_plan(CONFIG.value, chips, members=MEMBERS.value, say=_say):
+        plans.append(one)
+        for line in plan.describe(one, price=PRICE.value):
+            print(line, flush=True)
+    if JSON.value:
+        storage.write_json(storage.as_path(JSON.value), [plan.as_json(one) for one in plans])
+    if not all(one.fits for one in plans):
+        return 1
+    if MAX_HOURS.value:
+        plan.require_hours(plans, MAX_HOURS.value)
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG)
