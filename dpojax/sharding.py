@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -188,6 +189,29 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, fit_spec(PartitionSpec(*spec), x.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def constrain_with_gradient(x: jax.Array, spec: tuple, gradient_spec: tuple) -> jax.Array:
+    """Constrain x to `spec`, and its gradient to `gradient_spec`; see `constrain`.
+
+    `constrain` gives both the same sharding. A weight that is gathered before its use would then
+    get a gradient that every device holds whole: an all-reduce where a reduce-scatter will do.
+    """
+    del gradient_spec
+    return constrain(x, *spec)
+
+
+def _constrain_forward(x, spec, gradient_spec):
+    return constrain_with_gradient(x, spec, gradient_spec), None
+
+
+def _constrain_backward(spec, gradient_spec, _, gradient):
+    del spec
+    return (constrain(gradient, *gradient_spec),)
+
+
+constrain_with_gradient.defvjp(_constrain_forward, _constrain_backward)
 
 
 def fit_spec(spec: PartitionSpec, shape: Sequence[int], mesh) -> PartitionSpec:

@@ -31,13 +31,14 @@ from dpojax.models.attention import (
 from dpojax.models.cache import Branches, Prompts
 from dpojax.models.config import DecoderConfig
 from dpojax.models.layers import ACTIVATIONS, DENSE, MIXED, Mlp, Norm, product
-from dpojax.sharding import ROWS, constrain
+from dpojax.sharding import ROWS, constrain, constrain_with_gradient
 
 Params = dict
 
 # Weights of layers are stacked. The axis of layers is never sharded, as the scan goes over it.
+TABLE = ("tensor", "fsdp")  # of rows and columns of the tables of embeddings and of the head
 SHARDING_RULES = (
-    (r"(embed/tokens|embed/positions|head/kernel)$", P("tensor", "fsdp")),
+    (r"(embed/tokens|embed/positions|head/kernel)$", P(*TABLE)),
     (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
     (r"attention/(query|key|value)/bias$", P(None, "tensor", None)),
     (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),
@@ -183,13 +184,13 @@ class Embed(nnx.Module):
 
     def __call__(self, rows, dtype) -> Array:
         # The table is gathered over its width before the look-up. If its width were sharded, XLA
-        # would gather the activations of all rows on every device.
-        tokens = constrain(self.tokens[...], "tensor", None)  # [V, D]
+        # would gather the activations of all rows on every device. Its gradient is scattered.
+        tokens = constrain_with_gradient(self.tokens[...], ("tensor", None), TABLE)  # [V, D]
         # mode="fill": an id outside the table gives NaN. The default would read another entry.
         x = jnp.take(tokens, rows.tokens, axis=0, mode="fill").astype(dtype)  # [R, T, D]
         x = x if self.scale is None else x * jnp.asarray(self.scale, dtype)
         if self.positions is not None:
-            table = constrain(self.positions[...], None, None)
+            table = constrain_with_gradient(self.positions[...], (None, None), TABLE)
             positions = jnp.take(table, rows.positions, axis=0, mode="fill")
             x = x + positions.astype(dtype)
         return x

@@ -18,8 +18,10 @@ from dpojax.models.splash import SPLASH
 def attend_cudnn(query, key, value, mask, scale, *, softcap=None, implementation="cudnn") -> Array:
     """Compute `attention.attend` with cuDNN's flash attention.
 
-    No scores are in memory, but one mask for all heads is: [R, T, T] in the compute dtype. Rows of
-    an odd length go through XLA instead, with their scores, because cuDNN has no gradient for them.
+    No scores are in memory, but a bias for all heads is, made of the mask: [R, T, T] in the compute
+    dtype, 2 T^2 bytes a row; and in the backward pass its gradient, as many again, which cuDNN
+    writes always. Rows of an odd length go through XLA instead, with their scores, because cuDNN
+    has no gradient for them.
 
     Args:
       query, key, value, mask, scale, softcap: as for `attention.attend`.
@@ -47,7 +49,7 @@ def choose(
     """Choose the kernel with this name; `auto` is the platform's first that supports the model.
 
     On GPUs `auto` tries cuDNN first, which its vendor tunes for each GPU, then `flash`, and then
-    xla. cuDNN computes all T^2 scores of a row of T tokens, and its mask takes 2 T^2 bytes. So for
+    xla. cuDNN computes all T^2 scores of a row of T tokens, and needs 4 T^2 bytes for it. So for
     long rows, and for rows of many examples, set `flash`, which skips most of these scores.
 
     Args:
@@ -84,7 +86,7 @@ def obstacle(name: str, config: DecoderConfig, dtype, device, *, vmapped: bool =
         return f"it runs on TPUs, and this is a {device.platform}"
     if name not in ("cudnn", "flash"):
         return ""
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    if device.platform != "gpu" or not _of_nvidia(device):
         return f"it runs on GPUs of NVIDIA, and this is a {device.platform}"
     if float(getattr(device, "compute_capability", "0")) < 8:
         return "it needs compute capability 8.0 or more"
@@ -101,6 +103,11 @@ def obstacle(name: str, config: DecoderConfig, dtype, device, *, vmapped: bool =
     if vmapped:
         return "it cannot run under vmap, over the members of a sweep"
     return ""
+
+
+def _of_nvidia(device) -> bool:
+    """Whether a GPU is NVIDIA's. Of one that is compiled for and not there, only its kind says."""
+    return "cuda" in device.client.platform_version or device.device_kind.startswith("NVIDIA")
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from dpojax.config.errors import ConfigError
 from dpojax.planning import gpu_target
 
 GOOGLE = "https://docs.cloud.google.com/tpu/docs/"
@@ -57,7 +58,7 @@ CHIPS = {
 }
 
 
-class TopologyError(ValueError):
+class TopologyError(ConfigError):
     """A topology that does not exist, or that this machine cannot compile for."""
 
 

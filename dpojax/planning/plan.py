@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dpojax.config.errors import ConfigError
 from dpojax.planning.chips import Topology
 from dpojax.planning.programs import PlannedProgram, PlannedStage, plan_stage, programs
 from dpojax.planning.roofline import Roofline, roofline
@@ -265,5 +266,5 @@ def require_hours(plans: list[StagePlan], most: float) -> None:
         raise PlanRefused(f"{hours:.2f} h at the roofline are more than --max_hours={most:g}")
 
 
-class PlanRefused(ValueError):
+class PlanRefused(ConfigError):
     """A plan that takes longer than was allowed, or does not fit."""

@@ -85,14 +85,27 @@ def build_step(
             params = jax.tree.map(partial(descend, rate=rate), state.params, updates)
             return State(state.step + 1, params, opt_state, state.rng, baseline)
 
-        # A branch: to choose between two states, both would have to exist.
-        new = jax.lax.cond(finite, updated, lambda state: state, state)
+        new = jax.lax.platform_dependent(
+            state,
+            cpu=partial(choose_by_branch, finite, updated),
+            default=partial(choose_by_selection, finite, updated),
+        )
         lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, finite=finite)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
         return new, Report(metrics | {LOST_UPDATES: lost}, finite, sums.bad)
 
     return step
+
+
+def choose_by_branch(finite: Array, updated: Callable[[State], State], state: State) -> State:
+    """The updated state if `finite`, else the old one: on CPUs, where a branch updates in place."""
+    return jax.lax.cond(finite, updated, lambda state: state, state)
+
+
+def choose_by_selection(finite: Array, updated: Callable[[State], State], state: State) -> State:
+    """The same on other platforms, where the results of a branch would be a copy of the state."""
+    return jax.tree.map(partial(jnp.where, finite), updated(state), state)
 
 
 def build_gradient(

@@ -1,0 +1,37 @@
+"""Chips that are not there are named by a kind and a shape."""
+
+import pytest
+
+from dpojax.planning.chips import CHIPS, TopologyError, chip_of, topology
+from dpojax.planning.gpu_target import text
+
+
+@pytest.mark.parametrize("name", ["v5e", "h200", "v5e:", "v5e:4x", "v9:4x4", "h200:two", ""])
+def test_a_topology_that_does_not_exist_is_refused_with_the_chips_that_do(name):
+    with pytest.raises(TopologyError, match=r"such as v5e:4x8 or h200:8, .* v6e"):
+        topology(name)
+
+
+def test_devices_of_the_host_stand_for_themselves():
+    devices = topology("cpu:4").devices
+    assert len(devices) == 4
+    assert chip_of(devices[0]) is None
+    with pytest.raises(TopologyError, match="host_platform_device_count=64"):
+        topology("cpu:64")
+
+
+def test_every_peak_names_its_source():
+    for chip in CHIPS.values():
+        assert chip.source.startswith("https://")
+        assert chip.link < chip.bandwidth < chip.memory * 1000
+
+
+def test_a_gpu_s_target_states_its_memory_as_the_table_does():
+    for name in ("h100", "h200"):
+        size = int(text(name).split("device_memory_size: ")[1].split()[0])
+        assert size == pytest.approx(CHIPS[name].memory, rel=0.08)
+
+
+def test_gpus_are_counted_not_laid_out():
+    with pytest.raises(TopologyError, match="h200:8"):
+        topology("h200:2x4")
