@@ -26,6 +26,7 @@ ORDER = [
     {"runs"},
     {"plans"},
     {"sweeps"},
+    {"planning"},
     {"frontier", "recipes", "launching"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
