@@ -5,8 +5,8 @@ Of each, the keys that decide shapes and programs. Training reads the hub's own 
 
 from __future__ import annotations
 
-import json
-import pathlib
+from dpojax.models.config import DecoderConfig
+from dpojax.models.families import DECODERS, config_from_raw
 
 _LLAMA3 = {
     "model_type": "llama",
@@ -86,15 +86,7 @@ PUBLISHED = {
 }
 
 
-def model_folder(path: str, folder: pathlib.Path) -> str:
-    """What to read a model's config from: `path`, or a folder with the published config.json.
-
-    Args:
-      path: a folder, or a name of the hub.
-      folder: a new one; the published config is written there.
-    """
-    if path not in PUBLISHED:
-        return path
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(PUBLISHED[path]))
-    return str(folder)
+def published_config(path: str) -> DecoderConfig | None:
+    """The configuration of a model by its name on the hub; None if it is not in the table."""
+    raw = PUBLISHED.get(path)
+    return None if raw is None else config_from_raw(raw, DECODERS)

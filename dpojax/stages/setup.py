@@ -114,13 +114,13 @@ def open_model(
         with config_errors("model"):
             model_config, imported_config = _new_model_config(config.model, vocabulary), None
     with config_errors("model"):
-        return _build(config.model, model_config, mesh, vmapped), imported_config
+        return build_model(config.model, model_config, mesh, vmapped), imported_config
 
 
 def with_scalar_model(setup: Setup, labels: tuple[str, ...] = ()) -> Setup:
     """The same setup, whose model has a scalar head (a reward model), or one output per label."""
     config = dataclasses.replace(setup.model.config, scalar_head=True, labels=labels)
-    return setup._replace(model=_build(setup.config.model, config, setup.mesh, setup.vmapped))
+    return setup._replace(model=build_model(setup.config.model, config, setup.mesh, setup.vmapped))
 
 
 def with_scalar_params(setup: Setup, params: dict) -> dict:
@@ -143,7 +143,14 @@ def with_scalar_params(setup: Setup, params: dict) -> dict:
     return jax.jit(with_head, out_shardings=shardings)(params)
 
 
-def _build(model: ConfigDict, config: DecoderConfig, mesh: Mesh, vmapped: bool) -> Model:
+def build_model(
+    model: ConfigDict, config: DecoderConfig, mesh: Mesh, vmapped: bool = False
+) -> Model:
+    """The model of a configuration, with the kernel and precision that `config.model` asks for.
+
+    Raises:
+      ConfigError: an attention kernel that the mesh's devices do not have.
+    """
     dtype, device = jnp.dtype(model.compute_dtype), mesh.devices.flat[0]
     with config_errors("model.attention"):
         kernel = kernels.choose(model.attention, config, dtype, device, vmapped=vmapped)
