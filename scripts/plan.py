@@ -33,10 +33,14 @@ JSON = flags.DEFINE_string("json", "", "File for all numbers.")
 
 
 def main() -> int:
+    import jax
+
     from dpojax import storage
     from dpojax.planning import plan
     from dpojax.planning.chips import topology
 
+    # Programs for devices that are not there can be written to the cache, but not read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
     chips = topology(TOPOLOGY.value)
     plans = []
     for one in plan.make_plan(CONFIG.value, chips, members=MEMBERS.value, say=_say):

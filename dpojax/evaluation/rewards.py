@@ -26,6 +26,7 @@ from dpojax.data.records import Record
 from dpojax.data.tokenise import tokenise
 from dpojax.data.tokenize_config import TokenizeConfig
 from dpojax.data.tokenizer_files import read_tokenizer
+from dpojax.evaluation.scored_rows import Text, score_texts
 from dpojax.models import decoder, encoder, huggingface
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import Model, Params
@@ -297,7 +298,6 @@ def scalar_head(
         raise ValueError(f"reward {name}: the model has no scalar head (it predicts tokens)")
     longest = model.config.max_positions
     config = TokenizeConfig(max_length=longest, truncation="error", identical="keep", empty="keep")
-    scores_of = batched(_last_score(model), params, longest, mesh, batch_size)
 
     def score(prompts, responses):
         records = [
@@ -306,7 +306,10 @@ def scalar_head(
         ]
         examples, _ = tokenise(records, tokenizer, config)
         ids = [[*e.prompt, *e.responses[0]] for e in examples]
-        return scores_of([_without_padding(x, pad) for x in ids]) - offset
+        _check_ids(ids, params)
+        ends = [len(_without_padding(x, pad)) for x in ids]
+        texts = [Text(e.prompt, e.responses[0], end) for e, end in zip(examples, ends)]
+        return score_texts(model, params, texts, mesh=mesh, batch_size=batch_size) - offset
 
     end = "" if pad is None or pad != tokenizer.eos_token_id else " before EOS"
     return Reward(name, score, f"{fingerprint(params)} {offset}{end}")
@@ -340,7 +343,6 @@ def batched(
     Returns:
       A function of lists of token ids; its result is float64 [n, ...].
     """
-    rows = params["embed"]["tokens"].shape[0]
     size = batch_size if mesh is None else -(-batch_size // row_shards(mesh)) * row_shards(mesh)
 
     @jax.jit
@@ -349,14 +351,7 @@ def batched(
         return apply(params, tokens_1xBxT[0], lengths_1xB[0])
 
     def run(texts):
-        for index, ids in enumerate(texts):
-            if not len(ids):
-                raise RewardError(f"text {index}: it has no token; a score needs at least one")
-            if max(ids) >= rows:
-                raise RewardError(
-                    f"text {index}: it has the token id {max(ids)}, but the reward's model only "
-                    f"{rows} rows; its tokenizer does not belong to it"
-                )
+        _check_ids(texts, params)
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         results = {}
         for start in range(0, len(by_length), size):
@@ -370,6 +365,19 @@ def batched(
         return np.array([results[i] for i in range(len(texts))], np.float64)
 
     return run
+
+
+def _check_ids(texts: Sequence[Sequence[int]], params: Params) -> None:
+    """Raise RewardError for a text without tokens, or with one that the model has no row for."""
+    rows = params["embed"]["tokens"].shape[0]
+    for index, ids in enumerate(texts):
+        if not len(ids):
+            raise RewardError(f"text {index}: it has no token; a score needs at least one")
+        if max(ids) >= rows:
+            raise RewardError(
+                f"text {index}: it has the token id {max(ids)}, but the reward's model only "
+                f"{rows} rows; its tokenizer does not belong to it"
+            )
 
 
 def _pad(texts: Sequence[Sequence[int]], size: int, longest: int) -> tuple[np.ndarray, np.ndarray]:

@@ -114,8 +114,12 @@ def make_plan(
     """
     for name in config.stages:
         planned = plan_stage(config, name, topology)
-        compiled = []
+        compiled: list[CompiledProgram] = []
         for program in programs(planned, members=members):
+            same = [one for one in compiled if one.program.lower is program.lower]
+            if same:
+                compiled.append(same[0]._replace(program=program))
+                continue
             say(f"{name}: compiling {program.name} for {topology.name}")
             compiled.append(compile_program(program, topology))
         yield StagePlan(name, topology, planned, compiled)
@@ -200,7 +204,9 @@ def _program_lines(one: CompiledProgram) -> Iterator[str]:
 
 def _roofline_lines(line: Roofline) -> Iterator[str]:
     moved = ", ".join(
-        f"{kind} {gib(size)}" for kind, size in sorted(line.collective_bytes.items()) if size
+        f"{kind} {gib(size)}"
+        for kind, size in sorted(line.collective_bytes.items())
+        if size > line.hbm_bytes / 1000
     )
     yield (
         f"    {line.flops / 1e12:.2f} TFLOP, HBM {gib(line.hbm_bytes)}"

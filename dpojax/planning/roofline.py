@@ -35,8 +35,8 @@ ATTENTION = {
     "splash_mha_dq": 3 / 4,
     "splash_mha_dkv": 4 / 4,
     "flash_forward": 2 / 2,
-    "flash_backward_query": 3 / 2,
-    "flash_backward_key": 4 / 2,
+    "flash_query_gradient": 3 / 2,
+    "flash_key_gradient": 4 / 2,
     "fmhaSoftmaxBackward": 5,
     "fmhaSoftmax": 2,
 }
@@ -321,7 +321,7 @@ def _kernel_name(one: Instruction) -> str:
     if target == "tpu_custom_call":
         return one.name
     if "triton" in target:
-        return one.attribute(r'name ?= ?\\?"([^"\\]+)') or one.name
+        return one.attribute(r'\bname = "([^"]+)"') or one.name
     return target if "fmha" in target else ""
 
 

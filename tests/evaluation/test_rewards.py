@@ -10,6 +10,7 @@ from tokenizers import processors
 
 from dpojax.data import reviews
 from dpojax.data.records import DataError
+from dpojax.evaluation import scored_rows
 from dpojax.evaluation.rewards import (
     Reward,
     RewardError,
@@ -148,6 +149,24 @@ def test_a_reward_model_scores_the_end_of_sequence_behind_the_response(scored, t
     logits = their_logits(folder, [[*tokenizer(t)["input_ids"], 2] for t in whole(short)])
     np.testing.assert_allclose(scores, logits[:, 0] - 0.25, atol=1e-4)
     assert np.ptp(scores) > 0.1
+
+
+@pytest.mark.parametrize("columns", [1024, 24])
+def test_responses_that_share_the_row_of_their_prompt_score_as_whole_texts(
+    scored, monkeypatch, columns
+):
+    """With 24 columns the responses to a prompt need several rows."""
+    monkeypatch.setattr(scored_rows, "COLUMNS", columns)
+    folder, model, params = scored
+    words = [" a gem", " bad", " the worst film of them all", " fine and fun", ""]
+    texts = [(p, w) for w in words for p in ("i think it is", "we saw", "i think it is")]
+    prompts, responses = zip(*texts)
+    tokenizer = reviews.tokenizer()
+    mesh = make_mesh(data=4, tensor=2)
+    logits = their_logits(folder, [[*tokenizer(p + r)["input_ids"], 2] for p, r in texts])
+    for where in (None, mesh):
+        scores = scalar_head(model, params, tokenizer, mesh=where, batch_size=16)
+        np.testing.assert_allclose(scores(prompts, responses), logits[:, 0], atol=1e-4)
 
 
 def test_a_text_beyond_the_reward_models_positions_is_named(scored, texts):
