@@ -207,8 +207,8 @@ def _constrain_forward(x, spec, gradient_spec):
 
 
 def _constrain_backward(spec, gradient_spec, _, gradient):
-    del spec
-    return (constrain(gradient, *gradient_spec),)
+    # First as `constrain` has it: or the partitioner would move what the gradient is made of.
+    return (constrain(constrain(gradient, *spec), *gradient_spec),)
 
 
 constrain_with_gradient.defvjp(_constrain_forward, _constrain_backward)

@@ -25,8 +25,7 @@ ORDER = [
     {"stages"},
     {"runs"},
     {"plans"},
-    {"sweeps"},
-    {"planning"},
+    {"sweeps", "planning"},
     {"frontier", "recipes", "launching"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

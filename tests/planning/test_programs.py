@@ -1,0 +1,104 @@
+"""The plan of a small config on CPU devices: what its programs need, and how often they run."""
+
+import jax
+import pytest
+
+from dpojax.config.defaults import default_config
+from dpojax.config.errors import ConfigError
+from dpojax.planning.chips import topology
+from dpojax.planning.expected import DRAWN, expected_data
+from dpojax.planning.plan import PlanRefused, compile_program, require_hours
+from dpojax.planning.programs import plan_stage, programs
+from dpojax.planning.published import PUBLISHED, published_config
+from dpojax.stages.train import abstract_rows
+
+
+def small():
+    config = default_config()
+    config.stages = ("preference",)
+    config.tokenizer = "train:300"
+    config.model.update(width=16, layers=2, heads=2, kv_heads=2, mlp_width=32, max_positions=64)
+    config.tokens.max_length = 48
+    config.max_buckets = 1
+    config.mesh.update(data=2, fsdp=2)
+    config.preference.batch_size = 8
+    config.plan.update(examples=80, prompt=10.0, response=6.0)
+    return config
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan_stage(small(), "preference", topology("cpu:4"))
+
+
+def test_an_epoch_of_the_expected_examples_is_as_many_steps(planned):
+    assert planned.steps == 80 // 8
+
+
+def test_expected_lengths_have_the_means_that_the_config_expects():
+    config = small()
+    config.tokens.max_length = 10_000
+    config.plan.update(examples=10**6, prompt=200.0, response=50.0)
+    data = expected_data(config, responses=2)
+    prompts = [len(example.prompt) for example in data.examples]
+    answers = [len(r) for example in data.examples for r in example.responses]
+    # A log-normal of spread 0.6 has a coefficient of variation of 0.66.
+    assert sum(prompts) / len(prompts) == pytest.approx(200, rel=4 * 0.66 / DRAWN**0.5)
+    assert sum(answers) / len(answers) == pytest.approx(50, rel=4 * 0.66 / (2 * DRAWN) ** 0.5)
+
+
+def test_no_expected_example_is_longer_than_the_config_allows():
+    config = small()
+    config.plan.update(examples=100, prompt=40.0, response=40.0)
+    for example in expected_data(config, responses=2).examples:
+        assert all(len(example.prompt) + len(r) <= 48 for r in example.responses)
+
+
+def test_a_config_that_expects_nothing_is_told_what_to_say():
+    config = small()
+    config.plan.examples = 0
+    with pytest.raises(ConfigError, match=r"config\.plan\.examples, prompt and response"):
+        plan_stage(config, "preference", topology("cpu:4"))
+
+
+def test_the_arguments_of_the_step_are_weights_moments_and_rows(planned):
+    """They lie on 2 of 4 devices each, since data is 2 and fsdp is 2."""
+    step = programs(planned)[0]
+    compiled = compile_program(step, topology("cpu:4"))
+    state = step.footprint.weights + step.footprint.optimizer
+    rows = abstract_rows(planned.stage, planned.stage.batches.shape)
+    of_rows = sum(x.nbytes for x in jax.tree.leaves(rows)) / 4
+    assert compiled.memory.arguments == pytest.approx(state + of_rows, rel=0.02)
+    assert compiled.roofline is None  # a host's CPUs have no row in the table of peaks
+
+
+def test_a_cached_reference_is_scored_once_and_a_live_one_never_beforehand(planned):
+    names = [one.name for one in programs(planned)]
+    assert "reference" in names
+    config = small()
+    config.preference.reference.kind = "live"
+    live = plan_stage(config, "preference", topology("cpu:4"))
+    assert "reference" not in [one.name for one in programs(live)]
+
+
+def test_members_of_a_sweep_do_the_work_of_as_many_steps(planned):
+    step, members = programs(planned, members=2)[:2]
+    assert members.work.model_flops == 2 * step.work.model_flops
+    assert "2 members" in members.name
+
+
+def test_every_published_model_is_of_a_family_that_is_known():
+    parameters = {"EleutherAI/pythia-2.8b": 32, "meta-llama/Llama-3.1-8B": 32}
+    for name in PUBLISHED:
+        config = published_config(name)
+        assert config.layers == parameters.get(name, config.layers)
+    assert published_config("nobody/nothing") is None
+
+
+def test_a_plan_that_takes_too_long_is_refused():
+    class Long:
+        hours = 3.0
+
+    require_hours([Long()], most=3.5)
+    with pytest.raises(PlanRefused, match=r"6\.00 h .* --max_hours=5"):
+        require_hours([Long(), Long()], most=5)
