@@ -75,6 +75,7 @@ def _paper(config):
     config.model.path = "openai-community/gpt2-large"
     config.model.remat = "full"
     config.micro_rows = 8
+    config.plan.update(examples=150_000, prompt=5.0, response=48.0)
     config.tokens.max_length = 256
     config.frontier.update(count=25_000, completions=4, pairs="all")
     config.frontier.reward = "classifier:siebert/sentiment-roberta-large-english"

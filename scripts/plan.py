@@ -9,12 +9,14 @@ Topologies: v5e:4x4, v6e:8x8, v5p:2x2x4 (pip install 'jax[tpu]'), h100:8, h200:8
 'jax[cuda13]'), cpu:8 (memory alone). Run it with JAX_PLATFORMS=cpu. No weights are read, and no
 data: config.plan says how many examples there are, and how long they are.
 
+--search compiles variants of mesh, rematerialisation and rows, and prints the keys of the fastest.
 --members=4 adds the step of a sweep whose members train together. --max_hours=12 refuses a plan
 that takes longer (exit status 1). --json=FILE keeps all numbers.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 
 from absl import flags
@@ -29,6 +31,7 @@ TOPOLOGY = flags.DEFINE_string(
 MEMBERS = flags.DEFINE_integer("members", 0, "Of a sweep that trains together.", lower_bound=0)
 PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "Of a chip, in any currency.")
 MAX_HOURS = flags.DEFINE_float("max_hours", 0.0, "Refuse a plan that takes longer; 0 refuses none.")
+SEARCH = flags.DEFINE_bool("search", False, "Look for faster meshes, rows and remat by compiling.")
 JSON = flags.DEFINE_string("json", "", "File for all numbers.")
 
 
@@ -42,6 +45,8 @@ def main() -> int:
     # Programs for devices that are not there can be written to the cache, but not read from it.
     jax.config.update("jax_enable_compilation_cache", False)
     chips = topology(TOPOLOGY.value)
+    if SEARCH.value:
+        return _search(chips)
     plans = []
     for one in plan.make_plan(CONFIG.value, chips, members=MEMBERS.value, say=_say):
         plans.append(one)
@@ -53,6 +58,23 @@ def main() -> int:
         return 1
     if MAX_HOURS.value:
         plan.require_hours(plans, MAX_HOURS.value)
+    return 0
+
+
+def _search(chips) -> int:
+    """Print the variants of each stage's step; 1 if none fits."""
+    from dpojax.planning.search import search
+
+    for name in CONFIG.value.stages:
+        best, *others = search(CONFIG.value, name, chips, _say)
+        if best.seconds == math.inf:
+            print(f"{name}: no variant fits {chips.name}")
+            return 1
+        print(f"{name} on {chips.name}: {1e3 * best.seconds:.0f} ms a step at the roofline")
+        print(f"  {best.flags or 'the config as it is'}")
+        for other in others[:4]:
+            if other.seconds < math.inf:
+                print(f"  {other.seconds / best.seconds:.2f}x: {other.flags or 'as it is'}")
     return 0
 
 

@@ -240,9 +240,11 @@ def _sums(plan: StagePlan, price: float) -> Iterator[str]:
 
 def as_json(plan: StagePlan) -> dict[str, Any]:
     """A plan as JSON has it."""
+    shape = plan.planned.stage.batches.shape
     return {
         "stage": plan.name,
         "topology": plan.topology.name,
+        "rows": f"{shape.micro_batches} x {shape.rows} x {shape.length}",
         "mesh": dict(plan.planned.stage.setup.mesh.shape),
         "steps": plan.planned.steps,
         "hours": plan.hours,

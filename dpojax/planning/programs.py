@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,20 +14,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpojax import sharding
-from dpojax.config.errors import ConfigError, config_errors
+from dpojax.config.errors import ConfigError
 from dpojax.data.packing import bucket_of
 from dpojax.data.pipeline import steps_in
 from dpojax.data.rows import Rows, buckets_of, needs_of
 from dpojax.planning.chips import Topology
 from dpojax.planning.expected import expected_data
-from dpojax.planning.published import published_config
 from dpojax.planning.roofline import Loop
-from dpojax.plans.dry_run import NOWHERE, vocabulary_of
+from dpojax.plans.dry_run import setup_from_shapes
 from dpojax.sampling import Prompts, build_sampler
 from dpojax.sampling.sampler import FIRST_CACHE_TOKENS
 from dpojax.stages import registry, train
 from dpojax.stages.example_stage import ExampleStage
-from dpojax.stages.setup import Setup, build_model, open_model
+from dpojax.stages.setup import Setup
 from dpojax.training.memory import Footprint
 from dpojax.training.state import make_optimizer
 from dpojax.training.throughput import model_flops, product_weights
@@ -91,7 +88,7 @@ def plan_stage(config: ConfigDict, name: str, topology: Topology) -> PlannedStag
       ConfigError: a run that could not start; or data that are not there and not expected.
       DataError: data that cannot be used.
     """
-    setup = _setup(config, name, topology)
+    setup = setup_from_shapes(config, name, topology.devices)
     stage = registry.open_stage(setup, name)
     if not isinstance(stage, ExampleStage):
         raise ConfigError(f"{name}: plans are made of stages that learn from examples")
@@ -199,22 +196,6 @@ def lower_members(stage: ExampleStage, members: int) -> jax.stages.Lowered:
         return step.lower(
             abstract, rows, hyperparameters, train.abstract_frozen_weights(on_members)
         )
-
-
-def _setup(config: ConfigDict, name: str, topology: Topology) -> Setup:
-    """As `prepare_setup` on a topology's devices; of its tokenizer only an end is there."""
-    config = copy.deepcopy(config)
-    config.stages = (name,)
-    vocabulary = vocabulary_of(config)
-    config[name].data.source = config[name].data.source or NOWHERE
-    run = registry.resolve(config, NOWHERE)
-    with config_errors("mesh"):
-        mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
-    if published := published_config(config.model.path):
-        model = build_model(run.config.model, published, mesh)
-    else:
-        model, _ = open_model(run.config, vocabulary, mesh)
-    return Setup(run, mesh, types.SimpleNamespace(eos_token_id=0), model, None)
 
 
 def _loops(planned: PlannedStage) -> tuple[Loop, ...]:

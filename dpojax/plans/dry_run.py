@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ from dpojax import sharding, storage
 from dpojax.config.contents import TRAINED_HERE
 from dpojax.config.errors import config_errors
 from dpojax.models import encoder, huggingface
+from dpojax.models.published import PUBLISHED, published_config
 from dpojax.sampling import Prompts, build_sampler
 from dpojax.stages.registry import STAGES, resolve
-from dpojax.stages.setup import Setup, open_model
+from dpojax.stages.setup import Setup, build_model, open_model
 from dpojax.stages.stage import RowSize
 from dpojax.stages.tokenizers import load_tokenizer
 from dpojax.stages.vocabulary import rows_for
@@ -35,7 +37,7 @@ def stage_program(config: ConfigDict, name: str, size: RowSize) -> str:
     Raises:
       ConfigError: a run that could not start. OSError, ValueError: a config.json is missing.
     """
-    stage = STAGES[name].open(_setup(config, name))
+    stage = STAGES[name].open(setup_from_shapes(config, name))
     lowered = stage.lower(size)
     title = f"{name}, loss {stage.config.loss}" if name == "preference" else name
     return _line(title, stage.setup.abstract_params, lowered.rows, lowered.weight_copies)
@@ -48,7 +50,7 @@ def sampler_program(config: ConfigDict, *, prompt: int, new_tokens: int, samples
       prompt: tokens of the longest prompt.
       samples: responses to each prompt.
     """
-    setup = _setup(config, "sft")
+    setup = setup_from_shapes(config, "sft")
     sampler = build_sampler(setup.model, max_new_tokens=new_tokens, stop=())
     prompts = Prompts(_ids(AT_ONCE, prompt), _ids(AT_ONCE), _ids(AT_ONCE))
 
@@ -64,29 +66,42 @@ def sampler_program(config: ConfigDict, *, prompt: int, new_tokens: int, samples
 def encoder_program(folder: str, key: str) -> str:
     """A classifier of transformers that is a reward; `key` is the config's that names it."""
     with config_errors(f"{key} ({folder})"):
-        config = huggingface.read_classifier_config(folder)
+        config = published_config(folder) or huggingface.read_classifier_config(folder)
     model = encoder.build(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     jax.jit(model.apply).lower(shapes, _ids(AT_ONCE, AT_ONCE), _ids(AT_ONCE))
     return _line("classifier", shapes, f"{AT_ONCE} texts of {AT_ONCE} tokens", copies=1)
 
 
-def _setup(config: ConfigDict, stage: str) -> Setup:
-    """As `prepare_setup`; of its tokenizer only the number of ids is there, and an end."""
+def setup_from_shapes(
+    config: ConfigDict, stage: str, devices: Sequence[jax.Device] | None = None
+) -> Setup:
+    """As `prepare_setup` for one stage, without tokenizer, data and weights.
+
+    The config.json of a model is read, or taken from `models.published` if its name is there.
+
+    Args:
+      devices: of the mesh, which need not be there; None: those of this process.
+
+    Raises:
+      ConfigError: a run that could not start. OSError: a config.json is missing.
+    """
     config = copy.deepcopy(config)
     config.stages = (stage,)
     if "data" in config[stage]:
         config[stage].data.source = config[stage].data.source or NOWHERE
     run = resolve(config, NOWHERE)
-    vocabulary = vocabulary_of(config)
     with config_errors("mesh"):
-        mesh = sharding.make_mesh(**config.mesh)
-    model, imported_config = open_model(config, vocabulary, mesh)
-    tokenizer = types.SimpleNamespace(eos_token_id=0)
-    return Setup(run, mesh, tokenizer, model, imported_config)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    if published := published_config(config.model.path):
+        model, raw = build_model(run.config.model, published, mesh), PUBLISHED[config.model.path]
+    else:
+        model, raw = open_model(run.config, _vocabulary_of(config), mesh)
+    tokenizer = types.SimpleNamespace(eos_token_id=0)  # nothing else of it is asked for
+    return Setup(run, mesh, tokenizer, model, raw)
 
 
-def vocabulary_of(config: ConfigDict) -> int:
+def _vocabulary_of(config: ConfigDict) -> int:
     """How many rows the table of a new model has; 0 for a model that is imported."""
     if config.model.path:
         return 0

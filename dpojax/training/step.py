@@ -85,11 +85,7 @@ def build_step(
             params = jax.tree.map(partial(descend, rate=rate), state.params, updates)
             return State(state.step + 1, params, opt_state, state.rng, baseline)
 
-        new = jax.lax.platform_dependent(
-            state,
-            cpu=partial(choose_by_branch, finite, updated),
-            default=partial(choose_by_selection, finite, updated),
-        )
+        new = updated_if(finite, updated, state)
         lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, finite=finite)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
@@ -98,14 +94,20 @@ def build_step(
     return step
 
 
-def choose_by_branch(finite: Array, updated: Callable[[State], State], state: State) -> State:
-    """The updated state if `finite`, else the old one: on CPUs, where a branch updates in place."""
-    return jax.lax.cond(finite, updated, lambda state: state, state)
+def updated_if(finite: Array, updated: Callable[[State], State], state: State) -> State:
+    """updated(state) if `finite`, else the state as it was.
 
+    A CPU takes a branch, which updates in place. On other platforms the results of a branch would
+    be a copy of the whole state; there, both are computed number by number, and one is selected.
+    """
 
-def choose_by_selection(finite: Array, updated: Callable[[State], State], state: State) -> State:
-    """The same on other platforms, where the results of a branch would be a copy of the state."""
-    return jax.tree.map(partial(jnp.where, finite), updated(state), state)
+    def by_branch(state: State) -> State:
+        return jax.lax.cond(finite, updated, lambda state: state, state)
+
+    def by_selection(state: State) -> State:
+        return jax.tree.map(partial(jnp.where, finite), updated(state), state)
+
+    return jax.lax.platform_dependent(state, cpu=by_branch, default=by_selection)
 
 
 def build_gradient(

@@ -5,11 +5,11 @@ import pytest
 
 from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
+from dpojax.models.published import PUBLISHED, published_config
 from dpojax.planning.chips import topology
 from dpojax.planning.expected import DRAWN, expected_data
 from dpojax.planning.plan import PlanRefused, compile_program, require_hours
 from dpojax.planning.programs import plan_stage, programs
-from dpojax.planning.published import PUBLISHED, published_config
 from dpojax.stages.train import abstract_rows
 
 

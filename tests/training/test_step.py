@@ -18,7 +18,7 @@ from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.training.forward import build_divergence, language_model
 from dpojax.training.state import abstract_state, clip_by_norm, initial_state, new_state
-from dpojax.training.step import build_evaluate, build_step
+from dpojax.training.step import build_evaluate, build_step, updated_if
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)]
 
@@ -322,3 +322,34 @@ def test_updates_that_rounding_swallows_are_counted(
         lost[rate] = report.metrics["updates/lost"].value
     assert lost[1e-1] < 0.01
     assert lost[1e-12] > 0.9
+
+
+def test_off_cpus_a_state_is_selected_and_not_copied_out_of_a_branch():
+    def choose(finite, state):
+        return updated_if(finite, lambda x: 2 * x, state)
+
+    traced = jax.jit(choose).trace(True, np.ones(3, np.float32))
+    for platform, branches in (("cpu", True), ("tpu", False), ("cuda", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.case" in text) == branches
+        assert ("stablehlo.select" in text) != branches
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_selected_state_is_the_updated_one_or_the_old_one(finite, monkeypatch):
+    """Also where the updated one is not finite."""
+
+    def default_platform(*arguments, default, **platforms):
+        del platforms
+        return default(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", default_platform)
+    state = {"a": np.arange(3.0), "b": np.int32(7)}
+
+    def update(state):
+        scale = 1.0 if finite else np.nan
+        return {"a": jnp.asarray(state["a"]) + scale, "b": state["b"] + 1}
+
+    new = updated_if(jnp.array(finite), update, state)
+    np.testing.assert_array_equal(new["a"], [1, 2, 3] if finite else [0, 1, 2])
+    assert new["b"] == (8 if finite else 7)

@@ -1,0 +1,51 @@
+"""DPO of Llama-3.1-8B-Instruct on UltraFeedback, and a sweep of four betas.
+
+    python scripts/train.py --config=configs/llama8b.py --workdir=gs://BUCKET/llama8b
+    python scripts/launch.py slurm --config=configs/llama8b.py --workdir=runs/llama8b --sweep \\
+        --nodes=1 --gpus_per_node=8 --time=24:00:00
+    python scripts/launch.py xpk --config=configs/llama8b.py --workdir=gs://BUCKET/llama8b \\
+        --sweep --cluster=CLUSTER --tpu_type=v5litepod-64 --image=IMAGE
+
+61,135 pairs of HuggingFaceH4/ultrafeedback_binarized, one epoch in batches of 128 (478 steps),
+AdamW at 5e-7 with a cosine, warm-up in a tenth of the steps; texts up to 2,048 tokens, prompts up
+to 1,024. Beta 0.1, and 0.01, 0.03 and 0.3 in sweep(). Products are in bfloat16; weights, gradients
+and moments are float32, 16 bytes a parameter: 120 GiB, which mesh.fsdp spreads over all devices.
+The reference is scored once, before training, and its log-probs are kept.
+
+What that needs and takes on GPUs and TPU slices: docs/plans.md.
+"""
+
+from dpojax.config.defaults import default_config
+
+
+def get_config():
+    config = default_config()
+    config.stages = ("preference",)
+    config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+    config.model.update(compute_dtype="bfloat16", remat="full")
+    config.mesh.update(data=1, fsdp=-1)
+    config.tokens.update(max_length=2048, max_prompt_length=1024, truncation="cut_prompt_start")
+    config.preference.data.update(
+        source="HuggingFaceH4/ultrafeedback_binarized",
+        split="train_prefs",
+        eval_source="HuggingFaceH4/ultrafeedback_binarized",
+        eval_split="test_prefs",
+        limit=0,
+        eval_limit=512,
+    )
+    config.preference.update(
+        beta=0.1,
+        epochs=1,
+        batch_size=128,
+        learning_rate=5e-7,
+        schedule="cosine",
+        warmup_ratio=0.1,
+    )
+    # The lengths are assumed, not measured.
+    config.plan.update(examples=61_135, prompt=170.0, response=280.0)
+    config.evaluate_every, config.checkpoint_every = 100, 100
+    return config
+
+
+def sweep():
+    return [{"preference.beta": beta} for beta in (0.01, 0.03, 0.1, 0.3)]
