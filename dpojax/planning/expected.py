@@ -16,14 +16,13 @@ HELD_OUT = 64
 SPREAD = 0.6  # standard deviation of the logarithm of lengths, about that of HH and TL;DR
 
 
-def expected_data(config: ConfigDict, *, responses: int, responses_only: bool = False) -> StageData:
+def expected_data(config: ConfigDict, *, responses: int) -> StageData:
     """Examples with the lengths of `config.plan`, log-normal around their means.
 
     Args:
       config: of the run. `plan.prompt` and `plan.response` are mean lengths in tokens; no example
         is longer than `tokens.max_length`.
       responses: of each example.
-      responses_only: prompts have one token, as where a stage learns whole texts.
 
     Raises:
       ConfigError: the config expects nothing.
@@ -36,8 +35,7 @@ def expected_data(config: ConfigDict, *, responses: int, responses_only: bool = 
         )
     generator = np.random.default_rng(0)
     count = DRAWN + HELD_OUT
-    prompt = 1.0 if responses_only else plan.prompt
-    prompts = _lengths(generator, prompt, count)
+    prompts = _lengths(generator, plan.prompt, count)
     answers = _lengths(generator, plan.response, (count, responses))
     limit = config.tokens.max_prompt_length or longest
     examples = []

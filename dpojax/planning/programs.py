@@ -14,12 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpojax import sharding
+from dpojax.config.contents import draws_samples
 from dpojax.config.errors import ConfigError
 from dpojax.data.packing import bucket_of
 from dpojax.data.pipeline import steps_in
 from dpojax.data.rows import Rows, buckets_of, needs_of
 from dpojax.planning.chips import Topology
-from dpojax.planning.expected import expected_data
+from dpojax.planning.expected import HELD_OUT, expected_data
 from dpojax.planning.roofline import Loop
 from dpojax.plans.dry_run import setup_from_shapes
 from dpojax.sampling import Prompts, build_sampler
@@ -80,18 +81,18 @@ class PlannedStage(NamedTuple):
 
 
 def plan_stage(config: ConfigDict, name: str, topology: Topology) -> PlannedStage:
-    """Open a stage of a config on a topology, and choose the shape of its batches.
-
-    Its data are read where config.plan expects nothing, or else are of the lengths that it expects.
+    """Open a stage of a config on a topology, and choose the shape of batches of expected data.
 
     Raises:
-      ConfigError: a run that could not start; or data that are not there and not expected.
-      DataError: data that cannot be used.
+      ConfigError: a run that could not start; or config.plan does not say what data to expect.
     """
     setup = setup_from_shapes(config, name, topology.devices)
     stage = registry.open_stage(setup, name)
     if not isinstance(stage, ExampleStage):
-        raise ConfigError(f"{name}: plans are made of stages that learn from examples")
+        raise ConfigError(
+            f"{name}: no plan can be made of it; leave it out, as in "
+            "--config.stages=\"('sft','preference')\""
+        )
     data = expected_data(setup.config, responses=1 if stage.requirements.form == "best" else 2)
     stage = stage.with_data(data)
     steps = stage.config.steps or steps_in(
@@ -103,56 +104,43 @@ def plan_stage(config: ConfigDict, name: str, topology: Topology) -> PlannedStag
 
 
 def programs(planned: PlannedStage, *, members: int = 0) -> list[PlannedProgram]:
-    """The step, the scoring of held-out data and of a cached reference, and the sampler.
+    """The step, the scoring of held-out data and of a reference, and the sampler of evaluations.
 
     Args:
       planned: the stage.
       members: of a sweep that trains together; 0 or 1 for a single run.
     """
     stage, config = planned.stage, planned.stage.setup.config
-    loops, shape = _loops(planned), stage.batches.shape
-    step_work = _work(planned, backward=True)
-    every = config.evaluate_every or planned.steps
-    evaluations = planned.steps / max(1, every) + 1
-    held_out = max(1, len(stage.batches.held_out_batches)) if stage.config.data.eval_limit else 1
-    result = [
-        PlannedProgram(
-            "step",
-            lambda: train.lower_step(stage, shape),
-            planned.steps,
-            step_work,
-            loops,
-            shape.length,
-            train.footprint(stage),
-        )
-    ]
-    if members > 1:
-        result.append(
-            PlannedProgram(
-                f"step of {members} members",
-                lambda: lower_members(stage, members),
-                planned.steps,
-                Work(members * step_work.model_flops, step_work.tokens),
-                loops,
-                shape.length,
-            )
-        )
-    score_work = _work(planned, backward=False)
-    result.append(
-        PlannedProgram(
-            "evaluation",
-            lambda: lower_score(stage),
-            evaluations * held_out,
-            score_work,
-            loops,
-            shape.length,
-        )
+    shape, steps = stage.batches.shape, planned.steps
+    step = PlannedProgram(
+        "step",
+        lambda: train.lower_step(stage, shape),
+        steps,
+        _work(planned, backward=True),
+        _loops(planned),
+        shape.length,
+        train.footprint(stage),
     )
-    if _caches_reference(stage):
-        result.append(
-            result[-1]._replace(name="reference", runs=math.ceil(planned.steps / _epochs(planned)))
-        )
-    if config.samples.count:
+    evaluations = steps / max(1, config.evaluate_every or steps) + 1
+    batches = math.ceil((stage.config.data.eval_limit or HELD_OUT) / stage.config.batch_size)
+    score = step._replace(
+        name="evaluation",
+        lower=lambda: lower_score(stage),
+        runs=evaluations * batches,
+        work=_work(planned, backward=False),
+        footprint=None,
+    )
+    result = [step, score]
+    if members > 1:
+        work = step.work._replace(model_flops=members * step.work.model_flops)
+        name, lower = f"step of {members} members", lambda: lower_members(stage, members)
+        result.insert(1, step._replace(name=name, lower=lower, work=work, footprint=None))
+    if stage.programs.objective.needs_reference:
+        # A cached reference scores each example once, a live one each batch.
+        live = stage.live_reference_shapes() is not None
+        runs = steps if live else min(steps, config.plan.examples / stage.config.batch_size)
+        result.append(score._replace(name="reference", runs=runs))
+    if draws_samples(config):
         result.append(_sampler(stage, evaluations))
     return result
 
@@ -214,16 +202,6 @@ def _work(planned: PlannedStage, *, backward: bool) -> Work:
     tokens = np.mean([(rows.segment > 0).sum() for rows in planned.rows])
     scored = np.mean([(rows.response >= 0).sum() for rows in planned.rows])
     return Work(model_flops(body, head, tokens, scored, backward=backward), float(tokens))
-
-
-def _epochs(planned: PlannedStage) -> float:
-    stage = planned.stage
-    in_epoch = stage.setup.config.plan.examples / stage.config.batch_size
-    return max(1.0, planned.steps / max(1.0, in_epoch))
-
-
-def _caches_reference(stage: ExampleStage) -> bool:
-    return stage.programs.objective.needs_reference and stage.live_reference_shapes() is None
 
 
 def _sampler(stage: ExampleStage, evaluations: float) -> PlannedProgram:

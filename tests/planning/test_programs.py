@@ -5,7 +5,6 @@ import pytest
 
 from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
-from dpojax.models.published import PUBLISHED, published_config
 from dpojax.planning.chips import topology
 from dpojax.planning.expected import DRAWN, expected_data
 from dpojax.planning.plan import PlanRefused, compile_program, require_hours
@@ -72,27 +71,21 @@ def test_the_arguments_of_the_step_are_weights_moments_and_rows(planned):
     assert compiled.roofline is None  # a host's CPUs have no row in the table of peaks
 
 
-def test_a_cached_reference_is_scored_once_and_a_live_one_never_beforehand(planned):
-    names = [one.name for one in programs(planned)]
-    assert "reference" in names
-    config = small()
-    config.preference.reference.kind = "live"
-    live = plan_stage(config, "preference", topology("cpu:4"))
-    assert "reference" not in [one.name for one in programs(live)]
+def test_a_cached_reference_scores_every_example_once_and_a_live_one_every_batch():
+    for kind, runs in (("cached", 80 / 8), ("live", 3 * 80 / 8)):
+        config = small()
+        config.preference.epochs = 3
+        config.preference.reference.kind = kind
+        planned = plan_stage(config, "preference", topology("cpu:4"))
+        named = {one.name: one for one in programs(planned)}
+        assert named["reference"].runs == runs
+        assert named["step"].runs == 30
 
 
 def test_members_of_a_sweep_do_the_work_of_as_many_steps(planned):
     step, members = programs(planned, members=2)[:2]
     assert members.work.model_flops == 2 * step.work.model_flops
     assert "2 members" in members.name
-
-
-def test_every_published_model_is_of_a_family_that_is_known():
-    parameters = {"EleutherAI/pythia-2.8b": 32, "meta-llama/Llama-3.1-8B": 32}
-    for name in PUBLISHED:
-        config = published_config(name)
-        assert config.layers == parameters.get(name, config.layers)
-    assert published_config("nobody/nothing") is None
 
 
 def test_a_plan_that_takes_too_long_is_refused():
