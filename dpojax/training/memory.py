@@ -31,6 +31,7 @@ class Footprint(NamedTuple):
     frozen: int  # weights beside the state: a live reference, the base of adapters
     activations: int  # stored for the backward pass, and those of the layer being computed
     logits: int  # that exist at once, with the head's gradient and, over fsdp, the gathered head
+    gathered: int  # over fsdp: two layers' weights and one's gradient, and the table of embeddings
 
     @property
     def total(self) -> int:
@@ -54,7 +55,7 @@ def predict(
     kernel: Kernel = XLA,
     max_logits: int,
 ) -> Footprint:
-    """Predict what a step needs from shapes alone, within a third of what XLA reports on a CPU.
+    """Predict what a step needs from shapes alone; docs/plans.md says how near it comes.
 
     Args:
       config: of the model.
@@ -91,7 +92,21 @@ def predict(
         frozen=bytes_per_device(frozen),
         activations=size * config.layers * tokens * stored + layer,
         logits=4 * logits // sharers + head,
+        gathered=_gathered(config, mesh, size, ways) if fsdp > 1 else 0,
     )
+
+
+def _gathered(config: DecoderConfig, mesh: Mesh, size: int, ways: int) -> int:
+    """Bytes of the whole weights that a device of fsdp gathers for a layer, and for the next one.
+
+    Args:
+      size: bytes of a number of the compute dtype.
+      ways: devices that the table of embeddings is spread over, besides fsdp.
+    """
+    heads = 2 * (config.heads + config.kv_heads) * config.head_dim
+    mlp = (3 if config.gated_mlp else 2) * config.mlp_width
+    layer = config.width * (heads + mlp) // mesh.shape["tensor"]
+    return (2 * size + 4) * layer + size * config.vocab_size * config.width // ways
 
 
 def stored_of(
