@@ -106,7 +106,9 @@ def _gathered(config: DecoderConfig, mesh: Mesh, size: int, ways: int) -> int:
     heads = 2 * (config.heads + config.kv_heads) * config.head_dim
     mlp = (3 if config.gated_mlp else 2) * config.mlp_width
     layer = config.width * (heads + mlp) // mesh.shape["tensor"]
-    return (2 * size + 4) * layer + size * config.vocab_size * config.width // ways
+    # A tied table is the head's, which counts with the logits.
+    table = 0 if config.tied_head else size * config.vocab_size * config.width // ways
+    return (2 * size + 4) * layer + table
 
 
 def stored_of(
