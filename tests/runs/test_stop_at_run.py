@@ -18,6 +18,8 @@ from dpojax.training.preemption import Preempted, StopSignal
 
 from .conftest import lines, tiny_config
 
+pytestmark = pytest.mark.slow  # tests/training/test_loop.py and test_vectorised_loop.py are faster
+
 # Held-out losses after the steps of evaluations, by beta; the values that stop are 0.5 or less.
 LOSSES = {
     0.1: {0: 0.69, 2: 0.6, 4: 0.45, 6: 0.4, 8: 0.3},
@@ -107,7 +109,6 @@ def swept(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_each_member_of_a_sweep_stops_for_itself_and_all_train_as_one_program(swept):
     groups = json.loads((swept / "sweep.json").read_text())["groups"]
     assert groups == [[*NAMES.values()]]
@@ -118,14 +119,12 @@ def test_each_member_of_a_sweep_stops_for_itself_and_all_train_as_one_program(sw
     assert "before training it was 0.4, which does not count" in text
 
 
-@pytest.mark.slow
 def test_a_member_that_stops_has_the_weights_of_a_run_of_its_own(swept, alone):
     """At step 4, from where the sweep went on; the weights after another step differ by 3e-4."""
     pair = params_of(swept / "beta-0.1", 0.1), params_of(alone, 0.1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *pair)
 
 
-@pytest.mark.slow
 def test_the_table_of_a_sweep_shows_at_which_step_each_member_ended(swept):
     header, *rows = (swept / "sweep.csv").read_text().splitlines()
     step = header.split(",").index("step")
