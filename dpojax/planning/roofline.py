@@ -37,10 +37,10 @@ ATTENTION = {
     "flash_forward": 2 / 2,
     "flash_query_gradient": 3 / 2,
     "flash_key_gradient": 4 / 2,
-    "fmhaSoftmaxBackward": 5,
-    "fmhaSoftmax": 2,
+    "SoftmaxBackward": 5,  # cuDNN's fmha...
+    "fmha": 2,
 }
-COLLECTIVE, KERNEL = "collective", "kernel"
+MAX_HEAD_DIM = 512
 
 
 class Roofline(NamedTuple):
@@ -253,8 +253,10 @@ class _Walk:
         if one.opcode == "custom-call" and (name := _kernel_name(one)):
             for attention, products in ATTENTION.items():
                 if attention in name:
-                    largest = max(math.prod(hlo.dims(shapes[x])) for x in one.operands)
-                    return 2.0 * products * largest * self.row_length
+                    sizes = [hlo.dims(shapes[x]) for x in one.operands]
+                    # Of queries or keys; a bias, [R, 1, T, T], may have more numbers.
+                    numbers = max(math.prod(x) for x in sizes if x and x[-1] <= MAX_HEAD_DIM)
+                    return 2.0 * products * numbers * self.row_length
             self.unread[re.sub(r"[.\d]+$", "", name)] += often
         return hlo.instruction_flops(one, shapes)
 
