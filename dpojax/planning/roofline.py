@@ -251,12 +251,8 @@ class _Walk:
                 if inner.opcode not in FREE
             )
         if one.opcode == "custom-call" and (name := _kernel_name(one)):
-            for attention, products in ATTENTION.items():
-                if attention in name:
-                    sizes = [hlo.dims(shapes[x]) for x in one.operands]
-                    # Of queries or keys; a bias, [R, 1, T, T], may have more numbers.
-                    numbers = max(math.prod(x) for x in sizes if x and x[-1] <= MAX_HEAD_DIM)
-                    return 2.0 * products * numbers * self.row_length
+            if flops := _attention_flops(name, one, shapes, self.row_length):
+                return flops
             self.unread[re.sub(r"[.\d]+$", "", name)] += often
         return hlo.instruction_flops(one, shapes)
 
@@ -315,6 +311,17 @@ class _Walk:
         if root.opcode == "parameter":
             return 0.0
         return sum(hlo.array_bytes(root.shape))
+
+
+def _attention_flops(name: str, one: Instruction, shapes: dict[str, str], row_length: int) -> float:
+    """FLOPs of a kernel of `ATTENTION`; 0 for others."""
+    for attention, products in ATTENTION.items():
+        if attention in name:
+            sizes = [hlo.dims(shapes[x]) for x in one.operands]
+            # Of queries or keys; a bias, [R, 1, T, T], may have more numbers.
+            numbers = max(math.prod(x) for x in sizes if x and x[-1] <= MAX_HEAD_DIM)
+            return 2.0 * products * numbers * row_length
+    return 0.0
 
 
 def _kernel_name(one: Instruction) -> str:
