@@ -241,7 +241,6 @@ def _window_at(window: str, place: int, count: int) -> dict[str, int]:
         "low": int(low),
         "left_dilation": int(numbers("lhs_dilate", "1")),
         "right_dilation": int(numbers("rhs_dilate", "1")),
-        "reversed_": int(numbers("rhs_reversal", "0")),
     }
 
 
@@ -255,10 +254,8 @@ def _meetings(
     low: int,
     left_dilation: int,
     right_dilation: int,
-    reversed_: int,
 ) -> int:
     """How many pairs of a result and a window's number meet a number of the array."""
-    del reversed_  # it changes which meet, not how many: the window is a whole range
     places = np.arange(out)[:, None] * stride + np.arange(right)[None] * right_dilation - low
     return int(
         (
