@@ -65,6 +65,11 @@ def sweep_mesh(mesh: Mesh, size: int) -> Mesh:
     return Mesh(devices, (SWEEP, *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
 
 
+def longest_sweep_axis(data: int, members: int) -> int:
+    """The longest sweep axis that divides a mesh's `data` and that so many members fill."""
+    return max(n for n in range(1, min(data, members) + 1) if data % n == 0)
+
+
 class DistributedError(RuntimeError):
     """The processes of a run do not find each other."""
 

@@ -164,6 +164,27 @@ def collective_bytes(one: Instruction, devices: int) -> int:
     return max(sum(operands), sum(results[: len(operands)]))
 
 
+def crossing_collectives(text: str, devices: int) -> list[str]:
+    """The names of the collectives in which devices of more than one member take part.
+
+    Args:
+      text: of a compiled program on a mesh whose first axis is that of the members.
+      devices: that one place of this axis has. The first so many ids are of the first place.
+
+    Raises:
+      ValueError: the groups of a collective are not understood.
+    """
+    names = []
+    for instructions in parse(text).computations.values():
+        for one in instructions:
+            # Whatever its opcode is: what names groups or pairs of devices moves data among them.
+            if "replica_groups=" in one.rest or "source_target_pairs=" in one.rest:
+                groups = groups_of(one)
+                if any(len({device // devices for device in group}) > 1 for group in groups):
+                    names.append(one.name)
+    return names
+
+
 def product_flops(text: str) -> float:
     """FLOPs of all matrix products of a compiled program: 2 for each multiplication.
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError
 from dpojax.planning.chips import Topology
+from dpojax.planning.hlo import crossing_collectives
 from dpojax.planning.programs import PlannedProgram, PlannedStage, plan_stage, programs
 from dpojax.planning.roofline import Roofline, roofline
 from dpojax.training.memory import gib
@@ -44,6 +45,8 @@ class CompiledProgram(NamedTuple):
       roofline: None on chips without a table of peaks, and where the text cannot be read.
       compile_seconds: on this machine.
       problem: why something is None; "" otherwise.
+      crossing: names of the collectives in which several members of a sweep take part; None for the
+        programs of a single run, and where the text cannot be read.
     """
 
     program: PlannedProgram
@@ -51,6 +54,7 @@ class CompiledProgram(NamedTuple):
     roofline: Roofline | None
     compile_seconds: float
     problem: str = ""
+    crossing: tuple[str, ...] | None = None
 
     @property
     def hours(self) -> float | None:
@@ -136,14 +140,16 @@ def compile_program(program: PlannedProgram, topology: Topology) -> CompiledProg
         return CompiledProgram(program, None, None, time.perf_counter() - began, _short(error))
     seconds = time.perf_counter() - began
     memory = _memory(compiled)  # before its text, which XLA cannot write of some programs
-    line, problem = None, ""
-    if topology.chip is not None:
-        try:
-            text = compiled.as_text()
+    line, problem, crossing = None, "", None
+    try:
+        text = compiled.as_text()
+        if program.member_devices:
+            crossing = tuple(crossing_collectives(text, program.member_devices))
+        if topology.chip is not None:
             line = roofline(text, topology.chip, row_length=program.row_length, loops=program.loops)
-        except (ValueError, jax.errors.JaxRuntimeError) as error:
-            problem = f"no time: {_short(error)}"
-    return CompiledProgram(program, memory, line, seconds, problem)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        problem = f"no time: {_short(error)}"
+    return CompiledProgram(program, memory, line, seconds, problem, crossing)
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:
@@ -198,8 +204,17 @@ def _program_lines(one: CompiledProgram) -> Iterator[str]:
         yield f"    predicted {predicted}: {off:+.0%}"
     if one.problem:
         yield f"    {one.problem}"
+    if one.crossing is not None:
+        yield f"    {_crossing(one)}"
     if one.roofline is not None:
         yield from _roofline_lines(one.roofline)
+
+
+def _crossing(one: CompiledProgram) -> str:
+    """Says whether members of a sweep wait for each other."""
+    if one.crossing:
+        return f"COLLECTIVES ACROSS MEMBERS: {', '.join(one.crossing)}"
+    return "no collective across members"
 
 
 def _roofline_lines(line: Roofline) -> Iterator[str]:
@@ -264,6 +279,7 @@ def _program_json(one: CompiledProgram) -> dict[str, Any]:
         "roofline": None if one.roofline is None else one.roofline._asdict(),
         "seconds": None if one.roofline is None else one.roofline.seconds,
         "problem": one.problem,
+        "crossing": one.crossing,
     }
 
 

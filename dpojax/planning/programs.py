@@ -25,6 +25,7 @@ from dpojax.planning.roofline import Loop
 from dpojax.plans.dry_run import setup_from_shapes
 from dpojax.sampling import Prompts, build_sampler
 from dpojax.sampling.sampler import FIRST_CACHE_TOKENS
+from dpojax.sharding import longest_sweep_axis
 from dpojax.stages import registry, train
 from dpojax.stages.example_stage import ExampleStage
 from dpojax.stages.setup import Setup
@@ -58,6 +59,7 @@ class PlannedProgram(NamedTuple):
       loops: what its loops over data do.
       row_length: columns of a row.
       footprint: predicted memory; None where nothing predicts it.
+      member_devices: of each place of a sweep axis; 0 for programs of a single run.
     """
 
     name: str
@@ -67,6 +69,7 @@ class PlannedProgram(NamedTuple):
     loops: tuple[Loop, ...] = ()
     row_length: int = 0
     footprint: Footprint | None = None
+    member_devices: int = 0
 
 
 class PlannedStage(NamedTuple):
@@ -132,9 +135,7 @@ def programs(planned: PlannedStage, *, members: int = 0) -> list[PlannedProgram]
     )
     result = [step, score]
     if members > 1:
-        work = step.work._replace(model_flops=members * step.work.model_flops)
-        name, lower = f"step of {members} members", lambda: lower_members(stage, members)
-        result.insert(1, step._replace(name=name, lower=lower, work=work, footprint=None))
+        result.insert(1, _members_step(stage, step, members))
     if stage.programs.objective.needs_reference:
         # A cached reference scores each example once, a live one each batch.
         live = stage.live_reference_shapes() is not None
@@ -143,6 +144,22 @@ def programs(planned: PlannedStage, *, members: int = 0) -> list[PlannedProgram]
     if draws_samples(config):
         result.append(_sampler(stage, evaluations))
     return result
+
+
+def _members_step(stage: ExampleStage, step: PlannedProgram, members: int) -> PlannedProgram:
+    work = step.work._replace(model_flops=members * step.work.model_flops)
+    axis = longest_sweep_axis(stage.setup.mesh.shape["data"], members)
+    devices = stage.setup.mesh.size // axis
+    share = (
+        f"each on {devices}" if axis >= members else f"{-(-members // axis)} of them on {devices}"
+    )
+    return step._replace(
+        name=f"step of {members} members, {share} device(s)",
+        lower=lambda: lower_members(stage, members, axis),
+        work=work,
+        footprint=None,
+        member_devices=devices,
+    )
 
 
 def lower_score(stage: ExampleStage) -> jax.stages.Lowered:
@@ -156,10 +173,13 @@ def lower_score(stage: ExampleStage) -> jax.stages.Lowered:
         return jax.jit(stage.programs.score).lower(stage.setup.abstract_params, rows)
 
 
-def lower_members(stage: ExampleStage, members: int) -> jax.stages.Lowered:
-    """The step of members that train together, spread over as many devices as divide them."""
-    axis = math.gcd(members, stage.setup.mesh.shape["data"])
+def lower_members(stage: ExampleStage, members: int, axis: int) -> jax.stages.Lowered:
+    """The step of members that train together, on a sweep axis of so many places.
+
+    Where they do not fill the axis evenly, spare members are computed too, as in a sweep.
+    """
     mesh = sharding.sweep_mesh(stage.setup.mesh, axis)
+    members = axis * -(-members // axis)
     optimizer = make_optimizer(stage.config.optimizer)
     abstract = abstract_member_states(train.abstract_train_state(stage, optimizer), members, mesh)
     on_members = stage.stepping_on(mesh)

@@ -71,8 +71,7 @@ def mesh_with_members(
     settings, mesh = setup.config.sweep, setup.mesh
     at_once = min(members, settings.at_once or members)
     data = mesh.shape["data"]
-    longest = max(n for n in range(1, min(data, at_once) + 1) if data % n == 0)
-    axis = begun.axis if begun else settings.axis or longest
+    axis = begun.axis if begun else settings.axis or sharding.longest_sweep_axis(data, at_once)
     try:
         return sharding.sweep_mesh(mesh, axis)
     except ValueError as error:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dpojax.planning.hlo import collectives, product_flops
+from dpojax.planning.hlo import collectives, crossing_collectives, product_flops
 from dpojax.sharding import make_mesh
 
 WRITTEN = """HloModule by_hand
@@ -113,3 +113,34 @@ def test_known_collectives_of_a_compiled_program_are_found():
     for kind, groups in along.items():
         assert sorted(found[kind].groups) == sorted(groups.reshape(-1, 2).tolist())
     assert [0, 4] in found["collective-permute"].groups
+
+
+@pytest.mark.parametrize(
+    ("groups", "crossing"),
+    [
+        ("[4,2]<=[8]", []),  # four members on two devices each
+        ("{{0,1},{2,3},{4,5},{6,7}}", []),
+        ("{{0,1},{2,3},{4,6},{5,7}}", ["r"]),
+        ("[4,2]<=[4,2]T(1,0)", ["r"]),
+        ("mesh['sweep'=4,'fsdp'=2] {'fsdp'}", []),
+        ("mesh['sweep'=4,'fsdp'=2] {'sweep'}", ["r"]),
+    ],
+)
+def test_a_collective_in_which_two_members_take_part_is_named(groups, crossing):
+    text = f"""ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %r = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
+  ROOT %own = f32[8]{{0}} all-reduce(%r), replica_groups=[8,1]<=[8], to_apply=%add
+}}
+"""
+    assert crossing_collectives(text, 2) == crossing
+
+
+def test_a_permutation_between_two_members_is_named():
+    text = """ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %a = f32[8]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0},{2,3}}
+  ROOT %b = f32[8]{0} collective-permute(%a), source_target_pairs={{0,1},{1,2}}
+}
+"""
+    assert crossing_collectives(text, 2) == ["b"]

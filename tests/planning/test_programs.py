@@ -88,6 +88,18 @@ def test_members_of_a_sweep_do_the_work_of_as_many_steps(planned):
     assert "2 members" in members.name
 
 
+@pytest.mark.slow
+def test_the_plan_of_a_sweep_says_that_no_collective_crosses_members():
+    config = small()
+    config.mesh.update(data=4, fsdp=2)
+    step = programs(plan_stage(config, "preference", topology("cpu:8")), members=4)[1]
+    assert step.name == "step of 4 members, each on 2 device(s)"
+    compiled = compile_program(step, topology("cpu:8"))
+    assert compiled.crossing == ()
+    everywhere = compile_program(step._replace(member_devices=1), topology("cpu:8"))
+    assert everywhere.crossing  # two devices of a member do exchange data
+
+
 def test_a_plan_that_takes_too_long_is_refused():
     class Long:
         hours = 3.0
