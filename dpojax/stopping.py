@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-STOPPED = 143  # the status of a command that was asked to stop; the same command goes on
+# The status of a command that was asked to stop, unless `use_stop_code` sets another one; the same
+# command goes on. A shell shows it for a process that SIGTERM has killed (128 + 15).
+STOPPED = 143
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
@@ -47,6 +49,7 @@ class _State:
     repeats = 0  # signals that this process sends itself, since Preempted was dropped
     what = ""  # names what is stopped
     on_end: Callable[[int, str], None] | None = None  # is told that this process ends alone
+    stop_code = STOPPED
 
 
 def received() -> str:
@@ -57,6 +60,22 @@ def received() -> str:
 def raised() -> Preempted | None:
     """What was raised for a signal that has stopped nothing yet; None if nothing was."""
     return Preempted(_sentence()) if _State.raised else None
+
+
+def stop_code() -> int:
+    """The exit status of this process once it was asked to stop."""
+    return _State.stop_code
+
+
+def use_stop_code(code: int) -> None:
+    """From now on `stop_code` is `code`.
+
+    Raises:
+      ValueError: it is not from 1 to 255: 0 would say that all is done.
+    """
+    if not 1 <= code <= 255:
+        raise ValueError(f"exit status {code}: from 1 to 255")
+    _State.stop_code = code
 
 
 def forget() -> None:
@@ -195,7 +214,7 @@ def _watch(pipe: int) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
             if first_interrupt is not None and now - first_interrupt > SAME_PRESS:
-                end_now(STOPPED, "Ctrl-C again: ended at once, without saving; " + GO_ON)
+                end_now(stop_code(), "Ctrl-C again: ended at once, without saving; " + GO_ON)
             first_interrupt = first_interrupt or now
         if number in announced:
             continue
@@ -205,7 +224,7 @@ def _watch(pipe: int) -> None:
             say(f"{name}: the run stops after this step, and saves")
             continue
         say(f"{name}: the run stops")
-        _tell(STOPPED, f"was stopped by {name}")
+        _tell(stop_code(), f"was stopped by {name}")
         alone = _State.on_end is None
         later(RESPONSE if alone else RESPONSE_TOLD, _end_if_deaf, name)
 
@@ -213,7 +232,7 @@ def _watch(pipe: int) -> None:
 def _end_if_deaf(name: str) -> None:
     """End the process if the main thread has not handled the signal."""
     if not (_State.raised or _State.noting):
-        end_now(STOPPED, f"stopped by {name}, what is done is kept; {GO_ON}")
+        end_now(stop_code(), f"stopped by {name}, what is done is kept; {GO_ON}")
 
 
 def _forget_parent() -> None:

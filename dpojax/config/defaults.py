@@ -5,6 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dpojax.stopping import STOPPED
 from dpojax.watchdog import MINUTES
 
 
@@ -51,6 +52,9 @@ def default_config() -> ConfigDict:
     # A run that makes no progress for so long is ended, and the stacks of its threads are printed.
     # It has to be longer than the longest compilation; 0 never ends a run.
     config.hang_minutes = MINUTES
+    # The exit status of a run that was asked to stop (SIGTERM, Ctrl-C, SIGHUP): one for which the
+    # cluster starts the job again. scripts/launch.py writes it into its files.
+    config.exit_code_when_stopped = STOPPED
     config.check_memory = True  # refuse a stage that is predicted not to fit on a device
     config.profile = False  # trace, and tell where the time went; not for PPO or a sweep
     config.log_every = 10  # steps

@@ -83,6 +83,7 @@ SHARED_RULES = (
     at_least("evaluate_every", 0, "0 (only at the end) or more steps"),
     at_least("checkpoint_every", 0, "0 (only at the end) or more steps"),
     at_least("hang_minutes", 0, "0 (never) or more minutes"),
+    between("exit_code_when_stopped", 1, 255),
     at_least("max_checkpoints", 1, "1 or more checkpoints"),
     at_least("plan.examples", 0, "0 (not known) or more examples"),
     at_least("plan.prompt", 0, "0 (not known) or more tokens"),

@@ -22,7 +22,9 @@ from dpojax.jobs.job import Job, command
 from dpojax.launching import engines as engine_files
 
 KILLED = 128 + 9  # the system killed a process: its machine was taken away, or its memory was full
-# A job that ends with one of these goes on where it was, once it is started again.
+# A job that ends with one of these goes on where it was, once it is started again. A config may
+# choose another code for a stop; a process that is stopped before it has read the config, or that
+# SIGTERM kills, still ends with `STOPPED`.
 RESTARTED = (stopping.STOPPED, peers.DEAD, KILLED)
 PORT = 55527  # of process 0, where an engine leaves the choice to us
 
@@ -40,6 +42,7 @@ class Launch(NamedTuple):
       max_restarts: how often a stopped job is started again.
       grace: seconds from SIGTERM to SIGKILL, in which a run saves.
       logs: the folder of what jobs print, where the engine writes files; "" is the current one.
+      restarted: the exit codes with which a job is started again.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Launch(NamedTuple):
     max_restarts: int = 50
     grace: int = 60
     logs: str = ""
+    restarted: tuple[int, ...] = RESTARTED
 
     def words(self, job: Job) -> tuple[str, ...]:
         """The words of a job's command."""
@@ -149,9 +153,9 @@ def job_names(launch: Launch, longest: int = 40) -> dict[str, str]:
     return {job.name: dns_name(f"{launch.name}-{job.name}", longest) for job in launch.jobs}
 
 
-def codes() -> str:
+def codes(launch: Launch) -> str:
     """The exit codes that start a job again, with commas between."""
-    return ",".join(map(str, RESTARTED))
+    return ",".join(map(str, launch.restarted))
 
 
 def option_words(**options: object) -> list[str]:

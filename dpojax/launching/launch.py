@@ -23,7 +23,7 @@ from dpojax.config.files import split_variant
 from dpojax.config.resolved import editable, workdir_path
 from dpojax.config.saved import FINISHED
 from dpojax.jobs.job import PYTHON, Job
-from dpojax.launching.engine import Engine, Launch, engines, require_bucket
+from dpojax.launching.engine import RESTARTED, Engine, Launch, engines, require_bucket
 from dpojax.stages.registry import resolve
 from dpojax.sweeps.launched import begin_sweep
 from dpojax.sweeps.members import read_sweep
@@ -179,6 +179,7 @@ def _launch(asked: Asked, jobs: Sequence[Job]) -> Launch:
     engine, options = asked.engine, asked.options
     workdir = _workdir(asked)
     on_this_disk = engine.shares_files
+    code = asked.config.value.exit_code_when_stopped
     return Launch(
         name=_name(asked),
         jobs=tuple(jobs),
@@ -189,6 +190,7 @@ def _launch(asked: Asked, jobs: Sequence[Job]) -> Launch:
         max_restarts=options.max_restarts,
         grace=options.grace,
         logs=workdir if on_this_disk and storage.is_local(workdir) else "",
+        restarted=tuple(dict.fromkeys((code, *RESTARTED))),
     )
 
 

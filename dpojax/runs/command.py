@@ -19,7 +19,7 @@ from absl import logging
 from dpojax import peers, stopping
 from dpojax.config.command_line import USAGE, ConfigFlag, UsageError, parse_flags
 from dpojax.runs import terminal
-from dpojax.stopping import STOPPED, Preempted
+from dpojax.stopping import Preempted, stop_code
 
 FAILED = 1
 LINGER = 20.0  # seconds that a command may take to end once it is done
@@ -49,8 +49,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit status.
 
     0 or what the command returns; 1 with the error in one paragraph, for what a user can mend, and
-    with a traceback for anything else; `STOPPED` after SIGTERM, SIGINT or SIGHUP. Other processes
-    of the run end with the same status.
+    with a traceback for anything else; `stop_code()` after SIGTERM, SIGINT or SIGHUP. Other
+    processes of the run end with the same status.
     """
     logging.set_verbosity(logging.WARNING)
     try:
@@ -93,8 +93,8 @@ def _stopped(stopped: Preempted) -> int:
     if link and link.has_agreed:
         link.close()
     elif link:
-        link.end(STOPPED, "was asked to stop")
-    return STOPPED
+        link.end(stop_code(), "was asked to stop")
+    return stop_code()
 
 
 def _wait_for_the_one_that_died(error: BaseException) -> None:
@@ -119,6 +119,10 @@ def run_script(main: Callable[[], int | None], config: ConfigFlag | None = None)
 
     def parse_and_run() -> int | None:
         parse_flags(sys.argv[1:], config)
+        if config is not None:
+            code = config.value.exit_code_when_stopped
+            if 1 <= code <= 255:  # `resolve` refuses another one; a signal may come before
+                stopping.use_stop_code(code)
         return main()
 
     run_command(parse_and_run)

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
-from dpojax import sharding, storage
+from dpojax import sharding, stopping, storage
 from dpojax.config.command_line import ArgumentParser, parse_config_words
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import (
@@ -54,6 +54,7 @@ def run(config: ConfigDict, workdir: str | storage.Path) -> None:
 
 def run_resolved(resolved: ResolvedRun) -> None:
     """`run`, of a config that is resolved already."""
+    stopping.use_stop_code(resolved.config.exit_code_when_stopped)
     if resolved.config.distributed:
         sharding.start_distributed()
     compare_config(resolved)  # before data are read, which may take an hour

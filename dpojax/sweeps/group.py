@@ -17,7 +17,7 @@ from functools import partial
 
 import jax
 
-from dpojax import sharding, storage
+from dpojax import sharding, stopping, storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
@@ -77,6 +77,7 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
     """
     if len(same_program(runs)) > 1:
         raise ConfigError("these runs differ in more than one program can vary")
+    stopping.use_stop_code(runs[0].config.exit_code_when_stopped)
     workdirs = [run.workdir for run in runs]
     if not all(map(has_ended, workdirs)):
         with watching(runs[0].config.hang_minutes):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import re
 import shlex
 import stat
 import subprocess
@@ -228,6 +229,20 @@ def test_xpk_restarts_the_codes_that_a_stop_ends_with(write):
     words = shlex.split(text.replace("\\\n", ""), comments=True)
     assert "--restart-on-exit-codes=143,75,137" in words
     assert {"--max-restarts=7", "--termination-grace-period-seconds=300", "--spot"} <= {*words}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "tpu-vm"])
+def test_the_code_that_a_config_chooses_for_a_stop_starts_the_job_again_beside_143(name, write):
+    """143 stays: a process that is stopped before it has read its config ends with it."""
+    text = write(name, *OPTIONS[name], "--config.exit_code_when_stopped=85").text
+    if name == "slurm":
+        (codes,) = re.findall(r"^ +(.*137)\)$", text, re.MULTILINE)
+    elif name == "xpk":
+        (codes,) = re.findall(r"--restart-on-exit-codes=(\S+)", text)
+    else:  # the list of a YAML file
+        (codes,) = re.findall(r"(?:values|recover_on_exit_codes):((?:\s+- \d+)+)", text)
+    assert {"85", "143", "75", "137"} == {*re.findall(r"\d+", codes)}
+    assert "exit_code_when_stopped=85" in text  # the job itself has the key
 
 
 # The command line.

@@ -140,3 +140,10 @@ def test_the_status_says_how_a_command_ended(capsys):
     assert capsys.readouterr().err == "\nSamplingError: top_p: 3 is too high\n"
     assert exit_status(fail) == FAILED
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_ends_with_the_code_for_stops_that_is_in_use():
+    process = start(SLEEP.replace("    begin()", "    stopping.use_stop_code(85)\n    begin()"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 85

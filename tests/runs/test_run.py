@@ -19,7 +19,6 @@ from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.runs import run
-from dpojax.runs.command import STOPPED
 from dpojax.runs.export import export
 from dpojax.stages import batches, preference, references
 from dpojax.stages import stage as stage_module
@@ -152,9 +151,9 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     assert_same_result(tmp_path, finished[0])
 
 
-def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(finished, tmp_path):
+def test_sigterm_saves_and_ends_with_the_code_of_the_config_and_the_run_goes_on(finished, tmp_path):
     process = subprocess.Popen(
-        command(tmp_path, checkpoint_every=0),
+        command(tmp_path, checkpoint_every=0, exit_code_when_stopped=85),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -165,7 +164,7 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(finished, tmp_path)
             process.send_signal(signal.SIGTERM)
             break
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == STOPPED, errors
+    assert process.returncode == 85, errors
     assert "saved; the same command goes on" in errors
     steps = [int(p.name) for p in (tmp_path / "preference" / "checkpoints").iterdir()]
     assert len(steps) == 1

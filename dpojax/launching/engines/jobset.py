@@ -9,7 +9,7 @@ import yaml
 
 from dpojax.config.errors import ConfigError
 from dpojax.jobs.job import Job
-from dpojax.launching.engine import PORT, RESTARTED, Engine, Launch, job_names
+from dpojax.launching.engine import PORT, Engine, Launch, job_names
 
 ROLE = "run"  # of the one kind of pods that a JobSet has here
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -62,8 +62,8 @@ class JobSet(Engine):
 def _jobset(launch: Launch, job: Job, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The JobSet of a job.
 
-    A pod that ends with a code of `RESTARTED` counts as failed; the Job then fails at once, and the
-    JobSet starts all its pods again. Any other code ends the JobSet.
+    A pod that ends with a code of `launch.restarted` counts as failed; the Job then fails at once,
+    and the JobSet starts all its pods again. Any other code ends the JobSet.
     """
     metadata: dict[str, Any] = {"name": name}
     if options.namespace:
@@ -79,7 +79,7 @@ def _jobset(launch: Launch, job: Job, name: str, options: argparse.Namespace) ->
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [_failing_rule()]},
+        "podFailurePolicy": {"rules": [_failing_rule(launch)]},
         "template": {"spec": _pod(launch, job, name, options)},
     }
     replicas = options.slices if job.needs_devices else 1
@@ -105,8 +105,8 @@ def _jobset(launch: Launch, job: Job, name: str, options: argparse.Namespace) ->
     }
 
 
-def _failing_rule() -> dict[str, Any]:
-    codes = {"containerName": ROLE, "operator": "NotIn", "values": sorted(RESTARTED)}
+def _failing_rule(launch: Launch) -> dict[str, Any]:
+    codes = {"containerName": ROLE, "operator": "NotIn", "values": sorted(launch.restarted)}
     return {"action": "FailJob", "onExitCodes": codes}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dpojax.jobs.job import Job
-from dpojax.launching.engine import PORT, RESTARTED, Engine, Launch, dns_name, job_names
+from dpojax.launching.engine import PORT, Engine, Launch, dns_name, job_names
 
 # The machines of a task, in the words that `sharding.start_distributed` reads.
 PROCESSES = (
@@ -67,7 +67,7 @@ def _task(launch: Launch, job: Job, name: str, options: argparse.Namespace) -> d
         resources["image_id"] = options.image
     resources["job_recovery"] = {
         "max_restarts_on_errors": 0,
-        "recover_on_exit_codes": sorted(RESTARTED),
+        "recover_on_exit_codes": sorted(launch.restarted),
     }
     return {
         "name": name,

@@ -7,7 +7,7 @@ import shlex
 
 from dpojax.config.errors import ConfigError
 from dpojax.jobs.job import Job
-from dpojax.launching.engine import RESTARTED, Engine, Launch, codes, job_names
+from dpojax.launching.engine import Engine, Launch, codes, job_names
 
 # The end of the file that sbatch reads from the script; no line of a job is this one.
 END = "END_OF_JOB"
@@ -138,13 +138,13 @@ def _script(launch: Launch, job: Job, name: str, options: argparse.Namespace) ->
         if value != "":
             lines.append(f"#SBATCH --{key}" + ("" if value is None else f"={value}"))
     lines += [f"#SBATCH {word}" for word in shlex.split(options.sbatch)]
-    lines += [f"# Exit codes that start the job again: {codes()}.", "set -uo pipefail"]
+    lines += [f"# Exit codes that start the job again: {codes(launch)}.", "set -uo pipefail"]
     lines += [f"cd {shlex.quote(launch.code)} || exit"] if launch.code else []
     lines += [launch.setup] if launch.setup else []
     lines.append(
         REQUEUE.format(
             command=command,
-            patterns="|".join(map(str, RESTARTED)),
+            patterns="|".join(map(str, launch.restarted)),
             max_restarts=launch.max_restarts,
         )
     )

@@ -89,7 +89,7 @@ def _create(launch: Launch, name: str, command: str, options: argparse.Namespace
         docker_image=options.image,
         priority=options.priority,
         max_restarts=launch.max_restarts,
-        restart_on_exit_codes=codes(),
+        restart_on_exit_codes=codes(launch),
         termination_grace_period_seconds=launch.grace,
     )
     if options.capacity in CAPACITY:
