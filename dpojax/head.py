@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from dpojax.mesh_axes import shared_axes
+
 CPU_CACHE_LOGITS = 2**21  # float32 logits of one chunk that stay in a CPU's caches
 MIN_CPU_CHUNK = 1024  # smallest chunk on a CPU: thinner matrix products are slower
 CHUNK_MULTIPLE = 128  # any usual number of devices divides this, so each takes an equal share
@@ -57,15 +59,20 @@ class ChunkTokens(NamedTuple):
 
 
 def logits_of(hidden: Array, head: Head) -> Array:
-    """Compute float32 logits [..., V] of hidden states [..., D]."""
-    weight = head.weight.astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    """Compute the logits [..., V] of hidden states [..., D], in `sum_dtype(hidden)`."""
+    weight, dtype = head.weight.astype(hidden.dtype), sum_dtype(hidden)
+    logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=dtype)
     bias = None if head.bias is None else head.bias[(None,) * (logits.ndim - 1)]
     return _shape_logits(logits, head, bias)
 
 
+def sum_dtype(x: Array) -> jnp.dtype:
+    """The dtype of sums of products with `x`: float32, or float64 where `x` is of that."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def target_logits(hidden: Array, head: Head, targets: Array) -> Array:
-    """Compute the float32 logit of each target alone.
+    """Compute the logit of each target alone, in `sum_dtype(hidden)`.
 
     This is one dot product per token. The logits of the other tokens are never computed.
 
@@ -78,7 +85,8 @@ def target_logits(hidden: Array, head: Head, targets: Array) -> Array:
       [..., T].
     """
     target_weight = head.weight[targets]  # [..., T, D]
-    logits = jnp.einsum("...d,...d->...", hidden, target_weight, preferred_element_type=jnp.float32)
+    dtype = sum_dtype(hidden)
+    logits = jnp.einsum("...d,...d->...", hidden, target_weight, preferred_element_type=dtype)
     return _shape_logits(logits, head, None if head.bias is None else head.bias[targets])
 
 
@@ -100,7 +108,7 @@ def vocabulary_chunks(
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
     tokens = max(1, tokens)
     size = max(1, min(vocabulary, int(_chunk_logits(tokens, max_logits, mesh) // tokens)))
-    strided = size < vocabulary and mesh.shape.get("tensor", 1) > 1
+    strided = size < vocabulary and shared_axes(mesh).get("tensor", 1) > 1
     if strided:
         size = min(vocabulary, size + -size % CHUNK_MULTIPLE)
     count = -(-vocabulary // size)
@@ -151,15 +159,15 @@ def scan_vocabulary_gradients(
     would have to exchange it, in every turn.
 
     Args:
-      pull: (head of the chunk, its ChunkTokens, inputs[chunk]) -> float32 gradients of `hidden`,
-        and of the chunk's weight and bias (None without a bias).
+      pull: (head of the chunk, its ChunkTokens, inputs[chunk]) -> gradients of `hidden`, and of the
+        chunk's weight and bias (None without a bias), in `sum_dtype(hidden)`.
       hidden: [..., T, D].
       head: the whole head.
       chunks: how it is cut.
       inputs: arrays with a leading axis of chunks, or None.
 
     Returns:
-      Float32 gradients of hidden states [..., T, D], weight [V, D], and bias [V] or None.
+      Gradients of hidden states [..., T, D], weight [V, D], and bias [V] or None, in that dtype.
     """
     vocabulary = len(head.weight)
     if chunks.count == 1:
@@ -168,8 +176,8 @@ def scan_vocabulary_gradients(
         )
         return jax.tree.map(lambda x: x[0], gradients)
 
-    def float32_zeros(x: Array) -> Array:
-        return jnp.zeros(x.shape, jnp.float32)
+    def zeros(x: Array) -> Array:
+        return jnp.zeros_like(x, sum_dtype(hidden))
 
     def scan_body(sums, chunk_head: Head, tokens: ChunkTokens, index_and_input):
         j, chunk_input = index_and_input
@@ -181,8 +189,8 @@ def scan_vocabulary_gradients(
             *jax.tree.map(add_chunk, tuple(d_head), tuple(d_chunk)),
         ), None
 
-    d_head = jax.tree.map(lambda x: _chunk_view(chunks, float32_zeros(x)), (head.weight, head.bias))
-    sums = float32_zeros(hidden), *d_head
+    d_head = jax.tree.map(lambda x: _chunk_view(chunks, zeros(x)), (head.weight, head.bias))
+    sums = zeros(hidden), *d_head
     indexed_inputs = jnp.arange(chunks.count), inputs
     (d_hidden, *d_head), _ = scan_vocabulary(scan_body, sums, head, chunks, indexed_inputs)
     if chunks.strided:  # [size, count, ...] back to [V, ...], without the padding
@@ -195,7 +203,7 @@ def _chunk_logits(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
     # Members of a sweep do not share a model, so that axis does not count.
-    devices_of_model = math.prod(n for axis, n in mesh.shape.items() if axis != "sweep")
+    devices_of_model = math.prod(n for axis, n in shared_axes(mesh).items() if axis != "sweep")
     if platform != "cpu" or devices_of_model > 1:
         return max_logits
     return min(max_logits, max(CPU_CACHE_LOGITS, MIN_CPU_CHUNK * tokens))
@@ -203,16 +211,16 @@ def _chunk_logits(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
 
 def _gather_width(weight: Array) -> Array:
     """Gather the weight over `fsdp` before the loop; inside, XLA would gather in every turn."""
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+    if shared_axes(jax.sharding.get_abstract_mesh()).get("fsdp", 1) == 1:
         return weight
     spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
     return jax.lax.with_sharding_constraint(weight, spec)
 
 
 def _shape_logits(logits: Array, head: Head, bias: Array | None) -> Array:
-    """Apply scale, bias and softcap, in this order, in float32."""
+    """Apply scale, bias and softcap, in this order, in the dtype of the logits."""
     logits = logits if head.scale is None else logits * head.scale
-    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    logits = logits if bias is None else logits + bias.astype(logits.dtype)
     return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from dpojax.head import (
     ChunkTokens,
@@ -28,9 +28,11 @@ from dpojax.head import (
     logits_of,
     scan_vocabulary,
     scan_vocabulary_gradients,
+    sum_dtype,
     target_logits,
     vocabulary_chunks,
 )
+from dpojax.mesh_axes import spec_of, varying_alike, with_auto_axes
 
 
 class TokenStatistics(NamedTuple):
@@ -50,12 +52,17 @@ class TokenStatistics(NamedTuple):
 
 def token_logprobs_plain(hidden: Array, head: Head, targets: Array) -> Array:
     """Compute what `token_logprobs` computes from the full logits: for tests and small inputs."""
-    logprobs = jax.nn.log_softmax(logits_of(hidden, head), axis=-1)  # [..., T, V]
-    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+
+    def compute(hidden: Array, weight: Array, bias: Array | None, targets: Array) -> Array:
+        logits = logits_of(hidden, head._replace(weight=weight, bias=bias))
+        logprobs = jax.nn.log_softmax(logits, axis=-1)  # [..., T, V]
+        return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+
+    return _by_token(compute, hidden, head.weight, head.bias, targets)
 
 
 def token_logprobs(hidden: Array, head: Head, targets: Array, *, max_logits: int = 2**25) -> Array:
-    """Compute log p(target | hidden), nats, float32.
+    """Compute log p(target | hidden), nats, float32 (float64 for hidden states of that dtype).
 
     Forward, it is the target's logit minus the logsumexp of all logits. The target's logit is one
     dot product. The logsumexp is accumulated over chunks of the vocabulary (Milakov and Gimelshein
@@ -103,12 +110,21 @@ def token_statistics(
     chunk of the head. Use `token_logprobs_and_entropy` instead.
     """
     _check_shapes(hidden, head, targets)
+
+    def compute(hidden: Array, weight: Array, bias: Array | None, targets: Array):
+        hidden, weight, bias, targets = varying_alike(hidden, weight, bias, targets)
+        return _statistics(hidden, head._replace(weight=weight, bias=bias), targets, max_logits)
+
+    return _by_token(compute, hidden, head.weight, head.bias, targets)
+
+
+def _statistics(hidden: Array, head: Head, targets: Array, max_logits: int) -> TokenStatistics:
     chunks = vocabulary_chunks(targets.size, len(head.weight), max_logits)
     head = head._replace(weight=head.weight.astype(hidden.dtype))
     update = partial(_update_moments, hidden, targets)
-    zero = jnp.zeros(targets.shape, jnp.float32)
+    zero = jnp.zeros_like(targets, sum_dtype(hidden))
     start = _Moments(
-        max_logit=jnp.full(targets.shape, -jnp.inf),
+        max_logit=jnp.full_like(zero, -jnp.inf),
         total=zero,
         weighted_distance=zero,
         squares=zero,
@@ -121,7 +137,7 @@ def token_statistics(
         logprob=target_logits(hidden, head, targets) - (sums.max_logit + log_total),
         entropy=log_total - sums.weighted_distance / sums.total,
         mean_logit=sums.logits / len(head.weight),
-        correct=(sums.target_logit >= sums.max_logit).astype(jnp.float32),
+        correct=(sums.target_logit >= sums.max_logit).astype(zero.dtype),
         log_collision=jnp.log(sums.squares) - 2 * log_total,
     )
 
@@ -170,15 +186,22 @@ def token_kl(
       [..., T].
     """
 
-    @jax.checkpoint
-    def kl_of_chunk(hidden_pair):
-        log_p = jax.nn.log_softmax(logits_of(hidden_pair[0], head), axis=-1)  # [..., t, V]
-        log_q = jax.nn.log_softmax(logits_of(hidden_pair[1], reference_head), axis=-1)
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    def compute(hidden: Array, reference_hidden: Array, *arrays: Array | None) -> Array:
+        own_head = head._replace(weight=arrays[0], bias=arrays[1])
+        its_head = reference_head._replace(weight=arrays[2], bias=arrays[3])
 
-    # Two arrays of logits exist at once, so each may have half of the numbers.
-    token_chunks = _token_chunk_count(hidden.shape[:-1], len(head.weight), 0.5 * max_logits)
-    return _map_token_chunks(kl_of_chunk, (hidden, reference_hidden), token_chunks)
+        @jax.checkpoint
+        def kl_of_chunk(hidden_pair: tuple[Array, Array]) -> Array:
+            log_p = jax.nn.log_softmax(logits_of(hidden_pair[0], own_head), axis=-1)  # [..., t, V]
+            log_q = jax.nn.log_softmax(logits_of(hidden_pair[1], its_head), axis=-1)
+            return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+        # Two arrays of logits exist at once, so each may have half of the numbers.
+        token_chunks = _token_chunk_count(hidden.shape[:-1], len(head.weight), 0.5 * max_logits)
+        return _map_token_chunks(kl_of_chunk, (hidden, reference_hidden), token_chunks)
+
+    arrays = *head[:2], *reference_head[:2]  # of each its weight and its bias
+    return _by_token(compute, hidden, reference_hidden, *arrays)
 
 
 def sum_by_response(values: Array, response: Array, slots: int) -> Array:
@@ -210,7 +233,7 @@ def of_response(values: Array, response: Array) -> Array:
 
 
 def weight_gradient(x: Array, cotangent: Array) -> Array:
-    """Compute the gradient of `x @ weight` with respect to `weight`, in float32.
+    """Compute the gradient of `x @ weight` with respect to `weight`, in `sum_dtype(x)`.
 
     On a CPU, products of bfloat16 are fast (2.5 times as fast in our measurements) if the last axis
     of the first factor is summed over. So x is transposed first. XLA would fold a plain
@@ -225,14 +248,14 @@ def weight_gradient(x: Array, cotangent: Array) -> Array:
     """
 
     def summed_over_first_axes(x, g):
-        return jnp.einsum("nd,nf->df", x, g, preferred_element_type=jnp.float32)
+        return jnp.einsum("nd,nf->df", x, g, preferred_element_type=sum_dtype(x))
 
     def transposed_first(x, g):
         half = x.shape[1] // 2
         halves = [x[:, :half].T, x[:, half:].T]
-        return jnp.matmul(jnp.concatenate(halves), g, preferred_element_type=jnp.float32)
+        return jnp.matmul(jnp.concatenate(halves), g, preferred_element_type=sum_dtype(x))
 
-    if x.dtype == jnp.float32 or x.shape[1] < 2:
+    if x.dtype == sum_dtype(x) or x.shape[1] < 2:
         return summed_over_first_axes(x, cotangent)
     return jax.lax.platform_dependent(
         x, cotangent, cpu=transposed_first, default=summed_over_first_axes
@@ -324,9 +347,19 @@ def _logprobs_by_chunk(
     hidden: Array, head: Head, targets: Array, max_logits: int, *, with_entropy: bool
 ) -> _LogprobAndEntropy:
     _check_shapes(hidden, head, targets)
-    chunks = vocabulary_chunks(targets.size, len(head.weight), max_logits)
-    static = _Static(head.scale, head.softcap, chunks, max_logits, with_entropy)
-    return _chunked_logprobs(static, hidden, head.weight, head.bias, targets)
+
+    def compute(hidden: Array, weight: Array, bias: Array | None, targets: Array):
+        chunks = vocabulary_chunks(targets.size, len(weight), max_logits)
+        static = _Static(head.scale, head.softcap, chunks, max_logits, with_entropy)
+        return _chunked_logprobs(static, *varying_alike(hidden, weight, bias, targets))
+
+    return _by_token(compute, hidden, head.weight, head.bias, targets)
+
+
+def _by_token(function: Callable, hidden: Array, *arrays: Array | None) -> Any:
+    """Call `function`, whose results have a number for each hidden state, on any kind of mesh."""
+    tokens = PartitionSpec(*spec_of(hidden)[:-1])
+    return with_auto_axes(function, hidden, *arrays, out=tokens)
 
 
 def _over_tokens(per_word: Array, targets: Array) -> Array:
@@ -380,9 +413,9 @@ def _forward(static: _Static, hidden, weight, bias, targets):
         total = sums.total * rescale + mass.sum(-1)
         return _Sums(max_logit, total, distance), logits if store_logits else None
 
-    zero = jnp.zeros(targets.shape, jnp.float32)
+    zero = jnp.zeros_like(targets, sum_dtype(hidden))
     start = _Sums(
-        max_logit=jnp.full(targets.shape, -jnp.inf),
+        max_logit=jnp.full_like(zero, -jnp.inf),
         total=zero,
         weighted_distance=zero if static.with_entropy else None,
     )
@@ -416,7 +449,7 @@ def _pull_chunk(
     tokens: ChunkTokens,
     logits,
 ):
-    """Float32 gradients of hidden states and of one chunk's weight and bias.
+    """Gradients of hidden states and of one chunk's weight and bias.
 
     With log p = logits - logsumexp: d logprob / d logits = one-hot target - p, and
     d entropy / d logits = -p (log p + entropy). `logits` are the stored ones, or None.
@@ -436,7 +469,7 @@ def _pull_chunk(
     # Rounded to the compute dtype, so that both products run at its speed; sums stay in float32.
     d_logits = d_logits.astype(hidden.dtype)
     d_hidden = jnp.einsum(
-        "...v,vd->...d", d_logits, head.weight, preferred_element_type=jnp.float32
+        "...v,vd->...d", d_logits, head.weight, preferred_element_type=sum_dtype(hidden)
     )
     d_weight = weight_gradient(
         d_logits.reshape(-1, d_logits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
