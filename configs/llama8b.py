@@ -18,11 +18,13 @@ What that needs and takes on GPUs and TPU slices: docs/plans.md.
 from dpojax.config.defaults import default_config
 
 
-def get_config():
+def get_config(variant="h200"):
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/llama8b.py:{variant}: one of {', '.join(VARIANTS)}")
     config = default_config()
     config.stages = ("preference",)
     config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
-    config.model.update(compute_dtype="bfloat16", remat="full")
+    config.model.compute_dtype = "bfloat16"
     config.mesh.update(data=1, fsdp=-1)
     config.tokens.update(max_length=2048, max_prompt_length=1024, truncation="cut_prompt_start")
     config.preference.data.update(
@@ -44,7 +46,19 @@ def get_config():
     # The lengths are assumed, not measured.
     config.plan.update(examples=61_135, prompt=170.0, response=280.0)
     config.evaluate_every, config.checkpoint_every = 100, 100
+    config.update_from_flattened_dict(VARIANTS[variant])
     return config
+
+
+# How it is computed on each kind of chip, as compiled plans chose it; results do not depend on it.
+# Large micro-batches gather the weights less often. A TPU's compiler takes minutes for each bucket.
+VARIANTS = {
+    "h200": {"micro_rows": 32, "model.remat": "dots"},
+    "h100": {"micro_rows": 32, "model.remat": "full"},
+    "v5e": {"micro_rows": 32, "model.remat": "full", "max_buckets": 1},
+    "v6e": {"micro_rows": 32, "model.remat": "full", "max_buckets": 1},
+    "v5p": {"micro_rows": 32, "model.remat": "dots", "max_buckets": 1},
+}
 
 
 def sweep():

@@ -6,8 +6,11 @@ the config file's frontier(config). The same command goes on where it was stoppe
 jobs, with the command of each, is WORKDIR/plan.json.
 
 --add=simpo,ipo adds runs of other losses, --add=online_dpo online DPO; --methods=dpo,unlikelihood
-leaves out all others. --dry_run makes nothing: it builds every program from shapes alone, and says
-so.
+leaves out all others.
+
+--dry_run makes nothing and needs no workdir: it prints the runs, builds every program from shapes
+alone, and prints the memory of each. With --topology=h200:1, or other chips of docs/plans.md, it
+compiles them for these chips and prints hours as well.
 
 Without an accelerator as many runs go on at once as there are cores, in a process each
 (--workers). With an accelerator they go one after another. Runs of one method that differ only in
@@ -16,18 +19,20 @@ numbers (beta, learning rate, the seed of the data's order) then train together 
 
 from __future__ import annotations
 
+import functools
 import sys
 
 from absl import flags
 
-from dpojax.config.command_line import ConfigFlag
+from dpojax.config.command_line import ConfigFlag, UsageError
 from dpojax.runs.command import run_script
 
 CONFIG = ConfigFlag("A file with a frontier(config).")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
 ADD = flags.DEFINE_list("add", [], "Losses to add to the figure, by name.")
 METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config's frontier(config).")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only build every program, from shapes.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "With --dry_run: chips to compile for.")
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Runs at once; 0: as many as cores on a CPU, else 1.", lower_bound=0
 )
@@ -39,15 +44,15 @@ VECTORISE = flags.DEFINE_bool(
 
 
 def main() -> int:
-    from dpojax.frontier import dry_run, frontier, results
+    if not DRY_RUN.value and not WORKDIR.value:
+        raise UsageError("--workdir is missing")
+    from dpojax.frontier import frontier, results
     from dpojax.jobs import local_workers
     from dpojax.tables import fitted_markdown, terminal_width
 
     runs = planned_runs()
     if DRY_RUN.value:
-        for line in dry_run.dry_run(CONFIG.value, runs):
-            print(line, flush=True)
-        return 0
+        return _dry_run(runs)
     workers = WORKERS.value or local_workers.default_workers()
     vectorise = workers == 1 if VECTORISE.value is None else VECTORISE.value
     folder = frontier.make_frontier(
@@ -60,6 +65,16 @@ def main() -> int:
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _dry_run(runs: list) -> int:
+    from dpojax.frontier.dry_run import dry_run
+    from dpojax.planning.outline import Outline
+
+    outline = Outline(TOPOLOGY.value, say=functools.partial(print, file=sys.stderr, flush=True))
+    for line in dry_run(CONFIG.value, runs, outline):
+        print(line, flush=True)
+    return 0
 
 
 def planned_runs() -> list:

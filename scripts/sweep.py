@@ -6,21 +6,28 @@ smoothing, learning rate, length, ...) train in one program over one pass of the
 one after another. Each gets a workdir of its own under --workdir; sweep.csv and sweep.png show all.
 The same command goes on where it was stopped.
 
+--dry_run makes nothing and needs no workdir: it prints the runs, builds their programs from shapes
+alone, without weights or data, and prints the memory that they need. With --topology=h200:8, or
+other chips of docs/plans.md, it compiles them for these chips and prints hours as well.
+
 Without an accelerator every core is a device, and members are spread over them (--cpu_devices).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
 from absl import flags
 
-from dpojax.config.command_line import ConfigFlag
+from dpojax.config.command_line import ConfigFlag, UsageError
 from dpojax.runs.command import run_script
 
 CONFIG = ConfigFlag("A file with a sweep().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the runs, and what they need.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "With --dry_run: chips to compile for.")
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Devices without an accelerator; 0: one for each core.", lower_bound=0
 )
@@ -30,12 +37,26 @@ def main() -> int:
     from dpojax.sweeps.members import read_sweep
     from dpojax.sweeps.sweep import run_sweep, use_cpu_devices
 
+    if not DRY_RUN.value and not WORKDIR.value:
+        raise UsageError("--workdir is missing")
     use_cpu_devices(CPU_DEVICES.value or _cores())
     members = read_sweep(CONFIG.path)
+    if DRY_RUN.value:
+        return _dry_run(members)
     failures = run_sweep(CONFIG.value, members, WORKDIR.value)
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _dry_run(members: list) -> int:
+    from dpojax.planning.outline import Outline
+    from dpojax.sweeps.dry_run import dry_run
+
+    outline = Outline(TOPOLOGY.value, say=functools.partial(print, file=sys.stderr, flush=True))
+    for line in dry_run(CONFIG.value, members, outline):
+        print(line, flush=True)
+    return 0
 
 
 def _cores() -> int:

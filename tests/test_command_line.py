@@ -215,6 +215,7 @@ def test_every_script_refuses_a_stray_word_with_one_line_and_status_2(script):
         "sample": ["--model=x"],
         "launch": ["slurm", CONFIG, "--workdir=x"],
         "judge": ["--a=x", "--prompts=reviews", "--judge=exact"],
+        "plan": [CONFIG, "--topology=cpu:1"],
     }.get(script.stem, [CONFIG, "--workdir=x"])
     ended = subprocess.run(
         [sys.executable, script, *required, "stray"],

@@ -25,7 +25,8 @@ ORDER = [
     {"stages"},
     {"runs"},
     {"plans"},
-    {"sweeps", "planning"},
+    {"planning"},
+    {"sweeps"},
     {"frontier", "recipes", "launching"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

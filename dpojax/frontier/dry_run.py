@@ -1,4 +1,4 @@
-"""A frontier's programs from shapes alone: no weights, no data, no tokenizer.
+"""A frontier's runs, and their programs from shapes alone: no weights, no data, no tokenizer.
 
 The programs are those that the jobs would run: the train step of every stage and loss, the sampler,
 the classifier that is the reward, and PPO's update.
@@ -14,22 +14,50 @@ from dpojax import storage
 from dpojax.data.prefixes import LONGEST
 from dpojax.frontier.configs import RunConfigs
 from dpojax.frontier.runs import Run
-from dpojax.plans.dry_run import NOWHERE, encoder_program, sampler_program, stage_program
+from dpojax.planning.outline import Outline
+from dpojax.plans.dry_run import NOWHERE, encoder_program, sampler_program
 from dpojax.stages.stage import RowSize
 
 PROMPT = 2 * LONGEST  # tokens of the widest prompt: twice those of the paper's
 
 
-def dry_run(config: ConfigDict, runs: Sequence[Run]) -> Iterator[str]:
-    """A line for each program, once it is lowered; runs that differ in numbers alone share one.
+def dry_run(config: ConfigDict, runs: Sequence[Run], outline: Outline) -> Iterator[str]:
+    """Lines for the runs, and for each program; runs that differ in numbers alone share one.
+
+    Args:
+      config: of the frontier.
+      runs: of its figure.
+      outline: what builds the programs, and sums their hours up.
 
     Raises:
       ConfigError: a run that could not start. OSError, ValueError: a config.json is missing.
     """
+    configs, programs = RunConfigs(config, storage.as_path(NOWHERE)), {}
+    for run in runs:
+        configs.resolve(run)
+        run_config = configs.config_of(run)
+        run_config.update(tokenizer=config.tokenizer)
+        run_config.model.path = config.model.path  # in the place of the SFT policy
+        (stage,) = run_config.stages
+        program = stage, run_config[stage].get("loss")
+        programs.setdefault(program, []).append((run, run_config))
+    yield f"Runs ({len(runs)}), those of a line with one program:"
+    for same in programs.values():
+        yield f"  {', '.join(run.name for run, _ in same)}"
+    yield "Programs:"
+    yield from _beginning(config, runs, outline)
+    for (stage, _), same in programs.items():
+        run_config = same[0][1]
+        yield from outline.stage(run_config, stage, _row(run_config), times=len(same))
+    yield outline.total()
+
+
+def _beginning(config: ConfigDict, runs: Sequence[Run], outline: Outline) -> Iterator[str]:
+    """The programs of the jobs before the runs."""
     reward = config.frontier.reward
-    yield _stage(config, "sft")
+    yield from outline.stage(config, "sft", _row(config))
     if reward == "classifier":
-        yield _stage(config, "classifier")
+        yield from outline.stage(config, "classifier", _row(config))
     elif reward.startswith("classifier:"):
         yield encoder_program(reward.split(":")[1], "frontier.reward")
     yield sampler_program(
@@ -39,21 +67,9 @@ def dry_run(config: ConfigDict, runs: Sequence[Run]) -> Iterator[str]:
         samples=config.frontier.completions,
     )
     if any(run.method == "ppo" for run in runs):
-        yield _stage(config, "reward")
-    configs, programs = RunConfigs(config, storage.as_path(NOWHERE)), set()
-    for run in runs:
-        configs.resolve(run)
-        run_config = configs.config_of(run)
-        run_config.update(tokenizer=config.tokenizer)
-        run_config.model.path = config.model.path  # in the place of the SFT policy
-        (stage,) = run_config.stages
-        program = stage, run_config[stage].get("loss")
-        if program not in programs:
-            programs.add(program)
-            yield _stage(run_config, stage)
+        yield from outline.stage(config, "reward", _row(config))
 
 
-def _stage(config: ConfigDict, name: str) -> str:
-    """The train step of a stage."""
+def _row(config: ConfigDict) -> RowSize:
     responses = config.frontier.completions if config.frontier.pairs == "ranked" else 2
-    return stage_program(config, name, RowSize(PROMPT, config.samples.max_new_tokens, responses))
+    return RowSize(PROMPT, config.samples.max_new_tokens, responses)

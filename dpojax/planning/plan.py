@@ -175,12 +175,11 @@ def describe(plan: StagePlan, *, price: float = 0.0) -> Iterator[str]:
       price: of a chip for an hour; 0 where it is not known.
     """
     topology, planned = plan.topology, plan.planned
-    shape, setup = planned.stage.batches.shape, planned.stage.setup
-    mesh = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items() if size > 1)
+    sizes = planned.stage.setup.mesh.shape
+    mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
     yield (
         f"{plan.name} on {topology.name} ({mesh or 'one device'}): {planned.steps:,} steps of "
-        f"{planned.stage.config.batch_size} examples, in up to {shape.micro_batches} micro-batches "
-        f"of {shape.rows} rows of {shape.length} tokens"
+        f"{planned.batch}"
     )
     for one in plan.programs:
         yield from _program_lines(one)

@@ -82,6 +82,20 @@ class PlannedStage(NamedTuple):
     steps: int
     rows: list[Rows]
 
+    @property
+    def batch(self) -> str:
+        """The arrays of a batch, in words."""
+        shape = self.stage.batches.shape
+        return (
+            f"{self.stage.config.batch_size} examples, in up to {shape.micro_batches} "
+            f"micro-batches of {shape.rows} rows of {shape.length} tokens"
+        )
+
+
+def expects_data(config: ConfigDict, name: str) -> bool:
+    """Whether `plan_stage` can plan a stage: it learns from examples, and config.plan says them."""
+    return issubclass(registry.STAGES[name], ExampleStage) and config.plan.examples > 0
+
 
 def plan_stage(config: ConfigDict, name: str, topology: Topology) -> PlannedStage:
     """Open a stage of a config on a topology, and choose the shape of batches of expected data.

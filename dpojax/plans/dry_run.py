@@ -88,8 +88,7 @@ def setup_from_shapes(
     """
     config = copy.deepcopy(config)
     config.stages = (stage,)
-    if "data" in config[stage]:
-        config[stage].data.source = config[stage].data.source or NOWHERE
+    config = with_sources(config)
     run = resolve(config, NOWHERE)
     with config_errors("mesh"):
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -99,6 +98,15 @@ def setup_from_shapes(
         model, raw = open_model(run.config, _vocabulary_of(config), mesh)
     tokenizer = types.SimpleNamespace(eos_token_id=0)  # nothing else of it is asked for
     return Setup(run, mesh, tokenizer, model, raw)
+
+
+def with_sources(config: ConfigDict) -> ConfigDict:
+    """A copy of a config whose stages all name data, for dry runs, which read none."""
+    config = copy.deepcopy(config)
+    for stage in config.stages:
+        if "data" in config[stage]:
+            config[stage].data.source = config[stage].data.source or NOWHERE
+    return config
 
 
 def _vocabulary_of(config: ConfigDict) -> int:

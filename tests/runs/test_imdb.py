@@ -10,6 +10,7 @@ from dpojax import storage
 from dpojax.config.errors import ConfigError
 from dpojax.frontier.configs import RunConfigs
 from dpojax.frontier.dry_run import dry_run
+from dpojax.planning.outline import Outline
 from dpojax.stages.registry import resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.stages.tokenizers import vocabulary_hash
@@ -73,14 +74,17 @@ def test_the_papers_programs_are_built_from_shapes_alone(imdb, tmp_path):
         (folder / "config.json").write_text(json.dumps(raw))
     config.frontier.reward = f"classifier:{judge}"
     runs = [run for run in imdb.frontier(config) if run.method in ("dpo", "ppo")]
-    programs = {line.split(":")[0]: line for line in dry_run(config, runs)}
+    config.plan.examples = 0  # each program by itself, without a plan of the data
+    lines = [*dry_run(config, runs, Outline())]
+    assert lines[1] == "  dpo-beta-0.05, dpo-beta-0.1, dpo-beta-1, dpo-beta-5"
+    programs = {line.split(":")[0]: line for line in lines[lines.index("Programs:") + 1 : -1]}
     names = {"sft", "classifier", "sampler", "reward", "ppo", "preference, loss dpo"}
     assert set(programs) == names
     assert "774,030,080 parameters" in programs["sft"]  # what transformers counts
     assert "355,361,794 parameters" in programs["classifier"]
     config.model.path = str(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"config\.model\.path"):
-        list(dry_run(config, []))
+        list(dry_run(config, [], Outline()))
 
 
 def test_a_tokenizer_is_made_once_from_the_texts_of_sft(tmp_path):
