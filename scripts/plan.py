@@ -52,6 +52,7 @@ def main() -> int:
         plans.append(one)
         for line in plan.describe(one, price=PRICE.value):
             print(line, flush=True)
+    _tell_unplanned()
     if JSON.value:
         storage.write_json(storage.as_path(JSON.value), [plan.as_json(one) for one in plans])
     if not all(one.fits for one in plans):
@@ -63,9 +64,11 @@ def main() -> int:
 
 def _search(chips) -> int:
     """Print the variants of each stage's step; 1 if none fits."""
+    from dpojax.planning.programs import can_be_planned
     from dpojax.planning.search import search
 
-    for name in CONFIG.value.stages:
+    _tell_unplanned()
+    for name in filter(can_be_planned, CONFIG.value.stages):
         best, *others = search(CONFIG.value, name, chips, _say)
         if best.seconds == math.inf:
             print(f"{name}: no variant fits {chips.name}")
@@ -76,6 +79,13 @@ def _search(chips) -> int:
             if other.seconds < math.inf:
                 print(f"  {other.seconds / best.seconds:.2f}x: {other.flags or 'as it is'}")
     return 0
+
+
+def _tell_unplanned() -> None:
+    from dpojax.planning.plan import unplanned
+
+    for name in unplanned(CONFIG.value):
+        print(f"{name}: no plan is made of it; its memory and hours come on top", flush=True)
 
 
 def _say(line: str) -> None:

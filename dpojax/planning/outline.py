@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dpojax.planning import plan
 from dpojax.planning.chips import Topology, chip_of, topology
 from dpojax.planning.plan import StagePlan
-from dpojax.planning.programs import expects_data, plan_stage, programs
+from dpojax.planning.programs import can_be_planned, plan_stage, programs
 from dpojax.plans.dry_run import stage_program
 from dpojax.stages.stage import RowSize, count
 
@@ -55,7 +55,7 @@ class Outline:
         Raises:
           ConfigError: a run that could not start.
         """
-        if not expects_data(config, name):
+        if not can_be_planned(name) or not config.plan.examples:
             self.unplanned.append(name)
             yield stage_program(config, name, row)
         elif self.chips is None:

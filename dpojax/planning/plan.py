@@ -13,7 +13,13 @@ from ml_collections import ConfigDict
 from dpojax.config.errors import ConfigError
 from dpojax.planning.chips import Topology
 from dpojax.planning.hlo import crossing_collectives
-from dpojax.planning.programs import PlannedProgram, PlannedStage, plan_stage, programs
+from dpojax.planning.programs import (
+    PlannedProgram,
+    PlannedStage,
+    can_be_planned,
+    plan_stage,
+    programs,
+)
 from dpojax.planning.roofline import Roofline, roofline
 from dpojax.training.memory import gib
 
@@ -105,7 +111,7 @@ def make_plan(
     members: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[StagePlan]:
-    """The plan of each stage of a config, one after the other.
+    """The plan of each stage of a config, one after the other, but for those of `unplanned`.
 
     Args:
       config: of the run.
@@ -116,7 +122,7 @@ def make_plan(
     Raises:
       ConfigError: see `programs.plan_stage`.
     """
-    for name in config.stages:
+    for name in filter(can_be_planned, config.stages):
         planned = plan_stage(config, name, topology)
         compiled: list[CompiledProgram] = []
         for program in programs(planned, members=members):
@@ -127,6 +133,11 @@ def make_plan(
             say(f"{name}: compiling {program.name} for {topology.name}")
             compiled.append(compile_program(program, topology))
         yield StagePlan(name, topology, planned, compiled)
+
+
+def unplanned(config: ConfigDict) -> list[str]:
+    """The stages of a config that no plan is made of: PPO, which learns from what it samples."""
+    return [name for name in config.stages if not can_be_planned(name)]
 
 
 def compile_program(program: PlannedProgram, topology: Topology) -> CompiledProgram:

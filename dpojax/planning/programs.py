@@ -92,9 +92,9 @@ class PlannedStage(NamedTuple):
         )
 
 
-def expects_data(config: ConfigDict, name: str) -> bool:
-    """Whether `plan_stage` can plan a stage: it learns from examples, and config.plan says them."""
-    return issubclass(registry.STAGES[name], ExampleStage) and config.plan.examples > 0
+def can_be_planned(name: str) -> bool:
+    """Whether `plan_stage` knows a stage of this name: one that learns from examples."""
+    return issubclass(registry.STAGES[name], ExampleStage)
 
 
 def plan_stage(config: ConfigDict, name: str, topology: Topology) -> PlannedStage:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError
@@ -56,50 +58,67 @@ def search(
 ) -> list[Variant]:
     """Every variant that was tried, the fastest first.
 
+    A variant that is refused, or that the compiler fails at, ends nothing.
+
     Args:
       config: where the search begins.
       name: of the stage.
       topology: to compile for.
       say: is told each variant with its time.
+
+    Raises:
+      ConfigError: the config itself cannot be planned.
     """
-    tried: dict[str, Variant] = {}
-    best = _try(config, name, topology, {}, tried, say)
+    plan_stage(config, name, topology)
+    trials = _Trials(config, name, topology, say)
+    best = trials.run({})
     for options in (_rows, _remat, _meshes, _rows):
         for keys in options(config, best.keys, topology):
-            variant = _try(config, name, topology, best.keys | keys, tried, say)
-            best = min(best, variant, key=lambda one: one.seconds)
-    return sorted(tried.values(), key=lambda one: one.seconds)
+            best = min(best, trials.run(best.keys | keys), key=lambda one: one.seconds)
+    return sorted(trials.done.values(), key=lambda one: one.seconds)
 
 
-def _try(
-    config: ConfigDict,
-    name: str,
-    topology: Topology,
-    keys: dict[str, Any],
-    tried: dict[str, Variant],
-    say: Callable[[str], None],
-) -> Variant:
-    """Compile the step with these keys, unless that has been done."""
-    variant = Variant(keys, None)
-    if variant.flags in tried:
-        return tried[variant.flags]
-    changed = with_keys(config, keys)
-    try:
-        step = programs(plan_stage(changed, name, topology))[0]
-        if topology.chip and step.footprint.total > NO_ROOM * topology.chip.memory:
-            variant = Variant(keys, None, f"predicted {step.footprint}")
-        else:
-            compiled = compile_program(step, topology)
-            variant = Variant(keys, compiled, compiled.problem)
-    except ConfigError as error:
-        variant = Variant(keys, None, str(error))
-    tried[variant.flags] = variant
-    took = f"{1e3 * variant.seconds:.0f} ms a step" if variant.seconds < math.inf else "no"
-    say(
-        f"{variant.flags or 'the config as it is'}: {took}{variant.problem and '; '}"
-        f"{variant.problem[:80]}"
-    )
-    return variant
+class _Trials:
+    """What was tried, by flags; each program is compiled once, whatever keys lead to it."""
+
+    def __init__(
+        self, config: ConfigDict, name: str, topology: Topology, say: Callable[[str], None]
+    ):
+        self.config, self.name, self.topology, self.say = config, name, topology, say
+        self.done: dict[str, Variant] = {}
+        self.compiled: dict[tuple, CompiledProgram] = {}
+        self.began = time.perf_counter()
+
+    def run(self, keys: dict[str, Any]) -> Variant:
+        """Compile the step with these keys, unless that has been done."""
+        variant = Variant(keys, None)
+        if variant.flags in self.done:
+            return self.done[variant.flags]
+        self.say(f"{len(self.done) + 1}. {variant.flags or 'the config as it is'}")
+        try:
+            variant = self._compile(keys)
+        except (ConfigError, ValueError, jax.errors.JaxRuntimeError) as error:
+            variant = Variant(keys, None, " ".join(str(error).split()))
+        self.done[variant.flags] = variant
+        took = f"{1e3 * variant.seconds:.0f} ms a step" if variant.seconds < math.inf else "no"
+        minutes = (time.perf_counter() - self.began) / 60
+        problem = f": {variant.problem[:100]}" if variant.problem else ""
+        self.say(f"   {took}{problem} ({minutes:.1f} min so far)")
+        return variant
+
+    def _compile(self, keys: dict[str, Any]) -> Variant:
+        changed = with_keys(self.config, keys)
+        planned = plan_stage(changed, self.name, self.topology)
+        setup = planned.stage.setup
+        program = tuple(setup.mesh.shape.items()), planned.stage.batches.shape, changed.model.remat
+        if program not in self.compiled:
+            step = programs(planned)[0]
+            chip = self.topology.chip
+            if chip and step.footprint.total > NO_ROOM * chip.memory:
+                return Variant(keys, None, f"predicted {step.footprint}")
+            self.compiled[program] = compile_program(step, self.topology)
+        step = self.compiled[program]
+        return Variant(keys, step, step.problem)
 
 
 def with_keys(config: ConfigDict, keys: dict[str, Any]) -> ConfigDict:

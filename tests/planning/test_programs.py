@@ -7,7 +7,13 @@ from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
 from dpojax.planning.chips import topology
 from dpojax.planning.expected import DRAWN, expected_data
-from dpojax.planning.plan import PlanRefused, compile_program, require_hours
+from dpojax.planning.plan import (
+    PlanRefused,
+    compile_program,
+    make_plan,
+    require_hours,
+    unplanned,
+)
 from dpojax.planning.programs import plan_stage, programs
 from dpojax.stages.train import abstract_rows
 
@@ -28,6 +34,13 @@ def small():
 @pytest.fixture(scope="module")
 def planned():
     return plan_stage(small(), "preference", topology("cpu:4"))
+
+
+def test_a_stage_that_samples_is_left_out_of_the_plan_and_named():
+    config = small()
+    config.stages = ("ppo",)
+    assert [*make_plan(config, topology("cpu:4"))] == []
+    assert unplanned(config) == ["ppo"]
 
 
 def test_an_epoch_of_the_expected_examples_is_as_many_steps(planned):
