@@ -51,9 +51,10 @@ PAIRS = (
     Pair("configs/hh.py", "h100:8"),
     Pair("configs/hh.py", "v5e:4x4", ("max_buckets=1",)),
     Pair("configs/tldr.py", "h100:8"),
-    Pair("configs/tldr.py", "v5e:4x4", ("max_buckets=1", "samples.count=0")),
+    Pair("configs/tldr.py", "v5e:4x4", ("max_buckets=1",)),
     Pair("configs/imdb.py:paper", "h200:1"),
     Pair("configs/instructions.py", "h200:1"),
+    Pair("configs/instructions.py", "v6e:1x1", ("max_buckets=1",)),
 )
 
 
@@ -101,7 +102,8 @@ def table_rows(pair: Pair) -> list[list[str]]:
 
 def _cells(pair: Pair, stage: dict) -> list[str]:
     step = stage["programs"][0]
-    name = f"`{pair.config.removeprefix('configs/')}` {stage['stage']}"
+    config = " ".join([pair.config.removeprefix("configs/"), *pair.keys])
+    name = f"`{config}` {stage['stage']}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in stage["mesh"].items() if size > 1)
     cells = [name, pair.topology, mesh or "1 device", stage["rows"]]
     if step["memory"] is None:
