@@ -52,7 +52,7 @@ PAIRS = (
     Pair("configs/hh.py", "v5e:4x4", ("max_buckets=1",)),
     Pair("configs/tldr.py", "h100:8"),
     Pair("configs/tldr.py", "v5e:4x4", ("max_buckets=1",)),
-    Pair("configs/imdb.py:paper", "h200:1"),
+    Pair("configs/imdb.py:paper", "h200:1", ("stages=preference",)),
     Pair("configs/instructions.py", "h200:1"),
     Pair("configs/instructions.py", "v6e:1x1", ("max_buckets=1",)),
 )

@@ -29,6 +29,8 @@ class Chip:
       kind: as JAX names the device.
       platform: of JAX.
       flops: bfloat16 FLOP/s of matrix products, dense.
+      float32_flops: those of float32 numbers at XLA's default precision: a TPU rounds them to
+        bfloat16, a GPU to TF32, at half of the speed.
       memory: bytes of its HBM.
       bandwidth: bytes/s of its HBM.
       link: bytes/s that it sends in a ring of chips. A TPU has two ports on each axis of the torus,
@@ -44,6 +46,10 @@ class Chip:
     bandwidth: float
     link: float
     source: str
+
+    @property
+    def float32_flops(self) -> float:
+        return self.flops if self.platform == "tpu" else self.flops / 2
 
 
 CHIPS = {

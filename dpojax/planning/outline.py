@@ -74,6 +74,8 @@ class Outline:
                 "Hours: with --topology=h200:8, or other chips of docs/plans.md, these programs "
                 "are compiled for them"
             )
+        if self.chips.chip is None:
+            return f"Hours: none, since no peaks of {self.chips.name} are known"
         names = ", ".join(dict.fromkeys(self.unplanned))
         without = f", without {names}, of which no plan is made" if names else ""
         count = len(self.chips.devices)

@@ -176,7 +176,8 @@ class _Walk:
     def _kernel(self, one: Instruction, shapes: dict[str, str], often: float) -> None:
         flops = self._flops(one, shapes, often)
         size = self._traffic(one, shapes)
-        seconds = max(flops / self.chip.flops, size / self.chip.bandwidth)
+        peak = self.chip.float32_flops if self._in_float32(one, shapes) else self.chip.flops
+        seconds = max(flops / peak, size / self.chip.bandwidth)
         self.clock += seconds
         self.sums["flops"] += often * flops
         self.sums["bytes"] += often * size
@@ -255,6 +256,14 @@ class _Walk:
                 return flops
             self.unread[re.sub(r"[.\d]+$", "", name)] += often
         return hlo.instruction_flops(one, shapes)
+
+    def _in_float32(self, one: Instruction, shapes: dict[str, str]) -> bool:
+        """Whether a kernel's first matrix product is one of float32 numbers."""
+        if one.opcode == "fusion":
+            local = {x.name: x.shape for x in self._inner(one)}
+            return any(self._in_float32(inner, local) for inner in self._inner(one))
+        product = hlo.instruction_flops(one, shapes) > 0
+        return product and all(shapes[name].startswith("f32") for name in one.operands[:2])
 
     def _traffic(self, one: Instruction, shapes: dict[str, str]) -> float:
         """Bytes between the HBM and a chip for one kernel."""

@@ -39,8 +39,16 @@ def test_a_kernel_takes_the_longer_of_its_flops_and_its_bytes():
     assert slow_memory.flops == PRODUCT_FLOPS
     assert slow_memory.hbm_bytes == PRODUCT_BYTES
     assert slow_memory.seconds == pytest.approx(PRODUCT_BYTES / 100)
-    slow_units = roofline(text, dataclasses.replace(CHIP, bandwidth=1e6))
-    assert slow_units.seconds == pytest.approx(PRODUCT_FLOPS / 1000)
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "speed"), [("h200", "bf16", 1), ("h200", "f32", 1 / 2), ("v5e", "f32", 1)]
+)
+def test_products_of_float32_numbers_run_at_half_of_a_gpu_s_peak(chip, dtype, speed):
+    """As NVIDIA's page has it: 989 TFLOP/s of TF32 with sparsity, half of that without."""
+    text = (HEAD + entry(f"%y = f32[4,8]{{1,0}} {PRODUCT}")).replace("f32[", f"{dtype}[")
+    slow_units = dataclasses.replace(CHIPS[chip], flops=1000.0, bandwidth=1e6)
+    assert roofline(text, slow_units).seconds == pytest.approx(PRODUCT_FLOPS / 1000 / speed)
 
 
 def gather(kernel: str = "") -> str:
