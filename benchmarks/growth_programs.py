@@ -153,7 +153,8 @@ def build(point: Point) -> Program:
     case, on_sweep = point.case, point.mesh == sharding.SWEEP
     sizes = {"data": 1, "data" if on_sweep else point.mesh: point.devices}
     mesh = sharding.make_mesh(**sizes, devices=jax.devices()[: point.devices])
-    model, optimizer = make_model(case), make_optimizer(CONFIG.optimizer)
+    model = make_model(case, vmapped=bool(point.members))
+    optimizer = make_optimizer(CONFIG.optimizer)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     abstract = abstract_state(shapes, optimizer, mesh, decoder.SHARDING_RULES)
     forward = language_model(model, max_logits=case.max_logits * mesh.size)

@@ -1,4 +1,4 @@
-"""This library's sampler against `transformers.generate` in torch: tokens per second on one CPU.
+"""This library's sampler against `transformers.generate` in torch: tokens per second.
 
     python benchmarks/sampler.py --model FOLDER                # a Hugging Face folder of a decoder
     python benchmarks/sampler.py --prompts 8 32 --samples 1 4 --tokens 64 256 --json sampler.json
@@ -23,9 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from dpojax import sharding
 from dpojax.models import decoder, huggingface
@@ -80,35 +79,44 @@ def random_model(folder: pathlib.Path, layers: int, width: int) -> pathlib.Path:
 
 
 def measure(
-    folder: pathlib.Path, prompts: int, samples: int, tokens: int, prompt_tokens: int, rounds: int
+    folder: pathlib.Path,
+    prompts: int,
+    samples: int,
+    tokens: int,
+    prompt_tokens: int,
+    rounds: int,
+    dtype: str = "float32",
+    torch_device: str | None = "cpu",
 ) -> dict[str, Any]:
-    """Tokens per second of both sides, and `compile`: by how much our first call took longer."""
+    """Tokens per second of both sides, and `compile`: by how much our first call took longer.
+
+    Args:
+      folder: of the model.
+      prompts, samples, tokens, prompt_tokens: how many there are of each.
+      rounds: timed calls of each side.
+      dtype: of weights in products.
+      torch_device: where torch draws; None measures our side alone.
+    """
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     config, params, _ = huggingface.load(str(folder), mesh=mesh)
     ids = np.random.default_rng(0).integers(3, config.vocab_size, (prompts, prompt_tokens))
-    sides = [
-        _ours(config, params, ids, samples, tokens),
-        _torch(folder, ids, samples, tokens),
-    ]
-    first, _ = (_seconds(draw, 0)[0] for draw in sides)
+    sides = [_ours(config, params, ids, samples, tokens, dtype)]
+    if torch_device is not None:
+        sides.append(_torch(folder, ids, samples, tokens, dtype, torch_device))
+    first, *_ = [_seconds(draw, 0)[0] for draw in sides]
     timed = [[_seconds(draw, seed) for draw in sides] for seed in range(1, rounds + 1)]
-    ours, theirs = (statistics.median(seconds for seconds, _ in side) for side in zip(*timed))
+    ours, *theirs = [statistics.median(seconds for seconds, _ in side) for side in zip(*timed)]
+    count = prompts * samples * tokens
+    result = {"prompts": prompts, "samples": samples, "tokens": tokens}
+    result |= {"ours": count / ours, "compile": first - ours}
+    if not theirs:
+        return result
     # Both clocks, wall and CPU: the median over rounds of torch's seconds / ours.
     ratio, cpu_ratio = (
         statistics.median(torch_side[clock] / our_side[clock] for our_side, torch_side in timed)
         for clock in (0, 1)
     )
-    count = prompts * samples * tokens
-    return {
-        "prompts": prompts,
-        "samples": samples,
-        "tokens": tokens,
-        "ours": count / ours,
-        "torch": count / theirs,
-        "ratio": ratio,
-        "cpu_ratio": cpu_ratio,
-        "compile": first - ours,
-    }
+    return result | {"torch": count / theirs[0], "ratio": ratio, "cpu_ratio": cpu_ratio}
 
 
 def _seconds(draw: Callable[[int], None], seed: int) -> tuple[float, float]:
@@ -118,8 +126,12 @@ def _seconds(draw: Callable[[int], None], seed: int) -> tuple[float, float]:
     return time.perf_counter() - began, time.process_time() - cpu
 
 
-def _ours(config, params, ids: np.ndarray, samples: int, tokens: int) -> Callable[[int], None]:
-    sampler = build_sampler(decoder.build(config), max_new_tokens=tokens)
+def _ours(
+    config, params, ids: np.ndarray, samples: int, tokens: int, dtype: str
+) -> Callable[[int], None]:
+    model = decoder.build(config, compute_dtype=jnp.dtype(dtype))
+    params = jax.jit(model.cast)(params)
+    sampler = build_sampler(model, max_new_tokens=tokens)
     batch = pad(list(ids), range(len(ids)), len(ids))
 
     def draw(seed: int) -> None:
@@ -129,12 +141,18 @@ def _ours(config, params, ids: np.ndarray, samples: int, tokens: int) -> Callabl
     return draw
 
 
-def _torch(folder, ids: np.ndarray, samples: int, tokens: int) -> Callable[[int], None]:
+def _torch(
+    folder, ids: np.ndarray, samples: int, tokens: int, dtype: str, device: str
+) -> Callable[[int], None]:
+    import torch  # our side can be measured without it
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    ).eval()
+        folder, dtype=getattr(torch, dtype), trust_remote_code=False
+    )
+    model = model.to(device).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    prompts = torch.tensor(ids)
+    prompts = torch.tensor(ids, device=device)
 
     def draw(seed: int) -> None:
         torch.manual_seed(seed)
@@ -148,7 +166,7 @@ def _torch(folder, ids: np.ndarray, samples: int, tokens: int) -> Callable[[int]
                 min_new_tokens=tokens,
                 max_new_tokens=tokens,
             )
-        assert out.shape == (len(ids) * samples, ids.shape[1] + tokens)
+        assert out.cpu().shape == (len(ids) * samples, ids.shape[1] + tokens)  # waits for a GPU
 
     return draw
 

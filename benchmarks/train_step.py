@@ -11,6 +11,7 @@ see the same machine; on Linux, samples during which other processes took CPU ti
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -29,12 +30,15 @@ import numpy as np
 from dpojax import sharding
 from dpojax.config.defaults import default_config
 from dpojax.data.examples import Example
-from dpojax.data.packing import plan
+from dpojax.data.packing import Shape, plan
 from dpojax.data.rows import Rows, collate
 from dpojax.methods import preference
-from dpojax.models import decoder
+from dpojax.models import decoder, kernels
 from dpojax.models.config import GPT2, DecoderConfig
+from dpojax.models.published import published_config
+from dpojax.planning.chips import chip_of
 from dpojax.training.forward import build_score, language_model
+from dpojax.training.memory import predict
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
 from dpojax.training.throughput import memory_bytes, model_flops
@@ -61,8 +65,13 @@ class Case(NamedTuple):
     remat: str = default_config().model.remat
     max_logits: int = default_config().max_logits
     max_positions: int = 1024
+    attention: str = "auto"  # the kernel, as `models.kernels.choose` takes it
+    model: str = ""  # its name in `models.published`, in place of GPT-2 with these sizes
+    small: bool = False  # that model's layout with the sizes of SMALL
 
 
+SMALL = {"layers": 2, "width": 64, "mlp_width": 128, "vocab_size": 512, "max_positions": 512}
+SMALL |= {"heads": 4, "head_dim": 16}
 CASES = {
     "tiny": Case(4, 256, 4, 8192, pairs=16, prompt=64, response=64),
     "gpt2-small": Case(),
@@ -135,13 +144,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def measure(case: Case, steps: int) -> dict[str, Any]:
     """Time at least `steps` steps of `case` in this process, on its first device.
 
-    Returns the case's fields, what COLUMNS names, and every sample: seconds of the step, matmul
-    FLOP/s, and the share of the machine's CPU time that others took.
+    Returns the case's fields, what COLUMNS names, the memory that was predicted and that the
+    compiler counts, MFU, and every sample: seconds of the step, matmul FLOP/s, and the share of the
+    machine's CPU time that others took.
     """
     device = jax.local_devices()[0]
     mesh = sharding.make_mesh(devices=[device])
     with jax.set_mesh(mesh):
-        step, flops, rows, compile_seconds = _build(case, mesh)
+        step, flops, rows, about = _build(case, mesh)
         multiply = _build_matmul(case, int((rows.segment > 0).sum()))
         step(), multiply()
         samples = []
@@ -155,6 +165,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     used = quiet if len(quiet) >= min(3, steps) else samples
     seconds = statistics.median(s["seconds"] for s in used)
     ((memory, peak),) = memory_bytes().items()  # the name says whose
+    chip = chip_of(device)
     return {
         **case._asdict(),
         "device": f"{device.device_kind} ({CORES} CPU cores)",
@@ -165,16 +176,17 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "model_gflops_per_second": flops / seconds / 1e9,
         "matmul_gflops_per_second": statistics.median(s["matmul"] for s in used) / 1e9,
         "utilisation": statistics.median(flops / s["seconds"] / s["matmul"] for s in used),
+        "mfu": None if chip is None else flops / seconds / chip.flops,  # of the data sheet's peak
         "peak_gib": peak / 2**30,
         "memory": memory,
-        "compile_seconds": compile_seconds,
+        **about,
         "quiet": f"{len(quiet)}/{len(samples)}",
         "samples": samples,
     }
 
 
-def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
-    """(one step, waited for; its model FLOPs; its rows; seconds to compile), as a run has them."""
+def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, dict[str, float]]:
+    """(one step, waited for; its model FLOPs; its rows; seconds and memory), as a run has them."""
     config = default_config().preference
     model, optimizer = make_model(case), make_optimizer(config.optimizer)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -204,7 +216,8 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
     train = jax.jit(train, donate_argnums=0, out_shardings=(shardings, None))
     began = time.perf_counter()
     train = train.lower(state, placed(), hyper).compile()
-    compile_seconds = time.perf_counter() - began
+    about = {"compile_seconds": time.perf_counter() - began}
+    about |= _memory(case, model, abstract, rows, mesh, train)
 
     def step() -> None:
         nonlocal state
@@ -212,23 +225,59 @@ def _build(case: Case, mesh) -> tuple[Callable[[], None], float, Rows, float]:
         if not bool(report.finite):  # waits for the device
             raise FloatingPointError(f"{case}: loss or gradient is not finite")
 
-    return step, flops, rows, compile_seconds
+    return step, flops, rows, about
 
 
-def make_model(case: Case) -> decoder.Model:
-    sizes = {"width": case.width, "mlp_width": 4 * case.width, "max_positions": case.max_positions}
-    config = DecoderConfig(
-        **GPT2, **sizes, vocab_size=case.vocabulary, layers=case.layers, heads=case.heads
+def _memory(case: Case, model, abstract, rows: Rows, mesh, compiled) -> dict[str, float]:
+    """GiB of the step: as a run predicts them, and as the compiler counts them."""
+    sizes = compiled.memory_analysis()
+    counted = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+    counted += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    live = abstract.params if case.reference == "live" else None  # no argument of the step
+    footprint = predict(
+        model.config,
+        Shape(*rows.tokens.shape, rows.target.shape[2], *rows.present.shape[2:]),
+        mesh,
+        state=abstract,
+        frozen=live,
+        remat=case.remat,
+        dtype=case.dtype,
+        kernel=model.kernel,
+        max_logits=case.max_logits,
     )
-    return decoder.build(config, compute_dtype=jnp.dtype(case.dtype), remat=case.remat)
+    return {"predicted_gib": footprint.total / 2**30, "compiled_gib": counted / 2**30}
+
+
+def make_model(case: Case, *, vmapped: bool = False) -> decoder.Model:
+    """The model of a case with random weights; `vmapped`: for the members of a sweep."""
+    config, dtype = decoder_config(case), jnp.dtype(case.dtype)
+    device = jax.local_devices()[0]
+    kernel = kernels.choose(case.attention, config, dtype, device, vmapped=vmapped)
+    return decoder.build(config, compute_dtype=dtype, remat=case.remat, kernel=kernel)
+
+
+def decoder_config(case: Case) -> DecoderConfig:
+    """The shape of a case's model."""
+    if not case.model:
+        sizes = {"width": case.width, "mlp_width": 4 * case.width, "heads": case.heads}
+        sizes |= {"layers": case.layers, "max_positions": case.max_positions}
+        return DecoderConfig(**GPT2, **sizes, vocab_size=case.vocabulary)
+    published = published_config(case.model)
+    if published is None:
+        raise ValueError(f"{case.model!r} is no model of dpojax/models/published.py")
+    if not case.small:
+        return published
+    grouped = published.kv_heads < published.heads
+    kv_heads = SMALL["heads"] // 2 if grouped else SMALL["heads"]
+    return dataclasses.replace(published, **SMALL, kv_heads=kv_heads)
 
 
 def synthetic_rows(case: Case) -> Rows:
     """One optimiser batch of random tokens, all lengths equal, in one micro-batch."""
-    rng = np.random.default_rng(0)
+    rng, vocabulary = np.random.default_rng(0), decoder_config(case).vocab_size
 
     def ids(length: int) -> np.ndarray:
-        return rng.integers(0, case.vocabulary, length, np.int32)
+        return rng.integers(0, vocabulary, length, np.int32)
 
     whole, batch = (False,) * case.responses, range(case.pairs)
     examples = []
@@ -254,7 +303,8 @@ def _flops(case: Case, params: dict, rows: Rows) -> float:
 
 def _build_matmul(case: Case, tokens: int) -> Callable[[], float]:
     """A burst of x -> (x @ up) @ down of the model's MLP, timed: FLOP/s."""
-    width, hidden = case.width, 4 * case.width
+    config = decoder_config(case)
+    width, hidden = config.width, config.mlp_width
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (tokens, width), (width, hidden), (hidden, width)
     # Variance 1 throughout: zeros and denormals take other times than a model's numbers.

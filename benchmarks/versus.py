@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
     pythons = {SYSTEMS[name].environment for name in args.systems}
     pythons = {name: _python(args.environments, name) for name in sorted(pythons)}
-    record = {"machine": _machine(), "environments": {}, "cases": []}
+    record = {"machine": about_machine(), "environments": {}, "cases": []}
     for name, python in pythons.items():
         record["environments"][name or "dpojax"] = _installed(python)
     print(_heading(record), flush=True)
@@ -188,7 +188,7 @@ def _installed(python: str) -> dict:
     return json.loads(done.stdout)
 
 
-def _machine() -> dict:
+def about_machine() -> dict:
     """When and where, and what of this repository."""
     cpu, info = platform.processor(), pathlib.Path("/proc/cpuinfo")
     if info.exists():
@@ -242,7 +242,7 @@ class Gap(NamedTuple):
     scored: int  # tokens
 
 
-def _gap(rounds: list[dict], against: list[dict]) -> Gap:
+def gap_of(rounds: list[dict], against: list[dict]) -> Gap:
     """Over the steps of the first system; another may need one more to compile."""
     if any(len(result["computed"]) < len(against[0]["computed"]) for result in rounds):
         return Gap(math.nan, math.nan, 0)
@@ -258,6 +258,12 @@ def _gap(rounds: list[dict], against: list[dict]) -> Gap:
     )
 
 
+def is_within(gap: Gap, dtype: str) -> bool:
+    """Whether rounding explains it."""
+    loss, norm = TOLERANCE[dtype]
+    return gap.loss <= loss and gap.norm <= norm and gap.scored == 0
+
+
 def _largest(gaps: Iterable[float]) -> float:
     """NaN if one of them is, which then is within no tolerance."""
     gaps = list(gaps)
@@ -267,17 +273,13 @@ def _largest(gaps: Iterable[float]) -> float:
 def _gaps(case_record: dict) -> dict[str, Gap]:
     """Of every system that ran, to the first of them."""
     ran = {x: rounds for x, rounds in case_record["systems"].items() if not _failed(rounds)}
-    return {title: _gap(rounds, next(iter(ran.values()))) for title, rounds in ran.items()}
+    return {title: gap_of(rounds, next(iter(ran.values()))) for title, rounds in ran.items()}
 
 
 def _differing(case_record: dict) -> list[str]:
     """The systems that compute something else than the first one."""
-    loss, norm = TOLERANCE[case_record["dtype"]]
-    return [
-        title
-        for title, gap in _gaps(case_record).items()
-        if not (gap.loss <= loss and gap.norm <= norm and gap.scored == 0)
-    ]
+    gaps = _gaps(case_record).items()
+    return [title for title, gap in gaps if not is_within(gap, case_record["dtype"])]
 
 
 def _lonely(case_record: dict) -> bool:

@@ -4,6 +4,9 @@ A step is all from a batch of token ids (lists of integers) to updated weights: 
 counts, and so does the reference's pass where it is live. What is done once for a data set does
 not: tokenising, the shape that our rows share, a reference that is cached.
 
+With the variable of TURNS set, a process prints `turn` before each step and waits for a line: so
+several that stay alive can take turns (`benchmarks/on_accelerator/systems.py`).
+
 Imported in virtual environments of other systems: NumPy is all that it needs.
 """
 
@@ -23,6 +26,7 @@ import numpy as np
 
 BETA, CLIP = 0.1, 1.0
 WARM = 1  # steps that are not counted: they compile
+TURNS = "DPOJAX_BENCHMARK_TURNS"
 SPECIAL = 4  # ids below it are padding, end, unknown
 
 
@@ -44,6 +48,7 @@ class Case(NamedTuple):
     lengths: str = ""  # a JSON file of [prompt, chosen, rejected], in place of these two
     learning_rate: float = 1e-6
     weights: str = ""  # a Hugging Face folder, the policy's and the reference's
+    device: str = "cpu"  # of torch: cpu or cuda. JAX takes its own choice, or JAX_PLATFORMS
 
 
 GPT2_SMALL = Case()
@@ -116,14 +121,23 @@ def batches(case: Case, count: int) -> list[list[Pair]]:
     return [pairs[i * case.pairs : (i + 1) * case.pairs] for i in range(count)]
 
 
-def report(step: Callable[[int], StepResult], steps: int, **about) -> None:
-    """Time `step(0)`, `step(1)`, ...; print the results as the last line."""
+def report(
+    step: Callable[[int], StepResult],
+    steps: int,
+    device_peak: Callable[[], int | None] | None = None,
+    **about,
+) -> None:
+    """Time `step(0)`, `step(1)`, ...; print the results as the last line.
+
+    Args:
+      device_peak: reads the most bytes that were in use on an accelerator; None on a CPU.
+    """
     clock, results = Clock(), []
     for index in range(WARM + steps):
         clock.start()
         results.append(step(index))
         clock.stop()
-    clock.report(results, **about)
+    clock.report(results, device_peak, **about)
 
 
 class Clock:
@@ -135,6 +149,9 @@ class Clock:
         self.before = _peak_gib()  # weights were read; TRL's and tunix's trainers are made
 
     def start(self) -> None:
+        if os.environ.get(TURNS):
+            print("turn", flush=True)
+            sys.stdin.readline()
         self.began, self.others = time.perf_counter(), _others_cpu_seconds()
 
     def stop(self) -> None:
@@ -142,7 +159,13 @@ class Clock:
         share = (_others_cpu_seconds() - self.others) / seconds / os.cpu_count()
         self.samples.append({"seconds": seconds, "others": share})
 
-    def report(self, computed: list[StepResult], **about) -> None:
+    def report(
+        self,
+        computed: list[StepResult],
+        device_peak: Callable[[], int | None] | None = None,
+        **about,
+    ) -> None:
+        peak = None if device_peak is None else device_peak()
         warm, timed = self.samples[: self.warm], self.samples[self.warm :]
         record = {
             "first": warm[0]["seconds"],
@@ -150,6 +173,7 @@ class Clock:
             "samples": timed,
             "peak_gib": _peak_gib(),
             "peak_gib_before": self.before,
+            "device_peak_gib": None if peak is None else peak / 2**30,
             "computed": [step._asdict() for step in computed],
         }
         print(json.dumps(record | about), flush=True)

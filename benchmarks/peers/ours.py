@@ -15,21 +15,25 @@ from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import Rows, collate
 from dpojax.methods import preference
-from dpojax.models import decoder, huggingface
+from dpojax.models import decoder, huggingface, kernels
 from dpojax.training.costs import packing_costs
 from dpojax.training.forward import build_score, language_model
 from dpojax.training.memory import lean
 from dpojax.training.reference import compute
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state
 from dpojax.training.step import build_step
+from dpojax.training.throughput import memory_bytes
 
 
 def main(case: Case, steps: int) -> None:
-    config, mesh = default_config(), sharding.make_mesh()
+    # One device, as the other systems have.
+    config, mesh = default_config(), sharding.make_mesh(devices=jax.local_devices()[:1])
     config.preference.optimizer.clip_norm = CLIP
     with jax.set_mesh(mesh):
         shape, params, _ = huggingface.load(case.weights, mesh=mesh)
-        model = decoder.build(shape, compute_dtype=jnp.dtype(case.dtype), remat=config.model.remat)
+        dtype = jnp.dtype(case.dtype)
+        kernel = kernels.choose("auto", shape, dtype, jax.local_devices()[0])
+        model = decoder.build(shape, compute_dtype=dtype, remat=config.model.remat, kernel=kernel)
         pairs = [pair for batch in batches(case, WARM + steps) for pair in batch]
         examples = [_example(f"pair {i}", pair) for i, pair in enumerate(pairs)]
         parts = [range(i, i + case.pairs) for i in range(0, len(pairs), case.pairs)]
@@ -66,7 +70,12 @@ def main(case: Case, steps: int) -> None:
             loss, norm = step_report.metrics["loss"], step_report.metrics["grad_norm"]
             return StepResult(float(loss.total / loss.weight), float(norm.total), scored)
 
-        report(step, steps, shape=str(planned))
+        report(step, steps, _device_peak, shape=str(planned))
+
+
+def _device_peak() -> int | None:
+    """The most bytes in use on the device; None where JAX does not count them."""
+    return memory_bytes().get("peak_device_bytes")
 
 
 def _example(name: str, pair: Pair) -> Example:

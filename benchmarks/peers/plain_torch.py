@@ -13,7 +13,7 @@ import sys
 import torch
 from cases import BETA, CLIP, WARM, Case, Pair, StepResult, batches, read_case, report
 from torch.nn import functional
-from torch_models import build
+from torch_models import build, device_peak
 
 IGNORED = -100
 
@@ -21,16 +21,18 @@ IGNORED = -100
 def main(case: Case, steps: int) -> None:
     policy = build(case).train()
     reference = copy.deepcopy(policy).eval()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=case.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=case.learning_rate, weight_decay=0.0, fused=case.device != "cpu"
+    )
     all_batches = batches(case, WARM + steps)
     frozen = [None] * len(all_batches)
     if case.reference == "cached":
         with torch.no_grad():
-            frozen = [_logprobs(reference, _padded(batch), case) for batch in all_batches]
+            frozen = [_logprobs(reference, _padded(batch, case), case) for batch in all_batches]
         del reference
 
     def step(index: int) -> StepResult:
-        batch = _padded(all_batches[index])
+        batch = _padded(all_batches[index], case)
         logprobs, theirs = _logprobs(policy, batch, case), frozen[index]
         if theirs is None:
             with torch.no_grad():
@@ -44,10 +46,10 @@ def main(case: Case, steps: int) -> None:
         assert torch.isfinite(loss.detach())
         return StepResult(loss.item(), norm.item(), int((batch[2] != IGNORED).sum()))
 
-    report(step, steps)
+    report(step, steps, device_peak)
 
 
-def _padded(batch: list[Pair]) -> tuple[torch.Tensor, ...]:
+def _padded(batch: list[Pair], case: Case) -> tuple[torch.Tensor, ...]:
     """Ids, mask and labels of all chosen sequences, then all rejected ones."""
     rows = [(p.prompt, p.chosen) for p in batch] + [(p.prompt, p.rejected) for p in batch]
     longest = max(len(prompt) + len(response) for prompt, response in rows)
@@ -59,13 +61,13 @@ def _padded(batch: list[Pair]) -> tuple[torch.Tensor, ...]:
         ids[row, :end] = torch.tensor(prompt + response)
         labels[row, len(prompt) : end] = torch.tensor(response)
         mask[row, :end] = 1
-    return ids, mask, labels
+    return tuple(x.to(case.device) for x in (ids, mask, labels))
 
 
 def _logprobs(model, batch, case: Case) -> torch.Tensor:
     """The log-prob of every sequence's response, nats."""
     ids, mask, labels = batch
-    low = torch.autocast("cpu", torch.bfloat16)
+    low = torch.autocast(case.device, torch.bfloat16)
     with low if case.dtype == "bfloat16" else contextlib.nullcontext():
         logits = model(ids, attention_mask=mask).logits.float()
     labels = labels[:, 1:]

@@ -8,12 +8,13 @@ import tempfile
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
+import torch
 import transformers
 import trl
 from cases import BETA, CLIP, WARM, Case, Clock, StepResult, batches, read_case
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from torch_models import build
+from torch_models import build, device_peak
 
 
 class Timer(transformers.TrainerCallback):
@@ -27,6 +28,8 @@ class Timer(transformers.TrainerCallback):
         self.clock.start()
 
     def on_step_end(self, args, state, control, **more):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.clock.stop()
         self.left -= 1
         control.should_training_stop = self.left == 0
@@ -65,7 +68,7 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
             max_length=1024,
             gradient_checkpointing=checkpointing,
             bf16=case.dtype == "bfloat16",
-            use_cpu=True,
+            use_cpu=case.device == "cpu",
             report_to=[],
             logging_steps=1,
             save_strategy="no",
@@ -90,7 +93,8 @@ def main(case: Case, steps: int, checkpointing: bool) -> None:
         )
         trainer.train()
     computed = zip(timer.losses_and_norms, trainer.scored, strict=True)
-    timer.clock.report([StepResult(loss, norm, scored) for (loss, norm), scored in computed])
+    steps_computed = [StepResult(loss, norm, scored) for (loss, norm), scored in computed]
+    timer.clock.report(steps_computed, device_peak)
 
 
 def _tokenizer():
