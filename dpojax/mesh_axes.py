@@ -9,11 +9,14 @@ same in all shards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+Sums = TypeVar("Sums")
+AxisName = str | tuple[str, ...]
 
 
 def with_auto_axes(function: Callable[..., Any], *arrays: Array | None, out: PartitionSpec) -> Any:
@@ -65,3 +68,18 @@ def shared_axes(mesh: AbstractMesh) -> dict[str, int]:
 
 def _kinds(mesh: AbstractMesh) -> list[tuple[str, AxisType]]:
     return list(zip(mesh.axis_names, mesh.axis_types))
+
+
+def require_axis_name(function: str, x: Array, axis_name: AxisName | None) -> None:
+    """Raise ValueError if `x` is a shard of a batch and nobody said which axes share the batch."""
+    axes = sorted(varying_axes(x))
+    if axes and axis_name is None:
+        raise ValueError(
+            f"{function}: each shard has a part of the batch, along the mesh axes {axes}; pass "
+            "axis_name=... with those that share one batch, or axis_name=() if each shard is one"
+        )
+
+
+def sum_over_batch(sums: Sums, axis_name: AxisName | None) -> Sums:
+    """Sums over the shards of a batch; those of this shard alone if `axis_name` is None or ()."""
+    return jax.lax.psum(sums, axis_name) if axis_name else sums

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpojax"
 ORDER = [
-    {"tables", "intervals", "storage", "stopping", "peers", "watchdog"},
+    {"tables", "intervals", "storage", "stopping", "peers", "watchdog", "mesh_axes"},
     {"losses", "head", "logprobs", "theory", "rl"},
     {"sharding"},
     {"models"},
@@ -93,11 +93,11 @@ def test_no_files_import_each_other_in_a_circle():
     assert not left
 
 
-def test_losses_and_log_probs_import_nothing_of_dpojax_but_the_head():
-    files = [PACKAGE / name for name in ("head.py", "logprobs.py", "theory.py", "rl.py")]
-    for path in [*files, *PACKAGE.glob("losses/**/*.py")]:
-        allowed = {"losses"} if path.parent.name == "losses" else set()
-        allowed = {"head"} if path.name == "logprobs.py" else allowed
+def test_losses_and_log_probs_import_nothing_of_dpojax_but_the_head_and_the_kinds_of_axes():
+    """They need jax and numpy alone, and are installed without the rest."""
+    files = [PACKAGE / name for name in ("mesh_axes.py", "head.py", "theory.py", "rl.py")]
+    for path in [*files, *PACKAGE.glob("losses/**/*.py"), *PACKAGE.glob("logprobs/**/*.py")]:
+        allowed = {"mesh_axes", top(room(path))} | ({"head"} if "logprobs" in room(path) else set())
         assert {top(name) for name in imported(path)} <= allowed, path
 
 

@@ -31,11 +31,7 @@ from dpojax.losses.absolute import (
 )
 from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
 from dpojax.losses.divergences import divergence_scores
-from dpojax.losses.noise import dpo_soft, dpo_ties, exo, robust
-from dpojax.losses.offsets import dpop, odpo, rpo, tdpo
-from dpojax.losses.pair import (
-    NO_REFERENCE,
-    Pair,
+from dpojax.losses.margin import (
     discopop,
     dpo,
     dpo_norm,
@@ -45,6 +41,9 @@ from dpojax.losses.pair import (
     log_ratios,
     per_token,
 )
+from dpojax.losses.noise import dpo_soft, dpo_ties, exo, robust
+from dpojax.losses.offsets import dpop, odpo, rpo, tdpo
+from dpojax.losses.pair import NO_REFERENCE, Pair
 from dpojax.losses.presets import PRESETS, preset
 from dpojax.losses.ranked import plackett_luce
 from dpojax.losses.reference_free import alphapo, cpo, orpo, simpo, slic

@@ -12,9 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.losses.pair import Pair, implicit_rewards, log_ratios
+from dpojax.losses.checks import checked
+from dpojax.losses.margin import implicit_rewards, log_ratios
+from dpojax.losses.pair import Pair
+from dpojax.mesh_axes import AxisName, require_axis_name, sum_over_batch
 
 
+@checked
 def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
 
@@ -35,6 +39,7 @@ def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     return -jax.nn.log_sigmoid(reward.chosen) - 0.5 * noise
 
 
+@checked
 def bco(policy: Pair, reference: Pair, *, beta: ArrayLike, delta: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)).
 
@@ -66,7 +71,11 @@ class RunningMean(NamedTuple):
 
 
 def update_baseline(
-    baseline: RunningMean, rewards: Pair | Array, mask: ArrayLike | None = None
+    baseline: RunningMean,
+    rewards: Pair | Array,
+    mask: ArrayLike | None = None,
+    *,
+    axis_name: AxisName | None = None,
 ) -> RunningMean:
     """Update the running mean with the implicit rewards of a batch; no gradient flows through it.
 
@@ -76,6 +85,8 @@ def update_baseline(
       baseline: mean and count so far.
       rewards: implicit rewards of the whole batch, nats, any shape: of pairs or single responses.
       mask: which pairs or responses exist, or their weights, in their shape; all if None.
+      axis_name: in `jax.shard_map` or `jax.vmap`: the axes of shards that share the batch; ()
+        where each shard has a batch of its own.
 
     >>> start = RunningMean(jnp.zeros(()), jnp.zeros(()))
     >>> state = update_baseline(start, Pair(jnp.array([1.0, 9.0]), jnp.array([0.0, 9.0])),
@@ -85,15 +96,19 @@ def update_baseline(
     """
     rewards = jax.lax.stop_gradient(rewards)
     parts = jax.tree.leaves(rewards)
+    require_axis_name("update_baseline", parts[0], axis_name)
     weight = jnp.ones(jnp.shape(parts[0])) if mask is None else jnp.asarray(mask, jnp.float32)
     # Differences from the old mean, not the rewards themselves: the mean keeps its digits when the
     # count is large. Masked entries may be NaN, so they are replaced and not multiplied by 0.
     differences = (jnp.where(weight > 0, part - baseline.mean, 0.0) for part in parts)
     difference = sum((difference * weight).sum() for difference in differences)
-    count = baseline.count + len(parts) * weight.sum()
+    sums = difference, len(parts) * weight.sum()
+    difference, more = sum_over_batch(sums, axis_name)
+    count = baseline.count + more
     return RunningMean(baseline.mean + difference / jnp.maximum(count, 1), count)
 
 
+@checked
 def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss (d_w - 1 / (2 beta))^2 + (d_l + 1 / (2 beta))^2 of the log-ratios d.
 
@@ -113,6 +128,7 @@ def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     return (ratio.chosen - target) ** 2 + (ratio.rejected + target) ** 2
 
 
+@checked
 def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss sigmoid(-r_w) + sigmoid(r_l) of the implicit rewards r.
 
@@ -128,6 +144,7 @@ def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     return jax.nn.sigmoid(-reward.chosen) + jax.nn.sigmoid(reward.rejected)
 
 
+@checked
 def apo_down(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
     """Per-pair loss sigmoid(r_w) + sigmoid(-(r_w - r_l)) of the implicit rewards r.
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dpojax.losses.checks import checked
 from dpojax.losses.pair import Pair
 
 
+@checked
 def sft(logprobs: Array) -> Array:
     """Negative log-likelihood of each sequence, nats, summed over its tokens.
 
@@ -21,6 +23,7 @@ def sft(logprobs: Array) -> Array:
     return -logprobs
 
 
+@checked
 def unlikelihood(policy: Pair, *, alpha: ArrayLike) -> Array:
     """Per-pair loss -l_w + alpha l_l of the log-probs l; it has no lower bound.
 
@@ -37,6 +40,7 @@ def unlikelihood(policy: Pair, *, alpha: ArrayLike) -> Array:
     return -jnp.asarray(policy.chosen) + alpha * policy.rejected
 
 
+@checked
 def bradley_terry(scores: Pair, *, margin: ArrayLike = 0.0, centring: ArrayLike = 0.0) -> Array:
     """Per-pair loss -log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2 of reward scores s.
 
@@ -56,6 +60,7 @@ def bradley_terry(scores: Pair, *, margin: ArrayLike = 0.0, centring: ArrayLike 
     return -jax.nn.log_sigmoid(gap) + centring * (scores.chosen + scores.rejected) ** 2
 
 
+@checked
 def plackett_luce_scores(
     scores: Array,
     *,

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.losses.pair import Pair, log_ratios
+from dpojax.losses.checks import checked
+from dpojax.losses.margin import log_ratios
+from dpojax.losses.pair import Pair
 
 
+@checked
 def divergence_scores(
     policy: Pair,
     reference: Pair,

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.losses.pair import Pair, dpo, implicit_rewards
+from dpojax.losses.checks import checked
+from dpojax.losses.margin import dpo, implicit_rewards
+from dpojax.losses.pair import Pair
 
 
+@checked
 def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
     """Per-pair loss that is unbiased if labels are flipped with probability e.
 
@@ -37,6 +40,7 @@ def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: A
     return (wrong - right) / (1 - 2 * label_smoothing)
 
 
+@checked
 def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
     """Per-pair reverse KL between the policy's preference and the smoothed label.
 
@@ -64,6 +68,7 @@ def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: Arra
     return jax.nn.sigmoid(margin) * right + jax.nn.sigmoid(-margin) * wrong
 
 
+@checked
 def dpo_soft(policy: Pair, reference: Pair, *, beta: ArrayLike, probability: ArrayLike) -> Array:
     """Per-pair cross-entropy -p log sigmoid(m) - (1 - p) log sigmoid(-m) of a soft label p.
 
@@ -83,6 +88,7 @@ def dpo_soft(policy: Pair, reference: Pair, *, beta: ArrayLike, probability: Arr
     return dpo(policy, reference, beta=beta, label_smoothing=1 - jnp.asarray(probability))
 
 
+@checked
 def dpo_ties(
     policy: Pair, reference: Pair, *, beta: ArrayLike, tie: ArrayLike, threshold: ArrayLike
 ) -> Array:

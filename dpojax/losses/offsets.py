@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.losses.pair import Pair, implicit_rewards, log_ratios
+from dpojax.losses.checks import checked
+from dpojax.losses.margin import implicit_rewards, log_ratios
+from dpojax.losses.pair import Pair
 
 
+@checked
 def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_chosen - r_rejected - offset) with r the implicit rewards.
 
@@ -31,6 +34,7 @@ def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -
     return -jax.nn.log_sigmoid(reward.chosen - reward.rejected - offset)
 
 
+@checked
 def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(beta (d_w - d_l - penalty max(0, -d_w))) of the log-ratios d.
 
@@ -51,6 +55,7 @@ def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) 
     return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - penalty * lost_logprob))
 
 
+@checked
 def tdpo(
     policy: Pair,
     reference: Pair,
@@ -84,6 +89,7 @@ def tdpo(
     return -jax.nn.log_sigmoid(beta * (ratio.chosen - ratio.rejected - kl_difference))
 
 
+@checked
 def rpo(
     policy: Pair,
     reference: Pair,

@@ -6,8 +6,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dpojax.losses.baselines import plackett_luce_scores
+from dpojax.losses.checks import checked
 
 
+@checked
 def plackett_luce(
     policy: Array,
     reference: Array,

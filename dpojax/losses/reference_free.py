@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.losses.pair import NO_REFERENCE, Pair, dpo, per_token
+from dpojax.losses.checks import checked
+from dpojax.losses.margin import dpo, per_token
+from dpojax.losses.pair import NO_REFERENCE, Pair
 
 
+@checked
 def simpo(
     policy: Pair,
     *,
@@ -41,6 +44,7 @@ def simpo(
     return _logistic_with_margin(reward, gamma, label_smoothing)
 
 
+@checked
 def alphapo(
     policy: Pair,
     *,
@@ -78,6 +82,7 @@ def _logistic_with_margin(reward: Pair, gamma: ArrayLike, label_smoothing: Array
     return dpo(shifted, NO_REFERENCE, beta=1.0, label_smoothing=label_smoothing)
 
 
+@checked
 def cpo(
     policy: Pair,
     *,
@@ -105,6 +110,7 @@ def cpo(
     return dpo(policy, NO_REFERENCE, beta=beta, label_smoothing=label_smoothing) + alpha * nll
 
 
+@checked
 def orpo(policy: Pair, *, beta: ArrayLike, lengths: Pair, nll: ArrayLike) -> Array:
     """Per-pair loss nll - beta log sigmoid(log odds_w - log odds_l) of per-token likelihoods.
 
@@ -136,6 +142,7 @@ def _log_odds(mean: Array) -> Array:
     return mean - jnp.where(is_unlikely, if_unlikely, if_likely)
 
 
+@checked
 def slic(policy: Pair, *, margin: ArrayLike, alpha: ArrayLike, nll: ArrayLike) -> Array:
     """Per-pair loss max(0, margin - l_w + l_l) + alpha nll of the log-probs l.
 

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dpojax.losses.checks import checked
+from dpojax.mesh_axes import AxisName, require_axis_name, sum_over_batch
 
+
+@checked
 def kto(
     policy: Array,
     reference: Array,
@@ -45,7 +49,13 @@ def kto(
     return jnp.where(desirable, good, undesirable_weight * jax.nn.sigmoid(gain))
 
 
-def kto_baseline(log_ratio: Array, weight: ArrayLike | None = None) -> Array:
+@checked
+def kto_baseline(
+    log_ratio: Array,
+    weight: ArrayLike | None = None,
+    *,
+    axis_name: AxisName | None = None,
+) -> Array:
     """Estimate KL(policy || reference) for `kto`: the mean log-ratio, at least 0; no gradient.
 
     Ethayarajh et al. 2024. Each log-ratio is that of a prompt with the response to another prompt
@@ -54,6 +64,8 @@ def kto_baseline(log_ratio: Array, weight: ArrayLike | None = None) -> Array:
     Args:
       log_ratio: log policy - log reference of these mismatched responses, of the whole batch, nats.
       weight: their weights or mask, the same shape; all 1 if None.
+      axis_name: in `jax.shard_map` or `jax.vmap`: the axes of shards that share the batch; ()
+        where each shard has a batch of its own.
 
     Returns:
       A scalar, nats; 0 where all weights are 0.
@@ -61,12 +73,15 @@ def kto_baseline(log_ratio: Array, weight: ArrayLike | None = None) -> Array:
     >>> print(f"{kto_baseline(jnp.array([0.4, -0.2, 0.3])):.4f}")
     0.1667
     """
+    require_axis_name("kto_baseline", log_ratio, axis_name)
     weight = jnp.ones_like(log_ratio) if weight is None else jnp.asarray(weight, log_ratio.dtype)
     weighted = jnp.where(weight > 0, log_ratio, 0.0) * weight  # a masked log-ratio may be NaN
-    mean = weighted.sum() / jnp.where(weight.sum() > 0, weight.sum(), 1.0)
+    total, count = sum_over_batch((weighted.sum(), weight.sum()), axis_name)
+    mean = total / jnp.where(count > 0, count, 1.0)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
 
+@checked
 def bco_unpaired(
     policy: Array, reference: Array, desirable: Array, *, beta: ArrayLike, delta: ArrayLike
 ) -> Array:
@@ -85,6 +100,7 @@ def bco_unpaired(
     return -jax.nn.log_sigmoid(jnp.where(desirable, shifted, -shifted))
 
 
+@checked
 def apo_zero_unpaired(
     policy: Array, reference: Array, desirable: Array, *, beta: ArrayLike
 ) -> Array:

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.losses.pair import Pair, per_token
+from dpojax.losses.checks import checked
+from dpojax.losses.margin import per_token
+from dpojax.losses.pair import Pair
 
 
+@checked
 def wpo_weights(
     policy: Pair, *, lengths: Pair, log_collision: Pair | None, clamp: ArrayLike | None
 ) -> Array:
@@ -47,6 +50,7 @@ class HeadTail(NamedTuple):
     tail: Pair
 
 
+@checked
 def shared_length(lengths: Pair) -> Array:
     """Compute min(|w|, |l|), the length that both responses of a pair have; any shape.
 
@@ -56,6 +60,7 @@ def shared_length(lengths: Pair) -> Array:
     return jnp.minimum(lengths.chosen, lengths.rejected)
 
 
+@checked
 def ld_logprobs(
     policy: HeadTail, reference: HeadTail, *, alpha: ArrayLike, weight_reference: bool
 ) -> tuple[Pair, Pair]:

@@ -135,8 +135,9 @@ def loss_requirements(loss: str) -> LossRequirements:
 
 
 def arguments(name: str) -> list[str]:
-    """Names of a loss's arguments."""
-    return list(inspect.signature(LOSS_TABLE[name].function).parameters)
+    """Names of a loss's arguments; not `axis_name`, as the step has no shards of its own."""
+    names = inspect.signature(LOSS_TABLE[name].function).parameters
+    return [x for x in names if x != "axis_name"]
 
 
 def from_batch(name: str) -> dict[str, FromBatch]:
