@@ -34,22 +34,32 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
       ValueError: more than one -1, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(data, fsdp, tensor, devices=len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int) -> tuple[int, int, int]:
+    """The sizes of the axes of `make_mesh` on so many devices; it raises the same errors."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free_axes = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free_axes) > 1 or known < 1:
         raise ValueError(f"at most one axis may be -1, and all others positive; got {sizes}")
     if free_axes:
-        sizes[free_axes[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices) or 0 in sizes.values():
+        sizes[free_axes[0]] = devices // known
+    if math.prod(sizes.values()) != devices or 0 in sizes.values():
         shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"{shape} needs {max(known, math.prod(sizes.values()))} devices, but there are "
-            f"{len(devices)}; the product of the sizes must be {len(devices)}"
+            f"{devices}; the product of the sizes must be {devices}"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return tuple(sizes.values())
+
+
+def reordered(mesh: Mesh, permutation: Sequence[int]) -> Mesh:
+    """The same mesh whose i-th device is the `permutation[i]`-th one, in row-major order."""
+    devices = mesh.devices.ravel()[list(permutation)].reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def sweep_mesh(mesh: Mesh, size: int) -> Mesh:
