@@ -25,7 +25,7 @@ ORDER = [
     {"stages"},
     {"runs"},
     {"plans"},
-    {"planning"},
+    {"planning", "certifying"},
     {"sweeps"},
     {"frontier", "recipes", "launching"},
 ]

@@ -24,6 +24,7 @@ from dpojax.config.saved import (
     write_or_compare_config,
 )
 from dpojax.runs.base_files import keep_base_files
+from dpojax.runs.certificate import require_certified
 from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, require_writable, workdir_lock, write_failure
 from dpojax.stages import kept_weights
@@ -69,6 +70,7 @@ def run_resolved(resolved: ResolvedRun) -> None:
 
 
 def _run(resolved: ResolvedRun) -> None:
+    require_certified(resolved)
     setup = prepare_setup(resolved)
     opened = [open_stage(setup, name) for name in resolved.config.stages]
     stages = [stage.prepare() for stage in opened]  # data are read once no stage can be refused

@@ -25,6 +25,7 @@ from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, workdir_path
 from dpojax.config.saved import config_from_json
 from dpojax.jobs.in_process import run_jobs_in_terminal
+from dpojax.runs.certificate import require_certified
 from dpojax.runs.command import run_command
 from dpojax.runs.run import run_resolved
 from dpojax.runs.workdirs import (
@@ -73,6 +74,9 @@ def run_sweep(
     config, changes, runs = resolve_sweep(config, members, folder)
     if config.distributed:
         sharding.start_distributed()
+    for name, run in runs.items():
+        if not has_ended(folder / name):
+            require_certified(run, folder)
     devices = jax.local_device_count() if jax.default_backend() == "cpu" else None
     with workdir_lock(folder), shared_programs(config.compilation_cache):
         sharding.on_first_process(_begin, config, changes, runs, folder, devices)
@@ -103,6 +107,8 @@ def train_members(folder: storage.Path, names: Sequence[str]) -> dict[str, str]:
     if config.distributed:
         sharding.start_distributed()
     runs = [member_run(config, plan["members"][name], folder / name) for name in names]
+    for run in runs:
+        require_certified(run, folder)
     with shared_programs(config.compilation_cache):
         return _train(runs, config, plan, folder)
 
