@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from dpojax.planning import hlo
@@ -158,7 +158,7 @@ class _Walk:
 
     def _instruction(self, one: Instruction, shapes: dict[str, str], often: float) -> None:
         moved = one.opcode.rsplit("-", 1)[0] if one.opcode.endswith(("-start", "-done")) else ""
-        fused = self._fused_collective(one)
+        fused = _fused_collective(one, self._inner)
         if one.opcode.endswith("-done") or fused == "done":
             self._wait(one.operands[0] if fused != "done" else self._channel(one), often)
         elif one.kind or fused == "start" or self._async_collective(one):
@@ -233,16 +233,6 @@ class _Walk:
     def _channel(self, one: Instruction) -> str:
         inner = self._inner_collective(one)
         return f"channel {inner.fused_channel}" if inner else ""
-
-    def _fused_collective(self, one: Instruction) -> str:
-        """Whether a TPU's fusion starts or ends a collective that runs beside several fusions."""
-        if one.opcode != "fusion":
-            return ""
-        for inner in self._inner(one):
-            target = inner.attribute(r'custom_call_target="AsyncCollective(\w+)"')
-            if target:
-                return target.lower()
-        return ""
 
     def _flops(self, one: Instruction, shapes: dict[str, str], often: float) -> float:
         if one.opcode == "fusion":
@@ -320,6 +310,16 @@ class _Walk:
         if root.opcode == "parameter":
             return 0.0
         return sum(hlo.array_bytes(root.shape))
+
+
+def _fused_collective(
+    one: Instruction, inside: Callable[[Instruction], Iterator[Instruction]]
+) -> str:
+    """Whether a TPU's fusion starts or ends a collective that runs beside several fusions."""
+    if one.opcode != "fusion":
+        return ""
+    targets = (x.attribute(r'custom_call_target="AsyncCollective(\w+)"') for x in inside(one))
+    return next((target.lower() for target in targets if target), "")
 
 
 def _attention_flops(name: str, one: Instruction, shapes: dict[str, str], row_length: int) -> float:
