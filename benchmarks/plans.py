@@ -55,6 +55,7 @@ PAIRS = (
     Pair("configs/imdb.py:paper", "h200:1", ("stages=preference",)),
     Pair("configs/instructions.py", "h200:1"),
     Pair("configs/instructions.py", "v6e:1x1", ("max_buckets=1",)),
+    Pair("configs/instructions.py", "v5p:2x2x1", ("max_buckets=1", "micro_rows=4")),
 )
 
 

@@ -15,9 +15,14 @@ plan.
 with 150 warm-up steps, batches of 64, one epoch. Departures: the model is Pythia 2.8B (theirs is
 GPT-J with a public SFT policy), and the judge is whichever you name (theirs was GPT-4). Float32
 weights, gradients and moments of 2.8B parameters are 31 GiB a training run, and PPO holds a policy
-and a value model: mesh.fsdp spreads them over devices. SFT and DPO alone, with the same settings:
+and a value model: mesh.fsdp spreads them over all devices. SFT and DPO alone, with the same
+settings:
 
     python scripts/train.py --config=configs/tldr.py --workdir=runs/tldr_sft
+    python scripts/launch.py slurm --config=configs/tldr.py --workdir=runs/tldr_sft --nodes=1 \\
+        --gpus_per_node=8 --time=24:00:00
+
+Memory of a chip and time at the roofline, from compiled plans (docs/plans.md):
 
 `small` is for 2 CPU cores. FOLDER holds summarize-from-feedback/comparisons/*.json.gz (Stiennon et
 al. 2020), imdb/train.parquet and cnn-dailymail/*.jsonl.gz. A new model of 1.7M parameters with a
@@ -87,9 +92,10 @@ def _small(config):
 
 def _paper(config):
     config.model.update(path="EleutherAI/pythia-2.8b", remat="full")
+    config.mesh.update(data=1, fsdp=-1)
     # The lengths are assumed, not measured.
     config.plan.update(examples=92_858, prompt=330.0, response=40.0)
-    config.micro_rows = 8
+    config.micro_rows = 16  # on all devices together: up to 16 share them
     config.recipe.update(
         comparisons="openai/summarize_from_feedback:comparisons@refs/convert/parquet",
         comparisons_split="train",

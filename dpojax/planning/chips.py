@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from dpojax.config.errors import ConfigError
 from dpojax.planning import gpu_target
+from dpojax.tpu_flags import use_tpu_flags
 
 GOOGLE = "https://docs.cloud.google.com/tpu/docs/"
 NVIDIA = "https://www.nvidia.com/en-us/data-center/"
@@ -121,6 +122,7 @@ def _host_devices(count: int) -> Sequence[jax.Device]:
 
 
 def _tpu_devices(chip: Chip, shape: str, count: int) -> Sequence[jax.Device]:
+    use_tpu_flags()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a cloud's server, which waits
     try:
         described = topologies.get_topology_desc(

@@ -98,22 +98,43 @@ class Program(NamedTuple):
     def trip_count(self, loop: Instruction) -> float:
         """How often the body of a `while` runs; NaN where the text does not say.
 
-        GPU and CPU programs say it. Those of TPUs are read: the counter of `lax.scan` starts at
-        0 and the condition compares it with a constant.
+        GPU and CPU programs say it. Those of TPUs are read: a counter starts at 0, the condition
+        compares it with a constant, and the body adds 1 to it, or 2 where it was unrolled.
         """
         if count := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
             return int(count)
         condition = self.computations.get(loop.attribute(r"condition=%?([\w.-]+)"), [])
-        constants = {
-            one.name: int(number)
-            for one in condition
-            if one.opcode == "constant" and (number := one.rest.split(")")[0]).isdigit()
-        }
+        constants = _constants(condition)
         if condition and condition[-1].opcode == "compare" and "direction=LT" in condition[-1].rest:
             limits = [constants[name] for name in condition[-1].operands if name in constants]
             if len(limits) == 1:
-                return limits[0]
+                return math.ceil(limits[0] / self._counter_step(loop, condition))
         return math.nan
+
+    def _counter_step(self, loop: Instruction, condition: list[Instruction]) -> int:
+        """What the body of a loop adds to the counter that its condition compares; 1 if unknown."""
+        local = {one.name: one for one in condition}
+        counters = [local[name] for name in condition[-1].operands if name in local]
+        places = [one.attribute(r"index=(\d+)") for one in counters if "index=" in one.rest]
+        body = self.computations.get(loop.attribute(r"body=%?([\w.-]+)"), [])
+        if not places or not body or int(places[0]) >= len(body[-1].operands):
+            return 1
+        by_name, constants = {one.name: one for one in body}, _constants(body)
+        new = by_name.get(body[-1].operands[int(places[0])])
+        while new is not None and new.opcode in ("copy", "bitcast"):
+            new = by_name.get(new.operands[0])
+        if new is None or new.opcode != "add":
+            return 1
+        return next((constants[name] for name in new.operands if constants.get(name)), 1)
+
+
+def _constants(instructions: list[Instruction]) -> dict[str, int]:
+    """The whole numbers among constants, by name."""
+    return {
+        one.name: int(number)
+        for one in instructions
+        if one.opcode == "constant" and (number := one.rest.split(")")[0]).isdigit()
+    }
 
 
 def parse(text: str) -> Program:

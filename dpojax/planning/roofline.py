@@ -176,7 +176,9 @@ class _Walk:
     def _kernel(self, one: Instruction, shapes: dict[str, str], often: float) -> None:
         flops = self._flops(one, shapes, often)
         size = self._traffic(one, shapes)
-        peak = self.chip.float32_flops if self._in_float32(one, shapes) else self.chip.flops
+        peak = (
+            self.chip.float32_flops if _in_float32(self.program, one, shapes) else self.chip.flops
+        )
         seconds = max(flops / peak, size / self.chip.bandwidth)
         self.clock += seconds
         self.sums["flops"] += often * flops
@@ -247,14 +249,6 @@ class _Walk:
             self.unread[re.sub(r"[.\d]+$", "", name)] += often
         return hlo.instruction_flops(one, shapes)
 
-    def _in_float32(self, one: Instruction, shapes: dict[str, str]) -> bool:
-        """Whether a kernel's first matrix product is one of float32 numbers."""
-        if one.opcode == "fusion":
-            local = {x.name: x.shape for x in self._inner(one)}
-            return any(self._in_float32(inner, local) for inner in self._inner(one))
-        product = hlo.instruction_flops(one, shapes) > 0
-        return product and all(shapes[name].startswith("f32") for name in one.operands[:2])
-
     def _traffic(self, one: Instruction, shapes: dict[str, str]) -> float:
         """Bytes between the HBM and a chip for one kernel."""
         if one.opcode == "dynamic-update-slice":
@@ -320,6 +314,16 @@ def _fused_collective(
         return ""
     targets = (x.attribute(r'custom_call_target="AsyncCollective(\w+)"') for x in inside(one))
     return next((target.lower() for target in targets if target), "")
+
+
+def _in_float32(program: Program, one: Instruction, shapes: dict[str, str]) -> bool:
+    """Whether a kernel has a matrix product of float32 numbers."""
+    if one.opcode == "fusion":
+        inner = [x for name in one.called for x in program.computations.get(name, [])]
+        local = {x.name: x.shape for x in inner}
+        return any(_in_float32(program, x, local) for x in inner)
+    product = hlo.instruction_flops(one, shapes) > 0
+    return product and all(shapes[name].startswith("f32") for name in one.operands[:2])
 
 
 def _attention_flops(name: str, one: Instruction, shapes: dict[str, str], row_length: int) -> float:

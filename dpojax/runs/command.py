@@ -20,6 +20,7 @@ from dpojax import peers, stopping
 from dpojax.config.command_line import USAGE, ConfigFlag, UsageError, parse_flags
 from dpojax.runs import terminal
 from dpojax.stopping import Preempted, stop_code
+from dpojax.tpu_flags import use_tpu_flags
 
 FAILED = 1
 LINGER = 20.0  # seconds that a command may take to end once it is done
@@ -110,6 +111,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """
     stopping.announce_signals()
     terminal.look_after()
+    use_tpu_flags()
     with stopping.listening():
         end(exit_status(main))
 

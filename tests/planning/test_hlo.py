@@ -144,3 +144,32 @@ def test_a_permutation_between_two_members_is_named():
 }
 """
     assert crossing_collectives(text, 2) == ["b"]
+
+
+@pytest.mark.parametrize(("step", "trips"), [(1, 16), (2, 8), (3, 6)])
+def test_a_loop_of_a_tpu_runs_as_often_as_its_counter_steps_to_the_limit(step, trips):
+    text = f"""%body (carry: (f32[8], u32[])) -> (f32[8], u32[]) {{
+  %carry = (f32[8]{{0}}, u32[]) parameter(0)
+  %x = f32[8]{{0}} get-tuple-element(%carry), index=0
+  %i = u32[] get-tuple-element(%carry), index=1
+  %by = u32[] constant({step})
+  %r = f32[8]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}
+  %sum = u32[] add(%i, %by)
+  %next = u32[] copy(%sum)
+  ROOT %both = (f32[8]{{0}}, u32[]) tuple(%r, %next)
+}}
+
+%condition (carry.1: (f32[8], u32[])) -> pred[] {{
+  %carry.1 = (f32[8]{{0}}, u32[]) parameter(0)
+  %limit = u32[] constant(16)
+  %i.1 = u32[] get-tuple-element(%carry.1), index=1
+  ROOT %go = pred[] compare(%i.1, %limit), direction=LT
+}}
+
+ENTRY %main (p: (f32[8], u32[])) -> (f32[8], u32[]) {{
+  %p = (f32[8]{{0}}, u32[]) parameter(0)
+  ROOT %loop = (f32[8]{{0}}, u32[]) while(%p), condition=%condition, body=%body
+}}
+"""
+    (found,) = collectives(text)
+    assert found.times == trips
