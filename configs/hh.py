@@ -16,6 +16,13 @@ epoch of all 160,800 pairs is 2,513 steps a stage. Departures: SFT is a mean ove
 a sum per sequence), and a pair that is still too long once its prompt is cut is dropped (theirs
 loses the end of its responses).
 
+For 8 H100, or v5e:4x4 with --config.max_buckets=1; the first command says memory and hours
+(docs/plans.md), the second one makes a Slurm job:
+
+    python scripts/plan.py --config=configs/hh.py --topology=h100:8
+    python scripts/launch.py slurm --config=configs/hh.py --workdir=runs/hh --nodes=1 \\
+        --gpus_per_node=8 --time=24:00:00
+
 The win rates of the paper's figure 3, from one command:
 
     python scripts/recipe.py --config=configs/hh.py:small --workdir=runs/hh_small \\

@@ -22,6 +22,13 @@ gradients and moments are 8.7 GiB in float32; PPO holds a policy and a value mod
 paper does not say how long its completions are, here they have 48 tokens each; SFT reads all
 training reviews, cut at 256 tokens; a tenth of them gives no prefix (`prefixes:` holds it out), and
 policies are judged on prefixes of test reviews.
+
+`paper` is for one H200. The first command says memory and hours of a run of DPO (docs/plans.md),
+the second one those of the whole frontier, and compiles every program for that:
+
+    python scripts/plan.py --config=configs/imdb.py:paper --config.stages=preference \\
+        --topology=h200:1
+    python scripts/frontier.py --config=configs/imdb.py:paper --dry_run --topology=h200:1
 """
 
 from ml_collections.config_dict import FieldReference

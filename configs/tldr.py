@@ -19,10 +19,13 @@ and a value model: mesh.fsdp spreads them over all devices. SFT and DPO alone, w
 settings:
 
     python scripts/train.py --config=configs/tldr.py --workdir=runs/tldr_sft
+
+For 8 H100, or v5e:4x4 with --config.max_buckets=1; the first command says memory and hours
+(docs/plans.md), the second one makes a Slurm job:
+
+    python scripts/plan.py --config=configs/tldr.py --topology=h100:8
     python scripts/launch.py slurm --config=configs/tldr.py --workdir=runs/tldr_sft --nodes=1 \\
         --gpus_per_node=8 --time=24:00:00
-
-Memory of a chip and time at the roofline, from compiled plans (docs/plans.md):
 
 `small` is for 2 CPU cores. FOLDER holds summarize-from-feedback/comparisons/*.json.gz (Stiennon et
 al. 2020), imdb/train.parquet and cnn-dailymail/*.jsonl.gz. A new model of 1.7M parameters with a

@@ -1,14 +1,17 @@
 """The plans of the shipped configs, with small models on eight CPU devices."""
 
+import ast
 import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks.plans import PAIRS
 from dpojax.config.files import read_config
 from dpojax.planning.chips import topology
 from dpojax.planning.plan import make_plan
@@ -77,3 +80,37 @@ def test_the_script_prints_the_plan_of_a_config_and_keeps_its_numbers(tmp_path):
     for program in stage["programs"]:
         assert program["memory"]["arguments"] > 0
         assert program["name"] in done.stdout
+
+
+FULL_SIZE = ("llama8b.py", "hh.py", "tldr.py", "imdb.py")
+
+
+def text_of(config):
+    source = (ROOT / "configs" / config).read_text()
+    return " ".join(ast.get_docstring(ast.parse(source)).split())
+
+
+@pytest.mark.parametrize("config", FULL_SIZE)
+def test_a_config_at_full_size_names_chips_and_the_commands_that_plan_and_launch_it(config):
+    text = text_of(config)
+    assert re.search(r"(v5e|v5p|v6e|h100|h200):\d", text)
+    assert re.search(r"scripts/(launch|frontier)\.py .*--config=configs/" + config, text)
+    assert "docs/plans.md" in text
+
+
+def test_numbers_of_a_compiled_plan_in_a_config_are_those_that_are_kept():
+    """As benchmarks/plans.py keeps them, and docs/plans.md has them."""
+    found = {}
+    for config in FULL_SIZE:
+        for said in re.findall(r"(\w+:[\dx]+): ([\d.]+) GiB, ([\d.]+) h, ", text_of(config)):
+            found[config, said[0]] = said[1:]
+    kept = {}
+    for pair in PAIRS:
+        config = pair.config.removeprefix("configs/").partition(":")[0]
+        if (config, pair.topology) in found:
+            stages = json.loads(pair.file.read_text())
+            memory = max(sum(p["memory"].values()) for stage in stages for p in stage["programs"])
+            hours = sum(stage["hours"] for stage in stages)
+            kept[config, pair.topology] = f"{memory / 2**30:.1f}", f"{hours:.2f}"
+    assert found == kept
+    assert ("llama8b.py", "h200:8") in found
