@@ -61,6 +61,7 @@ def small_run(tmp_path_factory):
     return printed.getvalue(), result
 
 
+@pytest.mark.slow
 def test_a_case_prints_its_row_and_writes_its_fields(small_run):
     printed, result = small_run
     assert {key for _, key, _, _ in COLUMNS} <= set(result)
@@ -115,6 +116,7 @@ def test_a_live_reference_costs_one_more_pass_forward(small_run):
     assert math.isclose(measured, expected, rel_tol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_sampler_is_timed_against_transformers_on_the_same_tokens(tmp_path, capsys):
     pytest.importorskip("torch", reason="the other side is torch")
     from benchmarks import sampler

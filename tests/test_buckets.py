@@ -146,6 +146,7 @@ def test_points_and_the_optimum_come_back_and_figures_are_drawn(folder):
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_trace_and_the_profile_are_uploaded(folder):
     spans = profile.Spans(folder)
     for _ in range(profile.TRACED.stop):

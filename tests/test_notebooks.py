@@ -48,6 +48,7 @@ def test_there_is_a_notebook():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_and_leaves_no_files(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -193,6 +193,7 @@ def test_a_response_ends_with_its_first_stop_token_and_zeros_follow(llama):
     assert not np.any([x.any() for x in dummy])
 
 
+@pytest.mark.slow
 def test_responses_that_go_on_without_those_that_stopped_draw_the_same(llama, monkeypatch):
     sampler, params, responses = llama
     stop = (int(responses[0][0].tokens[3]), int(responses[2][1].tokens[6]))
@@ -392,6 +393,7 @@ def run_script(script, *arguments):
     return exit_status(script.main)
 
 
+@pytest.mark.slow
 def test_the_script_prints_models_side_by_side(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     tokenizer = reviews.tokenizer()

@@ -150,6 +150,7 @@ def test_an_error_is_one_message_without_a_traceback(data, tokenizer, capsys, op
     assert captured.out == ""
 
 
+@pytest.mark.slow
 def test_a_chat_template_can_come_from_a_file(tmp_path, tokenizer, capsys):
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     data = tmp_path / "a.jsonl"

@@ -262,6 +262,7 @@ def test_contradictions_of_real_annotators_are_all_found(shared):
     assert counts["duplicate"] == len(claims) - len(set(claims)) > 50
 
 
+@pytest.mark.slow
 def test_texts_that_are_in_both_halves_of_imdb_are_found(shared):
     import pyarrow.parquet
 

@@ -18,6 +18,7 @@ def example(i):
 EXAMPLES = [example(i) for i in range(10)]
 
 
+@pytest.mark.slow
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 3), st.integers(0, 5))
 def test_every_epoch_visits_every_example_once(examples, batch_size, epochs, seed):
     steps = steps_in(examples, batch_size=batch_size, epochs=epochs)

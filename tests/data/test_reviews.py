@@ -166,6 +166,7 @@ def test_reviews_have_ten_to_sixty_words_and_rewards_of_every_kind():
     assert (counts > 250).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [reviews.texts, reviews.prompts, reviews.preferences])
 def test_a_stream_is_fixed_by_its_seed_and_grows_at_its_end(draw):
     few, many = draw("train", 100, 7), draw("train", 1500, 7)
@@ -175,6 +176,7 @@ def test_a_stream_is_fixed_by_its_seed_and_grows_at_its_end(draw):
     assert draw("eval", 100, 7) != few
 
 
+@pytest.mark.slow
 def test_no_review_is_in_both_splits_whatever_the_seeds():
     drawn = reviews.sample(np.random.default_rng(6), 40_000)
     assert len(set(drawn)) < len(drawn)  # Independent draws would meet.

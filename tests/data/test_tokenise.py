@@ -404,6 +404,7 @@ def assistant(text):
 CHAT = Record("f:1", (user("the cat"),), ((assistant("sat"),), (assistant("ate"),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_chat_template_gives_one_bos_and_one_eos(bos):
     tokenizer = byte_level(bos=bos, chat_template=TEMPLATE)

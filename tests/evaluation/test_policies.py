@@ -238,6 +238,7 @@ def test_rank_correlation_is_spearmans():
         assert correlation.low < correlation.value < correlation.high
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """Of normal variables, rho is 6 / pi arcsin(r / 2)."""
     rng, r, covered = np.random.default_rng(1), 0.6, 0

@@ -51,6 +51,7 @@ def test_jobs_run_beside_each_other_on_cores_of_their_own_and_after_what_they_ne
     assert "frontier 4/4 jobs" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "parts", "second"),
     [

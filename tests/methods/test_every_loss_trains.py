@@ -137,6 +137,7 @@ def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
     assert values[-1] < values[0] - 1e-3, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*COUPLED, "dpo", "plackett_luce", "tdpo", "ipo, WPO"])
 def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches, start, better):
     found = []

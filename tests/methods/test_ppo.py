@@ -376,6 +376,7 @@ def test_minibatches_share_the_rows_evenly_and_every_epoch_otherwise(given):
     assert len({tuple(epoch.ravel()) for epoch in order}) == 3
 
 
+@pytest.mark.slow
 def test_warm_up_trains_the_value_model_alone(given, update):
     state = new_state()
     hyper = HYPER | {"value_warmup": jnp.float32(1), "kl_horizon": jnp.float32(10.0)}
@@ -420,6 +421,7 @@ def test_a_value_model_starts_as_the_policys_trunk_and_says_zero(given):
     assert not np.any(VALUE.scores(value, hidden))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [0.01, 20.0])
 def test_the_reward_rises_unless_the_kl_costs_too_much(given, update, coefficient):
     """The reward is the share of one token in the 8 that a response may have."""

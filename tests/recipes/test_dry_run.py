@@ -68,6 +68,7 @@ def test_the_small_programs_are_built_from_shapes(name, shared):
     assert jobs[-1].startswith("report: python -m dpojax.recipes.report ")
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_says_how_long_each_run_is(tmp_path, comparisons):
     config = small_config(comparisons)
     lines = [*dry_run(config, small_recipe(config), tmp_path / "none")]
@@ -76,6 +77,7 @@ def test_a_dry_run_writes_nothing_and_says_how_long_each_run_is(tmp_path, compar
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_config_without_a_recipe_is_told_in_a_sentence(tmp_path):
     path = str(ROOT / "configs" / "reviews.py")
     with pytest.raises(ConfigError, match=r"reviews\.py: has no function recipe\(config\)"):

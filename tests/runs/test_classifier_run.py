@@ -71,6 +71,7 @@ def trained(tmp_path_factory):
     return folder / "run", export(str(folder / "run"), str(folder / "exported"))
 
 
+@pytest.mark.slow
 def test_it_learns_the_labels_and_says_how_often_it_is_right(trained):
     workdir, _ = trained
     losses = [line["loss"] for line in lines(workdir, "classifier") if line["split"] == "train"]
@@ -88,12 +89,14 @@ def test_it_learns_the_labels_and_says_how_often_it_is_right(trained):
     assert before["cross_entropy"] == pytest.approx(np.log(2), abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_command_names_what_loads_the_folder(trained, tmp_path, capsys):
     main([f"--workdir={trained[0]}", f"--out={tmp_path / 'out'}"])
     loader = "transformers.AutoModelForSequenceClassification.from_pretrained"
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}: load it with {loader}\n")
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_exported_folder_the_probability_that_the_reward_gives(trained):
     torch = pytest.importorskip("torch", reason="the expected values come from torch")
     import transformers

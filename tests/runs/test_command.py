@@ -108,6 +108,7 @@ def test_a_second_ctrl_c_ends_at_once_and_one_that_a_launcher_repeats_does_not()
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_failed_command_does_not_wait_for_threads_of_libraries():
     began = time.monotonic()
     process = start(FAIL)

@@ -212,6 +212,7 @@ def test_a_damaged_reference_is_made_again_where_the_stage_before_is_there(tmp_p
         assert not list((tmp_path / "preference" / "reference").glob("*.damaged"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(
     finished, tmp_path, caplog
 ):

@@ -41,6 +41,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_that_fits_a_terminal_and_names_its_files(folder):
     done = judge(
         "--a=a policy with quite a long name=bad.jsonl",

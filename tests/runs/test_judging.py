@@ -208,6 +208,7 @@ def sampled(policy, out, **changes):
     return Settings(**values | changes)
 
 
+@pytest.mark.slow
 def test_each_temperature_and_n_of_best_of_n_is_a_row(policy, tmp_path, loads):
     changes = {"best_of": (1, 3), "best_of_reward": "reviews"}
     result = judging.judge(sampled(policy, tmp_path, **changes))

@@ -146,6 +146,7 @@ def assert_same(ours, theirs, **tolerance):
 EXACTLY = {"rtol": 0, "atol": 0}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapters_and_their_moments_alone(finished):
     state = saved_state(finished.stage)
     adapters = flat(state.params)
@@ -156,6 +157,7 @@ def test_a_checkpoint_holds_the_adapters_and_their_moments_alone(finished):
     assert all(np.abs(x).max() > 0 for x in adapters.values())
 
 
+@pytest.mark.slow
 def test_adapters_and_base_lie_over_the_mesh(finished):
     adapters = saved_state(finished.stage).params["blocks"]["mlp"]["up"]["kernel"]
     merged = finished.params["blocks"]["mlp"]["up"]["kernel"]
@@ -167,6 +169,7 @@ def test_adapters_and_base_lie_over_the_mesh(finished):
     assert parts(adapters["b"]) == [1, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_base_is_the_reference_and_stays_as_it_was_in_memory_and_on_disk(
     finished, model_folder
 ):
@@ -176,6 +179,7 @@ def test_the_base_is_the_reference_and_stays_as_it_was_in_memory_and_on_disk(
     assert_same(flat(finished.start), flat(base_params), **EXACTLY)
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing_at_all(finished):
     identity, first = lines(finished.folder, "preference")[:2]
     assert identity["drift/reference_identity"] == 0
@@ -183,6 +187,7 @@ def test_new_adapters_change_nothing_at_all(finished):
     assert (first["rewards/margins"], first["kl/per_token"], first["displacement"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_stage_with_adapters_falls(finished):
     losses = [
         line["loss"] for line in lines(finished.folder, "preference") if line["split"] == "train"
@@ -191,6 +196,7 @@ def test_the_loss_of_a_stage_with_adapters_falls(finished):
     assert losses[-1] < 0.65
 
 
+@pytest.mark.slow
 def test_what_a_stage_returns_is_the_base_plus_the_product_of_the_adapters(finished):
     expected = merged_in_numpy(finished.start, saved_state(finished.stage).params)
     assert_same(flat(finished.params), expected, rtol=1e-6, atol=1e-7)
@@ -198,6 +204,7 @@ def test_what_a_stage_returns_is_the_base_plus_the_product_of_the_adapters(finis
     assert_same(flat(again), flat(finished.params), **EXACTLY)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path):
     stage = moved(finished.stage, tmp_path / "run")
     with pytest.raises(Preempted, match="stopped at step 3 of 6, saved"):
@@ -223,6 +230,7 @@ def damage(folder):
     largest.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_base_is_made_again_of_the_weights_it_came_from_and_of_no_others(
     finished, tmp_path, caplog
 ):
@@ -240,6 +248,7 @@ def test_a_damaged_base_is_made_again_of_the_weights_it_came_from_and_of_no_othe
     assert_same(flat(stage.trained_params()), flat(finished.params), **EXACTLY)
 
 
+@pytest.mark.slow
 def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached_one(
     finished, tmp_path
 ):
@@ -257,6 +266,7 @@ def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached
     assert not (tmp_path / "run").exists()  # no weights are kept a second time
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_folder, tmp_path):
     """TDPO compares whole distributions, in the step, with the base."""
     changes = {
@@ -279,6 +289,7 @@ def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_f
         assert stage.open_reference(None, base, stop, writing).params is base
 
 
+@pytest.mark.slow
 def test_an_sft_stage_keeps_its_base_resumes_from_it_and_hands_on_merged_weights(
     model_folder, tmp_path
 ):
@@ -295,6 +306,7 @@ def test_an_sft_stage_keeps_its_base_resumes_from_it_and_hands_on_merged_weights
     assert any(np.abs(expected[path] - x).max() > 0 for path, x in flat(start).items())
 
 
+@pytest.mark.slow
 def test_an_exported_model_holds_the_merged_weights(finished, tmp_path):
     folder = export(str(finished.folder), str(tmp_path / "merged"), step=4)
     _, params, _ = huggingface.load(folder)
@@ -302,6 +314,7 @@ def test_an_exported_model_holds_the_merged_weights(finished, tmp_path):
     assert_same(flat(params), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_exported_adapters_give_the_merged_models_logits_in_peft(finished, model_folder, tmp_path):
     torch = pytest.importorskip("torch", reason="transformers builds its models with torch")
     peft = pytest.importorskip("peft", reason="the adapters are applied by peft")
@@ -322,6 +335,7 @@ def test_exported_adapters_give_the_merged_models_logits_in_peft(finished, model
     assert np.abs(without - whole).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_the_adapters_of_a_folder_of_pefts(finished, tmp_path):
     folder = export(str(finished.folder), str(tmp_path / "adapters"), adapters=True)
     stage = moved(finished.stage, tmp_path / "run", **{"preference.lora.adapters": str(folder)})

@@ -116,6 +116,7 @@ def saved_state(stage, workdir, step=None):
         return saved.restore(stage.abstract_state(), step=step)[0]
 
 
+@pytest.mark.slow
 def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(finished):
     workdir, calls = finished
     prompts = reviews.prompts("train", 16, seed=0)
@@ -127,6 +128,7 @@ def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(f
     np.testing.assert_allclose(logged, [scores.mean() for _, scores in calls], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_at_the_start_the_policy_is_the_reference_and_then_it_leaves(finished):
     first, *others = split(finished[0], "train")
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -136,6 +138,7 @@ def test_at_the_start_the_policy_is_the_reference_and_then_it_leaves(finished):
     assert end["samples/kl_of_tokens"] > 0.01
 
 
+@pytest.mark.slow
 def test_the_learning_rate_falls_along_a_line_and_the_coefficient_follows_the_kl(finished):
     train = split(finished[0], "train")
     rates = [line["learning_rate"] for line in train]
@@ -147,6 +150,7 @@ def test_the_learning_rate_falls_along_a_line_and_the_coefficient_follows_the_kl
         coefficient *= 1 + error * RESPONSES / HORIZON
 
 
+@pytest.mark.slow
 def test_the_summary_compares_reward_and_kl_before_and_after(finished):
     workdir = finished[0]
     summary = json.loads((workdir / "finished.json").read_text())["ppo"]["values"]
@@ -161,6 +165,7 @@ def test_the_summary_compares_reward_and_kl_before_and_after(finished):
     assert (workdir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(stage, train, finished, stopped, tmp_path):
     workdir = tmp_path / "resumed"
     shutil.copytree(stopped, workdir)
@@ -176,6 +181,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stage, train, finished, stopped,
     assert values(workdir) == values(finished[0])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
     stage, train, stopped, tmp_path
 ):
@@ -190,6 +196,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
@@ -211,6 +218,7 @@ def test_a_reward_that_cannot_be_used_ends_the_run_and_keeps_its_state(
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_export_is_the_policy(stage, finished, tmp_path):
     folder = export(str(finished[0]), str(tmp_path / "exported"), stage="ppo")
     config, params, _ = huggingface.load(str(folder))

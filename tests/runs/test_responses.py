@@ -63,6 +63,7 @@ def lines(drawer):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_response_depends_on_its_prompt_and_not_on_the_batch(policy, drawn, tmp_path):
     expected = {p.text: of_prompt for p, of_prompt in zip(PROMPTS, drawn)}
     for number, (prompts, batch_size) in enumerate([(PROMPTS[::-1], 8), (PROMPTS[3:6], 1)]):
@@ -121,6 +122,7 @@ def test_each_setting_has_responses_of_its_own(drawer, drawn, change):
     assert len(list(drawer.folder.glob(f"*/{FILE}"))) == 2
 
 
+@pytest.mark.slow
 def test_another_policy_does_not_read_the_responses(drawer, drawn, tmp_path):
     drawer.draw(PROMPTS, DRAWING)
     other = load_policy(save_model(tmp_path / "other", seed=1))

@@ -102,6 +102,7 @@ def test_a_local_lock_ends_with_its_process(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_buckets_lock_is_waited_for_until_its_holder_is_stale(
     bucket,
     quick_locks,
@@ -136,6 +137,7 @@ def test_a_buckets_lock_that_was_stale_before_is_taken_over_at_once(
         pass
 
 
+@pytest.mark.slow
 def test_of_two_that_wait_for_a_dead_holder_one_takes_over_and_the_other_is_told(
     bucket,
     quick_locks,

@@ -286,6 +286,7 @@ with Checkpoints(sys.argv[1], max_checkpoints=1) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_an_error_and_the_last_good_checkpoint_stays(tmp_path):
     process = child(BIG + FULL, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=120)
@@ -309,6 +310,7 @@ with Checkpoints(sys.argv[1], max_checkpoints=1) as checkpoints:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.03, 0.2, 0.33])
 def test_a_process_killed_while_saving_leaves_a_complete_checkpoint(tmp_path, delay):
     process = child(BIG + KILLED, tmp_path, stdout=subprocess.PIPE)
@@ -354,6 +356,7 @@ with Checkpoints(folder, max_checkpoints=1) as checkpoints:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["tmp_path", "bucket"])
 def test_two_processes_write_one_checkpoint_that_one_process_reads(place, request):
     folder = request.getfixturevalue(place)

@@ -75,6 +75,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_each_file_of_a_checkpoint_that_is_missing_is_noticed(folder, caplog):
     """All files but one: what a removal that was killed leaves."""
     for index in range(len(files_of(folder / "3"))):
@@ -232,6 +233,7 @@ def test_checkpoints_of_an_older_version_are_told_from_damaged_ones_and_left_alo
     assert files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_a_kept_tree_with_a_flipped_bit_is_refused_and_written_again_by_who_has_it(tmp_path):
     folder, rng = tmp_path / "dpo" / "reference", np.random.default_rng(2)
     save_tree(folder, state(5), {"fingerprint": "five"})

@@ -22,6 +22,7 @@ def adapters(params):
     return lora.init(jax.random.key(0), params, CONFIG)
 
 
+@pytest.mark.slow
 def test_the_live_reference_of_adapters_is_their_base_unless_another_is_named(
     model, params, reference_params, part, adapters
 ):
@@ -34,6 +35,7 @@ def test_the_live_reference_of_adapters_is_their_base_unless_another_is_named(
     assert jnp.all(of_other[scored] > 1e-4)
 
 
+@pytest.mark.slow
 def test_scores_have_the_kl_of_a_named_reference_alone(model, params, reference_params, rows):
     score = build_score(model)
     assert score(params, rows).kl is None

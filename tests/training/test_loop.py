@@ -164,6 +164,7 @@ def test_the_first_of_the_best_evaluations_is_kept_beside_the_newest(run_loop, t
     np.testing.assert_allclose(found, params, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_keeps_the_same_best(run_loop, tmp_path):
     whole = run_loop(tmp_path / "whole")
     kept = load_params(tmp_path / "whole" / "checkpoints", SHAPE, 4)
@@ -199,6 +200,7 @@ def test_a_lower_loss_after_the_wait_is_kept_where_patience_is_longer(run_loop, 
     assert best(tmp_path / "checkpoints") == (-0.2, 10)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_or_after_any_evaluation_stops_at_the_same_step(
     run_loop, killed_after_an_evaluation, tmp_path
 ):

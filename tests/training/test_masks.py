@@ -55,6 +55,7 @@ def separate_sums(model, params, examples):
     return np.asarray((logprobs.reshape(weight.shape) * weight).sum(-1)), weight
 
 
+@pytest.mark.slow
 def test_packed_rows_with_masks_equal_separate_sequences_with_masks(
     model, score, objective, params, reference_params, masked, hyper
 ):

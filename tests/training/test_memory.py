@@ -59,14 +59,18 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
     [
         {},
         {"remat": "full"},
-        {"length": 256},
-        {"micro_batches": 3},
+        pytest.param({"length": 256}, marks=pytest.mark.slow),
+        pytest.param({"micro_batches": 3}, marks=pytest.mark.slow),
         {"family": LLAMA},
-        {"vocabulary": 32768, "max_logits": 2**22},
-        {"vocabulary": 32768, "mesh": (1, 1, 4)},
+        pytest.param({"vocabulary": 32768, "max_logits": 2**22}, marks=pytest.mark.slow),
+        pytest.param({"vocabulary": 32768, "mesh": (1, 1, 4)}, marks=pytest.mark.slow),
         {"vocabulary": 32767, "mesh": (1, 1, 4)},
-        {"vocabulary": 32768, "mesh": (2, 1, 2), "max_logits": 2**23},
-        {"vocabulary": 32768, "mesh": (1, 2, 2), "max_logits": 2**23},
+        pytest.param(
+            {"vocabulary": 32768, "mesh": (2, 1, 2), "max_logits": 2**23}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"vocabulary": 32768, "mesh": (1, 2, 2), "max_logits": 2**23}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -145,7 +145,7 @@ def outputs_after_signal(receiver, script, *arguments, number=signal.SIGTERM):
     ("receiver", "line", "number"),
     [
         (0, "stands", signal.SIGTERM),
-        (1, "stands", signal.SIGINT),
+        pytest.param(1, "stands", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(0, "none", signal.SIGHUP, marks=pytest.mark.slow),
         pytest.param(1, "none", signal.SIGTERM, marks=pytest.mark.slow),
     ],

@@ -122,7 +122,13 @@ FINE = Costs(overhead=0, step=4)  # shorter micro-batches wherever something fit
 
 
 @pytest.mark.parametrize(
-    ("micro_rows", "costs"), [(2, USUAL), (1, FINE), (3, FINE)], ids=["2", "1 fine", "3 fine"]
+    ("micro_rows", "costs"),
+    [
+        (2, USUAL),
+        pytest.param(1, FINE, marks=pytest.mark.slow),
+        pytest.param(3, FINE, marks=pytest.mark.slow),
+    ],
+    ids=["2", "1 fine", "3 fine"],
 )
 def test_micro_batches_equal_one_batch(micro_rows, costs, step, start, pairs, rows, hyper, stepped):
     from dpojax.training.reference import Store

@@ -167,6 +167,7 @@ def test_members_end_and_fail_alone(train, tmp_path):
     assert metrics(tmp_path / "long", "eval") == {0: 0.0, 3: 6.0, 6: 21.0}
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_goes_on_with_what_had_ended_and_failed(train, tmp_path):
     train(tmp_path / "whole")
     for stop_after in (1, 3, 5):

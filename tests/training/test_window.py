@@ -76,6 +76,7 @@ def train(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_stopping_between_two_lines_changes_neither(train, tmp_path):
     tokens = {4: 1 + 2 + 3 + 4, 8: 5 + 6 + 7 + 8, 11: 9 + 10 + 11}
     loss = {4: 4 / 10, 8: 4 / 26, 11: 3 / 30}

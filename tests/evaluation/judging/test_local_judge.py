@@ -110,6 +110,7 @@ def test_log_probs_of_the_answers_are_those_of_torch(tmp_path, model_type):
     assert not judge.is_symmetric
 
 
+@pytest.mark.slow
 def test_a_chat_template_writes_the_prompt_and_opens_the_answer(tmp_path):
     judge = open_local(folder_with(tmp_path, letters(CHAT)), SHORT, batch_size=2)
     texts = [f"<s><u>{SHORT.fill(q)}<e><a>{BEFORE_ANSWER}" for q in QUESTIONS]
