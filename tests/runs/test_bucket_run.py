@@ -3,7 +3,10 @@
 The bucket is that of an emulator, which speaks the protocol of Google Cloud Storage.
 """
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,3 +116,30 @@ def test_a_frontier_goes_to_the_bucket_and_makes_no_folder_of_that_name(folder, 
     assert not list(tmp_path.glob("gs:*"))
     shutil.rmtree(tmp_path / "mirror")  # mirrors may go at any time
     assert results.collect(made)[0]
+
+
+HITS = """
+import jax
+import jax.numpy as jnp
+
+hits = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
+)
+jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((8, 8))).block_until_ready()
+print(len(hits))
+"""
+
+
+def test_programs_that_jax_keeps_on_a_bucket_are_read_by_another_process(folder):
+    place = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    least = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    hits = []
+    for _ in range(2):
+        command = [sys.executable, "-W", "error", "-c", HITS]
+        environment = os.environ | place | least
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stderr
+        hits.append(int(ended.stdout))
+    assert hits[0] == 0
+    assert hits[1] > 0
