@@ -19,8 +19,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything."
 
 def main() -> None:
     from dpojax.runs.run import run
+    from dpojax.training.goodput import process_age
 
-    run(CONFIG.value, WORKDIR.value)
+    run(CONFIG.value, WORKDIR.value, age=process_age())
 
 
 if __name__ == "__main__":

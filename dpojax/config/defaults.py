@@ -65,6 +65,9 @@ def default_config() -> ConfigDict:
     config.checkpoint_every = 100
     config.max_checkpoints = 2  # how many checkpoints of a stage stay on disk
     config.tensorboard = True
+    # Also write metrics under the names of these programs: trl, maxtext, or "trl,maxtext"
+    # (docs/training.md). "" writes our own names alone.
+    config.metric_names = ""
     return config.lock()
 
 

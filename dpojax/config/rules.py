@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data.records import FORMS, DataError, read_columns
-from dpojax.training import keep_best, stop_at
+from dpojax.training import keep_best, metric_names, stop_at
 from dpojax.training.objective import OptionError
 from dpojax.training.state import make_optimizer, make_schedule
 
@@ -67,6 +67,14 @@ def _is_mapping(columns: str) -> bool:
     return True
 
 
+def _are_programs(names: str) -> bool:
+    try:
+        metric_names.parse_programs(names)
+    except ValueError:
+        return False
+    return True
+
+
 LARGEST_INTEGER = 2**31 - 1  # steps, seeds and ids are int32 on the devices
 BEYOND_INT32 = ("max_logits",)  # counted on the host alone
 DEFAULT_WARMUP = 20  # steps, where a stage sets neither warmup_steps nor warmup_ratio
@@ -84,6 +92,11 @@ SHARED_RULES = (
     at_least("checkpoint_every", 0, "0 (only at the end) or more steps"),
     at_least("hang_minutes", 0, "0 (never) or more minutes"),
     between("exit_code_when_stopped", 1, 255),
+    Rule(
+        "metric_names",
+        _are_programs,
+        f"names of {', '.join(metric_names.PROGRAMS)} with commas between, or nothing",
+    ),
     at_least("max_checkpoints", 1, "1 or more checkpoints"),
     at_least("plan.examples", 0, "0 (not known) or more examples"),
     at_least("plan.prompt", 0, "0 (not known) or more tokens"),

@@ -31,7 +31,7 @@ HASHED_AGAIN = (
 SAME_RESULT = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "tensorboard")
 SAME_RESULT += ("model.remat", "check_memory", "profile", "token_cache", "compilation_cache")
 SAME_RESULT += ("num_proc", "hang_minutes", "preference.reference.cache", "plan")
-SAME_RESULT += ("exit_code_when_stopped", "numerics")
+SAME_RESULT += ("exit_code_when_stopped", "numerics", "metric_names")
 # And these, which change the order of sums: its result stays the same to rounding.
 SAME_TO_ROUNDING = ("distributed", "mesh", "micro_rows", "max_buckets", "row_length", "max_logits")
 SAME_TO_ROUNDING += ("model.attention", "sweep")

@@ -80,6 +80,11 @@ def choose(
     return KERNELS[chosen]
 
 
+def name_of(kernel: Kernel) -> str:
+    """The name of a kernel in KERNELS."""
+    return next(name for name, other in KERNELS.items() if other is kernel)
+
+
 def obstacle(name: str, config: DecoderConfig, dtype, device, *, vmapped: bool = False) -> str:
     """Say why the kernel does not support this model on this device; empty if it does."""
     if name == "splash" and device.platform != "tpu":

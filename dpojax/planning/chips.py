@@ -1,8 +1,7 @@
-"""The chips that plans are made for: their peaks, from their makers' pages, and their devices."""
+"""The chips that plans are made for, as devices that need not be there."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
@@ -12,57 +11,12 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from dpojax.chips import CHIPS, Chip
 from dpojax.config.errors import ConfigError
 from dpojax.planning import gpu_target
 from dpojax.tpu_flags import use_tpu_flags
 
-GOOGLE = "https://docs.cloud.google.com/tpu/docs/"
-NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 HOST_CPUS = "cpu"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Peaks of one chip.
-
-    Attributes:
-      name: as `--topology` names it.
-      kind: as JAX names the device.
-      platform: of JAX.
-      flops: bfloat16 FLOP/s of matrix products, dense.
-      float32_flops: those of float32 numbers at XLA's default precision: a TPU rounds them to
-        bfloat16, a GPU to TF32, at half of the speed.
-      memory: bytes of its HBM.
-      bandwidth: bytes/s of its HBM.
-      link: bytes/s that it sends in a ring of chips. A TPU has two ports on each axis of the torus,
-        one for each direction; both send. A GPU has NVLink.
-      source: the page that gives these numbers.
-    """
-
-    name: str
-    kind: str
-    platform: str
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-    source: str
-
-    @property
-    def float32_flops(self) -> float:
-        return self.flops if self.platform == "tpu" else self.flops / 2
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v5e", "TPU v5 lite", "tpu", 197e12, 16e9, 819e9, 100e9, GOOGLE + "v5e"),
-        Chip("v5p", "TPU v5", "tpu", 459e12, 95e9, 2765e9, 200e9, GOOGLE + "v5p"),
-        Chip("v6e", "TPU v6 lite", "tpu", 918e12, 32e9, 1638e9, 200e9, GOOGLE + "v6e"),
-        Chip("h100", "NVIDIA H100", "gpu", 989e12, 80e9, 3350e9, 450e9, NVIDIA + "h100/"),
-        Chip("h200", "NVIDIA H200", "gpu", 989e12, 141e9, 4800e9, 450e9, NVIDIA + "h200/"),
-    )
-}
 
 
 class TopologyError(ConfigError):
@@ -101,14 +55,6 @@ def topology(name: str) -> Topology:
     chip = CHIPS[chip_name]
     make = _tpu_devices if chip.platform == "tpu" else _gpu_devices
     return Topology(name, chip, make(chip, shape, count))
-
-
-def chip_of(device: jax.Device) -> Chip | None:
-    """What is known of a device; None where its kind is not in the table."""
-    for chip in CHIPS.values():
-        if device.device_kind.startswith(chip.kind) and device.platform == chip.platform:
-            return chip
-    return None
 
 
 def _host_devices(count: int) -> Sequence[jax.Device]:

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from dpojax.chips import Chip
 from dpojax.planning import hlo
-from dpojax.planning.chips import Chip
 from dpojax.planning.hlo import Instruction, Program
 
 # What costs nothing: names for bytes that are there already.

@@ -26,12 +26,15 @@ from dpojax.config.saved import (
 from dpojax.runs.base_files import keep_base_files
 from dpojax.runs.certificate import require_certified
 from dpojax.runs.command import run_command
+from dpojax.runs.machine import machine_of, machine_text
 from dpojax.runs.workdirs import FINISHED, require_writable, workdir_lock, write_failure
 from dpojax.stages import kept_weights
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup
 from dpojax.stages.stage import Stage, Summary, require_memory
+from dpojax.training import goodput
 from dpojax.training.compilation_cache import shared_programs
+from dpojax.training.goodput import process_age
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.metrics import read_metrics
 from dpojax.training.preemption import StopSignal
@@ -40,20 +43,23 @@ from dpojax.watchdog import watching
 CURVES = "training_curves.png"
 
 
-def run(config: ConfigDict, workdir: str | storage.Path) -> None:
+def run(config: ConfigDict, workdir: str | storage.Path, *, age: float = 0.0) -> None:
     """Train the stages that `config` names, print and save what came of them.
 
     The same call in the same workdir resumes. A finished run only prints its summary again.
+
+    Args:
+      age: seconds that the process has needed until now for this run, such as for its imports.
 
     Raises:
       ConfigError, DataError: before anything is trained; no checkpoint is changed.
       Preempted: asked to stop (SIGTERM, SIGINT, SIGHUP), once the state is saved.
       NonFiniteLoss, ReferenceMismatch, CheckpointError, RewardError: while it trains.
     """
-    run_resolved(resolve(config, workdir))
+    run_resolved(resolve(config, workdir), age)
 
 
-def run_resolved(resolved: ResolvedRun) -> None:
+def run_resolved(resolved: ResolvedRun, age: float = 0.0) -> None:
     """`run`, of a config that is resolved already."""
     stopping.use_stop_code(resolved.config.exit_code_when_stopped)
     if resolved.config.distributed:
@@ -64,12 +70,13 @@ def run_resolved(resolved: ResolvedRun) -> None:
         with (
             shared_programs(resolved.config.compilation_cache),
             watching(resolved.config.hang_minutes),
+            goodput.recording(age) as record,
         ):
-            _run(resolved)
+            _run(resolved, record)
     _show(resolved.workdir)
 
 
-def _run(resolved: ResolvedRun) -> None:
+def _run(resolved: ResolvedRun, record: goodput.Record) -> None:
     require_certified(resolved)
     setup = prepare_setup(resolved)
     opened = [open_stage(setup, name) for name in resolved.config.stages]
@@ -78,16 +85,19 @@ def _run(resolved: ResolvedRun) -> None:
         require_memory(stage)
     with workdir_lock(resolved.workdir), jax.set_mesh(setup.mesh), StopSignal() as stop:
         write_or_compare_config(resolved)  # another run may have begun here meanwhile
+        record.open(resolved.workdir, machine_of(setup))
         keep_base_files(setup)
         announce(stages)
         finished = train_in_turn(stages, partial(initial_params, setup), stop)
-        finish(stages[-1], stages[-1].summarise(finished()))
+        with goodput.spending(goodput.EVALUATION):
+            finish(stages[-1], stages[-1].summarise(finished()))
 
 
 def announce(stages: Sequence[Stage]) -> None:
     """Say what every stage is about to do, and keep the reports on its data."""
 
     def say() -> None:
+        print(machine_text(machine_of(stages[-1].setup)), flush=True)
         if warning := code_changed(stages[0].setup.workdir):
             print(f"\n{warning}", flush=True)
         if warning := random_start(stages[0]):
@@ -145,11 +155,13 @@ def finish(stage: Stage, summary: Summary | None) -> None:
 
 
 def _show(workdir: storage.Path) -> None:
-    """Print what a finished run found, and where its figure is."""
+    """Print what a finished run found, where its figure is, and where its time went."""
     if jax.process_index() == 0:
         for summary in sorted(workdir.glob("*/summary.txt")):
             print(f"\n{storage.read_text(summary)}")
         print(f"curves: {workdir / CURVES}")
+        if text := goodput.describe(goodput.read(workdir)):
+            print(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -165,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = parse_config_words(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words.rest)
     try:
-        run(words.value, options.workdir)
+        run(words.value, options.workdir, age=process_age() if arguments is None else 0.0)
     except NonFiniteLoss as error:
         if options.failure_file:
             write_failure(storage.as_path(options.failure_file), str(error))

@@ -20,7 +20,7 @@ from dpojax.stages.kept_weights import FINGERPRINT
 from dpojax.stages.ppo_setup import PPOSetup
 from dpojax.stages.samples import append_samples, open_judged_samples
 from dpojax.stages.stage import announce_kept, open_metrics
-from dpojax.training import checkpoints
+from dpojax.training import checkpoints, goodput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST
 from dpojax.training.loop import WINDOW, Every, NonFiniteLoss, say_reached
@@ -57,7 +57,8 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
             state, _ = saved.restore(stage.abstract_state())
         with open_metrics(stage, done) as writer:
             reference = stage.reference_params()
-            with stop.steps():
+            goodput.goes_on(stage.name, done or 0)
+            with stop.steps(), goodput.spending(goodput.STEP):
                 finished = _iterate(stage, state, reference, saved, writer, stop)
         if stage.config.keep_best:
             announce_kept(stage)
@@ -77,8 +78,8 @@ def _iterate(
     config, steps = stage.setup.config, stage.steps
     every = Every(config.log_every, config.evaluate_every, config.checkpoint_every)
     window, clocks, done = Window(), [], int(state.iteration)
-    score, reward_name = stage.programs.score, stage.evaluation_reward
-    sample = open_judged_samples(stage.setup, reference, score, reward_name=reward_name)
+    reward = stage.evaluation_reward
+    sample = open_judged_samples(stage.setup, reference, stage.programs.score, reward_name=reward)
     keep, stop_at, ended = new_keep_best(stage.config), new_stop_at(stage.config), False
     followed = {key: x for key, x in ((KEEP_BEST, keep), (STOP_AT, stop_at)) if x is not None}
     if done:
@@ -88,7 +89,8 @@ def _iterate(
 
     def evaluate() -> bool:
         """Log an evaluation; return whether it is the best so far."""
-        values = _log_evaluation(stage, sample(state.policy.params), done, writer)
+        with goodput.spending(goodput.EVALUATION):
+            values = _log_evaluation(stage, sample(state.policy.params), done, writer)
         if stop_at is not None and stop_at.add(done, values):
             say_reached(stage.name, stop_at, steps)
         return keep is not None and keep.add(done, values)
@@ -108,7 +110,7 @@ def _iterate(
             is_best = evaluating and evaluate()
             ended = any(metric.stopped_at == done for metric in followed.values())
             if log or ended:
-                values = window.flush() | _pace(clocks)
+                values = window.flush() | _pace(clocks) | goodput.metrics()
                 writer.write(done, values)
                 bar.set_postfix_str(
                     f"reward {values['objective/scores']:.3f}, kl {values['objective/kl']:.2f}"
@@ -117,12 +119,26 @@ def _iterate(
                 metadata = {key: metric.state() for key, metric in followed.items()}
                 metadata |= {"stage": stage.name, WINDOW: window.state()}
                 writer.sync()
-                saved.save(done, state, metadata=metadata, score=keep.score if is_best else None)
+                _save(stage, saved, done, state, metadata, keep.score if is_best else None)
             if stopping and done < steps and not ended:
                 saved.wait()
                 raise Preempted(f"{stage.name}: stopped at iteration {done} of {steps}, saved")
     saved.wait()
     return state
+
+
+def _save(
+    stage: PPOSetup,
+    saved: Checkpoints,
+    done: int,
+    state: PPOState,
+    metadata: dict,
+    score: float | None,
+) -> None:
+    """Save the state after `done` iterations; `score` is that of the best ones."""
+    with goodput.spending(goodput.CHECKPOINT):
+        saved.save(done, state, metadata=metadata, score=score)
+    goodput.saved(stage.name, done)
 
 
 def _log_evaluation(

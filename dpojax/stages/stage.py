@@ -37,6 +37,7 @@ from dpojax.stages.tokenizers import read_generation_config
 from dpojax.training import checkpoints
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.memory import Footprint, gib, limit_bytes
+from dpojax.training.metric_names import parse_programs
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.preemption import StopSignal
 
@@ -292,6 +293,7 @@ def open_metrics(stage: Stage, done: int | None) -> MetricWriter:
         stage.folder,
         tensorboard=stage.setup.config.tensorboard,
         resume_step=-1 if done is None else done,
+        names=parse_programs(stage.setup.config.metric_names),
     )
 
 

@@ -48,7 +48,7 @@ from dpojax.training.state import (
     warmup_steps,
 )
 from dpojax.training.step import build_step
-from dpojax.training.throughput import flops_of_batch, peak_flops
+from dpojax.training.throughput import flops_of_batch, makers_peak, peak_flops
 from dpojax.training.vectorised_step import MakeStep
 
 
@@ -357,6 +357,8 @@ def _train_loop(
         stop=stop,
         keep_best=new_keep_best(stage.config),
         stop_at=new_stop_at(stage.config),
+        devices=setup.mesh.size,
+        peak=makers_peak(setup.mesh),
         spans=Spans(stage.folder if config.profile else None),
     )
 

@@ -24,6 +24,7 @@ from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import compare_config, config_from_json, write_or_compare_config
 from dpojax.runs.base_files import keep_base_files
 from dpojax.runs.command import run_command
+from dpojax.runs.machine import machine_of
 from dpojax.runs.run import announce, finish, train_in_turn
 from dpojax.runs.workdirs import (
     FAILED,
@@ -45,6 +46,7 @@ from dpojax.stages.train import Evaluator, frozen_weights, open_evaluator
 from dpojax.sweeps.layout import begun_layout, group_folder, mesh_with_members
 from dpojax.sweeps.members import same_program
 from dpojax.sweeps.program import MemberProgram
+from dpojax.training import goodput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.preemption import StopSignal
@@ -60,7 +62,9 @@ from dpojax.training.vectorised_loop import (
 from dpojax.watchdog import watching
 
 
-def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, str]:
+def train_group(
+    runs: Sequence[ResolvedRun], folder: storage.Path, age: float = 0.0
+) -> dict[str, str]:
     """Train every run that is not finished; the same call goes on where it was stopped.
 
     Stages before the last are trained once, in the first workdir, and given to the others.
@@ -68,6 +72,7 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
     Args:
       runs: such that `same_program` puts them together.
       folder: for the checkpoints of all of them while they train.
+      age: seconds that the process has needed until now for these runs.
 
     Returns:
       why runs failed, by the names of their workdirs; the others are finished.
@@ -80,15 +85,17 @@ def train_group(runs: Sequence[ResolvedRun], folder: storage.Path) -> dict[str, 
     stopping.use_stop_code(runs[0].config.exit_code_when_stopped)
     workdirs = [run.workdir for run in runs]
     if not all(map(has_ended, workdirs)):
-        with watching(runs[0].config.hang_minutes):
-            _train(runs, folder)
+        with watching(runs[0].config.hang_minutes), goodput.recording(age) as record:
+            _train(runs, folder, record)
+        if jax.process_index() == 0 and (text := goodput.describe(goodput.read(workdirs[0]))):
+            print(text, flush=True)
     sharding.agreed(True)  # what the first process wrote is there, and nobody reads checkpoints
     if jax.process_index() == 0:
         storage.remove_folder(group_folder(workdirs, folder))
     return {path.name: why for path in workdirs if (why := failure_of(path))}
 
 
-def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
+def _train(runs: Sequence[ResolvedRun], folder: storage.Path, record: goodput.Record) -> None:
     """Train all runs, finished ones included, so that a repeated call makes the same plan."""
     for run in runs:
         compare_config(run)
@@ -104,6 +111,7 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path) -> None:
             during.enter_context(workdir_lock(run.workdir))
             write_or_compare_config(run)
             keep_base_files(setup._replace(run=run))
+        record.open(setup.workdir, machine_of(stages[-1].setup))
         during.enter_context(jax.set_mesh(setup.mesh))
         stop = during.enter_context(StopSignal())
         announce(stages)
@@ -267,7 +275,8 @@ class Group:
                 continue
             if why := errors.get(index):
                 write_failure(stage.setup.workdir / FAILED, why)
-            else:
+                continue
+            with goodput.spending(goodput.EVALUATION):
                 summarise = summarise or stage.open_summary()
                 finish(stage, summarise(stage, stage.trained_params()))
 
@@ -327,7 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [resolve(config_from_json(x, where=options.members), workdir) for x, workdir in pairs]
     if runs[0].config.distributed:
         sharding.start_distributed()
-    for name, why in train_group(runs, storage.as_path(options.folder, "--folder")).items():
+    age = goodput.process_age() if arguments is None else 0.0
+    failed = train_group(runs, storage.as_path(options.folder, "--folder"), age)
+    for name, why in failed.items():
         print(f"{name} failed: {why}")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,18 +14,19 @@ from tqdm import tqdm
 
 from dpojax import sharding, stopping
 from dpojax.data.examples import Example
-from dpojax.data.rows import Rows, utilisation
+from dpojax.data.rows import Rows
+from dpojax.training import goodput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST, KeepBest
 from dpojax.training.lost_updates import LOST_UPDATES
-from dpojax.training.metrics import MetricWriter, Window, evaluation_line, progress
+from dpojax.training.metrics import MetricWriter, evaluation_line, progress
 from dpojax.training.objective import Hyper
+from dpojax.training.pace import Pace, speed_line
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
 from dpojax.training.step import Report
 from dpojax.training.stop_at import STOP_AT, StopAt
-from dpojax.training.throughput import memory_bytes
 
 WINDOW = "window"  # in a checkpoint's metadata: of the steps that no line has shown yet
 NOT_EVALUATED = "not_evaluated"  # in it: a signal ended the evaluation that was due
@@ -83,8 +84,11 @@ class TrainLoop:
         saved and stays on disk until one is better. It also says when to stop early. None keeps no
         best.
       stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never.
+      devices: how many compute a step.
+      peak: FLOP/s of all devices by their maker's page; None where that is not known.
       spans: add up where the time goes.
       warned: the terminal has said that updates are lost to rounding.
+      speed: the last line of metrics.
     """
 
     stage: str
@@ -103,8 +107,11 @@ class TrainLoop:
     stop: StopSignal
     keep_best: KeepBest | None = None
     stop_at: StopAt | None = None
+    devices: int = 1
+    peak: float | None = None
     spans: Spans = dataclasses.field(default_factory=Spans)
     warned: bool = False
+    speed: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: State) -> State:
         """Train to the last step or to an early stop; return the state, also on disk.
@@ -114,7 +121,7 @@ class TrainLoop:
           Preempted: asked to stop, once the state is saved.
         """
         try:
-            with self.stop.steps():
+            with self.stop.steps(), goodput.spending(goodput.STEP):
                 return self._train(state)
         finally:
             self.spans.end()
@@ -124,15 +131,16 @@ class TrainLoop:
         saved = self.checkpoints.metadata(done) if done else {}
         for followed in self._followed():
             followed.restore(saved)  # at step 0 nothing is saved
+        goodput.goes_on(self.stage, done)
         first = done + 1
-        pace = _Pace(self.flops, self.ceiling)
+        pace = Pace(self.flops, self.ceiling, self.devices, self.peak)
         pace.carry_over(saved.get(WINDOW))
         if done == 0 or saved.get(NOT_EVALUATED):
             self._evaluate(state, done, pace)
         with progress(self.steps, done, self.stage) as bar:
             pending, ended = None, self._stops_early(done)
             while done < self.steps and not ended:
-                with self.spans(DATA):
+                with self.spans(DATA, partial(is_computing, pending and pending[1])):
                     rows = next(self.batches)
                     placed = self.to_device(rows)
                 with self.spans(COMPILE if done + 1 == first else STEP):
@@ -163,11 +171,15 @@ class TrainLoop:
                 if due.save or asked or is_best or ended:
                     self._save(state, done, values, is_best, pace.not_logged())
                 if asked and done < self.steps and not ended:
-                    self.checkpoints.wait()
+                    self._wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
+        self._wait()
+        return state
+
+    def _wait(self) -> None:
+        """Wait until the last checkpoint is on disk."""
         with self.spans(CHECKPOINT):
             self.checkpoints.wait()
-        return state
 
     def _stops_early(self, step: int) -> bool:
         return any(followed.stopped_at == step for followed in self._followed())
@@ -188,13 +200,14 @@ class TrainLoop:
             "policy as config.model.path saves that stage)"
         )
 
-    def _log(self, pace: _Pace, step: int) -> dict[str, float]:
-        values = pace.flush()
+    def _log(self, pace: Pace, step: int) -> dict[str, float]:
+        values = pace.flush() | goodput.metrics()
         self.warned = self.warned or warn_of_lost_updates(self.stage, step, values)
         self.writer.write(step, values, split="train")
+        self.speed = values
         return values
 
-    def _evaluate(self, state: State, step: int, pace: _Pace) -> tuple[dict[str, float], bool]:
+    def _evaluate(self, state: State, step: int, pace: Pace) -> tuple[dict[str, float], bool]:
         """Evaluate and log; return the values, and whether they are the best so far.
 
         A signal need not wait for the end. The run that resumes then evaluates first. The last
@@ -210,11 +223,12 @@ class TrainLoop:
         except Preempted as stopped:
             if step and self.stop.agreed(step):
                 self._save(state, step, {}, False, pace.not_logged(), {NOT_EVALUATED: True})
-                self.checkpoints.wait()
+                self._wait()
             why = f"stopped in the evaluation at step {step} of {self.steps}, what is done is saved"
             raise Preempted(f"{self.stage}: {why}") from stopped
         self.writer.write(step, values, split="eval")
         print_evaluation(self.stage, step, self.steps, values)
+        print_line(self.stage, speed_line(self.speed))
         if self.stop_at is not None and self.stop_at.add(step, values):
             say_reached(self.stage, self.stop_at, self.steps)
         return values, self.keep_best is not None and self.keep_best.add(step, values)
@@ -236,8 +250,7 @@ class TrainLoop:
           more: metadata.
         """
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
-        metadata = {"stage": self.stage, "evaluation": evaluation, WINDOW: window}
-        metadata |= more or {}
+        metadata = {"stage": self.stage, "evaluation": evaluation, WINDOW: window} | (more or {})
         self.writer.sync()  # a run that resumes here does not write these lines again
         if self.keep_best is not None:
             metadata[KEEP_BEST] = self.keep_best.state()
@@ -246,18 +259,29 @@ class TrainLoop:
         score = self.keep_best.score if is_best else None
         with self.spans(CHECKPOINT):
             self.checkpoints.save(step, state, self.batches, metadata=metadata, score=score)
+        goodput.saved(self.stage, step)
+
+
+def is_computing(report: Report | None) -> bool:
+    """Whether the devices still compute the step that gave this report."""
+    finite = None if report is None else report.finite
+    return isinstance(finite, jax.Array) and not finite.is_ready()
+
+
+def print_line(name: str, text: str) -> None:
+    """Print a line above the progress bar, in the first process alone; none for ""."""
+    if text and jax.process_index() == 0:
+        tqdm.write(f"{name}  {text}")
 
 
 def print_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -> None:
-    """Print a line above the progress bar, in the first process alone."""
-    if jax.process_index() == 0:
-        tqdm.write(f"{name}  {evaluation_line(step, steps, values)}")
+    """Print what an evaluation has found."""
+    print_line(name, evaluation_line(step, steps, values))
 
 
 def say_reached(name: str, stop_at: StopAt, steps: int) -> None:
     """Print why a training ends before its last step, in the first process alone."""
-    if jax.process_index() == 0:
-        tqdm.write(f"{name}  stops at {stop_at.describe(steps)}")
+    print_line(name, f"stops at {stop_at.describe(steps)}")
 
 
 def warn_of_lost_updates(name: str, step: int, values: dict[str, float]) -> bool:
@@ -286,50 +310,6 @@ def name_the_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]
         all_of_them = [examples[i].id for i in rows.example.ravel() if i >= 0]
         names = ["the gradient, not any one loss; the batch was", *all_of_them]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-class _Pace:
-    """Metrics and speed since the last log."""
-
-    def __init__(self, flops: Callable[[Rows], float], ceiling: Callable[[], float]):
-        self.window, self.flops_of, self.ceiling = Window(), flops, ceiling
-        self.seen = 0  # tokens since the last log; the other counts are since the last restart
-        self.restart()
-
-    def not_logged(self) -> dict:
-        """Sums since the last log, for the metadata of a checkpoint."""
-        return {"sums": self.window.state(), "tokens": self.seen}
-
-    def carry_over(self, not_logged: dict | None) -> None:
-        if not_logged is not None:
-            self.window.restore(not_logged["sums"])
-            self.seen = not_logged["tokens"]
-
-    def restart(self) -> None:
-        self.began, self.tokens, self.flops, self.fill = time.perf_counter(), 0, 0.0, []
-
-    def add(self, rows: Rows, report: Report) -> None:
-        self.window.add(report.metrics)
-        tokens = int((rows.segment > 0).sum())
-        self.seen += tokens
-        self.tokens += tokens
-        self.flops += self.flops_of(rows)
-        self.fill.append(utilisation(rows))
-
-    def flush(self) -> dict[str, float]:
-        values = self.window.flush()  # waits for the device
-        seconds = time.perf_counter() - self.began
-        values["num_tokens"], self.seen = float(self.seen), 0
-        if self.fill:
-            values |= {
-                "perf/tokens_per_second": self.tokens / seconds,
-                "perf/steps_per_second": len(self.fill) / seconds,
-                "perf/model_flops_utilisation": self.flops / seconds / self.ceiling(),
-                "perf/row_utilisation": float(np.mean(self.fill)),
-            }
-        values |= {f"memory/{name}": float(n) for name, n in memory_bytes().items()}
-        self.restart()
-        return values
 
 
 def _postfix(values: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from dpojax import sharding, storage
+from dpojax.training.metric_names import aliases
 from dpojax.watchdog import beat
 
 FILE = "metrics.jsonl"
@@ -106,6 +107,7 @@ class MetricWriter:
       resume_step: lines after this step are removed first, so that a resumed run has every step
         once. None keeps all lines. Damaged lines, such as the last one of a killed process, are
         always removed.
+      names: also write metrics under the names of these programs (`metric_names.PROGRAMS`).
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class MetricWriter:
         *,
         tensorboard: bool = True,
         resume_step: int | None = None,
+        names: Collection[str] = (),
     ):
+        self._names = names
         self._file = self._events = None
         if jax.process_index() != 0:
             return
@@ -145,6 +149,7 @@ class MetricWriter:
         if clash := set(RESERVED) & set(values):
             raise ValueError(f"metrics of step {step}: the names {sorted(clash)} are taken")
         numbers = {name: float(value) for name, value in values.items()}
+        numbers |= aliases(numbers, split, self._names)
         line = {"step": int(step), "split": split, "time": round(time.time(), 3)}
         line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False))

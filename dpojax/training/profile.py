@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dpojax import storage
 from dpojax.data.rows import Rows
+from dpojax.training import goodput
 from dpojax.training.forward import NO_FROZEN_WEIGHTS, Forward, FrozenWeights, build_outputs
 from dpojax.training.objective import Hyper, Objective
 from dpojax.training.state import State
@@ -22,6 +23,14 @@ from dpojax.watchdog import beat
 
 COMPILE, DATA, STEP = "compilation and first step", "waiting for data", "steps"
 EVALUATION, CHECKPOINT = "evaluation", "waiting for checkpoints"
+# Of the goodput. What is compiled in a step counts as such there, and not the whole first step.
+BUCKETS = {
+    COMPILE: goodput.STEP,
+    DATA: goodput.DATA,
+    STEP: goodput.STEP,
+    EVALUATION: goodput.EVALUATION,
+    CHECKPOINT: goodput.CHECKPOINT,
+}
 TRACED = range(3, 6)  # the steps of this process that a trace shows
 REPEATS = 3
 TABLE, TRACE = "profile.txt", "trace"
@@ -41,14 +50,21 @@ class Spans:
         self._upload = contextlib.ExitStack()
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count the time of a `with` block as `name`."""
+    def __call__(self, name: str, hidden: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Count the time of a `with` block as `name`, for the goodput as well.
+
+        Args:
+          hidden: says at the end whether a step was computed all the while; then it counts as one.
+        """
         began = time.perf_counter()
         beat(name)
         try:
-            yield
+            with goodput.spending(BUCKETS[name], hidden):
+                yield
         finally:
             beat()
+            if hidden is not None and hidden():
+                name = STEP
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def stepped(self, report: Any) -> None:

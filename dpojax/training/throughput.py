@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from dpojax.chips import chip_of
 from dpojax.data.rows import Rows
 from dpojax.sharding import make_mesh, path_of
 
@@ -114,6 +115,16 @@ def flops_of_batch(abstract_params: dict) -> Callable[[Rows], float]:
         return model_flops(body, head, tokens, scored)
 
     return flops
+
+
+def makers_peak(mesh: Mesh) -> float | None:
+    """Dense bfloat16 FLOP/s of a mesh's devices together, by the table of `dpojax.chips`.
+
+    It is the peak that MFU is a share of, whatever the compute dtype. None where the kind of the
+    devices is not in the table, as of CPUs.
+    """
+    chip = chip_of(mesh.devices.flat[0])
+    return None if chip is None else chip.flops * mesh.size
 
 
 def peak_flops(mesh: Mesh, dtype: DTypeLike) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,10 +14,12 @@ import numpy as np
 from dpojax import sharding
 from dpojax.data.examples import Example
 from dpojax.data.rows import Rows
+from dpojax.training import goodput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import (
     Due,
     Every,
+    is_computing,
     name_the_not_finite,
     print_evaluation,
     say_reached,
@@ -75,7 +78,7 @@ class Member:
 
     def log(self, stage: str, done: int) -> None:
         """Write the metrics of the steps since the last log."""
-        values = self.window.flush()
+        values = self.window.flush() | goodput.metrics()
         self.warned = self.warned or warn_of_lost_updates(f"{stage} {self.name}", done, values)
         self.writer.write(done, values, split="train")
 
@@ -187,17 +190,19 @@ class VectorisedLoop:
         Raises:
           Preempted: asked to stop, once all states are saved.
         """
-        with self.stop.steps():
+        with self.stop.steps(), goodput.spending(goodput.STEP):
             self._train(chunks, done)
 
     def _train(self, chunks: Sequence[MemberChunk], done: int) -> None:
         members = [member for chunk in chunks for member in chunk.members if not member.ended]
         last, pending = max(member.steps for member in members), None
+        goodput.goes_on(self.stage, done)
         if done == 0:
-            self._each(chunks, members, Member.evaluate_and_log, 0)
+            self._evaluate(chunks, members, 0)
         with progress(last, done, f"{self.stage} x {len(members)}") as bar:
             while any(member.trains_after(done) for member in members):
-                batch = next(self.batches)
+                with goodput.spending(goodput.DATA, partial(_are_computing, pending)):
+                    batch = next(self.batches)
                 reports = self._step_all(chunks, batch, done)
                 active = [member for member in members if member.trains_after(done)]
                 done += 1
@@ -213,12 +218,16 @@ class VectorisedLoop:
                 saving = self.every.checkpoint and done % self.every.checkpoint == 0
                 going_on = any(member.trains_after(done) for member in members)
                 if going_on and (saving or stopping):
-                    self._save(chunks, done)
+                    with goodput.spending(goodput.CHECKPOINT):
+                        self._save(chunks, done)
+                    goodput.saved(self.stage, done)
                 if stopping and going_on:
-                    self.checkpoints.wait()
+                    with goodput.spending(goodput.CHECKPOINT):
+                        self.checkpoints.wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {last}, saved")
-        for member in members:
-            member.checkpoints.wait()
+        with goodput.spending(goodput.CHECKPOINT):
+            for member in members:
+                member.checkpoints.wait()
 
     def _step_all(
         self, chunks: Sequence[MemberChunk], batch: list[Rows], done: int
@@ -250,14 +259,21 @@ class VectorisedLoop:
             if due[member.name].log:
                 member.log(self.stage, done)
         evaluating = [member for member in active if due[member.name].evaluate]
-        self._each(chunks, evaluating, Member.evaluate_and_log, done)
+        self._evaluate(chunks, evaluating, done)
         last = [member for member in active if member.is_last(done)]
         for member in last:
             if not due[member.name].log:  # no later line would have the metrics of these steps
                 member.log(self.stage, done)
-        self._each(chunks, last, Member.finish, done)
+        with goodput.spending(goodput.CHECKPOINT):
+            self._each(chunks, last, Member.finish, done)
         for chunk in chunks:
             chunk.idle(done)
+
+    def _evaluate(
+        self, chunks: Sequence[MemberChunk], members: Sequence[Member], done: int
+    ) -> None:
+        with goodput.spending(goodput.EVALUATION):
+            self._each(chunks, members, Member.evaluate_and_log, done)
 
     def _each(
         self, chunks: Sequence[MemberChunk], members: Sequence[Member], act: Callable, done: int
@@ -300,6 +316,11 @@ class VectorisedLoop:
         metadata = {"stage": self.stage, "failed": failed, "windows": windows}
         metadata[STOP_AT] = {m.name: m.stop_at.state() for m in training if m.stop_at is not None}
         self.checkpoints.save(done, states, self.batches, metadata=metadata)
+
+
+def _are_computing(pending: tuple | None) -> bool:
+    """Whether the devices still compute the last step of a chunk."""
+    return pending is not None and any(map(is_computing, pending[1]))
 
 
 class Resumed(NamedTuple):

@@ -271,5 +271,5 @@ def _without_times(text: str) -> object:
         return text
     if not isinstance(values, dict):
         return values
-    free = ("time", "perf/", "memory/", "compilation_cache")
+    free = ("time", "perf/", "goodput/", "memory/", "compilation_cache")
     return {key: value for key, value in values.items() if not key.startswith(free)}

@@ -1,8 +1,11 @@
 """Chips that are not there are named by a kind and a shape."""
 
+import types
+
 import pytest
 
-from dpojax.planning.chips import CHIPS, TopologyError, chip_of, topology
+from dpojax.chips import CHIPS, chip_of
+from dpojax.planning.chips import TopologyError, topology
 from dpojax.planning.gpu_target import text
 
 
@@ -35,3 +38,24 @@ def test_a_gpu_s_target_states_its_memory_as_the_table_does():
 def test_gpus_are_counted_not_laid_out():
     with pytest.raises(TopologyError, match="h200:8"):
         topology("h200:2x4")
+
+
+def device(platform: str, kind: str):
+    return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p")]
+    + [("TPU v6 lite", "v6e"), ("TPU v6e", "v6e"), ("NVIDIA H200", "h200")]
+    + [("NVIDIA H100", "h100"), ("NVIDIA H100 80GB HBM3", "h100")],
+)
+def test_a_chip_is_known_by_each_name_that_jax_or_the_driver_gives_it(kind, name):
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    assert chip_of(device(platform, kind)) is CHIPS[name]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-80GB"])
+def test_a_slower_module_of_a_known_name_gets_no_peak(kind):
+    """Nvidia states 756 TFLOP/s for the H100 on a PCIe card, and 989 for the one of the table."""
+    assert chip_of(device("gpu", kind)) is None

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dpojax.planning.chips import CHIPS
+from dpojax.chips import CHIPS
 from dpojax.planning.roofline import Loop, roofline
 
 # 1,000 FLOP/s, 100 bytes/s of memory and 10 bytes/s of links.

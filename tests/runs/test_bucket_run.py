@@ -25,7 +25,7 @@ from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
 DEVICES = 1
-SPEEDS = ("perf/", "memory/", "time")
+SPEEDS = ("perf/", "goodput/", "memory/", "time")
 
 
 @pytest.fixture

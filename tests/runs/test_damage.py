@@ -168,7 +168,7 @@ def finished(tmp_path_factory):
 
 
 def values(workdir):
-    dropped = ("time", "perf/", "memory/")
+    dropped = ("time", "perf/", "goodput/", "memory/")
     return [
         {name: x for name, x in line.items() if not name.startswith(dropped)}
         for line in read_metrics(workdir / "sft")

@@ -215,7 +215,11 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(finished, tmp_path):
     ):
         np.testing.assert_array_equal(ours, theirs)
     values = lambda folder: [
-        {k: v for k, v in line.items() if not k.startswith(("time", "perf/", "memory/"))}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time", "perf/", "goodput/", "memory/"))
+        }
         for line in lines(folder, "preference")
     ]
     assert values(tmp_path / "run") == values(finished.folder)

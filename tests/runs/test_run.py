@@ -26,7 +26,7 @@ from dpojax.stages.preference import Preference
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 from dpojax.stages.sft import SFT
-from dpojax.training import checkpoints, reference
+from dpojax.training import checkpoints, goodput, reference
 from dpojax.training.checkpoints import writing
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
@@ -62,7 +62,7 @@ def assert_same_result(workdir, finished):
     for ours, theirs in zip(saved_arrays(workdir), saved_arrays(finished), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     values = lambda line: {
-        k: v for k, v in line.items() if not k.startswith(("time", "perf/", "memory/"))
+        k: v for k, v in line.items() if not k.startswith(("time", "perf/", "goodput/", "memory/"))
     }
     for stage in ("sft", "preference"):
         assert list(map(values, lines(workdir, stage))) == list(map(values, lines(finished, stage)))
@@ -80,13 +80,29 @@ def test_a_run_leaves_metrics_reports_a_summary_and_a_figure(finished):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_begins_with_what_it_computes_on_and_ends_with_where_its_time_went(finished):
+    begins, ends = finished[1].split("\n\n")[0], finished[1].strip().splitlines()[-2:]
+    shown = dict(line.split(None, 1) for line in begins.splitlines() if line[0] != " ")
+    assert shown["devices"] == "1 x cpu in 1 process"
+    assert shown["mesh"] == "data 1 x fsdp 1 x tensor 1"
+    assert shown["compute"] == "float32, attention xla, remat dots"
+    assert f"jax {jax.__version__}" in shown["versions"]
+    flags = " ".join(begins.partition("XLA_FLAGS=")[2].split())
+    assert flags == " ".join(environment()["XLA_FLAGS"].split())
+    assert re.match(r"goodput: [\d.]+ % of [\d.]+ (s|min) were train steps", ends[0])
+    assert all(f"{name} " in ends[1] for name in ("start", "compile", "step", "evaluation"))
+    assert max(map(len, [*begins.splitlines(), *ends])) <= 100
+
+
 def test_metrics_carry_the_names_of_trl(finished):
     trained = {"loss", "grad_norm", "learning_rate", "num_tokens", "displacement", "kl/per_token"}
     pair = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
     pair |= {"logps/chosen", "logps/rejected"}
     evaluated = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
     by_split = {line["split"]: set(line) for line in lines(finished[0], "preference")}
-    assert by_split["train"] >= trained | pair | {"perf/tokens_per_second"}
+    speeds = {"perf/tokens_per_second_per_device", "perf/tflops_per_device", "goodput/share"}
+    assert by_split["train"] >= trained | pair | speeds
+    assert "perf/mfu" not in by_split["train"]  # nobody states the peak of this CPU
     assert by_split["eval"] >= pair | evaluated | {"loss", "displacement", "kl/per_token"}
 
 
@@ -149,6 +165,11 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
         process.communicate()
     assert train(tmp_path).returncode == 0
     assert_same_result(tmp_path, finished[0])
+    records = goodput.read(tmp_path)
+    totals = goodput.split(records)
+    assert [record["event"] for record in records].count(goodput.STARTED) == 3
+    assert sum(totals.values()) == pytest.approx(records[-1]["time"] - records[0]["time"], abs=0.1)
+    assert totals[goodput.DOWN] > 0
 
 
 def test_sigterm_saves_and_ends_with_the_code_of_the_config_and_the_run_goes_on(finished, tmp_path):
@@ -171,6 +192,9 @@ def test_sigterm_saves_and_ends_with_the_code_of_the_config_and_the_run_goes_on(
     assert steps[0] < 6
     assert train(tmp_path, checkpoint_every=0).returncode == 0
     assert_same_result(tmp_path, finished[0])
+    totals = goodput.split(goodput.read(tmp_path))
+    assert totals[goodput.LOST] < 0.5  # it saved when it was stopped
+    assert totals[goodput.DOWN] > 0
 
 
 def test_the_exported_folder_gives_the_same_log_probs_in_transformers(finished, tmp_path):

@@ -33,7 +33,7 @@ from dpojax.sweeps.members import (
 from dpojax.sweeps.plan import group_members
 from dpojax.sweeps.program import MemberProgram
 from dpojax.sweeps.sweep import run_sweep
-from dpojax.training import memory
+from dpojax.training import goodput, memory
 from dpojax.training.preemption import Preempted, StopSignal
 
 from .conftest import environment, lines, tiny_config
@@ -159,6 +159,20 @@ def test_every_step_of_a_member_is_logged_once(swept):
         assert logged == list(range(1, steps + 1))
 
 
+def test_members_that_train_together_have_one_record_of_their_time_in_the_first_workdir(swept):
+    (file,) = swept[0].glob(f"**/{goodput.FILE}")
+    assert file.parent == swept[0] / NAMES[0]
+    records = goodput.read(file.parent)
+    totals = goodput.split(records)
+    assert sum(totals.values()) == pytest.approx(records[-1]["time"] - records[0]["time"], abs=0.1)
+    assert totals[goodput.LOST] == totals[goodput.DOWN] == 0
+    assert min(totals[name] for name in (goodput.STEP, goodput.EVALUATION, goodput.COMPILE)) > 0
+    for name in (SHORT, PLAIN, LAST):
+        last = [x for x in lines(swept[0] / name, "preference") if x["split"] == "train"][-1]
+        assert 0 < last["goodput/share"] < 1
+        assert last["goodput/step"] <= totals[goodput.STEP]
+
+
 def test_a_member_fails_alone_and_says_why(swept):
     folder, failed, _ = swept
     assert set(failed) == {BROKEN}
@@ -210,6 +224,10 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
             run_sweep(config, MEMBERS, str(folder))
     config.sweep.update(axis=1, vmapped=2, at_once=1)  # for members that have no checkpoint yet
     assert set(run_sweep(config, MEMBERS, str(folder))) == {BROKEN}
+    records = goodput.read(folder / NAMES[0])
+    marks = [x["step"] for x in records if x["event"] == goodput.GOES_ON and x["stage"] != "sft"]
+    assert marks == ([0, 5] if not at_once else [0, 0, 5])
+    assert goodput.split(records)[goodput.LOST] < 0.5  # all was saved at the stop
     for name in {*NAMES} - {BROKEN}:
         assert_same(folder / name, swept[0] / name, atol=ADAM if at_once else 0)
         steps = lambda of: sorted((x["step"], x["split"]) for x in lines(of, "preference"))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from dpojax import stopping
-from dpojax.training import loop
 from dpojax.training.checkpoints import Checkpoints, best, load_params
 from dpojax.training.keep_best import KeepBest
 from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.metrics import MetricWriter, read_metrics
+from dpojax.training.pace import Pace
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.stop_at import StopAt
 
@@ -60,7 +60,7 @@ def step(state, rows, hyper):
 @pytest.fixture
 def run_loop(monkeypatch):
     """(folder, the step at whose evaluation it is killed) -> runs it, from where it is."""
-    monkeypatch.setattr("dpojax.training.loop._Pace", lambda *_: Idle())
+    monkeypatch.setattr("dpojax.training.loop.Pace", lambda *_: Idle())
 
     def start(
         folder,
@@ -248,7 +248,7 @@ def test_a_run_killed_around_an_evaluation_stops_where_the_value_is_first_reache
 
 def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():
     asked = []
-    pace = loop._Pace(lambda rows: 6.0, lambda: asked.append(True) or 2.0)
+    pace = Pace(lambda rows: 6.0, lambda: asked.append(True) or 2.0)
     assert "perf/model_flops_utilisation" not in pace.flush()
     assert not asked
     pace.flops, pace.fill = 6.0, [1.0]
