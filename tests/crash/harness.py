@@ -239,6 +239,8 @@ def snapshot(folder: pathlib.Path) -> Snapshot:
             content[name] = _arrays(path) if path.name == "state" else None
         elif re.search(r"/(checkpoints|reference)/\d+/", name):
             content[name] = None  # records of files whose names are random
+        elif path.name == "goodput.jsonl":
+            content[name] = None  # every start adds to it
         elif path.suffix in (".json", ".jsonl"):
             texts = path.read_text(errors="replace").replace(str(folder), "FOLDER")
             texts = texts.splitlines() if path.suffix == ".jsonl" else [texts]
