@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
+from dpojax.chips import chip_of
 from dpojax.planning import plan
-from dpojax.planning.chips import Topology, chip_of, topology
+from dpojax.planning.chips import Topology, topology
 from dpojax.planning.plan import StagePlan
 from dpojax.planning.programs import can_be_planned, plan_stage, programs
 from dpojax.plans.dry_run import stage_program

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from dpojax.chips import CHIPS
 from dpojax.config.errors import ConfigError
 from dpojax.planning import search
-from dpojax.planning.chips import CHIPS, Topology
+from dpojax.planning.chips import Topology
 from dpojax.planning.plan import CompiledProgram, Memory
 
 from .test_programs import small
