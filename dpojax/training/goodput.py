@@ -47,6 +47,7 @@ BEAT = 30.0  # seconds between two records that say no more than how far the pro
 # What a record says has happened.
 STARTED, GOES_ON, SAVED, BEATS, ENDED = "started", "goes on", "saved", "beat", "ended"
 WIDTH = 100  # columns of what is printed
+HARD_SPACE = "\u00a0"  # where no line is broken
 COMPILING = "/jax/core/compile/"  # how the names of JAX's events begin (jax/_src/dispatch.py)
 
 
@@ -288,10 +289,11 @@ def describe(records: Sequence[Mapping[str, Any]]) -> str:
     totals, starts = split(records), len(_by_process(records))
     there = sum(totals.values()) - totals[DOWN]
     shown = [name for name in BUCKETS if totals[name] or name not in (LOST, DOWN)]
-    parts = ", ".join(f"{name} {_duration(totals[name])}" for name in shown)
+    parts = [f"{name} {_duration(totals[name])}".replace(" ", HARD_SPACE) for name in shown]
     over = f" over {starts} starts" if starts > 1 else ""
     first = f"goodput: {100 * share(totals):.1f} % of {_duration(there)}{over} were train steps"
-    return "\n".join([first, *textwrap.wrap(parts, WIDTH)])
+    lines = [line.replace(HARD_SPACE, " ") for line in textwrap.wrap(", ".join(parts), WIDTH)]
+    return "\n".join([first, *lines])
 
 
 def _duration(seconds: float) -> str:
