@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax import sharding
+from dpojax.chips import chip_of
 from dpojax.config.defaults import default_config
 from dpojax.data.examples import Example
 from dpojax.data.packing import Shape, plan
@@ -36,7 +37,6 @@ from dpojax.methods import preference
 from dpojax.models import decoder, kernels
 from dpojax.models.config import GPT2, DecoderConfig
 from dpojax.models.published import published_config
-from dpojax.planning.chips import chip_of
 from dpojax.training.forward import build_score, language_model
 from dpojax.training.memory import predict
 from dpojax.training.state import abstract_state, make_optimizer, make_schedule, new_state

@@ -7,7 +7,7 @@ import importlib.metadata
 import jax
 
 from benchmarks.on_accelerator.entries import tell
-from dpojax.planning.chips import chip_of
+from dpojax.chips import chip_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "trl", "transformers")
 
