@@ -9,22 +9,25 @@ from typing import Any
 
 import jax
 
+from dpojax import tpu_flags
 from dpojax.chips import chip_of
 from dpojax.models import kernels
 from dpojax.stages.setup import Setup
 from dpojax.stages.stage import mesh_text
 
 WIDTH = 100  # columns of what is printed
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables that change what XLA compiles
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
 def machine_of(setup: Setup) -> dict[str, Any]:
-    """What the run computes on, as JSON can hold it; flags and packages that are not there, too.
+    """What the run computes on, as JSON can hold it.
 
-    Every process has to see the same; this is what this one sees.
+    Every process has to see the same; this is what this one sees. Flags that are not set, and
+    packages that are not installed, are left out.
     """
     devices, model = setup.mesh.devices.flat, setup.config.model
+    # Variables that change what XLA compiles; the second is set everywhere, and read on TPUs alone.
+    variables = ["XLA_FLAGS"] + [tpu_flags.VARIABLE] * (devices[0].platform == "tpu")
     chip = chip_of(devices[0])
     return {
         "devices": setup.mesh.size,
@@ -36,7 +39,7 @@ def machine_of(setup: Setup) -> dict[str, Any]:
         "attention": kernels.name_of(setup.model.kernel),
         "remat": model.remat,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "flags": {name: value for name in FLAGS if (value := os.environ.get(name, "").strip())},
+        "flags": {name: value for name in variables if (value := os.environ.get(name, "").strip())},
     }
 
 
