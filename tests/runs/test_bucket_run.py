@@ -15,10 +15,12 @@ from safetensors.numpy import load_file
 from dpojax import storage
 from dpojax.frontier import frontier, results
 from dpojax.frontier.runs import Run
-from dpojax.jobs.job import Job
+from dpojax.jobs.job import Job, execute
 from dpojax.runs.export import export
 from dpojax.runs.policy import load_policy
 from dpojax.runs.run import run
+from dpojax.sweeps.launched import begin_sweep
+from dpojax.sweeps.plan import read_plan
 from dpojax.sweeps.sweep import run_sweep
 from dpojax.training.metrics import read_metrics
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
@@ -116,6 +118,19 @@ def test_a_frontier_goes_to_the_bucket_and_makes_no_folder_of_that_name(folder, 
     assert not list(tmp_path.glob("gs:*"))
     shutil.rmtree(tmp_path / "mirror")  # mirrors may go at any time
     assert results.collect(made)[0]
+
+
+def test_the_jobs_of_a_launched_sweep_on_a_bucket_train_what_they_train_on_a_disk(
+    folder, tiny, tmp_path
+):
+    members = [{"preference.loss": loss} for loss in ("dpo", "hinge")]  # a group each
+    local = storage.as_path(tmp_path / "launched")
+    for sweep in (local, folder / "launched"):
+        for job in begin_sweep(tiny(), members, sweep):
+            execute(job)
+        assert begin_sweep(tiny(), members, sweep) == []
+    for name in read_plan(local)["members"]:
+        assert measured(folder / "launched" / name) == measured(local / name)
 
 
 HITS = """
