@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dpojax.runs.certificate import CERTIFICATE, Conditions, flags_in_force
 MARKDOWN = "certificate.md"
 UNDER_WAY = "certificate.unfinished"  # folder of measurements, until they are judged
 TPU_FLAG = "--xla_tpu_"  # begins the flags that libtpu reads
+LOG_PREFIX = re.compile(r"^[IWEF]\d{4} \S+\s+\d+ \S+\] ")  # of XLA: level, date, time, thread, file
 
 
 def certify(
@@ -172,4 +174,5 @@ def _last_words(ended: subprocess.CompletedProcess) -> str:
     """The last paragraph of what a process wrote about its end."""
     paragraphs = [part for part in ended.stderr.strip().split("\n\n") if part.strip()]
     lines = paragraphs[-1].strip().splitlines() if paragraphs else ["it said nothing"]
-    return " ".join(lines) if len(lines) <= 3 else lines[-1]
+    text = " ".join(lines) if len(lines) <= 3 else lines[-1]
+    return LOG_PREFIX.sub("", text)

@@ -146,7 +146,10 @@ def judge(exact: Measurement, variant: Measurement, *, is_exact: bool) -> Verdic
         if not bound.holds(value, is_exact):
             return Verdict(False, _broken(bound, value, is_exact), measures)
     if not learns:
-        why = f"float32 learned nothing in {len(exact.losses)} steps: only the first step is judged"
+        why = (
+            f"in float32 the loss of the first batch did not fall in {len(exact.losses)} steps: "
+            "only the first step is judged"
+        )
         return Verdict(True, why, measures)
     return Verdict(True, "", measures)
 

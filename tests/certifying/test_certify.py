@@ -28,7 +28,8 @@ def played(monkeypatch):
         path = command[-1].removeprefix("--plan=")
         plan = worker.Plan(**storage.read_json(path))
         if plan.flags == LIKE_ABORT:
-            told = f"one paragraph\n\nUnknown flags in XLA_FLAGS: {LIKE_ABORT}\n"
+            prefix = "F1201 04:58:45.373425   17825 parse_flags_from_env.cc:234]"
+            told = f"one paragraph\n\n{prefix} Unknown flags in XLA_FLAGS: {LIKE_ABORT}\n"
             return types.SimpleNamespace(returncode=-6, stderr=told)
         assert all(
             flag in env["XLA_FLAGS"] + env["LIBTPU_INIT_ARGS"] for flag in plan.flags.split()

@@ -103,7 +103,7 @@ def test_where_float32_learns_nothing_only_the_first_step_is_judged():
     )
     found = judge(still, still, is_exact=True)
     assert found.passes
-    assert "float32 learned nothing in 6 steps" in found.why
+    assert "the first batch did not fall in 6 steps: only the first step" in found.why
     wrong = still._replace(before=still.before + 1)
     assert not judge(still, wrong, is_exact=True).passes
 
