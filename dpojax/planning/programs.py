@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from dpojax.sampling.sampler import FIRST_CACHE_TOKENS
 from dpojax.sharding import longest_sweep_axis
 from dpojax.stages import registry, train
 from dpojax.stages.example_stage import ExampleStage
-from dpojax.stages.setup import Setup
+from dpojax.stages.setup import Setup, build_model
 from dpojax.training.memory import Footprint
 from dpojax.training.state import make_optimizer
 from dpojax.training.throughput import model_flops, product_weights
@@ -196,6 +197,10 @@ def lower_members(stage: ExampleStage, members: int, axis: int) -> jax.stages.Lo
     members = axis * -(-members // axis)
     optimizer = make_optimizer(stage.config.optimizer)
     abstract = abstract_member_states(train.abstract_train_state(stage, optimizer), members, mesh)
+    # Members run under `vmap`, for which some attention kernels are not made.
+    setup = stage.setup._replace(vmapped=True)
+    model = build_model(setup.config.model, setup.model.config, setup.mesh, vmapped=True)
+    stage = dataclasses.replace(stage, setup=setup._replace(model=model))
     on_members = stage.stepping_on(mesh)
     step = build_vectorised_step(train.make_step(on_members, optimizer), abstract)
     spread = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS))
