@@ -222,12 +222,13 @@ def _options() -> dict:
     return dict(
         beta=number(),
         label_smoothing=number(),  # dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
-        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo
-        gamma=number(),  # simpo, alphapo: the target margin
+        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo, tpo_l
+        gamma=number(),  # simpo, alphapo, tpo_l: the target margin
         tau=number(),  # discopop
         penalty=number(),  # dpop
         margin=number(),  # slic
         scale=number(),  # rpo, dpo_soft: of the data's score gaps
+        max_reward=number(),  # chipo: margins are clipped at twice this
         threshold=number(),  # dpo_ties
         desirable_weight=number(),  # kto
         undesirable_weight=number(),  # kto
@@ -235,9 +236,10 @@ def _options() -> dict:
         length_norm="",  # ipo: sum or mean; there is no default
         nll_norm="",  # likelihood terms (cpo, orpo, slic, sft): sum or mean over tokens
         form="",  # rpo: sq, bwd_kl, fwd_kl
+        convex="",  # gpo: logistic, hinge, squared, exponential, truncated_quadratic
         stop_chosen=placeholder(bool),  # tdpo
         baseline="",  # bco, bco_unpaired: running or zero
-        divergence="",  # of the margin losses: reverse_kl, forward_kl, js, alpha
+        divergence="",  # of the margin losses: reverse_kl, forward_kl, js, alpha, chi_squared
         divergence_alpha=number(),
         ld_alpha=number(),  # weight of tokens beyond the shorter response's length (LD-DPO)
         ld_weight_reference=placeholder(bool),

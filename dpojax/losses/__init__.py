@@ -30,11 +30,12 @@ from dpojax.losses.absolute import (
     update_baseline,
 )
 from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
-from dpojax.losses.divergences import divergence_scores
+from dpojax.losses.divergences import chipo, divergence_scores
 from dpojax.losses.margin import (
     discopop,
     dpo,
     dpo_norm,
+    gpo,
     hinge,
     implicit_rewards,
     ipo,
@@ -46,7 +47,7 @@ from dpojax.losses.offsets import dpop, odpo, rpo, tdpo
 from dpojax.losses.pair import NO_REFERENCE, Pair
 from dpojax.losses.presets import PRESETS, preset
 from dpojax.losses.ranked import plackett_luce
-from dpojax.losses.reference_free import alphapo, cpo, orpo, simpo, slic
+from dpojax.losses.reference_free import alphapo, cpo, orpo, simper, simpo, slic, tpo_l
 from dpojax.losses.transport import aot, aot_unpaired
 from dpojax.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_baseline
 from dpojax.losses.weights import HeadTail, ld_logprobs, mixture, shared_length, wpo_weights
@@ -66,6 +67,7 @@ __all__ = [
     "bco",
     "bco_unpaired",
     "bradley_terry",
+    "chipo",
     "cpo",
     "discopop",
     "divergence_scores",
@@ -75,6 +77,7 @@ __all__ = [
     "dpo_ties",
     "dpop",
     "exo",
+    "gpo",
     "hinge",
     "implicit_rewards",
     "ipo",
@@ -94,10 +97,12 @@ __all__ = [
     "rpo",
     "sft",
     "shared_length",
+    "simper",
     "simpo",
     "slic",
     "sppo",
     "tdpo",
+    "tpo_l",
     "unlikelihood",
     "update_baseline",
     "wpo_weights",

@@ -170,3 +170,70 @@ def discopop(policy: Pair, reference: Pair, *, beta: ArrayLike, tau: ArrayLike) 
     # does not if tau <= 1.
     exponential = jnp.exp(jax.nn.log_sigmoid(margin / tau) - margin)
     return jax.nn.sigmoid(-margin / tau) * logistic + exponential
+
+
+@checked
+def gpo(
+    policy: Pair,
+    reference: Pair,
+    *,
+    beta: ArrayLike,
+    convex: Literal["logistic", "hinge", "squared", "exponential", "truncated_quadratic"],
+) -> Array:
+    """Per-pair loss f(m) of the margin m = r_w - r_l, for a convex function f.
+
+    Generalised preference optimisation, Tang et al. 2024:
+      logistic:            log(1 + exp(-m)), which is `dpo`
+      hinge:               max(0, 1 - m), which is `hinge`
+      squared:             (1 - m)^2, which is 4 tau^2 times `ipo` of sums with tau = beta / 2
+      exponential:         exp(-m)
+      truncated_quadratic: max(0, 1 - m)^2
+
+    The exponent is at most 80, so that value and gradient stay finite; beyond it the gradient is 0.
+    For an f of your own, apply it to the difference of `implicit_rewards`.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      convex: which f.
+
+    Raises:
+      ValueError: an unknown `convex`.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{gpo(policy, reference, beta=0.1, convex='exponential'):.3f}")
+    0.861
+    """
+    if convex not in _CONVEX:
+        raise ValueError(f"gpo: convex must be one of {list(_CONVEX)}, got {convex!r}")
+    reward = implicit_rewards(policy, reference, beta)
+    return _CONVEX[convex](jnp.asarray(reward.chosen - reward.rejected))
+
+
+def _logistic(margin: Array) -> Array:
+    return -jax.nn.log_sigmoid(margin)
+
+
+def _hinge(margin: Array) -> Array:
+    return jax.nn.relu(1 - margin)
+
+
+def _squared(margin: Array) -> Array:
+    return (1 - margin) ** 2
+
+
+def _exponential(margin: Array) -> Array:
+    return jnp.exp(jnp.minimum(-margin, 80.0))
+
+
+def _truncated_quadratic(margin: Array) -> Array:
+    return jax.nn.relu(1 - margin) ** 2
+
+
+_CONVEX = {
+    "logistic": _logistic,
+    "hinge": _hinge,
+    "squared": _squared,
+    "exponential": _exponential,
+    "truncated_quadratic": _truncated_quadratic,
+}

@@ -160,3 +160,58 @@ def slic(policy: Pair, *, margin: ArrayLike, alpha: ArrayLike, nll: ArrayLike) -
     4.20
     """
     return jax.nn.relu(margin - policy.chosen + policy.rejected) + alpha * nll
+
+
+@checked
+def tpo_l(
+    policy: Pair,
+    *,
+    beta: ArrayLike,
+    gamma: ArrayLike,
+    alpha: ArrayLike,
+    nll: ArrayLike,
+    lengths: Pair,
+    label_smoothing: ArrayLike = 0.0,
+) -> Array:
+    """Per-pair loss -log sigmoid(beta (l_w / |w| - l_l / |l|) - gamma) + alpha nll.
+
+    The length-normalised triple preference optimisation of Saeidi et al. 2024 (TPO-L), as the
+    authors' code and TRL compute it: `simpo` with the likelihood of a third response, the gold one.
+
+    Args:
+      policy: sequence log-probs, nats, any shape.
+      beta: scale of the per-token rewards, > 0.
+      gamma: target margin of the scaled rewards, nats.
+      alpha: weight of the likelihood term.
+      nll: negative log-likelihood of the gold response to each pair's prompt; divided by the tokens
+        in TRL. The pairs' shape or a scalar.
+      lengths: tokens of each response, clamped to at least 1.
+      label_smoothing: as in `dpo`.
+
+    >>> policy, lengths = Pair(-12.0, -14.0), Pair(5, 4)
+    >>> loss = tpo_l(policy, beta=2.0, gamma=0.5, alpha=1.0, nll=2.0, lengths=lengths)
+    >>> print(f"{loss:.3f}")
+    2.168
+    """
+    preference = simpo(
+        policy, beta=beta, gamma=gamma, lengths=lengths, label_smoothing=label_smoothing
+    )
+    return preference + alpha * nll
+
+
+@checked
+def simper(policy: Pair, *, lengths: Pair) -> Array:
+    """Per-pair loss exp(l_l / |l|) - exp(l_w / |w|) of the log-probs l; it lies in [-1, 1].
+
+    The difference of the two inverse perplexities. It has no hyper-parameter. Xiao et al. 2025
+    (SimPER), as in the authors' code.
+
+    Args:
+      policy: sequence log-probs, nats, any shape.
+      lengths: tokens of each response, clamped to at least 1.
+
+    >>> print(f"{simper(Pair(-12.0, -14.0), lengths=Pair(5, 4)):.4f}")
+    -0.0605
+    """
+    mean = per_token(policy, lengths)
+    return jnp.exp(mean.rejected) - jnp.exp(mean.chosen)

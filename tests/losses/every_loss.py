@@ -72,6 +72,11 @@ PAIR = {
     "apo_zero": of_pair("apo_zero"),
     "apo_down": of_pair("apo_down"),
     "discopop": of_pair("discopop", tau=0.05),
+    "gpo": of_pair("gpo", convex="exponential"),
+    "gpo squared": of_pair("gpo", convex="squared"),
+    "gpo truncated": of_pair("gpo", convex="truncated_quadratic"),
+    "chipo": of_pair("chipo", max_reward=float("inf")),
+    "chipo clipped": of_pair("chipo", max_reward=1.0),
     "odpo": of_pair("odpo", offset=0.5),
     "dpop": of_pair("dpop", penalty=50.0),
     "tdpo": lambda p, r, n, beta: losses.tdpo(
@@ -85,6 +90,10 @@ PAIR = {
     "divergence_scores alpha": of_divergence("alpha", alpha=2.0),
     "simpo": lambda p, r, n, beta: losses.simpo(p, beta=beta, gamma=0.5, lengths=n),
     "alphapo": lambda p, r, n, beta: losses.alphapo(p, beta=beta, gamma=0.5, alpha=0.25, lengths=n),
+    "tpo_l": lambda p, r, n, beta: losses.tpo_l(
+        p, beta=beta, gamma=0.5, alpha=1.0, nll=-p.chosen, lengths=n
+    ),
+    "simper": lambda p, r, n, beta: losses.simper(p, lengths=n),
     "cpo": lambda p, r, n, beta: losses.cpo(p, beta=beta, alpha=1.0, nll=-p.chosen),
     "orpo": lambda p, r, n, beta: losses.orpo(p, beta=beta, lengths=n, nll=-p.chosen),
     "slic": lambda p, r, n, beta: losses.slic(p, margin=beta, alpha=0.1, nll=-p.chosen),

@@ -42,6 +42,7 @@ WRAPPERS = {
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
+ALIKE = ("gpo", "chipo", "tpo_l", "simper")
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
 COUPLED = ("aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
 
@@ -125,7 +126,12 @@ def value(report):
     return float(report.metrics["loss"].total / report.metrics["loss"].weight)
 
 
-@pytest.mark.parametrize("case", CASES)
+def slow_where_nothing_is_new(case):
+    """Losses that read nothing of the batch that another one does not read train among the slow."""
+    return pytest.param(case, marks=pytest.mark.slow) if case in ALIKE else case
+
+
+@pytest.mark.parametrize("case", map(slow_where_nothing_is_new, CASES))
 def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
     step, rows, hyper = prepare(case, batches, 0, ADAM, rate=0.02)
     state, values = state_of(start, ADAM), []

@@ -39,6 +39,10 @@ class Loss(NamedTuple):
     counts_ties: bool = False
 
 
+class _Required:
+    """Stands where the user has to choose."""
+
+
 def _sft(nll: Array) -> Array:
     """Maximum likelihood of the best response. `nll` is already a loss."""
     return losses.sft(-nll)
@@ -59,6 +63,8 @@ LOSS_TABLE = {
     "sppo": Loss(losses.sppo),
     "apo_zero": Loss(losses.apo_zero),
     "apo_down": Loss(losses.apo_down),
+    "gpo": Loss(losses.gpo, margin_only=True),
+    "chipo": Loss(losses.chipo),
     "odpo": Loss(losses.odpo, margin_only=True),
     "dpop": Loss(losses.dpop),
     "tdpo": Loss(losses.tdpo, defaults={"alpha": 0.5, "stop_chosen": True}),
@@ -67,6 +73,8 @@ LOSS_TABLE = {
     "aot_unpaired": Loss(losses.aot_unpaired, sorts_batch=True, coupled=True),
     "simpo": Loss(losses.simpo, defaults={"beta": 2.0, "gamma": 1.0}),
     "alphapo": Loss(losses.alphapo),
+    "tpo_l": Loss(losses.tpo_l, defaults={"beta": _Required, "nll_norm": "mean"}),
+    "simper": Loss(losses.simper),
     "cpo": Loss(losses.cpo, defaults={"alpha": 1.0, "nll_norm": "sum"}),
     "orpo": Loss(losses.orpo, defaults={"nll_norm": "mean"}),
     "slic": Loss(losses.slic, defaults={"margin": 1.0, "alpha": 0.1, "nll_norm": "sum"}),
@@ -195,10 +203,6 @@ def hyper(resolved: Mapping[str, Any]) -> Hyper:
         if isinstance(value, int | float | tuple) and not isinstance(value, bool)
     }
     return numbers | ({"delta": jnp.zeros(())} if "baseline" in resolved else {})
-
-
-class _Required:
-    """Stands where the user has to choose."""
 
 
 def _take_weights(loss: str, chosen: dict[str, Any]) -> tuple[float, ...]:

@@ -1,0 +1,143 @@
+"""Laws of the preference objectives of 2024 to 2026, and their papers' formulas in plain numpy.
+
+`expected` writes each formula down once more, in float64 and from the paper or the authors' code,
+without our parts.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpojax import losses
+from dpojax.losses import NO_REFERENCE, Pair
+
+numbers = st.floats(-50, 0, width=32)
+pairs = st.builds(lambda a, b: Pair(jnp.float32(a), jnp.float32(b)), numbers, numbers)
+betas = st.floats(0.01, 2)
+close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+POLICY = Pair(np.array([-12.0, -30.5, -8.25]), np.array([-14.0, -21.0, -8.5]))
+REFERENCE = Pair(np.array([-12.5, -28.0, -9.0]), np.array([-13.0, -23.5, -8.0]))
+LENGTHS = Pair(np.array([5, 11, 4]), np.array([4, 9, 6]))
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def expected(name):
+    """The three pairs' losses."""
+    (w, l), (n_w, n_l) = POLICY, LENGTHS
+    d_w, d_l = w - REFERENCE.chosen, l - REFERENCE.rejected
+    margin = 0.3 * (d_w - d_l)
+    return {
+        "gpo logistic": np.log(1 + np.exp(-margin)),
+        "gpo hinge": np.maximum(0, 1 - margin),
+        "gpo squared": (margin - 1) ** 2,
+        "gpo exponential": np.exp(-margin),
+        "gpo truncated_quadratic": np.maximum(0, 1 - margin) ** 2,
+        "chipo": np.log(
+            1 + np.exp(-np.clip(0.3 * (np.exp(d_w) + d_w - np.exp(d_l) - d_l), -1.5, 1.5))
+        ),
+        "tpo_l": softplus(-(2 * (w / n_w - l / n_l) - 0.5)) + 0.25 * -w / n_w,
+        "simper": -np.exp(w / n_w) + np.exp(l / n_l),
+    }[name]
+
+
+def ours(name):
+    name, *kind = name.split()
+    loss, (policy, reference) = getattr(losses, name), (POLICY, REFERENCE)
+    if name == "gpo":
+        return loss(policy, reference, beta=0.3, convex=kind[0])
+    if name == "chipo":
+        return loss(policy, reference, beta=0.3, max_reward=0.75)
+    if name == "tpo_l":
+        nll = -policy.chosen / LENGTHS.chosen
+        return loss(policy, beta=2.0, gamma=0.5, alpha=0.25, nll=nll, lengths=LENGTHS)
+    return loss(policy, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpo logistic",
+        "gpo hinge",
+        "gpo squared",
+        "gpo exponential",
+        "gpo truncated_quadratic",
+        "chipo",
+        "tpo_l",
+        "simper",
+    ],
+)
+def test_values_are_those_of_the_formula_in_float64(name):
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(ours(name), expected(name), rtol=1e-12)
+
+
+@given(pairs, pairs, st.floats(0.01, 2))
+def test_gpo_holds_dpo_the_hinge_and_ipo(policy, reference, beta):
+    gpo = lambda beta, convex: losses.gpo(policy, reference, beta=beta, convex=convex)
+    close(gpo(beta, "logistic"), losses.dpo(policy, reference, beta=beta))
+    close(gpo(beta, "hinge"), losses.hinge(policy, reference, beta=beta))
+    ipo = losses.ipo(policy, reference, beta=beta, length_norm="sum")
+    np.testing.assert_allclose(gpo(2 * beta, "squared"), 4 * beta**2 * ipo, rtol=1e-3, atol=1e-3)
+
+
+@given(st.floats(-30, 30), st.floats(-30, 30), st.floats(0, 1))
+@pytest.mark.parametrize("convex", ["exponential", "truncated_quadratic"])
+def test_each_gpo_is_convex_and_falls_at_the_reference(convex, first, second, share):
+    f = lambda margin: losses.gpo(
+        Pair(jnp.float32(margin), jnp.float32(0)), NO_REFERENCE, beta=1.0, convex=convex
+    )
+    between = f(share * first + (1 - share) * second)
+    chord = share * f(first) + (1 - share) * f(second)
+    assert between <= chord * (1 + 1e-4) + 1e-5
+    assert jax.grad(f)(0.0) < 0
+
+
+def test_an_unknown_convex_function_is_refused():
+    with pytest.raises(ValueError, match="gpo: convex must be one of"):
+        losses.gpo(NO_REFERENCE, NO_REFERENCE, beta=1.0, convex="savage")
+
+
+@given(st.floats(-6, 6))
+def test_the_link_of_chipo_is_the_derivative_of_its_divergence(log_ratio):
+    """Its f is (z - 1)^2 / 2 + z log z; scores are f' up to a constant (Wang et al. 2023)."""
+    f = lambda z: (z - 1) ** 2 / 2 + z * np.log(z)
+    z, step = np.exp(log_ratio), np.exp(log_ratio) * 1e-5
+    slope = (f(z + step) - f(z - step)) / (2 * step)
+    score = losses.divergence_scores(
+        Pair(jnp.float32(log_ratio), jnp.float32(0)), NO_REFERENCE, "chi_squared"
+    )
+    np.testing.assert_allclose(score.chosen, slope, rtol=1e-4, atol=1e-4)
+
+
+@given(pairs, pairs, betas)
+def test_chipo_is_dpo_where_both_responses_have_become_unlikely(policy, reference, beta):
+    """Its z vanishes against log z."""
+    sunk = jax.tree.map(lambda x: x - 80, policy)
+    got = losses.chipo(sunk, reference, beta=beta, max_reward=jnp.inf)
+    close(got, losses.dpo(sunk, reference, beta=beta))
+
+
+@given(pairs, pairs, st.floats(0.1, 3))
+def test_chipo_never_costs_more_than_its_clip(policy, reference, max_reward):
+    got = losses.chipo(policy, reference, beta=1.0, max_reward=max_reward)
+    assert softplus(-2 * max_reward) - 1e-5 <= got <= softplus(2 * max_reward) + 1e-5
+
+
+@given(pairs, betas)
+def test_tpo_without_its_likelihood_is_simpo(policy, beta):
+    args = dict(beta=beta, gamma=0.3, lengths=Pair(3, 7))
+    close(losses.tpo_l(policy, alpha=0.0, nll=5.0, **args), losses.simpo(policy, **args))
+
+
+@given(pairs, st.integers(1, 9), st.integers(1, 9))
+def test_simper_lies_between_minus_one_and_one_and_changes_sign_with_the_pair(policy, n_w, n_l):
+    loss = losses.simper(policy, lengths=Pair(n_w, n_l))
+    assert -1 <= loss <= 1
+    close(losses.simper(Pair(policy.rejected, policy.chosen), lengths=Pair(n_l, n_w)), -loss)
