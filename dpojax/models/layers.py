@@ -5,6 +5,7 @@ Letters of shapes: see `dpojax.models`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -109,6 +110,26 @@ def _product_backward(subscripts, dtype, saved, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedKernel:
+    """A frozen kernel and its low-rank change; it stands in `params` in the kernel's place.
+
+    `models.lora.adapt` makes it. [L] leads in all arrays, and is gone in the scan over layers.
+
+    Attributes:
+      kernel: [L, *inward, *outward]; it gets no gradient.
+      a: [L, inward, rank], each side flattened to one axis.
+      b: [L, rank, outward].
+      scale: of a @ b.
+    """
+
+    kernel: Array
+    a: Array
+    b: Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
 class Dense(nnx.Module):
     """An affine map [R, T, *inward] -> [R, T, *outward] in the dtype of its input.
 
@@ -123,12 +144,24 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outward, jnp.float32)) if bias else None  # [*outward]
 
     def __call__(self, x: Array) -> Array:
-        size = math.prod(self.inward)
-        kernel = self.kernel[...].reshape(size, -1)  # [inward, outward]
-        y = product("{},{}->{}".format(*MATRICES), x.reshape(-1, size), kernel)  # [R * T, outward]
+        kernel, size = self.kernel.get_value(), math.prod(self.inward)
+        inputs, change = x.reshape(-1, size), None  # [R * T, inward]
+        if isinstance(kernel, AdaptedKernel):
+            kernel, change = kernel.kernel, kernel
+        y = _multiply(inputs, kernel.reshape(size, -1))  # [R * T, outward]
+        if change is not None:
+            # Beside the product, not added to the kernel: so no layer makes a second kernel, and
+            # the backward pass no gradient of a kernel's size.
+            low_rank = _multiply(_multiply(inputs, change.a), change.b, dtype=jnp.float32)
+            y = (y.astype(jnp.float32) + change.scale * low_rank).astype(y.dtype)
         y = checkpoint_name(y, DENSE)
         y = y.reshape(*x.shape[:2], *self.outward)  # [R, T, *outward]
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
+
+
+def _multiply(x: Array, weight: Array, dtype=None) -> Array:
+    """Compute the `product` of two matrices."""
+    return product("{},{}->{}".format(*MATRICES), x, weight, dtype=dtype)
 
 
 class Norm(nnx.Module):

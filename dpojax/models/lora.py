@@ -1,10 +1,11 @@
 """LoRA (Hu et al. 2021) for any decoder, as functions of the parameter tree.
 
     adapters = lora.init(key, base, config)
-    hidden = model.apply(lora.apply(base, adapters, config), rows)   # the policy
+    hidden = model.apply(lora.adapt(base, adapters, config), rows)   # the policy, to train it
+    hidden = model.apply(lora.apply(base, adapters, config), rows)   # the policy, merged
     hidden = model.apply(base, rows)                                 # the reference: adapters off
 
-The model does not know about adapters. `lora_peft` reads and writes those of the peft library.
+`lora_peft` reads and writes adapters of the peft library.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from dpojax.models.decoder import Params
+from dpojax.models.layers import AdaptedKernel
 
 Adapters = dict
 
@@ -119,6 +121,24 @@ def init(key: Array, params: Params, config: LoraConfig) -> Adapters:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def adapt(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
+    """Put the adapters beside their kernels: parameters for `Model.apply`, `prefill` and `decode`.
+
+    The model computes x @ kernel + scale * (x @ a) @ b. Nothing of a kernel's size is made, neither
+    merged weights nor their gradient, and gradients flow to `adapters` only. In float32 the numbers
+    are those of `apply`. In bfloat16, a change that is smaller than the rounding of the kernel is
+    kept here, where a merged kernel would lose it.
+
+    Raises:
+      ValueError: an adapter that fits no kernel of `base`; its path is named.
+    """
+    kernels = traverse_util.flatten_dict(jax.lax.stop_gradient(base), sep="/")
+    for path, pair in pairs(adapters).items():
+        _check_shapes(path, pair, kernels)
+        kernels[path] = AdaptedKernel(kernels[path], pair["a"], pair["b"], config.scale)
+    return traverse_util.unflatten_dict(kernels, sep="/")
+
+
 def apply(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
     """Compute kernel + scale * a @ b at every adapted path; all other arrays are those of `base`.
 
@@ -126,9 +146,7 @@ def apply(base: Params, adapters: Adapters, config: LoraConfig) -> Params:
     small changes of a bfloat16 base are not rounded away. The model casts it to its compute dtype
     layer by layer.
 
-    Memory: the adapted kernels exist a second time, in that dtype, during the forward and backward
-    pass. Their gradient [L, inward, outward] exists until it is contracted to those of a and b. So
-    LoRA saves the memory of the optimiser's state and of checkpoints here, but not this.
+    Memory: the adapted kernels exist a second time, in that dtype, so training takes `adapt`.
 
     Raises:
       ValueError: an adapter that fits no kernel of `base`; its path is named.
@@ -182,6 +200,13 @@ def pairs(adapters: Adapters) -> dict[str, dict[str, Array]]:
 
 def _product(path: str, pair: dict[str, Array], kernels: dict) -> Array:
     """Compute a @ b, [L, inward, outward]."""
+    _check_shapes(path, pair, kernels)
+    # In full float32, where accelerators would round the inputs by default: it costs little.
+    return jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST)
+
+
+def _check_shapes(path: str, pair: dict[str, Array], kernels: dict) -> None:
+    """Raise ValueError if a pair of adapters does not fit the kernel at its path."""
     if path not in kernels:
         raise ValueError(f"adapters: {path}: the model has no such kernel")
     layers, inward, outward = sizes(path, kernels[path].shape)
@@ -192,5 +217,3 @@ def _product(path: str, pair: dict[str, Array], kernels: dict) -> Array:
         raise ValueError(
             f"adapters: {path}: has the shapes {shapes}, but the kernel needs {expected}"
         )
-    # In full float32, where accelerators would round the inputs by default: it costs little.
-    return jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST)

@@ -240,7 +240,9 @@ def _work(planned: PlannedStage, *, backward: bool) -> Work:
     body, head = product_weights(planned.stage.setup.abstract_params)
     tokens = np.mean([(rows.segment > 0).sum() for rows in planned.rows])
     scored = np.mean([(rows.response >= 0).sum() for rows in planned.rows])
-    return Work(model_flops(body, head, tokens, scored, backward=backward), float(tokens))
+    frozen = planned.stage.adapters is not None
+    flops = model_flops(body, head, tokens, scored, backward=backward, frozen=frozen)
+    return Work(flops, float(tokens))
 
 
 def _sampler(stage: ExampleStage, evaluations: float) -> PlannedProgram:

@@ -20,7 +20,6 @@ from dpojax.data.packing import Shape
 from dpojax.data.rows import Rows, empty
 from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean
-from dpojax.models import lora
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
 from dpojax.stages import kept_weights
@@ -250,17 +249,12 @@ def resident_weights(stage: ExampleStage) -> tuple:
 def footprint(stage: ExampleStage) -> Footprint:
     """What the stage's step will need of each device, predicted from shapes alone."""
     config, setup = stage.setup.config, stage.setup
-    frozen, kernels = resident_weights(stage), None
-    if stage.adapters is not None:  # every pass makes merged weights of the base
-        frozen = (frozen, setup.abstract_params)
-        kernels = lora.adapted(setup.abstract_params, stage.adapters.abstract)
     return predict(
         setup.model.config,
         stage.batches.shape,
         setup.mesh,
         state=abstract_train_state(stage, make_optimizer(stage.config.optimizer)),
-        frozen=frozen,
-        adapted=kernels,
+        frozen=resident_weights(stage),
         remat=config.model.remat,
         dtype=config.model.compute_dtype,
         kernel=setup.model.kernel,
@@ -346,7 +340,7 @@ def _train_loop(
         batches=batches,
         to_device=lambda rows: evaluator.reference.to_device(rows, setup.mesh),
         evaluate=lambda state: evaluator(stage, state),
-        flops=flops_of_batch(setup.abstract_params),
+        flops=flops_of_batch(setup.abstract_params, frozen=stage.adapters is not None),
         ceiling=ceiling,
         hyper=stage.hyper,
         steps=stage.steps,

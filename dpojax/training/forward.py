@@ -93,7 +93,7 @@ def adapted(forward: Forward, config: LoraConfig) -> Forward:
 
     def of_adapters(adapters: dict, rows: Rows, frozen: FrozenWeights) -> Any:
         reference = frozen.base if frozen.reference is None else frozen.reference
-        params = lora.apply(frozen.base, adapters, config)
+        params = lora.adapt(frozen.base, adapters, config)
         return forward(params, rows, FrozenWeights(reference=reference))
 
     return of_adapters

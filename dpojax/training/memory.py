@@ -27,8 +27,10 @@ class Footprint(NamedTuple):
 
     weights: int
     optimizer: int  # its moments
-    gradient: int  # twice under gradient accumulation; that of adapted kernels once
-    frozen: int  # weights beside the state: a live reference, the base of adapters
+    gradient: int  # twice under gradient accumulation
+    # Weights beside the state: a live reference, the base of adapters; and one layer's kernels of
+    # them in the compute dtype, which `gathered` counts over fsdp.
+    frozen: int
     activations: int  # stored for the backward pass, and those of the layer being computed
     logits: int  # that exist at once, with the head's gradient and, over fsdp, the gathered head
     gathered: int  # over fsdp: two layers' weights and one's gradient, and the table of embeddings
@@ -49,7 +51,6 @@ def predict(
     *,
     state: Any,
     frozen: Any = None,
-    adapted: Any = None,
     remat: str = "dots",
     dtype: str = "float32",
     kernel: Kernel = XLA,
@@ -62,9 +63,7 @@ def predict(
       shape: of a batch.
       mesh: of the run.
       state: shapes and shardings of the train state.
-      frozen: those of a live reference, or of adapters' base and the merged weights; None without.
-      adapted: those of the kernels that adapters change. Their gradient exists until it is
-        contracted to the adapters'.
+      frozen: those of a live reference, or of the base of adapters; None without.
       remat, dtype, kernel: as `models.decoder.build` takes them.
       max_logits: float32 logits that may exist at once on all devices together.
     """
@@ -85,11 +84,13 @@ def predict(
     sharers = row_shards(mesh) * ways
     head, fsdp = vocabulary * config.width // ways, mesh.shape["fsdp"]
     head = 4 * head // fsdp + (size * head if fsdp > 1 else 0)
+    has_frozen = bool(jax.tree.leaves(frozen))
+    used = size * _layer_weights(config, tensor) if has_frozen and fsdp == 1 else 0
     return Footprint(
         weights=weights,
         optimizer=bytes_per_device(state.opt_state),
-        gradient=weights * (2 if shape.micro_batches > 1 else 1) + bytes_per_device(adapted),
-        frozen=bytes_per_device(frozen),
+        gradient=weights * (2 if shape.micro_batches > 1 else 1),
+        frozen=bytes_per_device(frozen) + used,
         activations=size * config.layers * tokens * stored + layer,
         logits=4 * logits // sharers + head,
         gathered=_gathered(config, mesh, size, ways) if fsdp > 1 else 0,
@@ -103,12 +104,17 @@ def _gathered(config: DecoderConfig, mesh: Mesh, size: int, ways: int) -> int:
       size: bytes of a number of the compute dtype.
       ways: devices that the table of embeddings is spread over, besides fsdp.
     """
-    heads = 2 * (config.heads + config.kv_heads) * config.head_dim
-    mlp = (3 if config.gated_mlp else 2) * config.mlp_width
-    layer = config.width * (heads + mlp) // mesh.shape["tensor"]
+    layer = _layer_weights(config, mesh.shape["tensor"])
     # A tied table is the head's, which counts with the logits.
     table = 0 if config.tied_head else size * config.vocab_size * config.width // ways
     return (2 * size + 4) * layer + table
+
+
+def _layer_weights(config: DecoderConfig, tensor: int) -> int:
+    """Count the numbers in a layer's kernels, on each of `tensor` devices."""
+    heads = 2 * (config.heads + config.kv_heads) * config.head_dim
+    mlp = (3 if config.gated_mlp else 2) * config.mlp_width
+    return config.width * (heads + mlp) // tensor
 
 
 def stored_of(

@@ -20,7 +20,13 @@ from dpojax.sharding import make_mesh, path_of
 
 
 def model_flops(
-    matmul_params: int, head_params: int, tokens: int, scored: int, *, backward: bool = True
+    matmul_params: int,
+    head_params: int,
+    tokens: int,
+    scored: int,
+    *,
+    backward: bool = True,
+    frozen: bool = False,
 ) -> float:
     """Count the FLOPs of a batch: 2 per parameter and token forward, and twice that backward.
 
@@ -34,9 +40,13 @@ def model_flops(
       tokens: tokens of the batch, without padding.
       scored: tokens whose log-prob is computed.
       backward: also count the gradient.
+      frozen: these parameters get none, as the base of adapters: only what they multiply does. The
+        adapters' own products are not counted.
     """
     forward = 2.0 * (matmul_params * tokens + head_params * scored)
-    return 3.0 * forward if backward else forward
+    if not backward:
+        return forward
+    return forward * (2.0 if frozen else 3.0)
 
 
 def matmul_flops_per_second(
@@ -106,13 +116,16 @@ def memory_bytes() -> dict[str, int]:
     return {"peak_host_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-def flops_of_batch(abstract_params: dict) -> Callable[[Rows], float]:
-    """Model FLOPs of a batch's forward and backward pass, from the parameters' shapes."""
+def flops_of_batch(abstract_params: dict, *, frozen: bool = False) -> Callable[[Rows], float]:
+    """Model FLOPs of a batch's forward and backward pass, from the parameters' shapes.
+
+    `frozen` as in `model_flops`.
+    """
     body, head = product_weights(abstract_params)
 
     def flops(rows: Rows) -> float:
         tokens, scored = int((rows.segment > 0).sum()), int((rows.response >= 0).sum())
-        return model_flops(body, head, tokens, scored)
+        return model_flops(body, head, tokens, scored, frozen=frozen)
 
     return flops
 

@@ -156,6 +156,52 @@ def test_gradients_reach_the_adapters_and_never_the_base(config):
     np.testing.assert_allclose(ours, by_hand, rtol=1e-4, atol=1e-6)
 
 
+@CONFIGS
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_adapters_beside_their_kernels_give_the_merged_kernels_values_and_gradients(config, remat):
+    model, base = decoder.build(config, remat=remat), checkpoints.random_params(config)
+    adapters = noisy(lora.init(jax.random.key(0), base, LOW))
+
+    def both(put):
+        def loss(base, adapters):
+            return jnp.square(model.apply(put(base, adapters, LOW), rows())).mean()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(base, adapters)
+
+    (value, (to_base, gradient)), (expected, (_, right)) = both(lora.adapt), both(lora.apply)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # The sums have another order: each number is as exact as the largest of its array.
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * float(jnp.abs(y).max()))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(to_base))
+
+
+def test_adapters_of_some_kernels_leave_the_others_as_they_are():
+    model, base = decoder.build(LEARNED), checkpoints.random_params(LEARNED)
+    some = LoraConfig(2, 4.0, ("(query|value)/", "down"))
+    adapters = noisy(lora.init(jax.random.key(0), base, some))
+    beside = jax.jit(lambda a: model.apply(lora.adapt(base, a, some), rows()))(adapters)
+    merged = jax.jit(lambda a: model.apply(lora.apply(base, a, some), rows()))(adapters)
+    np.testing.assert_allclose(beside, merged, rtol=1e-4, atol=1e-5)
+
+
+@CONFIGS
+def test_in_bfloat16_new_adapters_change_no_bit_and_small_ones_are_not_rounded_away(config):
+    model = decoder.build(config, compute_dtype=jnp.bfloat16)
+    exact = decoder.build(config)
+    base = checkpoints.random_params(config)
+    adapters = lora.init(jax.random.key(0), base, LOW)
+    policy = jax.jit(lambda a: model.apply(lora.adapt(base, a, LOW), rows()))
+    reference = jax.jit(lambda: model.apply(base, rows()))()
+    np.testing.assert_array_equal(policy(adapters), reference)
+    # The change in float32 and the one in bfloat16 point the same way.
+    change = lambda x, y: np.asarray(x - y, np.float64).ravel()
+    small = jax.tree.map(lambda x: 0.1 * x, noisy(adapters))
+    right = change(exact.apply(lora.apply(base, small, LOW), rows()), exact.apply(base, rows()))
+    ours = change(policy(small).astype(jnp.float32), reference.astype(jnp.float32))
+    assert ours @ right / np.linalg.norm(ours) / np.linalg.norm(right) > 0.9
+
+
 def test_a_bfloat16_base_with_float32_adapters_keeps_what_bfloat16_would_round_away():
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), checkpoints.random_params(GROUPED))
     adapters = jax.tree.map(lambda x: 1e-3 * x, noisy(lora.init(jax.random.key(0), base, LOW)))
@@ -196,8 +242,9 @@ def test_the_merged_export_computes_in_transformers_what_is_applied_here(config,
 def test_an_adapter_that_fits_no_kernel_is_named(path, shape, message):
     pair = {"a": jnp.zeros(shape), "b": jnp.zeros((2, 2, 16))}
     adapters = traverse_util.unflatten_dict({path: pair}, sep="/")
-    with pytest.raises(ValueError, match=message):
-        lora.apply(checkpoints.random_params(GROUPED), adapters, LOW)
+    for put in (lora.apply, lora.adapt):
+        with pytest.raises(ValueError, match=message):
+            put(checkpoints.random_params(GROUPED), adapters, LOW)
 
 
 @CONFIGS

@@ -42,6 +42,17 @@ def test_a_token_costs_six_flops_a_parameter_to_train_on_and_two_to_score():
     assert model_flops(0, 500, 10, 3) == 6 * 500 * 3
 
 
+def test_frozen_weights_cost_what_xla_counts_without_their_gradient():
+    tokens, width = 64, 32
+    weight, x = jnp.ones((width, width)), jnp.ones((tokens, width))
+
+    def forward(x):
+        return jnp.tanh(x @ weight).sum()
+
+    counted = compiled_flops(jax.grad(forward), x)
+    assert model_flops(weight.size, 0, tokens, 0, frozen=True) == pytest.approx(counted, rel=0.15)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that goes on by a hundredth of a second each time it is read."""
