@@ -131,7 +131,7 @@ def slow_where_nothing_is_new(case):
     return pytest.param(case, marks=pytest.mark.slow) if case in ALIKE else case
 
 
-@pytest.mark.parametrize("case", map(slow_where_nothing_is_new, CASES))
+@pytest.mark.parametrize("case", [slow_where_nothing_is_new(case) for case in CASES])
 def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
     step, rows, hyper = prepare(case, batches, 0, ADAM, rate=0.02)
     state, values = state_of(start, ADAM), []
