@@ -49,6 +49,11 @@ LOSS_OPTIONS = {
     "rpo": {"scale": 3.0, "form": "bwd_kl"},
     "tdpo": {"reference.kind": "live"},
     "alphapo": {"beta": 2.0, "gamma": 1.0, "alpha": 0.25},
+    "gpo": {"convex": "exponential"},
+    "chipo": {"max_reward": 1.0},
+    "tpo_l": {"beta": 2.0, "gamma": 1.0, "alpha": 1.0},
+    "npo": {"retain_weight": 1.0},
+    "simnpo": {"beta": 2.5, "gamma": 0.0, "retain_weight": 1.0},
     "unlikelihood": {"alpha": 0.1},
     "robust": {"label_smoothing": 0.1},
 }

@@ -31,6 +31,7 @@ from dpojax.losses.absolute import (
 )
 from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
 from dpojax.losses.divergences import chipo, divergence_scores
+from dpojax.losses.forgetting import npo, simnpo
 from dpojax.losses.margin import (
     discopop,
     dpo,
@@ -48,6 +49,7 @@ from dpojax.losses.pair import NO_REFERENCE, Pair
 from dpojax.losses.presets import PRESETS, preset
 from dpojax.losses.ranked import plackett_luce
 from dpojax.losses.reference_free import alphapo, cpo, orpo, simper, simpo, slic, tpo_l
+from dpojax.losses.regression import astar_po, optimal_values
 from dpojax.losses.transport import aot, aot_unpaired
 from dpojax.losses.unpaired import apo_zero_unpaired, bco_unpaired, kto, kto_baseline
 from dpojax.losses.weights import HeadTail, ld_logprobs, mixture, shared_length, wpo_weights
@@ -64,6 +66,7 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "apo_zero_unpaired",
+    "astar_po",
     "bco",
     "bco_unpaired",
     "bradley_terry",
@@ -87,7 +90,9 @@ __all__ = [
     "log_ratios",
     "mixture",
     "nca",
+    "npo",
     "odpo",
+    "optimal_values",
     "orpo",
     "per_token",
     "plackett_luce",
@@ -97,6 +102,7 @@ __all__ = [
     "rpo",
     "sft",
     "shared_length",
+    "simnpo",
     "simper",
     "simpo",
     "slic",

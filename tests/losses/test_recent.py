@@ -44,6 +44,9 @@ def expected(name):
         ),
         "tpo_l": softplus(-(2 * (w / n_w - l / n_l) - 0.5)) + 0.25 * -w / n_w,
         "simper": -np.exp(w / n_w) + np.exp(l / n_l),
+        "npo": np.array([0.5 * 12 / 5, 2 / 0.3 * softplus(0.3 * d_w[1]), 0.5 * 8.25 / 4]),
+        "simnpo": 2 / 0.3 * softplus(0.3 * w / n_w + 0.4),
+        "astar_po": (0.3 * d_w - (np.array([1.0, 0.0, 1.0]) - 0.6)) ** 2,
     }[name]
 
 
@@ -57,6 +60,15 @@ def ours(name):
     if name == "tpo_l":
         nll = -policy.chosen / LENGTHS.chosen
         return loss(policy, beta=2.0, gamma=0.5, alpha=0.25, nll=nll, lengths=LENGTHS)
+    if name == "npo":
+        kept, nll = jnp.array([True, False, True]), -policy.chosen / LENGTHS.chosen
+        args = dict(beta=0.3, retain_weight=0.5, nll=nll)
+        return loss(policy.chosen, reference.chosen, kept, **args)
+    if name == "simnpo":
+        args = dict(beta=0.3, gamma=0.4, lengths=LENGTHS.chosen, retain_weight=0.5, nll=0.0)
+        return loss(policy.chosen, jnp.zeros(3, bool), **args)
+    if name == "astar_po":
+        return loss(policy.chosen, reference.chosen, jnp.array([1.0, 0.0, 1.0]), 0.6, beta=0.3)
     return loss(policy, lengths=LENGTHS)
 
 
@@ -71,6 +83,9 @@ def ours(name):
         "chipo",
         "tpo_l",
         "simper",
+        "npo",
+        "simnpo",
+        "astar_po",
     ],
 )
 def test_values_are_those_of_the_formula_in_float64(name):
@@ -141,3 +156,54 @@ def test_simper_lies_between_minus_one_and_one_and_changes_sign_with_the_pair(po
     loss = losses.simper(policy, lengths=Pair(n_w, n_l))
     assert -1 <= loss <= 1
     close(losses.simper(Pair(policy.rejected, policy.chosen), lengths=Pair(n_l, n_w)), -loss)
+
+
+def forget(policy, reference, beta):
+    """NPO of one response that is to be forgotten."""
+    kept = jnp.asarray(False)
+    return losses.npo(policy, reference, kept, beta=beta, retain_weight=1.0, nll=7.0)
+
+
+@given(pairs, pairs, betas)
+def test_npo_is_dpo_without_a_chosen_response(policy, reference, beta):
+    got = forget(policy.rejected, reference.rejected, beta)
+    alone = Pair(jnp.float32(0), policy.rejected), Pair(jnp.float32(0), reference.rejected)
+    close(got * beta / 2, losses.dpo(*alone, beta=beta))
+
+
+@given(numbers, numbers)
+def test_npo_without_beta_is_gradient_ascent_and_stops_at_what_is_forgotten(policy, reference):
+    slope = jax.grad(forget)
+    np.testing.assert_allclose(
+        slope(jnp.float32(policy), jnp.float32(reference), 1e-5), 1, atol=1e-3
+    )
+    assert slope(jnp.float32(reference - 100), jnp.float32(reference), 1.0) < 1e-6
+
+
+@given(numbers, st.integers(1, 9), betas)
+def test_simnpo_is_npo_of_means_against_a_reference_of_zero(policy, length, beta):
+    args = dict(gamma=0.0, retain_weight=1.0, nll=0.0, lengths=length)
+    got = losses.simnpo(jnp.float32(policy), jnp.asarray(False), beta=beta, **args)
+    close(got, forget(jnp.float32(policy / length), jnp.float32(0), beta))
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=6), st.floats(0.2, 5))
+def test_the_optimal_policy_of_a_reward_has_no_astar_loss(rewards, beta):
+    """It is reference * exp(r / beta) / Z, here with a uniform reference over all responses."""
+    rewards = np.array(rewards)
+    uniform = np.full(len(rewards), -np.log(len(rewards)))
+    optimum = uniform + rewards / beta
+    optimum -= np.log(np.exp(optimum).sum())
+    values = losses.optimal_values(jnp.float32(rewards), beta=beta)
+    loss = losses.astar_po(
+        jnp.float32(optimum), jnp.float32(uniform), jnp.float32(rewards), values, beta=beta
+    )
+    np.testing.assert_allclose(loss, 0, atol=1e-8)
+
+
+def test_optimal_values_lie_between_mean_and_maximum_and_see_no_absent_response():
+    rewards, mask = jnp.array([1.0, 0.0, jnp.nan]), jnp.array([True, True, False])
+    value = lambda beta: losses.optimal_values(rewards, mask, beta=beta)
+    np.testing.assert_allclose(value(1e3), 0.5, atol=1e-3)
+    np.testing.assert_allclose(value(1e-3), 1 + 1e-3 * np.log(0.5), rtol=1e-5)
+    assert losses.optimal_values(rewards, jnp.zeros(3, bool), beta=1.0) == 0

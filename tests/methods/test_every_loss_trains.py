@@ -42,7 +42,7 @@ WRAPPERS = {
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
-ALIKE = ("gpo", "chipo", "tpo_l", "simper")
+ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo")
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
 COUPLED = ("aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
 

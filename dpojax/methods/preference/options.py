@@ -48,6 +48,14 @@ def _sft(nll: Array) -> Array:
     return losses.sft(-nll)
 
 
+def _astar_po(
+    policy: Array, reference: Array, scores: Array, values: Array, mask: Array, *, beta: Array
+) -> Array:
+    """The mean of A*-PO's loss over the responses to a prompt."""
+    loss = losses.astar_po(policy, reference, scores, values, beta=beta)
+    return jnp.where(mask, loss, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
 LOSS_TABLE = {
     "dpo": Loss(losses.dpo, margin_only=True),
     "dpo_norm": Loss(losses.dpo_norm, defaults={"beta": 5.0}, margin_only=True),
@@ -81,6 +89,7 @@ LOSS_TABLE = {
     "unlikelihood": Loss(losses.unlikelihood),
     "sft": Loss(_sft, defaults={"nll_norm": "mean"}),
     "plackett_luce": Loss(losses.plackett_luce, "ranked", {"top": None}),  # None: all places
+    "astar_po": Loss(_astar_po, "ranked", {"beta": 1e-3, "value_beta": 0.5}),
     "kto": Loss(
         losses.kto,
         "labelled",
@@ -89,6 +98,8 @@ LOSS_TABLE = {
     ),
     "bco_unpaired": Loss(losses.bco_unpaired, "labelled", {"baseline": "running"}),
     "apo_zero_unpaired": Loss(losses.apo_zero_unpaired, "labelled"),
+    "npo": Loss(losses.npo, "labelled", {"nll_norm": "mean"}),
+    "simnpo": Loss(losses.simnpo, "labelled", {"beta": _Required, "nll_norm": "mean"}),
 }
 LOSSES = tuple(LOSS_TABLE)
 PAIRS, RANKED, LABELLED = (

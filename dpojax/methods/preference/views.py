@@ -186,6 +186,16 @@ class RankedView(View):
         """How many responses are better, int."""
         return self.rows.rank
 
+    def scores(self) -> Array:
+        """The data's own scores of the responses."""
+        return self.rows.scores
+
+    def values(self) -> Array:
+        """A*-PO's V* of each response's prompt, from the scores of all responses to it."""
+        beta = self.hyper["value_beta"]
+        values = losses.optimal_values(self.rows.scores, self.rows.present, beta=beta)
+        return jnp.broadcast_to(values[..., None], self.rows.scores.shape)
+
 
 class LabelledView(View):
     """Single labelled responses, [..., R, E]. A second one of a row is a mismatched response."""
@@ -205,6 +215,16 @@ class LabelledView(View):
     def mask(self) -> Array:
         """Which responses exist, bool."""
         return self.rows.present[..., 0]
+
+    def lengths(self) -> Array:
+        """Lengths in tokens, float."""
+        return self.token_counts[..., 0]
+
+    def nll(self) -> Array:
+        """-log policy, nats: by the option `nll_norm` a sum or a mean over tokens."""
+        if self.settings["nll_norm"] == "sum":
+            return -self.policy()
+        return -self.policy() / jnp.maximum(self.lengths(), 1)
 
     def kl(self) -> Array:
         """KTO's z, from the mismatched responses of the whole batch; a scalar, nats."""
