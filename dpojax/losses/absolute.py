@@ -19,7 +19,7 @@ from dpojax.mesh_axes import AxisName, require_axis_name, sum_over_batch
 
 
 @checked
-def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+def nca(policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike) -> Array:
     """Per-pair loss -log sigmoid(r_w) - log sigmoid(-r_w) / 2 - log sigmoid(-r_l) / 2.
 
     Noise contrastive alignment, Chen et al. 2024, with two responses; r are the implicit rewards.
@@ -40,7 +40,9 @@ def nca(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 
 
 @checked
-def bco(policy: Pair, reference: Pair, *, beta: ArrayLike, delta: ArrayLike) -> Array:
+def bco(
+    policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike, delta: ArrayLike
+) -> Array:
     """Per-pair loss -log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)).
 
     Binary classifier optimisation, Jung et al. 2024. A logistic classifier tells chosen from
@@ -72,7 +74,7 @@ class RunningMean(NamedTuple):
 
 def update_baseline(
     baseline: RunningMean,
-    rewards: Pair | Array,
+    rewards: Pair[ArrayLike] | Array,
     mask: ArrayLike | None = None,
     *,
     axis_name: AxisName | None = None,
@@ -109,7 +111,7 @@ def update_baseline(
 
 
 @checked
-def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+def sppo(policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike) -> Array:
     """Per-pair loss (d_w - 1 / (2 beta))^2 + (d_l + 1 / (2 beta))^2 of the log-ratios d.
 
     Self-play preference optimisation, Wu et al. 2024, with winning probabilities 1 and 0, as in
@@ -129,7 +131,7 @@ def sppo(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 
 
 @checked
-def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+def apo_zero(policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike) -> Array:
     """Per-pair loss sigmoid(-r_w) + sigmoid(r_l) of the implicit rewards r.
 
     It makes chosen responses more likely and rejected ones less. Anchored preference optimisation,
@@ -145,7 +147,7 @@ def apo_zero(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 
 
 @checked
-def apo_down(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+def apo_down(policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike) -> Array:
     """Per-pair loss sigmoid(r_w) + sigmoid(-(r_w - r_l)) of the implicit rewards r.
 
     It makes both responses less likely, the rejected one more so. Anchored preference optimisation,

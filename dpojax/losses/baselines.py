@@ -24,7 +24,7 @@ def sft(logprobs: Array) -> Array:
 
 
 @checked
-def unlikelihood(policy: Pair, *, alpha: ArrayLike) -> Array:
+def unlikelihood(policy: Pair[ArrayLike], *, alpha: ArrayLike) -> Array:
     """Per-pair loss -l_w + alpha l_l of the log-probs l; it has no lower bound.
 
     The baseline of Rafailov et al. 2023, section 6. Departure from Welleck et al. 2019: they add
@@ -41,7 +41,9 @@ def unlikelihood(policy: Pair, *, alpha: ArrayLike) -> Array:
 
 
 @checked
-def bradley_terry(scores: Pair, *, margin: ArrayLike = 0.0, centring: ArrayLike = 0.0) -> Array:
+def bradley_terry(
+    scores: Pair[ArrayLike], *, margin: ArrayLike = 0.0, centring: ArrayLike = 0.0
+) -> Array:
     """Per-pair loss -log sigmoid(s_w - s_l - margin) + centring (s_w + s_l)^2 of reward scores s.
 
     Rafailov et al. 2023, eq. 2. The margin is that of Touvron et al. 2023 (Llama 2). Centring is

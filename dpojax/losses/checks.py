@@ -35,7 +35,7 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
       TypeError, ValueError: naming the loss and the argument.
 
     >>> @checked
-    ... def gap(policy: Pair) -> jax.Array:
+    ... def gap(policy: Pair[jax.Array]) -> jax.Array:
     ...     return policy.chosen - policy.rejected
     >>> gap((-12.0, -14.0))
     Traceback (most recent call last):

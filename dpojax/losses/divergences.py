@@ -16,12 +16,12 @@ from dpojax.losses.pair import Pair
 
 @checked
 def divergence_scores(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     kind: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi_squared"],
     *,
     alpha: ArrayLike | None = None,
-) -> Pair:
+) -> Pair[Array]:
     """Compute the scores f'(exp d) that replace the log-ratios d under a divergence f.
 
     Wang et al. 2023 (f-DPO). Additive constants are dropped, as in TRL:

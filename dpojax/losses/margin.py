@@ -14,7 +14,7 @@ from dpojax.losses.pair import NO_REFERENCE, Pair
 
 
 @checked
-def log_ratios(policy: Pair, reference: Pair) -> Pair:
+def log_ratios(policy: Pair[ArrayLike], reference: Pair[ArrayLike]) -> Pair[Array]:
     """Subtract the reference's log-prob of each response from the policy's, nats, any shape.
 
     >>> ratio = log_ratios(Pair(-12.0, -14.0), Pair(-12.5, -13.0))
@@ -25,7 +25,9 @@ def log_ratios(policy: Pair, reference: Pair) -> Pair:
 
 
 @checked
-def implicit_rewards(policy: Pair, reference: Pair, beta: ArrayLike) -> Pair:
+def implicit_rewards(
+    policy: Pair[ArrayLike], reference: Pair[ArrayLike], beta: ArrayLike
+) -> Pair[Array]:
     """Compute beta (log policy - log reference) of each response, nats, any shape.
 
     Rafailov et al. 2023, eq. 5, without beta log Z(x). This constant of the prompt cancels in every
@@ -38,7 +40,7 @@ def implicit_rewards(policy: Pair, reference: Pair, beta: ArrayLike) -> Pair:
 
 
 @checked
-def per_token(values: Pair, lengths: Pair) -> Pair:
+def per_token(values: Pair[ArrayLike], lengths: Pair[ArrayLike]) -> Pair[Array]:
     """Divide sums over tokens by the lengths of the responses (at least 1); any shape.
 
     >>> mean = per_token(Pair(-12.0, -14.0), Pair(5, 0))
@@ -50,7 +52,11 @@ def per_token(values: Pair, lengths: Pair) -> Pair:
 
 @checked
 def dpo(
-    policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike = 0.0
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    label_smoothing: ArrayLike = 0.0,
 ) -> Array:
     """Per-pair loss -log sigmoid(r_chosen - r_rejected) with r the implicit rewards.
 
@@ -78,11 +84,11 @@ def dpo(
 
 @checked
 def dpo_norm(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
-    lengths: Pair,
+    lengths: Pair[ArrayLike],
     label_smoothing: ArrayLike = 0.0,
 ) -> Array:
     """Per-pair DPO loss of per-token log-ratios: -log sigmoid(beta (d_w / |w| - d_l / |l|)).
@@ -101,12 +107,12 @@ def dpo_norm(
 
 @checked
 def ipo(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     length_norm: Literal["sum", "mean"],
-    lengths: Pair | None = None,
+    lengths: Pair[ArrayLike] | None = None,
 ) -> Array:
     """Per-pair loss (h - 1 / (2 beta))^2 with h the difference of the two log-ratios.
 
@@ -138,7 +144,7 @@ def ipo(
 
 
 @checked
-def hinge(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
+def hinge(policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike) -> Array:
     """Per-pair loss max(0, 1 - (r_chosen - r_rejected)) with r the implicit rewards.
 
     The hinge-norm loss of Liu et al. 2023 (RSO). Arguments as in `dpo`. Where the margin is 1 or
@@ -153,7 +159,9 @@ def hinge(policy: Pair, reference: Pair, *, beta: ArrayLike) -> Array:
 
 
 @checked
-def discopop(policy: Pair, reference: Pair, *, beta: ArrayLike, tau: ArrayLike) -> Array:
+def discopop(
+    policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike, tau: ArrayLike
+) -> Array:
     """Per-pair loss (1 - g) * -log sigmoid(m) + g * exp(-m), g = sigmoid(m / tau), of margin m.
 
     The log-ratio modulated loss of Lu et al. 2024 (DiscoPOP), who use tau = 0.05. Arguments as in

@@ -13,7 +13,13 @@ from dpojax.losses.pair import Pair
 
 
 @checked
-def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
+def robust(
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    label_smoothing: ArrayLike,
+) -> Array:
     """Per-pair loss that is unbiased if labels are flipped with probability e.
 
     ((1 - e) * -log sigmoid(m) - e * -log sigmoid(-m)) / (1 - 2 e) of the margin m of the implicit
@@ -41,7 +47,13 @@ def robust(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: A
 
 
 @checked
-def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: ArrayLike) -> Array:
+def exo(
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    label_smoothing: ArrayLike,
+) -> Array:
     """Per-pair reverse KL between the policy's preference and the smoothed label.
 
     KL(Bernoulli(sigmoid(m)) || Bernoulli(1 - e)) of the margin m of the implicit rewards.
@@ -69,7 +81,9 @@ def exo(policy: Pair, reference: Pair, *, beta: ArrayLike, label_smoothing: Arra
 
 
 @checked
-def dpo_soft(policy: Pair, reference: Pair, *, beta: ArrayLike, probability: ArrayLike) -> Array:
+def dpo_soft(
+    policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike, probability: ArrayLike
+) -> Array:
     """Per-pair cross-entropy -p log sigmoid(m) - (1 - p) log sigmoid(-m) of a soft label p.
 
     The expectation of DPO's loss (Rafailov et al. 2023, eq. 7) over labels that prefer the chosen
@@ -90,7 +104,12 @@ def dpo_soft(policy: Pair, reference: Pair, *, beta: ArrayLike, probability: Arr
 
 @checked
 def dpo_ties(
-    policy: Pair, reference: Pair, *, beta: ArrayLike, tie: ArrayLike, threshold: ArrayLike
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    tie: ArrayLike,
+    threshold: ArrayLike,
 ) -> Array:
     """Per-pair negative log-likelihood of wins and ties.
 

@@ -15,7 +15,9 @@ from dpojax.losses.pair import Pair
 
 
 @checked
-def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -> Array:
+def odpo(
+    policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike, offset: ArrayLike
+) -> Array:
     """Per-pair loss -log sigmoid(r_chosen - r_rejected - offset) with r the implicit rewards.
 
     DPO with an offset, Amini et al. 2024. The better the chosen response is, the larger a margin
@@ -35,7 +37,9 @@ def odpo(policy: Pair, reference: Pair, *, beta: ArrayLike, offset: ArrayLike) -
 
 
 @checked
-def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) -> Array:
+def dpop(
+    policy: Pair[ArrayLike], reference: Pair[ArrayLike], *, beta: ArrayLike, penalty: ArrayLike
+) -> Array:
     """Per-pair loss -log sigmoid(beta (d_w - d_l - penalty max(0, -d_w))) of the log-ratios d.
 
     DPO-Positive, Pal et al. 2024. It adds a penalty where the chosen response is less likely under
@@ -57,11 +61,11 @@ def dpop(policy: Pair, reference: Pair, *, beta: ArrayLike, penalty: ArrayLike) 
 
 @checked
 def tdpo(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
-    kl: Pair,
+    kl: Pair[ArrayLike],
     alpha: ArrayLike,
     stop_chosen: bool,
 ) -> Array:
@@ -91,11 +95,11 @@ def tdpo(
 
 @checked
 def rpo(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
-    scores: Pair,
+    scores: Pair[ArrayLike],
     scale: ArrayLike,
     form: Literal["sq", "bwd_kl", "fwd_kl"],
 ) -> Array:

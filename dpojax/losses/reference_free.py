@@ -18,11 +18,11 @@ from dpojax.losses.pair import NO_REFERENCE, Pair
 
 @checked
 def simpo(
-    policy: Pair,
+    policy: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     gamma: ArrayLike,
-    lengths: Pair,
+    lengths: Pair[ArrayLike],
     label_smoothing: ArrayLike = 0.0,
 ) -> Array:
     """Per-pair loss -log sigmoid(beta (l_w / |w| - l_l / |l|) - gamma) of the log-probs l.
@@ -46,12 +46,12 @@ def simpo(
 
 @checked
 def alphapo(
-    policy: Pair,
+    policy: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     gamma: ArrayLike,
     alpha: ArrayLike,
-    lengths: Pair,
+    lengths: Pair[ArrayLike],
     label_smoothing: ArrayLike = 0.0,
 ) -> Array:
     """Per-pair SimPO loss of the curved rewards beta (1 - exp(-alpha l / |y|)) / alpha.
@@ -84,7 +84,7 @@ def _logistic_with_margin(reward: Pair, gamma: ArrayLike, label_smoothing: Array
 
 @checked
 def cpo(
-    policy: Pair,
+    policy: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     alpha: ArrayLike,
@@ -111,7 +111,9 @@ def cpo(
 
 
 @checked
-def orpo(policy: Pair, *, beta: ArrayLike, lengths: Pair, nll: ArrayLike) -> Array:
+def orpo(
+    policy: Pair[ArrayLike], *, beta: ArrayLike, lengths: Pair[ArrayLike], nll: ArrayLike
+) -> Array:
     """Per-pair loss nll - beta log sigmoid(log odds_w - log odds_l) of per-token likelihoods.
 
     odds = p / (1 - p) with p = exp(l / |y|). Hong et al. 2024 (their lambda is beta).
@@ -143,7 +145,7 @@ def _log_odds(mean: Array) -> Array:
 
 
 @checked
-def slic(policy: Pair, *, margin: ArrayLike, alpha: ArrayLike, nll: ArrayLike) -> Array:
+def slic(policy: Pair[ArrayLike], *, margin: ArrayLike, alpha: ArrayLike, nll: ArrayLike) -> Array:
     """Per-pair loss max(0, margin - l_w + l_l) + alpha nll of the log-probs l.
 
     Sequence likelihood calibration, Zhao et al. 2023 (SLiC-HF). For per-token log-probs pass

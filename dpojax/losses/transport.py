@@ -21,8 +21,8 @@ from dpojax.mesh_axes import AxisName, require_axis_name, spec_of, with_auto_axe
 
 @checked
 def aot(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     mask: ArrayLike | None = None,
@@ -62,8 +62,8 @@ def aot(
 
 @checked
 def aot_unpaired(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     mask: ArrayLike | None = None,

@@ -17,7 +17,11 @@ from dpojax.losses.pair import Pair
 
 @checked
 def wpo_weights(
-    policy: Pair, *, lengths: Pair, log_collision: Pair | None, clamp: ArrayLike | None
+    policy: Pair[ArrayLike],
+    *,
+    lengths: Pair[ArrayLike],
+    log_collision: Pair[ArrayLike] | None,
+    clamp: ArrayLike | None,
 ) -> Array:
     """Compute weights of pairs: how likely the policy is to have written both responses.
 
@@ -46,12 +50,12 @@ def wpo_weights(
 class HeadTail(NamedTuple):
     """Log-probs of a pair, nats: of the first `shared_length` tokens, and of the later ones."""
 
-    head: Pair
-    tail: Pair
+    head: Pair[ArrayLike]
+    tail: Pair[ArrayLike]
 
 
 @checked
-def shared_length(lengths: Pair) -> Array:
+def shared_length(lengths: Pair[ArrayLike]) -> Array:
     """Compute min(|w|, |l|), the length that both responses of a pair have; any shape.
 
     >>> shared_length(Pair(5, 4)).item()
@@ -63,7 +67,7 @@ def shared_length(lengths: Pair) -> Array:
 @checked
 def ld_logprobs(
     policy: HeadTail, reference: HeadTail, *, alpha: ArrayLike, weight_reference: bool
-) -> tuple[Pair, Pair]:
+) -> tuple[Pair[Array], Pair[Array]]:
     """Weight the tokens by which the longer response exceeds the shorter one with alpha.
 
     Length-desensitised DPO, Liu et al. 2024. Log-probs become head + alpha * tail; give the result
@@ -88,7 +92,7 @@ def ld_logprobs(
     return _weight_tail(policy, alpha), _weight_tail(reference, reference_alpha)
 
 
-def _weight_tail(parts: HeadTail, alpha: ArrayLike) -> Pair:
+def _weight_tail(parts: HeadTail, alpha: ArrayLike) -> Pair[Array]:
     return jax.tree.map(lambda head, tail: head + alpha * tail, parts.head, parts.tail)
 
 

@@ -99,3 +99,7 @@ def test_the_checks_add_nothing_to_a_program():
     bare = inspect.unwrap(dpo)
     programs = [jax.jit(f).lower(THREE, NO_REFERENCE, beta=0.1).as_text() for f in (dpo, bare)]
     assert len({text.split("(", 1)[1] for text in programs}) == 1
+
+
+def test_a_completion_shows_the_losses_and_no_files():
+    assert dir(losses) == sorted(losses.__all__)
