@@ -110,7 +110,9 @@ _SCORES = {
 
 
 @checked
-def chipo(policy: Pair, reference: Pair, *, beta: ArrayLike, max_reward: ArrayLike) -> Array:
+def chipo(
+    policy: Pair[ArrayLike], reference: Pair, *, beta: ArrayLike, max_reward: ArrayLike
+) -> Array:
     """Per-pair loss -log sigmoid(clip(beta (phi(z_w) - phi(z_l)))), phi(z) = z + log z.
 
     z = exp(d) is the ratio of the policy's and the reference's probability of a response. The clip

@@ -182,8 +182,8 @@ def discopop(
 
 @checked
 def gpo(
-    policy: Pair,
-    reference: Pair,
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     convex: Literal["logistic", "hinge", "squared", "exponential", "truncated_quadratic"],

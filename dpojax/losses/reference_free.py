@@ -166,13 +166,13 @@ def slic(policy: Pair[ArrayLike], *, margin: ArrayLike, alpha: ArrayLike, nll: A
 
 @checked
 def tpo_l(
-    policy: Pair,
+    policy: Pair[ArrayLike],
     *,
     beta: ArrayLike,
     gamma: ArrayLike,
     alpha: ArrayLike,
     nll: ArrayLike,
-    lengths: Pair,
+    lengths: Pair[ArrayLike],
     label_smoothing: ArrayLike = 0.0,
 ) -> Array:
     """Per-pair loss -log sigmoid(beta (l_w / |w| - l_l / |l|) - gamma) + alpha nll.
@@ -202,7 +202,7 @@ def tpo_l(
 
 
 @checked
-def simper(policy: Pair, *, lengths: Pair) -> Array:
+def simper(policy: Pair[ArrayLike], *, lengths: Pair) -> Array:
     """Per-pair loss exp(l_l / |l|) - exp(l_w / |w|) of the log-probs l; it lies in [-1, 1].
 
     The difference of the two inverse perplexities. It has no hyper-parameter. Xiao et al. 2025
