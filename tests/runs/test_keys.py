@@ -17,8 +17,8 @@ from dpojax.training.state import schedule_of, warmup_steps
 from .conftest import tiny_config
 
 # Read only in a run of several processes (tests/runs/test_distributed.py), and by
-# scripts/frontier.py, recipe.py and sweep.py.
-ELSEWHERE = ("distributed", "frontier.", "recipe.", "sweep.")
+# scripts/frontier.py, plan.py, recipe.py and sweep.py.
+ELSEWHERE = ("distributed", "frontier.", "plan.", "recipe.", "sweep.")
 
 
 class Reads:
