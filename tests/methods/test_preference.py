@@ -91,6 +91,8 @@ AT_REFERENCE = {
     "apo_zero": 1.0,
     "apo_down": 1.0,
     "dpop": np.log(2),
+    "gpo": 1.0,  # the exponential one
+    "chipo": np.log(2),
     "aot": np.log(2),
     "aot_unpaired": np.log(2),
 }
