@@ -75,10 +75,18 @@ def build_vectorised_step(
             return state, report._replace(finite=jnp.array(True))
 
         active = alive & (state.step < hyperparameters.steps)
-        state, report = jax.lax.cond(active, take, skip, state)
+        if under_vmap:
+            # `vmap` computes both sides of a branch in any case, and would make the rows differ by
+            # member. Loops over them would then ask all members whether to go on: a collective.
+            select = partial(jnp.where, active)
+            state, report = jax.tree.map(select, take(state), skip(state))
+        else:
+            state, report = jax.lax.cond(active, take, skip, state)
         return MemberStates(state, alive & report.finite), report
 
     mesh = abstract.alive.sharding.mesh
+    members = abstract.alive.shape[0]
+    under_vmap = mesh.size > mesh.shape[SWEEP] or members > mesh.shape[SWEEP]
     axes = (0, 0 if rows_differ else None, 0, None)
     # Not `shard_map` where a member has several devices: XLA's partitioner dies of some meshes.
     if mesh.size > mesh.shape[SWEEP]:

@@ -105,7 +105,11 @@ def test_members_of_a_sweep_do_the_work_of_as_many_steps(planned):
 def test_the_plan_of_a_sweep_says_that_no_collective_crosses_members():
     config = small()
     config.mesh.update(data=4, fsdp=2)
-    step = programs(plan_stage(config, "preference", topology("cpu:8")), members=4)[1]
+    config.preference.batch_size, config.micro_rows = 64, 8
+    planned = plan_stage(config, "preference", topology("cpu:8"))
+    # The loop over micro-batches runs as often as the data say: no member is asked.
+    assert planned.stage.batches.shape.micro_batches > 1
+    step = programs(planned, members=4)[1]
     assert step.name == "step of 4 members, each on 2 device(s)"
     compiled = compile_program(step, topology("cpu:8"))
     assert compiled.crossing == ()
