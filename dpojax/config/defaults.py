@@ -222,12 +222,13 @@ def _options() -> dict:
     return dict(
         beta=number(),
         label_smoothing=number(),  # dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
-        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo, tpo_l
-        gamma=number(),  # simpo, alphapo, tpo_l, simnpo: the target margin
+        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo, tpo_l, beta_dpo, alpha_dpo
+        gamma=number(),  # simpo, alphapo, tpo_l, simnpo, alpha_dpo: the target margin
         tau=number(),  # discopop
         penalty=number(),  # dpop
         margin=number(),  # slic
         scale=number(),  # rpo, dpo_soft: of the data's score gaps
+        momentum=number(),  # beta_dpo: of the mean gap over the batches
         retain_weight=number(),  # npo, simnpo: of the likelihood of responses to be kept
         value_beta=number(),  # astar_po: of the log-mean-exp of a prompt's scores
         max_reward=number(),  # chipo: margins are clipped at twice this

@@ -29,6 +29,7 @@ from dpojax.losses.absolute import (
     sppo,
     update_baseline,
 )
+from dpojax.losses.adaptive import GapStatistics, alpha_dpo, beta_dpo, gap_statistics
 from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
 from dpojax.losses.divergences import chipo, divergence_scores
 from dpojax.losses.forgetting import npo, simnpo
@@ -57,9 +58,11 @@ from dpojax.losses.weights import HeadTail, ld_logprobs, mixture, shared_length,
 __all__ = [
     "NO_REFERENCE",
     "PRESETS",
+    "GapStatistics",
     "HeadTail",
     "Pair",
     "RunningMean",
+    "alpha_dpo",
     "alphapo",
     "aot",
     "aot_unpaired",
@@ -69,6 +72,7 @@ __all__ = [
     "astar_po",
     "bco",
     "bco_unpaired",
+    "beta_dpo",
     "bradley_terry",
     "chipo",
     "cpo",
@@ -80,6 +84,7 @@ __all__ = [
     "dpo_ties",
     "dpop",
     "exo",
+    "gap_statistics",
     "gpo",
     "hinge",
     "implicit_rewards",
@@ -113,8 +118,3 @@ __all__ = [
     "update_baseline",
     "wpo_weights",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names alone: the files that losses stand in would hide them in a completion."""
-    return __all__

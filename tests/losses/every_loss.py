@@ -9,9 +9,11 @@ from dpojax.losses import NO_REFERENCE, Pair
 NO_LOSSES = {
     "NO_REFERENCE",
     "PRESETS",
+    "GapStatistics",
     "HeadTail",
     "Pair",
     "RunningMean",
+    "gap_statistics",
     "implicit_rewards",
     "kto_baseline",
     "log_ratios",
@@ -76,6 +78,10 @@ PAIR = {
     "gpo": of_pair("gpo", convex="exponential"),
     "gpo squared": of_pair("gpo", convex="squared"),
     "gpo truncated": of_pair("gpo", convex="truncated_quadratic"),
+    "beta_dpo": of_pair("beta_dpo", alpha=0.6, batch_gap=0.5, running_gap=0.2),
+    "alpha_dpo": lambda p, r, n, beta: losses.alpha_dpo(
+        p, r, beta=beta, gamma=0.5, alpha=0.1, gap_mean=0.1, gap_std=0.5, lengths=n
+    ),
     "chipo": of_pair("chipo", max_reward=float("inf")),
     "chipo clipped": of_pair("chipo", max_reward=1.0),
     "odpo": of_pair("odpo", offset=0.5),

@@ -44,6 +44,10 @@ def expected(name):
         ),
         "tpo_l": softplus(-(2 * (w / n_w - l / n_l) - 0.5)) + 0.25 * -w / n_w,
         "simper": -np.exp(w / n_w) + np.exp(l / n_l),
+        "beta_dpo": softplus(-0.3 * (1 + 0.6 * (1.5 - 0.4)) * (d_w - d_l)),
+        "alpha_dpo": softplus(
+            -2 * (w / n_w - l / n_l - 0.25 - 0.05 * ((d_w / n_w - d_l / n_l) - 0.1) / 0.5)
+        ),
         "npo": np.array([0.5 * 12 / 5, 2 / 0.3 * softplus(0.3 * d_w[1]), 0.5 * 8.25 / 4]),
         "simnpo": 2 / 0.3 * softplus(0.3 * w / n_w + 0.4),
         "astar_po": (0.3 * d_w - (np.array([1.0, 0.0, 1.0]) - 0.6)) ** 2,
@@ -60,6 +64,12 @@ def ours(name):
     if name == "tpo_l":
         nll = -policy.chosen / LENGTHS.chosen
         return loss(policy, beta=2.0, gamma=0.5, alpha=0.25, nll=nll, lengths=LENGTHS)
+    if name == "beta_dpo":
+        args = dict(beta=0.3, alpha=0.6, batch_gap=1.5, running_gap=0.4)
+        return loss(policy, reference, **args)
+    if name == "alpha_dpo":
+        args = dict(beta=2.0, gamma=2 * 0.25, alpha=2 * 0.05, gap_mean=0.1, gap_std=0.5)
+        return loss(policy, reference, lengths=LENGTHS, **args)
     if name == "npo":
         kept, nll = jnp.array([True, False, True]), -policy.chosen / LENGTHS.chosen
         args = dict(beta=0.3, retain_weight=0.5, nll=nll)
@@ -83,6 +93,8 @@ def ours(name):
         "chipo",
         "tpo_l",
         "simper",
+        "beta_dpo",
+        "alpha_dpo",
         "npo",
         "simnpo",
         "astar_po",
@@ -207,3 +219,53 @@ def test_optimal_values_lie_between_mean_and_maximum_and_see_no_absent_response(
     np.testing.assert_allclose(value(1e3), 0.5, atol=1e-3)
     np.testing.assert_allclose(value(1e-3), 1 + 1e-3 * np.log(0.5), rtol=1e-5)
     assert losses.optimal_values(rewards, jnp.zeros(3, bool), beta=1.0) == 0
+
+
+@given(pairs, pairs, betas, st.floats(-5, 5))
+def test_beta_dpo_is_dpo_without_alpha_and_in_an_average_batch(policy, reference, beta, gap):
+    want = losses.dpo(policy, reference, beta=beta)
+    args = dict(beta=beta, batch_gap=gap)
+    close(losses.beta_dpo(policy, reference, alpha=0.0, running_gap=0.0, **args), want)
+    close(losses.beta_dpo(policy, reference, alpha=0.6, running_gap=gap, **args), want)
+
+
+@given(pairs, pairs, betas)
+def test_the_beta_of_beta_dpo_stays_positive(policy, reference, beta):
+    args = dict(alpha=1.0, batch_gap=-1e4, running_gap=0.0)
+    got = losses.beta_dpo(policy, reference, beta=beta, **args)
+    close(got, losses.dpo(policy, reference, beta=1e-3))
+
+
+@given(pairs, pairs, betas)
+def test_alpha_dpo_without_alpha_and_in_a_batch_of_equal_gaps_is_simpo(policy, reference, beta):
+    args = dict(beta=beta, gamma=0.3, lengths=Pair(3, 7))
+    loss = lambda alpha, std: losses.alpha_dpo(
+        policy, reference, alpha=alpha, gap_mean=0.2, gap_std=std, **args
+    )
+    want = losses.simpo(policy, **args)
+    close(loss(0.0, 1.0), want)
+    close(loss(0.5, 0.0), want)
+
+
+def test_no_gradient_flows_through_the_margin_of_alpha_dpo_or_the_beta_of_beta_dpo():
+    policy, reference = Pair(jnp.float32(-3), jnp.float32(-4)), Pair(-3.5, -2.0)
+    args = dict(beta=2.0, gamma=0.3, lengths=Pair(1, 1))
+    slope = jax.grad(
+        lambda p: losses.alpha_dpo(p, reference, alpha=0.1, gap_mean=0.0, gap_std=1.0, **args)
+    )(policy)
+    margin = 2.0 * (-3 + 4) - 0.3 - 0.1 * (0.5 + 2.0)
+    np.testing.assert_allclose(slope.chosen, -2 / (1 + np.exp(margin)), rtol=1e-5)
+    slope = jax.grad(
+        lambda gap: losses.beta_dpo(
+            policy, reference, beta=0.1, alpha=0.6, batch_gap=gap, running_gap=0.0
+        )
+    )(1.0)
+    assert slope == 0
+
+
+@given(st.lists(st.floats(-9, 9, width=32), min_size=2, max_size=9), st.integers(0, 3))
+def test_gap_statistics_are_numpys_and_see_no_masked_gap(gaps, hidden):
+    values = jnp.array([*gaps, *[jnp.nan] * hidden], jnp.float32)
+    got = losses.gap_statistics(values, jnp.arange(len(values)) < len(gaps))
+    np.testing.assert_allclose(got.mean, np.mean(gaps), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.std, np.std(gaps, ddof=1), rtol=1e-3, atol=1e-4)

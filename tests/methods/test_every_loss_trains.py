@@ -44,7 +44,7 @@ WRAPPERS = {
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
 ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo")
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
-COUPLED = ("aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
+COUPLED = ("beta_dpo", "alpha_dpo", "aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,30 @@ def test_where_data_or_policy_decide_no_closed_form_is_claimed():
     np.testing.assert_allclose(objective.at_reference(hyper), np.log(2), rtol=1e-6)
 
 
+def test_beta_dpo_learns_the_mean_gap_and_is_dpo_while_it_has_no_memory():
+    """Without momentum the running mean is the batch's own, so beta does not move."""
+    policy, rows = pairs_of()
+    objective, hyper = make("beta_dpo", beta=BETA, alpha=0.6, momentum=0.0)
+    start = RunningMean(jnp.zeros(()), jnp.zeros(()))
+    learnt = objective.baseline(start, policy, rows, hyper)
+    forgetful = objective.terms(policy, rows, hyper | {"delta": learnt.mean})
+    dpo, hyper = make("dpo", beta=BETA)
+    np.testing.assert_allclose(forgetful.loss, dpo.terms(policy, rows, hyper).loss, rtol=1e-5)
+
+    objective, hyper = make("beta_dpo", beta=BETA, alpha=0.6)
+    slow = objective.baseline(start, policy, rows, hyper)
+    np.testing.assert_allclose(slow.mean, 0.1 * learnt.mean, rtol=1e-5)
+    used = max(BETA * (1 + 0.6 * float(learnt.mean - slow.mean)), 1e-3)
+    dpo, dpo_hyper = make("dpo", beta=used)
+    got = objective.terms(policy, rows, hyper | {"delta": slow.mean})
+    np.testing.assert_allclose(got.loss, dpo.terms(policy, rows, dpo_hyper).loss, rtol=1e-5)
+
+
+def test_two_losses_with_a_mean_over_batches_do_not_mix():
+    with pytest.raises(ValueError, match="only one mean over batches"):
+        make("bco+beta_dpo", alpha=0.6, beta=BETA, weights=(1.0, 1.0))
+
+
 ALL = [*preference.LOSSES, "dpo+bco+sft"]
 
 

@@ -62,6 +62,10 @@ FORMS = {
             "offset": FromBatch(PairView.offset, option="alpha", needs_data=True),
             "probability": FromBatch(PairView.probability, option="scale", needs_data=True),
             "delta": FromBatch(PairView.delta, option="baseline"),
+            "batch_gap": FromBatch(PairView.batch_gap, needs_data=True),
+            "running_gap": FromBatch(PairView.delta, option="momentum"),
+            "gap_mean": FromBatch(PairView.gap_mean, needs_data=True),
+            "gap_std": FromBatch(PairView.gap_std, needs_data=True),
         },
     ),
     "ranked": Form(
@@ -118,6 +122,7 @@ OPTIONS: dict[str, FromOptions] = {
     "penalty": FromOptions(_not_negative, "0 or more"),
     "margin": FromOptions(_not_negative, "0 or more"),
     "scale": FromOptions(_positive, "greater than 0"),
+    "momentum": FromOptions(lambda x: 0 <= x < 1, "in [0, 1)"),
     "retain_weight": FromOptions(_not_negative, "0 or more"),
     "value_beta": FromOptions(_positive, "greater than 0"),
     "max_reward": FromOptions(_positive, "greater than 0"),

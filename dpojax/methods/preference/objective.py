@@ -12,10 +12,16 @@ from jax import Array
 from dpojax import losses
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
-from dpojax.losses import RunningMean, update_baseline
+from dpojax.losses import RunningMean
 from dpojax.methods.preference.arguments import FORMS, read_argument
 from dpojax.methods.preference.metrics import labelled_metrics, pair_metrics, token_kl_estimate
-from dpojax.methods.preference.options import LOSS_TABLE, arguments, from_batch, loss_requirements
+from dpojax.methods.preference.options import (
+    LOSS_TABLE,
+    arguments,
+    from_batch,
+    loss_requirements,
+    running_mean,
+)
 from dpojax.methods.preference.views import LabelledView, PairView, RankedView, View
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
@@ -56,14 +62,14 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         statistics.append("log_collision")
     if requirements.live:
         statistics.append("kl")
-    running = options.get("baseline") == "running"
+    running = running_mean(names, options)
     return Objective(
         terms,
         needs_reference=requirements.reference,
         at_reference=_at_reference(names, options),
         statistics=tuple(statistics),
-        coupled=running or any(LOSS_TABLE[name].coupled for name in names),
-        baseline=_running_mean(view_of, options) if running else None,
+        coupled=running is not None or any(LOSS_TABLE[name].coupled for name in names),
+        baseline=None if running is None else _running_mean(running, view_of, options),
     )
 
 
@@ -116,14 +122,11 @@ def _reward_baselines(names: Sequence[str], view: View) -> dict[str, Metric]:
     return baselines
 
 
-def _running_mean(view_of: type[View], options: Mapping[str, Any]) -> Callable:
-    """BCO's baseline: the running mean of all implicit rewards, this batch's included."""
+def _running_mean(running: Callable, view_of: type[View], options: Mapping[str, Any]) -> Callable:
+    """What a loss keeps over the batches, as the step calls it."""
 
     def update(baseline: RunningMean, tokens, rows: Rows, hyper: Hyper) -> RunningMean:
-        view = view_of(tokens, rows, hyper, options)
-        reward = lambda policy, reference: hyper["beta"] * (policy - reference)
-        rewards = jax.tree.map(reward, view.policy(), view.reference())
-        return update_baseline(baseline, rewards, view.counts())
+        return running(baseline, view_of(tokens, rows, hyper, options))
 
     return update
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax import losses
-from dpojax.losses import PRESETS
+from dpojax.losses import PRESETS, RunningMean
 from dpojax.methods.preference.arguments import OPTIONS, FromBatch, source_of
+from dpojax.methods.preference.running import mean_gap, mean_reward
 from dpojax.training.objective import Hyper, OptionError
 
 
@@ -28,6 +29,7 @@ class Loss(NamedTuple):
       sorts_batch: it sorts the batch along one axis, so it gets flat arrays.
       coupled: an example's loss depends on the batch's other examples.
       counts_ties: tied pairs have a loss, too.
+      running: takes a batch into the mean that the loss keeps over the batches.
     """
 
     function: Callable[..., Array]
@@ -37,6 +39,7 @@ class Loss(NamedTuple):
     sorts_batch: bool = False
     coupled: bool = False
     counts_ties: bool = False
+    running: Callable[[RunningMean, Any], RunningMean] | None = None
 
 
 class _Required:
@@ -67,12 +70,14 @@ LOSS_TABLE = {
     "hinge": Loss(losses.hinge, margin_only=True),
     "discopop": Loss(losses.discopop, defaults={"tau": 0.05}, margin_only=True),
     "nca": Loss(losses.nca),
-    "bco": Loss(losses.bco, defaults={"baseline": "running"}),
+    "bco": Loss(losses.bco, defaults={"baseline": "running"}, running=mean_reward),
     "sppo": Loss(losses.sppo),
     "apo_zero": Loss(losses.apo_zero),
     "apo_down": Loss(losses.apo_down),
     "gpo": Loss(losses.gpo, margin_only=True),
     "chipo": Loss(losses.chipo),
+    "beta_dpo": Loss(losses.beta_dpo, defaults={"momentum": 0.9}, coupled=True, running=mean_gap),
+    "alpha_dpo": Loss(losses.alpha_dpo, defaults={"beta": _Required}, coupled=True),
     "odpo": Loss(losses.odpo, margin_only=True),
     "dpop": Loss(losses.dpop),
     "tdpo": Loss(losses.tdpo, defaults={"alpha": 0.5, "stop_chosen": True}),
@@ -96,7 +101,9 @@ LOSS_TABLE = {
         {"desirable_weight": 1.0, "undesirable_weight": 1.0},
         coupled=True,
     ),
-    "bco_unpaired": Loss(losses.bco_unpaired, "labelled", {"baseline": "running"}),
+    "bco_unpaired": Loss(
+        losses.bco_unpaired, "labelled", {"baseline": "running"}, running=mean_reward
+    ),
     "apo_zero_unpaired": Loss(losses.apo_zero_unpaired, "labelled"),
     "npo": Loss(losses.npo, "labelled", {"nll_norm": "mean"}),
     "simnpo": Loss(losses.simnpo, "labelled", {"beta": _Required, "nll_norm": "mean"}),
@@ -213,7 +220,15 @@ def hyper(resolved: Mapping[str, Any]) -> Hyper:
         for name, value in resolved.items()
         if isinstance(value, int | float | tuple) and not isinstance(value, bool)
     }
-    return numbers | ({"delta": jnp.zeros(())} if "baseline" in resolved else {})
+    keeps_mean = "baseline" in resolved or "momentum" in resolved
+    return numbers | ({"delta": jnp.zeros(())} if keeps_mean else {})
+
+
+def running_mean(names: Sequence[str], options: Mapping[str, Any]) -> Callable | None:
+    """The mean over batches that the losses keep: (mean so far, view) -> new mean; None: none."""
+    if options.get("baseline") == "zero":
+        return None
+    return next((LOSS_TABLE[name].running for name in names if LOSS_TABLE[name].running), None)
 
 
 def _take_weights(loss: str, chosen: dict[str, Any]) -> tuple[float, ...]:
@@ -284,6 +299,8 @@ def _check_combination(names: Sequence[str], around: Mapping[str, Any]) -> None:
         raise OptionError("loss", "a mixture names each loss once")
     if around and list(names) == ["sft"]:
         raise OptionError(min(around), "sft alone looks at no pair, only at the best response")
+    if len({LOSS_TABLE[name].running for name in names} - {None}) > 1:
+        raise OptionError("loss", f"{'+'.join(names)}: only one mean over batches can be kept")
     for name in names:
         loss, inputs = LOSS_TABLE[name], from_batch(name)
         if loss.counts_ties and len(names) > 1:

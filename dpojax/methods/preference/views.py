@@ -19,7 +19,7 @@ from jax import Array
 from dpojax import losses
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
-from dpojax.losses import NO_REFERENCE, HeadTail, Pair
+from dpojax.losses import NO_REFERENCE, GapStatistics, HeadTail, Pair
 from dpojax.training.objective import Hyper
 from dpojax.training.responses import all_pairs, response_sums
 
@@ -137,6 +137,19 @@ class PairView(View):
         """KL(reference || policy), summed over each response's tokens, nats."""
         return all_pairs(self.sums(self.tokens.kl))
 
+    def batch_gap(self) -> Array:
+        """The mean of d_w - d_l over the whole batch, a scalar, nats."""
+        ratio = losses.log_ratios(self.policy(), self.reference())
+        return losses.gap_statistics(ratio.chosen - ratio.rejected, self.counts()).mean
+
+    def gap_mean(self) -> Array:
+        """The mean of d_w / n_w - d_l / n_l over the whole batch, a scalar, nats."""
+        return self._gap_per_token.mean
+
+    def gap_std(self) -> Array:
+        """The standard deviation of d_w / n_w - d_l / n_l over the whole batch, a scalar, nats."""
+        return self._gap_per_token.std
+
     def weight(self) -> Array | None:
         """WPO's weights of the pairs; None without the option `wpo`."""
         if "wpo" not in self.settings:
@@ -150,6 +163,11 @@ class PairView(View):
             log_collision=log_collision,
             clamp=self.hyper.get("wpo_clamp"),
         )
+
+    @cached_property
+    def _gap_per_token(self) -> GapStatistics:
+        ratio = losses.per_token(losses.log_ratios(self.policy(), self.reference()), self.lengths())
+        return losses.gap_statistics(ratio.chosen - ratio.rejected, self.counts())
 
     @cached_property
     def _policy_and_reference(self) -> tuple[Pair, Pair]:
