@@ -108,6 +108,7 @@ def test_the_tiny_case_needs_a_process_of_its_own_and_the_memory_of_its_weights(
     assert 0 < result["utilisation"] < 10
 
 
+@pytest.mark.slow
 def test_a_live_reference_costs_one_more_pass_forward(small_run):
     _, result = small_run
     assert result["rows"] == "3 x 14"

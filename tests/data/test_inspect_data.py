@@ -163,6 +163,7 @@ def test_a_chat_template_can_come_from_a_file(tmp_path, tokenizer, capsys):
     assert "prompt (2 tokens)\n  q|.\nresponse (3 tokens)\n  a|.|⟦</s>⟧" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_path_may_begin_with_the_home_folder(tmp_path, tokenizer, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     home = storage.as_path("~")

@@ -151,6 +151,7 @@ def test_a_template_that_only_refuses_passes_the_probe():
         processes.check_template(letters(template), [user("q"), assistant("yes")])
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_with_its_records(monkeypatch):
     start = processes.Pool._start
 

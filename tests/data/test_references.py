@@ -53,6 +53,7 @@ def test_the_embedded_task_has_as_many_distinct_held_out_prompts_as_are_asked_fo
     assert all(prompt.reference == "" for prompt in prompts)
 
 
+@pytest.mark.slow
 def test_messages_are_read_by_judges_as_text_and_by_policies_through_the_chat_template(tmp_path):
     good, bad = ([{"role": "assistant", "content": text}] for text in ("it is fun", "no"))
     path = write(tmp_path, {"prompt": MESSAGES, "chosen": good, "rejected": bad})

@@ -416,6 +416,7 @@ def test_a_chat_template_gives_one_bos_and_one_eos(bos):
     assert report.tallies["noted"] == {}
 
 
+@pytest.mark.slow
 def test_a_special_token_that_a_user_wrote_is_counted_in_a_chat_too():
     record = Record("f:1", (user("say </s>"),), CHAT.responses)
     _, report = one(record, byte_level(chat_template=TEMPLATE))

@@ -257,6 +257,7 @@ def gradients():
     return run
 
 
+@pytest.mark.slow
 def test_the_first_step_is_reinforce_with_the_advantages(given, experience, gradients):
     tokens, places = texts(given)
     weight = in_columns(experience[0].advantages, given, places)
@@ -389,6 +390,7 @@ def test_warm_up_trains_the_value_model_alone(given, update):
     assert then.kl != state.kl
 
 
+@pytest.mark.slow
 def test_the_coefficient_follows_the_kl_by_zieglers_rule(given, update):
     hyper = HYPER | {"kl_target": jnp.float32(1e3), "kl_horizon": jnp.float32(1000.0)}
     new, report = update(new_state(), *given[:3], hyper)

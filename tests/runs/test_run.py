@@ -129,6 +129,7 @@ def test_evaluation_against_the_reference_gives_log_two_there_and_the_last_metri
         assert after[name] == pytest.approx(logged[name], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_stage_that_is_trained_are_read_only_when_they_are_needed(
     finished, tmp_path, monkeypatch
 ):
@@ -151,6 +152,7 @@ def test_the_same_command_again_only_prints_the_summary(finished):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     """kill -9 once in each stage: right after a checkpoint, and in the middle of things."""
     for checkpoint in ("sft/checkpoints/2", "preference/checkpoints/4"):
@@ -172,6 +174,7 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
     assert totals[goodput.DOWN] > 0
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_with_the_code_of_the_config_and_the_run_goes_on(finished, tmp_path):
     process = subprocess.Popen(
         command(tmp_path, checkpoint_every=0, exit_code_when_stopped=85),
@@ -235,6 +238,7 @@ def started(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished):
     """On eight devices against one: at step 0, and the gradient of step 1. (Later, Adam turns
     rounding in gradients near zero into steps of full size.)"""
@@ -312,6 +316,7 @@ def test_programs_are_kept_in_the_folder_that_the_config_names_and_nowhere_else(
     assert jax.config.jax_compilation_cache_dir == before
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
     started, tmp_path, monkeypatch
 ):
@@ -394,6 +399,7 @@ def test_the_command_line_tells_a_user_error_in_words(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(
     started, tmp_path, monkeypatch
 ):
@@ -443,6 +449,7 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     assert list(folder.glob("trace/**/*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_changes_nothing_is_warned_of_once(tmp_path, capsys):
     config = tiny_config(
         stages=("preference",), **{"preference.learning_rate": 1e-14, "preference.steps": 3}

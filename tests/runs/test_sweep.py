@@ -98,6 +98,7 @@ def swept(tmp_path_factory):
     return folder, failed, calls
 
 
+@pytest.mark.slow
 def test_a_member_is_what_a_separate_run_would_be(swept, tmp_path):
     """The first, which differs in all numbers and ends before the others."""
     config, index = base_config(), 0

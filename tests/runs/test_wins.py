@@ -143,6 +143,7 @@ def trained(tmp_path_factory):
     return workdir, draws
 
 
+@pytest.mark.slow
 def test_every_evaluation_of_a_run_logs_the_win_rate_and_its_interval(trained):
     workdir, draws = trained
     evaluations = [x for x in lines(workdir, "preference") if x["split"] == "eval"]

@@ -156,6 +156,7 @@ def test_scores_of_shorter_micro_batches_lie_where_those_of_whole_ones_do(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, whole)
 
 
+@pytest.mark.slow
 def test_a_bad_example_is_found_in_a_shorter_micro_batch(step, start, pairs, hyper):
     shape = plan(pairs, [range(10)], length=32, micro_rows=1, costs=FINE)
     rows = collate(pairs, range(10), shape._replace(micro_batches=shape.micro_batches + 1))

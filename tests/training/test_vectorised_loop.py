@@ -183,6 +183,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_what_had_ended_and_failed(train, t
             assert metrics(folder / "long", split) == whole
 
 
+@pytest.mark.slow
 def test_a_member_that_stops_at_a_value_takes_no_more_steps_and_the_others_go_on(train, tmp_path):
     """Also where the sweep is stopped before, when or after it does."""
     for stop_after in (None, 1, 3):

@@ -140,6 +140,7 @@ def test_members_together_equal_members_alone(
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, last))) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", AXES, ids=["one device", "a device each"])
 def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows, axis):
     make = make_step(model, objective, SGD)

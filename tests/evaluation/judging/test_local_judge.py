@@ -173,6 +173,7 @@ def test_equal_log_probs_are_a_tie_and_the_margin_is_in_nats(plain, judge):
         assert (reply.choice is Choice.TIE) is is_tie
 
 
+@pytest.mark.slow
 def test_fingerprints_differ_where_replies_may(tmp_path, plain):
     chat = folder_with(tmp_path / "chat", letters(CHAT))  # the same weights
     judges = [
