@@ -200,9 +200,10 @@ def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at_once", "stops"),
-    [pytest.param(0, 1, id="all"), pytest.param(2, 2, id="last two", marks=pytest.mark.slow)],
+    [pytest.param(0, 1, id="all"), pytest.param(2, 2, id="last two")],
 )
 def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
     swept, tmp_path, monkeypatch, at_once, stops

@@ -141,13 +141,14 @@ def outputs_after_signal(receiver, script, *arguments, number=signal.SIGTERM):
     return [[x for x in out.splitlines() if not x.startswith(gloo)] for out, _ in ends]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("receiver", "line", "number"),
     [
         (0, "stands", signal.SIGTERM),
-        pytest.param(1, "stands", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(0, "none", signal.SIGHUP, marks=pytest.mark.slow),
-        pytest.param(1, "none", signal.SIGTERM, marks=pytest.mark.slow),
+        (1, "stands", signal.SIGINT),
+        (0, "none", signal.SIGHUP),
+        (1, "none", signal.SIGTERM),
     ],
 )
 def test_a_signal_to_one_process_saves_both_at_the_same_step(tmp_path, receiver, line, number):
