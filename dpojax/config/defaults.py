@@ -246,6 +246,9 @@ def _options() -> dict:
         divergence_alpha=number(),
         ld_alpha=number(),  # weight of tokens beyond the shorter response's length (LD-DPO)
         ld_weight_reference=placeholder(bool),
+        # Bounds of a token's log-ratio, beyond which it gets no gradient (humanline); open is off.
+        humanline_low=number(),  # -1 in the authors' code
+        humanline_high=number(),  # 1.5 in the authors' code
         wpo="",  # weigh pairs by the policy's likelihood: corrected or plain (WPO)
         wpo_clamp=number(),
     )

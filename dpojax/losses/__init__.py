@@ -33,6 +33,7 @@ from dpojax.losses.adaptive import GapStatistics, alpha_dpo, beta_dpo, gap_stati
 from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
 from dpojax.losses.divergences import chipo, divergence_scores
 from dpojax.losses.forgetting import npo, simnpo
+from dpojax.losses.humanline import humanline_logprobs
 from dpojax.losses.margin import (
     discopop,
     dpo,
@@ -87,6 +88,7 @@ __all__ = [
     "gap_statistics",
     "gpo",
     "hinge",
+    "humanline_logprobs",
     "implicit_rewards",
     "ipo",
     "kto",

@@ -56,6 +56,11 @@ def weighted(p, r, n, beta):
     return weight * losses.dpo(p, r, beta=beta)
 
 
+def humanline(p, r, n, beta):
+    clamped = lambda p, r: losses.humanline_logprobs(p, r, low=-1.0, high=1.5)
+    return losses.dpo(Pair(*map(clamped, p, r)), r, beta=beta)
+
+
 def ranked(p, r, n, beta):
     return losses.plackett_luce(jnp.stack(p, -1), jnp.stack(r, -1), beta=beta)
 
@@ -126,6 +131,7 @@ PAIR = {
     "unlikelihood": lambda p, r, n, beta: losses.unlikelihood(p, alpha=beta),
     "bradley_terry": lambda p, r, n, beta: losses.bradley_terry(p, margin=1.0, centring=beta),
     "ld_logprobs": length_desensitised,
+    "humanline_logprobs": humanline,
     "wpo_weights": weighted,
     "mixture": lambda p, r, n, beta: losses.mixture(
         [losses.dpo(p, r, beta=beta), losses.sft(p.chosen)], [0.8, beta]

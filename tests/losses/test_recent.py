@@ -269,3 +269,17 @@ def test_gap_statistics_are_numpys_and_see_no_masked_gap(gaps, hidden):
     got = losses.gap_statistics(values, jnp.arange(len(values)) < len(gaps))
     np.testing.assert_allclose(got.mean, np.mean(gaps), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.std, np.std(gaps, ddof=1), rtol=1e-3, atol=1e-4)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=9))
+def test_humanline_in_range_is_the_wrapped_loss_and_beyond_it_a_token_is_still(tokens):
+    policy, reference = jnp.float32(np.array(tokens).T)
+    humanline = lambda p, low, high: losses.humanline_logprobs(p, reference, low=low, high=high)
+    np.testing.assert_allclose(humanline(policy, -60.0, 60.0), policy, rtol=1e-5, atol=1e-5)
+    ratio = np.asarray(policy - reference)
+    got = humanline(policy, -1.0, 1.5)
+    np.testing.assert_allclose(got - reference, np.clip(ratio, -1, 1.5), rtol=1e-4, atol=1e-5)
+    slope = jax.grad(lambda p: humanline(p, -1.0, 1.5).sum())(policy)
+    inside, beyond = (ratio > -0.99) & (ratio < 1.49), (ratio < -1.01) | (ratio > 1.51)
+    assert (slope[inside] == 1).all()
+    assert (slope[beyond] == 0).all()

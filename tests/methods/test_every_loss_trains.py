@@ -38,11 +38,16 @@ WRAPPERS = {
     "hinge, JS": ("hinge", {"divergence": "js"}),
     "robust, alpha": ("robust", {"divergence": "alpha", "divergence_alpha": 0.5}),
     "dpo, length-desensitised": ("dpo", {"ld_alpha": 0.5, "ld_weight_reference": True}),
+    "dpo, humanline": ("dpo", {"humanline_low": -1.0, "humanline_high": 1.5}),
+    "kto, humanline": (
+        "kto",
+        {"humanline_low": -1.0, "humanline_high": 1.5},
+    ),
     "ipo, WPO": ("ipo", {"length_norm": "sum", "wpo": "corrected"}),
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
-ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo")
+ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo", "kto, humanline")
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
 COUPLED = ("beta_dpo", "alpha_dpo", "aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
 

@@ -136,11 +136,13 @@ OPTIONS: dict[str, FromOptions] = {
     "convex": _choice("logistic", "hinge", "squared", "exponential", "truncated_quadratic"),
     "stop_chosen": _flag(),
     "baseline": _choice("running", "zero"),
-    # These change what stands around any loss of pairs: f-divergence scores, LD-DPO, WPO.
+    # These change what stands around a loss: f-divergence scores, LD-DPO, humanline, WPO.
     "divergence": _choice("reverse_kl", "forward_kl", "js", "alpha", "chi_squared"),
     "divergence_alpha": FromOptions(math.isfinite, "a number"),
     "ld_alpha": FromOptions(lambda x: 0 <= x <= 1, "in [0, 1]"),
     "ld_weight_reference": _flag(),
+    "humanline_low": FromOptions(lambda x: -math.inf < x < 0, "less than 0"),
+    "humanline_high": FromOptions(_positive, "greater than 0"),
     "wpo": _choice("corrected", "plain"),
     "wpo_clamp": FromOptions(_positive, "greater than 0"),
 }

@@ -44,7 +44,7 @@ def labelled_metrics(view: LabelledView, beta: Array) -> dict[str, Metric]:
 
     `rewards/accuracies` is the share of responses whose implicit reward has the sign of its label.
     """
-    policy, reference = view.policy(), view.reference()
+    policy, reference = view.logprobs[..., 0], view.reference_logprobs[..., 0]
     weight, desirable = view.counts(), view.desirable()
     reward = beta * (policy - reference)
     good, bad = weight * desirable, weight * ~desirable

@@ -115,12 +115,18 @@ PAIRS, RANKED, LABELLED = (
 )
 DEFAULTS = {"beta": 0.1, "label_smoothing": 0.0}  # of every loss that has these options
 
-# Options that change the inputs or the weights of any pair loss. The value is the option that means
-# nothing without its key.
+# Options that change the inputs or the weights of any loss of a form of data. The value is the
+# option that means nothing without its key.
+OF_TOKENS = {"humanline_low": "humanline_high"}
 WRAPPERS = {
-    "divergence": "divergence_alpha",
-    "ld_alpha": "ld_weight_reference",
-    "wpo": "wpo_clamp",
+    "pairs": {
+        "divergence": "divergence_alpha",
+        "ld_alpha": "ld_weight_reference",
+        "wpo": "wpo_clamp",
+    }
+    | OF_TOKENS,
+    "ranked": OF_TOKENS,
+    "labelled": OF_TOKENS,
 }
 
 
@@ -198,7 +204,7 @@ def resolve(loss: str, options: Mapping[str, Any], preset: str = "") -> dict[str
     chosen = {key: value for key, value in options.items() if value not in (None, "", ())}
     weights = _take_weights(loss, chosen)
     defaults = _defaults_of_mixture(loss, chosen, preset)
-    around = _around(chosen, preset) if form == "pairs" else {}
+    around = _around(chosen, preset, WRAPPERS[form])
     _check_combination(names, around)
     if unknown := sorted(chosen.keys() - defaults.keys() - around.keys()):
         takes = ", ".join(defaults) or "none"
@@ -274,17 +280,19 @@ def _defaults(name: str, preset: str) -> dict[str, Any]:
     return {option: values.get(option, _Required) for option in options_of(name)}
 
 
-def _around(chosen: Mapping[str, Any], preset: str) -> dict[str, Any]:
-    """The chosen options of `WRAPPERS`, with those that they bring along."""
-    names = {*WRAPPERS, *WRAPPERS.values()}
+def _around(chosen: Mapping[str, Any], preset: str, wrappers: Mapping[str, str]) -> dict[str, Any]:
+    """The chosen options of `WRAPPERS` of the form, with those that they bring along."""
+    names = {*wrappers, *wrappers.values()}
     around = {option: value for option, value in chosen.items() if option in names}
     of_preset = PRESETS.get(preset, {})
-    for switch, extra in WRAPPERS.items():
+    for switch, extra in wrappers.items():
         if extra in around and switch not in around:
             raise OptionError(extra, f"means nothing without {switch}")
     if "ld_alpha" in around and "ld_weight_reference" not in around:
         choice = of_preset.get("ld_logprobs", {})
         around["ld_weight_reference"] = choice.get("weight_reference", _Required)
+    if "humanline_low" in around and "humanline_high" not in around:
+        around["humanline_high"] = _Required
     if "wpo" in around and "wpo_clamp" not in around:
         clamp = of_preset.get("wpo_weights", {}).get("clamp")
         around |= {} if clamp is None else {"wpo_clamp": clamp}
@@ -308,8 +316,9 @@ def _check_combination(names: Sequence[str], around: Mapping[str, Any]) -> None:
         if "divergence" in around and "policy" in inputs and not loss.margin_only:
             fitting = ", ".join(x for x, entry in LOSS_TABLE.items() if entry.margin_only)
             raise OptionError("divergence", f"only for losses of the margin: {fitting}")
-        if "ld_alpha" in around and "reference" not in inputs:
-            raise OptionError("ld_alpha", f"{name} has no reference; only for losses with one")
+        for option in {"ld_alpha", "humanline_low"} & around.keys():
+            if "reference" not in inputs:
+                raise OptionError(option, f"{name} has no reference; only for losses with one")
         if "wpo" in around and loss.sorts_batch:
             raise OptionError("wpo", f"{name} sorts the batch, so its terms belong to no one pair")
 

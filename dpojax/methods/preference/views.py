@@ -46,6 +46,23 @@ class View:
         return self.sums(self.tokens.logprob)
 
     @cached_property
+    def loss_tokens(self) -> Array:
+        """The policy's token log-probs as a loss sees them, [..., R, S]; humanline clamps them."""
+        if "humanline_low" not in self.settings:
+            return self.tokens.logprob
+        return losses.humanline_logprobs(
+            self.tokens.logprob,
+            self.rows.reference,
+            low=self.hyper["humanline_low"],
+            high=self.hyper["humanline_high"],
+        )
+
+    @cached_property
+    def loss_logprobs(self) -> Array:
+        """The policy's log-prob of each response as a loss sees it, nats, [..., R, E, K]."""
+        return self.sums(self.loss_tokens)
+
+    @cached_property
     def reference_logprobs(self) -> Array:
         """The reference's log-prob of each response, nats, [..., R, E, K].
 
@@ -171,10 +188,10 @@ class PairView(View):
 
     @cached_property
     def _policy_and_reference(self) -> tuple[Pair, Pair]:
-        policy, reference = all_pairs(self.logprobs), all_pairs(self.reference_logprobs)
+        policy, reference = all_pairs(self.loss_logprobs), all_pairs(self.reference_logprobs)
         if "ld_alpha" in self.settings:
             policy, reference = losses.ld_logprobs(
-                _head_tail(self, self.tokens.logprob, policy),
+                _head_tail(self, self.loss_tokens, policy),
                 _head_tail(self, self.rows.reference, reference),
                 alpha=self.hyper["ld_alpha"],
                 weight_reference=self.settings["ld_weight_reference"],
@@ -190,7 +207,7 @@ class RankedView(View):
 
     def policy(self) -> Array:
         """The policy's log-probs, nats."""
-        return self.logprobs
+        return self.loss_logprobs
 
     def reference(self) -> Array:
         """The reference's log-probs, nats."""
@@ -220,7 +237,7 @@ class LabelledView(View):
 
     def policy(self) -> Array:
         """The policy's log-probs, nats."""
-        return self.logprobs[..., 0]
+        return self.loss_logprobs[..., 0]
 
     def reference(self) -> Array:
         """The reference's log-probs, nats."""
@@ -241,12 +258,12 @@ class LabelledView(View):
     def nll(self) -> Array:
         """-log policy, nats: by the option `nll_norm` a sum or a mean over tokens."""
         if self.settings["nll_norm"] == "sum":
-            return -self.policy()
-        return -self.policy() / jnp.maximum(self.lengths(), 1)
+            return -self.logprobs[..., 0]
+        return -self.logprobs[..., 0] / jnp.maximum(self.lengths(), 1)
 
     def kl(self) -> Array:
         """KTO's z, from the mismatched responses of the whole batch; a scalar, nats."""
-        ratio = (self.logprobs - self.reference_logprobs)[..., 1]
+        ratio = (self.loss_logprobs - self.reference_logprobs)[..., 1]
         return losses.kto_baseline(ratio, self.rows.present[..., 1] * self.rows.weight)
 
 
