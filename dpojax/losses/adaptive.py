@@ -79,7 +79,7 @@ def beta_dpo(
     >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
     >>> loss = beta_dpo(policy, reference, beta=0.1, alpha=0.6, batch_gap=1.5, running_gap=0.15)
     >>> print(f"{loss:.4f}")
-    0.5676
+    0.5666
     """
     change = alpha * (jnp.asarray(batch_gap) - running_gap)
     used = jax.lax.stop_gradient(jnp.maximum(beta * (1 + change), 1e-3))
