@@ -15,11 +15,14 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipy
 
 # Public names of dpojax.losses that are no curve: containers, parts and look-ups.
 NOT_DRAWN = {
+    "GapStatistics",
     "PRESETS",
     "RunningMean",
+    "gap_statistics",
     "implicit_rewards",
     "kto_baseline",
     "log_ratios",
+    "optimal_values",
     "per_token",
     "shared_length",
     "update_baseline",
