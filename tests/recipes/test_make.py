@@ -19,7 +19,7 @@ from dpojax.recipes.make import make_recipe
 from ..runs.conftest import ROOT, environment
 from .conftest import small_config, small_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 CONFIG = """
 from tests.recipes.conftest import small_config, small_recipe
 

@@ -77,6 +77,7 @@ def test_a_run_a_resume_and_an_export_equal_those_on_a_disk(folder, tiny, tmp_pa
     assert not list(tmp_path.glob("gs:*"))
 
 
+@pytest.mark.long
 def test_a_sweep_on_a_bucket_trains_what_it_trains_on_a_disk(folder, tiny, tmp_path):
     members = [{"preference.beta": 0.1}, {"preference.beta": 3.0}]
     for workdir in (tmp_path / "sweep", folder / "sweep"):
@@ -94,6 +95,7 @@ def test_a_sweep_on_a_bucket_trains_what_it_trains_on_a_disk(folder, tiny, tmp_p
     ]
 
 
+@pytest.mark.long
 def test_a_frontier_goes_to_the_bucket_and_makes_no_folder_of_that_name(folder, tiny, tmp_path):
     changes = {
         "frontier.count": 12,
@@ -120,6 +122,7 @@ def test_a_frontier_goes_to_the_bucket_and_makes_no_folder_of_that_name(folder, 
     assert results.collect(made)[0]
 
 
+@pytest.mark.long
 def test_the_jobs_of_a_launched_sweep_on_a_bucket_train_what_they_train_on_a_disk(
     folder, tiny, tmp_path
 ):

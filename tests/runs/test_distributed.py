@@ -85,12 +85,12 @@ def test_many_evaluation_batches_do_not_hang_two_processes_of_two_devices(tmp_pa
     ended = in_two_processes(command(tmp_path / "two", **changes))
     assert [code for code, _ in ended] == [0, 0], ended
     evaluated = [
-        line["step"] for line in lines(tmp_path / "two", "preference") if "eval" in str(line)
+        line["step"] for line in lines(tmp_path / "two", "preference") if line["split"] == "eval"
     ]
     assert evaluated == [0, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_sweep_what_one_trains(tmp_path, alone):
     """Each process has a member; both read the same batches."""
     config = tmp_path / "config.py"

@@ -249,7 +249,7 @@ def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
     assert measured(folder) == measured(made[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_make_the_same_points(made, tmp_path):
     folder = without_runs(made[0], tmp_path / "beside")
     make_frontier(config(), RUNS[:1], str(folder), workers=2)
@@ -262,7 +262,7 @@ def test_two_processes_make_the_same_points(made, tmp_path):
     assert measured(folder) == measured(made[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_plan_holds_every_job_with_a_command_that_runs_by_hand(made, tmp_path):
     """An export, and a run whose SFT policy and preferences are there."""
     folder = without_runs(made[0], tmp_path / "by hand")
@@ -317,7 +317,7 @@ def test_the_papers_sweep_has_22_runs():
     assert len(runs) == 22 == len({run.name for run in runs})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_alone(
     made, tmp_path
 ):
@@ -341,7 +341,7 @@ def test_runs_of_a_method_that_differ_in_numbers_alone_are_one_job_and_may_fail_
     assert member["samples/reward"] == alone["samples/reward"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_fails_leaves_the_others_and_is_named_in_the_report(made):
     """By itself, and among others that train with it."""
     folder, too_large = made[0], {"preference.learning_rate": 1e30}

@@ -21,7 +21,7 @@ from dpojax.evaluation.optimum import above_limit, read_optimum
 
 from .conftest import ROOT, environment
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ERRORS = 2.5  # standard errors that a conclusion may be off, or has to hold by
 

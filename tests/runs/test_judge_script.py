@@ -58,7 +58,7 @@ def test_it_prints_a_table_that_fits_a_terminal_and_names_its_files(folder):
     assert (folder / "judged" / "report.md").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
