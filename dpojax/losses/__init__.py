@@ -120,3 +120,8 @@ __all__ = [
     "update_baseline",
     "wpo_weights",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: the files that losses stand in would hide them in a completion."""
+    return __all__
