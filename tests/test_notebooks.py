@@ -19,6 +19,7 @@ NOT_DRAWN = {
     "PRESETS",
     "RunningMean",
     "gap_statistics",
+    "humanline_logprobs",
     "implicit_rewards",
     "kto_baseline",
     "log_ratios",
