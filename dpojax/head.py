@@ -26,7 +26,24 @@ CHUNK_MULTIPLE = 128  # any usual number of devices divides this, so each takes 
 class Head(NamedTuple):
     """A language-model head: logits = softcap(scale * (hidden @ weight.T) + bias).
 
-    `softcap` c maps a logit z to c * tanh(z / c). `scale` and `softcap` are Python numbers.
+    It is the last matrix product of a model: `weight` [V, D] has one row for each token of the
+    vocabulary, and `hidden` is what the model multiplies with it, behind the final norm. `softcap`
+    c maps a logit z to c * tanh(z / c). `scale` and `softcap` are Python numbers.
+
+    Where the weight is:
+
+    - Flax NNX: `Head(model.lm_head.kernel[...].T)`, as the kernel of a Linear is [D, V]; tied, the
+      embedding `Head(model.embed.embedding[...])`.
+    - Flax Linen: `Head(params["lm_head"]["kernel"].T)`; tied, `Head(params["embed"]["embedding"])`.
+    - Hugging Face: `lm_head.weight` as it is, as torch keeps [V, D]; where the file has none, the
+      head is tied to the embedding (`model.embed_tokens.weight`, of GPT-2 `wte.weight`).
+
+    Make it inside of the function that is differentiated: then the weight gets its gradient.
+
+    >>> kernel = jax.random.normal(jax.random.key(0), (16, 8))  # [D, V], of nnx.Linear or nn.Dense
+    >>> hidden = jax.random.normal(jax.random.key(1), (2, 4, 16))  # [B, T, D]
+    >>> bool(jnp.allclose(logits_of(hidden, Head(kernel.T)), hidden @ kernel, atol=1e-5))
+    True
     """
 
     weight: Array  # [V, D]

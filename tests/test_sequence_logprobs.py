@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax import head
 from dpojax.head import Head
 from dpojax.logprobs import (
     sequence_logprobs,
@@ -146,4 +147,7 @@ def test_a_mask_of_0_and_1_as_numbers_of_responses_is_refused_or_nan():
 def test_examples_run():
     outcome = doctest.testmod(sequences)
     assert outcome.attempted > 10
+    assert outcome.failed == 0
+    outcome = doctest.testmod(head)
+    assert outcome.attempted > 2
     assert outcome.failed == 0
