@@ -125,7 +125,7 @@ def test_tables_are_no_wider_than_a_terminal_and_name_what_differs():
 PARTS = (("kernels",), ("step of Llama 1B", "sampler"), ("against torch", "sweep of 4"))
 
 
-@pytest.mark.slow  # the tests above hold the laws; here the whole command runs on a CPU
+@pytest.mark.long  # the tests above hold the laws; here the whole command runs on a CPU
 @pytest.mark.parametrize("names", PARTS, ids=" and ".join)
 def test_the_command_runs_in_the_small_on_a_cpu(names, tmp_path):
     pytest.importorskip("torch", reason="the other side is torch")

@@ -92,7 +92,7 @@ def squared_margin(policy, reference, *, beta):
     return (beta * (ratio.chosen - ratio.rejected) - 1.0) ** 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_trains_by_its_name(tmp_path, monkeypatch):
     entry = options.Loss(squared_margin, margin_only=True)
     monkeypatch.setitem(options.LOSS_TABLE, "squared_margin", entry)
@@ -129,7 +129,7 @@ class Imitation(LanguageStage):
         return DataRequirements("best")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_runs_beside_the_others(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.STAGES, "imitation", Imitation)
     config = tiny(**{"sft.data.limit": 24, "sft.data.eval_limit": 6, "sft.batch_size": 8})

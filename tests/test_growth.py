@@ -89,7 +89,7 @@ def test_growth_beyond_the_law_is_said_and_is_the_exit_code(capsys, monkeypatch)
 LONG = {"prompt": 200, "response": 100, "row_length": 400, "max_positions": 400}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", [TINY._replace(max_logits=400), TINY._replace(**LONG)])
 def test_a_step_multiplies_and_sends_what_the_closed_forms_say(case):
     """On two devices; the longer row is of four stretches."""

@@ -121,7 +121,7 @@ def test_a_process_that_fails_tells_its_status_and_one_that_is_done_ends_nobody(
     assert ends[0][1].startswith("process 2 of 3 was stopped by SIGHUP; process 0 ends, too")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("do", "receiver", "number", "status", "told"),
     [

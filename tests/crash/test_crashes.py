@@ -150,7 +150,7 @@ def stopped(lab, case):
     return lab.stop(case, r"^rename /run/preference/checkpoints/4$")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("disturb", "seed"),
     [
@@ -165,7 +165,7 @@ def test_a_disturbed_run_ends_as_if_nothing_had_disturbed_it(lab, case, disturb,
     assert disturb(lab, case, Random(seed)) == SAME
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["checkpoint arrays", "reference log-probs", "config.json"])
 def test_a_damaged_file_is_named_or_changes_nothing(lab, case, stopped, kind):
     verdict, what = trials.damage(lab, case, Random(0), stopped, kind)

@@ -50,7 +50,7 @@ COUNTS = [
 ] + [0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("chunks", "counts"), [(CHUNKS, [8] * 5 + [0]), (TEXTS, COUNTS * 3)])
 def test_the_examples_and_their_report_do_not_depend_on_the_number_of_processes(chunks, counts):
     first, report = made(1, chunks)
@@ -63,7 +63,7 @@ def test_the_examples_and_their_report_do_not_depend_on_the_number_of_processes(
     assert other.to_content() == report.to_content()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_this_process_is_one_of_those_that_share_texts(monkeypatch):
     start, begun = processes.Pool._start, []
 
@@ -87,7 +87,7 @@ def test_texts_need_no_other_process(monkeypatch):
     assert [len(examples) for examples in few] == [len(examples) for examples in one[:3]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_examples_come_before_all_records_are_read():
     read = []
 
@@ -127,7 +127,7 @@ HOSTILE = {
 CASES = [(template, told) for told, templates in HOSTILE.items() for template in templates]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("template", "told"), CASES)
 def test_a_template_that_takes_too_much_is_stopped(short_limits, template, told):
     with pytest.raises(LimitExceeded, match=f"f:3.*{told}.*config.chat_template"):
@@ -136,7 +136,7 @@ def test_a_template_that_takes_too_much_is_stopped(short_limits, template, told)
         processes.check_template(letters(template + PLAIN), [user("q"), assistant("yes")])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_template_that_doubles_is_stopped_and_the_next_one_works(short_limits):
     template, told = CASES[0]
     with pytest.raises(LimitExceeded, match=f"f:3.*{told}.*config.chat_template"):
@@ -145,13 +145,13 @@ def test_a_template_that_doubles_is_stopped_and_the_next_one_works(short_limits)
     assert len(examples) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_template_that_only_refuses_passes_the_probe():
     for template in ("{{ raise_exception('no') }}", "{% for %}", {"rag": PLAIN}, None):
         processes.check_template(letters(template), [user("q"), assistant("yes")])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_is_killed_is_told_with_its_records(monkeypatch):
     start = processes.Pool._start
 
@@ -165,7 +165,7 @@ def test_a_process_that_is_killed_is_told_with_its_records(monkeypatch):
         made(1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_errors_of_the_data_are_raised_here_and_nothing_is_left():
     with pytest.raises(DataError, match="no chat template"):
         made(2, tokenizer=letters(None))
@@ -173,7 +173,7 @@ def test_errors_of_the_data_are_raised_here_and_nothing_is_left():
     assert processes._idle == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_neither_imports_jax_nor_runs_the_users_script(tmp_path):
     """The script has no `if __name__ == "__main__"`."""
     script = tmp_path / "script.py"

@@ -133,7 +133,7 @@ def value(report):
 
 def slow_where_nothing_is_new(case):
     """Losses that read nothing of the batch that another one does not read train among the slow."""
-    return pytest.param(case, marks=pytest.mark.slow) if case in ALIKE else case
+    return pytest.param(case, marks=pytest.mark.long) if case in ALIKE else case
 
 
 @pytest.mark.parametrize("case", [slow_where_nothing_is_new(case) for case in CASES])
@@ -148,7 +148,7 @@ def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
     assert values[-1] < values[0] - 1e-3, values
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*COUPLED, "dpo", "plackett_luce", "tdpo", "ipo, WPO"])
 def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches, start, better):
     found = []

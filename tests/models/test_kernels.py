@@ -89,7 +89,7 @@ def test_splash_equals_plain_attention_in_values_and_gradients():
         np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [8, 2], ids=["four of a member", "two members of each"])
 def test_a_model_over_devices_and_members_of_a_sweep_has_the_plain_gradients_by_each_kernel(
     devices,

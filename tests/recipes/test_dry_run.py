@@ -45,7 +45,7 @@ def lines_of(name, variant, **changes):
     return {line.split(":")[0]: line for line in lines[1:jobs]}, lines[jobs + 1 :]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_papers_programs_are_built_from_shapes_and_their_memory_is_told(name, tmp_path):
     raw, parameters = PAPER[name]
@@ -60,7 +60,7 @@ def test_the_papers_programs_are_built_from_shapes_and_their_memory_is_told(name
     assert any("preference" in job or "dpo-beta" in job for job in jobs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_small_programs_are_built_from_shapes(name, shared):
     programs, jobs = lines_of(name, "small", **{"recipe.data": str(shared / "data")})
@@ -68,7 +68,7 @@ def test_the_small_programs_are_built_from_shapes(name, shared):
     assert jobs[-1].startswith("report: python -m dpojax.recipes.report ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_writes_nothing_and_says_how_long_each_run_is(tmp_path, comparisons):
     config = small_config(comparisons)
     lines = [*dry_run(config, small_recipe(config), tmp_path / "none")]
@@ -77,7 +77,7 @@ def test_a_dry_run_writes_nothing_and_says_how_long_each_run_is(tmp_path, compar
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_config_without_a_recipe_is_told_in_a_sentence(tmp_path):
     path = str(ROOT / "configs" / "reviews.py")
     with pytest.raises(ConfigError, match=r"reviews\.py: has no function recipe\(config\)"):

@@ -192,7 +192,7 @@ def flip_a_bit(folder):
     largest.write_bytes(content)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_damaged_reference_is_made_again_where_the_stage_before_is_there(tmp_path, caplog):
     """Before the last step, and between it and the summary, which reads the reference."""
     changes = {"sft.steps": 1, "preference.steps": 3, "checkpoint_every": 1}

@@ -77,7 +77,7 @@ def test_two_processes_equal_one_which_takes_up_their_checkpoint(tmp_path, alone
     assert ours == theirs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_many_evaluation_batches_do_not_hang_two_processes_of_two_devices(tmp_path):
     """Each batch is a program with collectives that needs nothing of the one before it."""
     changes = {"preference.data.limit": 600, "preference.data.eval_limit": 499}

@@ -81,7 +81,7 @@ def moved_run(tmp_path_factory, monkeypatch_module):
     return before, folder / "run", base
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_exported_from_its_workdir_after_its_base_has_moved(moved_run, tmp_path):
     before, workdir, _ = moved_run
     after = export(workdir, tmp_path / "after")

@@ -71,7 +71,7 @@ def made(tmp_path_factory):
     return folder, frontier_results.write(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_reference(made):
     folder, _ = made
     points = read_points(folder / "frontier.csv")
@@ -89,7 +89,7 @@ def test_every_evaluation_of_every_run_is_a_point_beside_best_of_n_and_the_refer
     assert len(read_optimum(folder / "optimum.json").beta) == len(frontier_results.BETAS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_point_lies_above_the_limit_and_best_of_n_rises_within_its_bound(made):
     points, curve, base = frontier_results.collect(made[0])
     measured = arrays([at_the_bound(point) for point in points])
@@ -109,7 +109,7 @@ def test_no_point_lies_above_the_limit_and_best_of_n_rises_within_its_bound(made
     assert all(0 < point.kl <= at_the_bound(point).kl + 1e-9 for point in best)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     folder, text = made
     assert (folder / "frontier.png").stat().st_size > 10_000
@@ -120,7 +120,7 @@ def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     assert len(lines) == 2 * 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_run_of_each_method_is_judged_against_the_sft_policy(made, tmp_path):
     folder = storage.as_path(made[0])
     settings = frontier_settings(folder, limit=6, samples=1, out=str(tmp_path))
@@ -137,7 +137,7 @@ def test_one_run_of_each_method_is_judged_against_the_sft_policy(made, tmp_path)
     assert (tmp_path / "report.md").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_each_method_the_run_with_the_highest_reward_or_nearest_to_a_kl_is_judged(
     made, monkeypatch
 ):
@@ -158,13 +158,13 @@ def test_of_each_method_the_run_with_the_highest_reward_or_nearest_to_a_kl_is_ju
         assert chosen["dpo"][0]["setting"] == setting
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_method_that_the_frontier_has_not_is_named(made):
     with pytest.raises(ConfigError, match="no finished run of ppo; it has dpo, preferred_ft, best"):
         frontier_settings(storage.as_path(made[0]), methods=["ppo"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_nothing(made):
     folder, _ = made
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("finished.json")}
@@ -181,7 +181,7 @@ def test_the_same_command_makes_nothing_again_and_runs_that_are_added_tokenise_n
     assert "simpo" in {p.method for p in frontier_results.collect(folder)[0]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_config_in_the_same_folder_is_refused_by_key(made):
     with pytest.raises(ConfigError, match=r"frontier\.count: 24 -> 25"):
         make_frontier(config(**{"frontier.count": 25}), RUNS, str(made[0]))
@@ -217,7 +217,7 @@ def sigterm(scores):
     return scores
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_that_fails_or_is_stopped_anywhere_goes_on_to_the_same_points(
     made, tmp_path, monkeypatch
 ):

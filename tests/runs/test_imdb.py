@@ -66,7 +66,7 @@ def test_one_key_says_where_the_reviews_are_and_every_run_of_the_plan_can_start(
         assert longest <= run_config.tokens.max_length
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_papers_programs_are_built_from_shapes_alone(imdb, tmp_path):
     config = imdb.get_config("paper")
     config.model.path, judge = str(tmp_path / "gpt2"), tmp_path / "roberta"

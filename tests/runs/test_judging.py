@@ -208,7 +208,7 @@ def sampled(policy, out, **changes):
     return Settings(**values | changes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_temperature_and_n_of_best_of_n_is_a_row(policy, tmp_path, loads):
     changes = {"best_of": (1, 3), "best_of_reward": "reviews"}
     result = judging.judge(sampled(policy, tmp_path, **changes))
@@ -363,7 +363,7 @@ def test_settings_go_through_json_and_unknown_ones_are_named(data):
         settings_from_json({name: x for name, x in values.items() if name != "judge"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_job_writes_the_report(data, tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(dataclasses.asdict(settings(data))))

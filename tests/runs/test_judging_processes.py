@@ -17,7 +17,7 @@ from tests.evaluation.judging.chat_server import TEMPLATE, ChatServer
 from .conftest import environment
 from .test_preferences import save_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 DEVICES = 1
 RUN = """
 import sys

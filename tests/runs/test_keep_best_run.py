@@ -52,7 +52,7 @@ def kept_run(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_held_out_loss_rises_stops_and_keeps_the_step_where_it_was_lowest(kept_run):
     folder = kept_run / "preference" / "checkpoints"
     assert {int(path.name) for path in folder.iterdir()} == {2, 5, 6}
@@ -66,7 +66,7 @@ def test_a_run_whose_held_out_loss_rises_stops_and_keeps_the_step_where_it_was_l
     assert (kept["step"], kept["stopped_at"], kept["metric"]) == (2, 6, "loss")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_and_policies_by_name_are_of_the_kept_step(kept_run, tmp_path):
     _, best, _ = huggingface.load(export(kept_run, tmp_path / "best"))
     _, second, _ = huggingface.load(export(kept_run, tmp_path / "second", step=2))
@@ -77,14 +77,14 @@ def test_export_and_policies_by_name_are_of_the_kept_step(kept_run, tmp_path):
     np.testing.assert_array_equal(table(load_policy(str(kept_run)).params), table(best))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table_of_a_sweep_shows_the_kept_step(kept_run):
     lines = [{"step": step, "loss": loss} for step, loss in LOSSES.items()]
     assert kept_evaluation(kept_run / "preference", lines) == {"step": 2, "loss": 0.04}
     assert kept_evaluation(kept_run / "sft", lines)["step"] == 6  # keeps none
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_that_stopped_early_trains_no_more(kept_run, capsys):
     (kept_run / "finished.json").unlink()
     before = (kept_run / "preference" / "metrics.jsonl").read_text()
@@ -126,7 +126,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_data_are_read(
         opened.prepare()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_members_of_a_sweep_that_keep_their_best_train_one_after_another(tmp_path):
     runs = [
         resolve(tiny_config(**{"preference.beta": beta, "preference.keep_best": best}), tmp_path)

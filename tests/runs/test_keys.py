@@ -150,7 +150,7 @@ def prepare_a_ppo_stage(config, workdir):
     stage.new_state(params)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_key_is_read_by_some_run(reads, tmp_path):
     """One run as shipped, and one with each of the other choices: an imported model in bfloat16, a
     live reference of another policy, given adapters, IPO, RMSprop and a cosine."""

@@ -234,7 +234,7 @@ def damage(folder):
     largest.write_bytes(content)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_damaged_base_is_made_again_of_the_weights_it_came_from_and_of_no_others(
     finished, tmp_path, caplog
 ):
@@ -252,7 +252,7 @@ def test_a_damaged_base_is_made_again_of_the_weights_it_came_from_and_of_no_othe
     assert_same(flat(stage.trained_params()), flat(finished.params), **EXACTLY)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached_one(
     finished, tmp_path
 ):
@@ -270,7 +270,7 @@ def test_a_live_reference_is_the_base_itself_and_gives_the_numbers_of_the_cached
     assert not (tmp_path / "run").exists()  # no weights are kept a second time
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_folder, tmp_path):
     """TDPO compares whole distributions, in the step, with the base."""
     changes = {
@@ -293,7 +293,7 @@ def test_a_base_in_bfloat16_is_the_reference_of_its_adapters_also_for_kl(model_f
         assert stage.open_reference(None, base, stop, writing).params is base
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_sft_stage_keeps_its_base_resumes_from_it_and_hands_on_merged_weights(
     model_folder, tmp_path
 ):

@@ -51,7 +51,7 @@ def make(folder):
     make_frontier(config(**CHANGES | source), RUNS, str(folder))
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

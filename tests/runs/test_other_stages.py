@@ -59,14 +59,14 @@ def reward_run(tmp_path_factory):
     return workdir / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_model_learns_its_pairs(reward_run):
     losses = train_losses(reward_run, "reward")
     assert losses[0] == pytest.approx(0.693, abs=0.02)  # two almost equal scores: log 2
     assert losses[-1] < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_reward_model_of_the_best_evaluation_is_kept_summarised_and_exported(
     reward_run, tmp_path
 ):
@@ -85,7 +85,7 @@ def test_the_reward_model_of_the_best_evaluation_is_kept_summarised_and_exported
     assert "step 6 of 12, where eval/rewards/accuracies was highest: 0.9 (before training" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_exported_reward_is_centred_on_the_held_out_responses(reward_run, tmp_path):
     out = export(str(reward_run), str(tmp_path / "exported"))
     held_out = json.loads((reward_run / "reward" / "summary.json").read_text())["values"]["after"]
@@ -99,7 +99,7 @@ def test_the_exported_reward_is_centred_on_the_held_out_responses(reward_run, tm
     assert (scores.reshape(-1, 2) @ [1, -1] > 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["kto", "simpo"])
 def test_a_run_of_labelled_responses_or_without_a_reference_ends_with_its_summary(loss, tmp_path):
     config = tiny_config(**{"preference.loss": loss, "preference.steps": 4})

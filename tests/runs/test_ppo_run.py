@@ -116,7 +116,7 @@ def saved_state(stage, workdir, step=None):
         return saved.restore(stage.abstract_state(), step=step)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(finished):
     workdir, calls = finished
     prompts = reviews.prompts("train", 16, seed=0)
@@ -128,7 +128,7 @@ def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(f
     np.testing.assert_allclose(logged, [scores.mean() for _, scores in calls], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_at_the_start_the_policy_is_the_reference_and_then_it_leaves(finished):
     first, *others = split(finished[0], "train")
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -138,7 +138,7 @@ def test_at_the_start_the_policy_is_the_reference_and_then_it_leaves(finished):
     assert end["samples/kl_of_tokens"] > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_learning_rate_falls_along_a_line_and_the_coefficient_follows_the_kl(finished):
     train = split(finished[0], "train")
     rates = [line["learning_rate"] for line in train]
@@ -150,7 +150,7 @@ def test_the_learning_rate_falls_along_a_line_and_the_coefficient_follows_the_kl
         coefficient *= 1 + error * RESPONSES / HORIZON
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_summary_compares_reward_and_kl_before_and_after(finished):
     workdir = finished[0]
     summary = json.loads((workdir / "finished.json").read_text())["ppo"]["values"]
@@ -165,7 +165,7 @@ def test_the_summary_compares_reward_and_kl_before_and_after(finished):
     assert (workdir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_goes_on_to_the_same_bits(stage, train, finished, stopped, tmp_path):
     workdir = tmp_path / "resumed"
     shutil.copytree(stopped, workdir)
@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stage, train, finished, stopped,
     assert values(workdir) == values(finished[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
     stage, train, stopped, tmp_path
 ):
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_state(
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
@@ -218,7 +218,7 @@ def test_a_reward_that_cannot_be_used_ends_the_run_and_keeps_its_state(
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_export_is_the_policy(stage, finished, tmp_path):
     folder = export(str(finished[0]), str(tmp_path / "exported"), stage="ppo")
     config, params, _ = huggingface.load(str(folder))
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(changes, messag
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_iteration_of_the_best_samples_is_kept_and_training_stops_without_a_better_one(
     train, stage, tmp_path, monkeypatch
 ):
@@ -294,7 +294,7 @@ def test_the_iteration_of_the_best_samples_is_kept_and_training_stops_without_a_
     assert "ended: eval/samples/reward >= 0.7 was never reached: the highest was 0.6, at" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_iterations_end_at_the_first_reward_that_reaches_the_value(
     train, stage, tmp_path, monkeypatch
 ):

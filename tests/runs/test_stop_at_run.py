@@ -18,7 +18,7 @@ from dpojax.training.preemption import Preempted, StopSignal
 
 from .conftest import lines, tiny_config
 
-pytestmark = pytest.mark.slow  # tests/training/test_loop.py and test_vectorised_loop.py are faster
+pytestmark = pytest.mark.long  # tests/training/test_loop.py and test_vectorised_loop.py are faster
 
 # Held-out losses after the steps of evaluations, by beta; the values that stop are 0.5 or less.
 LOSSES = {

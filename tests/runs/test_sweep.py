@@ -200,7 +200,7 @@ def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("at_once", "stops"),
     [pytest.param(0, 1, id="all"), pytest.param(2, 2, id="last two")],

@@ -143,7 +143,7 @@ def trained(tmp_path_factory):
     return workdir, draws
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_evaluation_of_a_run_logs_the_win_rate_and_its_interval(trained):
     workdir, draws = trained
     evaluations = [x for x in lines(workdir, "preference") if x["split"] == "eval"]
@@ -174,7 +174,7 @@ def test_the_win_scores_of_prompts_average_to_the_win_rate(trained):
     assert "reward" not in samples[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_stops_by_the_win_rate_and_keeps_the_best(tmp_path, monkeypatch):
     rates = {0: 0.5, 2: 0.61, 4: 0.7, 6: 0.69, 8: 0.7}
     evaluate = train.Evaluator.__call__
@@ -227,7 +227,7 @@ def test_a_judge_that_there_is_not_is_named_before_anything_is_made(tmp_path):
         run(tiny_config(**SAMPLED | {"samples.judge": "oracle"}), str(tmp_path / "run"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_shows_win_rates_and_how_far_members_are_behind_the_best(tmp_path, capsys):
     changes = SAMPLED | {"samples.reward": "", "preference.steps": 3}
     members = [{"preference.beta": 0.1}, {"preference.beta": 1.0}]
@@ -265,7 +265,7 @@ def test_the_difference_between_members_is_paired_by_prompt(tmp_path):
     assert evaluations["best"]["samples/behind_best"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluations_of_ppo_have_the_win_rate_beside_the_reward(tmp_path):
     changes = SAMPLED | {"stages": ("ppo",), "ppo.limit": 16, "ppo.steps": 2, "ppo.batch_size": 8}
     changes |= {"ppo.minibatches": 1, "ppo.max_new_tokens": 12, "evaluate_every": 1}

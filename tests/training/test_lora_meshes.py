@@ -92,7 +92,7 @@ def test_on_one_device_the_loss_leaves_ln_2(one_device):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
+    [name if name == FAST else pytest.param(name, marks=pytest.mark.long) for name in MESHES],
 )
 def test_the_curve_is_that_of_one_device(
     name, one_device, model, params, objective, batch, numbers

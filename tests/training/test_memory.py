@@ -59,17 +59,17 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
     [
         {},
         {"remat": "full"},
-        pytest.param({"length": 256}, marks=pytest.mark.slow),
-        pytest.param({"micro_batches": 3}, marks=pytest.mark.slow),
+        pytest.param({"length": 256}, marks=pytest.mark.long),
+        pytest.param({"micro_batches": 3}, marks=pytest.mark.long),
         {"family": LLAMA},
-        pytest.param({"vocabulary": 32768, "max_logits": 2**22}, marks=pytest.mark.slow),
-        pytest.param({"vocabulary": 32768, "mesh": (1, 1, 4)}, marks=pytest.mark.slow),
+        pytest.param({"vocabulary": 32768, "max_logits": 2**22}, marks=pytest.mark.long),
+        pytest.param({"vocabulary": 32768, "mesh": (1, 1, 4)}, marks=pytest.mark.long),
         {"vocabulary": 32767, "mesh": (1, 1, 4)},
         pytest.param(
-            {"vocabulary": 32768, "mesh": (2, 1, 2), "max_logits": 2**23}, marks=pytest.mark.slow
+            {"vocabulary": 32768, "mesh": (2, 1, 2), "max_logits": 2**23}, marks=pytest.mark.long
         ),
         pytest.param(
-            {"vocabulary": 32768, "mesh": (1, 2, 2), "max_logits": 2**23}, marks=pytest.mark.slow
+            {"vocabulary": 32768, "mesh": (1, 2, 2), "max_logits": 2**23}, marks=pytest.mark.long
         ),
     ],
     ids=str,

@@ -141,7 +141,7 @@ def outputs_after_signal(receiver, script, *arguments, number=signal.SIGTERM):
     return [[x for x in out.splitlines() if not x.startswith(gloo)] for out, _ in ends]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("receiver", "line", "number"),
     [
@@ -160,7 +160,7 @@ def test_a_signal_to_one_process_saves_both_at_the_same_step(tmp_path, receiver,
     assert first == f"toy: stopped at step {step} of 2000, saved checkpoint {step}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("line", ["stands", "none"])
 def test_what_was_agreed_at_a_last_step_stops_all_processes_before_the_next_training(line):
     first, second = outputs_after_signal(1, TWO_TRAININGS, "normally", line)
@@ -171,7 +171,7 @@ def test_what_was_agreed_at_a_last_step_stops_all_processes_before_the_next_trai
     assert stopped == "Preempted stopped after the training; what is done is kept"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("line", ["stands", "none"])
 def test_no_process_saves_once_the_first_one_has_lost_its_lock(line):
     for folder, lines in zip(

@@ -109,17 +109,17 @@ def assert_same(got, want, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
 
 
-AXES = [pytest.param(1, marks=pytest.mark.slow), 2]  # of members, in devices
+AXES = [pytest.param(1, marks=pytest.mark.long), 2]  # of members, in devices
 
 
 @pytest.mark.parametrize(
     ("optimizer", "tolerance", "axis", "mesh"),
     [
-        pytest.param(SGD, 1e-6, 1, (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param(SGD, 1e-6, 1, (1, 1, 1), marks=pytest.mark.long),
         (SGD, 1e-6, 4, (1, 1, 1)),
-        pytest.param(SGD, 1e-6, 2, (2, 1, 2), marks=pytest.mark.slow),
+        pytest.param(SGD, 1e-6, 2, (2, 1, 2), marks=pytest.mark.long),
         # It divides by the root of a second moment: near 0 it makes much of a rounding.
-        pytest.param(ADAM, 1e-4, 2, (2, 1, 2), marks=pytest.mark.slow),
+        pytest.param(ADAM, 1e-4, 2, (2, 1, 2), marks=pytest.mark.long),
     ],
     ids=["one device", "a device each", "data and tensor", "adam"],
 )
@@ -140,7 +140,7 @@ def test_members_together_equal_members_alone(
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, last))) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("axis", AXES, ids=["one device", "a device each"])
 def test_a_member_that_ends_early_is_left_as_it_was(model, objective, params, rows, axis):
     make = make_step(model, objective, SGD)
@@ -181,7 +181,7 @@ def test_members_may_have_batches_of_their_own(model, objective, params, rows):
         assert_same(state.params, want.params, 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_frozen_weights_are_the_same_for_all_members(model, params, reference_params, rows):
     objective = preference.objective("tdpo", {"alpha": 0.5, "stop_chosen": True})
     make = make_step(model, objective, SGD)
@@ -197,7 +197,7 @@ def test_frozen_weights_are_the_same_for_all_members(model, params, reference_pa
 
 @pytest.mark.parametrize(
     ("members", "mesh"),
-    [pytest.param(4, (1, 2, 2), marks=pytest.mark.slow), (2, (1, 1, 1))],
+    [pytest.param(4, (1, 2, 2), marks=pytest.mark.long), (2, (1, 1, 1))],
     ids=["two members on four devices", "a device each"],
 )
 def test_no_collective_crosses_the_sweep_axis(model, objective, params, rows, members, mesh):

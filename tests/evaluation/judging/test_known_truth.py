@@ -93,7 +93,7 @@ def test_the_interval_of_a_win_rate_near_its_ends_covers_with_50_prompts(a_wins)
     assert LEAST <= np.mean([contains(rate, a_wins) for rate in rates]) <= MOST
 
 
-@pytest.mark.parametrize("prompts", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompts", [50, pytest.param(200, marks=pytest.mark.long)])
 def test_samples_of_one_prompt_are_one_cluster(prompts):
     """Eight samples of a prompt agree: the interval is that of prompts, not of samples."""
     rng, ids = np.random.default_rng(0), np.repeat(np.arange(prompts), 8)
@@ -111,7 +111,7 @@ def test_samples_of_one_prompt_are_one_cluster(prompts):
 
 
 @pytest.mark.parametrize(
-    ("policy", "slope"), [(0.4, 1.0), pytest.param(-0.8, 2.0, marks=pytest.mark.slow)]
+    ("policy", "slope"), [(0.4, 1.0), pytest.param(-0.8, 2.0, marks=pytest.mark.long)]
 )
 def test_the_length_controlled_win_rate_covers_that_at_equal_lengths(policy, slope):
     """Judges that prefer the longer response: the plain win rate is far off."""
