@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 COMMENT = re.compile(r"  # (.*)$")
+ABOVE = re.compile(r"(^|: )> ")  # "beta: > 0"
 
 
 class Docstrings(griffe.Extension):
@@ -22,12 +23,18 @@ class Docstrings(griffe.Extension):
         if in_class and attr.docstring is None and attr.lineno is not None:
             line = attr.parent.module.lines_collection[attr.filepath][attr.lineno - 1]
             if comment := COMMENT.search(line):
-                attr.docstring = griffe.Docstring(comment[1], parent=attr)
+                attr.docstring = griffe.Docstring(unquoted(comment[1]), parent=attr)
 
 
 def fence_doctests(text: str) -> str:
     """Put each block of lines that begins with >>> between ```pycon and ```."""
     blocks = text.split("\n\n")
     return "\n\n".join(
-        f"```pycon\n{block}\n```" if block.lstrip().startswith(">>>") else block for block in blocks
+        f"```pycon\n{block}\n```" if block.lstrip().startswith(">>>") else unquoted(block)
+        for block in blocks
     )
+
+
+def unquoted(text: str) -> str:
+    """A text that begins with > is a quote in Markdown."""
+    return ABOVE.sub(r"\1\> ", text)
