@@ -8,7 +8,9 @@ import sys
 import pytest
 from absl import flags
 
-from dpojax.config import command_line
+from dpojax.commands import entry
+from dpojax.commands.entry import COMMANDS
+from dpojax.config import command_line, files
 from dpojax.config.command_line import ArgumentParser, ConfigFlag, UsageError, parse_flags
 from dpojax.config.errors import ConfigError
 
@@ -203,6 +205,59 @@ def test_argparse_is_as_strict(capsys):
         told = capsys.readouterr().err
         assert message in told
         assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "file"),
+    [("imdb", "imdb.py"), ("imdb:paper", "imdb.py:paper"), ("reviews", "reviews.py")],
+)
+def test_a_bare_name_is_that_of_a_config_that_comes_with_dpojax(given, file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = command_line.parse_config_words([f"--config={given}", "--config.seed=3"])
+    by_path = command_line.parse_config_words([f"--config={ROOT / 'configs' / file}"])
+    assert words.path == by_path.path
+    assert words.value.seed == 3
+    assert words.value.stages == by_path.value.stages
+    assert files.shipped_name(words.path) == given
+
+
+def test_a_name_of_no_config_is_told_with_those_that_there_are(parse):
+    with pytest.raises(ConfigError, match=r"imbd: there is no such file; .* hh, imdb, instr"):
+        parse("--config=imbd", "--workdir=run")
+
+
+def test_every_command_has_its_file_and_its_script():
+    names = {name.replace("-", "_") for name in COMMANDS}
+    folder = ROOT / "dpojax" / "commands"
+    assert names == {path.stem for path in folder.glob("*.py")} - {"__init__", "entry"}
+    assert names == {path.stem for path in SCRIPTS}
+
+
+def test_dpojax_alone_lists_its_commands_and_an_unknown_one_is_told_its_neighbours(
+    monkeypatch, capsys
+):
+    for words, status in {(): 0, ("--help",): 0, ("trian",): 2, ("inspect_data",): 2}.items():
+        monkeypatch.setattr(sys, "argv", ["dpojax", *words])
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+        assert ended.value.code == status
+        shown = capsys.readouterr()
+        if status == 0:
+            lines = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ")]
+            assert lines == list(COMMANDS)
+            assert max(map(len, shown.out.splitlines())) < 100
+        else:
+            near = {"trian": "train", "inspect_data": "inspect-data"}[words[0]]
+            assert f"did you mean {near}?" in shown.err
+            assert shown.err.count("\n") == 1
+
+
+def test_flags_of_one_command_are_no_flags_of_another():
+    code = "import sys; sys.argv[0] = 'dpojax'; from dpojax.commands.entry import main; main()"
+    words = ["train", CONFIG, "--workdir=x", "--members=2"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "dpojax train: --members: no such flag\n"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpojax"
 ORDER = [
     {"tables", "intervals", "chips", "storage", "stopping", "peers", "watchdog"}
-    | {"mesh_axes", "tpu_flags"},
+    | {"mesh_axes", "tpu_flags", "extras"},
     {"losses", "head", "logprobs", "theory", "rl"},
     {"sharding"},
     {"models"},
@@ -29,6 +29,7 @@ ORDER = [
     {"planning", "certifying"},
     {"sweeps"},
     {"frontier", "recipes", "launching"},
+    {"commands"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -379,12 +378,8 @@ def test_a_number_out_of_its_range_is_named(llama, wrong):
 
 @pytest.fixture(scope="module")
 def script():
-    """scripts/sample.py as a module."""
-    path = pathlib.Path(__file__).parents[1] / "scripts" / "sample.py"
-    spec = importlib.util.spec_from_file_location("sample_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The command `sample`; its flags are defined when it is imported."""
+    return importlib.import_module("dpojax.commands.sample")
 
 
 def run_script(script, *arguments):

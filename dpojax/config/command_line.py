@@ -6,15 +6,16 @@ import argparse
 import ast
 import difflib
 import math
+import pathlib
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
-from dpojax.config.files import read_config
+from dpojax.config.files import read_config, with_shipped
 
 OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what editors make of hyphens
 CONFIG_WORD = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
@@ -35,7 +36,7 @@ class ConfigFlag:
     """The flags `--config=FILE` and `--config.KEY=VALUE` of a script; see `parse_flags`.
 
     Attributes:
-      path: FILE, or FILE:VARIANT.
+      path: FILE, or FILE:VARIANT; of a shipped config that was given by its name, its file.
       value: the config, locked, with the values of the command line.
     """
 
@@ -77,12 +78,15 @@ def parse_config_words(words: Sequence[str]) -> ConfigWords:
     return ConfigWords(path, config, keys, rest)
 
 
-def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
+def parse_flags(
+    words: Sequence[str], config: ConfigFlag | None = None, *, about: str | None = None
+) -> None:
     """Parse the command line of a script whose flags are absl's.
 
     Args:
       words: the command line, without the name of the script.
       config: gets the config that the words name.
+      about: what --help says before it lists the flags.
 
     Raises:
       UsageError: naming the first word that is no part of the command line.
@@ -90,7 +94,7 @@ def parse_flags(words: Sequence[str], config: ConfigFlag | None = None) -> None:
       SystemExit: 0, after --help.
     """
     if {"-h", "--help", "--helpshort", "--helpfull"} & set(words):
-        app.usage(shorthelp=True, writeto_stdout=True)
+        print(f"{(about or '').strip()}\n\nflags:\n{_flags_help()}")
         sys.exit(0)
     check_dashes(words)
     rest = list(words)
@@ -148,6 +152,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {_one_line(message)} (--help shows all flags)", file=sys.stderr)
         raise SystemExit(USAGE)
+
+
+def command_name() -> str:
+    """`dpojax train` or `train.py`, as the command was called."""
+    return pathlib.Path(sys.argv[0]).name
 
 
 def check_dashes(words: Iterable[str]) -> None:
@@ -250,7 +259,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _config_path(words: Sequence[str]) -> str:
-    """The value of --config; "" if there is none."""
+    """The file that --config names, with its variant; "" if there is none."""
     values = []
     for index, word in enumerate(words):
         if match := re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL):
@@ -261,7 +270,7 @@ def _config_path(words: Sequence[str]) -> str:
         raise UsageError(f"--config is given twice: {' and '.join(values)}")
     if values and not values[0]:
         raise UsageError("--config is empty: name a config file")
-    return values[0] if values else ""
+    return with_shipped(values[0]) if values else ""
 
 
 def _set_keys(config: ConfigDict, words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -294,6 +303,18 @@ def _own() -> list[str]:
     """The flags of the script itself, without those that absl has for every program."""
     main = flags.FLAGS.find_module_defining_flag
     return [name for name in flags.FLAGS if not (main(name) or "absl").startswith("absl")]
+
+
+def _flags_help() -> str:
+    """The script's own flags with their meaning and default."""
+    lines = []
+    for name in sorted(_own()):
+        flag = flags.FLAGS[name]
+        shown = f"--[no]{name}" if flag.boolean else f"--{name}"
+        default = f" (default: {flag.default_as_str})" if flag.default_as_str else ""
+        text = f"{shown}: {flag.help}{default}"
+        lines.append(flags.text_wrap(text, indent="    ", firstline_indent="  "))
+    return "\n".join(lines)
 
 
 def _is_flag(word: str) -> bool:

@@ -60,6 +60,8 @@ def load_config_file(path: str) -> types.ModuleType:
     file = split_variant(path)[0]
     if not pathlib.Path(file).is_file():
         what = "a folder, not a file" if pathlib.Path(file).is_dir() else "there is no such file"
+        if not pathlib.Path(file).suffix:
+            what += f"; dpojax has the configs {', '.join(shipped_configs())}"
         raise ConfigError(f"--config={path}: {what}")
     with failing_at_its_line(file):
         spec = importlib.util.spec_from_file_location("config_file", file)
@@ -68,6 +70,35 @@ def load_config_file(path: str) -> types.ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The configs that come with dpojax, by name: in the package, or beside it in a checkout."""
+    package = pathlib.Path(__file__).parents[1]
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("[a-z]*.py"))}
+
+
+def with_shipped(path: str) -> str:
+    """FILE.py or FILE.py:VARIANT of a config that comes with dpojax, for NAME or NAME:VARIANT.
+
+    Any other path stays as it is.
+    """
+    name, colon, variant = path.partition(":")
+    file = shipped_configs().get(name) if name.isidentifier() else None
+    return f"{file}{colon}{variant}" if file else path
+
+
+def shipped_name(path: str) -> str:
+    """NAME or NAME:VARIANT of a config that comes with dpojax; any other path stays as it is.
+
+    On another machine dpojax may be installed in another folder, where the name still says it.
+    """
+    file, colon, variant = split_variant(path)
+    given = pathlib.Path(file).resolve()
+    names = [name for name, own in shipped_configs().items() if own.resolve() == given]
+    return f"{names[0]}{colon}{variant}" if names else path
 
 
 def split_variant(path: str) -> tuple[str, str, str]:

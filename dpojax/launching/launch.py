@@ -16,10 +16,11 @@ from dpojax.config.command_line import (
     ArgumentParser,
     ConfigWords,
     UsageError,
+    command_name,
     parse_config_words,
 )
 from dpojax.config.errors import ConfigError
-from dpojax.config.files import split_variant
+from dpojax.config.files import shipped_name, split_variant
 from dpojax.config.resolved import editable, workdir_path
 from dpojax.config.saved import FINISHED
 from dpojax.jobs.job import PYTHON, Job
@@ -114,7 +115,7 @@ def launch(words: Sequence[str]) -> int:
 
 def _parser(engine: Engine) -> ArgumentParser:
     parser = ArgumentParser(
-        prog=f"launch.py {engine.name}",
+        prog=f"{command_name()} {engine.name}",
         description=f"Write {engine.about} that trains a config, or its sweep.",
     )
     add = parser.add_argument
@@ -141,9 +142,10 @@ def _parser(engine: Engine) -> ArgumentParser:
 
 
 def _overview(known: dict[str, Engine]) -> str:
-    lines = ["usage: launch.py ENGINE --config=FILE --workdir=FOLDER [--sweep] [--submit] ...", ""]
+    command = command_name()
+    lines = [f"usage: {command} ENGINE --config=FILE --workdir=FOLDER [--sweep] [--submit] ...", ""]
     lines += [f"  {engine.name:<10}{engine.about}" for engine in known.values()]
-    return "\n".join([*lines, "", "launch.py ENGINE --help shows its flags"])
+    return "\n".join([*lines, "", f"{command} ENGINE --help shows its flags"])
 
 
 def _job_of_run(asked: Asked) -> list[Job]:
@@ -206,10 +208,13 @@ def _name(asked: Asked) -> str:
 
 
 def _relative(path: str) -> str:
-    """A config's path from here, where the code is; one that lies elsewhere stays as it is."""
+    """A config's path from here, where the code is.
+
+    One that lies elsewhere stays as it is; one that comes with dpojax is named.
+    """
     file, colon, variant = split_variant(path)
     relative = os.path.relpath(file)
-    return path if relative.startswith("..") else f"{relative}{colon}{variant}"
+    return shipped_name(path) if relative.startswith("..") else f"{relative}{colon}{variant}"
 
 
 def _file(asked: Asked, launched: Launch) -> storage.Path:

@@ -7,7 +7,6 @@ ends it with a sentence, too.
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import sys
 import threading
 import traceback
@@ -17,7 +16,7 @@ from typing import NoReturn
 from absl import logging
 
 from dpojax import peers, stopping
-from dpojax.config.command_line import USAGE, ConfigFlag, UsageError, parse_flags
+from dpojax.config.command_line import USAGE, ConfigFlag, UsageError, command_name, parse_flags
 from dpojax.runs import terminal
 from dpojax.stopping import Preempted, stop_code
 from dpojax.tpu_flags import use_tpu_flags
@@ -59,7 +58,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except Preempted as stopped:
         return _stopped(stopped)
     except UsageError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{command_name()}: {error}", file=sys.stderr)
         return USAGE
     except SystemExit as error:  # of argparse
         status = error.code if isinstance(error.code, int) else FAILED
@@ -117,10 +116,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def run_script(main: Callable[[], int | None], config: ConfigFlag | None = None) -> NoReturn:
-    """`run_command`, of a script whose flags are absl's; `config` is its flag --config."""
+    """`run_command`, of a command whose flags are absl's; `config` is its flag --config.
+
+    --help prints the text at the top of the file that holds `main`.
+    """
+    about = sys.modules[main.__module__].__doc__
 
     def parse_and_run() -> int | None:
-        parse_flags(sys.argv[1:], config)
+        parse_flags(sys.argv[1:], config, about=about)
         if config is not None:
             code = config.value.exit_code_when_stopped
             if 1 <= code <= 255:  # `resolve` refuses another one; a signal may come before

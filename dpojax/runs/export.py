@@ -71,10 +71,12 @@ def export(
     return target
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `export`."""
+def main(
+    arguments: Sequence[str] | None = None, *, prog: str = "python -m dpojax.runs.export"
+) -> None:
+    """The command line of `export`; `prog` is the command's name in --help and errors."""
     parser = ArgumentParser(
-        prog="python -m dpojax.runs.export",
+        prog=prog,
         description="Write a stage's policy as a Hugging Face folder.",
     )
     parser.add_argument("--workdir", required=True, help="of a run")

@@ -1,8 +1,6 @@
 """The inspect script: what it prints, what it writes, and how it exits."""
 
-import importlib.util
 import json
-import pathlib
 import re
 import weakref
 
@@ -12,13 +10,9 @@ import tokenizers
 import transformers
 
 from dpojax import storage
+from dpojax.commands import inspect_data
 from dpojax.data.examples import Example
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
-
-PATH = pathlib.Path(__file__).resolve().parents[2] / "scripts/inspect_data.py"
-SPEC = importlib.util.spec_from_file_location("inspect_data", PATH)
-inspect_data = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(inspect_data)
 
 ROWS = [
     {"prompt": "Hi é\n", "chosen": "yes", "rejected": "no"},

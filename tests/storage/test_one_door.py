@@ -56,8 +56,8 @@ def test_files_are_opened_and_written_through_storage_only():
     assert not wrong
 
 
-def test_scripts_name_paths_through_storage_only():
-    for path in sorted((ROOT / "scripts").glob("*.py")):
+def test_commands_name_paths_through_storage_only():
+    for path in sorted((ROOT / "dpojax" / "commands").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert {alias.name for alias in node.names}.isdisjoint({"glob", "pathlib"}), path

@@ -1,0 +1,1 @@
+"""The commands of `dpojax`: one file each, and `entry`, which starts one by its name."""
