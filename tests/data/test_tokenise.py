@@ -482,6 +482,7 @@ def gpt2(shared):
     return transformers.AutoTokenizer.from_pretrained(shared / "data/gpt2-tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "causes"),
     [

@@ -58,6 +58,7 @@ def pipeline_scores(folder, label):
     return np.array([{x["label"]: x["score"] for x in answer}[label] for answer in answers])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem_type", "labels", "label"),
     [

@@ -271,6 +271,7 @@ def test_gap_statistics_are_numpys_and_see_no_masked_gap(gaps, hidden):
     np.testing.assert_allclose(got.std, np.std(gaps, ddof=1), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=9))
 def test_humanline_in_range_is_the_wrapped_loss_and_beyond_it_a_token_is_still(tokens):
     policy, reference = jnp.float32(np.array(tokens).T)

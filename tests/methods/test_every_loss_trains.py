@@ -136,6 +136,7 @@ def slow_where_nothing_is_new(case):
     return pytest.param(case, marks=pytest.mark.long) if case in ALIKE else case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [slow_where_nothing_is_new(case) for case in CASES])
 def test_a_few_steps_lower_the_loss_that_is_trained(case, batches, start):
     step, rows, hyper = prepare(case, batches, 0, ADAM, rate=0.02)
@@ -168,6 +169,7 @@ def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches,
         assert report.metrics["kl"].value > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["aot", "kto", "bco"])
 def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, start, better):
     step, rows, hyper = prepare(case, batches, 8, SGD, rate=1.0)

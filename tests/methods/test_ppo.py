@@ -398,6 +398,7 @@ def test_the_coefficient_follows_the_kl_by_zieglers_rule(given, update):
     assert float(new.kl.coefficient) == pytest.approx(0.1 * (1 - 0.2 * BATCH / 1000))
 
 
+@pytest.mark.slow
 def test_an_iteration_ends_where_the_policy_has_gone_too_far(given, update):
     new, _ = update(new_state(), *given[:3], HYPER | {"max_kl": jnp.float32(1e-4)})
     assert int(new.policy.step) == int(new.value.step) == 2  # the second finds it moved

@@ -156,6 +156,7 @@ def test_gradients_reach_the_adapters_and_never_the_base(config):
     np.testing.assert_allclose(ours, by_hand, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @CONFIGS
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_adapters_beside_their_kernels_give_the_merged_kernels_values_and_gradients(config, remat):

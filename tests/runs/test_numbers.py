@@ -14,6 +14,7 @@ from .conftest import tiny_config
 
 # Numbers that may be below zero: mesh sizes of -1, and weights of a loss's terms.
 SIGNED = ("mesh.", "preference.alpha", "preference.divergence_alpha", "ppo.reward")
+SIGNED += ("preference.humanline_",)  # bounds of log-ratios
 # `preference` has options that its loss must have, so their values are looked at there alone.
 OF_LOSSES = tuple(
     f"preference.{name}"

@@ -83,6 +83,7 @@ def one_device(model, params, objective, batch, numbers):
     return curve(mesh, model, params, objective, batch, numbers)
 
 
+@pytest.mark.slow
 def test_on_one_device_the_loss_leaves_ln_2(one_device):
     losses, adapters = one_device
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -90,6 +91,7 @@ def test_on_one_device_the_loss_leaves_ln_2(one_device):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapters))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name == FAST else pytest.param(name, marks=pytest.mark.long) for name in MESHES],

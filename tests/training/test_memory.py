@@ -54,6 +54,7 @@ def predicted_and_real(optimizer, *, family=GPT2, remat="dots", max_logits=MANY,
     return found.total, memory.bytes_per_device(state) + memory.temporary_bytes(compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

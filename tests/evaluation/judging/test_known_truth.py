@@ -61,6 +61,7 @@ def truth_of(judge):
     return expected | {"difference": expected["win_rate"] - judge.expected(second)["win_rate"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faults", FAULTS)
 def test_intervals_cover_what_was_injected(faults):
     judge, rng = SimulatedJudge(None, **FAULTS[faults]), np.random.default_rng(0)
