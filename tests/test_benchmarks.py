@@ -75,7 +75,7 @@ def test_a_case_prints_its_row_and_writes_its_fields(small_run):
     assert quiet <= 1
 
 
-@pytest.mark.slow  # the test of a very small case holds the rest of the law
+@pytest.mark.long  # the test of a very small case holds the rest of the law
 def test_the_tiny_case_needs_a_process_of_its_own_and_the_memory_of_its_weights(tmp_path):
     out = tmp_path / "result.json"
     script = str(ROOT / "benchmarks" / "train_step.py")
@@ -157,7 +157,7 @@ def test_every_system_gets_the_same_pairs_of_the_lengths_asked_for(tmp_path):
     assert {pair.chosen[-1] for batch in made for pair in batch} == {1}
 
 
-@pytest.mark.slow  # test_parity.py and test_golden_trl.py compare logits, losses and gradients
+@pytest.mark.long  # test_parity.py and test_golden_trl.py compare logits, losses and gradients
 def test_ours_and_a_plain_torch_step_compute_the_same_losses_and_gradients(
     tmp_path, capsys, monkeypatch
 ):

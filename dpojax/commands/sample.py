@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
@@ -15,7 +16,6 @@ from typing import NoReturn
 from absl import flags
 
 from dpojax.runs.command import run_script
-from dpojax.tables import WIDTH, terminal_width
 from dpojax.watchdog import watching
 
 MODEL = flags.DEFINE_multi_string("model", None, "One column each.", required=True)
@@ -39,7 +39,7 @@ def main() -> None:
     prompts = read_prompts()
     with watching(HANG.value):
         columns = [respond(name, prompts) for name in MODEL.value]
-    width = terminal_width() or WIDTH
+    width = shutil.get_terminal_size().columns
     print(side_by_side(MODEL.value, width))
     for prompt, *responses in zip(prompts, *columns):
         print("\n" + textwrap.fill(f"> {prompt}", width))

@@ -66,7 +66,7 @@ def shards_exchanged(x):
 shards_exchanged.defvjp(lambda x: (x, None), lambda _, g: (jnp.roll(g, g.shape[-1] // 2, axis=-1),))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_steps_again_pass(opened, exact):
     found = judge(exact, measure(opened(), STEPS), is_exact=True)
     assert (found.passes, found.why) == (True, "")

@@ -2,24 +2,22 @@
 
 import bz2
 import gzip
-import importlib.util
 import json
 import lzma
 import os
-import pathlib
 import socket
 import tracemalloc
 
 import pyarrow as pa
 import pytest
 
+from dpojax.commands import inspect_data
 from dpojax.data import json_files, text_files
 from dpojax.data.records import DataError
 from dpojax.data.sources import read
 
 LINE = b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 ROW = json.loads(LINE)
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def rows(path, **options):
@@ -253,10 +251,6 @@ def test_a_broken_card_of_a_folder_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_data_are_inspected_without_a_traceback(tmp_path, capsys, monkeypatch, shared):
-    path = ROOT / "scripts" / "inspect_data.py"
-    spec = importlib.util.spec_from_file_location("inspect_data", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(LINE * 99)[:-9])
     (tmp_path / "deep.jsonl").write_bytes(b"[" * DEEP)
@@ -265,7 +259,7 @@ def test_data_are_inspected_without_a_traceback(tmp_path, capsys, monkeypatch, s
     (tmp_path / "scripted" / "scripted.py").write_text(CODE)
     for name in ("pipe.jsonl", "cut.jsonl.gz", "deep.jsonl", "integer.jsonl", "scripted"):
         arguments = ["--data", str(tmp_path / name), "--tokenizer", f"{shared}/data/gpt2-tokenizer"]
-        assert script.main(arguments) == 2
+        assert inspect_data.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: {tmp_path / name}")
         assert error.count("\n") == 1

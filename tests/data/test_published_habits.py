@@ -57,7 +57,7 @@ def folders(shared, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_scored_of_an_answer(folders):
     found, opened = {}, {}
     for name, kind in SCORED:

@@ -86,7 +86,7 @@ def test_a_sweep_that_is_done_has_no_jobs_left(swept):
     assert json.loads((folder / PLAN).read_text())["jobs"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_weights_are_those_of_a_sweep_in_one_process(swept, tmp_path):
     run_sweep(tiny_config(**SHORT), MEMBERS[2:], str(tmp_path / "sweep"))
     for name in ("beta-0.1", "beta-1"):

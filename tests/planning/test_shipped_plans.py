@@ -61,7 +61,7 @@ def test_every_stage_of_a_shipped_config_has_a_plan(path):
         assert state <= one.step.memory.arguments <= 1.5 * state + 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_prints_the_plan_of_a_config_and_keeps_its_numbers(tmp_path):
     keys = [f"--config.{key}={value}" for key, value in SHRUNK.items()]
     done = subprocess.run(

@@ -99,7 +99,7 @@ def test_a_run_is_exported_from_its_workdir_after_its_base_has_moved(moved_run, 
     jax.tree.map(np.testing.assert_array_equal, policy.params, params)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_name_the_base_of_the_config_or_where_it_is_now(moved_run, tmp_path):
     _, workdir, base = moved_run
     for number, (given, named) in enumerate((("", str(base)), ("owner/model", "owner/model"))):

@@ -129,7 +129,7 @@ def test_evaluation_against_the_reference_gives_log_two_there_and_the_last_metri
         assert after[name] == pytest.approx(logged[name], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_weights_of_a_stage_that_is_trained_are_read_only_when_they_are_needed(
     finished, tmp_path, monkeypatch
 ):
@@ -238,7 +238,7 @@ def started(tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished):
     """On eight devices against one: at step 0, and the gradient of step 1. (Later, Adam turns
     rounding in gradients near zero into steps of full size.)"""
@@ -252,7 +252,7 @@ def test_a_live_reference_gives_the_numbers_of_the_cached_one(started, finished)
     assert not (workdir / "preference" / "reference_logprobs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_computes_no_log_probs_that_a_first_one_has_kept(tmp_path, monkeypatch):
     """In another workdir; those of other weights are not taken."""
     cache, computed, scored = tmp_path / "kept", [], []
@@ -427,7 +427,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_weights_are_made(tmp_path, 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     config = tiny_config(
         stages=("preference",), profile=True, **{"preference.steps": 8, "evaluate_every": 4}

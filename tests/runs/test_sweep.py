@@ -129,7 +129,7 @@ def test_the_reference_is_scored_once_for_all_members(swept):
     assert swept[2] == {"open_reference": 1, "scores_at_start": 1, "open_summary": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_against_a_live_reference_are_what_separate_runs_would_train(swept, tmp_path):
     """TDPO, whose gradient reads the reference's whole distributions: the base, frozen."""
     policy = tmp_path / "policy"
@@ -236,7 +236,7 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(
         assert steps(folder / name) == steps(swept[0] / name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
     swept, tmp_path, monkeypatch
 ):
@@ -260,7 +260,7 @@ def test_a_sweep_killed_while_its_members_are_judged_trains_none_again(
     assert not list(folder.glob(f"{sweep.GROUPS}/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_others(tmp_path):
     shared = {"sft.learning_rate": 1e30}
     members = [
@@ -318,7 +318,7 @@ def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     assert len(stages_trained) == begun  # refused before the SFT stage
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_see_batches_of_their_own_and_lost_updates_are_warned_of(swept, tmp_path, capsys):
     policy, pairs = tmp_path / "policy", tmp_path / "pairs.jsonl"
     export(str(swept[0] / NAMES[0]), str(policy), stage="sft")
@@ -454,7 +454,7 @@ def test_the_folder_of_another_sweep_is_refused(swept):
     assert (swept[0] / sweep.PLAN).read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_plan_holds_jobs_whose_commands_train_members_by_hand(tmp_path, monkeypatch, capsys):
     """Of two that train together, and of one alone, whose SFT stage is that of the two and whose
     name holds a comma."""
