@@ -72,7 +72,7 @@ def test_the_same_steps_again_pass(opened, exact):
     assert (found.passes, found.why) == (True, "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_that_do_not_move_are_stuck_at_ln_2(opened, exact):
     stuck = opened(**{"preference.learning_rate": 0.0})
     found = judge(exact, measure(stuck, STEPS), is_exact=True)

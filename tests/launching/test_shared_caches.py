@@ -45,7 +45,7 @@ def swept(tmp_path_factory):
     return folder, jobs, made
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_groups_begin_with_one_sft(swept):
     folder, jobs, _ = swept
     assert [job.needs for job in jobs] == [
@@ -63,7 +63,7 @@ def test_two_groups_begin_with_one_sft(swept):
         assert (folder / name / FINISHED).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_groups_share_what_was_tokenised_and_what_the_reference_scored(swept):
     folder, _, made = swept
     assert len(list(folder.glob("tokens/*.arrow"))) == 2
@@ -71,7 +71,7 @@ def test_groups_share_what_was_tokenised_and_what_the_reference_scored(swept):
     assert made == ["reference"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_last_job_shows_all_members(swept):
     folder = swept[0]
     table = (folder / "sweep.csv").read_text().splitlines()
@@ -79,7 +79,7 @@ def test_the_last_job_shows_all_members(swept):
     assert (folder / "sweep.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_done_has_no_jobs_left(swept):
     folder = swept[0]
     assert begin_sweep(tiny_config(**SHORT), MEMBERS, str(folder)) == []

@@ -115,6 +115,7 @@ def test_a_job_of_two_tasks_that_is_stopped_comes_back_and_ends_as_if_it_had_not
     assert finished[0]["preference"]["values"] == finished[1]["preference"]["values"]
 
 
+@pytest.mark.long
 def test_a_sweep_of_two_groups_shares_its_caches_and_ends_with_a_table(slurm, tmp_path):
     config = tmp_path / "two_losses.py"
     config.write_text(

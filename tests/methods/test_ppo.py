@@ -345,7 +345,7 @@ def test_padding_and_dummy_prompts_change_nothing(given, experience):
     close(metrics, same)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_neither_devices_nor_micro_batches_change_an_update(given):
     plain = optax.identity()  # Adam would blow up the rounding of gradients that are almost 0
     in_parts = dataclasses.replace(SETTINGS, micro_batches=2)

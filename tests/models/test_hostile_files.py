@@ -402,7 +402,7 @@ def test_a_file_just_below_the_limits_is_read_as_soon(folder):
     assert "tensor 'model.embed_tokens.weight' is missing" in refused(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_hostile_file_takes_more_than_300_mb(good, tmp_path):
     """In a process of its own, whose largest memory grows from file to file."""
     code = f"import test_hostile_files as t; t.print_growth({str(good)!r}, {str(tmp_path)!r})"

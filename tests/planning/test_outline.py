@@ -81,7 +81,7 @@ def sweep():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_variant_of_a_config_has_a_dry_run_without_a_workdir(tmp_path):
     (tmp_path / "own.py").write_text(CONFIG)
     said = {}

@@ -110,7 +110,7 @@ def test_adapters_name_the_base_of_the_config_or_where_it_is_now(moved_run, tmp_
         export(workdir, tmp_path / "half", adapters=True, dtype="bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_of_the_kept_step_are_exported(moved_run, tmp_path):
     _, workdir, _ = moved_run
     files = [

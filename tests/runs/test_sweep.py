@@ -277,7 +277,7 @@ def test_members_that_fail_by_themselves_or_in_a_stage_they_share_leave_the_othe
     assert run_sweep(base_config(), members, str(tmp_path / "sweep")) == failed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_as_many_members_go_at_once_as_memory_holds(tmp_path, monkeypatch):
     """Two of five have a device each in a call; their states stay there between calls."""
     measured, stages_trained, compile_ = [], [], MemberProgram._compile

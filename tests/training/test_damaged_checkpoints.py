@@ -350,7 +350,7 @@ def in_two_processes(folder):
     return [out.splitlines()[-1] for out, _ in results], [err for _, err in results]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_pass_over_the_same_damaged_checkpoint_and_say_it_once(tmp_path):
     """Each of them reads a part of the files: only one of them sees the damage."""
     folder, rng = tmp_path / "sft" / "checkpoints", np.random.default_rng(0)
