@@ -16,6 +16,6 @@ def use_tpu_flags() -> None:
 
     To be called before JAX opens its devices. Without a TPU they are not read.
     """
-    given = os.environ.get(VARIABLE, "")
-    missing = [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}=" not in given]
-    os.environ[VARIABLE] = " ".join([*filter(None, [given]), *missing])
+    in_force = os.environ.get(VARIABLE, "")
+    missing = [f"--{name}={value}" for name, value in FLAGS.items() if f"--{name}=" not in in_force]
+    os.environ[VARIABLE] = " ".join([*filter(None, [in_force]), *missing])

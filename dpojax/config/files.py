@@ -96,8 +96,8 @@ def shipped_name(path: str) -> str:
     On another machine dpojax may be installed in another folder, where the name still says it.
     """
     file, colon, variant = split_variant(path)
-    given = pathlib.Path(file).resolve()
-    names = [name for name, own in shipped_configs().items() if own.resolve() == given]
+    resolved = pathlib.Path(file).resolve()
+    names = [name for name, shipped in shipped_configs().items() if shipped.resolve() == resolved]
     return f"{names[0]}{colon}{variant}" if names else path
 
 

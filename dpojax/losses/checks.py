@@ -47,11 +47,12 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(loss)
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = dict(zip(names, args)) | {name: kwargs[name] for name in names if name in kwargs}
-        for name in pairs & given.keys():
-            _require_pair(loss.__name__, name, given[name])
+        in_order = [name for name in names[len(args) :] if name in kwargs]
+        arguments = dict(zip(names, args)) | {name: kwargs[name] for name in in_order}
+        for name in pairs & arguments.keys():
+            _require_pair(loss.__name__, name, arguments[name])
         shape = None
-        for name, value in given.items():
+        for name, value in arguments.items():
             for part in _arrays(value):
                 _check_kind(loss.__name__, name, part)
                 shape = np.shape(part) if shape is None else shape
