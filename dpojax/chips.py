@@ -12,7 +12,7 @@ NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip.
+    """Peaks of one device of JAX: a chip, but for v7x, whose chips are two devices each.
 
     Attributes:
       name: as `--topology` names it.
@@ -26,6 +26,7 @@ class Chip:
       link: bytes/s that it sends in a ring of chips. A TPU has two ports on each axis of the torus,
         one for each direction; both send. A GPU has NVLink.
       source: the page that gives these numbers.
+      devices: of JAX on a chip.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Chip:
     bandwidth: float
     link: float
     source: str
+    devices: int = 1
 
     @property
     def float32_flops(self) -> float:
@@ -44,15 +46,21 @@ class Chip:
 
 # A TPU's names are those of jax/_src/pallas/mosaic/tpu_info.py. "NVIDIA H100" alone is that of a
 # topology to compile for; the driver names the module of 700 W "NVIDIA H100 80GB HBM3".
-V5E, V5P = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p")
-V6E = ("TPU v6 lite", "TPU v6e")
+V4, V5E, V5P = ("TPU v4",), ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p")
+V6E, V7X = ("TPU v6 lite", "TPU v6e"), ("TPU7x",)
+A100 = ("NVIDIA A100-SXM4-80GB",)
 H100, H200 = ("NVIDIA H100 80GB HBM3", "NVIDIA H100"), ("NVIDIA H200",)
 CHIPS = {
     chip.name: chip
     for chip in (
+        # The links of v4, six of 50 GB/s, are those of Jouppi et al. 2023 (arXiv:2304.01433).
+        Chip("v4", V4, "tpu", 275e12, 32 * 2**30, 1200e9, 100e9, GOOGLE + "v4"),
         Chip("v5e", V5E, "tpu", 197e12, 16e9, 819e9, 100e9, GOOGLE + "v5e"),
         Chip("v5p", V5P, "tpu", 459e12, 95e9, 2765e9, 200e9, GOOGLE + "v5p"),
         Chip("v6e", V6E, "tpu", 918e12, 32e9, 1638e9, 200e9, GOOGLE + "v6e"),
+        # Half of a chip, but for the links: a ring through both halves crosses each of them once.
+        Chip("v7x", V7X, "tpu", 1153.5e12, 96 * 2**30, 3690e9, 200e9, GOOGLE + "tpu7x", devices=2),
+        Chip("a100", A100, "gpu", 312e12, 80e9, 2039e9, 300e9, NVIDIA + "a100/"),
         Chip("h100", H100, "gpu", 989e12, 80e9, 3350e9, 450e9, NVIDIA + "h100/"),
         Chip("h200", H200, "gpu", 989e12, 141e9, 4800e9, 450e9, NVIDIA + "h200/"),
     )

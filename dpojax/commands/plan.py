@@ -5,9 +5,9 @@ takes: memory a device (predicted and compiled), FLOPs, bytes of the HBM and of 
 the communication no kernel hides, the time at the roofline, and with it hours and chip-hours. That
 time is a lower bound: no kernel reaches its chip's peak.
 
-Topologies: v5e:4x4, v6e:8x8, v5p:2x2x4 (pip install 'jax[tpu]'), h100:8, h200:8 (pip install
-'jax[cuda13]'), cpu:8 (memory alone). Run it with JAX_PLATFORMS=cpu. No weights are read, and no
-data: config.plan says how many examples there are, and how long they are.
+Topologies: v5e:4x4, v6e:8x8, v4, v5p and v7x:2x2x4 (pip install 'jax[tpu]'), a100:8, h100:8, h200:8
+(pip install 'jax[cuda13]'), cpu:8 (memory alone). Run it with JAX_PLATFORMS=cpu. No weights are
+read, and no data: config.plan says how many examples there are, and how long they are.
 
 --search compiles variants of mesh, rematerialisation and rows, and prints the keys of the fastest.
 --members=4 adds the step of a sweep whose members train together. --max_hours=12 refuses a plan

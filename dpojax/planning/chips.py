@@ -17,6 +17,10 @@ from dpojax.planning import gpu_target
 from dpojax.tpu_flags import use_tpu_flags
 
 HOST_CPUS = "cpu"
+# libtpu's names of chips, where they are not ours; and what makes one device of the two cores of a
+# v4, as on a TPU VM.
+TPU_NAMES = {"v7x": "tpu7x"}
+TPU_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
 class TopologyError(ConfigError):
@@ -36,9 +40,14 @@ class Topology(NamedTuple):
     chip: Chip | None
     devices: Sequence[jax.Device]
 
+    @property
+    def chip_count(self) -> int:
+        """Chips; of v7x, each is two devices."""
+        return len(self.devices) // (self.chip.devices if self.chip else 1)
+
 
 def topology(name: str) -> Topology:
-    """The devices of `v5e:4x8`, `v6e:...`, `v5p:2x2x4`, `h100:8`, `h200:8`, or `cpu:8`.
+    """The devices of `v5e:4x8`, `v6e:...`, `v5p:2x2x4`, `a100:8`, `h200:8`, or `cpu:8`.
 
     Raises:
       TopologyError: there is no such chip or shape; or the package that compiles for it is missing.
@@ -70,9 +79,14 @@ def _host_devices(count: int) -> Sequence[jax.Device]:
 def _tpu_devices(chip: Chip, shape: str, count: int) -> Sequence[jax.Device]:
     use_tpu_flags()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a cloud's server, which waits
+    options = TPU_OPTIONS.get(chip.name, {})
+    if count == 1:  # else a host has 2 x 2 chips
+        options = options | {"chips_per_host_bounds": (1, 1, 1)}
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip.name}:{shape}"
+            platform="tpu",
+            topology_name=f"{TPU_NAMES.get(chip.name, chip.name)}:{shape}",
+            **options,
         )
     except Exception as error:  # of many kinds: no plugin, no such shape
         raise TopologyError(

@@ -79,10 +79,9 @@ class Outline:
             return f"Hours: none, since no peaks of {self.chips.name} are known"
         names = ", ".join(dict.fromkeys(self.unplanned))
         without = f", without {names}, of which no plan is made" if names else ""
-        count = len(self.chips.devices)
         return (
             f"On {self.chips.name} in all at least {self.hours:.2f} h, "
-            f"{count * self.hours:.1f} chip-hours{without}"
+            f"{self.chips.chip_count * self.hours:.1f} chip-hours{without}"
         )
 
 

@@ -87,7 +87,7 @@ class StagePlan(NamedTuple):
 
     @property
     def chip_hours(self) -> float:
-        return self.hours * len(self.topology.devices)
+        return self.hours * self.topology.chip_count
 
     @property
     def mfu(self) -> float | None:
