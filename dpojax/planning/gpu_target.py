@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
 _HOPPER = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -59,9 +58,7 @@ _GPUS = {
     "a100": _Gpu(
         "NVIDIA A100-SXM4-80GB", 85_167_243_264, 2_039_000_000_000, _AMPERE, "major: 8", 12
     ),
-    "h100": _Gpu(
-        "NVIDIA H100", 84_942_979_072, 3_350_000_000_000, _HOPPER, _HOPPER_CAPABILITY, 18
-    ),
+    "h100": _Gpu("NVIDIA H100", 84_942_979_072, 3_350_000_000_000, _HOPPER, _HOPPER_CAPABILITY, 18),
     "h200": _Gpu(
         "NVIDIA H200", 151_397_597_184, 4_800_000_000_000, _HOPPER, _HOPPER_CAPABILITY, 18
     ),
