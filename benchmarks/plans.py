@@ -108,7 +108,11 @@ def _cells(pair: Pair, stage: dict) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in stage["mesh"].items() if size > 1)
     cells = [name, pair.topology, mesh or "1 device", stage["rows"]]
     if step["memory"] is None:
-        return [*cells, "does not fit", *[""] * (len(HEADING) - len(cells) - 1)]
+        return [
+            *cells,
+            step["problem"].partition(":")[0].lower(),
+            *[""] * (len(HEADING) - len(cells) - 1),
+        ]
     total, predicted = sum(step["memory"].values()), sum(step["predicted"].values())
     cells += [f"{total / GIB:.1f}", f"{predicted / total - 1:+.0%}"]
     if step["roofline"] is None:

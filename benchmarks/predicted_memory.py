@@ -3,8 +3,8 @@
     pip install 'jax[tpu]' 'jax[cuda13]'
     JAX_PLATFORMS=cpu python benchmarks/predicted_memory.py [PART_OF_A_CASE ...]
 
-Each case is compiled in a process of its own: half a minute for GPUs, minutes for TPUs. What lies
-beside the step's arguments (a live reference) is not in either number.
+Each case is compiled in a process of its own: half a minute for GPUs, minutes for TPUs. A live
+reference lies beside the step's arguments: its weights count as arguments here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class Case(NamedTuple):
       micro_batches: whose gradients are added up.
       tensor: devices along this axis; all others are along fsdp.
       lora: rank of adapters; 0 trains all weights.
+      members: of a sweep that trains as one program, each with devices of its own if there are
+        as many.
+      live: whether the reference scores every batch, and is not cached.
     """
 
     model: str
@@ -41,6 +44,8 @@ class Case(NamedTuple):
     micro_batches: int
     tensor: int = 1
     lora: int = 0
+    members: int = 1
+    live: bool = False
 
 
 LLAMA_8B, LLAMA_1B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"
@@ -55,11 +60,19 @@ CASES = (
     Case(LLAMA_1B, "h200:1", 4, 2048, "dots", 1, lora=16),
     Case(GPT2, "h200:1", 8, 1024, "dots", 1),
     Case(GPT2, "h200:1", 8, 1024, "full", 4),
+    Case(GPT2, "h200:1", 8, 1024, "full", 2, live=True),
+    Case(GPT2, "h200:1", 4, 1024, "full", 1, members=4),
+    Case(LLAMA_1B, "h200:4", 4, 2048, "dots", 1, members=4),
+    Case(LLAMA_8B, "h200:8", 2, 2048, "full", 1, members=4),
     Case(LLAMA_8B, "v5e:4x8", 1, 2048, "full", 1),
     Case(LLAMA_8B, "v5p:2x2x2", 2, 2048, "dots", 2),
     Case(PYTHIA, "v5e:4x4", 1, 2048, "full", 1),
     Case(LLAMA_1B, "v5e:2x2", 1, 2048, "dots", 1),
+    Case(LLAMA_1B, "v5e:2x2", 1, 2048, "full", 1, live=True),
+    Case(LLAMA_1B, "v5e:2x2", 1, 2048, "full", 1, lora=16),
     Case(GPT2, "v5e:2x2", 4, 1024, "dots", 2),
+    Case(GPT2, "v5e:2x2", 4, 1024, "full", 2, live=True),
+    Case(GPT2, "v6e:2x2", 2, 1024, "full", 1, members=4),
 )
 
 
@@ -73,7 +86,9 @@ def main() -> None:
         return
     for index, case in enumerate(CASES):
         if not args.parts or any(part in str(case) for part in args.parts):
-            print(line(case, in_a_process(index)), flush=True)
+            measured = in_a_process(index)
+            print(line(case, measured), flush=True)
+            print(measured, file=sys.stderr, flush=True)
 
 
 def in_a_process(index: int) -> dict:
@@ -94,8 +109,10 @@ def measure(case: Case) -> dict:
     from dpojax.data.packing import Shape
     from dpojax.planning.chips import topology
     from dpojax.planning.expected import expected_data
+    from dpojax.planning.programs import sweep_of
     from dpojax.plans.dry_run import setup_from_shapes
     from dpojax.stages import registry, train
+    from dpojax.training.memory import bytes_per_device
 
     jax.config.update("jax_enable_compilation_cache", False)
     chips = topology(case.topology)
@@ -103,22 +120,29 @@ def measure(case: Case) -> dict:
     config.stages = ("preference",)
     config.model.update(path=case.model, compute_dtype="bfloat16", remat=case.remat)
     config.model.attention = "flash" if chips.chip.platform == "gpu" else "splash"
-    config.mesh.update(data=1, fsdp=-1, tensor=case.tensor)
+    spread = case.members if case.members <= len(chips.devices) else 1
+    config.mesh.update(data=spread, fsdp=-1, tensor=case.tensor)
     config.tokens.max_length = case.length
     config.preference.lora.rank = case.lora
+    config.preference.reference.kind = "live" if case.live else "cached"
     config.plan.update(examples=1, prompt=100.0, response=50.0)
     setup = setup_from_shapes(config, "preference", chips.devices)
     stage = registry.open_stage(setup, "preference")
-    rows = case.rows * len(chips.devices) // case.tensor
+    rows = case.rows * len(chips.devices) // (case.tensor * spread)
     shape = Shape(case.micro_batches, rows, case.length, case.length // 2, 2, 2)
     stage = stage.with_data(expected_data(config, responses=2)).with_shape(shape)
+    swept = sweep_of(stage, case.members, spread) if case.members > 1 else None
     began = time.perf_counter()
-    sizes = train.lower_step(stage, shape).compile().memory_analysis()
+    step = train.lower_step(stage, shape) if swept is None else swept.lower()
+    sizes = step.compile().memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    beside = bytes_per_device(stage.live_reference_shapes())
+    footprint = train.footprint(stage) if swept is None else swept.footprint
     return {
-        "arguments": sizes.argument_size_in_bytes / 2**30,
+        "arguments": (sizes.argument_size_in_bytes + beside) / 2**30,
         "temporary": (sizes.temp_size_in_bytes + results) / 2**30,
-        "predicted": train.footprint(stage).total / 2**30,
+        "predicted": footprint.total / 2**30,
+        "parts": {name: size / 2**30 for name, size in footprint._asdict().items()},
         "seconds": time.perf_counter() - began,
     }
 
@@ -127,6 +151,8 @@ def line(case: Case, found: dict) -> str:
     """A row of a Markdown table."""
     more = [f"tensor {case.tensor}"] if case.tensor > 1 else []
     more += [f"LoRA {case.lora}"] if case.lora else []
+    more += [f"sweep of {case.members}"] if case.members > 1 else []
+    more += ["live reference"] if case.live else []
     model = case.model.rpartition("/")[2]
     rows = f"{case.micro_batches} x {case.rows} x {case.length:,}"
     cells = [model, case.topology, rows, ", ".join([case.remat, *more])]

@@ -24,6 +24,7 @@ from dpojax.planning.roofline import Roofline, roofline
 from dpojax.training.memory import gib
 
 HOUR = 3600.0
+NO_FIT, NOT_COMPILED = "DOES NOT FIT", "THE COMPILER FAILS"
 
 
 class Memory(NamedTuple):
@@ -47,7 +48,8 @@ class CompiledProgram(NamedTuple):
 
     Attributes:
       program: what was compiled.
-      memory: None where it does not fit; `problem` then says so in the compiler's words.
+      memory: None where it does not fit, or the compiler fails; `problem` then says so in the
+        compiler's words.
       roofline: None on chips without a table of peaks, and where the text cannot be read.
       compile_seconds: on this machine.
       problem: why something is None; "" otherwise.
@@ -146,9 +148,9 @@ def compile_program(program: PlannedProgram, topology: Topology) -> CompiledProg
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return CompiledProgram(program, None, None, time.perf_counter() - began, _short(error))
+        why = NO_FIT if "RESOURCE_EXHAUSTED" in str(error) else NOT_COMPILED
+        problem = f"{why}: {_short(error)}"
+        return CompiledProgram(program, None, None, time.perf_counter() - began, problem)
     seconds = time.perf_counter() - began
     memory = _memory(compiled)  # before its text, which XLA cannot write of some programs
     line, problem, crossing = None, "", None
@@ -200,7 +202,7 @@ def describe(plan: StagePlan, *, price: float = 0.0) -> Iterator[str]:
 def _program_lines(one: CompiledProgram) -> Iterator[str]:
     name = f"  {one.program.name}"
     if one.memory is None:
-        yield f"{name}: DOES NOT FIT: {one.problem}"
+        yield f"{name}: {one.problem}"
         return
     memory = one.memory
     yield (

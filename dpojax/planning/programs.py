@@ -35,6 +35,7 @@ from dpojax.training.state import make_optimizer
 from dpojax.training.throughput import model_flops, product_weights
 from dpojax.training.vectorised_step import (
     MemberHyperparameters,
+    MemberStates,
     abstract_member_states,
     build_vectorised_step,
 )
@@ -168,61 +169,85 @@ def _members_step(stage: ExampleStage, step: PlannedProgram, members: int) -> Pl
     share = (
         f"each on {devices}" if axis >= members else f"{-(-members // axis)} of them on {devices}"
     )
+    swept = sweep_of(stage, members, axis)
     return step._replace(
         name=f"step of {members} members, {share} device(s)",
-        lower=lambda: lower_members(stage, members, axis),
+        lower=swept.lower,
         work=work,
-        footprint=None,
+        footprint=swept.footprint,
         member_devices=devices,
     )
 
 
 def lower_score(stage: ExampleStage) -> jax.stages.Lowered:
     """The scoring of a batch: of held-out data, and of a reference that is cached."""
+    with jax.set_mesh(stage.setup.mesh):
+        return jax.jit(stage.programs.score).lower(stage.setup.abstract_params, _spread_rows(stage))
+
+
+def _spread_rows(stage: ExampleStage) -> Rows:
+    """Shapes of a batch, whose rows lie spread over the stage's mesh."""
     spread = NamedSharding(stage.setup.mesh, PartitionSpec(None, sharding.ROWS))
-    rows = jax.tree.map(
+    return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
         train.abstract_rows(stage, stage.batches.shape),
     )
-    with jax.set_mesh(stage.setup.mesh):
-        return jax.jit(stage.programs.score).lower(stage.setup.abstract_params, rows)
 
 
-def lower_members(stage: ExampleStage, members: int, axis: int) -> jax.stages.Lowered:
-    """The step of members that train together, on a sweep axis of so many places.
+class PlannedSweep(NamedTuple):
+    """Members that train together on a mesh with a sweep axis.
+
+    stage: on that mesh. states: shapes of all members' states.
+    """
+
+    stage: ExampleStage
+    states: MemberStates
+
+    @property
+    def members(self) -> int:
+        return len(self.states.alive)
+
+    @property
+    def footprint(self) -> Footprint:
+        """Predicted memory of a device."""
+        each = self.members // self.stage.setup.mesh.shape[sharding.SWEEP]
+        return train.footprint(self.stage, states=self.states, members=each)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step of all members."""
+        stage, mesh = self.stage, self.stage.setup.mesh
+        optimizer = make_optimizer(stage.config.optimizer)
+        step = build_vectorised_step(train.make_step(stage, optimizer), self.states)
+        by_member = NamedSharding(mesh, PartitionSpec(sharding.SWEEP))
+
+        def stacked(dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.members,), dtype, sharding=by_member)
+
+        hyperparameters = MemberHyperparameters(
+            hyper={name: stacked(jnp.float32) for name in stage.hyper},
+            warmup_steps=stacked(jnp.int32),
+            steps=stacked(jnp.int32),
+            seed=stacked(jnp.int32),
+        )
+        frozen = train.abstract_frozen_weights(stage)
+        with jax.set_mesh(mesh):
+            return step.lower(self.states, _spread_rows(stage), hyperparameters, frozen)
+
+
+def sweep_of(stage: ExampleStage, members: int, axis: int) -> PlannedSweep:
+    """Members of a stage's sweep, on a sweep axis of so many places.
 
     Where they do not fill the axis evenly, spare members are computed too, as in a sweep.
     """
     mesh = sharding.sweep_mesh(stage.setup.mesh, axis)
     members = axis * -(-members // axis)
     optimizer = make_optimizer(stage.config.optimizer)
-    abstract = abstract_member_states(train.abstract_train_state(stage, optimizer), members, mesh)
+    states = abstract_member_states(train.abstract_train_state(stage, optimizer), members, mesh)
     # Members run under `vmap`, for which some attention kernels are not made.
     setup = stage.setup._replace(vmapped=True)
     model = build_model(setup.config.model, setup.model.config, setup.mesh, vmapped=True)
     stage = dataclasses.replace(stage, setup=setup._replace(model=model))
-    on_members = stage.stepping_on(mesh)
-    step = build_vectorised_step(train.make_step(on_members, optimizer), abstract)
-    spread = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS))
-    rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
-        train.abstract_rows(stage, stage.batches.shape),
-    )
-    by_member = NamedSharding(mesh, PartitionSpec(sharding.SWEEP))
-
-    def stacked(dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((members,), dtype, sharding=by_member)
-
-    hyperparameters = MemberHyperparameters(
-        hyper={name: stacked(jnp.float32) for name in stage.hyper},
-        warmup_steps=stacked(jnp.int32),
-        steps=stacked(jnp.int32),
-        seed=stacked(jnp.int32),
-    )
-    with jax.set_mesh(mesh):
-        return step.lower(
-            abstract, rows, hyperparameters, train.abstract_frozen_weights(on_members)
-        )
+    return PlannedSweep(stage.stepping_on(mesh), states)
 
 
 def _loops(planned: PlannedStage) -> tuple[Loop, ...]:

@@ -48,7 +48,7 @@ from dpojax.training.state import (
 )
 from dpojax.training.step import build_step
 from dpojax.training.throughput import flops_of_batch, makers_peak, peak_flops
-from dpojax.training.vectorised_step import MakeStep
+from dpojax.training.vectorised_step import MakeStep, MemberStates
 
 
 def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal) -> dict:
@@ -246,19 +246,29 @@ def resident_weights(stage: ExampleStage) -> tuple:
     return base, stage.live_reference_shapes(), stage.sampled_reference_shapes()
 
 
-def footprint(stage: ExampleStage) -> Footprint:
-    """What the stage's step will need of each device, predicted from shapes alone."""
+def footprint(
+    stage: ExampleStage, *, states: MemberStates | None = None, members: int = 1
+) -> Footprint:
+    """What the stage's step will need of each device, predicted from shapes alone.
+
+    Args:
+      stage: on the mesh of the step.
+      states: shapes and shardings of the members of a sweep; None for a single run.
+      members: of them, whose steps a device computes at once.
+    """
     config, setup = stage.setup.config, stage.setup
+    optimizer = make_optimizer(stage.config.optimizer)
     return predict(
         setup.model.config,
         stage.batches.shape,
         setup.mesh,
-        state=abstract_train_state(stage, make_optimizer(stage.config.optimizer)),
+        state=abstract_train_state(stage, optimizer) if states is None else states.states,
         frozen=resident_weights(stage),
         remat=config.model.remat,
         dtype=config.model.compute_dtype,
         kernel=setup.model.kernel,
         max_logits=setup.max_logits,
+        members=members,
     )
 
 

@@ -55,6 +55,7 @@ def predict(
     dtype: str = "float32",
     kernel: Kernel = XLA,
     max_logits: int,
+    members: int = 1,
 ) -> Footprint:
     """Predict what a step needs from shapes alone; docs/plans.md says how near it comes.
 
@@ -66,6 +67,7 @@ def predict(
       frozen: those of a live reference, or of the base of adapters; None without.
       remat, dtype, kernel: as `models.decoder.build` takes them.
       max_logits: float32 logits that may exist at once on all devices together.
+      members: of a sweep, whose steps a device computes at once; `state` holds them all.
     """
     weights = bytes_per_device(state.params)
     rows = -(-shape.rows // row_shards(mesh))
@@ -91,9 +93,9 @@ def predict(
         optimizer=bytes_per_device(state.opt_state),
         gradient=weights * (2 if shape.micro_batches > 1 else 1),
         frozen=bytes_per_device(frozen) + used,
-        activations=size * config.layers * tokens * stored + layer,
-        logits=4 * logits // sharers + head,
-        gathered=_gathered(config, mesh, size, ways) if fsdp > 1 else 0,
+        activations=members * (size * config.layers * tokens * stored + layer),
+        logits=members * (4 * logits // sharers + head),
+        gathered=members * _gathered(config, mesh, size, ways) if fsdp > 1 else 0,
     )
 
 

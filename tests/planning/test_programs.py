@@ -9,7 +9,9 @@ from dpojax.planning.chips import topology
 from dpojax.planning.expected import DRAWN, expected_data
 from dpojax.planning.plan import (
     PlanRefused,
+    StagePlan,
     compile_program,
+    describe,
     make_plan,
     require_hours,
     unplanned,
@@ -99,6 +101,33 @@ def test_members_of_a_sweep_do_the_work_of_as_many_steps(planned):
     step, members = programs(planned, members=2)[:2]
     assert members.work.model_flops == 2 * step.work.model_flops
     assert "2 members" in members.name
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("INTERNAL: a bug\nof XLA", "sampler: THE COMPILER FAILS: INTERNAL: a bug of XLA"),
+        ("RESOURCE_EXHAUSTED: it is full. Used 3G of 1G", "sampler: DOES NOT FIT: Used 3G of 1G"),
+    ],
+)
+def test_what_the_compiler_fails_at_is_told_in_its_words_and_does_not_fit(planned, error, line):
+    def lower():
+        raise jax.errors.JaxRuntimeError(error)
+
+    chips = topology("cpu:4")
+    program = programs(planned)[0]._replace(name="sampler", lower=lower)
+    plan = StagePlan("preference", chips, planned, [compile_program(program, chips)])
+    assert not plan.fits
+    assert [text.strip() for text in describe(plan)][1] == line
+
+
+@pytest.mark.parametrize("members", [2, 4])
+def test_a_place_of_a_sweep_holds_its_members_and_their_share_of_the_rows(planned, members):
+    """Two places of two devices: half of the devices share a batch's rows, for each member."""
+    alone, together = (one.footprint for one in programs(planned, members=members)[:2])
+    each = members // 2
+    assert (together.weights, together.optimizer) == (each * alone.weights, each * alone.optimizer)
+    assert together.activations == 2 * each * alone.activations
 
 
 @pytest.mark.slow
