@@ -16,8 +16,12 @@ epoch of all 160,800 pairs is 2,513 steps a stage. Departures: SFT is a mean ove
 a sum per sequence), and a pair that is still too long once its prompt is cut is dropped (theirs
 loses the end of its responses).
 
-For 8 H100, or v5e:4x4 with --config.max_buckets=1; the first command says memory and hours
-(docs/plans.md), the second one makes a Slurm job:
+Memory of a chip, and time of SFT and DPO at the roofline, from a compiled plan (docs/plans.md):
+
+    h100:8: 7.5 GiB, 0.32 h, 2.5 chip-hours
+
+The first command compiles the plan, for other chips as well (v5e:4x4, with
+--config.max_buckets=1); the second one makes a Slurm job:
 
     python scripts/plan.py --config=configs/hh.py --topology=h100:8
     python scripts/launch.py slurm --config=configs/hh.py --workdir=runs/hh --nodes=1 \\

@@ -20,8 +20,12 @@ settings:
 
     python scripts/train.py --config=configs/tldr.py --workdir=runs/tldr_sft
 
-For 8 H100, or v5e:4x4 with --config.max_buckets=1; the first command says memory and hours
-(docs/plans.md), the second one makes a Slurm job:
+Memory of a chip, and time of SFT and DPO at the roofline, from a compiled plan (docs/plans.md):
+
+    h100:8: 7.5 GiB, 0.21 h, 1.7 chip-hours
+
+The first command compiles the plan, for other chips as well (v5e:4x4, with
+--config.max_buckets=1); the second one makes a Slurm job:
 
     python scripts/plan.py --config=configs/tldr.py --topology=h100:8
     python scripts/launch.py slurm --config=configs/tldr.py --workdir=runs/tldr_sft --nodes=1 \\
