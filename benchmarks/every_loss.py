@@ -32,10 +32,10 @@ from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
 from dpojax.methods import preference
 from dpojax.stages import registry
 from dpojax.stages import train as stage_train
+from dpojax.stages.held_out_kl import KL
 from dpojax.stages.preference import Preference
 from dpojax.stages.reference import Reference
 from dpojax.stages.setup import initial_params, prepare_setup
-from dpojax.training.forward import build_divergence
 from dpojax.training.preemption import StopSignal
 from dpojax.training.state import make_optimizer, new_state
 
@@ -120,8 +120,8 @@ class Evaluator:
 
     def __init__(self, args: argparse.Namespace):
         opened = _open("dpo", args.out / "runs" / "evaluation", args, beta=1.0)
-        self.stage, self.start = opened.stage, opened.start
-        self.divergence = jax.jit(build_divergence(self.stage.setup.model))
+        self.stage = opened.stage
+        self.kl = opened.reference.kl
         self.rows = [
             opened.reference.to_device(rows, self.stage.setup.mesh)
             for rows in self.stage.batches.held_out(opened.reference.attach)
@@ -129,13 +129,10 @@ class Evaluator:
         self.pairs = len(self.stage.batches.data.held_out)
 
     def __call__(self, params: dict) -> dict[str, float]:
-        values = stage_train.evaluate_batches(self.stage, params, iter(self.rows))
+        values = stage_train.evaluate_batches(self.stage, params, iter(self.rows), kl=self.kl)
         metrics = {name: values[name] for name in METRICS}
-        # With beta 1 an implicit reward is the log-ratio itself.
-        metrics |= {"chosen": values["rewards/chosen"], "rejected": values["rewards/rejected"]}
-        kl = [self.divergence(params, self.start, rows) for rows in self.rows]
-        metrics["kl"] = float(sum(x.total for x in kl) / sum(x.weight for x in kl))
-        return metrics
+        metrics |= {end: values[f"log_ratio/{end}"] for end in ("chosen", "rejected")}
+        return metrics | {"kl": values[KL]}
 
 
 _EVALUATORS: dict[pathlib.Path, Evaluator] = {}

@@ -134,7 +134,7 @@ def test_the_sampler_is_timed_against_transformers_on_the_same_tokens(tmp_path, 
     assert rows[-1].startswith("| 2 x 2 | 3 |")
 
 
-def test_a_hull_is_straight_from_the_reference_to_its_points_and_flat_behind_them():
+def test_a_front_is_straight_from_the_reference_to_its_points_and_flat_behind_them():
     empty = dict.fromkeys(Point._fields, 0.0) | {"setting": ""}
     base = Point(**empty | {"method": "sft", "reward": 0.2, "reward_error": 0.01})
     end = Point(**empty | {"method": "dpo", "kl": 4.0, "reward": 0.6, "reward_error": 0.03})

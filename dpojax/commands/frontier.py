@@ -47,6 +47,7 @@ VECTORISE = flags.DEFINE_bool(
 def main() -> int:
     if not DRY_RUN.value and not WORKDIR.value:
         raise UsageError("--workdir is missing")
+    from dpojax.evaluation.frontier_report import WHAT_WAS_RUN
     from dpojax.frontier import frontier, results
     from dpojax.jobs import local_workers
     from dpojax.tables import fitted_markdown, terminal_width
@@ -59,9 +60,9 @@ def main() -> int:
     folder = frontier.make_frontier(
         CONFIG.value, runs, WORKDIR.value, workers=workers, vectorise=vectorise
     )
-    report = results.write(folder).split("\n## Samples")[0]
+    report = results.write(folder).split(f"\n{WHAT_WAS_RUN}")[0]
     print(fitted_markdown(report, terminal_width()))
-    print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md")
+    print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md, samples.md")
     failures = results.failures(folder)
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The reward-KL frontier: estimates of reward and KL, best-of-n, Pareto hulls and their distances.
+"""The reward-KL frontier: estimates of reward and KL, best-of-n, Pareto fronts and their distances.
 
 All in NumPy float64. Rewards are exact rewards of sampled responses, in any unit. KL is that of
 whole sequences, in nats. Standard errors are over prompts unless a field says otherwise. The best
@@ -6,7 +6,7 @@ possible reward at a KL is in `optimum.py`.
 
 >>> print(mean_over_prompts([1.0, 2.0, 3.0]).value)
 2.0
->>> pareto_hull(kl=[2.0, 1.0, 3.0], reward=[0.6, 0.5, 0.4]).tolist()
+>>> pareto_front(kl=[2.0, 1.0, 3.0], reward=[0.6, 0.5, 0.4]).tolist()
 [1, 0]
 """
 
@@ -37,7 +37,7 @@ class Points(NamedTuple):
 
 
 class Shortfall(NamedTuple):
-    """How far one hull lies below another at most; negative if it lies above everywhere."""
+    """How far one front lies below another at most; negative if it lies above everywhere."""
 
     reward: float  # largest difference, in units of reward
     reward_at: float  # KL of that
@@ -178,16 +178,16 @@ def best_of_n_kl(rewards: ArrayLike, n: int) -> Estimate:
     return mean_over_prompts([_best_of_n_kl(row, n) for row in rewards])
 
 
-def pareto_hull(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
-    """Indices of the points on the Pareto hull, by rising KL.
+def pareto_front(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
+    """Indices of the points on the Pareto front, by rising KL.
 
-    A point is on the hull if no other point has at least its reward at no more KL. Of equal points
-    the first one is on the hull. A point with a nan never is.
+    A point is on the front if no other point has at least its reward at no more KL. Of equal points
+    the first one is on the front. A point with a nan never is.
 
     Args:
       kl, reward: [points].
 
-    >>> pareto_hull([2.0, 1.0, 3.0], [0.6, 0.5, 0.4]).tolist()
+    >>> pareto_front([2.0, 1.0, 3.0], [0.6, 0.5, 0.4]).tolist()
     [1, 0]
     """
     kl, reward = np.asarray(kl, np.float64), np.asarray(reward, np.float64)
@@ -199,35 +199,35 @@ def pareto_hull(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.int64]:
     return order[reward[order] > before]
 
 
-def hull_below(lower: Points, upper: Points) -> Shortfall:
-    """Measure how far the first method's hull lies below the second's, at KLs that both span.
+def front_below(lower: Points, upper: Points) -> Shortfall:
+    """Measure how far the first method's front lies below the second's, at KLs that both span.
 
-    Hulls are straight lines between their points, so the largest gap is at a point of one of them;
-    all points in the common range are tried. The standard error of a hull at a KL combines those of
-    its reward and of its KL (times the slope of the hull), interpolated. The errors of the two
-    hulls are combined as if independent; prompts in common make the result too large. The largest
+    Fronts are straight lines between their points, so the largest gap is at a point of one of them;
+    all points in the common range are tried. The standard error of a front at a KL combines those
+    of its reward and of its KL (times the slope of the front), interpolated. The errors of the two
+    fronts are combined as if independent; prompts in common make the result too large. The largest
     of many differences is also large by chance: 2 standard errors are weak evidence here.
 
     Returns:
-      All nan if the hulls have no KL in common.
+      All nan if the fronts have no KL in common.
 
     >>> zeros = np.zeros(2)
     >>> a = Points(np.array([0.0, 2.0]), np.array([0.0, 1.0]), zeros, zeros + 0.1)
     >>> b = Points(np.array([0.0, 1.0]), np.array([0.0, 0.8]), zeros, zeros + 0.1)
-    >>> gap = hull_below(a, b)
+    >>> gap = front_below(a, b)
     >>> print(f"{gap.reward:.1f} at {gap.reward_at:.0f} nats, {gap.sigmas:.2f} standard errors")
     0.3 at 1 nats, 2.12 standard errors
     """
-    hulls = [_hull(points) for points in (lower, upper)]
-    if not all(len(hull.kl) for hull in hulls):
+    fronts = [_front(points) for points in (lower, upper)]
+    if not all(len(front.kl) for front in fronts):
         return Shortfall(*[np.nan] * 4)
-    start, stop = max(h.kl[0] for h in hulls), min(h.kl[-1] for h in hulls)
-    grid = np.unique(np.concatenate([h.kl for h in hulls]))
+    start, stop = max(h.kl[0] for h in fronts), min(h.kl[-1] for h in fronts)
+    grid = np.unique(np.concatenate([h.kl for h in fronts]))
     grid = grid[(grid >= start) & (grid <= stop)]
     if not len(grid):
         return Shortfall(*[np.nan] * 4)
-    low, high = (np.interp(grid, h.kl, h.reward) for h in hulls)
-    error = np.hypot(*(np.interp(grid, h.kl, _error_at_kl(h)) for h in hulls))
+    low, high = (np.interp(grid, h.kl, h.reward) for h in fronts)
+    error = np.hypot(*(np.interp(grid, h.kl, _error_at_kl(h)) for h in fronts))
     gap = high - low
     with np.errstate(divide="ignore", invalid="ignore"):
         sigmas = np.where(gap == 0, 0.0, gap / error)
@@ -276,12 +276,12 @@ def _best_of_n_kl(rewards: Array, n: int) -> float:
     return float(np.where(counts > 1, atoms, points).sum())
 
 
-def _hull(points: Points) -> Points:
-    index = pareto_hull(points.kl, points.reward)
+def _front(points: Points) -> Points:
+    index = pareto_front(points.kl, points.reward)
     return Points(*(np.asarray(x, np.float64)[index] for x in points))
 
 
-def _error_at_kl(hull: Points) -> Array:
-    """Standard error of the hull's reward at each point; an error in KL acts through the slope."""
-    slope = np.gradient(hull.reward, hull.kl) if len(hull.kl) > 1 else np.zeros(1)
-    return np.hypot(hull.reward_error, slope * hull.kl_error)
+def _error_at_kl(front: Points) -> Array:
+    """Standard error of the front's reward at each point; an error in KL acts through the slope."""
+    slope = np.gradient(front.reward, front.kl) if len(front.kl) > 1 else np.zeros(1)
+    return np.hypot(front.reward_error, slope * front.kl_error)

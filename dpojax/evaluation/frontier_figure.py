@@ -1,27 +1,23 @@
 """The figure of a frontier run: reward against KL of every checkpoint, and the theoretical limit.
 
-The lower panel shows the share of the optimal gain that each method's Pareto hull reaches. Bars and
-the band around the limit are two standard errors to either side.
+The lower panel shows the share of the optimal gain that each method's Pareto front reaches. Bars
+and the band around the limit are two standard errors to either side.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from dpojax.evaluation import frontier_points, plots
+from dpojax.evaluation.figure_labels import Label, place
 from dpojax.evaluation.frontier import Estimate
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point
 from dpojax.evaluation.optimum import (
@@ -46,15 +42,24 @@ LOOKS = {
 SPARE = [("#7A5C00", "X"), (GREEN, "h"), (PURPLE, "<"), (GREY, "P"), (VERMILLION, ">")]
 SIZE, DPI = (7.0, 5.9), 200  # inches: a README's 700 pixels, and a paper's text width
 BARS = 2.0  # standard errors
-CAPTION = "faint: every checkpoint of every run; lines: Pareto hulls; bars and band: ± 2 s.e."
+ALPHA = "\N{GREEK SMALL LETTER ALPHA}"
+CAPTION = (
+    "faint: every checkpoint of every run; lines: Pareto fronts; bars and band: ± 2 s.e.\n"
+    "beside the points: DPO's β, PPO's target KL, unlikelihood's " + ALPHA + ", best-of-n's n"
+)
 FAR = 3.0  # the figure does not show a method beyond this many times the KL of all others
 TICKS = [0.1, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100]
-# Places of a label relative to its point, in the order of preference.
-TRIES = [(side, rise) for rise in (0, 1, -1, 2, -2, 3, -3, 4, -4) for side in (1, 0, -1)]
+# What a run's setting is called beside its point: beta, alpha, PPO's target KL, best-of-n's n.
+SETTING_NAMES = {
+    "beta": "\N{GREEK SMALL LETTER BETA}=",
+    "alpha": ALPHA + "=",
+    "kl": "target ",
+    "n": "n=",
+}
 
 
 def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
-    """Draw all points with finite KL and reward, the hulls, the limit, best-of-n and the base.
+    """Draw all points with finite KL and reward, the fronts, the limit, best-of-n and the base.
 
     The KL axis has a square-root scale, on which the limit starts as a straight line. Best-of-n is
     placed at the upper bound of its KL, with an open mark at its measured KL if that is lower. The
@@ -84,7 +89,7 @@ def figure(points: Sequence[Point], optimum: Optimum, base: Point) -> Figure:
         rewards.set_title(title, fontsize=7.5, weight="normal", color=GREY)
         _dress_shares(shares, optimum)
         drawn.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
-        _label(rewards, _ends(methods, looks, optimum, base, largest))
+        place(rewards, _labels(methods, looks, optimum, base, largest))
     return drawn
 
 
@@ -147,13 +152,13 @@ def _limit(axes: Axes, optimum: Optimum) -> None:
 def _method(axes: Axes, points: Sequence[Point], color: str, mark: str) -> None:
     kl, reward = [p.kl for p in points], [p.reward for p in points]
     axes.scatter(kl, reward, s=13, c=color, marker=mark, alpha=0.28, lw=0, zorder=2)
-    hull = frontier_points.arrays(frontier_points.hull(points))
-    axes.plot(hull.kl, hull.reward, color=color, lw=1.7, zorder=3)
+    front = frontier_points.arrays(frontier_points.front(points))
+    axes.plot(front.kl, front.reward, color=color, lw=1.7, zorder=3)
     axes.errorbar(
-        hull.kl,
-        hull.reward,
-        BARS * hull.reward_error,
-        BARS * hull.kl_error,
+        front.kl,
+        front.reward,
+        BARS * front.reward_error,
+        BARS * front.kl_error,
         fmt=mark,
         color=color,
         ms=4.5,
@@ -179,18 +184,18 @@ def _best_of_n(axes: Axes, points: Sequence[Point], color: str, mark: str) -> No
 def _shares(
     axes: Axes, points: Sequence[Point], optimum: Optimum, base: Point, color: str, mark: str
 ) -> None:
-    hull = frontier_points.arrays(frontier_points.hull(map(frontier_points.at_the_bound, points)))
+    front = frontier_points.arrays(frontier_points.front(map(frontier_points.at_the_bound, points)))
     share = share_of_optimal_gain(
-        hull.reward,
-        hull.kl,
+        front.reward,
+        front.kl,
         optimum,
         base=Estimate(base.reward, base.reward_error),
-        reward_error=hull.reward_error,
-        kl_error=hull.kl_error,
+        reward_error=front.reward_error,
+        kl_error=front.kl_error,
     )
     style = dict(color=color, ms=7 if mark == "*" else 4, mec="white", mew=0.5, elinewidth=0.7)
-    axes.plot(hull.kl, share.value, color=color, lw=1.1, alpha=0.7)
-    axes.errorbar(hull.kl, share.value, BARS * share.error, fmt=mark, ecolor=(color, 0.6), **style)
+    axes.plot(front.kl, share.value, color=color, lw=1.1, alpha=0.7)
+    axes.errorbar(front.kl, share.value, BARS * share.error, fmt=mark, ecolor=(color, 0.6), **style)
 
 
 def _dress_shares(axes: Axes, optimum: Optimum) -> None:
@@ -210,93 +215,60 @@ def _dress_shares(axes: Axes, optimum: Optimum) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[2.5, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("share of\noptimal gain")
-    axes.set_xlabel("KL(policy || reference), nats per sequence")
+    axes.set_xlabel("KL(policy || reference), nats per sequence (square-root scale)")
 
 
-class End(NamedTuple):
-    """A label, the point that it names, and its colour."""
-
-    text: str
-    kl: float
-    reward: float
-    color: str
-
-
-def _ends(
+def _labels(
     methods: Mapping[str, Sequence[Point]],
     looks: Mapping,
     optimum: Optimum,
     base: Point,
     largest: float,
-) -> list[End]:
-    """The labels of the figure, where hull, limit or base is to be named."""
-    ends = []
-    for method, members in methods.items():
-        hull = frontier_points.hull(map(frontier_points.at_the_bound, members))
-        last = [point for point in hull if point.kl <= largest or point is hull[0]][-1]
-        color, _ = looks[method]
-        ends.append(End(frontier_points.name(method), last.kl, last.reward, color))
+) -> list[Label]:
+    """The labels of limit, base and fronts, and those of single runs."""
+    names, runs = [Label("SFT (reference)", [(base.kl, base.reward)], "black")], []
     steep = 0.3 * trusted_up_to(optimum)  # there is no mark to the left of the limit
     if np.isfinite(steep):
         best = float(optimal_reward_at(steep, optimum).value)
-        ends.append(End("theoretical limit", steep, best, "black"))
-    return [*ends, End("SFT (reference)", base.kl, base.reward, "black")]
+        names.append(Label("theoretical limit", [(steep, best)], "black"))
+    for method, members in methods.items():
+        color, _ = looks[method]
+        shown = [frontier_points.at_the_bound(point) for point in members]
+        shown = [point for point in shown if point.kl <= largest]
+        front = frontier_points.front(shown)
+        if not front:  # all of it is beyond the axis; the title says so
+            continue
+        names.append(Label(frontier_points.name(method), _along(front), color))
+        for setting, point in _points_to_label(shown, front).items():
+            text = setting_label(setting)
+            if text:
+                at = [(point.kl, point.reward)]
+                runs.append(Label(text, at, color, size=6.3, weight="normal", cost=60.0))
+    return [*names, *runs]
 
 
-def _label(axes: Axes, ends: Sequence[End]) -> None:
-    """Write each label beside its point, where it hides the fewest marks and other labels."""
-    axes.figure.draw_without_rendering()  # places everything
-    drawn = [
-        axes.transData.transform(xy)
-        for artist in (*axes.collections, *axes.lines)
-        for xy in _drawn_at(artist)
+def _along(front: Sequence[Point]) -> list[tuple[float, float]]:
+    """Places along a front for the method's name: its points and those between, the last first."""
+    points = [(point.kl, point.reward) for point in front]
+    between = [
+        (a[0] + (b[0] - a[0]) * part, a[1] + (b[1] - a[1]) * part)
+        for a, b in itertools.pairwise(points)
+        for part in (0.25, 0.5, 0.75)
     ]
-    marks, taken = np.array(drawn).reshape(-1, 2), []
-    for end in sorted(ends, key=lambda end: -end.kl):
-        label = axes.annotate(
-            end.text, (end.kl, end.reward), (0, 0), textcoords="offset points", va="center",
-            zorder=7, color=_dark(end.color), weight="bold", annotation_clip=False,
-        )  # fmt: skip
-        label.set_in_layout(False)
-        label.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
-        costs = []
-        for side, rise in TRIES:
-            box = _move(label, side, rise)
-            costs.append(_cost(box, axes, marks, taken) + 5 * abs(rise))
-        taken.append(_move(label, *TRIES[int(np.argmin(costs))]))
+    return [*points[::-1], *between]
 
 
-def _move(label: Annotation, side: int, rise: int) -> np.ndarray:
-    """Move a label by steps to the right and up of its point; its corners in pixels, [2, 2]."""
-    label.set_position((8 * side, 11 * rise))
-    label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[side])
-    return label.get_window_extent().get_points()
+def _points_to_label(points: Sequence[Point], front: Sequence[Point]) -> dict[str, Point]:
+    """Of each setting its last point on the front; where it has none there, its last checkpoint."""
+    labelled = {point.setting: point for point in points}
+    return labelled | {point.setting: point for point in front}
 
 
-def _cost(box: np.ndarray, axes: Axes, marks: np.ndarray, taken: Sequence[np.ndarray]) -> float:
-    """How bad a place of a label is: other labels and the frame count more than hidden marks."""
-    (x0, y0), (x1, y1) = box
-    inside = axes.bbox.get_points()
-    outside = x0 < inside[0, 0] or y0 < inside[0, 1] or x1 > inside[1, 0] or y1 > inside[1, 1]
-    hidden = ((marks > box[0]) & (marks < box[1])).all(1).sum()
-    clash = sum((box[0] < other[1]).all() and (other[0] < box[1]).all() for other in taken)
-    return 1000 * clash + 500 * outside + hidden
+def setting_label(setting: str) -> str:
+    """A setting as the figure shows it; "" where it tells nothing.
 
-
-def _drawn_at(artist: Artist) -> np.ndarray:
-    """Points [n, 2] of what an artist draws, in data units: many on a line, none of a band."""
-    if isinstance(artist, PathCollection):  # of a scatter plot
-        return np.asarray(artist.get_offsets())
-    if not isinstance(artist, Line2D):
-        return np.zeros((0, 2))
-    xy = np.asarray(artist.get_xydata(), float)
-    if artist.get_linestyle() == "None" or len(xy) < 2:
-        return xy
-    steps = np.linspace(0, len(xy) - 1, 60 * (len(xy) - 1) + 1 if len(xy) < 50 else len(xy))
-    at = np.arange(len(xy))
-    return np.stack([np.interp(steps, at, xy[:, i]) for i in (0, 1)], axis=1)
-
-
-def _dark(color: str) -> np.ndarray:
-    """The colour, dark enough for text on white."""
-    return 0.7 * np.array(matplotlib.colors.to_rgb(color))
+    >>> setting_label("beta=0.1"), setting_label("kl=6"), setting_label("seed=3")
+    ('β=0.1', 'target 6', '')
+    """
+    key, _, value = setting.partition("=")
+    return f"{SETTING_NAMES[key]}{value}" if key in SETTING_NAMES and value else ""

@@ -1,4 +1,4 @@
-"""The points of a frontier run, one per checkpoint: their file, their names and their hulls.
+"""The points of a frontier run, one per checkpoint: their file, their names and their fronts.
 
 >>> from dpojax.evaluation import frontier_points
 >>> frontier_points.name("ppo_gt"), frontier_points.name("ipo")
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpojax import storage
-from dpojax.evaluation.frontier import Points, best_of_n_kl_bound, pareto_hull
+from dpojax.evaluation.frontier import Points, best_of_n_kl_bound, pareto_front
 
 BEST_OF_N, REFERENCE = "best_of_n", "sft"
 
@@ -133,10 +133,10 @@ def is_finite(point: Point) -> bool:
     return bool(np.isfinite([point.kl, point.reward]).all())
 
 
-def hull(points: Iterable[Point]) -> list[Point]:
-    """The Pareto hull of points with finite KL and reward, by rising KL: see `pareto_hull`."""
+def front(points: Iterable[Point]) -> list[Point]:
+    """The Pareto front of points with finite KL and reward, by rising KL: see `pareto_front`."""
     points = [point for point in points if is_finite(point)]
-    index = pareto_hull([point.kl for point in points], [point.reward for point in points])
+    index = pareto_front([point.kl for point in points], [point.reward for point in points])
     return [points[i] for i in index]
 
 

@@ -1,4 +1,6 @@
-"""The Markdown report of a frontier run: conclusions, a table of hull points, samples.
+"""The Markdown report of a frontier run: conclusions, points on the Pareto fronts, what was run.
+
+The samples have a file of their own.
 
 Every sentence is computed from the points. Where the points do not settle a question, the report
 says so. A claim needs more than `CLAIM` standard errors. "±" is one standard error.
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpojax.evaluation import frontier_points
-from dpojax.evaluation.frontier import Estimate, Shortfall, hull_below
+from dpojax.evaluation.frontier import Estimate, Shortfall, front_below
 from dpojax.evaluation.frontier_points import Point
 from dpojax.evaluation.markdown import escaped, escaped_table
 from dpojax.evaluation.optimum import (
@@ -26,30 +28,41 @@ from dpojax.evaluation.optimum import (
 )
 
 TARGETS = (1.0, 3.0, 6.0, 10.0)  # nats
-NEAR = 1.5  # a hull point is near a target if the ratio of the two KLs is below this
+NEAR = 1.5  # a front point is near a target if the ratio of the two KLs is below this
 CLAIM = 2.0  # standard errors
 CHANCE = 0.5 * math.erfc(CLAIM / math.sqrt(2))  # that a normal error exceeds CLAIM on one side
 STOPPED = 0.95  # the report warns if a smaller share of the responses ended by EOS
+
+POINTS, WHAT_WAS_RUN = "## Points on the Pareto fronts", "## What was run"
 
 Samples = Mapping[str, Mapping[str, Sequence[tuple[str, float]]]]
 
 
 class Row(NamedTuple):
-    """One line of the table: a point of a method's hull, compared with the limit at its KL."""
+    """One line of the table: a point of a method's front, compared with the limit at its KL."""
 
-    near: float  # the target of `TARGETS` that the point is near to, nats; nan: end of the hull
+    near: float  # the target of `TARGETS` that the point is near to, nats; nan: end of the front
     point: Point
     optimal: Estimate  # best possible reward at the point's KL
     share: Estimate  # of the optimal gain
+
+
+class Section(NamedTuple):
+    """A part of the report: a title, a note (or ""), and a table."""
+
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def report(
     points: Sequence[Point],
     optimum: Optimum,
     base: Point,
-    samples: Samples,
     environment: Mapping[str, object],
     *,
+    sections: Sequence[Section] = (),
     seconds: Mapping[str, float] | None = None,
     figure: str = "frontier.png",
     failed: Mapping[str, str] | None = None,
@@ -60,8 +73,8 @@ def report(
       points: one per checkpoint, without the reference.
       optimum: the theoretical limit.
       base: the point of the reference, at KL 0.
-      samples: method or run -> prompt -> pairs (response, reward).
       environment: the machine and the versions, name -> value.
+      sections: what was run, after the table of points.
       seconds: stage -> how long it took; None: the report has no section on time.
       figure: address of the figure, relative to the report.
       failed: run -> why it ended early. `points` hold the checkpoints before that.
@@ -72,14 +85,29 @@ def report(
     if failed:
         listed = "\n".join(f"* {name}: {why}" for name, why in failed.items())
         blocks += ["## Runs that failed", f"Their points are those before.\n\n{listed}"]
-    blocks += ["## Points of the hulls", _about_the_table(optimum), table(points, optimum, base)]
-    blocks += ["## Samples for the same prompts", *_samples(samples)]
+    blocks += [POINTS, _about_the_table(optimum), table(points, optimum, base)]
+    blocks += [WHAT_WAS_RUN]
+    for section in sections:
+        blocks += [
+            f"### {section.title}",
+            section.note,
+            escaped_table(section.header, section.rows),
+        ]
     rows = [[name, str(value)] for name, value in environment.items()]
-    blocks += ["## Environment", escaped_table(["", "value"], rows)]
+    blocks += ["### Environment", escaped_table(["", "value"], rows)]
     if seconds is not None:
         rows = [[name, str(datetime.timedelta(seconds=round(s)))] for name, s in seconds.items()]
-        blocks += ["## Time", escaped_table(["stage", "h:mm:ss"], rows)]
-    return "\n\n".join(blocks) + "\n"
+        blocks += ["### Time", escaped_table(["stage", "h:mm:ss"], rows)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def samples_report(samples: Samples) -> str:
+    """The samples as Markdown, side by side for each prompt.
+
+    Args:
+      samples: method or run -> prompt -> pairs (response, reward).
+    """
+    return "\n\n".join(["# Samples for the same prompts", *_samples(samples)]) + "\n"
 
 
 def conclusions(points: Sequence[Point], optimum: Optimum, base: Point) -> list[str]:
@@ -99,27 +127,27 @@ def conclusions(points: Sequence[Point], optimum: Optimum, base: Point) -> list[
 
 
 def rows(points: Sequence[Point], optimum: Optimum, base: Point) -> list[Row]:
-    """The hull points nearest to `TARGETS`, and the end of each hull; by method and KL.
+    """The front points nearest to `TARGETS`, and the end of each front; by method and KL.
 
-    "Nearest" is by the ratio of the KLs. A hull point is used for its nearest target only. A target
-    has no row for a method if no hull point is within a factor of `NEAR`. Points of best-of-n are
-    placed at the bound of their KL.
+    "Nearest" is by the ratio of the KLs. A front point is used for its nearest target only. A
+    target has no row for a method if no front point is within a factor of `NEAR`. Points of
+    best-of-n are placed at the bound of their KL.
     """
     table_rows = []
     for members in frontier_points.by_method(points).values():
-        hull = frontier_points.hull(map(frontier_points.at_the_bound, members))
-        selected = _nearest_to_targets(hull)
-        if hull and hull[-1] not in [point for _, point in selected]:
-            selected.append((math.nan, hull[-1]))
+        front = frontier_points.front(map(frontier_points.at_the_bound, members))
+        selected = _nearest_to_targets(front)
+        if front and front[-1] not in [point for _, point in selected]:
+            selected.append((math.nan, front[-1]))
         table_rows += [_row(target, point, optimum, base) for target, point in selected]
     return table_rows
 
 
-def _nearest_to_targets(hull: Sequence[Point]) -> list[tuple[float, Point]]:
-    """(target, nearest hull point) for each target that has one, by rising KL."""
+def _nearest_to_targets(front: Sequence[Point]) -> list[tuple[float, Point]]:
+    """(target, nearest front point) for each target that has one, by rising KL."""
     nearest: dict[float, Point] = {}
     best_ratio = dict.fromkeys(TARGETS, NEAR)
-    for point in hull:
+    for point in front:
         ratio, target = min((_ratio(point.kl, target), target) for target in TARGETS)
         if ratio < best_ratio[target]:
             best_ratio[target], nearest[target] = ratio, point
@@ -153,7 +181,7 @@ def table(points: Sequence[Point], optimum: Optimum, base: Point) -> str:
 
 
 def by_prompt(lines: Sequence[Mapping]) -> Samples:
-    """Group lines with method, setting, prompt, response and reward, as `report` takes them.
+    """Group lines with method, setting, prompt, response and reward, for `samples_report`.
 
     Each run, "METHOD, SETTING", is a group of its own. The order of the lines is kept.
 
@@ -223,13 +251,13 @@ def _against_the_limit(points: Sequence[Point], optimum: Optimum) -> list[str]:
 
 
 def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
-    """Compare the hulls of DPO and of another method, in both directions."""
-    hulls = [frontier_points.arrays(frontier_points.hull(methods[m])) for m in ("dpo", other)]
+    """Compare the fronts of DPO and of another method, in both directions."""
+    fronts = [frontier_points.arrays(frontier_points.front(methods[m])) for m in ("dpo", other)]
     name = escaped(frontier_points.name(other))
-    start, stop = max(h.kl[0] for h in hulls), min(h.kl[-1] for h in hulls)
+    start, stop = max(h.kl[0] for h in fronts), min(h.kl[-1] for h in fronts)
     if start > stop:
         return f"DPO and {name} have no KL in common: not compared."
-    below, over = hull_below(*hulls), hull_below(*hulls[::-1])
+    below, over = front_below(*fronts), front_below(*fronts[::-1])
     where = f"between {start:.2f} and {stop:.2f} nats"
     if math.isnan(below.sigmas) or math.isnan(over.sigmas):
         return f"DPO and {name} are not compared {where}: a standard error is unknown."
@@ -245,13 +273,13 @@ def _against(methods: Mapping[str, Sequence[Point]], other: str) -> str:
         claims.append(f"{name} lies below DPO, {_most(over)}")
     else:
         claims.append(f"{name} is nowhere below DPO by more than that")
-    end_of_dpo, end_of_other = (frontier_points.hull(methods[m])[-1] for m in ("dpo", other))
+    end_of_dpo, end_of_other = (frontier_points.front(methods[m])[-1] for m in ("dpo", other))
     beyond = _beyond(end_of_dpo, end_of_other, name)
-    return f"{'; '.join(claims)} ({where}, where both hulls run).{beyond}"
+    return f"{'; '.join(claims)} ({where}, where both fronts run).{beyond}"
 
 
 def _beyond(dpo: Point, end: Point, name: str) -> str:
-    """Say where the other hull goes on past the end of DPO's and gets a higher reward."""
+    """Say where the other front goes on past the end of DPO's and gets a higher reward."""
     gain, error = end.reward - dpo.reward, math.hypot(end.reward_error, dpo.reward_error)
     if end.kl <= dpo.kl or not gain > CLAIM * error:
         return ""
@@ -271,14 +299,14 @@ def _most(gap: Shortfall) -> str:
 def _doubts(points: Sequence[Point], base: Point) -> list[str]:
     """Say what these points do not settle."""
     doubts = [
-        "A hull is made of the best of many noisy checkpoints, so it lies a little too high, the "
+        "A front is made of the best of many noisy checkpoints, so it lies a little too high, the "
         "more so the more runs a method has; the errors do not contain that.",
     ]
     unknown = [p for p in points if not frontier_points.is_finite(p)]
     if unknown:
         doubts.append(
             f"**{len(unknown)} of {len(points)} points have no finite KL or reward** and are in "
-            f"neither figure nor hulls; the first is {_which(unknown[0])}."
+            f"neither figure nor fronts; the first is {_which(unknown[0])}."
         )
     cut = [p for p in points if p.stopped < STOPPED]
     if cut and all(p.stopped == 0 for p in points if math.isfinite(p.stopped)):
@@ -305,13 +333,13 @@ def _about_the_table(optimum: Optimum) -> str:
     )
     targets = ", ".join(f"{t:g}" for t in TARGETS[:-1]) + f" and {TARGETS[-1]:g}"
     return (
-        f"Of each method the hull points nearest to {targets} nats, none further away than a "
-        f"factor of {NEAR:g}, and the end of the hull. ± is one standard error over prompts. "
+        f"Of each method the front points nearest to {targets} nats, none further away than a "
+        f"factor of {NEAR:g}, and the end of the front. ± is one standard error over prompts. "
         f"{known} Best of n stands at log n - (n - 1) / n nats, which its KL cannot exceed. Length "
         "is in tokens, repetition the share of 4-grams that are repeats, ended the share of "
-        "responses that ended by EOS, accuracy that of the implicit reward on held-out pairs, rank "
-        "correlation Spearman's between implicit and exact reward on held-out responses of the "
-        "reference."
+        "responses that ended by EOS, accuracy the share of held-out pairs that the reward of the "
+        "run's loss ranks rightly, rank correlation Spearman's between the log-ratio to the "
+        "reference and the exact reward, on held-out responses of the reference."
     )
 
 

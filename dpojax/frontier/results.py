@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 
-import jax
 import numpy as np
 
 from dpojax import storage
@@ -14,13 +12,12 @@ from dpojax.config.saved import read_run_config
 from dpojax.evaluation.frontier import best_of_n, best_of_n_kl, mean_over_prompts
 from dpojax.evaluation.frontier_figure import draw
 from dpojax.evaluation.frontier_points import BEST_OF_N, REFERENCE, Point, write_points
-from dpojax.evaluation.frontier_report import by_prompt, report
+from dpojax.evaluation.frontier_report import by_prompt, report, samples_report
 from dpojax.evaluation.optimum import Optimum, optimum, write_optimum
-from dpojax.frontier import online
 from dpojax.frontier.frontier import read_plan
 from dpojax.frontier.plan import SAMPLES
 from dpojax.frontier.reference_samples import read_reference_samples
-from dpojax.frontier.runs import ONLINE, PREFERENCE
+from dpojax.frontier.what_was_run import environment, sections, stage_folders
 from dpojax.jobs.progress import read_seconds
 from dpojax.runs.workdirs import failure_of
 from dpojax.stages.samples import FILE, last_samples
@@ -56,7 +53,7 @@ def collect(folder: storage.Path) -> tuple[list[Point], Optimum, Point]:
 
 
 def write(folder: storage.Path) -> str:
-    """Write frontier.csv, optimum.json, samples.jsonl, frontier.png, .pdf and report.md.
+    """Write frontier.csv, optimum.json, frontier.png and .pdf, report.md, samples.jsonl and .md.
 
     Returns:
       the report.
@@ -70,12 +67,13 @@ def write(folder: storage.Path) -> str:
     lines = "".join(json.dumps(line) + "\n" for line in samples)
     storage.write_text(folder / "samples.jsonl", lines)
     seconds = read_seconds(folder)
+    storage.write_text(folder / "samples.md", samples_report(by_prompt(samples)))
     text = report(
         points,
         curve,
         base,
-        by_prompt(samples),
-        _environment(),
+        environment(),
+        sections=sections(folder, plan),
         seconds=_by_kind(seconds.jobs, plan) | {"the whole plan": seconds.passed},
         failed=failures(folder),
     )
@@ -109,21 +107,12 @@ def _reference_point(rewards: np.ndarray, lengths: np.ndarray, seed: int) -> Poi
     )
 
 
-def _stage_folders(folder: storage.Path, plan: dict, run: dict) -> list[storage.Path]:
-    """The folders of the stages that a run trained, one after the other."""
-    workdir = folder / "runs" / run["name"]
-    if run["stage"] != ONLINE:
-        return [workdir / run["stage"]]
-    rounds = plan["config"]["frontier"]["online_rounds"]
-    return [trained / PREFERENCE for trained in online.trained_runs(workdir, rounds)]
-
-
 def points_of(folder: storage.Path, plan: dict, run: dict) -> list[Point]:
     """One point per evaluation of a run, but for those before a stage's first step.
 
     Steps go on from stage to stage.
     """
-    stages = _stage_folders(folder, plan, run)
+    stages = stage_folders(folder, plan, run)
     seed = read_run_config(stages[0].parent).seed
     points, before = [], 0
     for stage in stages:
@@ -151,7 +140,7 @@ def _samples(folder: storage.Path, plan: dict) -> list[dict]:
     """The last checkpoint's responses of every run, one line per prompt."""
     samples = []
     for run in plan["runs"]:
-        last = _stage_folders(folder, plan, run)[-1]
+        last = stage_folders(folder, plan, run)[-1]
         if not (last / FILE).exists():  # the run failed before
             continue
         for line in last_samples(last):
@@ -176,13 +165,3 @@ def _by_kind(seconds: dict[str, float], plan: dict) -> dict[str, float]:
         key = methods.get(name, name.split("-")[0])  # preferences-1of2
         by_kind[key] = by_kind.get(key, 0.0) + taken
     return by_kind
-
-
-def _environment() -> dict[str, str]:
-    devices = jax.devices()
-    return {
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }

@@ -63,17 +63,19 @@ def alphapo(
     >>> print(f"{alphapo(policy, beta=2.0, gamma=0.5, alpha=0.25, lengths=lengths):.4f}")
     0.0162
     """
+    mean = per_token(policy, lengths)
+    reward = jax.tree.map(lambda x: curved_reward(x, beta=beta, alpha=alpha), mean)
+    return _logistic_with_margin(reward, gamma, label_smoothing)
+
+
+def curved_reward(mean_logprob: Array, *, beta: ArrayLike, alpha: ArrayLike) -> Array:
+    """`alphapo`'s reward beta (1 - exp(-alpha m)) / alpha of a log-prob m per token, any shape."""
     # At alpha = 0 the formula is 0 / 0. Alpha is replaced there, so that no gradient is NaN.
     is_linear = jnp.abs(jnp.asarray(alpha)) < 1e-6
     curvature = jnp.where(is_linear, 1.0, alpha)
-
-    def scaled_reward(mean_logprob: Array) -> Array:
-        # At most 80: the exponential of very unlikely tokens would overflow float32.
-        exponent = jnp.minimum(-curvature * mean_logprob, 80.0)
-        return beta * jnp.where(is_linear, mean_logprob, -jnp.expm1(exponent) / curvature)
-
-    reward = jax.tree.map(scaled_reward, per_token(policy, lengths))
-    return _logistic_with_margin(reward, gamma, label_smoothing)
+    # At most 80: the exponential of very unlikely tokens would overflow float32.
+    exponent = jnp.minimum(-curvature * mean_logprob, 80.0)
+    return beta * jnp.where(is_linear, mean_logprob, -jnp.expm1(exponent) / curvature)
 
 
 def _logistic_with_margin(reward: Pair, gamma: ArrayLike, label_smoothing: ArrayLike) -> Array:
@@ -128,16 +130,16 @@ def orpo(
     >>> print(f"{orpo(Pair(-12.0, -14.0), beta=0.1, lengths=Pair(5, 4), nll=2.4):.3f}")
     2.427
     """
-    odds = jax.tree.map(_log_odds, per_token(policy, lengths))
+    odds = jax.tree.map(log_odds, per_token(policy, lengths))
     return nll - beta * jax.nn.log_sigmoid(odds.chosen - odds.rejected)
 
 
-def _log_odds(mean: Array) -> Array:
-    """log(p / (1 - p)) of p = exp(mean), with whichever form of log(1 - p) is exact there."""
+def log_odds(mean: Array) -> Array:
+    """log(p / (1 - p)) of the likelihood per token p = exp(mean), nats, any shape."""
     # At p = 1 the odds are infinite, so the mean log-prob stays below 0 by the dtype's epsilon.
     mean = jnp.minimum(mean, -jnp.finfo(mean.dtype).eps)
-    # p < 1/2: log1p(-p) is exact. p > 1/2: 1 - p = -expm1(mean) is. Each form gets a harmless
-    # number where it is not chosen, as a NaN gradient there would reach the result.
+    # p < 1/2: log(1 - p) = log1p(-p) is exact. p > 1/2: 1 - p = -expm1(mean) is. Each form gets a
+    # harmless number where it is not chosen, as a NaN gradient there would reach the result.
     is_unlikely = mean < -jnp.log(2.0)
     if_unlikely = jnp.log1p(-jnp.exp(jnp.where(is_unlikely, mean, -1.0)))
     if_likely = jnp.log(-jnp.expm1(jnp.where(is_unlikely, -1.0, mean)))

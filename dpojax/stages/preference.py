@@ -23,6 +23,7 @@ from dpojax.sharding import put_rows
 from dpojax.stages.adapters import open_adapters
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.example_stage import EvaluateSamples
+from dpojax.stages.held_out_kl import KL, open_held_out_kl
 from dpojax.stages.preference_summary import open_summary
 from dpojax.stages.reference import NO_REFERENCE, Reference
 from dpojax.stages.references import (
@@ -134,9 +135,10 @@ class Preference(LanguageStage):
         self, params: dict | None, base: dict | None, stop: StopSignal, writing: ExitStack
     ) -> Reference:
         weights = reference_weights(self, params, base, writing)
+        kl = open_held_out_kl(self, weights.params).metrics
         if not self.programs.objective.needs_reference:
-            return NO_REFERENCE
-        return open_reference(self, weights, params, base, stop)
+            return NO_REFERENCE._replace(kl=kl)
+        return open_reference(self, weights, params, base, stop)._replace(kl=kl)
 
     def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
         path = self.config.reference.path
@@ -152,6 +154,9 @@ class Preference(LanguageStage):
             self.programs.score,
             starts_at_reference=policy_starts_at_reference(self),
         )
+
+    def metric_names(self) -> list[str]:
+        return sorted([*super().metric_names(), KL])
 
     def sample_metric_names(self) -> list[str]:
         if not draws_samples(self.setup.config):
@@ -185,7 +190,8 @@ class Preference(LanguageStage):
             return placed._replace(reference=logprob)
 
         batches = map(with_reference, self.batches.held_out())
-        return evaluate_batches(self, params, batches, reference=live)
+        kl = open_held_out_kl(self, reference).metrics
+        return evaluate_batches(self, params, batches, reference=live, kl=kl)
 
     def open_summary(self) -> Summarise:
         return open_summary(self)

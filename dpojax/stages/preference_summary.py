@@ -6,17 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
-import jax
-
 from dpojax import sharding
 from dpojax.data.rows import Rows
 from dpojax.intervals import wilson_interval
 from dpojax.logprobs import TokenStatistics
+from dpojax.methods import preference
 from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.held_out_kl import KL, kl_programs
 from dpojax.stages.references import policy_starts_at_reference, saved_weights
 from dpojax.stages.stage import Summary
 from dpojax.tables import ruled_table
-from dpojax.training.forward import build_divergence
 from dpojax.training.metrics import Window
 
 Values = dict[str, float]
@@ -27,11 +26,10 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
 
     The stage may be this one, or another that shares its model, reference and data. The table is
     saved in the stage's folder. KL is exact over the vocabulary, averaged over the contexts of the
-    held-out responses' tokens. Rewards are implicit ones against the reference, also where the loss
-    needs no reference.
+    held-out responses' tokens. Rewards are those that the loss trains, as in every line of metrics.
     """
     reference = saved_weights(stage)
-    divergence = jax.jit(build_divergence(stage.setup.model, max_logits=stage.setup.max_logits))
+    kl_of = kl_programs(stage)
     live = reference if "kl" in stage.programs.objective.statistics else None
     put = partial(sharding.put_rows, mesh=stage.setup.mesh)
 
@@ -53,13 +51,14 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
                 before, after = windows[name]
                 before.add(now)
                 after.add(then)
-            kl.add({"kl": divergence(params, reference, rows)})
+            both = (kl_of.distributions(x, rows) for x in (params, reference))
+            kl.add({KL: kl_of.divergence(*both, rows)})
         by_source = {
             name: {"before": before.flush(), "after": after.flush()}
             for name, (before, after) in windows.items()
         }
         values = by_source.pop("")
-        kl_per_token = {"before": 0.0, "after": kl.flush()["kl"]}
+        kl_per_token = {"before": 0.0, "after": kl.flush()[KL]}
         pairs = member.batches.data.count_held_out_pairs()
         summary = {"pairs": pairs, "values": values, "kl_per_token_exact": kl_per_token}
         if by_source:
@@ -80,26 +79,32 @@ def _table(
     by_source: dict[str, dict[str, Values]],
 ) -> str:
     data, accuracy = stage.batches.data, "rewards/accuracies"
+    reward = preference.loss_reward(stage.loss.name, stage.loss.options)
     labelled = data.is_labelled
     chosen, rejected = ("desirable", "undesirable") if labelled else ("chosen", "rejected")
 
     def both(name: str) -> tuple[str, str]:
         return f"{before[name]:+.3f}", f"{after[name]:+.3f}"
 
+    def accuracies(name: str, values: dict[str, Values], count: int) -> tuple[str, str, str]:
+        start = "all are equal"  # where policy == reference
+        if not reward.needs_reference:
+            start = _accuracy(values["before"][accuracy], count)
+        return name, start, _accuracy(values["after"][accuracy], count)
+
     ranks = "has the sign of the label" if labelled else "ranks the pair rightly"
-    zero = "all rewards are 0"
-    rows = [
-        ("", "before" if policy_starts_at_reference(stage) else "the reference", "after"),
-        (f"implicit reward {ranks}", zero, _accuracy(after[accuracy], pairs)),
-    ]
-    for name, indices in data.held_out_by_source.items():
-        shares = by_source[name]["after"][accuracy], data.count_pairs(indices)
-        rows.append((f"  of those from {name}", zero, _accuracy(*shares)))
+    rows = [("", "before" if policy_starts_at_reference(stage) else "the reference", "after")]
+    if accuracy in after:
+        everything = {"before": before, "after": after}
+        rows.append(accuracies(f"reward {ranks}", everything, pairs))
+        for name, indices in data.held_out_by_source.items():
+            count = data.count_pairs(indices)
+            rows.append(accuracies(f"  of those from {name}", by_source[name], count))
     if not labelled:
         likelier = (_accuracy(x["logps/accuracies"], pairs) for x in (before, after))
         rows += [
             ("policy finds the chosen response likelier", *likelier),
-            ("reward margin (nats)", *both("rewards/margins")),
+            (f"reward margin ({reward.unit})", *both("rewards/margins")),
         ]
     rows += [
         (f"log-prob of {chosen} (nats)", *both("logps/chosen")),
@@ -117,7 +122,8 @@ def _table(
     title = (
         f"{stage.config.loss.upper()}{beta}, {pairs} held-out {kind} (95 % intervals in brackets)"
     )
-    return "\n".join(ruled_table(title, rows))
+    about = f"reward: {reward.formula}, with p of the policy and q of the reference"
+    return "\n".join([*ruled_table(title, rows), about])
 
 
 def _accuracy(share: float, pairs: int) -> str:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from dpojax import sharding
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
+from dpojax.training.metrics import Metric
 
 
 class Reference(NamedTuple):
@@ -22,6 +23,8 @@ class Reference(NamedTuple):
       tolerance: by how many nats a token's log-prob may differ from what the same weights give now.
       first_scores: what the policy that the stage starts from scores on the first held-out batch,
         where the check of the cache has computed it.
+      kl: (number of a held-out batch, params, its rows on the mesh) -> the policy's KL from the
+        reference, see `held_out_kl.HeldOutKL.metrics`; None where nothing is compared.
     """
 
     attach: Callable[[Rows], Rows] | None = None
@@ -29,6 +32,7 @@ class Reference(NamedTuple):
     params: dict | None = None
     tolerance: float = 0.0
     first_scores: TokenStatistics | None = None
+    kl: Callable[[int, dict, Rows], dict[str, Metric]] | None = None
 
     def to_device(self, rows: Rows, mesh: Mesh) -> Rows:
         """NumPy rows (attached already) on the mesh, with reference log-probs."""

@@ -34,7 +34,7 @@ from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
 from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.memory import Footprint, lean, predict
-from dpojax.training.metrics import MetricWriter, Window
+from dpojax.training.metrics import Metric, MetricWriter, Window
 from dpojax.training.preemption import StopSignal
 from dpojax.training.profile import Spans
 from dpojax.training.state import (
@@ -128,6 +128,7 @@ class Evaluator(NamedTuple):
             baseline=state.baseline,
             reference=self.reference.params,
             first_scores=self.first_scores if step == 0 else None,
+            kl=self.reference.kl,
         )
         if self.samples is not None:
             metrics |= self.samples(policy, step, stage.folder)
@@ -147,6 +148,7 @@ def evaluate_batches(
     baseline: RunningMean | None = None,
     reference: dict | None = None,
     first_scores: TokenStatistics | None = None,
+    kl: Callable[[int, dict, Rows], dict[str, Metric]] | None = None,
 ) -> dict[str, float]:
     """Metrics on the held-out batches, which lie on the mesh: sums over all, divided once.
 
@@ -156,17 +158,21 @@ def evaluate_batches(
       baseline: of the train state, for the objectives that keep one.
       reference: parameters of a live reference.
       first_scores: what `score` gives on the first batch, where that is known.
+      kl: see `Reference`.
     """
     hyper = stage.hyper
     if baseline is not None and stage.programs.objective.baseline is not None:
         hyper = hyper | {"delta": baseline.mean}
     window, by_source = Window(), defaultdict(Window)
-    for rows, source in zip(batches, stage.batches.held_out_sources or itertools.repeat("")):
+    sources = stage.batches.held_out_sources or itertools.repeat("")
+    for index, (rows, source) in enumerate(zip(batches, sources)):
         stopping.between_batches()
         outputs, first_scores = first_scores, None
         if outputs is None:
             outputs = stage.programs.score(params, rows, reference=reference)
         metrics = stage.programs.metrics(outputs, rows, hyper)
+        if kl is not None:
+            metrics = metrics | kl(index, params, rows)
         window.add(metrics)
         if source:
             by_source[source].add(metrics)

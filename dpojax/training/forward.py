@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax.data.rows import Rows
+from dpojax.head import Head
 from dpojax.logprobs import (
     TokenStatistics,
     token_kl,
@@ -21,7 +22,7 @@ from dpojax.models.decoder import Model
 from dpojax.models.lora import LoraConfig
 from dpojax.models.scores import response_scores
 from dpojax.training.metrics import Metric
-from dpojax.training.micro_batches import map_present
+from dpojax.training.micro_batches import add_up, map_present, part_like
 from dpojax.training.responses import answer_tokens
 
 MAX_LOGITS = 2**25  # float32 logits that may exist at once: 128 MiB
@@ -35,6 +36,15 @@ class FrozenWeights(NamedTuple):
 
 
 NO_FROZEN_WEIGHTS = FrozenWeights()
+
+
+class Distributions(NamedTuple):
+    """What a model's next-token distributions at scored tokens are made of; see `Head`."""
+
+    hidden: Array  # [M, R, S, D]
+    weight: Array  # [V, D]
+    bias: Array | None = None  # [V]
+
 
 # (params, rows [R, ...] of one micro-batch, frozen weights) -> outputs
 Forward = Callable[[dict, Rows, FrozenWeights], Any]
@@ -160,25 +170,44 @@ def build_score(model: Model, *, max_logits: int = MAX_LOGITS) -> Callable[..., 
     return score
 
 
+def build_hidden(model: Model) -> Callable[[dict, Rows], Array]:
+    """Build the hidden states that predict scored tokens, without a gradient.
+
+    Returns:
+      (params, rows [M, R, ...]) -> [M, R, S, D].
+    """
+
+    def hidden(params: dict, rows: Rows) -> Array:
+        return map_present(lambda part: scored_hidden(model, params, part), rows)
+
+    return hidden
+
+
 def build_divergence(
     model: Model, *, max_logits: int = MAX_LOGITS
-) -> Callable[[dict, dict, Rows], Metric]:
+) -> Callable[[Distributions, Distributions, Rows], Metric]:
     """Build the exact KL(policy || reference) of next-token distributions.
 
     Returns:
-      (params, reference_params, rows [M, R, ...]) -> the sum over the scored tokens, nats, and
-      their number. Tokens of mismatched responses do not count.
+      (policy, reference, rows [M, R, ...]) -> the sum over the answers' tokens, nats, and their
+      number. Tokens of mismatched responses do not count.
     """
 
-    def divergence(params, reference_params, rows: Rows) -> Metric:
-        def one(part: Rows) -> Array:
-            policy = scored_hidden(model, params, part)
-            reference = scored_hidden(model, reference_params, part)
-            heads = model.head(params), model.head(reference_params)
-            return token_kl(policy, heads[0], reference, heads[1], max_logits=max_logits)
+    def divergence(policy: Distributions, reference: Distributions, rows: Rows) -> Metric:
+        heads = [Head(*x[1:], softcap=model.config.head_softcap) for x in (policy, reference)]
+
+        def one(part: Rows, index: Array) -> Array:
+            like = jax.ShapeDtypeStruct(
+                (*part.response.shape, policy.hidden.shape[-1]), jnp.float32
+            )
+            hidden = (part_like(x.hidden, index, like) for x in (policy, reference))
+            (policy_hidden, reference_hidden), (head, reference_head) = hidden, heads
+            return token_kl(
+                policy_hidden, head, reference_hidden, reference_head, max_logits=max_logits
+            )
 
         scored = answer_tokens(rows)
-        total = jnp.sum(jnp.where(scored, map_present(one, rows), 0.0))
-        return Metric(total, jnp.sum(scored))
+        _, kl = add_up(lambda part, index: ((), one(part, index)), rows)
+        return Metric(jnp.sum(jnp.where(scored, kl, 0.0)), jnp.sum(scored))
 
     return divergence

@@ -17,11 +17,13 @@ PROGRAMS = (TRL, MAXTEXT)
 NAMES: dict[str, dict[str, dict[str, str]]] = {
     TRL: {
         "train": {
+            "kto/baseline": "kl",
             "num_tokens": "num_input_tokens_seen",
             "perf/examples_per_second": "train_samples_per_second",
             "perf/steps_per_second": "train_steps_per_second",
             "perf/tokens_per_second": "train_tokens_per_second",
-        }
+        },
+        "eval": {"kto/baseline": "eval_kl"},
     },
     MAXTEXT: {
         "train": {

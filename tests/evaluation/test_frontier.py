@@ -83,17 +83,17 @@ small = st.integers(0, 5).map(float)
 
 
 @given(st.lists(st.tuples(small, small), max_size=12))
-def test_the_hull_is_exactly_the_points_that_nothing_dominates(points):
+def test_the_front_is_exactly_the_points_that_nothing_dominates(points):
     kl, reward = np.array(points).reshape(-1, 2).T
-    index = frontier.pareto_hull(kl, reward)
+    index = frontier.pareto_front(kl, reward)
     better = lambda a, b: a[0] <= b[0] and a[1] >= b[1] and a != b
     expected = {p for p in points if not any(better(q, p) for q in points)}
     assert [points[i] for i in index] == sorted(expected)
     assert all(points.index(points[i]) == i for i in index)
 
 
-def test_points_with_a_nan_are_not_on_the_hull():
-    assert frontier.pareto_hull([0.0, np.nan, 1.0], [np.nan, 9.0, 0.5]).tolist() == [2]
+def test_points_with_a_nan_are_not_on_the_front():
+    assert frontier.pareto_front([0.0, np.nan, 1.0], [np.nan, 9.0, 0.5]).tolist() == [2]
 
 
 def points(kl, reward, error):
@@ -105,12 +105,12 @@ def test_the_shortfall_is_the_largest_gap_on_a_fine_grid():
     draw = np.random.default_rng(0)
     compared = 0
     for _ in range(50):
-        hulls = []
+        fronts = []
         for size in (3, 5):
             kl = draw.uniform(0, 10) + np.sort(draw.uniform(0, 8, size))
-            hulls.append(points(kl, np.sort(draw.uniform(0, 1, size)), 0.1))
-        a, b = hulls
-        got = frontier.hull_below(a, b)
+            fronts.append(points(kl, np.sort(draw.uniform(0, 1, size)), 0.1))
+        a, b = fronts
+        got = frontier.front_below(a, b)
         grid = np.linspace(max(a.kl[0], b.kl[0]), min(a.kl[-1], b.kl[-1]), 20001)
         if grid[0] > grid[-1]:
             assert np.isnan(got).all()
@@ -122,16 +122,16 @@ def test_the_shortfall_is_the_largest_gap_on_a_fine_grid():
     assert 20 < compared < 50
 
 
-def test_a_hull_that_lies_above_has_a_negative_shortfall():
+def test_a_front_that_lies_above_has_a_negative_shortfall():
     a, b = points([0.0, 4.0], [0.5, 0.9], 0.0), points([1.0, 5.0], [0.2, 0.9], 0.1)
-    got = frontier.hull_below(a, b)
+    got = frontier.front_below(a, b)
     np.testing.assert_allclose([got.reward, got.reward_at], [0.725 - 0.9, 4.0])
     np.testing.assert_allclose(got.sigmas, -1.75)
 
 
-def test_points_below_the_hull_do_not_count_and_errors_of_kl_act_through_the_slope():
+def test_points_below_the_front_do_not_count_and_errors_of_kl_act_through_the_slope():
     a = points([0.0, 1.0, 2.0], [0.0, -5.0, 1.0], 0.0)._replace(kl_error=np.full(3, 0.2))
-    got = frontier.hull_below(a, points([0.0, 2.0], [0.1, 1.3], 0.0))
+    got = frontier.front_below(a, points([0.0, 2.0], [0.1, 1.3], 0.0))
     np.testing.assert_allclose([got.reward, got.reward_at], [0.3, 2.0])
     np.testing.assert_allclose(got.sigmas, 0.3 / (0.5 * 0.2))
 

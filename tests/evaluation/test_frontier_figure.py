@@ -1,4 +1,4 @@
-"""The frontier's figure shows every point, the true hulls, and no limit where none is known."""
+"""The frontier's figure shows every point, the true fronts, and no limit where none is known."""
 
 import math
 
@@ -31,7 +31,7 @@ def lines_with(axes, color, marker="None"):
     return [line.get_xydata() for line in axes.lines if same(line) and line.get_marker() == marker]
 
 
-def brute_force_hull(points):
+def brute_force_front(points):
     """Those that no other point beats, by rising KL."""
     better = lambda a, b: a[0] <= b[0] and a[1] >= b[1] and a != b
     return sorted(p for p in points if not any(better(q, p) for q in points))
@@ -48,20 +48,20 @@ def test_every_checkpoint_of_every_run_is_drawn(run, axes):
 
 
 @pytest.mark.parametrize("method", finished_frontier.METHODS)
-def test_the_line_of_a_method_is_its_hull_and_only_the_hull_has_bars(run, axes, method):
+def test_the_line_of_a_method_is_its_front_and_only_the_front_has_bars(run, axes, method):
     color, _ = frontier_figure.LOOKS[method]
-    hull = brute_force_hull([(p.kl, p.reward) for p in run[0] if p.method == method])
+    front = brute_force_front([(p.kl, p.reward) for p in run[0] if p.method == method])
     (line,) = lines_with(axes[0], color)
-    assert line.tolist() == [list(p) for p in hull]
+    assert line.tolist() == [list(p) for p in front]
     (bars,) = [
         c for c in axes[0].containers if matplotlib.colors.same_color(c.lines[0].get_color(), color)
     ]
-    assert bars.lines[0].get_xydata().tolist() == [list(p) for p in hull]
+    assert bars.lines[0].get_xydata().tolist() == [list(p) for p in front]
     errors = {p.kl: (p.kl_error, p.reward_error) for p in run[0]}
     for collection, column in zip(bars.lines[2], (0, 1)):
         ends = np.array(collection.get_segments())
         got = np.ptp(ends[:, :, column], axis=1)
-        np.testing.assert_allclose(got, [4 * errors[kl][column] for kl, _ in hull], rtol=1e-9)
+        np.testing.assert_allclose(got, [4 * errors[kl][column] for kl, _ in front], rtol=1e-9)
 
 
 def test_best_of_n_stands_at_its_bound(axes):
@@ -91,7 +91,7 @@ def test_the_limit_starts_at_the_reference_and_stops_where_it_is_not_trusted(run
 def test_every_method_is_named_inside_the_axes_and_no_two_names_overlap(axes):
     names = {"DPO", "Online DPO", "PPO (learned reward)", "PPO-GT", "Best of n", "Unlikelihood"}
     names |= {"Preferred-FT", "theoretical limit", "SFT (reference)"}
-    assert {text.get_text() for text in axes[0].texts} == names
+    assert names < {text.get_text() for text in axes[0].texts}
     axes[0].figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in axes[0].texts]
     inside = axes[0].get_window_extent()
@@ -101,6 +101,39 @@ def test_every_method_is_named_inside_the_axes_and_no_two_names_overlap(axes):
         assert box.x1 <= inside.x1
         assert inside.y0 <= box.y0
         assert box.y1 <= inside.y1
+
+
+def test_runs_are_labelled_by_what_was_swept_and_each_label_is_beside_its_run(run, axes):
+    beta, alpha = "\N{GREEK SMALL LETTER BETA}", "\N{GREEK SMALL LETTER ALPHA}"
+    labels = {text.get_text(): text for text in axes[0].texts}
+    assert {f"{beta}=0.05", f"{alpha}=1", "target 0.02", "n=16"} < labels.keys()
+    assert "square-root scale" in axes[1].get_xlabel()
+    for setting, name in (("beta=0.05", f"{beta}=0.05"), ("alpha=1", f"{alpha}=1")):
+        text = labels[name]
+        at = {(p.kl, p.reward) for p in run[0] if p.setting == setting}
+        assert tuple(text.xy) in at
+        place = axes[0].transData.transform(text.xy)
+        box = text.get_window_extent().get_points()
+        gap = np.maximum(np.maximum(box[0] - place, place - box[1]), 0)
+        assert np.hypot(*gap) < 60  # pixels, of 1,400
+
+
+def test_the_name_of_a_method_is_nearest_to_its_own_front(axes):
+    """Pixels between a label and the lines of its own colour, and of all others."""
+    scene = axes[0].transData.transform
+
+    def distance(text, line):
+        xy = scene(line.get_xydata())
+        steps = np.linspace(0, len(xy) - 1, 400)
+        xy = np.stack([np.interp(steps, np.arange(len(xy)), column) for column in xy.T], axis=1)
+        low, high = text.get_window_extent().get_points()
+        return np.hypot(*np.maximum(np.maximum(low - xy, xy - high), 0).T).min()
+
+    names = {text.get_text(): text for text in axes[0].texts}
+    for method, name in (("dpo", "DPO"), ("ppo", "PPO (learned reward)"), ("ppo_gt", "PPO-GT")):
+        color, _ = frontier_figure.LOOKS[method]
+        own = [x for x in axes[0].lines if matplotlib.colors.same_color(x.get_color(), color)]
+        assert min(distance(names[name], line) for line in own) < 40
 
 
 def test_methods_are_told_apart_by_colour_and_by_mark():
@@ -115,7 +148,9 @@ def test_without_a_trusted_limit_and_with_points_that_are_not_numbers_it_still_d
     some = [points[0]._replace(method="ipo", kl=math.nan), *points[1:9]]
     axes = frontier_figure.figure(some, unknown, base).axes
     assert not [line for line in axes[0].lines if line.get_label() == "limit"]
-    assert {text.get_text() for text in axes[0].texts} == {"DPO", "SFT (reference)"}
+    texts = {text.get_text() for text in axes[0].texts}
+    assert {"DPO", "SFT (reference)"} < texts
+    assert "theoretical limit" not in texts
     nothing = frontier_figure.figure([], unknown, base).axes[0]
     assert [text.get_text() for text in nothing.texts] == ["SFT (reference)"]
 
@@ -140,4 +175,5 @@ def test_a_method_far_beyond_all_others_does_not_squeeze_them(run):
     far = [p._replace(method="simpo", kl=20 * widest + i) for i, p in enumerate(points[:3])]
     rewards, _ = frontier_figure.figure([*points, *far], curve, base).axes
     assert widest < rewards.get_xlim()[1] < 1.2 * widest
+    assert "Pareto fronts" in rewards.get_title("left")
     assert f"not shown: 3 of simpo, to {20 * widest + 2:.0f} nats" in rewards.get_title("left")

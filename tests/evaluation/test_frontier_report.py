@@ -10,7 +10,14 @@ import pytest
 
 from dpojax.evaluation import frontier_report, markdown
 from dpojax.evaluation.frontier_points import Point
-from dpojax.evaluation.frontier_report import conclusions, report, rows, table
+from dpojax.evaluation.frontier_report import (
+    Section,
+    conclusions,
+    report,
+    rows,
+    samples_report,
+    table,
+)
 from dpojax.evaluation.optimum import Optimum
 
 BASE = Point("sft", "", 0, 0, 0.0, 0.0, 0.5, 0.01, 30.0, 0.4, 0.02, 1.0, math.nan)
@@ -60,10 +67,10 @@ def test_the_table_holds_the_numbers_worked_out_by_hand():
     assert last[5:7] == ["-", "-"]  # beyond 9 nats
 
 
-def test_a_row_is_the_hull_point_nearest_to_its_target_and_the_end_is_never_left_out():
+def test_a_row_is_the_front_point_nearest_to_its_target_and_the_end_is_never_left_out():
     kls = [0.1, 0.68, 0.9, 1.2, 2.1, 20.0]
     points = [point("ppo", kl, 0.5 + 0.01 * i, step=i) for i, kl in enumerate(kls)]
-    points.append(point("ppo", 1.05, 0.5, step=99))  # nearer to 1, but not on the hull
+    points.append(point("ppo", 1.05, 0.5, step=99))  # nearer to 1, but not on the front
     got = [(row.near, row.point.kl) for row in rows(points, limit(), BASE)]
     assert got[:2] == [(1.0, 0.9), (3.0, 2.1)]
     assert math.isnan(got[2][0])
@@ -99,7 +106,7 @@ def test_where_nothing_is_known_of_the_limit_the_report_says_so():
     assert conclusions(DPO, nowhere, BASE)[0].startswith("**Not known: whether a point lies above")
     unknown = [p._replace(reward_error=math.nan) for p in DPO]
     assert conclusions(unknown, limit(), BASE)[0].startswith("**Not known")
-    text = report(DPO, nowhere, BASE, {}, {})
+    text = report(DPO, nowhere, BASE, {})
     assert "**The limit can be trusted nowhere**" in text
     assert "nan" not in text
 
@@ -134,7 +141,7 @@ def test_a_comparison_that_cannot_be_made_is_not_made():
     assert "no point of DPO" in " ".join(conclusions(far, limit(), BASE))
 
 
-def test_a_hull_that_runs_on_higher_than_that_of_dpo_is_reported():
+def test_a_front_that_runs_on_higher_than_that_of_dpo_is_reported():
     online = [point("online_dpo", 2.0, 0.65), point("online_dpo", 15.0, 0.95)]
     text = about([*DPO, *online], "Online DPO")
     assert "**Beyond that Online DPO gets higher**: to 0.950 at 15.00 nats" in text
@@ -162,7 +169,7 @@ def test_samples_stand_together_by_prompt_and_nothing_in_them_is_markup():
         "dpo": {"I saw": [(text, 0.9), ("two", math.nan)], "It": [("was", 0.5)]},
         "ppo": {"I saw": [("bad", 0.25)]},
     }
-    got = report(DPO, limit(), BASE, samples, {})
+    got = samples_report(samples)
     first, second = got.index("> I saw"), got.index("> It")
     lines = [line for line in got[first:second].splitlines() if line.startswith("| ")][2:]
     assert len(lines) == 3
@@ -176,10 +183,13 @@ def test_samples_stand_together_by_prompt_and_nothing_in_them_is_markup():
 
 
 @pytest.mark.parametrize("seconds", [None, {"sft": 61.4, "dpo": 4000.0}])
-def test_environment_and_times_are_tables(seconds):
-    got = report(DPO, limit(), BASE, {}, {"jax": "0.10.2", "devices": 8}, seconds=seconds)
+def test_what_was_run_and_on_what_and_how_long_are_tables(seconds):
+    what = Section("Models", "Of this run.", ["model", "parameters"], [["policy", "148,000"]])
+    machine = {"jax": "0.10.2", "devices": 8}
+    got = report(DPO, limit(), BASE, machine, sections=[what], seconds=seconds)
+    assert re.search(r"### Models\n\nOf this run\.\n\n\| model +\| parameters \|\n", got)
     assert re.search(r"\| jax +\| 0\.10\.2 \|\n\| devices +\| 8 +\|", got)
-    assert ("## Time" in got) == (seconds is not None)
+    assert ("### Time" in got) == (seconds is not None)
     if seconds is not None:
         times = re.findall(r"\| (sft|dpo) +\| (\S+)", got)
         assert times == [("sft", "0:01:01"), ("dpo", "1:06:40")]

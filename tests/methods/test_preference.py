@@ -108,7 +108,8 @@ def test_at_the_reference_the_loss_has_its_closed_form(loss):
     terms = objective.terms(policy._replace(logprob=rows.reference), rows, hyper)
     np.testing.assert_allclose(objective.at_reference(hyper), AT_REFERENCE[loss], rtol=1e-6)
     np.testing.assert_allclose(value(terms), AT_REFERENCE[loss], rtol=1e-6)
-    assert float(jnp.sum(terms.metrics["kl/per_token"].total)) == 0
+    for name in ("rewards/margins", "log_ratio/chosen", "log_ratio/rejected"):
+        assert float(jnp.sum(terms.metrics[name].total)) == 0
 
 
 def test_where_data_or_policy_decide_no_closed_form_is_claimed():
@@ -161,13 +162,15 @@ def test_padding_counts_for_nothing_even_when_it_is_nan(loss):
     assert np.isfinite(clean.loss).all()
 
 
-def test_the_kl_estimate_is_the_mean_log_ratio_of_reference_to_policy():
+def test_the_log_ratio_is_what_the_policy_gives_a_response_beyond_its_reference():
     policy, rows = pairs_of()
     objective, hyper = make("dpo")
-    kl = objective.terms(policy, rows, hyper).metrics["kl/per_token"]
-    scored = rows.response >= 0
-    want = (np.asarray(rows.reference) - np.asarray(policy.logprob))[scored].mean()
-    np.testing.assert_allclose(jnp.sum(kl.total) / jnp.sum(kl.weight), want, rtol=1e-5)
+    metrics = objective.terms(policy, rows, hyper).metrics
+    d = ratios(policy, rows)
+    for place, name in enumerate(("chosen", "rejected")):
+        metric = metrics[f"log_ratio/{name}"]
+        want = np.mean([value for (_, index), value in d.items() if index == place])
+        np.testing.assert_allclose(jnp.sum(metric.total) / jnp.sum(metric.weight), want, rtol=1e-5)
 
 
 def test_length_norms_divide_each_response_by_its_own_tokens():

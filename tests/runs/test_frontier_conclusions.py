@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dpojax.evaluation import frontier_points
-from dpojax.evaluation.frontier import hull_below
+from dpojax.evaluation.frontier import front_below
 from dpojax.evaluation.frontier_points import at_the_bound, read_points, without_base
 from dpojax.evaluation.optimum import above_limit, read_optimum
 
@@ -48,8 +48,8 @@ def made(tmp_path_factory):
     return folder, frontier_points.by_method(points), base
 
 
-def hull(points):
-    return frontier_points.arrays(frontier_points.hull(points))
+def front(points):
+    return frontier_points.arrays(frontier_points.front(points))
 
 
 def test_no_point_lies_above_the_theoretical_limit(made):
@@ -89,9 +89,9 @@ def test_dpo_and_ppo_gain_reward_and_leave_the_reference(made):
 
 
 @pytest.mark.parametrize("other", ["preferred_ft", "unlikelihood"])
-def test_the_hull_of_dpo_is_nowhere_below_that_of(made, other):
+def test_the_front_of_dpo_is_nowhere_below_that_of(made, other):
     _, methods, _ = made
-    assert hull_below(hull(methods["dpo"]), hull(methods[other])).sigmas < ERRORS
+    assert front_below(front(methods["dpo"]), front(methods[other])).sigmas < ERRORS
 
 
 def test_the_implicit_reward_of_dpo_orders_held_out_responses_as_the_exact_reward_does(made):

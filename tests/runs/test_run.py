@@ -95,13 +95,15 @@ def test_a_run_begins_with_what_it_computes_on_and_ends_with_where_its_time_went
 
 
 def test_metrics_carry_the_names_of_trl(finished):
-    trained = {"loss", "grad_norm", "learning_rate", "num_tokens", "displacement", "kl/per_token"}
+    trained = {"loss", "grad_norm", "learning_rate", "num_tokens", "displacement"}
+    trained |= {"log_ratio/chosen", "log_ratio/rejected"}
     pair = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
     pair |= {"logps/chosen", "logps/rejected"}
     evaluated = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
     by_split = {line["split"]: set(line) for line in lines(finished[0], "preference")}
     speeds = {"perf/tokens_per_second_per_device", "perf/tflops_per_device", "goodput/share"}
     assert by_split["train"] >= trained | pair | speeds
+    assert "kl/per_token" not in by_split["train"]  # it is measured on held-out contexts alone
     assert "perf/mfu" not in by_split["train"]  # nobody states the peak of this CPU
     assert by_split["eval"] >= pair | evaluated | {"loss", "displacement", "kl/per_token"}
 
@@ -112,7 +114,7 @@ def test_at_step_zero_the_policy_is_the_reference(finished):
     assert identity["drift/reference_identity"] < 1e-5
     np.testing.assert_allclose(identity["loss"], np.log(2), rtol=1e-6)
     np.testing.assert_allclose(identity["loss/at_reference"], np.log(2), rtol=1e-6)
-    assert (first["rewards/margins"], first["displacement"]) == (0, 0)
+    assert (first["rewards/margins"], first["displacement"], first["kl/per_token"]) == (0, 0, 0)
 
 
 def test_evaluation_against_the_reference_gives_log_two_there_and_the_last_metrics_at_the_end(
@@ -125,8 +127,11 @@ def test_evaluation_against_the_reference_gives_log_two_there_and_the_last_metri
     assert reference["rewards/margins"] == 0
     logged = [line for line in lines(finished[0], "preference") if line["split"] == "eval"][-1]
     after = stage.evaluate(stage.trained_params())
-    for name in ("loss", "rewards/margins", "logps/chosen"):
+    for name in ("loss", "rewards/margins", "logps/chosen", "kl/per_token"):
         assert after[name] == pytest.approx(logged[name], abs=1e-4)
+    summary = json.loads((finished[0] / "preference" / "summary.json").read_text())
+    assert summary["kl_per_token_exact"]["after"] == pytest.approx(logged["kl/per_token"], rel=1e-4)
+    assert logged["kl/per_token"] > 1e-6
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ def stage(loss: str, label=None):
     no_adapters, same_policy = SimpleNamespace(adapters=""), SimpleNamespace(path="")
     return SimpleNamespace(
         config=SimpleNamespace(loss=loss, lora=no_adapters, reference=same_policy),
+        loss=SimpleNamespace(name=loss, options={}),
         batches=SimpleNamespace(data=data),
         hyper={"beta": 0.1},
         programs=SimpleNamespace(objective=SimpleNamespace(baseline=None)),
@@ -23,10 +24,11 @@ def stage(loss: str, label=None):
 
 def test_held_out_pairs_that_are_all_ties_have_no_accuracy():
     before, after = (defaultdict(lambda: math.nan) for _ in range(2))
-    after["loss"] = 1.25
+    after |= {"loss": 1.25, "rewards/accuracies": math.nan}
     kl_per_token = {"before": 0.0, "after": 0.5}
     text = preference_summary._table(stage("dpo_ties"), 0, before, after, kl_per_token, {})
     assert text.count("no held-out pair states a preference") == 3
+    assert "reward: beta (log p - log q), " in text
     assert "1.2500" in text
 
 

@@ -16,7 +16,12 @@ from dpojax.methods import sft
 from dpojax.models import decoder
 from dpojax.models.attention import plain_rows
 from dpojax.models.decoder import SHARDING_RULES
-from dpojax.training.forward import build_divergence, language_model
+from dpojax.training.forward import (
+    Distributions,
+    build_divergence,
+    build_hidden,
+    language_model,
+)
 from dpojax.training.state import abstract_state, clip_by_norm, initial_state, new_state
 from dpojax.training.step import build_evaluate, build_step, updated_if
 
@@ -286,9 +291,12 @@ def test_sft_on_prompts_too_scores_every_token_but_the_first(model, score, param
 def test_divergence_is_zero_from_itself_and_the_exact_kl_otherwise(
     model, params, reference_params, rows
 ):
-    divergence = jax.jit(build_divergence(model))
-    assert float(divergence(params, params, rows).total) == pytest.approx(0, abs=1e-5)
-    got = divergence(params, reference_params, rows)
+    divergence, hidden = jax.jit(build_divergence(model)), jax.jit(build_hidden(model))
+    policy, reference = (
+        Distributions(hidden(p, rows), *model.head(p)[:2]) for p in (params, reference_params)
+    )
+    assert float(divergence(policy, policy, rows).total) == 0
+    got = divergence(policy, reference, rows)
     row = jax.tree.map(lambda x: x[0], rows)
     log_p, log_q = (
         np.take_along_axis(

@@ -5,7 +5,7 @@ needs. `hyper` picks the numbers among them, which are traced.
 """
 
 from dpojax.methods.preference.arguments import OPTIONS
-from dpojax.methods.preference.objective import objective
+from dpojax.methods.preference.objective import loss_reward, objective
 from dpojax.methods.preference.options import (
     LABELLED,
     LOSSES,
@@ -28,6 +28,7 @@ __all__ = [
     "OptionError",
     "hyper",
     "loss_requirements",
+    "loss_reward",
     "objective",
     "resolve",
 ]

@@ -14,7 +14,7 @@ from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.losses import RunningMean
 from dpojax.methods.preference.arguments import FORMS, read_argument
-from dpojax.methods.preference.metrics import labelled_metrics, pair_metrics, token_kl_estimate
+from dpojax.methods.preference.metrics import labelled_metrics, pair_metrics
 from dpojax.methods.preference.options import (
     LOSS_TABLE,
     arguments,
@@ -22,6 +22,7 @@ from dpojax.methods.preference.options import (
     loss_requirements,
     running_mean,
 )
+from dpojax.methods.preference.rewards import Reward, reward_of
 from dpojax.methods.preference.views import LabelledView, PairView, RankedView, View
 from dpojax.training.metrics import Metric
 from dpojax.training.objective import Hyper, Objective, Terms
@@ -40,7 +41,7 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         the numbers come in `hyper` when the objective is called.
     """
     requirements, names = loss_requirements(loss), loss.split("+")
-    view_of = FORMS[requirements.form].view
+    view_of, reward = FORMS[requirements.form].view, loss_reward(loss, options)
 
     def terms(tokens: TokenStatistics, rows: Rows, hyper: Hyper) -> Terms:
         view = view_of(tokens, rows, hyper, options)
@@ -51,7 +52,8 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         if weight is not None:
             value = value * weight
         value = jnp.where(counted, value, 0.0)
-        metrics = _metrics(view, hyper.get("beta", jnp.float32(1.0)))
+        of_view = labelled_metrics if isinstance(view, LabelledView) else pair_metrics
+        metrics = of_view(view, reward)
         metrics |= _reward_baselines(names, view)
         if isinstance(view, PairView):  # [..., R, E, P] -> [..., R, E]
             value, counted = value.sum(-1), counted.sum(-1)
@@ -71,6 +73,12 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         coupled=running is not None or any(LOSS_TABLE[name].coupled for name in names),
         baseline=None if running is None else _running_mean(running, view_of, options),
     )
+
+
+def loss_reward(loss: str, options: Mapping[str, Any]) -> Reward:
+    """The reward that a loss, or a mixture joined by +, trains; arguments as in `objective`."""
+    names = loss.split("+")
+    return reward_of(names, [LOSS_TABLE[name].function for name in names], options)
 
 
 def _values(names: Sequence[str], view: View) -> Array:
@@ -100,23 +108,11 @@ def _has_loss(names: Sequence[str], view: View) -> Array:
     return view.mask()
 
 
-def _metrics(view: View, beta: Array) -> dict[str, Metric]:
-    if isinstance(view, LabelledView):
-        metrics = labelled_metrics(view, beta)
-    else:
-        metrics = pair_metrics(view, beta)
-    if view.rows.reference is None:
-        del metrics["displacement"]
-    else:
-        metrics["kl/per_token"] = token_kl_estimate(view.tokens.logprob, view.rows)
-    return metrics
-
-
 def _reward_baselines(names: Sequence[str], view: View) -> dict[str, Metric]:
-    """What rewards are compared with: KTO's z under TRL's name, BCO's shift."""
+    """What rewards are compared with: KTO's z, nats, and the running mean of BCO or beta-DPO."""
     one, baselines = jnp.ones(()), {}
     if list(names) == ["kto"]:
-        baselines["kl"] = Metric(view.kl(), one)
+        baselines["kto/baseline"] = Metric(view.kl(), one)
     if "delta" in view.hyper:
         baselines["delta"] = Metric(view.delta(), one)
     return baselines

@@ -81,6 +81,15 @@ class View:
         """Sum per-token values [..., R, S] by response: [..., R, E, K]."""
         return response_sums(values, self.rows)
 
+    def reward_inputs(self) -> tuple[Any, Any, Any]:
+        """What a reward is made of: log-probs of policy and reference, nats, and lengths.
+
+        Three trees of one structure. Other than what the loss takes, the policy's log-probs are not
+        clamped by humanline.
+        """
+        values = self.logprobs, self.reference_logprobs, self.token_counts
+        return tuple(map(all_pairs, values))
+
     def delta(self) -> Array:
         """BCO's reward shift, a scalar: the running mean of all rewards, or 0."""
         return self.hyper["delta"]
@@ -111,6 +120,9 @@ class PairView(View):
     def lengths(self) -> Pair:
         """Lengths in tokens, float."""
         return all_pairs(self.token_counts)
+
+    def reward_inputs(self) -> tuple[Pair, Pair, Pair]:
+        return *self._as_loss_sees(self.tokens.logprob, self.logprobs), self.lengths()
 
     def present(self) -> Array:
         """Which pairs have both responses, bool."""
@@ -188,17 +200,22 @@ class PairView(View):
 
     @cached_property
     def _policy_and_reference(self) -> tuple[Pair, Pair]:
-        policy, reference = all_pairs(self.loss_logprobs), all_pairs(self.reference_logprobs)
+        return self._as_loss_sees(self.loss_tokens, self.loss_logprobs)
+
+    def _as_loss_sees(self, tokens: Array, logprobs: Array) -> tuple[Pair, Pair]:
+        """Scores of policy and reference, from the policy's log-probs of tokens and responses."""
+        policy, reference = all_pairs(logprobs), all_pairs(self.reference_logprobs)
         if "ld_alpha" in self.settings:
             policy, reference = losses.ld_logprobs(
-                _head_tail(self, self.loss_tokens, policy),
+                _head_tail(self, tokens, policy),
                 _head_tail(self, self.rows.reference, reference),
                 alpha=self.hyper["ld_alpha"],
                 weight_reference=self.settings["ld_weight_reference"],
             )
         if kind := self.settings.get("divergence"):
             alpha = self.hyper.get("divergence_alpha")
-            return losses.divergence_scores(policy, reference, kind, alpha=alpha), NO_REFERENCE
+            scores = losses.divergence_scores(policy, reference, kind, alpha=alpha)
+            return scores, NO_REFERENCE
         return policy, reference
 
 
@@ -254,6 +271,10 @@ class LabelledView(View):
     def lengths(self) -> Array:
         """Lengths in tokens, float."""
         return self.token_counts[..., 0]
+
+    def reward_inputs(self) -> tuple[Array, Array, Array]:
+        values = self.logprobs, self.reference_logprobs, self.token_counts
+        return tuple(x[..., 0] for x in values)
 
     def nll(self) -> Array:
         """-log policy, nats: by the option `nll_norm` a sum or a mean over tokens."""
