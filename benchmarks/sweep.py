@@ -150,7 +150,7 @@ def get_config():
     config.preference.learning_rate = 1e-5
     config.evaluate_every = {steps // 2}
     config.checkpoint_every = 0
-    config.tensorboard = False
+    config.trackers = ()
     return config
 
 

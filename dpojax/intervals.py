@@ -1,7 +1,9 @@
-"""Confidence intervals of measured shares."""
+"""Confidence intervals of measured shares and means."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -30,3 +32,29 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Inte
         raise ValueError(f"an interval needs at least 1 trial, got {trials}")
     ends = binomtest(successes, trials).proportion_ci(level, method="wilson")
     return Interval(float(ends.low), float(ends.high))
+
+
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Compute Student's interval of a mean, for independent values of a normal distribution.
+
+    Its ends are mean ± t s / sqrt(n), with the sample's standard deviation s and the quantile t of
+    Student's distribution with n - 1 degrees of freedom. Student 1908.
+
+    Args:
+      values: two or more; of one value nothing is known about its spread, and the ends are nan.
+      level: probability that the interval covers the true mean.
+
+    Raises:
+      ValueError: there is no value.
+    """
+    from scipy.stats import t
+
+    count = len(values)
+    if not count:
+        raise ValueError("a mean needs at least 1 value")
+    if count == 1:
+        return Interval(math.nan, math.nan)
+    mean = math.fsum(values) / count
+    variance = math.fsum((x - mean) ** 2 for x in values) / (count - 1)
+    reach = float(t.ppf((1 + level) / 2, count - 1)) * math.sqrt(variance / count)
+    return Interval(mean - reach, mean + reach)

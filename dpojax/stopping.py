@@ -149,6 +149,25 @@ def obeyed(between_batches: bool) -> Iterator[None]:
         _State.obeying = before
 
 
+@contextlib.contextmanager
+def interrupts_raise() -> Iterator[None]:
+    """In the block Ctrl-C raises KeyboardInterrupt, as in any Python program, and ends nothing.
+
+    For a dialogue on a terminal, where it stops one answer. SIGTERM and SIGHUP stay as they are.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    pipe = signal.set_wakeup_fd(-1)  # whoever reads it would say that the run stops
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+
+
 def between_batches() -> None:
     """Raise Preempted for a signal that was noted, in a block of `obeyed`."""
     if _State.obeying and _State.received:

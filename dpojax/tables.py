@@ -7,6 +7,7 @@ loss (nats)   0.693  0.512
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import sys
@@ -150,6 +151,17 @@ def _naming_columns(rows: Sequence[Row]) -> int:
 def _total(widths: Sequence[int], columns: Sequence[int]) -> int:
     """The width of a line with these columns."""
     return sum(widths[column] for column in columns) + len("  ") * (len(columns) - 1)
+
+
+def side_by_side(texts: Sequence[str], width: int) -> str:
+    """Texts in columns of equal width, wrapped, with " | " between them."""
+    column = max(8, (width - 3 * (len(texts) - 1)) // len(texts))
+    wrapped = [
+        [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
+        for text in texts
+    ]
+    rows = itertools.zip_longest(*wrapped, fillvalue="")
+    return "\n".join(" | ".join(part.ljust(column) for part in row).rstrip() for row in rows)
 
 
 def ruled_table(title: str, rows: Sequence[Row]) -> list[str]:

@@ -56,7 +56,7 @@ def test_words_of_a_command_line_set_the_keys_that_they_name(parse):
         "--config.preference.beta=0.25",
         "--config.stages=('sft',)",
         "--config.sft.lora.targets=attention/,mlp/",
-        "--noconfig.tensorboard",
+        "--noconfig.check_memory",
         "--config.profile",
         "--config.sft.steps",
         "7",
@@ -65,7 +65,7 @@ def test_words_of_a_command_line_set_the_keys_that_they_name(parse):
     )
     assert (config.seed, config.preference.beta, config.stages) == (3, 0.25, ("sft",))
     assert config.sft.lora.targets == ("attention/", "mlp/")
-    assert (config.tensorboard, config.profile, config.sft.steps) == (False, True, 7)
+    assert (config.check_memory, config.profile, config.sft.steps) == (False, True, 7)
     assert config.preference.stop_chosen is False
     assert config.preference.loss == ""
     assert config.is_locked
@@ -73,7 +73,7 @@ def test_words_of_a_command_line_set_the_keys_that_they_name(parse):
 
 REFUSED = {
     ("stray",): "'stray' belongs to no flag",
-    ("--config.tensorboard", "False"): "write --config.tensorboard=False",
+    ("--config.check_memory", "False"): "write --config.check_memory=False",
     ("--dry_run", "False"): "write --dry_run=False",
     ("\u2013config.seed=3",): "write --config.seed=3",
     ("\u2014dry_run",): "write --dry_run",
@@ -82,12 +82,14 @@ REFUSED = {
     ("workdir=elsewhere",): "write --workdir=elsewhere",
     ("--config.preference.betta=1",): "did you mean --config.preference.beta?",
     ("--config.sft.clip_norm=1",): "did you mean --config.sft.optimizer.clip_norm?",
-    ("--config.packing=1",): "no such flag$",
+    ("--config.packing=1",): "no such key; --help lists them all$",
     ("--config.beta=1",): "did you mean --config.preference.beta?",
-    ("--config.preference.beta.x=1",): "no such flag",
+    ("--config.preference.beta.x=1",): "no such key",
     ("--config.preference=1",): "a group of keys",
-    ("--config.=1",): "no such flag",
+    ("--config.=1",): "no such key",
     ("--wrkdir=x",): "did you mean --workdir?",
+    ("--config.learning_rate=1",): r"sft\.learning_rate",
+    ("--config.sft.learning_rate=1e\u20134",): "a dash that is no hyphen",
     ("--config.preference.beta=abc",): "beta=abc: a number is expected",
     ("--config.preference.beta=nan",): "beta=nan: a finite number is expected",
     ("--config.sft.learning_rate=-inf",): "a finite number is expected",
@@ -96,7 +98,7 @@ REFUSED = {
     ("--config.seed=" + "9" * 5000,): "seed=9999",
     ("--config.seed=1.5",): "an integer is expected",
     ("--config.seed=",): "an integer is expected",
-    ("--config.tensorboard=maybe",): "true or false is expected",
+    ("--config.check_memory=maybe",): "true or false is expected",
     ("--noconfig.seed",): "only a key that is true or false",
     ("--config.sft.steps",): "a value is missing",
     ("--config.stages=(1,)",): "a list of str",

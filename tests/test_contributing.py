@@ -47,7 +47,7 @@ TINY = {
     "preference.steps": 2,
     "max_buckets": 1,
     "log_every": 1,
-    "tensorboard": False,
+    "trackers": (),
 }
 
 

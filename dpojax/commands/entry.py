@@ -17,6 +17,7 @@ from dpojax.extras import needs_train
 COMMANDS = {
     "train": "train a run: SFT, preferences, a reward model, a classifier, PPO",
     "sweep": "train the members of a config's sweep(), as one program where that can be",
+    "compare": "show what runs and sweeps differ in: configs, metrics, curves",
     "plan": "compile a config for chips that are not there: memory, time, chip-hours",
     "certify": "compare the first steps on other meshes, precisions and flags with float32",
     "frontier": "make the reward-KL frontier, and everything that it needs",
@@ -24,6 +25,7 @@ COMMANDS = {
     "judge": "ask a judge which of two policies' responses are better: win rates",
     "prefer": "draw completions, score them, and write preference data",
     "sample": "print the responses of several models side by side",
+    "chat": "talk to one or two models, line by line",
     "export": "write a run's policy as a Hugging Face folder",
     "inspect-data": "print a data set's tokens, a report on it, and its faults",
     "launch": "write the job file for Slurm, XPK, JobSet, TPU VMs or SkyPilot",

@@ -2,6 +2,10 @@
 
     dpojax inspect-data --data FILE --tokenizer FOLDER --max-length 512 \\
         --eval HELD_OUT_FILE --show 3
+    dpojax inspect-data --config=FILE --stage=preference --config.preference.data.columns=...
+
+With --config it reads what a training of that config would read. Every key of a config can be set,
+also without --config: --config.tokens.empty=keep. A flag such as --max-length is short for a key.
 
 The prompt is dim, chosen green, rejected red; special tokens are inverted; "|" separates tokens; a
 newline is shown as ⏎. Tokens of an answer that are not scored (what users and tools say in it) are
@@ -18,29 +22,48 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import NoReturn
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dpojax import storage
-from dpojax.config.command_line import ArgumentParser
-from dpojax.data import lint, records, sources, tokenise
+from dpojax.config.command_line import ArgumentParser, UsageError, parse_config_words
+from dpojax.config.data_sources import sources_of
+from dpojax.config.defaults import default_config
+from dpojax.config.key_help import help_lines
+from dpojax.data import lint, records, reviews, sources, tokenise
 from dpojax.data.examples import Example, Examples
 from dpojax.data.parsing import ParseConfig, parse_rows
+from dpojax.data.prompts import EMBEDDED
 from dpojax.data.report import Report
-from dpojax.data.tokenize_config import TokenizeConfig
-from dpojax.data.tokenizer_files import read_tokenizer
+from dpojax.data.sources import Source
 from dpojax.runs.command import run_command
+from dpojax.stages.data import parse_config, tokenize_config
+from dpojax.stages.selection import first
+from dpojax.stages.tokenizers import load_tokenizer
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
+# Flags that are short for keys; STAGE is the stage whose data are read.
+SHORT = {
+    "tokenizer": "tokenizer",
+    "split": "STAGE.data.split",
+    "form": "STAGE.data.form",
+    "columns": "STAGE.data.columns",
+    "max_length": "tokens.max_length",
+    "max_prompt_length": "tokens.max_prompt_length",
+    "truncation": "tokens.truncation",
+    "assistant_turns": "tokens.assistant_turns",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print examples, report and lint; return the exit status: 0, 1 (see --strict), 2 (error)."""
-    args = _arguments(argv)
+    args, config = _arguments(sys.argv[1:] if argv is None else argv)
     try:
-        report, findings = _inspect(args)
+        report, findings = _inspect(args, config)
     except (records.DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,59 +71,93 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if args.strict and faulty else 0
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    default = TokenizeConfig()
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """The flags, and the config with all that they say of it."""
+    words = parse_config_words(argv, _without_limits())
+    parser = ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=_keys_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--data", required=True, nargs="+", help="file, glob, folder or hub name; several files")
-    add("--tokenizer", required=True, help="Hugging Face folder or hub name")
+    add("--data", nargs="+", help="file, glob, folder or hub name; several files")
+    add("--tokenizer", help="Hugging Face folder or hub name")
+    add("--config", help="a config file, or the name of a shipped config")
+    add("--stage", default="", help="of the config, whose data are read; default: the last")
     add("--split", help="split of a folder or hub data set")
-    add("--form", default="auto", help=f"auto or one of {', '.join(records.FORMS)}")
-    add("--columns", default="", help="prompt=question,chosen=answers[0].text,-id: as data.columns")
+    add("--form", help=f"auto or one of {', '.join(records.FORMS)}")
+    add("--columns", help="prompt=question,chosen=answers[0].text,-id: as data.columns")
     add("--scores", action="store_true", help="the loss reads scores: a record has to have them")
     add("--chat-template", help="file with a Jinja chat template")
-    add("--max-length", type=int, default=default.max_length, help="prompt + response, tokens")
-    add("--max-prompt-length", type=int, default=default.max_prompt_length)
-    add(
-        "--truncation",
-        default=default.truncation,
-        help="drop, cut_prompt_start, ... (TokenizeConfig)",
-    )
-    add("--assistant-turns", default=default.assistant_turns, choices=("all", "last"))
+    add("--max-length", type=int, help="prompt + response, tokens")
+    add("--max-prompt-length", type=int)
+    add("--truncation", help="drop, cut_prompt_start, ... (tokens.truncation)")
+    add("--assistant-turns", choices=("all", "last"))
     add("--eval", nargs="+", help="data that must share no prompt with --data")
     add("--show", type=int, default=3, help="how many examples to print")
     add("--from", dest="first", metavar="ID", help="id of the first example to print (FILE:NUMBER)")
     add("--json", type=storage.as_path, help="also write the report and the lint here")
     add("--strict", action="store_true", help="exit with 1 if a record was dropped or is faulty")
-    return parser.parse_args(argv)
+    args = parser.parse_args(words.rest)
+    config = words.value
+    args.stage = args.stage or _last_with_data(config)
+    if not _reads_data(config, args.stage):
+        raise UsageError(f"--stage={args.stage}: no stage that reads data")
+    if not args.data and not config[args.stage].data.source:
+        raise UsageError("--data is missing; name files, or a --config that does")
+    for flag, key in SHORT.items():
+        if (value := getattr(args, flag)) is not None:
+            config.update_from_flattened_dict({key.replace("STAGE", args.stage): value})
+    return args, config
 
 
-def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
+def _keys_help() -> str:
+    """The keys that decide how data are read, of the stage preference."""
+    ours = ("  tokens.", "  preference.data.", "  tokenizer ", "  chat_template ", "      ")
+    lines, shown = [], False
+    for line in help_lines():
+        shown = shown if line.startswith("      ") else line.startswith(ours[:-1])
+        lines += [line] if shown else []
+    return "\n".join(["keys, --config.KEY=VALUE:", *lines])
+
+
+def _last_with_data(config: ConfigDict) -> str:
+    names = (name for name in reversed(config.stages) if _reads_data(config, name))
+    return next(names, "preference")
+
+
+def _reads_data(config: ConfigDict, name: str) -> bool:
+    stage = config.get(name)
+    return isinstance(stage, ConfigDict) and isinstance(stage.get("data"), ConfigDict)
+
+
+def _inspect(args: argparse.Namespace, config: ConfigDict) -> tuple[Report, list[lint.Finding]]:
     """Read, check and tokenise the data, and print all about it."""
-    tokenizer = read_tokenizer(args.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:  # for tokenizer = train:SIZE
+        tokenizer = load_tokenizer(config, storage.as_path(folder))
     if args.chat_template:
         template = storage.as_path(args.chat_template, "--chat-template")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    config = TokenizeConfig(
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        truncation=args.truncation,
-        assistant_turns=args.assistant_turns,
-    )
-    for pattern in args.data + (args.eval or []):
-        _require_utf8(pattern)
-    parsing = ParseConfig(
-        args.form, records.read_columns(args.columns), args.scores, args.assistant_turns == "last"
-    )
+    settings = tokenize_config(config.tokens)
+    data = config[args.stage].data
+    parsing = parse_config(data, settings, need_scores=args.scores)
+    training = _named(args.data, data.split) or sources_of(data)
+    evaluation = _named(args.eval, "") or sources_of(data, evaluation=True)
+    for source in [*training, *evaluation]:
+        _require_utf8(str(source.path))
     held_out, held_out_report, report = None, Report(), Report()
-    if args.eval:
-        held_out = parse_rows(sources.read(_one(args.eval)), held_out_report, parsing)
+    if evaluation:
+        held_out = parse_rows(sources.read(evaluation), held_out_report, parsing)
     linter = lint.Linter(evaluation=held_out, control_tokens=tokenizer.all_special_tokens)
-    if args.eval:
+    if evaluation:
         held_out_report.require_some()
-    rows = sources.read(_one(args.data), split=args.split)
-    chunks = _linted_chunks(parse_rows(rows, report, parsing), linter)
-    tokenised = tokenise.tokenise_chunks(chunks, tokenizer, config, report)
+    if training:
+        loaded = _records(training, data.limit, report, parsing)
+    else:
+        rows = _embedded(args.stage, data.limit, config.seed)
+        loaded = parse_rows(rows, report, parsing)
+    chunks = _linted_chunks(loaded, linter)
+    tokenised = tokenise.tokenise_chunks(chunks, tokenizer, settings, report)
     shown = _selected(tokenised, args.first, args.show)
     report.require_some()
     findings = linter.findings()
@@ -112,6 +169,39 @@ def _inspect(args: argparse.Namespace) -> tuple[Report, list[lint.Finding]]:
         content = json.loads(report.to_json()) | {"lint": [f._asdict() for f in findings]}
         storage.write_json(args.json, content)
     return report, findings
+
+
+def _without_limits() -> ConfigDict:
+    """The config of a command line that names none: all records of --data are read."""
+    config = default_config()
+    for name in config:
+        if _reads_data(config, name):
+            config[name].data.update(limit=0, eval_limit=0, source="", eval_source="")
+    return config
+
+
+def _named(paths: list[str] | None, split: str) -> list[Source]:
+    """The sources of --data or --eval."""
+    return [Source(path, split=split) for path in paths or ()]
+
+
+def _records(
+    listed: list[Source], limit: int, report: Report, parsing: ParseConfig
+) -> Iterator[records.Record]:
+    """At most `limit` records of each source, as training reads them; 0 is all."""
+    names = sources.labels(listed)
+    for rows, name in zip(sources.read_each(listed), names):
+        yield from first(parse_rows(rows, report, parsing), limit, name, report)
+
+
+def _embedded(stage: str, count: int, seed: int) -> Iterator[tuple[dict, str]]:
+    """The rows of the embedded task that a stage trains on."""
+    if stage == "sft":
+        rows = [{"text": text} for text in reviews.texts("train", count, seed)]
+    else:
+        rows = reviews.preferences("train", count, seed)
+    for number, row in enumerate(rows, 1):
+        yield row, f"{EMBEDDED}/train:{number}"
 
 
 def _linted_chunks(
@@ -137,10 +227,6 @@ def _selected(chunks: Iterator[Examples], first: str | None, count: int) -> list
     if any_id and not begun:
         raise records.DataError(f"no example has the id {first!r}; ids are like {any_id!r}")
     return selected
-
-
-def _one(paths: list[str]) -> str | list[str]:
-    return paths[0] if len(paths) == 1 else paths
 
 
 def _require_utf8(pattern: str) -> None:

@@ -6,16 +6,15 @@ Hugging Face folder (or a name of the hub), or WORKDIR[:STAGE] of a run of `dpoj
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import textwrap
-from collections.abc import Sequence
 from typing import NoReturn
 
 from absl import flags
 
 from dpojax.runs.command import run_script
+from dpojax.tables import side_by_side
 from dpojax.watchdog import watching
 
 MODEL = flags.DEFINE_multi_string("model", None, "One column each.", required=True)
@@ -118,17 +117,6 @@ def encode(tokenizer, prompt: str) -> list[int]:
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 else ids
-
-
-def side_by_side(texts: Sequence[str], width: int) -> str:
-    """Texts in columns of equal width, wrapped, with " | " between them."""
-    column = max(8, (width - 3 * (len(texts) - 1)) // len(texts))
-    wrapped = [
-        [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, column) or [""]]
-        for text in texts
-    ]
-    rows = itertools.zip_longest(*wrapped, fillvalue="")
-    return "\n".join(" | ".join(part.ljust(column) for part in row).rstrip() for row in rows)
 
 
 def start() -> NoReturn:

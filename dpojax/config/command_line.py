@@ -23,6 +23,7 @@ REQUIRED = re.compile(r"Flag --(\w+) must have a value other than None")  # absl
 LARGEST = 2**63 - 1
 TRUTH = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 SHOWN = 60  # characters of a value that an error shows
+NEIGHBOURS = 3  # keys or flags that an error names beside one that does not exist
 
 
 class UsageError(ValueError):
@@ -63,23 +64,31 @@ class ConfigWords(NamedTuple):
     rest: list[str]
 
 
-def parse_config_words(words: Sequence[str]) -> ConfigWords:
+def parse_config_words(words: Sequence[str], without: ConfigDict | None = None) -> ConfigWords:
     """Read the config that a command line names, for a command whose other flags are argparse's.
+
+    Args:
+      without: whose keys are set where the words name no config; None refuses them.
 
     Raises:
       UsageError: a word that sets no key. ConfigError: the config file cannot be read.
     """
     check_dashes(words)
-    if not (path := _config_path(words)):
+    path = _config_path(words)
+    if not path and without is None:
         return ConfigWords("", None, (), list(words))
-    config = read_config(path)
+    config = read_config(path) if path else without
     rest, texts = _set_keys(config, words)
     keys = tuple(f"--config.{key}={text}" for key, text in texts.items())
     return ConfigWords(path, config, keys, rest)
 
 
 def parse_flags(
-    words: Sequence[str], config: ConfigFlag | None = None, *, about: str | None = None
+    words: Sequence[str],
+    config: ConfigFlag | None = None,
+    *,
+    about: str | None = None,
+    lists: Collection[str] = (),
 ) -> None:
     """Parse the command line of a script whose flags are absl's.
 
@@ -87,6 +96,7 @@ def parse_flags(
       words: the command line, without the name of the script.
       config: gets the config that the words name.
       about: what --help says before it lists the flags.
+      lists: names of flags that take all words up to the next flag, see `gather`.
 
     Raises:
       UsageError: naming the first word that is no part of the command line.
@@ -95,9 +105,11 @@ def parse_flags(
     """
     if {"-h", "--help", "--helpshort", "--helpfull"} & set(words):
         print(f"{(about or '').strip()}\n\nflags:\n{_flags_help()}")
+        if config is not None:
+            print(f"\n{keys_help(words)}")
         sys.exit(0)
     check_dashes(words)
-    rest = list(words)
+    rest = words = gather(words, lists)
     if config is not None and (path := _config_path(words)):
         config.path = path
         config.value = read_config(path)
@@ -117,6 +129,47 @@ def parse_flags(
     _refuse_stray(left, words, missing)
 
 
+def gather(words: Sequence[str], lists: Collection[str]) -> list[str]:
+    """The words, where each one that follows a flag that takes several has that flag before it.
+
+    `--grid a=1,2 b=3,4` becomes `--grid=a=1,2 --grid=b=3,4`.
+
+    Args:
+      lists: names of flags that take several words.
+    """
+    gathered, name = [], ""
+    for word in words:
+        if word.startswith("-"):
+            flag, equals, _ = word.partition("=")
+            name = flag.lstrip("-") if flag.lstrip("-") in lists else ""
+            gathered.append(word)
+            is_bare = not equals
+        elif name:
+            if is_bare:
+                gathered.pop()
+            gathered.append(f"--{name}={word}")
+            is_bare = False
+        else:
+            gathered.append(word)
+    return gathered
+
+
+def keys_help(words: Sequence[str] = ()) -> str:
+    """Every config key with its meaning.
+
+    Args:
+      words: a command line; where it names a config, the values are those of that config.
+    """
+    from dpojax.config.key_help import help_lines
+
+    path = _config_path(words)
+    config = read_config(path) if path else None
+    whose = path or "dpojax"
+    return "\n".join(
+        [f"keys, --config.KEY=VALUE, with the values of {whose}:", *help_lines(config)]
+    )
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, as strict as `parse_flags`: no abbreviation, no flag twice, errors in one line."""
 
@@ -127,7 +180,7 @@ class ArgumentParser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         try:
             check_dashes(words)
-            _refuse_repeated(_names(words))
+            _refuse_repeated(name for name in _names(words) if not self._may_repeat(name))
             for word in filter(_is_flag, words):
                 name = word.partition("=")[0]
                 if name not in self._option_string_actions:
@@ -148,6 +201,10 @@ class ArgumentParser(argparse.ArgumentParser):
         except UsageError as error:
             self.error(str(error))
         return options
+
+    def _may_repeat(self, name: str) -> bool:
+        action = self._option_string_actions.get(f"--{name}")
+        return isinstance(action, argparse._AppendAction)  # of which "extend" is a kind
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {_one_line(message)} (--help shows all flags)", file=sys.stderr)
@@ -178,6 +235,19 @@ def set_key(config: ConfigDict, key: str, text: str) -> None:
     Raises:
       UsageError: the config has no such key, or the value is not of its type.
     """
+    value = parse_value(config, key, text)
+    *parents, name = key.split(".")
+    for part in parents:
+        config = config[part]
+    config[name] = value
+
+
+def parse_value(config: ConfigDict, key: str, text: str) -> Any:
+    """The value of a key that a text means, of the key's type.
+
+    Raises:
+      UsageError: see `set_key`.
+    """
     *parents, name = _known_key(config, key)
     node = config
     for part in parents:
@@ -185,11 +255,13 @@ def set_key(config: ConfigDict, key: str, text: str) -> None:
     kind = node.get_type(name)
     word = f"--config.{key}={_short(text)}"
     try:
-        node[name] = _value(text, kind, node[name])
+        value = _value(text, kind, node[name])
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         expected = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "")
-        raise UsageError(f"{word}: {expected or error} is expected") from error
-    _require_reasonable(word, node[name])
+        dash = "; it has a dash that is no hyphen" if set(OTHER_DASHES) & set(text) else ""
+        raise UsageError(f"{word}: {expected or error} is expected{dash}") from error
+    _require_reasonable(word, value)
+    return value
 
 
 def _value(text: str, kind: type, now: Any) -> Any:
@@ -237,8 +309,7 @@ def _known_key(config: ConfigDict, key: str) -> list[str]:
     parts, node = key.split("."), config
     for part in parts:
         if not isinstance(node, ConfigDict) or part not in node:
-            keys = [f"--config.{name}" for name in _keys(config)]
-            raise UsageError(_unknown(f"--config.{key}", keys))
+            raise UsageError(_unknown_key(config, key))
         node = node.get(part)
     if isinstance(node, ConfigDict):
         first = next(iter(_keys(node)), "KEY")
@@ -339,16 +410,48 @@ def _refuse_repeated(names: Iterable[str]) -> None:
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
-    """Says that there is no such flag, and which one is nearest."""
-    last = name.lstrip("-").rpartition(".")[2]  # a key may be named without its group
-    of_that_name = [one for one in known if one.rpartition(".")[2] == last and last]
-    near = difflib.get_close_matches(name, of_that_name, n=1, cutoff=0)
-    if not near:  # without what all keys begin with
-        common = "--config." if name.startswith("--config.") else "--"
-        short = [one.removeprefix(common) for one in known if one.startswith(common)]
-        near = difflib.get_close_matches(name.removeprefix(common), short, n=1, cutoff=0.6)
-        near = [common + one for one in near]
-    return f"{_short(name)}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
+    """Says that there is no such flag, and which ones are nearest."""
+    near = _nearest(name.lstrip("-"), [one.removeprefix("--") for one in known])
+    return f"{_short(name)}: no such flag" + _did_you_mean(f"--{one}" for one in near)
+
+
+def _unknown_key(config: ConfigDict, key: str) -> str:
+    """Says that a config has no such key, and which ones are nearest."""
+    near = _did_you_mean(f"--config.{one}" for one in nearest_keys(config, key))
+    return f"--config.{_short(key)}: no such key" + (near or "; --help lists them all")
+
+
+def nearest_keys(config: ConfigDict, key: str) -> list[str]:
+    """The keys that one may have meant: those of its name in other groups, else similar ones.
+
+    Those of the config's stages come first.
+    """
+    keys, (group, _, name) = _keys(config), key.rpartition(".")
+    of_that_name = [one for one in keys if one.rpartition(".")[2] == name]
+    if inside := [one for one in of_that_name if group and one.startswith(f"{group}.")]:
+        of_that_name = inside
+    stages = (*config.get("stages", ()), "")
+    of_that_name.sort(key=lambda one: one.partition(".")[0] not in stages)
+    return of_that_name[:NEIGHBOURS] or _nearest(key, keys)
+
+
+def _nearest(name: str, known: Collection[str]) -> list[str]:
+    """The similar names, most similar first; those that are nearly as near as the nearest."""
+    if near := difflib.get_close_matches(name, known, n=NEIGHBOURS, cutoff=0.6):
+        closest = difflib.SequenceMatcher(None, near[0], name).ratio()
+        return difflib.get_close_matches(name, near, n=NEIGHBOURS, cutoff=max(0.6, closest - 0.1))
+    last = name.rpartition(".")[2]
+    names = {one.rpartition(".")[2] for one in known}
+    similar = difflib.get_close_matches(last, names, n=1, cutoff=0.75)
+    return [one for one in known if one.rpartition(".")[2] in similar][:NEIGHBOURS]
+
+
+def _did_you_mean(names: Iterable[str]) -> str:
+    *others, last = ["", *names]
+    others = [name for name in others if name]
+    if not last:
+        return ""
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
 
 
 def _refuse_stray(left: Sequence[str], words: Sequence[str], missing: Sequence[str]) -> None:

@@ -60,11 +60,12 @@ def default_config() -> ConfigDict:
     config.exit_code_when_stopped = STOPPED
     config.check_memory = True  # refuse a stage that is predicted not to fit on a device
     config.profile = False  # trace, and tell where the time went; not for PPO or a sweep
-    config.log_every = 10  # steps
-    config.evaluate_every = 100
-    config.checkpoint_every = 100
+    config.log_every = 10  # steps between lines of metrics; 0: only at the end
+    config.evaluate_every = 100  # steps between evaluations; 0: only at the end
+    config.checkpoint_every = 100  # steps between checkpoints; 0: only at the end
     config.max_checkpoints = 2  # how many checkpoints of a stage stay on disk
-    config.tensorboard = True
+    # What shows the metrics besides metrics.jsonl: tensorboard, wandb, trackio; () is nothing.
+    config.trackers = ("tensorboard",)
     # Also write metrics under the names of these programs: trl, maxtext, or "trl,maxtext"
     # (docs/training.md). "" writes our own names alone.
     config.metric_names = ""
@@ -76,8 +77,8 @@ def _plan() -> ConfigDict:
     return ConfigDict(
         dict(
             examples=0,  # pairs, or texts of SFT, in one epoch
-            prompt=0.0,  # tokens, on average
-            response=0.0,
+            prompt=0.0,  # tokens of a prompt, on average
+            response=0.0,  # tokens of a response, on average
         )
     )
 
@@ -87,12 +88,12 @@ def _model() -> ConfigDict:
         dict(
             path="",  # Hugging Face folder or hub name; "" makes a new model of the shape below
             family="llama",  # llama or gpt2
-            width=128,
-            layers=4,
-            heads=4,
-            kv_heads=4,
-            mlp_width=384,
-            max_positions=256,
+            width=128,  # of the residual stream
+            layers=4,  # blocks of attention and MLP
+            heads=4,  # of attention
+            kv_heads=4,  # heads of keys and values; fewer than `heads` is grouped attention
+            mlp_width=384,  # of the layer inside of an MLP
+            max_positions=256,  # longest row of tokens
             compute_dtype="float32",  # or bfloat16, of matrix products; weights stay float32
             # What a layer computes again in its backward pass: nothing (none), everything but
             # matrix products (dots), everything (full).
@@ -111,7 +112,7 @@ def _tokens() -> ConfigDict:
             max_length=512,  # prompt and one response together
             max_prompt_length=0,  # 0: only max_length counts
             truncation="drop",  # drop, cut_prompt_start, cut_response_end, error
-            append_eos=True,
+            append_eos=True,  # after a response of plain text, so that the model learns to stop
             identical="drop",  # records whose responses are equal: drop, keep, error
             empty="drop",  # records with a response without text: drop, keep, error
             prompts_differ="drop",  # pairs whose dialogues have different prompts: drop, error
@@ -144,7 +145,7 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
             # makes this many.
             limit=train,
             eval_source="",  # "" holds out a share of `source`, whole prompts at a time
-            eval_split="",
+            eval_split="",  # of eval_source; as `split`
             eval_share=0.1,  # share of the prompts that is held out
             eval_limit=evaluation,  # evaluate on this many held-out records of each source; 0: all
         )
@@ -153,7 +154,7 @@ def _data(source: str, train: int, evaluation: int) -> ConfigDict:
 
 def _optimizer(learning_rate: float) -> dict:
     return dict(
-        learning_rate=learning_rate,
+        learning_rate=learning_rate,  # the highest of the schedule
         # Steps in which the rate rises from 0. Open: warmup_ratio, and without one 20 steps.
         warmup_steps=placeholder(int),
         warmup_ratio=placeholder(float),  # or this share of the steps, rounded up
@@ -163,13 +164,13 @@ def _optimizer(learning_rate: float) -> dict:
         decay_share=0.1,  # wsd: the share of the steps in which the rate falls
         optimizer=ConfigDict(
             dict(
-                name="adamw",  # or rmsprop
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                rms_decay=0.99,
-                weight_decay=0.0,
-                clip_norm=1.0,  # 0 is off
+                name="adamw",  # adamw or rmsprop
+                b1=0.9,  # adamw: decay of the mean gradient
+                b2=0.999,  # adamw: decay of the mean squared gradient
+                eps=1e-8,  # added to the root of the mean squared gradient
+                rms_decay=0.99,  # rmsprop: decay of the mean squared gradient
+                weight_decay=0.0,  # share of a weight taken away per step and learning rate
+                clip_norm=1.0,  # the largest norm of a gradient; 0 is off
             )
         ),
         # A metric of the evaluations, such as "eval/loss". The stage's result is the checkpoint
@@ -205,8 +206,8 @@ def _sft() -> ConfigDict:
             score_prompt=False,  # whether the prompt's tokens are trained on as well
             lora=_lora(),
             batch_size=64,  # examples of an optimiser step
-            epochs=1,
-            steps=0,  # 0: from epochs
+            epochs=1,  # passes over the data
+            steps=0,  # optimiser steps; 0: from epochs
             **_optimizer(3e-3),
         )
     )
@@ -220,37 +221,40 @@ def _options() -> dict:
     """
     number = lambda: placeholder(float)
     return dict(
-        beta=number(),
-        label_smoothing=number(),  # dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
-        alpha=number(),  # unlikelihood, cpo, slic, tdpo, alphapo, odpo, tpo_l, beta_dpo, alpha_dpo
+        beta=number(),  # how much the policy is kept near the reference; of most losses
+        # The assumed share of wrong labels: of dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
+        label_smoothing=number(),
+        # The alpha of docs/losses.md: of unlikelihood, cpo, slic, tdpo, alphapo, odpo, tpo_l,
+        # beta_dpo, alpha_dpo.
+        alpha=number(),
         gamma=number(),  # simpo, alphapo, tpo_l, simnpo, alpha_dpo: the target margin
-        tau=number(),  # discopop
-        penalty=number(),  # dpop
-        margin=number(),  # slic
+        tau=number(),  # discopop: its temperature
+        penalty=number(),  # dpop: weight of the penalty where chosen becomes less likely
+        margin=number(),  # slic: the target margin
         scale=number(),  # rpo, dpo_soft: of the data's score gaps
         momentum=number(),  # beta_dpo: of the mean gap over the batches
         retain_weight=number(),  # npo, simnpo: of the likelihood of responses to be kept
         value_beta=number(),  # astar_po: of the log-mean-exp of a prompt's scores
         max_reward=number(),  # chipo: margins are clipped at twice this
-        threshold=number(),  # dpo_ties
-        desirable_weight=number(),  # kto
-        undesirable_weight=number(),  # kto
+        threshold=number(),  # dpo_ties: the margin below which two responses tie
+        desirable_weight=number(),  # kto: of examples that are desirable
+        undesirable_weight=number(),  # kto: of examples that are not
         top=placeholder(int),  # plackett_luce: places that are ordered; all if open
         length_norm="",  # ipo: sum or mean; there is no default
         nll_norm="",  # likelihood terms (cpo, orpo, slic, sft, npo): sum or mean over tokens
         form="",  # rpo: sq, bwd_kl, fwd_kl
         convex="",  # gpo: logistic, hinge, squared, exponential, truncated_quadratic
-        stop_chosen=placeholder(bool),  # tdpo
+        stop_chosen=placeholder(bool),  # tdpo: no gradient of the chosen KL (TDPO2)
         baseline="",  # bco, bco_unpaired: running or zero
         divergence="",  # of the margin losses: reverse_kl, forward_kl, js, alpha, chi_squared
-        divergence_alpha=number(),
+        divergence_alpha=number(),  # of the divergence alpha
         ld_alpha=number(),  # weight of tokens beyond the shorter response's length (LD-DPO)
-        ld_weight_reference=placeholder(bool),
+        ld_weight_reference=placeholder(bool),  # whether ld_alpha weighs the reference, too
         # Bounds of a token's log-ratio, beyond which it gets no gradient (humanline); open is off.
         humanline_low=number(),  # -1 in the authors' code
         humanline_high=number(),  # 1.5 in the authors' code
         wpo="",  # weigh pairs by the policy's likelihood: corrected or plain (WPO)
-        wpo_clamp=number(),
+        wpo_clamp=number(),  # the largest weight of WPO
     )
 
 
@@ -273,9 +277,9 @@ def _preference() -> ConfigDict:
                     cache="",  # folder of cached log-probs; "" is inside the workdir
                 )
             ),
-            batch_size=64,
-            epochs=1,
-            steps=0,
+            batch_size=64,  # examples of an optimiser step
+            epochs=1,  # passes over the data
+            steps=0,  # optimiser steps; 0: from epochs
             **_optimizer(3e-4),
         )
     )
@@ -289,9 +293,9 @@ def _reward() -> ConfigDict:
             loss="bradley_terry",  # or plackett_luce_scores, on whole rankings
             margin_scale=0.0,  # bradley_terry: the target margin is this times the score gap
             centring=0.01,  # weight of the squared sum of the scores of a pair or ranking; 0: off
-            batch_size=64,
-            epochs=3,
-            steps=0,
+            batch_size=64,  # examples of an optimiser step
+            epochs=3,  # passes over the data
+            steps=0,  # optimiser steps; 0: from epochs
             **_optimizer(3e-4) | dict(keep_best="eval/rewards/accuracies"),
         )
     )
@@ -307,9 +311,9 @@ def _classifier() -> ConfigDict:
             data=_data("", 0, 2_000),  # form classified; limits take records from all over a file
             max_tokens=128,  # how many tokens of a text are read
             first_token=0,  # 0: learn at a text's last token; n: at every token from the n-th on
-            batch_size=64,
-            epochs=1,
-            steps=0,
+            batch_size=64,  # examples of an optimiser step
+            epochs=1,  # passes over the data
+            steps=0,  # optimiser steps; 0: from epochs
             **_optimizer(1e-3),
         )
     )
@@ -332,16 +336,16 @@ def _ppo() -> ConfigDict:
             steps=40,  # iterations
             batch_size=128,  # prompts of an iteration
             samples=1,  # responses to each
-            max_new_tokens=64,
+            max_new_tokens=64,  # the longest response
             epochs=1,  # passes of an iteration over its responses
             minibatches=4,  # optimiser steps of an epoch; a divisor of batch_size * samples
             # The schedule and its warm-up count iterations, and are the policy's alone.
             **_optimizer(1e-3) | dict(warmup_steps=0, schedule="linear"),
-            value_learning_rate=3e-3,
+            value_learning_rate=3e-3,  # of the value model
             value_warmup=0,  # iterations at the start that train the value model alone
             clip=0.2,  # of the ratio policy / sampler
             value_clip=0.2,  # of a value's change, in reward
-            discount=1.0,
+            discount=1.0,  # of a later token's reward
             gae_lambda=0.95,  # lambda of the advantages
             kl_coefficient=0.05,  # at the start, reward per nat
             kl_target=6.0,  # nats per response
@@ -370,9 +374,9 @@ def _samples() -> ConfigDict:
             judge_template="summary",  # the judge's prompt; see docs/judging.md
             prompts="reviews",  # held-out prompts: see ppo.prompts
             count=64,  # of them
-            per_prompt=4,
-            max_new_tokens=64,
-            temperature=1.0,
+            per_prompt=4,  # responses to each
+            max_new_tokens=64,  # the longest response
+            temperature=1.0,  # that they are drawn at; 0 is greedy
         )
     )
 
@@ -391,7 +395,7 @@ def _frontier() -> ConfigDict:
             labels="deterministic",  # or bradley_terry
             truncated="drop",  # what to do with completions that reached the length limit; or keep
             reference_samples=512,  # of each held-out prompt: for best-of-n and the optimum
-            best_of_n=(2, 4, 8, 16, 32, 64, 128),
+            best_of_n=(2, 4, 8, 16, 32, 64, 128),  # values of n
             online_rounds=4,  # of online DPO, which share `count`
             online_beta=0.1,  # of --add=online_dpo
         )
@@ -408,21 +412,21 @@ def _recipe() -> ConfigDict:
         dict(
             data="",  # a folder that a config file may put before the names of its files
             comparisons="",  # of two responses or more
-            comparisons_split="",
+            comparisons_split="",  # of `comparisons`, as STAGE.data.split
             demonstrations="",  # for SFT; "" takes the reference, or the best response, of each
-            demonstrations_split="",
+            demonstrations_split="",  # of `demonstrations`, as STAGE.data.split
             texts="",  # to train a new model on before SFT; "" starts SFT from the config's model
-            texts_split="",
+            texts_split="",  # of `texts`, as STAGE.data.split
             tests="",  # prompts with references to judge on; "" takes those of test_share
-            tests_split="",
+            tests_split="",  # of `tests`, as STAGE.data.split
             shifted="",  # prompts of another domain, to judge on as well
-            shifted_split="",
+            shifted_split="",  # of `shifted`, as STAGE.data.split
             # Of the prompts of comparisons: no run trains on these. Evaluations of the runs read
             # them, and without `tests` they are judged on.
             test_share=0.1,
             judge_share=0.0,  # of them, to train a reward model on that is the judge
             test_prompts=256,  # most that are judged on; 0 is all
-            shifted_prompts=100,
+            shifted_prompts=100,  # the same, of `shifted`
             max_words=0,  # do not judge on longer prompts; 0: on all
             max_reference_words=0,  # nor on those whose reference is longer
             instruction="",  # text before a prompt for a model that was not trained on the task
@@ -430,12 +434,12 @@ def _recipe() -> ConfigDict:
             # See scripts/judge.py. "trained" is a reward model, trained on judge_share.
             judge="trained",
             judge_template="summary",  # of judges that read a prompt
-            temperatures=(0.0, 0.25, 0.5, 0.75, 1.0),
-            shifted_temperatures=(0.0, 0.25),
+            temperatures=(0.0, 0.25, 0.5, 0.75, 1.0),  # that responses are drawn at
+            shifted_temperatures=(0.0, 0.25),  # the same, of `shifted`
             best_of=128,  # of the SFT policy's responses the one with the highest learned reward
-            max_new_tokens=64,
+            max_new_tokens=64,  # the longest response
             stop_text="",  # a response ends before this text: what an untrained model goes on with
-            betas=(0.1,),
+            betas=(0.1,),  # of DPO: a policy each
             checkpoints=0,  # judge so many checkpoints of a training run, equally far apart
         )
     )

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dpojax.config.errors import ConfigError, config_errors
 from dpojax.data.records import FORMS, DataError, read_columns
-from dpojax.training import keep_best, metric_names, stop_at
+from dpojax.training import keep_best, metric_names, stop_at, trackers
 from dpojax.training.objective import OptionError
 from dpojax.training.state import make_optimizer, make_schedule
 
@@ -67,6 +67,10 @@ def _is_mapping(columns: str) -> bool:
     return True
 
 
+def _are_trackers(names: Sequence[str]) -> bool:
+    return not trackers.why_not(names)
+
+
 def _are_programs(names: str) -> bool:
     try:
         metric_names.parse_programs(names)
@@ -96,6 +100,12 @@ SHARED_RULES = (
         "metric_names",
         _are_programs,
         f"names of {', '.join(metric_names.PROGRAMS)} with commas between, or nothing",
+    ),
+    Rule(
+        "trackers",
+        _are_trackers,
+        f"names of {', '.join(trackers.KINDS)} that are installed (pip install wandb, pip install "
+        "trackio); () is none",
     ),
     at_least("max_checkpoints", 1, "1 or more checkpoints"),
     at_least("plan.examples", 0, "0 (not known) or more examples"),

@@ -28,7 +28,7 @@ HASHED_AGAIN = (
     "delete it: the command that began the run writes it again, from the files as they are now"
 )
 # A resumed run may change these keys, and its result stays the same to the bit.
-SAME_RESULT = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "tensorboard")
+SAME_RESULT = ("log_every", "evaluate_every", "checkpoint_every", "max_checkpoints", "trackers")
 SAME_RESULT += ("model.remat", "check_memory", "profile", "token_cache", "compilation_cache")
 SAME_RESULT += ("num_proc", "hang_minutes", "preference.reference.cache", "plan")
 SAME_RESULT += ("exit_code_when_stopped", "numerics", "metric_names")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -60,7 +60,12 @@ PANELS = (
 )
 
 
-def draw(members: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> None:
+def draw(
+    members: Mapping[str, Sequence[Mapping]],
+    path: str | os.PathLike,
+    *,
+    failed: Collection[str] = (),
+) -> None:
     """Draw the evaluations of all members of a sweep, a colour for each; all or nothing.
 
     No file is written if no metric of any panel is finite.
@@ -68,6 +73,7 @@ def draw(members: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> N
     Args:
       members: name -> lines of its metrics file, of the split `eval`, in the order of the legend.
       path: .png, .pdf or .svg.
+      failed: names of members whose curves end before the last step; a cross marks where.
     """
     panels = [p for p in PANELS if any(_points(lines, p)[0] for lines in members.values())]
     panels = panels[-MOST:]
@@ -83,7 +89,8 @@ def draw(members: Mapping[str, Sequence[Mapping]], path: str | os.PathLike) -> N
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, index + 1)
             for (name, lines), color in zip(members.items(), colors):
-                handles[name] = _draw(axes, panel, lines, color)
+                label = f"{name} (failed)" if name in failed else name
+                handles[label] = _draw(axes, panel, lines, color, "X" if name in failed else "o")
             _label(axes, panel)
         figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
@@ -102,7 +109,7 @@ def _points(lines: Sequence[Mapping], panel: Panel) -> tuple[list[float], list[f
     return x, y
 
 
-def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color) -> Line2D:
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color, end: str) -> Line2D:
     """Draw the curve of one member, and mark its last evaluation, the result."""
     x, y = _points(lines, panel)
     (drawn,) = axes.plot(x, y, "-", color=color, lw=1.3)
@@ -110,7 +117,7 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping], color) -> Line2D:
         low, high = (_points(lines, panel._replace(metric=end))[1] for end in panel.interval)
         axes.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
     if x:
-        axes.plot(x[-1:], y[-1:], "o", color=color, ms=5, mec="white", mew=0.7, zorder=3)
+        axes.plot(x[-1:], y[-1:], end, color=color, ms=5, mec="white", mew=0.7, zorder=3)
     return drawn
 
 

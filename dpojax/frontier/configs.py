@@ -88,7 +88,7 @@ class RunConfigs(NamedTuple):
         config = copy.deepcopy(self.config)
         config.stages = (stage,)
         config.token_cache = config.token_cache or str(self.folder / token_cache.FOLDER)
-        config.tensorboard = False
+        config.trackers = ()
         return config
 
     def from_policy(self, stage: str) -> ConfigDict:

@@ -17,6 +17,7 @@ from dpojax.config.command_line import (
     ConfigWords,
     UsageError,
     command_name,
+    gather,
     parse_config_words,
 )
 from dpojax.config.errors import ConfigError
@@ -26,10 +27,12 @@ from dpojax.config.saved import FINISHED
 from dpojax.jobs.job import PYTHON, Job
 from dpojax.launching.engine import RESTARTED, Engine, Launch, engines, require_bucket
 from dpojax.stages.registry import resolve
+from dpojax.sweeps.best import parse_best
+from dpojax.sweeps.grid import sweep_members
 from dpojax.sweeps.launched import begin_sweep
-from dpojax.sweeps.members import read_sweep
 from dpojax.sweeps.plan import PLAN
 
+GRID = "the sweep's members: every combination of KEY=VALUE,VALUE KEY=VALUE,VALUE; with --sweep"
 DISTRIBUTED = "--config.distributed=true"
 
 
@@ -67,11 +70,13 @@ def parse(words: Sequence[str]) -> Asked:
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         raise SystemExit(0)
-    config = parse_config_words(rest)
+    config = parse_config_words(gather(rest, ("grid",)))
     options = parser.parse_args(config.rest)
     engine.check(options)
     if not options.name.isprintable():
         raise ConfigError(f"--name={options.name!r}: has a character that cannot be printed")
+    if (options.grid or options.seeds or options.best) and not options.sweep:
+        raise UsageError("--grid, --seeds and --best are of a sweep: add --sweep")
     if options.max_restarts < 0 or options.grace < 1:
         raise ConfigError("--max_restarts is 0 or more, --grace a second or more")
     return Asked(engine, config, options)
@@ -122,6 +127,9 @@ def _parser(engine: Engine) -> ArgumentParser:
     add("--config", required=True, help="FILE.py or FILE.py:VARIANT; keys: --config.KEY=VALUE")
     add("--workdir", required=True, help="where the run or the sweep keeps everything")
     add("--sweep", action="store_true", help="a job for each group of the config's sweep()")
+    add("--grid", action="extend", nargs="+", default=[], metavar="KEY=VALUES", help=GRID)
+    add("--seeds", type=int, default=0, help="of every member of the sweep")
+    add("--best", default="", help="name the best member by this metric in the end")
     add("--submit", action="store_true", help="also submit the file")
     add("--name", default="", help="of the launch; default: the last part of the workdir")
     add("--out", default="", help="the file; default: in the workdir, or here if it is a bucket")
@@ -171,10 +179,11 @@ def _jobs_of_sweep(asked: Asked) -> list[Job]:
     workdir = _workdir(asked)
     if not asked.engine.shares_files:
         require_bucket(workdir, "the jobs of a sweep")
-    members = read_sweep(asked.config.path)
-    config = editable(asked.config.value)
+    options, config = asked.options, editable(asked.config.value)
+    members = sweep_members(asked.config.path, config, options.grid, options.seeds)
+    parse_best(options.best, config.stages[-1], members)
     config.distributed = config.distributed or asked.engine.is_distributed(asked.options)
-    return begin_sweep(config, members, workdir)
+    return begin_sweep(config, members, workdir, best=options.best)
 
 
 def _launch(asked: Asked, jobs: Sequence[Job]) -> Launch:

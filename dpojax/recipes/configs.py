@@ -51,7 +51,7 @@ class RecipeConfigs(NamedTuple):
         config = copy.deepcopy(self.config)
         config.stages = (training.stage,)
         config.token_cache = config.token_cache or str(self.folder / token_cache.FOLDER)
-        config.tensorboard = False
+        config.trackers = ()
         if training.start:
             config.model.path, config.tokenizer = str(self.model(training.start)), ""
         self._set_data(config, training)

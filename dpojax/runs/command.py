@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from absl import logging
@@ -115,15 +115,23 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         end(exit_status(main))
 
 
-def run_script(main: Callable[[], int | None], config: ConfigFlag | None = None) -> NoReturn:
+def run_script(
+    main: Callable[[], int | None],
+    config: ConfigFlag | None = None,
+    *,
+    lists: Collection[str] = (),
+) -> NoReturn:
     """`run_command`, of a command whose flags are absl's; `config` is its flag --config.
 
     --help prints the text at the top of the file that holds `main`.
+
+    Args:
+      lists: flags that take all words up to the next flag.
     """
     about = sys.modules[main.__module__].__doc__
 
     def parse_and_run() -> int | None:
-        parse_flags(sys.argv[1:], config, about=about)
+        parse_flags(sys.argv[1:], config, about=about, lists=lists)
         if config is not None:
             code = config.value.exit_code_when_stopped
             if 1 <= code <= 255:  # `resolve` refuses another one; a signal may come before

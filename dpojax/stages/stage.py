@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from dpojax import sharding, storage
 from dpojax.config.contents import NamedPath
 from dpojax.config.errors import ConfigError
-from dpojax.config.resolved import ResolvedRun
+from dpojax.config.resolved import ResolvedRun, as_json, flat
 from dpojax.models import huggingface
 from dpojax.stages.data import DataRequirements
 from dpojax.stages.exported import ExportOptions, in_dtype
@@ -40,6 +40,7 @@ from dpojax.training.memory import Footprint, gib, limit_bytes
 from dpojax.training.metric_names import parse_programs
 from dpojax.training.metrics import MetricWriter
 from dpojax.training.preemption import StopSignal
+from dpojax.training.trackers import TrackedRun, open_trackers
 
 MEBI = 2**20  # processes agree on an int32, so bytes would be too many
 
@@ -289,10 +290,12 @@ def open_metrics(stage: Stage, done: int | None) -> MetricWriter:
     The lines of later steps go, and their samples: the stage writes them again.
     """
     forget_later_samples(stage.folder, done)
+    config = flat(as_json(stage.setup.config))
+    run = TrackedRun(stage.folder, config, -1 if done is None else done)
     return MetricWriter(
         stage.folder,
-        tensorboard=stage.setup.config.tensorboard,
-        resume_step=-1 if done is None else done,
+        trackers=open_trackers(stage.setup.config.trackers, run),
+        resume_step=run.resume_step,
         names=parse_programs(stage.setup.config.metric_names),
     )
 

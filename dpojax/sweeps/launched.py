@@ -43,11 +43,18 @@ REFERENCE = "reference_logprobs"  # folder of the sweep's workdir
 
 
 def begin_sweep(
-    config: ConfigDict, members: Sequence[Changes], workdir: str | storage.Path
+    config: ConfigDict,
+    members: Sequence[Changes],
+    workdir: str | storage.Path,
+    *,
+    best: str = "",
 ) -> list[Job]:
     """Write sweep.json, and return the jobs that are still to be done; none if all are.
 
     The same call with a sweep that is half done returns the other half.
+
+    Args:
+      best: a metric, by which the last job names the best member; "" names none.
 
     Raises:
       ConfigError: a member that could not start, or a workdir that holds another sweep.
@@ -68,7 +75,7 @@ def begin_sweep(
         names = {job.name for job in to_do}
         to_do = [job._replace(needs=tuple(filter(names.__contains__, job.needs))) for job in to_do]
         trained = [job.name for job in to_do if job.name not in wanted]
-        jobs = [*to_do, _table_job(trained, folder)] if to_do else []
+        jobs = [*to_do, _table_job(trained, folder, best)] if to_do else []
         write_plan(folder, plan, jobs)
     return jobs
 
@@ -112,10 +119,10 @@ def _needs(
     return () if beginning is None else (beginning.name,)
 
 
-def _table_job(trained: Sequence[str], folder: storage.Path) -> Job:
+def _table_job(trained: Sequence[str], folder: storage.Path, best: str) -> Job:
     return Job(
         name=LAST,
-        command=command("dpojax.sweeps.table", workdir=folder),
+        command=command("dpojax.sweeps.table", workdir=folder, best=best),
         needs=tuple(trained),
         outputs=(str(folder / TABLE), str(folder / FIGURE)),
         needs_devices=False,

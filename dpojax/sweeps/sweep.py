@@ -48,19 +48,26 @@ from dpojax.sweeps.plan import (
     resolve_sweep,
     write_plan,
 )
-from dpojax.sweeps.table import FIGURE, TABLE, write_table
+from dpojax.sweeps.table import files_text, write_table
 from dpojax.training.compilation_cache import shared_programs
 from dpojax.training.loop import NonFiniteLoss
 
 
 def run_sweep(
-    config: ConfigDict, members: Sequence[Changes], workdir: str | storage.Path
+    config: ConfigDict,
+    members: Sequence[Changes],
+    workdir: str | storage.Path,
+    *,
+    best: str = "",
 ) -> dict[str, str]:
     """Train every member that is not finished, in workdir/NAME, and write the table and figure.
 
     Members that differ in traced numbers alone train together, the others one after another.
     Stages that several members begin with are trained once. The same call goes on where it was
     stopped.
+
+    Args:
+      best: a metric, by which the best member is named in the end.
 
     Returns:
       why members failed, by name.
@@ -84,7 +91,7 @@ def run_sweep(
         run_jobs_in_terminal([group_job(group, folder, devices) for group in plan["groups"]])
         sharding.agreed(True)  # whatever failures the first process wrote are there
         if jax.process_index() == 0:
-            print(f"\n{write_table(folder, plan)}\n{folder}: {TABLE}, {FIGURE}")
+            print(f"\n{write_table(folder, plan, best)}\n{files_text(folder)}")
     return {name: why for name in runs if (why := failure_of(folder / name))}
 
 

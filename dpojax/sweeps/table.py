@@ -2,7 +2,8 @@
 
     python -m dpojax.sweeps.table --workdir=runs/sweep
 
-writes them for the members that are finished: the command of the last job of a sweep.
+writes them for the members that are finished or have failed: the command of the last job of a
+sweep. Where members differ in their seed alone, seeds.csv has the means.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,11 +24,16 @@ from dpojax.runs.command import run_command
 from dpojax.runs.workdirs import FINISHED, failure_of
 from dpojax.stages.samples import WIN_SCORE, last_samples
 from dpojax.stages.wins import RATE as WIN_RATE
+from dpojax.sweeps.best import FILE as BEST
+from dpojax.sweeps.best import choose_best, describe_best, parse_best
+from dpojax.sweeps.hparams import write_hparams
 from dpojax.sweeps.plan import read_plan
-from dpojax.tables import blocks_table, terminal_width
+from dpojax.sweeps.seeds import Evaluations, Setting, mean_lines, seeds_csv, settings_of
+from dpojax.tables import WIDTH, blocks_table, terminal_width
 from dpojax.training.metrics import RESERVED, read_metrics
+from dpojax.training.trackers import TENSORBOARD
 
-TABLE, FIGURE = "sweep.csv", "sweep.png"
+TABLE, FIGURE, SEED_MEANS = "sweep.csv", "sweep.png", "seeds.csv"
 # The highest win rate of a member minus this member's, paired by prompt, with a 95 % interval.
 BEHIND = "samples/behind_best"
 
@@ -66,31 +72,63 @@ COLUMNS = (
 )
 
 
-def write_table(folder: storage.Path, plan: Mapping[str, Any]) -> str:
-    """Write sweep.csv and sweep.png of the members that are finished.
+def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -> str:
+    """Write sweep.csv and sweep.png of the members that are finished or have failed.
+
+    With members that differ in their seed alone, also seeds.csv; with a metric, also best.json.
 
     Args:
       plan: what sweep.json holds.
+      best: a metric, as `parse_best` takes it; "" names no best member.
 
     Returns:
-      the table as text, in blocks of columns where the terminal is too narrow.
+      the table as text, in blocks of columns where the terminal is too narrow; then why members
+      failed, and the best one.
+
+    Raises:
+      UsageError: see `best.parse_best` and `best.choose_best`.
     """
-    stage = plan["config"]["stages"][-1]
-    evaluations = {
+    stage, members = plan["config"]["stages"][-1], plan["members"]
+    failures = {name: why for name in members if (why := failure_of(folder / name))}
+    curves = {
         name: read_metrics(folder / name / stage, "eval")
-        for name in plan["members"]
-        if (folder / name / FINISHED).exists()
+        for name in members
+        if name in failures or (folder / name / FINISHED).exists()
     }
-    kept_evaluations = {
+    evaluations = {
         name: kept_evaluation(folder / name / stage, lines)
-        for name, lines in evaluations.items()
-        if lines
+        for name, lines in curves.items()
+        if lines and name not in failures
     }
-    add_differences(kept_evaluations, {name: folder / name / stage for name in kept_evaluations})
-    storage.write_text(folder / TABLE, _csv(kept_evaluations, plan["members"]))
-    if evaluations:
-        draw(evaluations, folder / FIGURE)
-    return "\n".join(blocks_table(_rows(kept_evaluations), terminal_width()))
+    add_differences(evaluations, {name: folder / name / stage for name in evaluations})
+    storage.write_text(folder / TABLE, _csv(evaluations, members, failures))
+    if curves:
+        draw(curves, folder / FIGURE, failed=failures)
+    if TENSORBOARD in plan["config"].get("trackers", ()):
+        write_hparams(folder, members, evaluations)
+    settings = settings_of(members, stage)
+    if len(settings) < len(members):
+        storage.write_text(folder / SEED_MEANS, seeds_csv(settings, evaluations))
+        rows = _rows_of_seeds(settings, evaluations)
+    else:
+        rows = _rows(evaluations, failures)
+    lines = blocks_table(rows, terminal_width())
+    width = terminal_width() or WIDTH
+    lines += [
+        textwrap.shorten(f"{name}: {why}", width, placeholder=" ...")
+        for name, why in failures.items()
+    ]
+    if criterion := parse_best(best, stage, list(members.values())):
+        chosen = choose_best(criterion, members, stage, evaluations)
+        storage.write_json(folder / BEST, chosen or {"metric": criterion.metric, "setting": None})
+        lines += ["", describe_best(chosen, folder) if chosen else "no member is finished"]
+    return "\n".join(lines)
+
+
+def files_text(folder: storage.Path) -> str:
+    """Which files `write_table` has written."""
+    names = (TABLE, SEED_MEANS, BEST, FIGURE)
+    return f"{folder}: {', '.join(name for name in names if (folder / name).exists())}"
 
 
 def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) -> Mapping:
@@ -142,28 +180,57 @@ def _win_scores(folder: storage.Path, step: int) -> dict[str, float]:
     }
 
 
-def _csv(evaluations: Mapping[str, Mapping[str, float]], members: Mapping[str, Mapping]) -> str:
-    """The keys that members change, and all metrics of their kept evaluations."""
+def _csv(
+    evaluations: Evaluations, members: Mapping[str, Mapping], failures: Mapping[str, str]
+) -> str:
+    """The keys that members change, all metrics of their kept evaluations, and why some failed."""
     keys = list(dict.fromkeys(key for changes in members.values() for key in changes))
     metrics = sorted({key for line in evaluations.values() for key in line} - set(RESERVED))
     table = io.StringIO()
     out = csv.writer(table)
-    out.writerow(["member", *keys, "step", *metrics])
-    for name, line in evaluations.items():
-        values = [line.get(metric, math.nan) for metric in metrics]
-        changed = [members[name].get(key, "") for key in keys]
-        out.writerow([name, *changed, line["step"], *values])
+    out.writerow(["member", *keys, "step", *metrics, "failed"])
+    for name, changes in members.items():
+        if name in evaluations or name in failures:
+            line = evaluations.get(name, {})
+            values = [line.get(metric, math.nan) for metric in metrics]
+            changed = [changes.get(key, "") for key in keys]
+            out.writerow([name, *changed, line.get("step", ""), *values, failures.get(name, "")])
     return table.getvalue()
 
 
-def _rows(evaluations: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+def _columns(evaluations: Evaluations) -> list[Column]:
+    """The columns of the metrics that were logged."""
+    return [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
+
+
+def _rows(evaluations: Evaluations, failures: Mapping[str, str]) -> list[list[str]]:
     """The headings, and the kept evaluation of every member; its step where they differ."""
-    columns = [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
+    columns = _columns(evaluations)
     if len({line["step"] for line in evaluations.values()}) > 1:
         columns.insert(0, Column("step", "step", 1, ".0f"))
     rows = [["", *(column.heading for column in columns)]]
     for name, line in evaluations.items():
         rows.append([name, *(column.cell(line) for column in columns)])
+    for name in failures:
+        rows.append([f"{name} (failed)", *("" for _ in columns)])
+    return rows
+
+
+def _rows_of_seeds(settings: Sequence[Setting], evaluations: Evaluations) -> list[list[str]]:
+    """The headings, and for every setting the means over its seeds with their intervals."""
+    columns = [
+        column._replace(with_interval=True, with_error=False)
+        for column in _columns(evaluations)
+        if column.metric != BEHIND
+    ]
+    means = mean_lines(settings, evaluations)
+    rows = [["", "seeds", *(column.heading for column in columns)]]
+    for setting in settings:
+        finished = sum(name in evaluations for name in setting.members)
+        line = means.get(setting.name, {})
+        counted = f"{finished} of {len(setting.members)}"
+        shown = [column.cell(line) if line else "" for column in columns]
+        rows.append([setting.name, counted, *shown])
     return rows
 
 
@@ -173,12 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m dpojax.sweeps.table", description="Write a sweep's table and figure."
     )
     parser.add_argument("--workdir", required=True, help="of the sweep")
-    folder = workdir_path(parser.parse_args(arguments).workdir)
-    plan = read_plan(folder)
-    print(f"\n{write_table(folder, plan)}\n{folder}: {TABLE}, {FIGURE}")
-    for name in plan["members"]:
-        if why := failure_of(folder / name):
-            print(f"{name} failed: {why}", file=sys.stderr)
+    parser.add_argument("--best", default="", help="name the best member by this metric")
+    options = parser.parse_args(arguments)
+    folder = workdir_path(options.workdir)
+    print(f"\n{write_table(folder, read_plan(folder), options.best)}\n{files_text(folder)}")
 
 
 if __name__ == "__main__":

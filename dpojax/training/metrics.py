@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dpojax import sharding, storage
 from dpojax.training.metric_names import aliases
+from dpojax.training.trackers.tracker import Tracker
 from dpojax.watchdog import beat
 
 FILE = "metrics.jsonl"
@@ -97,13 +98,13 @@ class Window:
 
 
 class MetricWriter:
-    """Appends metrics to `folder/metrics.jsonl`, and event files for TensorBoard to a subfolder.
+    """Appends metrics to `folder/metrics.jsonl`, and gives them to trackers.
 
     Use it as a context manager. Only process 0 of a distributed run writes.
 
     Args:
       folder: a local folder or one on a bucket; it is made if it is not there.
-      tensorboard: also write event files, to `folder/tensorboard`.
+      trackers: that get the same numbers, see `trackers.open_trackers`; they are closed with it.
       resume_step: lines after this step are removed first, so that a resumed run has every step
         once. None keeps all lines. Damaged lines, such as the last one of a killed process, are
         always removed.
@@ -114,20 +115,18 @@ class MetricWriter:
         self,
         folder: str | os.PathLike,
         *,
-        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
         resume_step: int | None = None,
         names: Collection[str] = (),
     ):
         self._names = names
-        self._file = self._events = None
+        self._file, self._trackers = None, ()
         if jax.process_index() != 0:
             return
         folder = storage.as_path(folder)
         forget_later_steps(folder / FILE, resume_step)
         self._file = storage.LineWriter(folder / FILE)
-        if tensorboard:
-            purge_step = None if resume_step is None else resume_step + 1
-            self._events = _event_writer(folder / "tensorboard", purge_step)
+        self._trackers = tuple(trackers)
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -153,9 +152,8 @@ class MetricWriter:
         line = {"step": int(step), "split": split, "time": round(time.time(), 3)}
         line |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         self._file.write(json.dumps(line, allow_nan=False))
-        if self._events is not None:
-            for name, number in numbers.items():
-                self._events.add_scalar(f"{split}/{name}", number, int(step))
+        for tracker in self._trackers:
+            tracker.write(int(step), split, numbers)
 
     def sync(self) -> None:
         """Make all lines survive a power failure.
@@ -168,42 +166,11 @@ class MetricWriter:
 
     def close(self) -> None:
         """Close the files; later writes do nothing."""
-        for open_file in (self._file, self._events):
-            if open_file is not None:
-                open_file.close()
-        self._file = self._events = None
-
-
-def _event_writer(folder: storage.Path, purge_step: int | None):
-    """Return a `SummaryWriter` of tensorboardX that writes to a local folder or to a bucket."""
-    from tensorboardX import SummaryWriter, record_writer  # costs a second and a protobuf runtime
-
-    for scheme in ("gs", "s3"):  # its own writers for buckets need packages that we do not
-        record_writer.register_writer_factory(scheme, _BucketEvents)
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-class _BucketEvents:
-    """An event file on a bucket, as tensorboardX opens one: each flush writes the whole object."""
-
-    def __init__(self, path: str):
-        self._path, self._content = path, bytearray()
-
-    @classmethod
-    def open(cls, path: str) -> _BucketEvents:
-        return cls(path)
-
-    @staticmethod
-    def directory_check(path: str) -> None:
-        """A bucket needs no folders."""
-
-    def write(self, record: bytes) -> None:
-        self._content += record
-
-    def flush(self) -> None:
-        storage.write_bytes(self._path, bytes(self._content))
-
-    close = flush
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None:
+            self._file.close()
+        self._file, self._trackers = None, ()
 
 
 def read_metrics(folder: str | os.PathLike, split: str | None = None) -> list[dict]:

@@ -22,6 +22,7 @@ from dpojax.training.loop import (
     is_computing,
     name_the_not_finite,
     print_evaluation,
+    print_line,
     say_reached,
     warn_of_lost_updates,
 )
@@ -302,6 +303,7 @@ class VectorisedLoop:
                     rows = self.rows_of(batch, c, index)
                     names = name_the_not_finite(rows, np.asarray(bad[index]), self.examples)
                     member.error = f"loss or gradient is not finite at step {step}: {names}"
+                    print_line(member.name, f"FAILED: {member.error}; the others go on")
 
     def _save(self, chunks: Sequence[MemberChunk], done: int) -> None:
         failed = {m.name: m.error for chunk in chunks for m in chunk.members if m.error}

@@ -13,7 +13,7 @@ def get_config():
     config.samples.update(reward="reviews", count=4, per_prompt=2, max_new_tokens=8)
     config.model.remat, config.micro_rows, config.max_buckets = "none", 4, 1  # less to trace
     config.log_every, config.evaluate_every, config.checkpoint_every = 2, 3, 1
-    config.tensorboard = False
+    config.trackers = ()
     return config
 
 

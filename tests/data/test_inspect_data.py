@@ -11,6 +11,7 @@ import transformers
 
 from dpojax import storage
 from dpojax.commands import inspect_data
+from dpojax.config import command_line
 from dpojax.data.examples import Example
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
@@ -142,6 +143,48 @@ def test_an_error_is_one_message_without_a_traceback(data, tokenizer, capsys, op
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_every_key_of_a_training_can_be_set(data, tokenizer, capsys):
+    assert run(data, tokenizer, "--config.tokens.identical=keep") == 0
+    assert "3 records read, 3 kept, 0 dropped" in capsys.readouterr().out
+    run(data, tokenizer, "--config.tokens.append_eos=false")
+    assert "chosen (3 tokens)\n  y|e|s\n" in capsys.readouterr().out
+    run(data, tokenizer, "--config.preference.data.limit=1")
+    assert "1 records read, 1 kept" in capsys.readouterr().out
+    rows = [{"question": "Hi", "good": "a", "bad": "b"}]
+    data.write_text(json.dumps(rows[0]), encoding="utf-8")
+    columns = "--config.preference.data.columns=prompt=question,chosen=good,rejected=bad"
+    assert run(data, tokenizer, columns) == 0
+    assert "prompt (2 tokens)\n  H|i\n" in capsys.readouterr().out
+
+
+def test_a_config_says_what_is_read(data, tokenizer, tmp_path, capsys):
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(ROWS[0] | {"chosen": "other"}), encoding="utf-8")
+    config = tmp_path / "config.json"
+    keys = {"source": str(data), "eval_source": str(held), "form": "pair", "limit": 0}
+    content = {
+        "tokenizer": str(tokenizer),
+        "stages": ["preference"],
+        "preference": {"data": keys},
+        "tokens": {"identical": "keep", "max_length": 40},
+    }
+    config.write_text(json.dumps(content), encoding="utf-8")
+    assert inspect_data.main([f"--config={config}"]) == 0
+    out = capsys.readouterr().out
+    assert "3 records read, 3 kept" in out
+    assert "a.jsonl:1 / held.jsonl:1" in out
+    assert inspect_data.main([f"--config={config}", "--max-length=8"]) == 0  # the flag counts
+    assert "1 dropped" in capsys.readouterr().out
+
+
+def test_without_data_nothing_is_read(capsys):
+    for words in ([], ["--stage=ppo"], ["--config.preference.betta=1"]):
+        with pytest.raises(
+            command_line.UsageError, match=r"--data is missing|no stage|no such key"
+        ):
+            inspect_data.main(words)
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ def test_the_code_that_a_config_chooses_for_a_stop_starts_the_job_again_beside_1
 
 
 def test_keys_of_the_config_go_to_the_job_and_the_path_is_that_from_the_code(write):
-    words = ("--config.preference.beta=0.3", "--noconfig.tensorboard", "--config.sft.steps", "7")
+    words = ("--config.preference.beta=0.3", "--noconfig.check_memory", "--config.sft.steps", "7")
     written = write("slurm", *words, workdir="runs/a b")
     (line,) = shell_commands("slurm", written.text)
     assert python_words(line) == [
@@ -257,7 +257,7 @@ def test_keys_of_the_config_go_to_the_job_and_the_path_is_that_from_the_code(wri
         "--config=configs/reviews.py",
         f"--workdir={ROOT / 'runs' / 'a b'}",
         "--config.preference.beta=0.3",
-        "--config.tensorboard=false",
+        "--config.check_memory=false",
         "--config.sft.steps=7",
     ]
     assert "submit it with: sbatch" in written.printed

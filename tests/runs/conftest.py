@@ -39,7 +39,7 @@ TINY = {
     "log_every": 1,
     "evaluate_every": 3,
     "checkpoint_every": 2,
-    "tensorboard": False,
+    "trackers": (),
     # What one test compiled serves the others: see tests/conftest.py.
     "compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"],
 }

@@ -25,7 +25,7 @@ def get_config():
     config.checkpoint_every = 0
     config.samples.update(count=32, per_prompt=8, max_new_tokens=48)
     config.frontier.update(count=800, reference_samples=256, best_of_n=(2, 4, 16, 64))
-    config.tensorboard = False
+    config.trackers = ()
     return config
 
 

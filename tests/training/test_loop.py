@@ -83,7 +83,7 @@ def run_loop(monkeypatch):
 
         with contextlib.ExitStack() as stack:
             saved = stack.enter_context(Checkpoints(folder / "checkpoints", max_checkpoints=1))
-            writer = stack.enter_context(MetricWriter(folder, tensorboard=False))
+            writer = stack.enter_context(MetricWriter(folder))
             state, batches = State(jnp.int32(0), jnp.arange(3.0)), Batches()
             if saved.latest is not None:
                 abstract = State(jax.ShapeDtypeStruct((), jnp.int32), SHAPE)

@@ -24,6 +24,7 @@ from dpojax.training.metrics import (
     progress,
     read_metrics,
 )
+from dpojax.training.trackers.tensorboard import TensorBoard
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 
@@ -67,7 +68,7 @@ def test_a_long_window_loses_no_digits():
 
 
 def test_a_line_holds_strict_json_with_null_for_what_json_has_not(tmp_path):
-    with MetricWriter(tmp_path, tensorboard=False) as writer:
+    with MetricWriter(tmp_path) as writer:
         writer.write(3, {"loss": jnp.float32(0.5), "kl/per_token": math.nan, "x": -math.inf})
         refuse = lambda constant: pytest.fail(f"{constant} is not JSON")
         line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
@@ -77,7 +78,7 @@ def test_a_line_holds_strict_json_with_null_for_what_json_has_not(tmp_path):
 
 
 def test_lines_are_on_disk_before_the_writer_is_closed_and_splits_are_told_apart(tmp_path):
-    with MetricWriter(tmp_path, tensorboard=False) as writer:
+    with MetricWriter(tmp_path) as writer:
         writer.write(1, {"loss": 0.75})
         writer.write(1, {"loss": 0.25}, split="eval")
         assert [line["loss"] for line in read_metrics(tmp_path)] == [0.75, 0.25]
@@ -86,13 +87,13 @@ def test_lines_are_on_disk_before_the_writer_is_closed_and_splits_are_told_apart
 
 
 def test_a_resumed_run_has_every_step_once_also_after_a_torn_line(tmp_path):
-    with MetricWriter(tmp_path, tensorboard=False) as writer:
+    with MetricWriter(tmp_path) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "spl')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    with MetricWriter(tmp_path, tensorboard=False, resume_step=3) as writer:
+    with MetricWriter(tmp_path, resume_step=3) as writer:
         for step in (4, 5, 6):
             writer.write(step, {"loss": 10 * step})
     steps = {line["step"]: line["loss"] for line in read_metrics(tmp_path)}
@@ -103,7 +104,7 @@ def test_a_resumed_run_has_every_step_once_also_after_a_torn_line(tmp_path):
 
 def test_a_torn_line_goes_also_where_no_step_is_given(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n{"step": 2')
-    with MetricWriter(tmp_path, tensorboard=False) as writer:
+    with MetricWriter(tmp_path) as writer:
         writer.write(2, {})
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
@@ -121,7 +122,7 @@ def test_a_damaged_line_in_the_middle_is_left_out_and_the_next_writer_removes_it
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
     is_object = garbage.startswith('{"') or garbage == "{}"
     assert (f"{path}:2 is damaged" in caplog.text) != is_object
-    MetricWriter(tmp_path, tensorboard=False, resume_step=2).close()
+    MetricWriter(tmp_path, resume_step=2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -131,7 +132,7 @@ def test_bytes_that_are_no_text_are_left_out_too(tmp_path):
 
 
 def test_a_file_that_was_deleted_meanwhile_is_told_when_the_lines_are_to_be_safe(tmp_path):
-    with MetricWriter(tmp_path / "run", tensorboard=False) as writer:
+    with MetricWriter(tmp_path / "run") as writer:
         writer.write(1, {})
         writer.sync()
         shutil.rmtree(tmp_path / "run")
@@ -141,7 +142,7 @@ def test_a_file_that_was_deleted_meanwhile_is_told_when_the_lines_are_to_be_safe
 
 def test_a_metric_may_not_take_the_name_of_a_column(tmp_path):
     with (
-        MetricWriter(tmp_path, tensorboard=False) as writer,
+        MetricWriter(tmp_path) as writer,
         pytest.raises(ValueError, match=r"\['step'\]"),
     ):
         writer.write(1, {"step": 2.0})
@@ -157,7 +158,8 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
 def test_metrics_on_a_bucket_are_resumed_like_those_on_a_disk(bucket):  # noqa: F811
     folder = f"{bucket}/run"
     for resume_step, steps in ((None, (1, 2, 3)), (2, (3, 4))):
-        with MetricWriter(folder, resume_step=resume_step) as writer:
+        tracker = TensorBoard(storage.as_path(folder), resume_step)
+        with MetricWriter(folder, trackers=[tracker], resume_step=resume_step) as writer:
             for step in steps:
                 writer.write(step, {"loss": step * len(steps)})
     assert [line["loss"] for line in read_metrics(folder)] == [3, 6, 6, 8]
@@ -166,7 +168,7 @@ def test_metrics_on_a_bucket_are_resumed_like_those_on_a_disk(bucket):  # noqa: 
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(tmp_path, trackers=[TensorBoard(storage.as_path(tmp_path))]) as writer:
         writer.write(7, {"rewards/margins": 0.25}, split="eval")
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, scalars = path.read_bytes(), []

@@ -75,7 +75,7 @@ TRAIN = {"loss": 0.5, "learning_rate": 1e-5, "num_tokens": 9.0, "perf/seconds_pe
 
 def test_a_line_has_the_same_numbers_under_the_names_of_maxtext_and_trl(tmp_path):
     """The names are those of maxtext's metric_logger.py and of transformers' Trainer."""
-    with MetricWriter(tmp_path, tensorboard=False, names=("maxtext", "trl")) as writer:
+    with MetricWriter(tmp_path, names=("maxtext", "trl")) as writer:
         writer.write(1, TRAIN)
         writer.write(1, {"loss": 0.25, "rewards/accuracies": 0.75}, split="eval")
     train, evaluation = read_metrics(tmp_path)

@@ -100,9 +100,7 @@ def train(monkeypatch):
 
             def member(name):
                 own = stack.enter_context(Checkpoints(folder / name))
-                writer = stack.enter_context(
-                    MetricWriter(folder / name, tensorboard=False, resume_step=done)
-                )
+                writer = stack.enter_context(MetricWriter(folder / name, resume_step=done))
                 evaluate = lambda state: {"params": float(state.params)}
                 error = failed.get(name, "")
                 new = Member(name, STEPS[name], evaluate, writer, own, error=error)

@@ -55,7 +55,7 @@ def train(monkeypatch):
             state, batches, done = State(jnp.int32(0)), Batches(), saved.latest
             if done is not None:
                 state, _ = saved.restore(jax.eval_shape(lambda: state), batches)
-            writer = MetricWriter(folder, tensorboard=False, resume_step=done)
+            writer = MetricWriter(folder, resume_step=done)
             TrainLoop(
                 stage="toy",
                 step=step,

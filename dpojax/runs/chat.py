@@ -1,0 +1,185 @@
+"""A dialogue with a policy: its chat template, our sampler, a reply that comes piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpojax.runs.policy import Policy
+from dpojax.sampling import ResponsePrefix, build_sampler, pad
+from dpojax.sharding import to_host
+
+PIECE = 16  # tokens that are drawn at a time
+UNFINISHED = "\ufffd"  # how a character ends of which not all tokens are there yet
+
+
+class ChatSettings(NamedTuple):
+    """How replies are drawn.
+
+    Attributes:
+      system: the system's message before a dialogue; "" is none.
+      template: whether messages go through the tokenizer's chat template. Without it each message
+        is a prompt by itself, and the model goes on with it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    system: str = ""
+    template: bool = True
+
+
+class NoRoom(ValueError):
+    """A message that does not fit into the model's positions."""
+
+
+@dataclasses.dataclass
+class Dialogue:
+    """The messages that were exchanged with one policy.
+
+    Attributes:
+      policy: that answers.
+      settings: how it does.
+      messages: role and content, as chat templates read them.
+      draws: replies so far; each is drawn with randomness of its own.
+      forgotten: exchanges that were left out of the last prompt since they did not fit any more.
+    """
+
+    policy: Policy
+    settings: ChatSettings
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    draws: int = 0
+    forgotten: int = 0
+
+    @property
+    def uses_template(self) -> bool:
+        return self.settings.template and bool(self.policy.tokenizer.chat_template)
+
+    def clear(self) -> None:
+        """Begin a new dialogue."""
+        self.messages = []
+
+    def reply(self, message: str) -> Iterator[str]:
+        """Add a user's message, and yield the pieces of the reply as they are drawn.
+
+        What was yielded stays in the dialogue, also where the caller stops early.
+
+        Raises:
+          NoRoom: the message alone is too long for the model.
+        """
+        if not self.uses_template:
+            self.messages = []
+        self.messages.append({"role": "user", "content": message})
+        try:
+            prompt = self._prompt()
+        except NoRoom:
+            self.messages.pop()
+            raise
+        text = ""
+        try:
+            for piece in self._pieces(prompt):
+                text += piece
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": text})
+
+    def again(self) -> Iterator[str]:
+        """Draw another reply to the last message, in place of the one that was given.
+
+        Raises:
+          ValueError: there is no message yet.
+        """
+        asked = [k for k, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise ValueError("nothing was said yet")
+        last = self.messages[asked[-1]]["content"]
+        del self.messages[asked[-1] :]
+        return self.reply(last)
+
+    def _prompt(self) -> list[int]:
+        """The ids before the reply; the oldest exchanges are left out if they do not fit."""
+        limit = self.policy.model.config.max_positions - PIECE
+        system = [{"role": "system", "content": self.settings.system}]
+        for start in range(0, len(self.messages), 2):
+            messages = self.messages[start:]
+            ids = self._encode([*system, *messages] if self.settings.system else messages)
+            if len(ids) <= limit:
+                self.forgotten = start // 2
+                return ids
+        raise NoRoom(
+            f"the message has {len(ids)} tokens, and the model reads {limit} before a reply"
+        )
+
+    def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        tokenizer = self.policy.tokenizer
+        if self.uses_template:
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(messages[-1]["content"])["input_ids"]
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 else ids
+
+    def _pieces(self, prompt: list[int]) -> Iterator[str]:
+        """The text of the reply, where each piece ends with a whole character."""
+        tokenizer, shown = self.policy.tokenizer, ""
+        tokens: list[int] = []
+        for new, has_ended in self._tokens(prompt):
+            tokens += new
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if has_ended or not text.endswith(UNFINISHED):
+                yield text[len(shown) :]
+                shown = text
+
+    def _tokens(self, prompt: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """The ids of the reply, `PIECE` at a time, and whether these are the last.
+
+        They are those that would be drawn at once: the sampler is told how many there are already.
+        """
+        settings, policy = self.settings, self.policy
+        sampler = build_sampler(policy.model, max_new_tokens=PIECE, stop=policy.stop)
+        room = policy.model.config.max_positions - len(prompt)
+        limit = min(settings.max_new_tokens, room - room % PIECE)
+        drawn: list[int] = []
+        number, self.draws = self.draws, self.draws + 1
+        while len(drawn) < limit:
+            batch = pad([np.asarray([*prompt, *drawn])], [number], 1)
+            prefix = ResponsePrefix(np.zeros(1, np.int32), np.full(1, len(drawn), np.int32))
+            with jax.set_mesh(policy.mesh):
+                samples = to_host(
+                    sampler(
+                        policy.params,
+                        batch,
+                        seed=settings.seed,
+                        temperature=settings.temperature,
+                        top_k=settings.top_k,
+                        top_p=settings.top_p,
+                        prefix=prefix,
+                    )
+                )
+            new = samples.tokens[0, 0, : samples.lengths[0, 0]].tolist()[: limit - len(drawn)]
+            drawn += new
+            has_ended = bool(samples.stopped[0, 0]) or len(drawn) >= limit
+            yield new, has_ended
+            if has_ended:
+                return
+
+
+def describe(name: str, dialogue: Dialogue) -> str:
+    """How a model will be talked to."""
+    if dialogue.uses_template:
+        return f"{name}: with its chat template"
+    reason = "as asked" if not dialogue.settings.template else "it has no chat template"
+    return f"{name}: each line is a prompt by itself, that the model goes on with ({reason})"
+
+
+def one_line(text: str) -> str:
+    """A reply as one line: a newline is \\n, and a backslash is doubled."""
+    text = text.strip().replace("\\", "\\\\")
+    return text.replace("\r", "").replace("\n", "\\n").replace("\t", "\\t")
