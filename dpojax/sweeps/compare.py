@@ -15,6 +15,7 @@ from dpojax.config.command_line import UsageError
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import flat
 from dpojax.config.saved import CONFIG, CONTENTS, FINISHED, REWRITTEN, SAME_RESULT
+from dpojax.evaluation.plots import is_defined
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.runs.workdirs import failure_of
 from dpojax.sweeps.best import OF_THE_LOSS, changes_measure
@@ -154,7 +155,8 @@ def describe(runs: Sequence[ComparedRun], stage: str, metric: str, width: int) -
     parts = [f"{stage} of {len(runs)} runs"]
     parts.append("\n".join(blocks_table(_metric_rows(runs, bool(of_measure)), width)))
     failed = [f"{run.label} {run.status}" for run in runs if run.status.startswith("failed")]
-    parts += [textwrap.fill(line, width) for line in failed]
+    if failed:
+        parts.append("\n".join(textwrap.shorten(x, width, placeholder=" ...") for x in failed))
     if not rows:
         parts.append("The configs do not differ in anything that decides a result.")
     else:
@@ -198,7 +200,9 @@ def _first_metric(runs: Sequence[ComparedRun], is_other_measure: bool) -> str:
 
 def _curve(runs: Sequence[ComparedRun], metric: str, width: int) -> list[str]:
     """A column for each run, a line for each step at which one was evaluated."""
-    by_step = [{line["step"]: line[metric] for line in run.lines if metric in line} for run in runs]
+    by_step = [
+        {line["step"]: line[metric] for line in run.lines if _has(line, metric)} for run in runs
+    ]
     steps = sorted({step for values in by_step for step in values})
     if not steps:
         known = sorted({name for run in runs for line in run.lines for name in line} - {*RESERVED})
@@ -212,6 +216,11 @@ def _curve(runs: Sequence[ComparedRun], metric: str, width: int) -> list[str]:
         cells = [f"{values[step]:.4f}" if step in values else "" for values in by_step]
         rows.append([f"step {step}", *cells])
     return blocks_table(rows, width)
+
+
+def _has(line: Mapping[str, float], metric: str) -> bool:
+    """Whether the metric means something: while the policy is the reference, no accuracy does."""
+    return metric in line and is_defined(metric, line)
 
 
 def write_comparison(runs: Sequence[ComparedRun], folder: storage.Path) -> list[str]:

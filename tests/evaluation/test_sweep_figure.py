@@ -46,6 +46,19 @@ def test_each_member_has_a_curve_of_its_finite_points(tmp_path, figures):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(members)
 
 
+def test_a_member_that_failed_is_named_so_and_its_curve_ends_in_a_cross(tmp_path, figures):
+    members = {"a": [line(0, loss=0.7), line(10, loss=0.6)], "b": [line(0, loss=0.7)]}
+    draw(members, tmp_path / "sweep.png", failed={"b": "not finite"})
+    (figure,) = figures
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b (failed)"]
+    ends = {
+        marker.get_marker(): marker.get_xydata().tolist()
+        for marker in figure.axes[0].lines
+        if marker.get_marker() != "None"
+    }
+    assert ends == {"o": [[10, 0.6]], "X": [[0, 0.7]]}
+
+
 @pytest.mark.parametrize("reward", ["rewards/margins", "rewards/chosen"])
 def test_where_the_policy_is_the_reference_no_accuracy_is_drawn(tmp_path, figures, reward):
     lines = [

@@ -22,7 +22,7 @@ def make_run(folder, accuracies, *, finished=True, failed="", files=None, **chan
     contents = {"version": {"dpojax": "1", "code": "abc"}, "files": files or {}}
     (folder / "contents.json").write_text(json.dumps(contents))
     lines = [
-        {"step": 10 * k, "split": "eval", "rewards/accuracies": x, "rewards/margins": 0.1 + k}
+        {"step": 10 * k, "split": "eval", "rewards/accuracies": x, "rewards/margins": float(k)}
         | {"loss": 0.7 - x / 2, "rewards/chosen": 0.1}
         for k, x in enumerate(accuracies)
     ]
@@ -90,8 +90,9 @@ def test_what_is_printed_fits_and_says_how_far_each_run_is(workdirs, width):
     assert "Losses and margins are not compared" in told
     assert "preference.beta differs" in told
     curve = text[text.index("eval/rewards/accuracies") :].splitlines()
-    assert curve[2].split() == ["step", "10", "0.6000", "0.5000"]
-    assert curve[3].split() == ["step", "20", "0.7000"]
+    # At step 0 the policy is the reference, and no accuracy means anything.
+    assert curve[1].split() == ["step", "10", "0.6000", "0.5000"]
+    assert curve[2].split() == ["step", "20", "0.7000"]
 
 
 def test_a_metric_may_be_named_and_an_unknown_one_is_told(workdirs):

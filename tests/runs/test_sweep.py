@@ -23,7 +23,7 @@ from dpojax.runs.workdirs import FINISHED, short_hash
 from dpojax.stages.preference import Preference
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
-from dpojax.sweeps import group, layout, plan, sweep
+from dpojax.sweeps import group, layout, plan, sweep, table
 from dpojax.sweeps.members import (
     member_names,
     member_run,
@@ -183,14 +183,16 @@ def test_a_member_fails_alone_and_says_why(swept):
     assert [path.name for path in folder.glob(f"{sweep.GROUPS}/*")] == []
 
 
-def test_table_and_figure_show_the_finished_members(swept):
-    with open(swept[0] / sweep.TABLE) as file:
+def test_table_and_figure_show_all_members_and_why_one_failed(swept):
+    with open(swept[0] / table.TABLE) as file:
         rows = {row["member"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {*NAMES} - {BROKEN}
+    assert set(rows) == {*NAMES}
+    assert rows[BROKEN]["failed"] == swept[1][BROKEN]
+    assert (rows[BROKEN]["loss"], rows[SHORT]["failed"]) == ("nan", "")
     assert rows[SHORT]["preference.beta"] == "2.0"
     last = lines(swept[0] / SHORT, "preference")[-1]
     assert float(rows[SHORT]["loss"]) == pytest.approx(last["loss"])
-    assert (swept[0] / sweep.FIGURE).stat().st_size > 10_000
+    assert (swept[0] / table.FIGURE).stat().st_size > 10_000
 
 
 def test_a_finished_sweep_does_nothing_again(swept, monkeypatch):

@@ -34,6 +34,8 @@ class Trackio:
                 auto_log_cpu=False,
                 embed=False,
             )
+        with contextlib.suppress(AttributeError):
+            trackio.context_vars.current_run.set(None)  # else it finishes the run again at exit
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         finite = {f"{split}/{name}": x for name, x in values.items() if math.isfinite(x)}

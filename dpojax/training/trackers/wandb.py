@@ -23,7 +23,7 @@ class WeightsAndBiases:
     def __init__(self, run: TrackedRun):
         import wandb
 
-        folder = run.folder if storage.is_local(run.folder) else None
+        folder = str(run.folder) if storage.is_local(run.folder) else None
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=hashlib.sha256(str(run.folder).encode()).hexdigest()[:16],
