@@ -180,7 +180,8 @@ def _jobs_of_sweep(asked: Asked) -> list[Job]:
     if not asked.engine.shares_files:
         require_bucket(workdir, "the jobs of a sweep")
     options, config = asked.options, editable(asked.config.value)
-    members = sweep_members(asked.config.path, config, options.grid, options.seeds)
+    # Of a copy that may be changed, the types of keys that are open are not known any more.
+    members = sweep_members(asked.config.path, asked.config.value, options.grid, options.seeds)
     parse_best(options.best, config.stages[-1], members)
     config.distributed = config.distributed or asked.engine.is_distributed(asked.options)
     return begin_sweep(config, members, workdir, best=options.best)

@@ -28,7 +28,10 @@ def read_sweep(path: str) -> list[Changes]:
     with failing_at_its_line(split_variant(path)[0]):
         members = module.sweep() if hasattr(module, "sweep") else []
     if not members:
-        raise ConfigError(f"{path}: has no function sweep() that returns a list of changes")
+        raise ConfigError(
+            f"{path}: has no function sweep() that returns a list of changes; write one, or give "
+            "--grid KEY=VALUE,VALUE"
+        )
     return members
 
 

@@ -393,3 +393,26 @@ def test_groups_that_have_ended_are_not_launched_again(write, two_losses, tmp_pa
     (run / "loss-hinge-beta-2" / "failed.txt").write_text("the loss is not finite")
     assert launch.launch(["slurm", two_losses, f"--workdir={run}", *words]) == 0
     assert "nothing is launched" in capsys.readouterr().out
+
+
+def test_a_grid_with_seeds_is_launched_as_members_and_the_last_job_names_the_best(write, tmp_path):
+    words = ("--sweep", "--grid", "beta=0.1,1", "label_smoothing=0.1", "--seeds=2")
+    write("slurm", *words, "--best=eval/rewards/accuracies", *KEYS)
+    plan = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert list(plan["members"].values()) == [
+        {"preference.beta": beta, "preference.label_smoothing": 0.1, "seed": seed}
+        for beta in (0.1, 1.0)
+        for seed in (0, 1)
+    ]
+    # Seeds have an SFT each, so the members of one seed train together.
+    assert [len(group) for group in plan["groups"]] == [2, 2]
+    last = jobs_in(tmp_path / "run")["table"]
+    assert python_words(last["command"])[-1] == "--best=eval/rewards/accuracies"
+
+
+def test_a_grid_without_a_sweep_and_a_best_that_cannot_be_compared_are_refused():
+    words = ["slurm", CONFIG, "--workdir=w", "--grid", "beta=0.1,1"]
+    with pytest.raises(UsageError, match="add --sweep"):
+        launch.parse(words)
+    with pytest.raises(UsageError, match=r"members differ in preference\.beta"):
+        launch.launch([*words, "--sweep", "--best=eval/loss"])
