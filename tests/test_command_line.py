@@ -270,6 +270,8 @@ def test_every_script_refuses_a_stray_word_with_one_line_and_status_2(script):
         "export": ["--workdir=x", "--out=y"],
         "prefer": ["--policy=x", "--prompts=reviews", "--reward=reviews", "--out=y"],
         "sample": ["--model=x"],
+        "chat": ["--model=x"],
+        "compare": [],
         "launch": ["slurm", CONFIG, "--workdir=x"],
         "judge": ["--a=x", "--prompts=reviews", "--judge=exact"],
         "plan": [CONFIG, "--topology=cpu:1"],
