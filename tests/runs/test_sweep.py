@@ -509,7 +509,7 @@ def test_a_sweep_whose_data_have_changed_is_refused_also_for_members_that_have_n
     members = [{"model.width": 16}, {"model.width": 32}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "run_jobs_in_terminal", lambda jobs: None)
-        patch.setattr(sweep, "write_table", lambda folder, plan: "")
+        patch.setattr(sweep, "write_table", lambda folder, plan, best: "")
         run_sweep(config, members, tmp_path / "sweep")
         run_sweep(config, members, tmp_path / "sweep")
         pairs.write_text(line.replace("b", "d") + "\n")
