@@ -1,14 +1,17 @@
 """The README and the commands of all pages: what they name exists, and what they set is a key."""
 
+import importlib.util
 import pathlib
 import re
 import shlex
 import xml.etree.ElementTree as ET
 
 import pytest
+from ml_collections import ConfigDict
 
 from dpojax.commands.entry import COMMANDS
 from dpojax.config.command_line import UsageError, parse_config_words
+from dpojax.config.defaults import default_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -72,6 +75,33 @@ def test_a_page_with_a_wrong_key_or_config_is_refused():
     for line in ("dpojax train --config=pairs --config.beta_of=1", "dpojax train --config=pears"):
         with pytest.raises((UsageError, ValueError)):
             parse_config_words(of_dpojax(f"```sh\n{line}\n```")[0][1:])
+
+
+def load_hook(name: str):
+    spec = importlib.util.spec_from_file_location(name, DOCS / "hooks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def all_keys(config: ConfigDict, prefix: str = ""):
+    for name in config:
+        inner = config.get(name)
+        if isinstance(inner, ConfigDict):
+            yield from all_keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_the_page_of_config_keys_has_every_key_with_a_meaning():
+    listed, group = set(), ""
+    for line in "\n".join(load_hook("config_keys").tables()).splitlines():
+        if heading := re.match(r"## (?:`([\w.]+)`)?", line):
+            group = f"{heading[1]}." if heading[1] else ""
+        elif row := re.match(r"\| `(\w+)` \| .+ \| (.+) \|$", line):
+            listed.add(group + row[1])
+            assert row[2].strip(), f"{group}{row[1]} has no meaning"
+    assert listed == set(all_keys(default_config()))
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "drawings").glob("*.svg")), ids=lambda p: p.stem)
