@@ -172,3 +172,10 @@ def test_the_table_of_seeds_counts_those_that_finished():
     ]
     assert float(rows[0]["rewards/accuracies"]) == pytest.approx(0.72)
     assert rows[0]["preference.beta"] == "0.1"
+
+
+def test_a_metric_that_no_evaluation_has_is_told_with_those_that_there_are():
+    members, lines = members_of({(0.1, 0): 0.70})
+    with pytest.raises(UsageError, match=r"no eval/nothing; they have eval/rewards/accuracies"):
+        choose_best(Criterion("nothing", 1), members, "preference", lines)
+    assert choose_best(Criterion("rewards/accuracies", 1), members, "preference", {}) is None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -60,7 +61,7 @@ def main() -> None:
     dialogues = [Dialogue(load_policy(name), settings) for name in names]
     if on_terminal:
         for name, dialogue in zip(names, dialogues):
-            print(describe(name, dialogue))
+            print(textwrap.fill(describe(name, dialogue), shutil.get_terminal_size().columns))
         print("/help lists the commands, Ctrl-D ends", flush=True)
     with interrupts_raise():
         _talk(names, dialogues, on_terminal)
@@ -134,6 +135,8 @@ def _show(names: list[str], dialogues: list, replies: list[Iterator[str]]) -> No
     from dpojax.tables import side_by_side
 
     width = shutil.get_terminal_size().columns
+    if replies and not any(dialogue.draws for dialogue in dialogues):
+        print("[compiling; later replies come sooner]", flush=True)
     try:
         if len(replies) == 1:
             begun = False

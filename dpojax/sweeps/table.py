@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
-from dpojax.config.command_line import ArgumentParser
+from dpojax.config.command_line import ArgumentParser, UsageError
 from dpojax.config.resolved import workdir_path
 from dpojax.evaluation.judging.bootstrap import SIGNED, mean_over_prompts
 from dpojax.evaluation.sweep_figure import draw
@@ -25,8 +25,9 @@ from dpojax.runs.workdirs import FINISHED, failure_of
 from dpojax.stages.samples import WIN_SCORE, last_samples
 from dpojax.stages.wins import RATE as WIN_RATE
 from dpojax.sweeps.best import FILE as BEST
-from dpojax.sweeps.best import choose_best, describe_best, parse_best
+from dpojax.sweeps.best import Criterion, choose_best, describe_best, parse_best
 from dpojax.sweeps.hparams import write_hparams
+from dpojax.sweeps.members import Changes
 from dpojax.sweeps.plan import read_plan
 from dpojax.sweeps.seeds import Evaluations, Setting, mean_lines, seeds_csv, settings_of
 from dpojax.tables import WIDTH, blocks_table, terminal_width
@@ -86,7 +87,7 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
       failed, and the best one.
 
     Raises:
-      UsageError: see `best.parse_best` and `best.choose_best`.
+      UsageError: see `best.parse_best`.
     """
     stage, members = plan["config"]["stages"][-1], plan["members"]
     failures = {name: why for name in members if (why := failure_of(folder / name))}
@@ -109,20 +110,34 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
     settings = settings_of(members, stage)
     if len(settings) < len(members):
         storage.write_text(folder / SEED_MEANS, seeds_csv(settings, evaluations))
-        rows = _rows_of_seeds(settings, evaluations)
+        lines = blocks_table(_rows_of_seeds(settings, evaluations), terminal_width())
+        lines.append("Means over seeds, with Student's 95 % intervals.")
     else:
-        rows = _rows(evaluations, failures)
-    lines = blocks_table(rows, terminal_width())
+        lines = blocks_table(_rows(evaluations, failures), terminal_width())
     width = terminal_width() or WIDTH
     lines += [
         textwrap.shorten(f"{name}: {why}", width, placeholder=" ...")
         for name, why in failures.items()
     ]
     if criterion := parse_best(best, stage, list(members.values())):
-        chosen = choose_best(criterion, members, stage, evaluations)
-        storage.write_json(folder / BEST, chosen or {"metric": criterion.metric, "setting": None})
-        lines += ["", describe_best(chosen, folder) if chosen else "no member is finished"]
+        lines += ["", _best_text(criterion, members, stage, evaluations, folder)]
     return "\n".join(lines)
+
+
+def _best_text(
+    criterion: Criterion,
+    members: Mapping[str, Changes],
+    stage: str,
+    evaluations: Evaluations,
+    folder: storage.Path,
+) -> str:
+    """Write best.json; say which member is best, or why none is."""
+    try:
+        chosen = choose_best(criterion, members, stage, evaluations)
+    except UsageError as error:  # the table is shown all the same
+        return str(error)
+    storage.write_json(folder / BEST, chosen or {"metric": criterion.metric, "setting": None})
+    return describe_best(chosen, folder) if chosen else f"no setting has a {criterion.metric}"
 
 
 def files_text(folder: storage.Path) -> str:
