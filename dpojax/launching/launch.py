@@ -122,6 +122,7 @@ def _parser(engine: Engine) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{command_name()} {engine.name}",
         description=f"Write {engine.about} that trains a config, or its sweep.",
+        epilog="dpojax train --help lists every key of a config.",
     )
     add = parser.add_argument
     add("--config", required=True, help="FILE.py or FILE.py:VARIANT; keys: --config.KEY=VALUE")
