@@ -53,6 +53,7 @@ LOSS_OPTIONS = {
     "chipo": {"max_reward": 1.0},
     "tpo_l": {"beta": 2.0, "gamma": 1.0, "alpha": 1.0},
     "beta_dpo": {"alpha": 0.6},
+    "epsilon_dpo": {"reference.kind": "live"},
     "alpha_dpo": {"beta": 2.0, "gamma": 1.0, "alpha": 0.1},
     "npo": {"retain_weight": 1.0},
     "simnpo": {"beta": 2.5, "gamma": 0.0, "retain_weight": 1.0},

@@ -218,7 +218,11 @@ def scan_vocabulary_gradients(
 def _chunk_logits(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
     """How many logits a chunk may have; a lone CPU gets fewer, which stay in its cache."""
     device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    if device is None:
+        platform = jax.default_backend()
+    else:
+        # Some versions of JAX have no name of the platform here; a CPU's kind is "cpu" in all.
+        platform = getattr(device, "platform", device.device_kind)
     # Members of a sweep do not share a model, so that axis does not count.
     devices_of_model = math.prod(n for axis, n in shared_axes(mesh).items() if axis != "sweep")
     if platform != "cpu" or devices_of_model > 1:

@@ -102,6 +102,7 @@ def test_the_page_on_trl_names_every_loss():
     """As equal to one of TRL's, as different from it, or as missing there."""
     page = (ROOT / "docs/losses_and_trl.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\b\w+\b", page))
+    # These are not losses of log-probs.
     parts = {"implicit_rewards", "kto_baseline", "log_ratios", "per_token", "shared_length"}
-    parts |= {"optimal_values", "plackett_luce_scores", "gap_statistics"}  # not losses of log-probs
+    parts |= {"epsilon_steps", "gap_statistics", "optimal_values", "plackett_luce_scores"}
     assert {each for each in losses.__all__ if each.islower()} - parts <= named

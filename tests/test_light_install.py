@@ -1,11 +1,13 @@
 """`pip install dpojax` brings jax and numpy alone, and that is enough for losses and log-probs."""
 
 import importlib.metadata
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 
@@ -18,9 +20,11 @@ from dpojax.extras import TRAIN_LIBRARIES
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WITHOUT_FLAX = "import sys; sys.modules['flax'] = None; "  # as if it were not installed
-NO_NETWORK = re.compile(
-    "NewConnectionError|ConnectTimeout|name resolution|No matching distribution|Could not find a"
-)
+NO_NETWORK = re.compile("error sending request|dns error|Failed to fetch|client error")
+TEST_REQUIREMENTS = ("pytest>=8.3,<10", "hypothesis>=6.100,<7")
+NEEDED_BY_JAX = {"jaxlib", "ml-dtypes", "opt-einsum", "scipy"}
+# One case of each kind of mesh axis, and all of sequence_logprobs.
+OF_MESHES = "float32-several or other_statistics or sequence_logprobs"
 
 
 def name_of(requirement: str) -> str:
@@ -70,33 +74,111 @@ def test_the_changelog_and_the_citation_know_the_version():
     assert f"\nversion: {dpojax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def pip(*words: object) -> str:
-    """What pip prints; the test is skipped where the registry cannot be reached."""
-    command = [sys.executable, "-m", "pip", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+def uv(*words: object, **given) -> str:
+    """What uv prints; the test is skipped where the registry cannot be reached."""
+    command = [sys.executable, "-m", "uv", *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, **given)
     if ended.returncode and NO_NETWORK.search(ended.stderr):
-        pytest.skip(f"pip needs the network: {ended.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"uv needs the network: {ended.stderr.strip().splitlines()[-1]}")
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel of this checkout, built from a copy: setuptools leaves files where it builds."""
+def built(tmp_path_factory):
+    """The sdist of this checkout, and the wheel that is made of it; of a copy, where it builds."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("dpojax", "configs"):
+    for name in ("dpojax", "configs", "docs", "scripts", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip("wheel", "--quiet", "--no-deps", f"--wheel-dir={out}", source)
-    (file,) = out.glob("*.whl")
-    return file
+    for name in ROOT.iterdir():
+        if name.is_file():
+            shutil.copy(name, source)
+    uv("build", "--quiet", f"--out-dir={out}", source)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return wheel, sdist
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_its_types_and_its_configs_and_no_tests(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_holds_the_package_its_types_and_its_configs_and_no_tests(built):
+    names = set(zipfile.ZipFile(built[0]).namelist())
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dpojax").rglob("*.py")}
     configs = {f"dpojax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     beside = {name for name in names if ".dist-info/" not in name}
     assert beside == package | configs | {"dpojax/py.typed"}
+
+
+class EmptyEnvironment:
+    """A virtual environment that holds the wheel and what it asks for, and the sdist's files."""
+
+    def __init__(self, folder: pathlib.Path, wheel: pathlib.Path, sdist: pathlib.Path, ages: str):
+        self.ages, self.python = f"--resolution={ages}", folder / "venv" / "bin" / "python"
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder, filter="data")
+        (self.files,) = folder.glob("dpojax-*")
+        shutil.rmtree(self.files / "dpojax")  # the wheel's is the one that is tested
+        # Nothing of the environment that these tests run in may help.
+        hidden = ("PYTHONPATH", "VIRTUAL_ENV", "PYTEST_ADDOPTS")
+        self.environ = {key: value for key, value in os.environ.items() if key not in hidden}
+        uv("venv", "--quiet", f"--python={sys.executable}", folder / "venv", env=self.environ)
+        self.install(wheel)
+
+    def install(self, *requirements: object) -> None:
+        """Add distributions; those that are there stay as they are."""
+        words = "pip", "install", "--quiet", f"--python={self.python}", self.ages
+        uv(*words, *requirements, env=self.environ)
+
+    def names(self) -> set[str]:
+        listed = uv("pip", "freeze", f"--python={self.python}", env=self.environ)
+        return {name_of(line) for line in listed.splitlines()}
+
+    def run(self, *words: str) -> str:
+        command = [str(self.python), *words]
+        given = dict(cwd=self.files, env=self.environ, capture_output=True, text=True)
+        ended = subprocess.run(command, **given)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def newest(built, tmp_path_factory):
+    return EmptyEnvironment(tmp_path_factory.mktemp("newest"), *built, "highest")
+
+
+@pytest.fixture(scope="module")
+def oldest(built, tmp_path_factory):
+    return EmptyEnvironment(tmp_path_factory.mktemp("oldest"), *built, "lowest")
+
+
+def run_tests_of_losses(environment: EmptyEnvironment, *words: str) -> None:
+    environment.install(*TEST_REQUIREMENTS)
+    command = "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"
+    told = environment.run(*command, "-m", "not slow and not long", *words)
+    assert int(re.search(r"(\d+) passed", told)[1]) > 50, told
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_brings_jax_and_numpy_and_passes_the_tests_of_losses(newest):
+    assert newest.names() == {"dpojax", "jax", "numpy"} | NEEDED_BY_JAX
+    run_tests_of_losses(newest, "tests/losses", "tests/test_sequence_logprobs.py")
+
+
+@pytest.mark.slow
+def test_with_the_oldest_versions_that_are_allowed_losses_and_meshes_pass(oldest):
+    lowest = re.search(r">=([\d.]+)", PROJECT["dependencies"][0])[1]
+    assert oldest.run("-c", "import jax; print(jax.__version__)").startswith(lowest)
+    files = "test_golden_trl.py", "test_golden_others.py", "test_shards.py", "test_checks.py"
+    run_tests_of_losses(oldest, *(f"tests/losses/{file}" for file in files))
+    run_tests_of_losses(
+        oldest, "tests/test_mesh_axes.py", "tests/test_sequence_logprobs.py", "-k", OF_MESHES
+    )
+
+
+@pytest.mark.slow
+def test_the_example_loops_of_the_pages_run_beside_the_wheel(newest):
+    page = (newest.files / "docs" / "own_loop.md").read_text()
+    sections = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```$", page, re.M | re.S))
+    newest.install("optax")
+    newest.run("-c", sections["Plain JAX, without logits"])
+    newest.install("flax")
+    for name in ("Flax NNX", "Flax Linen"):
+        newest.run("-c", sections[name])

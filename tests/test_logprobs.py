@@ -13,6 +13,7 @@ from dpojax.logprobs import (
     Head,
     logits_at_once,
     logits_of,
+    perturbed_logprobs,
     sum_by_response,
     token_kl,
     token_logprobs,
@@ -156,6 +157,40 @@ def test_statistics_and_kl_are_those_of_the_full_distribution(max_logits):
     np.testing.assert_array_equal(got.correct, p.argmax(-1) == np.asarray(targets))
     kl = token_kl(hidden, head, other, reference_head, max_logits=max_logits)
     np.testing.assert_allclose(kl, (p * np.log(p / q)).sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("max_logits", [10**9, 60])
+def test_perturbed_log_probs_are_those_of_the_perturbed_logits(max_logits):
+    hidden, head, targets = problem(2)
+    other, reference_head, _ = problem(3)
+    both = (hidden, head), (other, reference_head)
+    z, z_reference = (np.float64(logits_of(*one)) for one in both)
+    perturbed = partial(perturbed_logprobs, *both[0], *both[1], targets, max_logits=max_logits)
+    got = perturbed(epsilon=0.2)
+    for values, logits in zip(got, (1.2 * z - 0.2 * z_reference, 0.8 * z + 0.2 * z_reference)):
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        want = np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+        np.testing.assert_allclose(values, want, atol=1e-5)
+    slope = jax.grad(lambda epsilon: perturbed(epsilon=epsilon).away.sum())(0.2)
+    assert slope == 0
+
+
+def test_perturbing_the_optimum_of_a_reward_gives_the_optimum_of_another_beta():
+    """It is reference * exp(reward / beta) / Z; away from the reference is a smaller beta."""
+    hidden, head, targets = problem(2)
+    plain = head._replace(softcap=None, scale=None)
+    reward = jax.random.normal(jax.random.key(5), plain.bias.shape)
+    optimum = lambda beta: plain._replace(bias=plain.bias + reward / beta)
+    got = perturbed_logprobs(hidden, optimum(0.5), hidden, plain, targets, epsilon=0.2)
+    for values, beta in zip(got, (0.5 / 1.2, 0.5 / 0.8)):
+        want = token_logprobs_plain(hidden, optimum(beta), targets)
+        np.testing.assert_allclose(values, want, atol=1e-4)
+
+
+def test_at_the_reference_both_perturbed_policies_are_the_policy_to_the_last_bit():
+    hidden, head, targets = problem(2)
+    away, towards = perturbed_logprobs(hidden, head, hidden, head, targets, epsilon=0.01)
+    np.testing.assert_array_equal(away, towards)
 
 
 @pytest.mark.parametrize("function", [token_logprobs, token_logprobs_and_entropy, token_statistics])

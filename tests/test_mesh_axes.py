@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpojax.head import Head
 from dpojax.logprobs import (
+    perturbed_logprobs,
     token_kl,
     token_logprobs,
     token_logprobs_and_entropy,
@@ -131,7 +132,12 @@ def divergences(hidden, head, targets, max_logits):
     return token_kl(hidden, head, 2 * hidden, reference, max_logits=max_logits)
 
 
-@pytest.mark.parametrize("function", [entropies, statistics, divergences])
+def perturbed(hidden, head, targets, max_logits):
+    reference = 2 * hidden, Head(head.weight[::-1], head.bias)
+    return perturbed_logprobs(hidden, head, *reference, targets, epsilon=0.1, max_logits=max_logits)
+
+
+@pytest.mark.parametrize("function", [entropies, statistics, divergences, perturbed])
 @pytest.mark.parametrize("name", ["explicit", "shard_map"])
 def test_other_statistics_equal_those_without_a_mesh(name, function):
     arrays = problem("float32")

@@ -154,8 +154,8 @@ def _reference(stage: ExampleStage, start: dict) -> Reference:
     def score_on_mesh(rows: Rows) -> Rows:
         return rows._replace(reference=stage.programs.score(weights, rows).logprob)
 
-    needs_distributions = "kl" in stage.programs.objective.statistics
-    return Reference(score_on_mesh=score_on_mesh, params=weights if needs_distributions else None)
+    reads_weights = stage.programs.objective.reads_live_reference
+    return Reference(score_on_mesh=score_on_mesh, params=weights if reads_weights else None)
 
 
 def _first_gradient(

@@ -231,6 +231,7 @@ def _options() -> dict:
         penalty=number(),  # dpop: weight of the penalty where chosen becomes less likely
         margin=number(),  # slic: the target margin
         scale=number(),  # rpo, dpo_soft: of the data's score gaps
+        epsilon=number(),  # epsilon_dpo: by how much logits are perturbed, and beta is changed
         momentum=number(),  # beta_dpo: of the mean gap over the batches
         retain_weight=number(),  # npo, simnpo: of the likelihood of responses to be kept
         value_beta=number(),  # astar_po: of the log-mean-exp of a prompt's scores
@@ -252,6 +253,9 @@ def _options() -> dict:
         # Bounds of a token's log-ratio, beyond which it gets no gradient (humanline); open is off.
         humanline_low=number(),  # -1 in the authors' code
         humanline_high=number(),  # 1.5 in the authors' code
+        # Every so many steps the reference becomes the policy before the step's update; open is
+        # never. Evaluations keep the first one.
+        sync_every=placeholder(int),  # 1 in humanline's authors' code
         wpo="",  # weigh pairs by the policy's likelihood: corrected or plain (WPO)
         wpo_clamp=number(),  # the largest weight of WPO
     )

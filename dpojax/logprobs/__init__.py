@@ -8,6 +8,7 @@ takes logits, for code that has them. Both give what `dpojax.losses` takes.
 from dpojax.head import Head, logits_of, target_logits, vocabulary_chunks
 from dpojax.logprobs.chunked import weight_gradient
 from dpojax.logprobs.divergence import token_kl
+from dpojax.logprobs.perturbed import perturbed_logprobs
 from dpojax.logprobs.sequences import (
     SequenceLogprobs,
     of_response,
@@ -16,6 +17,7 @@ from dpojax.logprobs.sequences import (
     sum_by_response,
 )
 from dpojax.logprobs.tokens import (
+    PerturbedLogprobs,
     TokenStatistics,
     logits_at_once,
     token_logprobs,
@@ -26,11 +28,13 @@ from dpojax.logprobs.tokens import (
 
 __all__ = [
     "Head",
+    "PerturbedLogprobs",
     "SequenceLogprobs",
     "TokenStatistics",
     "logits_at_once",
     "logits_of",
     "of_response",
+    "perturbed_logprobs",
     "sequence_logprobs",
     "sequence_logprobs_from_hidden",
     "sum_by_response",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,32 +47,42 @@ def token_kl(
             return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
         # Two arrays of logits exist at once, so each may have half of the numbers.
-        token_chunks = _token_chunk_count(hidden.shape[:-1], len(head.weight), 0.5 * max_logits)
-        return _map_token_chunks(kl_of_chunk, (hidden, reference_hidden), token_chunks)
+        token_chunks = token_chunk_count(hidden.shape[:-1], len(head.weight), 0.5 * max_logits)
+        return map_token_chunks(kl_of_chunk, (hidden, reference_hidden), token_chunks)
 
     arrays = *head[:2], *reference_head[:2]  # of each its weight and its bias
     return by_token(compute, hidden, reference_hidden, *arrays)
 
 
-def _token_chunk_count(shape: tuple[int, ...], vocabulary: int, max_logits: float) -> int:
+def token_chunk_count(shape: tuple[int, ...], vocabulary: int, max_logits: float) -> int:
     """Into how many chunks the last axis of tokens is cut."""
     chunks = math.ceil(math.prod(shape) * vocabulary / max_logits)
     return max(1, min(chunks, shape[-1]))
 
 
-def _map_token_chunks(function: Callable, arrays: tuple[Array, ...], count: int) -> Array:
-    """`function` of arrays [..., T, D], `count` chunks of tokens one after another: [..., T].
+def map_token_chunks(function: Callable, arrays: tuple[Array, ...], count: int) -> Any:
+    """`function` of arrays [..., T, D], `count` chunks of tokens one after another.
 
-    A single chunk is computed without a loop.
+    Args:
+      function: (arrays [..., t, D]) -> an array [..., t], or several.
+      arrays: [..., T, ...] each, tokens on the second axis from the end.
+      count: of chunks. A single one is computed without a loop.
+
+    Returns:
+      What `function` gives for all tokens, [..., T].
     """
     tokens = arrays[0].shape[-2]
     chunks = tuple(_split_tokens(x, count) for x in arrays)
     if count > 1:
         outputs = jax.lax.map(function, chunks)
     else:
-        outputs = function(tuple(x[0] for x in chunks))[None]
-    outputs = jnp.moveaxis(outputs, 0, -2)  # [..., count, t]
-    return outputs.reshape(*outputs.shape[:-2], -1)[..., :tokens]
+        outputs = jax.tree.map(lambda x: x[None], function(tuple(x[0] for x in chunks)))
+
+    def joined(output: Array) -> Array:
+        output = jnp.moveaxis(output, 0, -2)  # [..., count, t]
+        return output.reshape(*output.shape[:-2], -1)[..., :tokens]
+
+    return jax.tree.map(joined, outputs)
 
 
 def _split_tokens(x: Array, count: int) -> Array:

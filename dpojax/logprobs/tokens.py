@@ -34,11 +34,19 @@ from dpojax.logprobs.chunked import LogprobAndEntropy, Static, chunked_logprobs,
 from dpojax.mesh_axes import spec_of, varying_alike, with_auto_axes
 
 
+class PerturbedLogprobs(NamedTuple):
+    """Log-probs of the same tokens under two perturbed policies, nats, [..., T] each."""
+
+    away: Array  # logits of the policy + epsilon (policy - reference)
+    towards: Array  # logits of the policy - epsilon (policy - reference)
+
+
 class TokenStatistics(NamedTuple):
     """Statistics of the model's next-token distribution p. Each array has the shape of `targets`.
 
     A statistic that was not asked for is None: `token_logprobs_and_entropy` computes the first two,
-    `token_statistics` all but `kl`, and `token_kl` computes `kl`.
+    `token_statistics` all but the last two. `token_kl` computes `kl`, and `perturbed_logprobs` the
+    last one.
     """
 
     logprob: Array  # log p(target), nats
@@ -47,6 +55,7 @@ class TokenStatistics(NamedTuple):
     correct: Array | None = None  # 1.0 where no token is more probable than the target, else 0.0
     log_collision: Array | None = None  # log sum_v p_v^2, nats
     kl: Array | None = None  # KL(reference || p), nats
+    perturbed: PerturbedLogprobs | None = None  # log-probs under perturbed logits, nats
 
 
 def token_logprobs_plain(hidden: Array, head: Head, targets: Array) -> Array:

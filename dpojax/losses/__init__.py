@@ -29,7 +29,14 @@ from dpojax.losses.absolute import (
     sppo,
     update_baseline,
 )
-from dpojax.losses.adaptive import GapStatistics, alpha_dpo, beta_dpo, gap_statistics
+from dpojax.losses.adaptive import (
+    GapStatistics,
+    alpha_dpo,
+    beta_dpo,
+    epsilon_dpo,
+    epsilon_steps,
+    gap_statistics,
+)
 from dpojax.losses.baselines import bradley_terry, plackett_luce_scores, sft, unlikelihood
 from dpojax.losses.divergences import chipo, divergence_scores
 from dpojax.losses.forgetting import npo, simnpo
@@ -84,6 +91,8 @@ __all__ = [
     "dpo_soft",
     "dpo_ties",
     "dpop",
+    "epsilon_dpo",
+    "epsilon_steps",
     "exo",
     "gap_statistics",
     "gpo",

@@ -1,4 +1,4 @@
-"""Losses whose beta or margin follows the gaps between the log-ratios of a batch's pairs."""
+"""Losses whose beta or margin follows the pairs themselves: their gaps, or perturbed policies."""
 
 from __future__ import annotations
 
@@ -126,3 +126,60 @@ def alpha_dpo(
     z = jnp.where(std > 0, centred / jnp.where(std > 0, std, 1.0), 0.0)
     margin = gamma + alpha * jax.lax.stop_gradient(z)
     return simpo(policy, beta=beta, gamma=margin, lengths=lengths, label_smoothing=label_smoothing)
+
+
+@checked
+def epsilon_steps(
+    policy: Pair[ArrayLike], away: Pair[ArrayLike], towards: Pair[ArrayLike]
+) -> Array:
+    """Say for each pair which way beta shall go: 1 down, -1 up, 0 not at all; no gradient.
+
+    Lee et al. 2025 (epsilon-DPO), as in the authors' code. It compares the difference
+    l_w - l_l under three policies. If it grows from `towards` over `policy` to `away`, a weaker
+    penalty would separate the pair better; if it falls, a stronger one.
+
+    Args:
+      policy: sequence log-probs, nats, any shape.
+      away, towards: the same under logits that are moved away from the reference's and towards
+        them: the sums of `logprobs.perturbed_logprobs` over each response.
+
+    Returns:
+      1.0, -1.0 or 0.0 for each pair, the shape of `policy.chosen`.
+
+    >>> steps = epsilon_steps(Pair(-12.0, -14.0), away=Pair(-12.0, -14.5), towards=Pair(-12.5, -14))
+    >>> print(steps)
+    1.0
+    """
+    gaps = [jnp.subtract(*pair) for pair in (towards, policy, away)]
+    grows = (gaps[0] < gaps[1]) & (gaps[1] < gaps[2])
+    falls = (gaps[0] > gaps[1]) & (gaps[1] > gaps[2])
+    steps = jnp.where(grows, 1.0, jnp.where(falls, -1.0, 0.0))
+    return jax.lax.stop_gradient(steps.astype(jnp.result_type(float, gaps[1])))
+
+
+@checked
+def epsilon_dpo(
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    epsilon: ArrayLike,
+    steps: ArrayLike,
+) -> Array:
+    """Per-pair DPO loss with the beta of each pair: beta / (1 + epsilon steps).
+
+    epsilon-DPO, Lee et al. 2025, as in the authors' code. After each batch they also divide beta
+    itself by 1 + epsilon mean(steps); that is the caller's to do.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: what beta is for a pair whose steps are 0, > 0.
+      epsilon: size of a step, in (0, 1): 0.01 in the paper.
+      steps: of each pair (see `epsilon_steps`). At 0 the loss is `dpo`.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{epsilon_dpo(policy, reference, beta=0.11, epsilon=0.1, steps=1.0):.4f}")
+    0.6210
+    """
+    used = beta / (1 + epsilon * jnp.asarray(steps))
+    return dpo(policy, reference, beta=jax.lax.stop_gradient(used))

@@ -18,7 +18,7 @@ def humanline_logprobs(
     Sum the result over the tokens of each response, and give it to any loss with a reference in the
     place of the policy's log-probs. A token outside of the bounds gets no gradient. Ethayarajh et
     al. 2025 (Humanline), as in the authors' code, HALOs. There, the reference is also set to the
-    policy before every step; that is the caller's to do.
+    policy before every update; that is the caller's to do (in a run, `preference.sync_every` does).
 
     Args:
       policy, reference: log-probs of tokens, not of sequences, nats, any shape.

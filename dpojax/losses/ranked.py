@@ -22,7 +22,7 @@ def plackett_luce(
     """Negative log-likelihood of a ranking of K responses under their implicit rewards r.
 
     -sum_k (r_k - log sum_{j ranked k or behind} exp r_j). Rafailov et al. 2023, appendix A.3,
-    eq. 20. For two responses it is `dpo`.
+    eq. 20. For two responses it is `dpo`; with top=1 it is S-DPO (Chen et al. 2024).
 
     Args:
       policy, reference: sequence log-probs, nats, [..., K], the best response first.

@@ -77,6 +77,8 @@ class Preference(LanguageStage):
                 f"config.preference.reference.kind: {loss.name} needs the reference's whole "
                 "distributions, which are not cached; set it to live"
             )
+        if "sync_every" in loss.options:
+            _check_synchronised_reference(stage)
         if stage.lora.rank:
             _check_reference_of_adapters(stage, loss)
         stage.update({key: loss.options[key] for key in preference.OPTIONS if key in loss.options})
@@ -91,7 +93,11 @@ class Preference(LanguageStage):
     @classmethod
     def traced_options(cls, run: ResolvedRun) -> tuple[str, ...]:
         options = run.settings[cls.name].options
-        return tuple(key for key, value in options.items() if type(value) in (int, float))
+        return tuple(
+            key
+            for key, value in options.items()
+            if type(value) in (int, float) and preference.OPTIONS[key].traced
+        )
 
     @classmethod
     def open(cls, setup: Setup) -> Self:
@@ -209,6 +215,16 @@ def bind_loss(stage: ConfigDict) -> BoundLoss:
         return BoundLoss(stage.loss, options, preference.loss_requirements(stage.loss))
     except OptionError as error:
         raise ConfigError(f"config.preference.{error}") from error
+
+
+def _check_synchronised_reference(stage: ConfigDict) -> None:
+    """Raise ConfigError for a reference that is not the policy that the stage starts from."""
+    if stage.reference.kind != "cached" or stage.reference.path:
+        raise ConfigError(
+            "config.preference.sync_every: training starts with the policy as its reference, and "
+            "the step keeps and scores later ones by itself; leave reference.kind at cached and "
+            "reference.path empty"
+        )
 
 
 def _check_reference_of_adapters(stage: ConfigDict, loss: BoundLoss) -> None:

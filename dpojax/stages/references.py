@@ -159,14 +159,14 @@ def _live(stage: ExampleStage, params: dict, compute_dtype: str, is_base: bool) 
     if not is_base:
         params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
         tolerance = EXACT if dtype == "float32" else TOLERANCE[dtype]
-    needs_distributions = "kl" in stage.programs.objective.statistics
+    reads_weights = stage.programs.objective.reads_live_reference
 
     def score_on_mesh(rows: Rows) -> Rows:
         return rows._replace(reference=stage.programs.score(params, rows).logprob)
 
     return Reference(
         score_on_mesh=score_on_mesh,
-        params=params if needs_distributions else None,
+        params=params if reads_weights else None,
         tolerance=tolerance,
     )
 

@@ -163,6 +163,8 @@ def evaluate_batches(
     hyper = stage.hyper
     if baseline is not None and stage.programs.objective.baseline is not None:
         hyper = hyper | {"delta": baseline.mean}
+    if "kl" not in stage.programs.objective.statistics:
+        reference = None  # only the divergence needs more of it than its log-probs
     window, by_source = Window(), defaultdict(Window)
     sources = stage.batches.held_out_sources or itertools.repeat("")
     for index, (rows, source) in enumerate(zip(batches, sources)):
@@ -202,9 +204,11 @@ def metric_names(stage: ExampleStage) -> list[str]:
 def abstract_train_state(stage: ExampleStage, optimizer: optax.GradientTransformation) -> State:
     """Shapes and shardings of the train state: of the whole model, or of the adapters alone."""
     setup, adapters = stage.setup, stage.adapters
-    if adapters is None:
-        return abstract_state(setup.abstract_params, optimizer, setup.mesh, SHARDING_RULES)
-    return abstract_state(adapters.abstract, optimizer, setup.mesh, LORA_RULES)
+    params, rules = setup.abstract_params, SHARDING_RULES
+    if adapters is not None:
+        params, rules = adapters.abstract, LORA_RULES
+    with_reference = bool(stage.programs.objective.sync_every)
+    return abstract_state(params, optimizer, setup.mesh, rules, with_reference=with_reference)
 
 
 def make_step(stage: ExampleStage, optimizer: optax.GradientTransformation) -> MakeStep:
@@ -239,8 +243,8 @@ def abstract_frozen_weights(stage: ExampleStage) -> FrozenWeights:
     """The shapes of `frozen_weights`."""
     if stage.adapters is not None:
         return FrozenWeights(base=stage.adapters.abstract_base)
-    needs_distributions = "kl" in stage.programs.objective.statistics
-    return FrozenWeights(reference=stage.live_reference_shapes() if needs_distributions else None)
+    reads_weights = stage.programs.objective.reads_live_reference
+    return FrozenWeights(reference=stage.live_reference_shapes() if reads_weights else None)
 
 
 def resident_weights(stage: ExampleStage) -> tuple:

@@ -88,7 +88,10 @@ class LanguageStage(TrainedStage):
         """The stage's programs for the setup's model, which has the stage's head."""
         objective = cls.objective_of(setup.run)
         forward = language_model(
-            setup.model, statistics=objective.statistics, max_logits=setup.max_logits
+            setup.model,
+            statistics=objective.statistics,
+            perturbation=objective.perturbation,
+            max_logits=setup.max_logits,
         )
         score = build_score(setup.model, max_logits=setup.max_logits)
         return make_programs(objective, forward, score)

@@ -132,7 +132,8 @@ class MemberProgram:
         """States at step 0 that all start from the same trained parameters."""
 
         def new_state(params: dict, seed: jax.Array) -> Any:
-            return initial_state(params, self.optimizer, seed)
+            with_reference = self.abstract_state.reference is not None
+            return initial_state(params, self.optimizer, seed, with_reference=with_reference)
 
         return new_member_states(trained, new_state, hyperparameters.seed, self.abstract)
 

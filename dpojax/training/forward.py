@@ -13,6 +13,7 @@ from dpojax.data.rows import Rows
 from dpojax.head import Head
 from dpojax.logprobs import (
     TokenStatistics,
+    perturbed_logprobs,
     token_kl,
     token_logprobs,
     token_statistics,
@@ -63,14 +64,19 @@ def row_logprobs(model: Model, params: dict, rows: Rows, *, max_logits: int = MA
 
 
 def language_model(
-    model: Model, *, statistics: tuple[str, ...] = (), max_logits: int = MAX_LOGITS
+    model: Model,
+    *,
+    statistics: tuple[str, ...] = (),
+    perturbation: float = 0.0,
+    max_logits: int = MAX_LOGITS,
 ) -> Forward:
     """Build the forward pass of a language model: `TokenStatistics` [R, S] of the scored tokens.
 
     Args:
       model: a decoder.
-      statistics: what to compute besides the log-prob. `log_collision` has no gradient. `kl` has
-        one, and reads `frozen.reference`.
+      statistics: what to compute besides the log-prob. `log_collision` and `perturbed` have no
+        gradient. `kl` has one; it and `perturbed` read `frozen.reference`.
+      perturbation: epsilon of `perturbed`.
       max_logits: float32 logits that may exist at once.
     """
 
@@ -84,11 +90,17 @@ def language_model(
             constant = jax.lax.stop_gradient((hidden, head))
             collision = token_statistics(*constant, rows.target, **limit).log_collision
             tokens = tokens._replace(log_collision=collision)
+        if not {"kl", "perturbed"} & set(statistics):
+            return tokens
+        reference = jax.lax.stop_gradient(scored_hidden(model, frozen.reference, rows))
+        reference_head = jax.lax.stop_gradient(model.head(frozen.reference))
         if "kl" in statistics:
-            reference = jax.lax.stop_gradient(scored_hidden(model, frozen.reference, rows))
-            reference_head = jax.lax.stop_gradient(model.head(frozen.reference))
             kl = token_kl(reference, reference_head, hidden, head, **limit)
             tokens = tokens._replace(kl=kl)
+        if "perturbed" in statistics:
+            both = hidden, head, reference, reference_head
+            perturbed = perturbed_logprobs(*both, rows.target, epsilon=perturbation, **limit)
+            tokens = tokens._replace(perturbed=perturbed)
         return tokens
 
     return forward

@@ -53,7 +53,11 @@ class Objective(NamedTuple):
         of the forward pass; a language model gives `TokenStatistics` [..., R, S].
       needs_reference: the rows need the reference's log-probs.
       at_reference: the loss where policy == reference, if it does not depend on data.
-      statistics: what the forward pass has to compute besides the log-prob: `log_collision`, `kl`.
+      statistics: what the forward pass has to compute besides the log-prob: `log_collision`, `kl`,
+        `perturbed`.
+      perturbation: epsilon of `perturbed`.
+      sync_every: every how many steps the reference becomes the policy of the step; 0 is never. The
+        step then computes the reference's log-probs itself, from `State.reference`.
       coupled: the examples of a batch interact, so `terms` needs the whole optimiser batch
         [M, R, ...] at once. The step then computes all outputs first and their gradient after.
       baseline: takes a whole batch's outputs into a running mean. `terms` of the same batch reads
@@ -64,8 +68,15 @@ class Objective(NamedTuple):
     needs_reference: bool
     at_reference: Callable[[Hyper], Array] | None = None
     statistics: tuple[str, ...] = ()
+    perturbation: float = 0.0
+    sync_every: int = 0
     coupled: bool = False
     baseline: Callable[[RunningMean, Any, Rows, Hyper], RunningMean] | None = None
+
+    @property
+    def reads_live_reference(self) -> bool:
+        """Whether the forward pass of training reads the weights of a live reference."""
+        return bool({"kl", "perturbed"} & set(self.statistics))
 
 
 def masked_metric(values: Array, weight: Array) -> Metric:

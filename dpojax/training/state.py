@@ -29,6 +29,7 @@ class State(NamedTuple):
     opt_state: optax.OptState
     rng: Array  # key data of the run's random key, uint32; fold in `step` to draw from it
     baseline: RunningMean  # of the rewards seen so far, for the objectives that keep one (BCO)
+    reference: dict | None = None  # an earlier `params`, for objectives with `sync_every`
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
@@ -145,14 +146,21 @@ def schedule_of(config, warmup: ArrayLike, steps: ArrayLike) -> Callable[[Array]
 
 
 def abstract_state(
-    abstract_params, optimizer: optax.GradientTransformation, mesh: Mesh, rules
+    abstract_params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules,
+    *,
+    with_reference: bool = False,
 ) -> State:
     """Shapes, dtypes and shardings of the state for parameters of these shapes.
 
-    The optimiser's moments are sharded as their parameters are; everything else is replicated.
+    The optimiser's moments are sharded as their parameters are, and so is the reference, which is
+    there if `with_reference`. Everything else is replicated.
     """
     params = sharding.tree_shardings(abstract_params, mesh, rules)
-    shapes = jax.eval_shape(lambda p: initial_state(p, optimizer, 0), abstract_params)
+    initial = lambda p: initial_state(p, optimizer, 0, with_reference=with_reference)
+    shapes = jax.eval_shape(initial, abstract_params)
     repl = sharding.replicated(mesh)
     opt_state = optax.tree.map_params(
         optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: repl
@@ -160,24 +168,39 @@ def abstract_state(
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        State(repl, params, opt_state, repl, RunningMean(repl, repl)),
+        State(
+            repl,
+            params,
+            opt_state,
+            repl,
+            RunningMean(repl, repl),
+            params if with_reference else None,
+        ),
     )
 
 
 def new_state(params, optimizer: optax.GradientTransformation, abstract: State, seed: int) -> State:
     """Make a state at step 0 from `params`, whose buffers it takes over."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    given = {"seed": seed, "with_reference": abstract.reference is not None}
     build = jax.jit(
-        lambda p: initial_state(p, optimizer, seed), out_shardings=shardings, donate_argnums=0
+        lambda p: initial_state(p, optimizer, **given), out_shardings=shardings, donate_argnums=0
     )
     return build(params)
 
 
-def initial_state(params, optimizer: optax.GradientTransformation, seed: ArrayLike) -> State:
+def initial_state(
+    params,
+    optimizer: optax.GradientTransformation,
+    seed: ArrayLike,
+    *,
+    with_reference: bool = False,
+) -> State:
     """Make a state at step 0; `new_state` is this under jit, with shardings."""
     key = jax.random.key_data(jax.random.key(seed))
     baseline = RunningMean(jnp.zeros(()), jnp.zeros(()))
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, baseline)
+    reference = params if with_reference else None
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, baseline, reference)
 
 
 def _decayed(params):

@@ -83,7 +83,8 @@ def build_step(
         def updated(state: State) -> State:
             updates, opt_state = direction(sums.gradient, state.opt_state, state.params)
             params = jax.tree.map(partial(descend, rate=rate), state.params, updates)
-            return State(state.step + 1, params, opt_state, state.rng, baseline)
+            reference = next_reference(state, objective.sync_every)
+            return State(state.step + 1, params, opt_state, state.rng, baseline, reference)
 
         new = updated_if(finite, updated, state)
         lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, finite=finite)
@@ -92,6 +93,18 @@ def build_step(
         return new, Report(metrics | {LOST_UPDATES: lost}, finite, sums.bad)
 
     return step
+
+
+def next_reference(state: State, sync_every: int) -> dict | None:
+    """The reference of the step after `state`: every `sync_every` steps the policy of `state`.
+
+    So it lags by at least one update, as in the code of humanline's authors (HALOs). Were it the
+    policy of the step itself, all log-ratios would be 0.
+    """
+    if sync_every < 2:
+        return state.params if sync_every else state.reference
+    is_due = (state.step + 1) % sync_every == 0
+    return jax.tree.map(partial(jnp.where, is_due), state.params, state.reference)
 
 
 def updated_if(finite: Array, updated: Callable[[State], State], state: State) -> State:
@@ -126,6 +139,9 @@ def build_gradient(
         def run(params: dict, part: Rows) -> Any:
             return forward(params, part, frozen)
 
+        if objective.sync_every:
+            outputs = map_present(partial(run, state.reference), rows)
+            rows = rows._replace(reference=jnp.where(rows.response >= 0, outputs.logprob, 0.0))
         return sums_of(run, objective, state, rows, hyper)
 
     return gradient

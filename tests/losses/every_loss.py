@@ -1,5 +1,6 @@
 """Every loss as one function of (policy, reference, lengths, beta), for laws that all obey."""
 
+import jax
 import jax.numpy as jnp
 
 from dpojax import losses
@@ -13,6 +14,7 @@ NO_LOSSES = {
     "HeadTail",
     "Pair",
     "RunningMean",
+    "epsilon_steps",
     "gap_statistics",
     "implicit_rewards",
     "kto_baseline",
@@ -87,6 +89,7 @@ PAIR = {
     "alpha_dpo": lambda p, r, n, beta: losses.alpha_dpo(
         p, r, beta=beta, gamma=0.5, alpha=0.1, gap_mean=0.1, gap_std=0.5, lengths=n
     ),
+    "epsilon_dpo": of_pair("epsilon_dpo", epsilon=0.1, steps=-1.0),
     "chipo": of_pair("chipo", max_reward=float("inf")),
     "chipo clipped": of_pair("chipo", max_reward=1.0),
     "odpo": of_pair("odpo", offset=0.5),
@@ -137,5 +140,38 @@ PAIR = {
         [losses.dpo(p, r, beta=beta), losses.sft(p.chosen)], [0.8, beta]
     ),
 }
-BATCH = {"aot": of_pair("aot"), "aot_unpaired": of_pair("aot_unpaired")}
+
+
+def by_batch(loss):
+    """`loss` of a batch [B], for arrays [..., B]."""
+
+    def each(p, r, n, beta):
+        mapped = loss
+        for _ in p.chosen.shape[:-1]:
+            mapped = jax.vmap(mapped, (0, 0, 0, None))
+        return mapped(p, r, n, beta)
+
+    return each
+
+
+def beta_of_its_batch(p, r, n, beta):
+    ratio = losses.log_ratios(p, r)
+    gap = losses.gap_statistics(ratio.chosen - ratio.rejected).mean
+    return losses.beta_dpo(p, r, beta=beta, alpha=0.6, batch_gap=gap, running_gap=0.1 * gap)
+
+
+def alpha_of_its_batch(p, r, n, beta):
+    ratio = losses.per_token(losses.log_ratios(p, r), n)
+    mean, std = losses.gap_statistics(ratio.chosen - ratio.rejected)
+    return losses.alpha_dpo(
+        p, r, beta=beta, gamma=0.5, alpha=0.1, gap_mean=mean, gap_std=std, lengths=n
+    )
+
+
+BATCH = {
+    "aot": of_pair("aot"),
+    "aot_unpaired": of_pair("aot_unpaired"),
+    "beta_dpo of its batch": by_batch(beta_of_its_batch),
+    "alpha_dpo of its batch": by_batch(alpha_of_its_batch),
+}
 EVERY = PAIR | BATCH

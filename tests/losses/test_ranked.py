@@ -37,6 +37,15 @@ def test_the_loss_is_the_log_probability_of_the_ranking(reward):
     np.testing.assert_allclose(got, -np.log(probability(reward)), rtol=1e-4, atol=1e-5)
 
 
+@given(rewards, st.floats(0.01, 2))
+def test_the_first_place_alone_is_the_softmax_loss_of_s_dpo(log_ratios, beta):
+    """-log sigmoid(-log sum_l exp(beta (d_l - d_w))), Chen et al. 2024, over the rejected ones."""
+    got = losses.plackett_luce(jnp.array(log_ratios), jnp.zeros(4), beta=beta, top=1)
+    best, *others = np.float64(log_ratios)
+    rivals = np.log(sum(np.exp(beta * (other - best)) for other in others))
+    np.testing.assert_allclose(got, np.logaddexp(0, rivals), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("top", [1, 2, 3, 4])
 def test_a_partial_ranking_sums_over_the_orders_of_the_rest(top):
     reward = np.array([0.3, -1.0, 2.0, 0.5])

@@ -48,6 +48,7 @@ def expected(name):
         "alpha_dpo": softplus(
             -2 * (w / n_w - l / n_l - 0.25 - 0.05 * ((d_w / n_w - d_l / n_l) - 0.1) / 0.5)
         ),
+        "epsilon_dpo": softplus(-0.3 / (1 + 0.25 * np.array([1, 0, -1])) * (d_w - d_l)),
         "npo": np.array([0.5 * 12 / 5, 2 / 0.3 * softplus(0.3 * d_w[1]), 0.5 * 8.25 / 4]),
         "simnpo": 2 / 0.3 * softplus(0.3 * w / n_w + 0.4),
         "astar_po": (0.3 * d_w - (np.array([1.0, 0.0, 1.0]) - 0.6)) ** 2,
@@ -67,6 +68,8 @@ def ours(name):
     if name == "beta_dpo":
         args = dict(beta=0.3, alpha=0.6, batch_gap=1.5, running_gap=0.4)
         return loss(policy, reference, **args)
+    if name == "epsilon_dpo":
+        return loss(policy, reference, beta=0.3, epsilon=0.25, steps=jnp.array([1, 0, -1]))
     if name == "alpha_dpo":
         args = dict(beta=2.0, gamma=2 * 0.25, alpha=2 * 0.05, gap_mean=0.1, gap_std=0.5)
         return loss(policy, reference, lengths=LENGTHS, **args)
@@ -95,6 +98,7 @@ def ours(name):
         "simper",
         "beta_dpo",
         "alpha_dpo",
+        "epsilon_dpo",
         "npo",
         "simnpo",
         "astar_po",
@@ -234,6 +238,23 @@ def test_the_beta_of_beta_dpo_stays_positive(policy, reference, beta):
     args = dict(alpha=1.0, batch_gap=-1e4, running_gap=0.0)
     got = losses.beta_dpo(policy, reference, beta=beta, **args)
     close(got, losses.dpo(policy, reference, beta=1e-3))
+
+
+@given(pairs, pairs, betas, st.floats(0.01, 0.9))
+def test_epsilon_dpo_without_steps_is_dpo_and_a_step_moves_beta(policy, reference, beta, epsilon):
+    args = dict(beta=beta, epsilon=epsilon)
+    loss = lambda steps: losses.epsilon_dpo(policy, reference, steps=steps, **args)
+    close(loss(0), losses.dpo(policy, reference, beta=beta))
+    close(loss(1), losses.dpo(policy, reference, beta=beta / (1 + epsilon)))
+    close(loss(-1), losses.dpo(policy, reference, beta=beta / (1 - epsilon)))
+
+
+@given(st.lists(st.integers(-9, 9), min_size=3, max_size=3))
+def test_epsilon_steps_follow_the_order_of_the_three_gaps(gaps):
+    towards, policy, away = gaps
+    of_gap = lambda gap: Pair(jnp.float32(gap - 20), jnp.float32(-20))
+    steps = losses.epsilon_steps(of_gap(policy), away=of_gap(away), towards=of_gap(towards))
+    assert steps == (towards < policy < away) - (towards > policy > away)
 
 
 @given(pairs, pairs, betas)

@@ -7,7 +7,7 @@ import numpy as np
 from dpojax.data.examples import Example
 from dpojax.data.packing import plan
 from dpojax.data.rows import collate
-from dpojax.logprobs import TokenStatistics
+from dpojax.logprobs import PerturbedLogprobs, TokenStatistics
 
 # What each loss is given in tests, where it has no default of its own.
 GIVEN = {
@@ -50,7 +50,8 @@ def with_reference(rows, seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda: jnp.asarray(rng.normal(-2, 1, rows.target.shape), jnp.float32)
     policy = TokenStatistics(draw(), log_collision=draw(), kl=jnp.abs(draw()))
-    return policy, rows._replace(reference=draw())
+    rows = rows._replace(reference=draw())
+    return policy._replace(perturbed=PerturbedLogprobs(draw(), draw())), rows
 
 
 def by_response(values, rows):

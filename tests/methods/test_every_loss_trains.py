@@ -43,13 +43,25 @@ WRAPPERS = {
         "kto",
         {"humanline_low": -1.0, "humanline_high": 1.5},
     ),
+    "dpo, synchronised": ("dpo", {"sync_every": 2}),
+    "kto, synchronised": ("kto", {"sync_every": 1, "humanline_low": -1.0, "humanline_high": 1.5}),
     "ipo, WPO": ("ipo", {"length_norm": "sum", "wpo": "corrected"}),
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
 ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo", "kto, humanline")
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
-COUPLED = ("beta_dpo", "alpha_dpo", "aot", "aot_unpaired", "kto", "bco", "bco_unpaired", "mixture")
+COUPLED = (
+    "beta_dpo",
+    "alpha_dpo",
+    "epsilon_dpo",
+    "aot",
+    "aot_unpaired",
+    "kto",
+    "bco",
+    "bco_unpaired",
+    "mixture",
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +116,8 @@ def better(batches, start):
 
 def state_of(params, optimizer):
     zero = jnp.zeros(())
-    return State(zero, params, optimizer.init(params), jnp.zeros(2), RunningMean(zero, zero))
+    mean = RunningMean(zero, zero)
+    return State(zero, params, optimizer.init(params), jnp.zeros(2), mean, reference=params)
 
 
 @cache
@@ -112,7 +125,9 @@ def compiled(case, optimizer):
     """The objective of a case and its jitted step, which several tests call."""
     loss, given = CASES[case]
     objective = preference.objective(loss, preference.resolve(loss, given))
-    forward = language_model(BIGRAM, statistics=objective.statistics)
+    forward = language_model(
+        BIGRAM, statistics=objective.statistics, perturbation=objective.perturbation
+    )
     return objective, jax.jit(build_step(forward, objective, optimizer, lambda _: 1.0))
 
 
@@ -182,3 +197,27 @@ def test_coupled_losses_give_the_same_gradient_on_eight_devices(case, batches, s
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved[0]))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * scale)
     jax.tree.map(close, *moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "every"), [("dpo", 2), ("kto", 1)])
+def test_a_synchronised_reference_is_the_policy_before_the_last_update_of_each_period(
+    loss, every, batches, start, better
+):
+    """Equal to fixed references that a plain loop puts into the rows."""
+    synchronised, rows, hyper = prepare(f"{loss}, synchronised", batches, 8, SGD, rate=0.05)
+    fixed, _, _ = prepare("kto, humanline" if loss == "kto" else loss, batches, 8, SGD, rate=0.05)
+    score = jax.jit(build_score(BIGRAM))
+    got = want = state_of(better, SGD)
+    got, reference = got._replace(reference=start), start
+    for step in range(4):
+        policy = want.params
+        want, report = fixed(want, rows._replace(reference=score(reference, rows).logprob), hyper)
+        got, its_report = synchronised(got, rows, hyper)
+        np.testing.assert_allclose(value(its_report), value(report), rtol=1e-5)
+        if (step + 1) % every == 0:
+            reference = policy
+        for mine, its in zip(
+            jax.tree.leaves((got.params, got.reference)), jax.tree.leaves((want.params, reference))
+        ):
+            np.testing.assert_allclose(mine, its, rtol=1e-4, atol=1e-5)

@@ -82,6 +82,9 @@ def test_a_token_beyond_its_bound_gets_no_gradient_and_metrics_are_the_policys_o
         ("dpo", {"humanline_low": -1.0}, "humanline_high: dpo needs it"),
         ("kto", {"humanline_high": 1.5}, "humanline_high: means nothing without humanline_low"),
         ("dpo", {"humanline_low": 1.0, "humanline_high": 1.5}, "humanline_low: must be less"),
+        ("simpo", {"sync_every": 1}, "sync_every: simpo has no reference"),
+        ("dpo", {"sync_every": 0}, "sync_every: must be 1 or more"),
+        ("tdpo", {"sync_every": 1}, "sync_every: tdpo reads all of a reference that stays"),
         ("kto", {"ld_alpha": 0.5}, "ld_alpha: kto has no such option"),
     ],
 )

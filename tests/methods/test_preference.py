@@ -93,6 +93,7 @@ AT_REFERENCE = {
     "dpop": np.log(2),
     "gpo": 1.0,  # the exponential one
     "chipo": np.log(2),
+    "epsilon_dpo": np.log(2),
     "aot": np.log(2),
     "aot_unpaired": np.log(2),
 }
@@ -138,6 +139,32 @@ def test_beta_dpo_learns_the_mean_gap_and_is_dpo_while_it_has_no_memory():
     dpo, dpo_hyper = make("dpo", beta=used)
     got = objective.terms(policy, rows, hyper | {"delta": slow.mean})
     np.testing.assert_allclose(got.loss, dpo.terms(policy, rows, dpo_hyper).loss, rtol=1e-5)
+
+
+def test_epsilon_dpo_steps_by_pair_and_moves_beta_from_the_next_batch_on():
+    policy, rows = pairs_of()
+    d, epsilon = ratios(policy, rows), 0.25
+    gap = lambda tokens: np.array(
+        [sums(tokens, rows)[i, 0] - sums(tokens, rows)[i, 1] for i in range(3)]
+    )
+    towards, middle, away = map(
+        gap, (policy.perturbed.towards, policy.logprob, policy.perturbed.away)
+    )
+    steps = 1 * ((towards < middle) & (middle < away)) - 1 * ((towards > middle) & (middle > away))
+    assert set(steps) >= {0, 1} or set(steps) >= {0, -1}
+    margins = np.array([d[i, 0] - d[i, 1] for i in range(3)])
+    objective, hyper = make("epsilon_dpo", beta=BETA, epsilon=epsilon)
+    baseline, beta = RunningMean(jnp.zeros(()), jnp.zeros(())), BETA
+    for _ in range(3):
+        baseline = objective.baseline(baseline, policy, rows, hyper)
+        got = objective.terms(policy, rows, hyper | {"delta": baseline.mean})
+        want = softplus(-beta / (1 + epsilon * steps) * margins).sum()
+        np.testing.assert_allclose(got.loss.sum(), want, rtol=1e-5)
+        beta /= 1 + epsilon * steps.mean()
+    evaluated = objective.terms(
+        policy._replace(perturbed=None), rows, hyper | {"delta": baseline.mean}
+    )
+    np.testing.assert_allclose(evaluated.loss.sum(), softplus(-beta * margins).sum(), rtol=1e-5)
 
 
 def test_two_losses_with_a_mean_over_batches_do_not_mix():

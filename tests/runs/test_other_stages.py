@@ -124,6 +124,18 @@ def test_a_run_of_labelled_responses_or_without_a_reference_ends_with_its_summar
     ("changes", "message"),
     [
         ({"loss": "tdpo"}, r"config\.preference\.reference\.kind: tdpo needs .* set it to live"),
+        (
+            {"loss": "epsilon_dpo"},
+            r"config\.preference\.reference\.kind: epsilon_dpo needs .* live",
+        ),
+        (
+            {"sync_every": 1, "reference.kind": "live"},
+            r"config\.preference\.sync_every: .* at cached",
+        ),
+        (
+            {"sync_every": 1, "reference.path": "x"},
+            r"config\.preference\.sync_every: .*reference\.path empty",
+        ),
         ({"loss": "simpo", "tau": 1.0}, r"config\.preference\.tau: simpo has no such option"),
         ({"loss": "dpop"}, r"config\.preference\.penalty: dpop needs it and has no default"),
         ({"preset": "trl"}, r"config\.preference\.preset: there is no 'trl'"),

@@ -66,6 +66,8 @@ FORMS = {
             "running_gap": FromBatch(PairView.delta, option="momentum"),
             "gap_mean": FromBatch(PairView.gap_mean, needs_data=True),
             "gap_std": FromBatch(PairView.gap_std, needs_data=True),
+            "steps": FromBatch(PairView.steps),
+            "beta_factor": FromBatch(PairView.beta_factor),
         },
     ),
     "ranked": Form(
@@ -122,6 +124,8 @@ OPTIONS: dict[str, FromOptions] = {
     "penalty": FromOptions(_not_negative, "0 or more"),
     "margin": FromOptions(_not_negative, "0 or more"),
     "scale": FromOptions(_positive, "greater than 0"),
+    # The forward pass reads it, too, so it is no traced number.
+    "epsilon": FromOptions(lambda x: 0 < x < 1, "in (0, 1)", traced=False),
     "momentum": FromOptions(lambda x: 0 <= x < 1, "in [0, 1)"),
     "retain_weight": FromOptions(_not_negative, "0 or more"),
     "value_beta": FromOptions(_positive, "greater than 0"),
@@ -143,6 +147,7 @@ OPTIONS: dict[str, FromOptions] = {
     "ld_weight_reference": _flag(),
     "humanline_low": FromOptions(lambda x: -math.inf < x < 0, "less than 0"),
     "humanline_high": FromOptions(_positive, "greater than 0"),
+    "sync_every": FromOptions(lambda x: x >= 1, "1 or more", traced=False),
     "wpo": _choice("corrected", "plain"),
     "wpo_clamp": FromOptions(_positive, "greater than 0"),
 }

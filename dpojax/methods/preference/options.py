@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax import losses
-from dpojax.losses import PRESETS, RunningMean
+from dpojax.losses import PRESETS, Pair, RunningMean
 from dpojax.methods.preference.arguments import OPTIONS, FromBatch, source_of
-from dpojax.methods.preference.running import mean_gap, mean_reward
+from dpojax.methods.preference.running import log_beta_factor, mean_gap, mean_reward
 from dpojax.training.objective import Hyper, OptionError
 
 
@@ -59,6 +59,20 @@ def _astar_po(
     return jnp.where(mask, loss, 0.0).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
+def _epsilon_dpo(
+    policy: Pair,
+    reference: Pair,
+    steps: Array,
+    beta_factor: Array,
+    *,
+    beta: Array,
+    epsilon: float,
+) -> Array:
+    """epsilon-DPO with the beta that the batches so far have made of the first one."""
+    beta = beta * beta_factor
+    return losses.epsilon_dpo(policy, reference, beta=beta, epsilon=epsilon, steps=steps)
+
+
 LOSS_TABLE = {
     "dpo": Loss(losses.dpo, margin_only=True),
     "dpo_norm": Loss(losses.dpo_norm, defaults={"beta": 5.0}, margin_only=True),
@@ -78,6 +92,7 @@ LOSS_TABLE = {
     "chipo": Loss(losses.chipo),
     "beta_dpo": Loss(losses.beta_dpo, defaults={"momentum": 0.9}, coupled=True, running=mean_gap),
     "alpha_dpo": Loss(losses.alpha_dpo, defaults={"beta": _Required}, coupled=True),
+    "epsilon_dpo": Loss(_epsilon_dpo, defaults={"epsilon": 0.01}, running=log_beta_factor),
     "odpo": Loss(losses.odpo, margin_only=True),
     "dpop": Loss(losses.dpop),
     "tdpo": Loss(losses.tdpo, defaults={"alpha": 0.5, "stop_chosen": True}),
@@ -116,8 +131,8 @@ PAIRS, RANKED, LABELLED = (
 DEFAULTS = {"beta": 0.1, "label_smoothing": 0.0}  # of every loss that has these options
 
 # Options that change the inputs or the weights of any loss of a form of data. The value is the
-# option that means nothing without its key.
-OF_TOKENS = {"humanline_low": "humanline_high"}
+# option that means nothing without its key; "" is none.
+OF_TOKENS = {"humanline_low": "humanline_high", "sync_every": ""}
 WRAPPERS = {
     "pairs": {
         "divergence": "divergence_alpha",
@@ -160,7 +175,7 @@ def loss_requirements(loss: str) -> LossRequirements:
         form=forms[0],
         inputs=inputs,
         reference="reference" in inputs,
-        live="kl" in inputs and forms[0] == "pairs",
+        live=bool({"kl", "steps"} & inputs) and forms[0] == "pairs",
         chosen=inputs == {"nll"},
         weights=not any(LOSS_TABLE[name].sorts_batch for name in names),
     )
@@ -225,8 +240,9 @@ def hyper(resolved: Mapping[str, Any]) -> Hyper:
         name: jnp.asarray(value, jnp.float32)
         for name, value in resolved.items()
         if isinstance(value, int | float | tuple) and not isinstance(value, bool)
+        if name not in OPTIONS or OPTIONS[name].traced
     }
-    keeps_mean = "baseline" in resolved or "momentum" in resolved
+    keeps_mean = bool({"baseline", "momentum", "epsilon"} & resolved.keys())
     return numbers | ({"delta": jnp.zeros(())} if keeps_mean else {})
 
 
@@ -316,9 +332,11 @@ def _check_combination(names: Sequence[str], around: Mapping[str, Any]) -> None:
         if "divergence" in around and "policy" in inputs and not loss.margin_only:
             fitting = ", ".join(x for x, entry in LOSS_TABLE.items() if entry.margin_only)
             raise OptionError("divergence", f"only for losses of the margin: {fitting}")
-        for option in {"ld_alpha", "humanline_low"} & around.keys():
+        for option in {"ld_alpha", "humanline_low", "sync_every"} & around.keys():
             if "reference" not in inputs:
                 raise OptionError(option, f"{name} has no reference; only for losses with one")
+        if "sync_every" in around and loss_requirements(name).live:
+            raise OptionError("sync_every", f"{name} reads all of a reference that stays the same")
         if "wpo" in around and loss.sorts_batch:
             raise OptionError("wpo", f"{name} sorts the batch, so its terms belong to no one pair")
 

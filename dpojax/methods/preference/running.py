@@ -1,7 +1,7 @@
-"""Running means that a loss keeps over the batches, in the train state.
+"""What a loss keeps over the batches in the train state: running means, a logarithm.
 
-Each takes the mean so far and the view of a whole batch, and returns the new mean. The loss of the
-same batch reads it as `view.delta()`.
+Each takes the number so far and the view of a whole batch, and returns the new number. The loss of
+the same batch reads it as `view.delta()`.
 """
 
 from __future__ import annotations
@@ -29,3 +29,8 @@ def mean_gap(baseline: RunningMean, view: PairView) -> RunningMean:
     momentum, count = view.hyper["momentum"], view.counts().sum()
     new = momentum * baseline.mean + (1 - momentum) * view.batch_gap()
     return RunningMean(jnp.where(count > 0, new, baseline.mean), baseline.count + count)
+
+
+def log_beta_factor(baseline: RunningMean, view: PairView) -> RunningMean:
+    """epsilon-DPO's change of beta so far, as a logarithm: from 0 on, this batch's included."""
+    return RunningMean(baseline.mean + view.log_beta_change(), baseline.count + view.counts().sum())

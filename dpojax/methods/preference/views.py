@@ -179,6 +179,23 @@ class PairView(View):
         """The standard deviation of d_w / n_w - d_l / n_l over the whole batch, a scalar, nats."""
         return self._gap_per_token.std
 
+    def steps(self) -> Array:
+        """Which way beta goes (`losses.epsilon_steps`); 0 where no perturbed policy was scored."""
+        if self.tokens.perturbed is None:
+            return jnp.zeros(self.present().shape)
+        away, towards = (all_pairs(self.sums(tokens)) for tokens in self.tokens.perturbed)
+        return losses.epsilon_steps(all_pairs(self.logprobs), away, towards)
+
+    def beta_factor(self) -> Array:
+        """By what epsilon-DPO multiplies beta after the batches before this one, a scalar."""
+        return jnp.exp(self.hyper["delta"] - self.log_beta_change())
+
+    def log_beta_change(self) -> Array:
+        """What this batch adds to the logarithm of that factor: -log(1 + epsilon mean(steps))."""
+        counts = self.counts()
+        mean = (self.steps() * counts).sum() / jnp.maximum(counts.sum(), 1e-30)
+        return -jnp.log1p(self.settings["epsilon"] * mean)
+
     def weight(self) -> Array | None:
         """WPO's weights of the pairs; None without the option `wpo`."""
         if "wpo" not in self.settings:

@@ -1,0 +1,37 @@
+"""Runs whose loss changes with the policy: a synchronised reference, a beta that moves."""
+
+import shutil
+
+import pytest
+
+from dpojax.runs.run import run
+
+from .conftest import lines, tiny_config
+
+HUMANLINE = {"humanline_low": -1.0, "humanline_high": 1.5, "sync_every": 2}
+MOVING = {
+    "a synchronised reference": HUMANLINE,
+    "a synchronised reference of adapters": HUMANLINE | {"lora.rank": 2},
+    "epsilon_dpo": {"loss": "epsilon_dpo", "reference.kind": "live", "epsilon": 0.1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOVING)
+def test_a_run_that_goes_on_between_two_changes_has_the_losses_of_an_undisturbed_one(
+    name, tmp_path
+):
+    changes = {f"preference.{key}": value for key, value in MOVING[name].items()}
+    config = tiny_config(**changes, stages=("preference",), checkpoint_every=3, max_checkpoints=9)
+    config.preference.learning_rate = 0.03
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(config, str(whole))
+    losses = lambda folder: [(line["step"], line["loss"]) for line in lines(folder, "preference")]
+    shutil.copytree(whole, again)
+    last = again / "preference" / "checkpoints" / "6"
+    shutil.rmtree(last)
+    (again / "finished.json").unlink()
+    run(config, str(again))
+    assert last.exists()
+    assert len({loss for _, loss in losses(whole)}) > 6  # the losses of all steps differ
+    assert losses(again) == losses(whole)
