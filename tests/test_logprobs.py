@@ -175,6 +175,21 @@ def test_perturbed_log_probs_are_those_of_the_perturbed_logits(max_logits):
     assert slope == 0
 
 
+@pytest.mark.parametrize("function", [token_kl, perturbed_logprobs])
+def test_models_of_other_tokens_or_another_vocabulary_are_refused(function):
+    hidden, head, targets = problem()
+    rest = {} if function is token_kl else {"targets": targets, "epsilon": 0.1}
+    with pytest.raises(
+        ValueError, match=r"reference_hidden \(1, 7, 8\) must be of the same tokens"
+    ):
+        function(hidden, head, hidden[:1], head, **rest)
+    smaller = head._replace(weight=head.weight[1:], bias=head.bias[1:])
+    with pytest.raises(ValueError, match="vocabularies of 23 and 22 tokens"):
+        function(hidden, head, hidden, smaller, **rest)
+    with pytest.raises(ValueError, match=r"reference_head.weight: \(23, 8\) must be .* is 4"):
+        function(hidden, head, hidden[..., :4], head, **rest)
+
+
 def test_perturbing_the_optimum_of_a_reward_gives_the_optimum_of_another_beta():
     """It is reference * exp(reward / beta) / Z; away from the reference is a smaller beta."""
     hidden, head, targets = problem(2)

@@ -36,6 +36,33 @@ def check_tokens(hidden: Array, head: Head, targets: Array) -> None:
         )
 
 
+def check_reference(hidden: Array, head: Head, other_hidden: Array, other_head: Head) -> None:
+    """Refuse two models whose next-token distributions cannot be compared.
+
+    Raises:
+      ValueError: other tokens, another vocabulary, or a head that does not fit its hidden states.
+    """
+    if hidden.shape[:-1] != other_hidden.shape[:-1]:
+        raise ValueError(
+            f"hidden {hidden.shape} and reference_hidden {other_hidden.shape} must be of the same "
+            "tokens: all axes but the last one are equal"
+        )
+    if len(head.weight) != len(other_head.weight):
+        raise ValueError(
+            f"head and reference_head have vocabularies of {len(head.weight)} and "
+            f"{len(other_head.weight)} tokens; their distributions cannot be compared"
+        )
+    for name, states, its in (
+        ("head", hidden, head),
+        ("reference_head", other_hidden, other_head),
+    ):
+        if its.weight.ndim != 2 or its.weight.shape[1] != states.shape[-1]:
+            raise ValueError(
+                f"{name}.weight: {its.weight.shape} must be [vocabulary, width], and the width of "
+                f"its hidden states is {states.shape[-1]}"
+            )
+
+
 def require_integers(name: str, x: Array) -> None:
     """Raise TypeError unless `x` is an array of integers."""
     if not jnp.issubdtype(x.dtype, jnp.integer):

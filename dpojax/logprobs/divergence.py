@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dpojax.head import Head, logits_of
+from dpojax.logprobs.checks import check_reference
 from dpojax.logprobs.tokens import by_token
 
 
@@ -34,7 +35,11 @@ def token_kl(
 
     Returns:
       [..., T].
+
+    Raises:
+      ValueError: the two models are not of the same tokens and the same vocabulary.
     """
+    check_reference(hidden, head, reference_hidden, reference_head)
 
     def compute(hidden: Array, reference_hidden: Array, *arrays: Array | None) -> Array:
         own_head = head._replace(weight=arrays[0], bias=arrays[1])

@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dpojax.head import Head, logits_of
-from dpojax.logprobs.checks import check_tokens
+from dpojax.logprobs.checks import check_reference, check_tokens
 from dpojax.logprobs.divergence import map_token_chunks, token_chunk_count
 from dpojax.logprobs.tokens import PerturbedLogprobs, by_token
 
@@ -35,8 +35,15 @@ def perturbed_logprobs(
       targets: [..., T], token ids.
       epsilon: size of the perturbation, in (0, 1), a scalar.
       max_logits: how many float32 logits may exist at once, of all three distributions together.
+
+    Raises:
+      TypeError, ValueError: as `token_logprobs`; the two models are not of the same tokens and the
+        same vocabulary; several values of epsilon (use `jax.vmap`).
     """
     check_tokens(hidden, head, targets)
+    check_reference(hidden, head, reference_hidden, reference_head)
+    if jnp.ndim(epsilon):
+        raise ValueError(f"epsilon has shape {jnp.shape(epsilon)} and must be a scalar")
 
     def compute(hidden, reference_hidden, targets, epsilon, weight, bias, its_weight, its_bias):
         policy_head = head._replace(weight=weight, bias=bias)

@@ -29,7 +29,8 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
 
     The first argument sets the shape of the examples. Every other one, and each half of a `Pair`,
     has this shape or is a scalar. An argument that is annotated as a `Pair` is one, and not another
-    tuple. Log-probs are floats, and `desirable` is boolean. bfloat16 and float16 become float32.
+    tuple; one that is annotated as an array is no tuple and no text. Log-probs are floats, and
+    `desirable` is boolean. bfloat16 and float16 become float32.
 
     Raises:
       TypeError, ValueError: naming the loss and the argument.
@@ -43,7 +44,9 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
     """
     parameters = inspect.signature(loss).parameters
     names = list(parameters)
-    pairs = {name for name, its in parameters.items() if str(its.annotation).startswith("Pair")}
+    annotations = {name: str(its.annotation) for name, its in parameters.items()}
+    pairs = {name for name, its in annotations.items() if its.startswith("Pair")}
+    single = {name for name, its in annotations.items() if its.startswith("Array")}
 
     @functools.wraps(loss)
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,6 +54,8 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
         arguments = dict(zip(names, args)) | {name: kwargs[name] for name in in_order}
         for name in pairs & arguments.keys():
             _require_pair(loss.__name__, name, arguments[name])
+        for name in single & arguments.keys():
+            _require_array(loss.__name__, name, arguments[name])
         shape = None
         for name, value in arguments.items():
             for part in _arrays(value):
@@ -67,6 +72,14 @@ def _require_pair(loss: str, name: str, value: Any) -> None:
     if value is not None and not isinstance(value, Pair):
         raise TypeError(
             f"{loss}: {name} must be a Pair(chosen=..., rejected=...), got {type(value).__name__}"
+        )
+
+
+def _require_array(loss: str, name: str, value: Any) -> None:
+    if isinstance(value, tuple | str):
+        raise TypeError(
+            f"{loss}: {name} must be one array or number, got {type(value).__name__}"
+            + ("; call it once for each half" if isinstance(value, Pair) else "")
         )
 
 

@@ -48,6 +48,14 @@ WRONG = {
         lambda: dpo(THREE, jnp.ones(3), beta=0.1),
         "dpo: reference must be a Pair",
     ),
+    "a number as text": (
+        lambda: dpo(THREE, THREE, beta="0.1"),
+        "dpo: beta must be one array or number, got str",
+    ),
+    "a pair for an array": (
+        lambda: losses.humanline_logprobs(THREE, THREE, low=-1.0, high=1.5),
+        "humanline_logprobs: policy must be one array .* Pair; call it once for each half",
+    ),
     "lists": (
         lambda: dpo(Pair([-1.0], [-2.0]), NO_REFERENCE, beta=0.1),
         "dpo: policy must hold arrays",
