@@ -52,10 +52,11 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
         in_order = [name for name in names[len(args) :] if name in kwargs]
         arguments = dict(zip(names, args)) | {name: kwargs[name] for name in in_order}
-        for name in pairs & arguments.keys():
-            _require_pair(loss.__name__, name, arguments[name])
-        for name in single & arguments.keys():
-            _require_array(loss.__name__, name, arguments[name])
+        for name, value in arguments.items():
+            if name in pairs:
+                _require_pair(loss.__name__, name, value)
+            elif name in single:
+                _require_array(loss.__name__, name, value)
         shape = None
         for name, value in arguments.items():
             for part in _arrays(value):
