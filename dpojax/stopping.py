@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -50,6 +51,7 @@ class _State:
     what = ""  # names what is stopped
     on_end: Callable[[int, str], None] | None = None  # is told that this process ends alone
     stop_code = STOPPED
+    before_say: Callable[[], None] | None = None  # clears the terminal's last line
 
 
 def received() -> str:
@@ -78,6 +80,15 @@ def use_stop_code(code: int) -> None:
     _State.stop_code = code
 
 
+def go_on() -> str:
+    """`GO_ON`, and the command line of this process, to be repeated in a shell."""
+    name, *words = sys.argv
+    if not name.startswith("dpojax "):  # the command `dpojax` puts its name in one word
+        name, *words = sys.orig_argv
+        name = os.path.basename(name)
+    return f"{GO_ON}:\n    {name} {shlex.join(words)}".rstrip()
+
+
 def forget() -> None:
     """Forget a signal that has stopped nothing yet."""
     _State.received, _State.raised = "", False
@@ -86,6 +97,11 @@ def forget() -> None:
 def on_end(action: Callable[[int, str], None] | None) -> None:
     """Call `action` with a status and the reason when this process ends before its run does."""
     _State.on_end = action
+
+
+def before_saying(action: Callable[[], None] | None) -> None:
+    """Call `action` before `say` prints."""
+    _State.before_say = action
 
 
 def _tell(status: int, why: str) -> None:
@@ -233,7 +249,7 @@ def _watch(pipe: int) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
             if first_interrupt is not None and now - first_interrupt > SAME_PRESS:
-                end_now(stop_code(), "Ctrl-C again: ended at once, without saving; " + GO_ON)
+                end_now(stop_code(), "Ctrl-C again: ended at once, without saving; " + go_on())
             first_interrupt = first_interrupt or now
         if number in announced:
             continue
@@ -251,7 +267,7 @@ def _watch(pipe: int) -> None:
 def _end_if_deaf(name: str) -> None:
     """End the process if the main thread has not handled the signal."""
     if not (_State.raised or _State.noting):
-        end_now(stop_code(), f"stopped by {name}, what is done is kept; {GO_ON}")
+        end_now(stop_code(), f"stopped by {name}, what is done is kept; {go_on()}")
 
 
 def _forget_parent() -> None:
@@ -266,6 +282,8 @@ def _forget_parent() -> None:
 def say(text: str) -> None:
     """Print a line on the terminal's error stream, whatever this thread's streams are by now."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
+        if _State.before_say is not None:
+            _State.before_say()
         print(f"\n{text}", file=sys.__stderr__, flush=True)
 
 

@@ -19,6 +19,7 @@ class _Progress:
 
     beats = 0
     doing = "the run began"
+    since = time.monotonic()  # when that began
     unwatched = 0  # how many `unwatched` blocks are entered
     ends: dict[object, float] = {}  # noqa: RUF012 (of the blocks of `taking_up_to`, monotonic)
 
@@ -30,7 +31,13 @@ def beat(doing: str = "") -> None:
       doing: names what it does next, for the message; "" goes on with the same.
     """
     _Progress.beats += 1
-    _Progress.doing = doing or _Progress.doing
+    if doing and doing != _Progress.doing:
+        _Progress.doing, _Progress.since = doing, time.monotonic()
+
+
+def doing() -> tuple[str, float]:
+    """What the run does, as `beat` has named it, and when that began (monotonic)."""
+    return _Progress.doing, _Progress.since
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpojax"
 ORDER = [
-    {"tables", "intervals", "chips", "storage", "stopping", "peers", "watchdog"}
+    {"tables", "intervals", "chips", "storage", "stopping", "peers", "watchdog", "display"}
     | {"mesh_axes", "tpu_flags", "extras"},
     {"losses", "head", "logprobs", "theory", "rl"},
     {"sharding"},

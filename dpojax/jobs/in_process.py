@@ -8,7 +8,7 @@ import jax
 
 from dpojax import sharding, storage
 from dpojax.jobs.job import Job, execute, execute_logged, pending
-from dpojax.jobs.progress import shown, ticking
+from dpojax.jobs.progress import shown
 from dpojax.stopping import listening
 
 NONE_LEFT = -1
@@ -31,8 +31,7 @@ def run_jobs(jobs: Sequence[Job], folder: storage.Path, what: str) -> None:
         while to_do := pending(jobs):
             job = to_do[0]
             clock.start(job.name)
-            with ticking(clock.show):
-                execute_logged(job, folder)
+            execute_logged(job, folder)
             clock.stop(job.name)
 
 

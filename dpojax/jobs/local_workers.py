@@ -109,7 +109,7 @@ def _wait(running: dict[Future, Job], clock: Clock) -> None:
     for future in ended:
         future.result()
         clock.stop(running.pop(future).name)
-    if ended or sys.stderr.isatty():
+    if ended:
         clock.show()
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from dpojax import storage
+from dpojax import display, storage
 from dpojax.jobs.job import Job, pending
 
 SECONDS = "seconds.json"
@@ -32,7 +29,7 @@ class Clock:
 
     Args:
       workers: jobs that are done at a time.
-      show: gets the line.
+      what: names the plan in the line that shows how far it is.
     """
 
     def __init__(
@@ -40,9 +37,9 @@ class Clock:
         jobs: Sequence[Job],
         folder: storage.Path,
         workers: int,
-        show: Callable[[str], None],
+        what: str,
     ):
-        self.jobs, self.folder, self.workers, self._show = jobs, folder, workers, show
+        self.jobs, self.folder, self.workers, self.what = jobs, folder, workers, what
         self.before, self.seconds = read_seconds(folder)
         self.started: dict[str, float] = {}  # jobs under way, and when each began
         self.began = time.perf_counter()
@@ -66,56 +63,38 @@ class Clock:
     def now(self) -> dict[str, float]:
         """The seconds of each job so far, those under way included."""
         seconds = dict(self.seconds)
-        for name, began in self.started.items():
+        for name, began in dict(self.started).items():
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
         return seconds
 
+    def line(self) -> str:
+        """How far the plan is."""
+        seconds, running = Seconds(self.passed, self.now()), [*self.started]
+        line = progress_line(self.jobs, seconds, self.to_do, running=running, workers=self.workers)
+        return f"{self.what} {line}"
+
     def show(self) -> None:
-        seconds = Seconds(self.passed, self.now())
-        line = progress_line(
-            self.jobs, seconds, self.to_do, running=[*self.started], workers=self.workers
-        )
-        self._show(line)
+        """Print the line where no terminal draws it."""
+        if not display.draws():
+            print(self.line(), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def shown(
     jobs: Sequence[Job], folder: storage.Path, what: str, workers: int = 1
 ) -> Iterator[Clock]:
-    """A clock, and a line on the terminal as long as it is entered.
+    """A clock, whose line stands on the terminal as long as it is entered.
 
     At the end the clock stops for all jobs that are still under way.
     """
-    with tqdm(total=len(jobs), bar_format="{desc}", dynamic_ncols=True) as bar:
-        clock = Clock(jobs, folder, workers, lambda line: bar.set_description_str(f"{what} {line}"))
+    clock = Clock(jobs, folder, workers, what)
+    with display.line(clock.line):
         try:
             yield clock
         finally:
             for name in [*clock.started]:
                 clock.stop(name)
-        clock.show()
-
-
-@contextlib.contextmanager
-def ticking(update: Callable[[], None]) -> Iterator[None]:
-    """Call `update` at once, and on a terminal every second from a thread."""
-    update()
-    if not sys.stderr.isatty():
-        yield
-        return
-    ended = threading.Event()
-
-    def tick() -> None:
-        while not ended.wait(1.0):
-            update()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    print(clock.line(), file=sys.stderr, flush=True)
 
 
 def seconds_left(

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from absl import logging
 
-from dpojax import peers, stopping
+from dpojax import display, peers, stopping
 from dpojax.config.command_line import USAGE, ConfigFlag, UsageError, command_name, parse_flags
 from dpojax.runs import terminal
 from dpojax.stopping import Preempted, stop_code
@@ -89,7 +89,7 @@ def _stopped(stopped: Preempted) -> int:
     if lost := lost_locks():
         print(f"\nLocked: {', '.join(lost)}: another process took over", file=sys.stderr)
         return FAILED
-    print(f"\n{stopped}; {stopping.GO_ON}", file=sys.stderr)
+    print(f"\n{stopped}; {stopping.go_on()}", file=sys.stderr)
     if link and link.has_agreed:
         link.close()
     elif link:
@@ -111,7 +111,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     stopping.announce_signals()
     terminal.look_after()
     use_tpu_flags()
-    with stopping.listening():
+    with stopping.listening(), display.shown(sys.stderr):
         end(exit_status(main))
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
-from dpojax import sharding, stopping, storage
+from dpojax import display, sharding, stopping, storage
 from dpojax.config.command_line import ArgumentParser, parse_config_words
 from dpojax.config.resolved import ResolvedRun
 from dpojax.config.saved import (
@@ -89,7 +89,7 @@ def _run(resolved: ResolvedRun, record: goodput.Record) -> None:
         keep_base_files(setup)
         announce(stages)
         finished = train_in_turn(stages, partial(initial_params, setup), stop)
-        with goodput.spending(goodput.EVALUATION):
+        with goodput.spending(goodput.EVALUATION), display.doing("summary and figures"):
             finish(stages[-1], stages[-1].summarise(finished()))
 
 
@@ -97,14 +97,14 @@ def announce(stages: Sequence[Stage]) -> None:
     """Say what every stage is about to do, and keep the reports on its data."""
 
     def say() -> None:
-        print(machine_text(machine_of(stages[-1].setup)), flush=True)
+        display.say(machine_text(machine_of(stages[-1].setup)))
         if warning := code_changed(stages[0].setup.workdir):
-            print(f"\n{warning}", flush=True)
+            display.say(f"\n{warning}")
         if warning := random_start(stages[0]):
-            print(f"\n{warning}", flush=True)
+            display.say(f"\n{warning}")
         for stage in stages:
-            lines = [f"\n{stage.describe()}", stage.save_reports()]
-            print("\n".join(filter(None, lines)), flush=True)
+            lines = [stage.save_reports(), stage.describe()]
+            display.say("\n" + "\n".join(filter(None, lines)))
 
     sharding.on_first_process(say)
 
@@ -158,10 +158,10 @@ def _show(workdir: storage.Path) -> None:
     """Print what a finished run found, where its figure is, and where its time went."""
     if jax.process_index() == 0:
         for summary in sorted(workdir.glob("*/summary.txt")):
-            print(f"\n{storage.read_text(summary)}")
-        print(f"curves: {workdir / CURVES}")
+            display.say(f"\n{storage.read_text(summary)}")
+        display.say(f"curves: {workdir / CURVES}")
         if text := goodput.describe(goodput.read(workdir)):
-            print(text)
+            display.say(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

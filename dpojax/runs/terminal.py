@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from dpojax import stopping
+from dpojax import display, stopping
 
 # What asyncio says of a coroutine of a library that is left over when its loop has ended.
 LOOP_CLOSED = "Event loop is closed"
@@ -26,8 +26,14 @@ class Lasting:
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
-        self._try("write", text)
+        with display.making_way(text):
+            self._try("write", text)
         return len(text)
+
+    def write_below(self, text: str) -> None:
+        """Draw the lines of `display`."""
+        self._try("write", text)
+        self._try("flush")
 
     def flush(self) -> None:
         self._try("flush")

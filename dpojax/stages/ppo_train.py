@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from dpojax import sharding
+from dpojax import display, sharding
 from dpojax.evaluation.policies import PolicyEvaluation, response_texts
 from dpojax.methods import ppo
 from dpojax.methods.ppo import PPOState
@@ -23,8 +22,8 @@ from dpojax.stages.stage import announce_kept, open_metrics
 from dpojax.training import checkpoints, goodput
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.keep_best import KEEP_BEST
-from dpojax.training.loop import WINDOW, Every, NonFiniteLoss, say_reached
-from dpojax.training.metrics import MetricWriter, Window, progress
+from dpojax.training.loop import WINDOW, Every, NonFiniteLoss, print_line, say_reached
+from dpojax.training.metrics import MetricWriter, Window
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import fingerprint
 from dpojax.training.state import schedule_of, warmup_steps
@@ -58,6 +57,8 @@ def train(stage: PPOSetup, start: Callable[[], dict], stop: StopSignal) -> dict:
         with open_metrics(stage, done) as writer:
             reference = stage.reference_params()
             goodput.goes_on(stage.name, done or 0)
+            if done:
+                print_line(stage.name, f"resumes at iteration {done} of {stage.steps}")
             with stop.steps(), goodput.spending(goodput.STEP):
                 finished = _iterate(stage, state, reference, saved, writer, stop)
         if stage.config.keep_best:
@@ -97,7 +98,7 @@ def _iterate(
 
     if done == 0:
         evaluate()
-    with progress(steps, done, stage.name) as bar:
+    with display.bar(stage.name, steps, done, "iterations") as bar:
         while done < steps and not ended:
             state, report, seconds = _iteration(stage, state, reference, done)
             done += 1
@@ -112,7 +113,7 @@ def _iterate(
             if log or ended:
                 values = window.flush() | _pace(clocks) | goodput.metrics()
                 writer.write(done, values)
-                bar.set_postfix_str(
+                bar.note = (
                     f"reward {values['objective/scores']:.3f}, kl {values['objective/kl']:.2f}"
                 )
             if save or stopping or is_best or ended:
@@ -148,8 +149,7 @@ def _log_evaluation(
     append_samples(stage.folder, done, evaluation)
     values = evaluation.metrics()
     writer.write(done, values, split="eval")
-    if jax.process_index() == 0:
-        tqdm.write(f"{stage.name}  {_evaluation_line(done, stage.steps, values)}")
+    print_line(stage.name, _evaluation_line(done, stage.steps, values))
     return values
 
 

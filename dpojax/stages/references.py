@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpojax import sharding, storage
+from dpojax import display, sharding, storage
 from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.stages.example_stage import ExampleStage
@@ -20,9 +20,9 @@ from dpojax.stages.reference import Reference
 from dpojax.stages.setup import load_weights
 from dpojax.stages.tokenizers import vocabulary_hash
 from dpojax.training import checkpoints, reference
-from dpojax.training.metrics import progress
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.reference import TOLERANCE, ReferenceMismatch, Store
+from dpojax.watchdog import beat
 
 EXACT = 1e-5  # nats: one program on one batch twice
 
@@ -233,7 +233,8 @@ def _all_batches(stage: ExampleStage, stop: StopSignal) -> Iterator[Rows]:
     batches = stage.batches
     data = batches.data
     count = len(batches.split(data.training)) + len(batches.held_out_batches)
-    with progress(count, desc="reference log-probs") as bar:
+    beat("the reference's log-probs are computed")
+    with display.bar("reference log-probs", count, unit="batches") as bar:
         for rows in itertools.chain(batches.rows(data.training), batches.held_out()):
             if stop.agreed():
                 raise Preempted(f"{stage.name}: stopped while the reference was computed")

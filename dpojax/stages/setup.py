@@ -20,6 +20,7 @@ from dpojax.models.decoder import SHARDING_RULES, Model
 from dpojax.models.scores import with_scalar_head
 from dpojax.stages.tokenizers import load_tokenizer, stop_tokens
 from dpojax.stages.vocabulary import rows_for, tell_of_mismatch
+from dpojax.watchdog import beat
 
 
 class Setup(NamedTuple):
@@ -81,6 +82,7 @@ def prepare_setup(run: ResolvedRun, *, mesh: Mesh | None = None, vmapped: bool =
     Raises:
       ConfigError: there is no such tokenizer or model, or the lengths do not fit the model.
     """
+    beat("tokenizer and model are opened")
     config = run.config
     if mesh is None:
         with config_errors("mesh"):
@@ -161,6 +163,7 @@ def initial_params(setup: Setup) -> dict:
     """The parameters that the first stage starts from: imported, or drawn from the seed."""
     if setup.config.model.path:
         return load_weights(setup, setup.config.model.path)
+    beat("the first weights are drawn")
     shardings = jax.tree.map(lambda x: x.sharding, setup.abstract_params)
     key = jax.random.key(setup.config.seed)
     return jax.jit(setup.model.init, out_shardings=shardings)(key)
@@ -172,6 +175,7 @@ def load_weights(setup: Setup, path: str) -> dict:
     Raises:
       ConfigError: the folder holds a model of another shape, or no complete one.
     """
+    beat("weights are loaded")
     with config_errors(f"model.path ({path})"):
         loaded_config, params, _ = huggingface.load(path, mesh=setup.mesh)
     if loaded_config != setup.model.config:

@@ -161,7 +161,10 @@ class Stage(abc.ABC):
         """What the stage is about to do, for a person: model, mesh, data, memory."""
 
     def save_reports(self) -> str:
-        """Keep the data report in the stage's folder; return a line about the data."""
+        """Keep the data report in the stage's folder; return what to print of it.
+
+        A run that resumes prints the report again only if it has changed.
+        """
         return ""
 
     @abc.abstractmethod

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from dpojax import sharding, stopping
+from dpojax import display, sharding, stopping
 from dpojax.data.packing import Shape
 from dpojax.data.rows import Rows, empty
 from dpojax.logprobs import TokenStatistics
@@ -32,9 +31,10 @@ from dpojax.stages.stage import Lowered, announce_kept, open_metrics
 from dpojax.training import profile
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.forward import FrozenWeights, adapted
-from dpojax.training.loop import Every, TrainLoop
+from dpojax.training.health import Health
+from dpojax.training.loop import Every, TrainLoop, print_line
 from dpojax.training.memory import Footprint, lean, predict
-from dpojax.training.metrics import Metric, MetricWriter, Window
+from dpojax.training.metrics import Metric, MetricWriter, Window, read_metrics
 from dpojax.training.preemption import StopSignal
 from dpojax.training.profile import Spans
 from dpojax.training.state import (
@@ -82,6 +82,7 @@ def train_stage(stage: ExampleStage, start: Callable[[], dict], stop: StopSignal
         with open_metrics(stage, done) as writer:
             if params is None:
                 state, _ = checkpoints.restore(abstract, batches)
+                print_line(stage.name, f"resumes at step {done} of {stage.steps}")
             else:
                 trained = params if base is None else stage.adapters.start(config.seed)
                 if stage.starts_at_reference:
@@ -346,11 +347,11 @@ def _train_loop(
     setup, config = stage.setup, stage.setup.config
     frozen = frozen_weights(evaluator.base, evaluator.reference)
 
-    def say_memory(needed: str) -> None:
+    def say(text: str) -> None:
         if jax.process_index() == 0:
-            tqdm.write(f"{stage.name}: the compiled step needs {needed}")
+            display.say(f"{stage.name}: {text}")
 
-    step = lean(jitted_step(stage, optimizer, stage.steps), say=say_memory)
+    step = lean(jitted_step(stage, optimizer, stage.steps), say=say)
     ceiling = partial(peak_flops, setup.mesh, config.model.compute_dtype)
     if config.profile:
         ceiling()  # measured now, and not among the steps that the trace shows
@@ -374,6 +375,7 @@ def _train_loop(
         devices=setup.mesh.size,
         peak=makers_peak(setup.mesh),
         spans=Spans(stage.folder if config.profile else None),
+        health=Health(read_metrics(stage.folder, "eval")),
     )
 
 

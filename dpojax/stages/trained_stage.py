@@ -54,8 +54,11 @@ class TrainedStage(ExampleStage):
         reports = self.batches.data.reports
         as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
         storage.write_json(self.folder / "data_report.json", as_json)
-        storage.write_text(self.folder / "data_report.txt", report_text(self) + "\n")
-        return f"{self.name}: tokens {self.batches.data.file_note}"
+        text, file = report_text(self) + "\n", self.folder / "data_report.txt"
+        told = file.exists() and storage.read_text(file) == text
+        storage.write_text(file, text)
+        report = f"{self.name}: the data are as they were, see {file}\n" if told else text
+        return f"{report}{self.name}: tokens {self.batches.data.file_note}"
 
     def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:
         return train.train_stage(self, start, stop)
@@ -123,7 +126,7 @@ class LanguageStage(TrainedStage):
 
 
 def describe(stage: ExampleStage) -> str:
-    """The data report, then the model, the mesh, the data, the shape of a batch, and memory."""
+    """The model, the mesh, the data, the shape of a batch, and memory."""
     batches = stage.batches
     data, shape = batches.data, batches.shape
     parameters = f"{count(stage.setup.abstract_params)} parameters"
@@ -131,7 +134,7 @@ def describe(stage: ExampleStage) -> str:
         parameters += f" under adapters of {count(stage.adapters.abstract)}"
     smaller = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in shape.buckets[:-1])
     return (
-        f"{report_text(stage)}\n{stage.name}: {parameters} on a mesh of {mesh_text(stage.setup)}; "
+        f"{stage.name}: {parameters} on a mesh of {mesh_text(stage.setup)}; "
         f"{data.train:,} examples to train on and {len(data.held_out):,} held out; "
         f"{batches.steps:,} steps of {batches.batch_size} examples in at most "
         f"{shape.micro_batches} micro-batches of {shape.rows} rows x {shape.length} tokens, "

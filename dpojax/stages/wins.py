@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
-from tqdm import tqdm
 
-from dpojax import sharding, storage
+from dpojax import display, sharding, storage
 from dpojax.config.errors import config_errors
 from dpojax.evaluation import policies
 from dpojax.evaluation.judging.asking import judge_comparisons
@@ -66,7 +65,7 @@ def open_wins(setup: Setup, reference_params: dict, prompts: Sequence[str], seed
             judgements = _ask(judge, comparisons, folder)
         except JudgeError as error:
             if jax.process_index() == 0:
-                tqdm.write(f"WARNING: no win rate at this evaluation: {error}")
+                display.say(f"WARNING: no win rate at this evaluation: {error}")
             return evaluation._replace(judged=dict.fromkeys(OFTEN_NAN, math.nan))
         ids = [comparison.id for comparison in comparisons]
         rate = win_rate(judgements, ids, is_symmetric=judge.is_symmetric)

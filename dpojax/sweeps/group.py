@@ -17,7 +17,7 @@ from functools import partial
 
 import jax
 
-from dpojax import sharding, stopping, storage
+from dpojax import display, sharding, stopping, storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun
@@ -48,9 +48,13 @@ from dpojax.sweeps.members import same_program
 from dpojax.sweeps.program import MemberProgram
 from dpojax.training import goodput
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.health import Health
 from dpojax.training.loop import Every, NonFiniteLoss
+from dpojax.training.metrics import read_metrics
+from dpojax.training.pace import Speed
 from dpojax.training.preemption import StopSignal
 from dpojax.training.stop_at import STOP_AT
+from dpojax.training.throughput import flops_of_batch, makers_peak, peak_flops
 from dpojax.training.vectorised_loop import (
     Member,
     MemberChunk,
@@ -88,7 +92,7 @@ def train_group(
         with watching(runs[0].config.hang_minutes), goodput.recording(age) as record:
             _train(runs, folder, record)
         if jax.process_index() == 0 and (text := goodput.describe(goodput.read(workdirs[0]))):
-            print(text, flush=True)
+            display.say(text)
     sharding.agreed(True)  # what the first process wrote is there, and nobody reads checkpoints
     if jax.process_index() == 0:
         storage.remove_folder(group_folder(workdirs, folder))
@@ -116,7 +120,7 @@ def _train(runs: Sequence[ResolvedRun], folder: storage.Path, record: goodput.Re
         stop = during.enter_context(StopSignal())
         announce(stages)
         if setup.config.profile and jax.process_index() == 0:
-            print("config.profile: nothing is profiled of members that train together")
+            display.say("config.profile: nothing is profiled of members that train together")
         group.compile()  # what does not fit is refused before anything is loaded
         try:
             start = train_in_turn(before, partial(initial_params, setup), stop)
@@ -248,6 +252,7 @@ class Group:
             examples=self.lead.batches.data.examples,
             checkpoints=saved,
             stop=stop,
+            speed=self._speed(),
         )
         loop(
             [
@@ -257,6 +262,13 @@ class Group:
             done or 0,
         )
         return {i: member.error for i, member in members.items()}
+
+    def _speed(self) -> Speed:
+        """Of all members on all devices of the mesh."""
+        setup = self.lead.setup
+        flops = flops_of_batch(setup.abstract_params, frozen=self.lead.adapters is not None)
+        ceiling = partial(peak_flops, self.mesh, setup.config.model.compute_dtype)
+        return Speed(flops, ceiling, self.mesh.size, makers_peak(self.mesh))
 
     def _with_first_scores(self, evaluator: Evaluator, trained: dict) -> Evaluator:
         """With what the policy that all members start from scores, where that is the reference."""
@@ -276,7 +288,8 @@ class Group:
             if why := errors.get(index):
                 write_failure(stage.setup.workdir / FAILED, why)
                 continue
-            with goodput.spending(goodput.EVALUATION):
+            what = f"summary of {stage.setup.workdir.name}"
+            with goodput.spending(goodput.EVALUATION), display.doing(what):
                 summarise = summarise or stage.open_summary()
                 finish(stage, summarise(stage, stage.trained_params()))
 
@@ -310,6 +323,7 @@ def _member(
         writer=during.enter_context(open_metrics(stage, done)),
         checkpoints=during.enter_context(saved),
         stop_at=new_stop_at(stage.config),
+        health=Health(read_metrics(stage.folder, "eval")),
     )
 
 

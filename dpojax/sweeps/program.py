@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpojax import sharding, storage
+from dpojax import display, sharding, storage
 from dpojax.config.errors import ConfigError
 from dpojax.data.rows import Rows
 from dpojax.sharding import ROWS, SWEEP
@@ -108,7 +108,7 @@ class MemberProgram:
         if jax.process_index() == 0:
             layout = Layout(self.mesh.shape[SWEEP], self.vmapped, at_once)
             storage.write_json(self.folder / LAYOUT, layout._asdict())
-            print(self._describe(min(at_once, members), room), flush=True)
+            display.say(self._describe(min(at_once, members), room))
         return at_once
 
     def step(
@@ -170,7 +170,8 @@ class MemberProgram:
         frozen = abstract_frozen_weights(on_members)
         with jax.set_mesh(self.mesh):
             lowered = step.lower(self.abstract, self._abstract_rows(), hyperparameters, frozen)
-            self._step = lowered.compile()
+            with display.doing(f"compiling the step of {count} members"):
+                self._step = lowered.compile()
         memory.give_back()
         states = memory.bytes_per_device(self.abstract)
         # The weights that all start from stay, and an evaluation takes one member's state out.

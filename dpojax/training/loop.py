@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from dpojax import sharding, stopping
+from dpojax import display, sharding, stopping
 from dpojax.data.examples import Example
 from dpojax.data.rows import Rows
 from dpojax.training import goodput
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.health import Health
 from dpojax.training.keep_best import KEEP_BEST, KeepBest
 from dpojax.training.lost_updates import LOST_UPDATES
-from dpojax.training.metrics import MetricWriter, evaluation_line, progress
+from dpojax.training.metrics import MetricWriter, evaluation_line
 from dpojax.training.objective import Hyper
 from dpojax.training.pace import Pace, speed_line
 from dpojax.training.preemption import Preempted, StopSignal
@@ -70,9 +70,7 @@ class TrainLoop:
       batches: NumPy rows in training order, positioned at the state's step; it can be saved.
       to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are needed.
       evaluate: state -> values by metric name, on the held-out data.
-      flops: rows -> the model FLOPs of a batch.
-      ceiling: -> FLOP/s of a matmul on all devices together. It is called when a speed is first
-        logged, since measuring it takes a second.
+      flops, ceiling, devices, peak: see `Speed`.
       hyper: the step's numbers.
       steps: of the whole run.
       every: how often to log, evaluate and save.
@@ -84,11 +82,10 @@ class TrainLoop:
         saved and stays on disk until one is better. It also says when to stop early. None keeps no
         best.
       stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never.
-      devices: how many compute a step.
-      peak: FLOP/s of all devices by their maker's page; None where that is not known.
       spans: add up where the time goes.
       warned: the terminal has said that updates are lost to rounding.
       speed: the last line of metrics.
+      health: says in words how the training does.
     """
 
     stage: str
@@ -112,6 +109,7 @@ class TrainLoop:
     spans: Spans = dataclasses.field(default_factory=Spans)
     warned: bool = False
     speed: dict[str, float] = dataclasses.field(default_factory=dict)
+    health: Health = dataclasses.field(default_factory=Health)
 
     def __call__(self, state: State) -> State:
         """Train to the last step or to an early stop; return the state, also on disk.
@@ -137,7 +135,7 @@ class TrainLoop:
         pace.carry_over(saved.get(WINDOW))
         if done == 0 or saved.get(NOT_EVALUATED):
             self._evaluate(state, done, pace)
-        with progress(self.steps, done, self.stage) as bar:
+        with display.bar(self.stage, self.steps, done) as bar:
             pending, ended = None, self._stops_early(done)
             while done < self.steps and not ended:
                 with self.spans(DATA, partial(is_computing, pending and pending[1])):
@@ -160,7 +158,7 @@ class TrainLoop:
                     with self.spans(COMPILE if done == first else STEP):
                         self._check(*pending, done)
                 if due.log:
-                    bar.set_postfix_str(_postfix(self._log(pace, done)))
+                    bar.note = _numbers(self._log(pace, done))
                 values, is_best = {}, False
                 if due.evaluate:
                     values, is_best = self._evaluate(state, done, pace)
@@ -227,7 +225,7 @@ class TrainLoop:
             why = f"stopped in the evaluation at step {step} of {self.steps}, what is done is saved"
             raise Preempted(f"{self.stage}: {why}") from stopped
         self.writer.write(step, values, split="eval")
-        print_evaluation(self.stage, step, self.steps, values)
+        print_evaluation(self.stage, step, self.steps, values, self.health.add(step, values))
         print_line(self.stage, speed_line(self.speed))
         if self.stop_at is not None and self.stop_at.add(step, values):
             say_reached(self.stage, self.stop_at, self.steps)
@@ -269,14 +267,16 @@ def is_computing(report: Report | None) -> bool:
 
 
 def print_line(name: str, text: str) -> None:
-    """Print a line above the progress bar, in the first process alone; none for ""."""
+    """Print a line in the first process alone; none for ""."""
     if text and jax.process_index() == 0:
-        tqdm.write(f"{name}  {text}")
+        display.say(f"{name}  {text}")
 
 
-def print_evaluation(name: str, step: int, steps: int, values: dict[str, float]) -> None:
-    """Print what an evaluation has found."""
-    print_line(name, evaluation_line(step, steps, values))
+def print_evaluation(
+    name: str, step: int, steps: int, values: dict[str, float], health: str
+) -> None:
+    """Print what an evaluation has found, and what `training.health` says of it."""
+    print_line(name, "  ".join(filter(None, [evaluation_line(step, steps, values), health])))
 
 
 def say_reached(name: str, stop_at: StopAt, steps: int) -> None:
@@ -288,7 +288,7 @@ def warn_of_lost_updates(name: str, step: int, values: dict[str, float]) -> bool
     """Print a warning if rounding swallows most updates; returns whether it does."""
     lost = values.get(LOST_UPDATES, 0.0)
     if lost > MOST_LOST and jax.process_index() == 0:
-        tqdm.write(
+        display.say(
             f"{name}  step {step}: {lost:.0%} of the updates are smaller than the weights can "
             "resolve, and change nothing: the learning rate is too small"
         )
@@ -312,7 +312,7 @@ def name_the_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _postfix(values: dict[str, float]) -> str:
+def _numbers(values: dict[str, float]) -> str:
     """The numbers beside the progress bar."""
     shown = {"loss": "loss", "rewards/accuracies": "accuracy", "accuracy": "accuracy"}
     return ", ".join(

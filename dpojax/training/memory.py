@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dpojax import display
 from dpojax.data.packing import Shape
 from dpojax.logprobs import logits_at_once
 from dpojax.models.attention import XLA, Kernel, scores_of
@@ -182,7 +184,7 @@ def needed(compiled: jax.stages.Compiled) -> str:
     arguments = sizes.argument_size_in_bytes
     more = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return (
-        f"{gib(arguments + more)} on each device ({gib(arguments)} for arguments, {gib(more)} for "
+        f"{gib(arguments + more)} on each device  ({gib(arguments)} for arguments, {gib(more)} for "
         "results and temporary arrays)"
     )
 
@@ -192,16 +194,19 @@ def lean(jitted: Callable, *, say: Callable[[str], None] | None = None) -> Calla
 
     Args:
       jitted: the function.
-      say: gets a line about the memory that the program needs (`needed`).
+      say: is told how long that took, and what memory the program needs (`needed`).
     """
     compiled = False
 
     def run(*args):
         nonlocal compiled
         if not compiled:
-            program = jitted.lower(*args).compile()  # the call below finds it in jit's cache
+            began = time.perf_counter()
+            with display.doing("compiling the step"):
+                program = jitted.lower(*args).compile()  # the call below finds it in jit's cache
             if say is not None:
-                say(needed(program))
+                seconds = time.perf_counter() - began
+                say(f"compiled in {seconds:.0f} s; the step needs {needed(program)}")
             give_back()
             compiled = True
         return jitted(*args)

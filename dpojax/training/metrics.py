@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 from jax.typing import ArrayLike
-from tqdm import tqdm
 
 from dpojax import sharding, storage
 from dpojax.training.metric_names import aliases
@@ -202,25 +200,6 @@ def forget_later_steps(path: storage.Path, last_step: int | None) -> None:
 
 def _has_step(line: dict) -> bool:
     return isinstance(line.get("step"), int)
-
-
-def progress(total: int, initial: int = 0, desc: str = "") -> tqdm:
-    """Return a progress bar on stderr with steps per second and the time left.
-
-    It is silent if stderr is not a terminal, and on all processes but the first. Show numbers
-    beside it with `bar.set_postfix(loss=..., accuracy=..., refresh=False)`.
-    """
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=desc,
-        unit="step",
-        file=sys.stderr,
-        disable=jax.process_index() != 0 or not sys.stderr.isatty(),
-        dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}% |{bar:20}| {n}/{total} "
-        "[{rate_fmt}, {remaining} left]{postfix}",
-    )
 
 
 def evaluation_line(step: int, total: int, values: Mapping[str, float]) -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from dpojax import sharding
+from dpojax import display, sharding
 from dpojax.data.examples import Example
 from dpojax.data.rows import Rows
 from dpojax.training import goodput
 from dpojax.training.checkpoints import Checkpoints
+from dpojax.training.health import Health
 from dpojax.training.loop import (
     Due,
     Every,
@@ -26,7 +27,8 @@ from dpojax.training.loop import (
     say_reached,
     warn_of_lost_updates,
 )
-from dpojax.training.metrics import MetricWriter, Window, progress
+from dpojax.training.metrics import MetricWriter, Window
+from dpojax.training.pace import Speed, memory_metrics, speed_line
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.state import State
 from dpojax.training.step import Report
@@ -54,6 +56,7 @@ class Member:
       stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never. Other
         members train on.
       warned: the terminal has said that its updates are lost to rounding.
+      health: says at each evaluation in words how its training does.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Member:
     window: Window = dataclasses.field(default_factory=Window)
     stop_at: StopAt | None = None
     warned: bool = False
+    health: Health = dataclasses.field(default_factory=Health)
 
     def trains_after(self, done: int) -> bool:
         """Whether it takes another step after `done` steps."""
@@ -77,9 +81,9 @@ class Member:
         stopped_at = None if self.stop_at is None else self.stop_at.stopped_at
         return done >= (self.steps if stopped_at is None else stopped_at)
 
-    def log(self, stage: str, done: int) -> None:
-        """Write the metrics of the steps since the last log."""
-        values = self.window.flush() | goodput.metrics()
+    def log(self, stage: str, done: int, speed: Mapping[str, float]) -> None:
+        """Write the metrics of the steps since the last log, and the speed of all members."""
+        values = self.window.flush() | speed | goodput.metrics()
         self.warned = self.warned or warn_of_lost_updates(f"{stage} {self.name}", done, values)
         self.writer.write(done, values, split="train")
 
@@ -87,7 +91,8 @@ class Member:
         """Evaluate its state, and write the values."""
         values = self.evaluation = self.evaluate(state)
         self.writer.write(done, values, split="eval")
-        print_evaluation(f"{stage} {self.name}", done, self.steps, values)
+        health = self.health.add(done, values)
+        print_evaluation(f"{stage} {self.name}", done, self.steps, values, health)
         if self.stop_at is not None and self.stop_at.add(done, values):
             say_reached(f"{stage} {self.name}", self.stop_at, self.steps)
 
@@ -172,6 +177,8 @@ class VectorisedLoop:
       examples: of the data, by the numbers in rows.
       checkpoints: of all members' states, until every member has ended.
       stop: says whether the run is asked to stop.
+      speed: of all members together: the tokens, examples and FLOPs of each that takes a step.
+      last_speed: the last line of it.
     """
 
     stage: str
@@ -184,6 +191,8 @@ class VectorisedLoop:
     examples: Sequence[Example]
     checkpoints: Checkpoints
     stop: StopSignal
+    speed: Speed
+    last_speed: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, chunks: Sequence[MemberChunk], done: int) -> None:
         """Train until every member has ended or failed; then their final states are on disk.
@@ -198,19 +207,25 @@ class VectorisedLoop:
         members = [member for chunk in chunks for member in chunk.members if not member.ended]
         last, pending = max(member.steps for member in members), None
         goodput.goes_on(self.stage, done)
-        if done == 0:
+        first = done + 1
+        if done:
+            print_line(self.stage, f"{len(members)} members resume at step {done} of {last}")
+        else:
             self._evaluate(chunks, members, 0)
-        with progress(last, done, f"{self.stage} x {len(members)}") as bar:
+        with display.bar(f"{self.stage} x {len(members)}", last, done) as bar:
             while any(member.trains_after(done) for member in members):
                 with goodput.spending(goodput.DATA, partial(_are_computing, pending)):
                     batch = next(self.batches)
                 reports = self._step_all(chunks, batch, done)
                 active = [member for member in members if member.trains_after(done)]
+                self._count(chunks, batch, active)
                 done += 1
                 bar.update()
                 if pending is not None:  # one step behind, so that the device never waits for us
                     self._check(chunks, *pending, done - 1)
                 pending = batch, reports
+                if done == first:
+                    self.speed.restart()  # without what was compiled in the first step
                 due = {member.name: self.every.due(done, member.steps) for member in active}
                 stopping = self.stop.agreed(done)
                 if stopping or any(any(flags) for flags in due.values()):
@@ -229,6 +244,18 @@ class VectorisedLoop:
         with goodput.spending(goodput.CHECKPOINT):
             for member in members:
                 member.checkpoints.wait()
+
+    def _count(
+        self, chunks: Sequence[MemberChunk], batch: list[Rows], active: Sequence[Member]
+    ) -> None:
+        """Add what these members compute in a step to the speed."""
+        rows = [
+            self.rows_of(batch, c, index)
+            for c, chunk in enumerate(chunks)
+            for index, member in enumerate(chunk.members)
+            if member in active
+        ]
+        self.speed.add(*rows)
 
     def _step_all(
         self, chunks: Sequence[MemberChunk], batch: list[Rows], done: int
@@ -256,15 +283,17 @@ class VectorisedLoop:
         for chunk in chunks:
             chunk.read()
         active = [member for member in active if not member.error]
-        for member in active:
-            if due[member.name].log:
-                member.log(self.stage, done)
+        logging = [member for member in active if due[member.name].log]
+        if logging:
+            self.last_speed = self.speed.flush() | memory_metrics()
+        for member in logging:
+            member.log(self.stage, done, self.last_speed)
         evaluating = [member for member in active if due[member.name].evaluate]
         self._evaluate(chunks, evaluating, done)
         last = [member for member in active if member.is_last(done)]
         for member in last:
             if not due[member.name].log:  # no later line would have the metrics of these steps
-                member.log(self.stage, done)
+                member.log(self.stage, done, self.last_speed)
         with goodput.spending(goodput.CHECKPOINT):
             self._each(chunks, last, Member.finish, done)
         for chunk in chunks:
@@ -275,6 +304,9 @@ class VectorisedLoop:
     ) -> None:
         with goodput.spending(goodput.EVALUATION):
             self._each(chunks, members, Member.evaluate_and_log, done)
+        if members:
+            print_line(f"{self.stage} x {len(members)}", speed_line(self.last_speed))
+            self.speed.restart()
 
     def _each(
         self, chunks: Sequence[MemberChunk], members: Sequence[Member], act: Callable, done: int

@@ -441,7 +441,7 @@ def test_a_profile_says_where_the_time_went_and_holds_a_trace(tmp_path, capsys):
     printed, folder = capsys.readouterr().out, tmp_path / "preference"
     assert (folder / "profile.txt").read_text().strip() in printed
     assert re.search(
-        r"preference: the compiled step needs \d+ MiB on each device \(\d+ MiB for arguments",
+        r"preference: compiled in \d+ s; the step needs \d+ MiB on each device\s+\(\d+ MiB for arg",
         printed,
     )
     profile = json.loads((folder / "profile.json").read_text())

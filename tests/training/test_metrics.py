@@ -1,10 +1,8 @@
 """Laws of metrics: sums do not depend on how they were split, and a resumed file has no seam."""
 
-import io
 import json
 import math
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ from dpojax.training.metrics import (
     Window,
     evaluation_line,
     merge,
-    progress,
     read_metrics,
 )
 from dpojax.training.trackers.tensorboard import TensorBoard
@@ -178,26 +175,6 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
         data = data[16 + length :]
     assert scalars == [(7, "eval/rewards/margins", 0.25)]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (io.StringIO(), False)])
-def test_the_bar_shows_rate_time_left_and_loss_on_a_terminal_and_nothing_elsewhere(
-    monkeypatch, stream, shown
-):
-    monkeypatch.setattr(sys, "stderr", stream)
-    with progress(100, 40, "dpo") as bar:
-        bar.update(10)
-        bar.set_postfix(loss="0.61")
-    text = stream.getvalue()
-    assert bool(text) == shown
-    if shown:
-        for part in ("dpo", "50/100", "step/s", "left", "loss=0.61"):
-            assert part in text
 
 
 def test_an_evaluation_is_one_line_for_a_person():

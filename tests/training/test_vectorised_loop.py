@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dpojax.stages.kept import has_ended
+from dpojax.training import pace
 from dpojax.training.checkpoints import Checkpoints, load_params
 from dpojax.training.loop import Every
-from dpojax.training.metrics import Metric, MetricWriter
+from dpojax.training.metrics import Metric, MetricWriter, read_metrics
+from dpojax.training.pace import Speed
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.stop_at import STOP_AT, StopAt
 from dpojax.training.vectorised_loop import (
@@ -28,6 +30,7 @@ from dpojax.training.vectorised_step import MemberStates
 
 STEPS = {"short": 4, "long": 6, "broken": 6}
 CHUNKS = (("short", "long"), ("broken", None))  # a place without a member is idle
+TOKENS = 50  # of a batch
 EXAMPLES = [SimpleNamespace(id="file:1")]
 
 
@@ -54,7 +57,8 @@ class Batches:
     def __next__(self):
         self.position += 1
         example = np.zeros((1, 1, 1), int)
-        return SimpleNamespace(number=self.position, example=example)
+        segment = np.ones((1, 1, TOKENS), int)
+        return SimpleNamespace(number=self.position, example=example, segment=segment)
 
     def get_state(self):
         return {"position": self.position}
@@ -88,6 +92,7 @@ def train(monkeypatch):
     """
 
     def run(folder, stop_after=None, long_stops_at=None):
+        monkeypatch.setattr(pace, "utilisation", lambda rows: 1.0)
         monkeypatch.setattr(StopSignal, "agreed", lambda self, done=0: done == stop_after)
         with contextlib.ExitStack() as stack:
             saved = stack.enter_context(Checkpoints(folder / "together"))
@@ -130,6 +135,7 @@ def train(monkeypatch):
                 examples=EXAMPLES,
                 checkpoints=saved,
                 stop=StopSignal(),
+                speed=Speed(lambda rows: 1e12, lambda: 4e12, devices=2, peak=8e12),
             )
             loop(chunks, done)
             return [member for chunk in chunks for member in chunk.members]
@@ -163,6 +169,19 @@ def test_members_end_and_fail_alone(train, tmp_path):
     assert metrics(tmp_path / "broken", "train") == {2: 15.0}
     assert metrics(tmp_path / "short", "eval") == {0: 0.0, 3: 6.0, 4: 10.0}
     assert metrics(tmp_path / "long", "eval") == {0: 0.0, 3: 6.0, 6: 21.0}
+
+
+def test_the_speed_is_that_of_the_members_that_take_a_step_together(train, tmp_path):
+    """50 tokens and 1e12 FLOPs each; the broken one takes 2 steps, the short one 4."""
+    train(tmp_path)
+    lines = read_metrics(tmp_path / "long", "train")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line, members in zip(lines, (3, 2, 1)):
+        seconds = line["perf/seconds_per_step"]
+        assert line["perf/tokens_per_second"] * seconds == pytest.approx(50 * members)
+        assert line["perf/examples_per_second"] * seconds == pytest.approx(members)
+        assert line["perf/tflops_per_device"] * seconds == pytest.approx(members / 2)
+        assert line["perf/mfu"] * seconds == pytest.approx(members / 8)
 
 
 @pytest.mark.slow

@@ -1,0 +1,332 @@
+"""What a command is doing, in lines below all that it prints: no terminal is silent for long.
+
+On a terminal a thread draws these lines anew twice a second: progress bars (`bar`), how far a plan
+is (`line`), and where no bar moves, what is being done (`doing`, or what `watchdog.beat` has named)
+and for how long. Whatever the command prints takes their place (`making_way`). Without a
+terminal there are no such lines. There what lasts is said once after `SOON` seconds, and then a
+line a minute.
+
+Only a command shows any of it (`shown`). Elsewhere these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dpojax import stopping, watchdog
+
+WIDTH = 100  # characters of a line without a terminal
+TICK = 0.5  # seconds between two drawings
+SOON = 20.0  # seconds without a line, after which a pipe is told what is being done
+OFTEN = 60.0  # seconds between two lines in a pipe
+STILL = 2.0  # seconds after which a bar that does not move is told what is being done
+WIDEST_BAR = 20  # characters of a progress bar
+CLEAR, UP = "\r\x1b[K", "\x1b[A"
+
+
+class Bar:
+    """A progress bar; `update` when some of it is done, `note` for numbers beside it."""
+
+    def __init__(self, name: str, total: int, done: int, unit: str):
+        self.name, self.total, self.done, self.unit = name, total, done, unit
+        self.note = ""
+        self._first: tuple[int, float] | None = None  # done and time at the first update
+        self.moved = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        self.moved = time.monotonic()
+        self._first = self._first or (self.done, self.moved)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the pace since the first update, which waited for a compilation."""
+        if self._first is None or self.done == self._first[0]:
+            return None
+        waited = time.monotonic() - self.moved
+        return max(0.0, self._pace * (self.total - self.done) - waited)
+
+    @property
+    def _pace(self) -> float:
+        """Seconds of one step."""
+        done, since = self._first
+        return (self.moved - since) / (self.done - done)
+
+    def _pace_text(self) -> str:
+        if self._first is None or self.done == self._first[0]:
+            return ""
+        pace = self._pace
+        return f", {pace:.1f} s each" if pace > 1 else f", {1 / max(pace, 1e-9):.1f}/s"
+
+    def text(self, width: int) -> str:
+        """One line of less than `width` characters."""
+        share = self.done / self.total if self.total else 1.0
+        left = self.seconds_left
+        ends = "" if left is None else f"  {clock(left)} left"
+        count = f"{self.done}/{self.total} {self.unit}{self._pace_text()}"
+        filled = round(WIDEST_BAR * share)
+        drawn = f"|{'█' * filled}{' ' * (WIDEST_BAR - filled)}| "
+        note = f"  {self.note}" if self.note else ""
+        head = f"{self.name} {share:4.0%} "
+        for candidate in (
+            head + drawn + count + ends + note,
+            head + drawn + count + ends,
+            head + count + ends + note,
+            head + count + ends,
+        ):
+            if len(candidate) < width:
+                return candidate
+        return candidate[: width - 1]
+
+    def plain_text(self) -> str:
+        """How far it is, in words."""
+        left = self.seconds_left
+        ends = "" if left is None else f", {clock(left)} left"
+        note = f", {self.note}" if self.note else ""
+        return f"{self.name}  {self.done}/{self.total} {self.unit}{ends}{note}"
+
+
+class _Shown:
+    """The lines of this process."""
+
+    stream: Any = None  # standard error of a command; None shows nothing
+    terminal = False
+    lock = threading.RLock()  # a signal may come while a line is drawn
+    entries: list = []  # noqa: RUF012 (bars, lines of plans and `doing`, the innermost last)
+    drawn = 0  # lines that stand on the terminal
+    at_start = True  # the cursor stands at the start of a line
+    last_output = 0.0  # when anything was printed, monotonic
+    told: Any = None  # what a pipe was told last
+    ended: threading.Event | None = None
+
+
+class _Line:
+    """A line that its owner makes anew whenever it is shown."""
+
+    def __init__(self, make: Callable[[], str]):
+        self.text = make
+
+
+class _Doing:
+    """What is being done."""
+
+    def __init__(self, text: str):
+        self.text, self.since = text, time.monotonic()
+
+
+@contextlib.contextmanager
+def shown(stream: Any) -> Iterator[None]:
+    """Show on a stream what is being done while the block runs."""
+    _Shown.stream, _Shown.terminal = stream, stream.isatty()
+    _Shown.last_output, _Shown.ended = time.monotonic(), threading.Event()
+    watchdog.beat("starting")
+    stopping.before_saying(_erase_soon)
+    thread = threading.Thread(target=_tick, args=(_Shown.ended,), daemon=True, name="display")
+    thread.start()
+    try:
+        yield
+    finally:
+        hide()
+
+
+def hide() -> None:
+    """Show nothing from now on, as in all processes of a run but the first."""
+    with _Shown.lock:
+        _erase()
+        _Shown.stream = None
+    if _Shown.ended is not None:
+        _Shown.ended.set()
+
+
+@contextlib.contextmanager
+def bar(name: str, total: int, done: int = 0, unit: str = "steps") -> Iterator[Bar]:
+    """A progress bar while the block runs."""
+    with _entry(Bar(name, total, done, unit)) as entry:
+        yield entry
+
+
+@contextlib.contextmanager
+def line(make: Callable[[], str]) -> Iterator[None]:
+    """A line while the block runs; `make` is called whenever it is shown, from another thread."""
+    with _entry(_Line(make)):
+        yield
+
+
+def draws() -> bool:
+    """Whether a terminal shows the lines."""
+    return _Shown.stream is not None and _Shown.terminal
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say what the block does, and for how long."""
+    with _entry(_Doing(what)):
+        yield
+
+
+@contextlib.contextmanager
+def _entry(entry: Any) -> Iterator[Any]:
+    _Shown.entries.append(entry)
+    try:
+        yield entry
+    finally:
+        _Shown.entries.remove(entry)
+        if _Shown.drawn:
+            _draw()
+
+
+@contextlib.contextmanager
+def making_way(text: str) -> Iterator[None]:
+    """Take the lines away while the block prints a text."""
+    if not text or _Shown.stream is None:
+        yield
+        return
+    with _Shown.lock:
+        _erase()
+        _Shown.at_start = text.endswith("\n")
+        _Shown.last_output = time.monotonic()
+        yield
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30` or `1:02:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say(text: str) -> None:
+    """Print lines that fit into the terminal; see `fill`."""
+    print("\n".join(map(fill, text.split("\n"))), flush=True)
+
+
+def fill(text: str, width: int | None = None, indent: str = "    ") -> str:
+    """Break a line whose parts stand two spaces apart, between two parts where that is possible.
+
+    Args:
+      width: characters of a line; None is `columns()`.
+      indent: of all lines but the first.
+    """
+    width = width or columns()
+    if len(text) <= width:
+        return text
+    lines = [""]
+    for part in re.split(r"(?<=\S) {2,}", text):  # of a table, columns move together
+        longer = f"{lines[-1]}  {part}" if lines[-1].strip() else lines[-1] + part
+        if len(longer) <= width:
+            lines[-1] = longer
+            continue
+        start = [indent] if lines[-1].strip() else [lines.pop()]
+        words = textwrap.wrap(
+            part,
+            width,
+            initial_indent=start[0],
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += words or [indent]
+    return "\n".join(lines)
+
+
+def columns() -> int:
+    """Columns of the terminal that shows what is printed; `WIDTH` without one."""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size((WIDTH, 50)).columns if on_terminal else WIDTH
+
+
+def _tick(ended: threading.Event) -> None:
+    while not ended.wait(TICK):
+        with contextlib.suppress(OSError, ValueError):
+            if _Shown.terminal:
+                _draw()
+            else:
+                _tell()
+
+
+def _draw() -> None:
+    with _Shown.lock:
+        if _Shown.stream is None or not _Shown.terminal or not (_Shown.at_start or _Shown.drawn):
+            return
+        texts, width = _texts(), shutil.get_terminal_size().columns
+        clipped = "\n".join(text[: width - 1] for text in texts)
+        _Shown.stream.write_below(_clearing() + clipped)
+        _Shown.drawn = len(texts)
+
+
+def _texts() -> list[str]:
+    """The lines to draw: bars and plans, and what is being done if no bar moves."""
+    entries, width = list(_Shown.entries), shutil.get_terminal_size().columns
+    texts = []
+    for entry in entries:
+        if isinstance(entry, Bar):
+            texts.append(entry.text(width))
+        elif isinstance(entry, _Line):
+            texts.append(entry.text())
+    innermost = entries[-1] if entries else None
+    if not (isinstance(innermost, Bar) and time.monotonic() - innermost.moved < STILL):
+        texts.append(_what(innermost))
+    return texts
+
+
+def _what(innermost: Any) -> str:
+    """What is being done, and for how long."""
+    what, since = watchdog.doing()
+    if isinstance(innermost, _Doing):
+        what, since = innermost.text, innermost.since
+    return f"{what}  {clock(time.monotonic() - since)}"
+
+
+def _tell() -> None:
+    """In a pipe: say what lasts, once, and then how far it is every minute."""
+    silent = time.monotonic() - _Shown.last_output
+    if silent < SOON:
+        return
+    entries = list(_Shown.entries)
+    innermost = entries[-1] if entries else None
+    label = (len(entries), _what(innermost).split("  ")[0])
+    if label == _Shown.told and silent < OFTEN:
+        return
+    _Shown.told = label
+    texts = [entry.text() for entry in entries if isinstance(entry, _Line)]
+    texts += [entry.plain_text() for entry in entries if isinstance(entry, Bar)]
+    if not isinstance(innermost, Bar):
+        texts.append(_what(innermost))
+    _Shown.stream.write("\n".join(texts) + "\n")
+    _Shown.stream.flush()
+
+
+def _erase() -> None:
+    if _Shown.drawn and _Shown.stream is not None:
+        _Shown.stream.write_below(_clearing())
+        _Shown.drawn = 0
+
+
+def _erase_soon() -> None:
+    """`_erase`, from a thread that must not wait for another one that prints."""
+    if _Shown.lock.acquire(timeout=1.0):
+        try:
+            _erase()
+        finally:
+            _Shown.lock.release()
+
+
+def _clearing() -> str:
+    """What clears the drawn lines, and leaves the cursor at the start of the first one."""
+    return CLEAR + (UP + CLEAR) * (_Shown.drawn - 1) if _Shown.drawn else ""
+
+
+def _forget_in_child() -> None:
+    _Shown.stream, _Shown.lock, _Shown.drawn = None, threading.RLock(), 0
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
