@@ -29,6 +29,7 @@ TICK = 0.5  # seconds between two drawings
 SOON = 20.0  # seconds without a line, after which a pipe is told what is being done
 OFTEN = 60.0  # seconds between two lines in a pipe
 STILL = 2.0  # seconds after which a bar that does not move is told what is being done
+STARTING = "starting"
 WIDEST_BAR = 20  # characters of a progress bar
 CLEAR, UP = "\r\x1b[K", "\x1b[A"
 
@@ -104,6 +105,7 @@ class _Shown:
     entries: list = []  # noqa: RUF012 (bars, lines of plans and `doing`, the innermost last)
     drawn = 0  # lines that stand on the terminal
     at_start = True  # the cursor stands at the start of a line
+    has_printed = False  # anything but these lines
     last_output = 0.0  # when anything was printed, monotonic
     told: Any = None  # what a pipe was told last
     ended: threading.Event | None = None
@@ -128,7 +130,7 @@ def shown(stream: Any) -> Iterator[None]:
     """Show on a stream what is being done while the block runs."""
     _Shown.stream, _Shown.terminal = stream, stream.isatty()
     _Shown.last_output, _Shown.ended = time.monotonic(), threading.Event()
-    watchdog.beat("starting")
+    watchdog.beat(STARTING)
     stopping.before_saying(_erase_soon)
     thread = threading.Thread(target=_tick, args=(_Shown.ended,), daemon=True, name="display")
     thread.start()
@@ -193,7 +195,7 @@ def making_way(text: str) -> Iterator[None]:
     with _Shown.lock:
         _erase()
         _Shown.at_start = text.endswith("\n")
-        _Shown.last_output = time.monotonic()
+        _Shown.last_output, _Shown.has_printed = time.monotonic(), True
         yield
 
 
@@ -281,6 +283,8 @@ def _texts() -> list[str]:
 def _what(innermost: Any) -> str:
     """What is being done, and for how long."""
     what, since = watchdog.doing()
+    if what == STARTING and _Shown.has_printed:
+        what = "at work"
     if isinstance(innermost, _Doing):
         what, since = innermost.text, innermost.since
     return f"{what}  {clock(time.monotonic() - since)}"

@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpojax import storage
+from dpojax import display, storage
 from dpojax.certifying.measure import Measurement
 from dpojax.certifying.report import as_markdown
 from dpojax.certifying.verdict import Verdict, judge
@@ -20,6 +21,7 @@ from dpojax.certifying.worker import MEASURED, Measured, Plan, read_measurement
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import as_json, workdir_path
 from dpojax.runs.certificate import CERTIFICATE, Conditions, flags_in_force
+from dpojax.watchdog import beat
 
 MARKDOWN = "certificate.md"
 UNDER_WAY = "certificate.unfinished"  # folder of measurements, until they are judged
@@ -126,7 +128,17 @@ def _run(plan: Plan, folder: storage.Path) -> tuple[subprocess.CompletedProcess,
     storage.write_json(folder / "plan.json", plan._replace(folder=str(folder))._asdict())
     environment = environment_with(plan.flags)
     command = [sys.executable, "-m", "dpojax.certifying.worker", f"--plan={folder / 'plan.json'}"]
-    ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+        reader.start()
+        for line in process.stdout:
+            beat(line.strip())
+            display.say(line.rstrip())
+        reader.join()
+    ended = subprocess.CompletedProcess(command, process.returncode, "", "".join(errors))
     return ended, environment
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpojax.certifying.verdict import BOUNDS
-from dpojax.tables import WIDTH, markdown_table, text_table
+from dpojax.display import columns
+from dpojax.tables import blocks_table, markdown_table
 
 HEADING = ("variant", "log-prob", "signs", "gradient", "learned", "curve", "margin", "")
 FIELDS = (
@@ -23,15 +24,15 @@ LONGEST_NAME = 36  # characters of a variant in the terminal's table: 100 column
 
 
 def lines_of(certificate: Mapping[str, Any]) -> list[str]:
-    """The table and the verdicts for a terminal of 100 columns."""
+    """The table and the verdicts for a terminal; without one of 100 columns."""
     names = [_short(entry["name"]) for entry in certificate["variants"]]
     rows = [[name, *cells] for name, cells in zip(names, _cells(certificate))]
     notes = [f"{x['name']}: {x['why']}" for x in certificate["variants"] if x["why"]]
     about_all, *notes = [
-        textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        textwrap.fill(text, columns(), subsequent_indent="  ", break_on_hyphens=False)
         for text in (about(certificate), *notes, conclusion(certificate))
     ]
-    lines = [about_all, "", *text_table([HEADING, *rows]), "", *notes]
+    lines = [about_all, "", *blocks_table([HEADING, *rows], columns()), "", *notes]
     return "\n".join(lines).splitlines()
 
 

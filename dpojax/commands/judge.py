@@ -89,6 +89,7 @@ OF_HUMANS |= {"max_cost", "seed", "verdicts", "hang_minutes"}
 
 
 def main() -> int:
+    from dpojax import display
     from dpojax.config.command_line import UsageError
     from dpojax.runs import judging
 
@@ -108,7 +109,7 @@ def main() -> int:
         files = judging.export_questions(settings, EXPORT.value, log=tell)
         print("\n".join(map(str, files)) or "every question has its reply: nothing is written")
         return 0
-    print(judging.terminal_table(judging.judge(settings, log=tell)))
+    display.say(judging.terminal_table(judging.judge(settings, log=tell)))
     files = "report.md, win_rates.csv, win_rates.png, win_rates.pdf, samples.jsonl"
     print(f"\n{settings.out}: {files}")
     return 0

@@ -9,7 +9,6 @@ itself).
 
 from __future__ import annotations
 
-import json
 from typing import NoReturn
 
 from absl import flags
@@ -57,15 +56,22 @@ PROCESS = TEXT("process", "", "INDEX/COUNT; as JAX counts by default.")
 def main() -> None:
     import dataclasses
 
-    from dpojax.runs.preferences import Settings, generate_preferences, parse_process
+    from dpojax import display
+    from dpojax.runs.preferences import (
+        Settings,
+        counts_text,
+        generate_preferences,
+        parse_process,
+    )
 
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: flags.FLAGS[name].value for name in names})
-    made = generate_preferences(settings, process=parse_process(PROCESS.value), log=print)
+    made = generate_preferences(settings, process=parse_process(PROCESS.value), log=display.say)
     if made["counts"] is None:
-        print(f"{settings.out}: other processes are still at work")
+        display.say(f"{settings.out}: other processes are still at work")
     else:
-        print(f"{settings.out}: {json.dumps(made['counts'])}, mean score {made['mean_score']:.4f}")
+        counts = counts_text(made["counts"])
+        display.say(f"{settings.out}: {counts}; mean score {made['mean_score']:.4f}")
 
 
 def start() -> NoReturn:

@@ -21,7 +21,7 @@ import importlib.metadata
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -187,11 +187,22 @@ def _generate(settings: Settings, index: int, count: int, log: Callable[[str], N
         start = number * settings.shard_size
         table = make_shard(prompts[start : start + settings.shard_size], start)
         _write_parquet(path, table)
-        log(f"{path.name}: {_metadata(table.schema)['counts']}")
+        log(f"{path.name}: {counts_text(_metadata(table.schema)['counts'])}")
     if all(path.exists() for path in paths):
         provenance |= _totals([_metadata(_read_schema(path)) for path in paths])
         storage.write_json(out / PROVENANCE, provenance)
     return provenance
+
+
+MADE = ("prompts", "completions", "records")  # the counts that are always shown
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`16 prompts, 64 completions, 96 records; 14 truncated`."""
+    made = [f"{counts[name]:,} {name}" for name in MADE]
+    others = [f"{x:,} {name.replace('_', ' ')}" for name, x in counts.items() if name not in MADE]
+    lost = [text for text in others if not text.startswith("0 ")]
+    return "; ".join(filter(None, [", ".join(made), ", ".join(lost)]))
 
 
 def _prompts(settings: Settings, policy: Policy) -> list[str]:

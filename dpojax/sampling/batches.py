@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpojax import stopping
+from dpojax import display, stopping
 from dpojax.data.records import DataError
 from dpojax.models.decoder import Params
 from dpojax.sampling.sampler import (
@@ -125,15 +125,19 @@ def _draw_all(
     costs little.
     """
     groups, tokens_done = responses, 0
-    for length in _rebatch_lengths(sampler, [of_prompt[0].prompt for of_prompt in responses]):
-        part_sampler = dataclasses.replace(sampler, max_new_tokens=length - tokens_done)
-        groups = sorted(groups, key=lambda group: len(group[0].prompt))
-        for start in range(0, len(groups), batch_size):
-            batch = groups[start : start + batch_size]
-            _draw_batch(part_sampler, params, batch, batch_size, tokens_done, how)
-        # From the second turn on, each response is a group of its own.
-        groups = [[response] for group in groups for response in group if not response.stopped]
-        tokens_done = length
+    lengths = _rebatch_lengths(sampler, [of_prompt[0].prompt for of_prompt in responses])
+    with display.bar("responses", sum(map(len, responses)), unit="drawn") as bar:
+        for length in lengths:
+            part_sampler = dataclasses.replace(sampler, max_new_tokens=length - tokens_done)
+            groups = sorted(groups, key=lambda group: len(group[0].prompt))
+            for start in range(0, len(groups), batch_size):
+                batch = groups[start : start + batch_size]
+                _draw_batch(part_sampler, params, batch, batch_size, tokens_done, how)
+                ended = [one.stopped or length == lengths[-1] for group in batch for one in group]
+                bar.update(sum(ended))
+            # From the second turn on, each response is a group of its own.
+            groups = [[response] for group in groups for response in group if not response.stopped]
+            tokens_done = length
 
 
 def _draw_batch(

@@ -251,7 +251,7 @@ def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():
     pace = Pace(lambda rows: 6.0, lambda: asked.append(True) or 2.0)
     assert "perf/model_flops_utilisation" not in pace.flush()
     assert not asked
-    pace.flops, pace.fill = 6.0, [1.0]
+    pace.speed.flops, pace.speed.steps, pace.speed.fill = 6.0, 1, [1.0]
     assert pace.flush()["perf/model_flops_utilisation"] > 0
     assert asked
 
