@@ -122,9 +122,8 @@ def faults(recording: Recording, *, expected_status: int = 0) -> Iterator[str]:
     terminal = recording.columns != PIPED
     if recording.status != expected_status:
         yield f"exit status {recording.status} in place of {expected_status}"
-    width = recording.columns if terminal else 100
     for line in dict.fromkeys(lines(recording.text)):
-        if len(line) > width and not LONG_WORD.search(line):
+        if terminal and len(line) > recording.columns and not LONG_WORD.search(line):
             yield f"{len(line)} columns: {line}"
     seconds, line = recording.silence
     if seconds > LONGEST_SILENCE[terminal]:
@@ -195,6 +194,7 @@ def get_config():
         stage.data.update(limit=200, eval_limit=20)
         stage.update(batch_size=4, steps=40, warmup_steps=1, learning_rate=3e-3)
     config.samples.update(reward="reviews", count=8, per_prompt=2, max_new_tokens=8)
+    config.plan.update(examples=200, prompt=8, response=24)
     config.log_every, config.evaluate_every, config.checkpoint_every = 5, 10, 20
     return config
 

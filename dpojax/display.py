@@ -24,7 +24,7 @@ from typing import Any
 
 from dpojax import stopping, watchdog
 
-WIDTH = 100  # characters of a line without a terminal
+UNBROKEN = 10**6  # characters of a line without a terminal: a log is searched line by line
 TICK = 0.5  # seconds between two drawings
 SOON = 20.0  # seconds without a line, after which a pipe is told what is being done
 OFTEN = 60.0  # seconds between two lines in a pipe
@@ -127,7 +127,10 @@ class _Doing:
 
 @contextlib.contextmanager
 def shown(stream: Any) -> Iterator[None]:
-    """Show on a stream what is being done while the block runs."""
+    """Show on a stream what is being done while the block runs; a block in another does nothing."""
+    if _Shown.stream is not None:
+        yield
+        return
     _Shown.stream, _Shown.terminal = stream, stream.isatty()
     _Shown.last_output, _Shown.ended = time.monotonic(), threading.Event()
     watchdog.beat(STARTING)
@@ -211,6 +214,13 @@ def say(text: str) -> None:
     print("\n".join(map(fill, text.split("\n"))), flush=True)
 
 
+def complain(text: str) -> None:
+    """Print to standard error what fits into the terminal; see `fill`."""
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    width = shutil.get_terminal_size((100, 50)).columns if on_terminal else UNBROKEN
+    print("\n".join(fill(line, width) for line in text.split("\n")), file=sys.stderr, flush=True)
+
+
 def fill(text: str, width: int | None = None, indent: str = "    ") -> str:
     """Break a line whose parts stand two spaces apart, between two parts where that is possible.
 
@@ -241,9 +251,9 @@ def fill(text: str, width: int | None = None, indent: str = "    ") -> str:
 
 
 def columns() -> int:
-    """Columns of the terminal that shows what is printed; `WIDTH` without one."""
+    """Columns of the terminal that shows what is printed; `UNBROKEN` without one."""
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return shutil.get_terminal_size((WIDTH, 50)).columns if on_terminal else WIDTH
+    return shutil.get_terminal_size((100, 50)).columns if on_terminal else UNBROKEN
 
 
 def _tick(ended: threading.Event) -> None:

@@ -119,6 +119,7 @@ def test_a_long_line_breaks_between_its_parts_and_else_between_words():
     assert display.fill("x" * 30, 9) == "x" * 30  # a path stays whole
 
 
-def test_without_a_terminal_lines_have_a_hundred_columns(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert display.columns() == 100
+def test_without_a_terminal_lines_stay_whole(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", log := io.StringIO())
+    display.say("word " * 100)
+    assert log.getvalue() == "word " * 100 + "\n"

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpojax.certifying.verdict import BOUNDS
-from dpojax.display import columns
-from dpojax.tables import blocks_table, markdown_table
+from dpojax.tables import WIDTH, blocks_table, markdown_table, terminal_width
 
 HEADING = ("variant", "log-prob", "signs", "gradient", "learned", "curve", "margin", "")
 FIELDS = (
@@ -25,14 +24,15 @@ LONGEST_NAME = 36  # characters of a variant in the terminal's table: 100 column
 
 def lines_of(certificate: Mapping[str, Any]) -> list[str]:
     """The table and the verdicts for a terminal; without one of 100 columns."""
+    width = terminal_width() or WIDTH
     names = [_short(entry["name"]) for entry in certificate["variants"]]
     rows = [[name, *cells] for name, cells in zip(names, _cells(certificate))]
     notes = [f"{x['name']}: {x['why']}" for x in certificate["variants"] if x["why"]]
     about_all, *notes = [
-        textwrap.fill(text, columns(), subsequent_indent="  ", break_on_hyphens=False)
+        textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
         for text in (about(certificate), *notes, conclusion(certificate))
     ]
-    lines = [about_all, "", *blocks_table([HEADING, *rows], columns()), "", *notes]
+    lines = [about_all, "", *blocks_table([HEADING, *rows], width), "", *notes]
     return "\n".join(lines).splitlines()
 
 

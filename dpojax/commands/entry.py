@@ -54,7 +54,12 @@ def start(name: str) -> NoReturn:
     if sentence := needs_train(f"dpojax {name}"):
         print(sentence, file=sys.stderr)
         sys.exit(FAILED)
-    importlib.import_module(f"dpojax.commands.{name.replace('-', '_')}").start()
+    from dpojax import display
+    from dpojax.runs import terminal
+
+    terminal.look_after()
+    with display.shown(sys.stderr):  # the imports of a command may take long
+        importlib.import_module(f"dpojax.commands.{name.replace('-', '_')}").start()
 
 
 def _overview() -> str:

@@ -17,7 +17,6 @@ that takes longer (exit status 1). --json=FILE keeps all numbers.
 from __future__ import annotations
 
 import math
-import sys
 from typing import NoReturn
 
 from absl import flags
@@ -39,7 +38,7 @@ JSON = flags.DEFINE_string("json", "", "File for all numbers.")
 def main() -> int:
     import jax
 
-    from dpojax import storage
+    from dpojax import display, storage
     from dpojax.planning import plan
     from dpojax.planning.chips import topology
 
@@ -52,7 +51,7 @@ def main() -> int:
     for one in plan.make_plan(CONFIG.value, chips, members=MEMBERS.value, say=_say):
         plans.append(one)
         for line in plan.describe(one, price=PRICE.value):
-            print(line, flush=True)
+            display.say(line)
     _tell_unplanned()
     if JSON.value:
         storage.write_json(storage.as_path(JSON.value), [plan.as_json(one) for one in plans])
@@ -90,7 +89,11 @@ def _tell_unplanned() -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    from dpojax import display
+    from dpojax.watchdog import beat
+
+    beat(line)
+    display.complain(line)
 
 
 def start() -> NoReturn:

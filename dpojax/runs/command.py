@@ -68,7 +68,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         if stopped := stopping.raised():  # a library, or a module half imported, fails over it
             return _stopped(stopped)
         if isinstance(error, failures()):
-            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+            display.complain(f"\n{type(error).__name__}: {error}")
         else:
             _wait_for_the_one_that_died(error)
             traceback.print_exception(error)

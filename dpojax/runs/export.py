@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpojax import storage
+from dpojax import display, storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.config.saved import read_run_config
@@ -101,7 +101,8 @@ def main(
         base=options.base,
     )
     place = "" if storage.is_local(folder) else "copy it to a disk and "
-    print(f"{folder}: {place}load it with {_loader(folder, options.adapters)}.from_pretrained")
+    loader = _loader(folder, options.adapters)
+    display.say(f"{folder}: {place}load it with {loader}.from_pretrained")
 
 
 def _loader(folder: storage.Path, adapters: bool) -> str:

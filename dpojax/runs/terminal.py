@@ -70,6 +70,8 @@ def look_after() -> None:
     An error of the operating system in a thread of a library (a full disk) is not printed. Whoever
     waits for the thread gets it. A signal that came in a finaliser is not lost.
     """
+    if isinstance(sys.stdout, Lasting):
+        return  # done already
     sys.stdout = Lasting(sys.stdout, "standard output")
     sys.stderr = Lasting(sys.stderr, "standard error")
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):

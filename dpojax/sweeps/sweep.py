@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dpojax import sharding, storage
+from dpojax import display, sharding, storage
 from dpojax.config.command_line import ArgumentParser
 from dpojax.config.errors import ConfigError
 from dpojax.config.resolved import ResolvedRun, workdir_path
@@ -91,7 +91,7 @@ def run_sweep(
         run_jobs_in_terminal([group_job(group, folder, devices) for group in plan["groups"]])
         sharding.agreed(True)  # whatever failures the first process wrote are there
         if jax.process_index() == 0:
-            print(f"\n{write_table(folder, plan, best)}\n{files_text(folder)}")
+            display.say(f"\n{write_table(folder, plan, best)}\n{files_text(folder)}")
     return {name: why for name in runs if (why := failure_of(folder / name))}
 
 
