@@ -92,7 +92,6 @@ class Pace:
     ):
         self.window, self.speed = Window(), Speed(flops, ceiling, devices, peak)
         self.seen = 0  # tokens since step 0
-        self.restart()
 
     def not_logged(self) -> dict:
         """Sums since the last log, and all tokens, for the metadata of a checkpoint."""
