@@ -89,7 +89,9 @@ def _stopped(stopped: Preempted) -> int:
     if lost := lost_locks():
         print(f"\nLocked: {', '.join(lost)}: another process took over", file=sys.stderr)
         return FAILED
-    print(f"\n{stopped}; {stopping.go_on()}", file=sys.stderr)
+    sentence, command = f"{stopped}; {stopping.go_on()}".split("\n", 1)
+    display.complain(f"\n{sentence}")
+    print(command, file=sys.stderr)
     if link and link.has_agreed:
         link.close()
     elif link:

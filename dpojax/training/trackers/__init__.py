@@ -9,8 +9,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 
 import jax
-from tqdm import tqdm
 
+from dpojax import display
 from dpojax.training.trackers.tensorboard import open_tensorboard
 from dpojax.training.trackers.tracker import TrackedRun, Tracker, TrackerKind
 from dpojax.training.trackers.trackio import open_trackio
@@ -72,7 +72,7 @@ class _Guarded:
     def _drop(self, error: Exception) -> None:
         self._tracker = None
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        tqdm.write(
+        display.say(
             f"config.trackers: {self._name} has failed ({text}); the run goes on without it, and "
             "metrics.jsonl has all numbers"
         )

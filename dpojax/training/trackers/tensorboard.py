@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from dpojax import storage
@@ -22,7 +23,8 @@ class TensorBoard:
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            if math.isfinite(value):  # of others tensorboardX warns on the terminal
+                self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         self._events.close()
