@@ -22,6 +22,7 @@ import argparse
 import json
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import flags
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -83,6 +85,7 @@ def systems() -> dict[str, Callable]:
     except ImportError:
         print("tokamax is not installed")
         return found
+    flags.FLAGS(sys.argv[:1])  # tokamax reads its own flags, and refuses those of this command
     return found | {"tokamax": partial(of_tokamax, tokamax)}
 
 

@@ -87,7 +87,8 @@ def predict(
     ways = 1 if vocabulary % tensor else tensor
     sharers = row_shards(mesh) * ways
     head, fsdp = vocabulary * config.width // ways, mesh.shape["fsdp"]
-    head = 4 * head // fsdp + (size * head if fsdp > 1 else 0)
+    head_gradient = 4 * head // fsdp if _trains_table(config, state.params) else 0
+    head = head_gradient + (size * head if fsdp > 1 else 0)
     has_frozen = bool(jax.tree.leaves(frozen))
     used = size * _layer_weights(config, tensor) if has_frozen and fsdp == 1 else 0
     return Footprint(
@@ -112,6 +113,12 @@ def _gathered(config: DecoderConfig, mesh: Mesh, size: int, ways: int) -> int:
     # A tied table is the head's, which counts with the logits.
     table = 0 if config.tied_head else size * config.vocab_size * config.width // ways
     return (2 * size + 4) * layer + table
+
+
+def _trains_table(config: DecoderConfig, params: Any) -> bool:
+    """Whether a table with a row for each token is trained: not by adapters."""
+    sizes = {config.vocab_size, config.width}
+    return any(set(x.shape[-2:]) == sizes for x in jax.tree.leaves(params) if x.ndim > 1)
 
 
 def _layer_weights(config: DecoderConfig, tensor: int) -> int:

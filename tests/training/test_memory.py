@@ -98,6 +98,9 @@ def test_adapters_need_their_base_and_no_second_kernel_and_no_gradient_of_one():
     given = {"state": state, "frozen": base, "max_logits": MANY}
     found = memory.predict(config, shape, mesh, **given)
     assert found.total == pytest.approx(real, rel=0.1)
+    whole = abstract_state(base, optimizer, mesh, decoder.SHARDING_RULES)
+    trained = memory.predict(config, shape, mesh, state=whole, max_logits=MANY)
+    assert trained.logits - found.logits == 4 * 2048 * 512  # the gradient of the head
     # Merged, the program would have the kernels once more, and a gradient of their size.
     kernels = 4 * 3 * 512 * (2 * 512 + 2 * 2048)
     assert memory.bytes_per_device(lora.adapted(base, started)) == kernels
