@@ -23,7 +23,7 @@ def lost_updates(
     new: State,
     *,
     rate: Array,
-    finite: Array,
+    taken: Array,
 ) -> Metric:
     """Count the updates that are too small to change the weight that they are added to.
 
@@ -38,7 +38,7 @@ def lost_updates(
       gradient: as `direction` takes it.
       new: the state after the step.
       rate: the step's learning rate.
-      finite: bool scalar, of the step; both counts are zero where it is False.
+      taken: bool scalar, whether the state was changed; both counts are zero where it is False.
 
     Returns:
       How many updates changed nothing, and how many were not 0.
@@ -53,7 +53,7 @@ def lost_updates(
         params,
         updates,
     )
-    return Metric(jnp.where(finite, _count(lost), 0), jnp.where(finite, _count(nonzero), 0))
+    return Metric(jnp.where(taken, _count(lost), 0), jnp.where(taken, _count(nonzero), 0))
 
 
 def _first_layer(tree: Any) -> Any:

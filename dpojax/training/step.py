@@ -61,14 +61,19 @@ def build_step(
       schedule: the learning rate's factor at a step.
 
     Returns:
-      (state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS) -> (new state, report). `hyper`
-      holds traced float32 numbers, `learning_rate` among them.
+      (state, rows [M, R, ...], hyper, frozen=NO_FROZEN_WEIGHTS, active=True) -> (new state,
+      report). `hyper` holds traced float32 numbers, `learning_rate` among them. The state changes
+      only where the bool scalar `active` is True.
     """
     gradient_of = build_gradient(forward, objective)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(
-        state: State, rows: Rows, hyper: Hyper, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
+        state: State,
+        rows: Rows,
+        hyper: Hyper,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        active: Array | bool = True,
     ) -> tuple[State, Report]:
         sums, baseline = gradient_of(state, rows, hyper, frozen)
         metrics, weight = sums.metrics, jnp.maximum(sums.metrics["loss"].weight, 1e-30)
@@ -86,8 +91,9 @@ def build_step(
             reference = next_reference(state, objective.sync_every)
             return State(state.step + 1, params, opt_state, state.rng, baseline, reference)
 
-        new = updated_if(finite, updated, state)
-        lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, finite=finite)
+        taken = finite & active
+        new = updated_if(taken, updated, state)
+        lost = lost_updates(direction, optimizer, sums.gradient, new, rate=rate, taken=taken)
         one = jnp.ones((), jnp.float32)
         metrics |= {"grad_norm": Metric(norm, one), "learning_rate": Metric(rate, one)}
         return new, Report(metrics | {LOST_UPDATES: lost}, finite, sums.bad)
@@ -107,18 +113,18 @@ def next_reference(state: State, sync_every: int) -> dict | None:
     return jax.tree.map(partial(jnp.where, is_due), state.params, state.reference)
 
 
-def updated_if(finite: Array, updated: Callable[[State], State], state: State) -> State:
-    """updated(state) if `finite`, else the state as it was.
+def updated_if(taken: Array, updated: Callable[[State], State], state: State) -> State:
+    """updated(state) if `taken`, else the state as it was.
 
     A CPU takes a branch, which updates in place. On other platforms the results of a branch would
     be a copy of the whole state; there, both are computed number by number, and one is selected.
     """
 
     def by_branch(state: State) -> State:
-        return jax.lax.cond(finite, updated, lambda state: state, state)
+        return jax.lax.cond(taken, updated, lambda state: state, state)
 
     def by_selection(state: State) -> State:
-        return jax.tree.map(partial(jnp.where, finite), updated(state), state)
+        return jax.tree.map(partial(jnp.where, taken), updated(state), state)
 
     return jax.lax.platform_dependent(state, cpu=by_branch, default=by_selection)
 

@@ -71,15 +71,16 @@ def build_vectorised_step(
 
         def skip(state: State) -> tuple[State, Report]:
             shapes = jax.eval_shape(take, state)[1]
-            report = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return state, report._replace(finite=jnp.array(True))
+            return state, _nothing_done(shapes)
 
         active = alive & (state.step < hyperparameters.steps)
         if under_vmap:
             # `vmap` computes both sides of a branch in any case, and would make the rows differ by
             # member. Loops over them would then ask all members whether to go on: a collective.
-            select = partial(jnp.where, active)
-            state, report = jax.tree.map(select, take(state), skip(state))
+            # The step itself leaves the state as it was: to choose between its result and the old
+            # state would need memory for both.
+            state, report = step(state, rows, hyperparameters.hyper, frozen, active)
+            report = jax.tree.map(partial(jnp.where, active), report, _nothing_done(report))
         else:
             state, report = jax.lax.cond(active, take, skip, state)
         return MemberStates(state, alive & report.finite), report
@@ -103,6 +104,12 @@ def build_vectorised_step(
         )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _nothing_done(report: Report) -> Report:
+    """What a member reports that changes nothing; from a report, or from its shapes."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), report)
+    return zeros._replace(finite=jnp.array(True))
 
 
 def _members_of_device(one: Callable, axes: tuple, states: MemberStates, *arguments):
