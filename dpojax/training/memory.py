@@ -35,7 +35,10 @@ class Footprint(NamedTuple):
     frozen: int
     activations: int  # stored for the backward pass, and those of the layer being computed
     logits: int  # that exist at once, with the head's gradient and, over fsdp, the gathered head
-    gathered: int  # over fsdp: two layers' weights and one's gradient, and the table of embeddings
+    # Over fsdp: two layers' weights and one's gradient, the table of embeddings, and on GPUs the
+    # kernels that are copied into the layout in which they are gathered. Of members of a sweep that
+    # a device computes at once, all weights in the compute dtype, with the layers outside.
+    gathered: int
 
     @property
     def total(self) -> int:
@@ -90,6 +93,7 @@ def predict(
     head_gradient = 4 * head // fsdp if _trains_table(config, state.params) else 0
     head = head_gradient + (size * head if fsdp > 1 else 0)
     has_frozen = bool(jax.tree.leaves(frozen))
+    turned = size * weights // 4 if members > 1 else 0
     used = size * _layer_weights(config, tensor) if has_frozen and fsdp == 1 else 0
     return Footprint(
         weights=weights,
@@ -98,7 +102,7 @@ def predict(
         frozen=bytes_per_device(frozen) + used,
         activations=members * (size * config.layers * tokens * stored + layer),
         logits=members * (4 * logits // sharers + head),
-        gathered=members * _gathered(config, mesh, size, ways) if fsdp > 1 else 0,
+        gathered=(members * _gathered(config, mesh, size, ways) if fsdp > 1 else 0) + turned,
     )
 
 
@@ -112,7 +116,20 @@ def _gathered(config: DecoderConfig, mesh: Mesh, size: int, ways: int) -> int:
     layer = _layer_weights(config, mesh.shape["tensor"])
     # A tied table is the head's, which counts with the logits.
     table = 0 if config.tied_head else size * config.vocab_size * config.width // ways
-    return (2 * size + 4) * layer + table
+    return (2 * size + 4) * layer + table + _relaid(config, mesh)
+
+
+def _relaid(config: DecoderConfig, mesh: Mesh) -> int:
+    """Bytes of the kernels that XLA for GPUs copies before its loop over layers.
+
+    An array is gathered along its first axis. The kernels whose last axis lies over fsdp (the
+    attention's output, and the one that leads down from the MLP) are turned round for that, in
+    float32, those of all layers at once.
+    """
+    if mesh.devices.flat[0].platform != "gpu":
+        return 0
+    rows = config.heads * config.head_dim + config.mlp_width
+    return 4 * config.layers * config.width * rows // (mesh.shape["fsdp"] * mesh.shape["tensor"])
 
 
 def _trains_table(config: DecoderConfig, params: Any) -> bool:

@@ -1,6 +1,7 @@
 """A step's predicted memory on a device is what its program needs, to a third."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,20 @@ def test_adapters_need_their_base_and_no_second_kernel_and_no_gradient_of_one():
     kernels = 4 * 3 * 512 * (2 * 512 + 2 * 2048)
     assert memory.bytes_per_device(lora.adapted(base, started)) == kernels
     assert memory.temporary_bytes(compiled) < kernels
+
+
+def test_under_fsdp_gpus_hold_two_kernels_of_every_layer_a_second_time():
+    """XLA's program of Llama 8B on two H200 turns f32[32, 14336, 2048] and f32[32, 32, 128, 2048]
+    round: 3.5 and 1 GiB."""
+    sizes = {"layers": 32, "width": 4096, "heads": 32, "mlp_width": 14336, "max_positions": 8}
+    config = DecoderConfig(**LLAMA, **sizes, vocab_size=8)
+
+    def gathered(platform):
+        devices = np.array([SimpleNamespace(platform=platform)] * 2)
+        mesh = SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 1}, devices=devices)
+        return memory._gathered(config, mesh, size=2, ways=1)
+
+    assert gathered("gpu") - gathered("tpu") == 4.5 * 2**30
 
 
 def test_what_a_program_needs_is_what_it_is_given_and_what_it_makes_beside():
