@@ -77,8 +77,7 @@ def build_vectorised_step(
         if under_vmap:
             # `vmap` computes both sides of a branch in any case, and would make the rows differ by
             # member. Loops over them would then ask all members whether to go on: a collective.
-            # The step itself leaves the state as it was: to choose between its result and the old
-            # state would need memory for both.
+            # The step itself chooses the old state: a choice after it needs memory for both.
             state, report = step(state, rows, hyperparameters.hyper, frozen, active)
             report = jax.tree.map(partial(jnp.where, active), report, _nothing_done(report))
         else:
