@@ -15,7 +15,7 @@ from dpojax.data.prefixes import LONGEST
 from dpojax.frontier.configs import RunConfigs
 from dpojax.frontier.runs import Run
 from dpojax.planning.outline import Outline
-from dpojax.plans.dry_run import NOWHERE, encoder_program, sampler_program
+from dpojax.plans.dry_run import NOWHERE, encoder_program, lines_of_names, sampler_program
 from dpojax.stages.stage import RowSize
 
 PROMPT = 2 * LONGEST  # tokens of the widest prompt: twice those of the paper's
@@ -43,7 +43,7 @@ def dry_run(config: ConfigDict, runs: Sequence[Run], outline: Outline) -> Iterat
         programs.setdefault(program, []).append((run, run_config))
     yield f"Runs ({len(runs)}), those of a line with one program:"
     for same in programs.values():
-        yield f"  {', '.join(run.name for run, _ in same)}"
+        yield from lines_of_names([run.name for run, _ in same])
     yield "Programs:"
     yield from _beginning(config, runs, outline)
     for (stage, _), same in programs.items():

@@ -7,6 +7,7 @@ not fit fails here, in minutes.
 from __future__ import annotations
 
 import copy
+import textwrap
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,18 @@ from dpojax.stages.vocabulary import rows_for
 
 NOWHERE = "nowhere"  # the workdir of jobs that write nothing
 AT_ONCE = 64  # prompts or texts of a batch
+
+
+def lines_of_names(names: Sequence[str]) -> list[str]:
+    """Names of runs for a terminal of 100 columns; lines that go on are indented further."""
+    return textwrap.wrap(
+        ", ".join(names),
+        width=100,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def stage_program(config: ConfigDict, name: str, size: RowSize) -> str:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dpojax import storage
 from dpojax.planning.outline import Outline
-from dpojax.plans.dry_run import NOWHERE, with_sources
+from dpojax.plans.dry_run import NOWHERE, lines_of_names, with_sources
 from dpojax.stages.registry import check_order
 from dpojax.stages.stage import RowSize
 from dpojax.sweeps.members import (
@@ -44,7 +44,7 @@ def dry_run(config: ConfigDict, members: Sequence[Changes], outline: Outline) ->
     groups = same_program(runs)
     yield f"Runs ({len(runs)}), those of a line as one program:"
     for group in groups:
-        yield f"  {', '.join(names[i] for i in group)}"
+        yield from lines_of_names([names[i] for i in group])
     yield "Programs:"
     begun = []
     for run, of_member in zip(runs, configs):
