@@ -15,6 +15,7 @@ on standard output, where a newline is written \\n; with --beside a tab separate
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import textwrap
@@ -63,7 +64,7 @@ def main() -> None:
         for name, dialogue in zip(names, dialogues):
             print(textwrap.fill(describe(name, dialogue), shutil.get_terminal_size().columns))
         print("/help lists the commands, Ctrl-D ends", flush=True)
-    with interrupts_raise():
+    with interrupts_raise() if on_terminal else contextlib.nullcontext():
         _talk(names, dialogues, on_terminal)
 
 

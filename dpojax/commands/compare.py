@@ -12,14 +12,12 @@ from typing import NoReturn
 
 from dpojax.runs.command import run_command
 
-WIDTH = 100  # characters of a line where no terminal says how wide it is
-
 
 def main() -> None:
     from dpojax import storage
     from dpojax.config.command_line import ArgumentParser, UsageError, command_name
     from dpojax.sweeps import compare
-    from dpojax.tables import terminal_width
+    from dpojax.tables import WIDTH, terminal_width
 
     parser = ArgumentParser(prog=command_name(), description=__doc__.partition("\n\n")[2])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="workdirs of runs and of sweeps")

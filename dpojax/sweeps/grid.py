@@ -56,7 +56,8 @@ def describe(members: Sequence[Changes]) -> str:
     keys = dict.fromkeys(key for changes in members for key in changes)
     values = {key: {repr(changes.get(key)) for changes in members} for key in keys}
     counts = [f"{key} ({len(values[key])} values)" for key in keys if len(values[key]) > 1]
-    return f"{len(members)} members: {' x '.join(counts)}" if counts else f"{len(members)} members"
+    total = "1 member" if len(members) == 1 else f"{len(members)} members"
+    return f"{total}: {' x '.join(counts)}" if counts else total
 
 
 def grid_members(config: ConfigDict, grid: Sequence[str]) -> list[Changes]:

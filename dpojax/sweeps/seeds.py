@@ -49,11 +49,6 @@ def settings_of(members: Mapping[str, Changes], stage: str) -> list[Setting]:
     return list(settings.values())
 
 
-def has_seeds(members: Mapping[str, Changes]) -> bool:
-    """Whether some members differ in their seed alone."""
-    return len(settings_of(members, "")) < len(members)
-
-
 def mean_line(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric that all lines have, and the ends of its interval.
 
