@@ -119,11 +119,15 @@ def _obey(text: str, dialogues: list) -> list[Iterator[str]]:
         for dialogue in dialogues:
             dialogue.clear()
     elif command == "/help":
-        print("\n".join(__doc__.splitlines()[7:14]))
+        commands = next(part for part in __doc__.split("\n\n") if part.startswith("    /"))
+        print(f"{commands}\n    Ctrl-C stops a reply, Ctrl-D ends")
     elif command == "/temperature":
-        temperature = float(argument)
+        try:
+            temperature = float(argument)
+        except ValueError:
+            temperature = -1.0
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"/temperature {argument}: 0 or more is expected")
+            raise ValueError(f"/temperature {argument}: a number from 0 on is expected")
         for dialogue in dialogues:
             dialogue.settings = dialogue.settings._replace(temperature=temperature)
     else:
