@@ -79,6 +79,24 @@ def test_a_notebook_is_stored_without_outputs(path):
         assert cell["execution_count"] is None
 
 
+@pytest.mark.parametrize("start", [".", "notebooks"])
+def test_the_notebook_of_the_frontier_finds_a_run_from_the_root_and_from_its_own_folder(
+    start, tmp_path, monkeypatch
+):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.delenv("DPOJAX_FRONTIER")
+    monkeypatch.chdir(tmp_path / start)
+    (path,) = (path for path in NOTEBOOKS if path.stem == "frontier")
+    first_cell = compile("".join(code_cells(path)[0]["source"]), path.name, "exec")
+    with pytest.raises(FileNotFoundError, match="--workdir=runs/frontier"):
+        exec(first_cell, {})
+    run, namespace = tmp_path / "runs/frontier", {}
+    run.mkdir(parents=True)
+    (run / "frontier.csv").touch()
+    exec(first_cell, namespace)
+    assert namespace["run"].resolve() == run.resolve()
+
+
 def test_every_public_loss_is_in_the_notebook_of_losses():
     (path,) = (path for path in NOTEBOOKS if path.stem == "losses")
     nodes = [
