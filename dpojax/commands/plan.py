@@ -17,6 +17,7 @@ that takes longer (exit status 1). --json=FILE keeps all numbers.
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import NoReturn
 
 from absl import flags
@@ -32,6 +33,14 @@ MEMBERS = flags.DEFINE_integer("members", 0, "Of a sweep that trains together.",
 PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "Of a chip, in any currency.")
 MAX_HOURS = flags.DEFINE_float("max_hours", 0.0, "Refuse a plan that takes longer; 0 refuses none.")
 SEARCH = flags.DEFINE_bool("search", False, "Look for faster meshes, rows and remat by compiling.")
+# Lines to copy, for a terminal of 100 columns.
+COPIED = {
+    "width": 98,
+    "initial_indent": "  ",
+    "subsequent_indent": "    ",
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
 JSON = flags.DEFINE_string("json", "", "File for all numbers.")
 
 
@@ -74,10 +83,10 @@ def _search(chips) -> int:
             print(f"{name}: no variant fits {chips.name}")
             return 1
         print(f"{name} on {chips.name}: {1e3 * best.seconds:.0f} ms a step at the roofline")
-        print(f"  {best.flags or 'the config as it is'}")
+        print(textwrap.fill(best.flags or "the config as it is", **COPIED).replace("\n", " \\\n"))
         for other in others[:4]:
             if other.seconds < math.inf:
-                print(f"  {other.seconds / best.seconds:.2f}x: {other.flags or 'as it is'}")
+                print(f"  {other.seconds / best.seconds:.2f}x: {other.short}")
     return 0
 
 

@@ -52,6 +52,12 @@ class Variant(NamedTuple):
         """What to copy to a command line."""
         return " ".join(f"--config.{key}={value}" for key, value in self.keys.items())
 
+    @property
+    def short(self) -> str:
+        """The keys in a line of a terminal."""
+        pairs = [f"{key}={value}" for key, value in self.keys.items()]
+        return " ".join(pairs) or "the config as it is"
+
 
 def search(
     config: ConfigDict, name: str, topology: Topology, say: Callable[[str], None]
@@ -94,7 +100,7 @@ class _Trials:
         variant = Variant(keys, None)
         if variant.flags in self.done:
             return self.done[variant.flags]
-        self.say(f"{len(self.done) + 1}. {variant.flags or 'the config as it is'}")
+        self.say(f"{len(self.done) + 1}. {variant.short}")
         try:
             variant = self._compile(keys)
         except (ConfigError, ValueError, jax.errors.JaxRuntimeError) as error:
@@ -102,7 +108,7 @@ class _Trials:
         self.done[variant.flags] = variant
         took = f"{1e3 * variant.seconds:.0f} ms a step" if variant.seconds < math.inf else "no"
         minutes = (time.perf_counter() - self.began) / 60
-        problem = f": {variant.problem[:100]}" if variant.problem else ""
+        problem = f": {variant.problem[:70]}" if variant.problem else ""
         self.say(f"   {took}{problem} ({minutes:.1f} min so far)")
         return variant
 

@@ -76,7 +76,8 @@ def test_variants_that_are_refused_or_break_the_compiler_end_nothing_and_are_tol
     assert {"INTERNAL: a bug of the compiler", "config.mesh: not this one"} <= problems
     told = "\n".join(lines)
     assert "no: INTERNAL: a bug of the compiler" in told
-    assert f"{len(found)}. --config." in told  # each has its number
+    assert f"\n{len(found)}. " in told  # each has its number
+    assert max(map(len, lines)) <= 100  # columns of a terminal
 
 
 def test_a_program_that_several_variants_share_is_compiled_once(compiled):
