@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -22,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from dpojax.data import reviews
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PIPED = 0  # the number of columns that stands for no terminal
@@ -140,7 +143,7 @@ def faults(recording: Recording, *, expected_status: int = 0) -> Iterator[str]:
 def commands(place: pathlib.Path) -> dict[str, list[str]]:
     """The words of each command by its name, in an order in which each finds what it reads."""
     config, frontier = f"--config={place / 'config.py'}", f"--config={place / 'frontier.py'}"
-    run, prompts = f"{place / 'run'}", f"{place / 'prompts.jsonl'}"
+    run, pairs = f"{place / 'run'}", f"{place / 'pairs.jsonl'}"
     return {
         "train": ["train", config, f"--workdir={run}"],
         "finished": ["train", config, f"--workdir={run}"],
@@ -163,7 +166,7 @@ def commands(place: pathlib.Path) -> dict[str, list[str]]:
             "--judge=length",
             f"--out={place / 'judged'}",
         ],
-        "inspect-data": ["inspect-data", "--data", prompts, "--tokenizer", f"{place / 'exported'}"],
+        "inspect-data": ["inspect-data", "--data", pairs, "--tokenizer", f"{place / 'exported'}"],
         "plan": ["plan", config, "--topology=cpu:1"],
         "certify": ["certify", config, f"--workdir={place / 'certified'}", "--small", "--steps=3"],
         "launch": ["launch", "slurm", config, f"--workdir={place / 'launched'}"],
@@ -224,7 +227,6 @@ def frontier(config):
         Run("ppo_gt", "kl=2", {"evaluate_every": 14}, "ppo"),
     ]
 '''
-PAIR = '{"prompt": "this film", "chosen": " is a joy .", "rejected": " is a bore ."}\n'
 
 
 def make_inputs(place: pathlib.Path) -> None:
@@ -232,7 +234,8 @@ def make_inputs(place: pathlib.Path) -> None:
     (place / "config.py").write_text(CONFIG)
     start = f'import sys\n\nsys.path.insert(0, "{place}")\n'
     (place / "frontier.py").write_text(start + FRONTIER.replace("CONFIG", "config"))
-    (place / "prompts.jsonl").write_text(PAIR * 4)
+    pairs = reviews.preferences("train", 20, 0)
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def main(words: Sequence[str] | None = None) -> int:

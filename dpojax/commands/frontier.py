@@ -19,12 +19,12 @@ numbers (beta, learning rate, the seed of the data's order) then train together 
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import NoReturn
 
 from absl import flags
 
+from dpojax import display
 from dpojax.config.command_line import ConfigFlag, UsageError
 from dpojax.runs.command import run_script
 
@@ -62,7 +62,7 @@ def main() -> int:
     )
     report = results.write(folder).split(f"\n{WHAT_WAS_RUN}")[0]
     print(fitted_markdown(report, terminal_width()))
-    print(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md, samples.md")
+    display.say(f"{folder}: frontier.csv, frontier.png, frontier.pdf, report.md, samples.md")
     failures = results.failures(folder)
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
@@ -73,9 +73,9 @@ def _dry_run(runs: list) -> int:
     from dpojax.frontier.dry_run import dry_run
     from dpojax.planning.outline import Outline
 
-    outline = Outline(TOPOLOGY.value, say=functools.partial(print, file=sys.stderr, flush=True))
+    outline = Outline(TOPOLOGY.value, say=display.complain)
     for line in dry_run(CONFIG.value, runs, outline):
-        print(line, flush=True)
+        display.say(line)
     return 0
 
 

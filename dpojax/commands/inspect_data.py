@@ -29,7 +29,7 @@ from typing import NoReturn
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpojax import storage
+from dpojax import display, storage
 from dpojax.config.command_line import ArgumentParser, UsageError, parse_config_words
 from dpojax.config.data_sources import sources_of
 from dpojax.config.defaults import default_config
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report, findings = _inspect(args, config)
     except (records.DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        display.complain(f"error: {error}")
         return 2
     faulty = report.dropped or report.unread or any(finding.is_fault for finding in findings)
     return 1 if args.strict and faulty else 0
@@ -164,7 +164,7 @@ def _inspect(args: argparse.Namespace, config: ConfigDict) -> tuple[Report, list
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in shown:
         print(render(example, tokenizer, colour) + "\n")
-    print(f"{report}\n\n{lint.table(findings)}")
+    display.say(f"{report}\n\n{lint.table(findings)}")
     if args.json:
         content = json.loads(report.to_json()) | {"lint": [f._asdict() for f in findings]}
         storage.write_json(args.json, content)

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from absl import flags
 
+from dpojax import display
 from dpojax.config.command_line import ConfigFlag
 from dpojax.runs.command import run_script
 
@@ -35,12 +36,12 @@ def main() -> None:
     recipe = read_recipe(CONFIG.path, CONFIG.value)
     if DRY_RUN.value:
         for line in dry_run(CONFIG.value, recipe, WORKDIR.value):
-            print(line, flush=True)
+            display.say(line)
         return
     folder = make_recipe(CONFIG.value, recipe, WORKDIR.value, workers=WORKERS.value)
     report = storage.read_text(folder / "report.md").split("\n## Examples")[0]
     print(fitted_markdown(report, terminal_width()))
-    print(f"{folder}: report.md, its tables as .csv, its figures as .png and .pdf")
+    display.say(f"{folder}: report.md, its tables as .csv, its figures as .png and .pdf")
 
 
 def start() -> NoReturn:

@@ -20,13 +20,13 @@ docs/sweeps.md has more.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from typing import NoReturn
 
 from absl import flags
 
+from dpojax import display
 from dpojax.config.command_line import ConfigFlag, UsageError
 from dpojax.runs.command import run_script
 
@@ -64,7 +64,7 @@ def main() -> int:
     parse_best(BEST.value, CONFIG.value.stages[-1], members)
     if DRY_RUN.value:
         return _dry_run(members)
-    print(describe(members), flush=True)
+    display.say(describe(members))
     failures = run_sweep(CONFIG.value, members, WORKDIR.value, best=BEST.value)
     if failures:
         what = "1 member has" if len(failures) == 1 else f"{len(failures)} members have"
@@ -76,9 +76,9 @@ def _dry_run(members: list) -> int:
     from dpojax.planning.outline import Outline
     from dpojax.sweeps.dry_run import dry_run
 
-    outline = Outline(TOPOLOGY.value, say=functools.partial(print, file=sys.stderr, flush=True))
+    outline = Outline(TOPOLOGY.value, say=display.complain)
     for line in dry_run(CONFIG.value, members, outline):
-        print(line, flush=True)
+        display.say(line)
     return 0
 
 
