@@ -208,7 +208,7 @@ def needed(compiled: jax.stages.Compiled) -> str:
     arguments = sizes.argument_size_in_bytes
     more = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return (
-        f"{gib(arguments + more)} on each device  ({gib(arguments)} for arguments, {gib(more)} for "
+        f"{gib(arguments + more)} on each device ({gib(arguments)} for arguments, {gib(more)} for "
         "results and temporary arrays)"
     )
 

@@ -209,4 +209,4 @@ def test_a_lean_function_gives_memory_back_between_compiling_and_running(monkeyp
     lean = memory.lean(Jitted(), say=done.append)
     lean()
     lean()
-    assert done == ["compile", "5 MiB", "trim", "run", "run"]
+    assert done == ["compile", "compiled in 0 s; the step needs 5 MiB", "trim", "run", "run"]
