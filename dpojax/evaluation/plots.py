@@ -149,17 +149,19 @@ def _preference_panels(stage: str, lines: Sequence[Mapping]) -> list[Panel]:
         ),
         Panel(
             stage,
-            "Reward accuracy" if explicit else "Implicit-reward accuracy",
+            "Reward accuracy",
             f"% of {unit}s",
             (Curve("rewards/accuracies"),),
             scale=100,
             level=(50, "chance"),
         ),
-        Panel(stage, "Rewards" if explicit else "Implicit rewards", "nats", rewards),
+        Panel(
+            stage, "Rewards", "logits" if explicit else "in the unit of the loss's reward", rewards
+        ),
         Panel(
             stage,
             "Divergence from reference",
-            "KL estimate, nats per token",
+            "KL, nats per token",
             (Curve("kl/per_token"),),
         ),
         Panel(

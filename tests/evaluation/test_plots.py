@@ -84,8 +84,8 @@ def test_a_run_of_two_stages_has_its_six_panels_at_the_width_of_a_readme(tmp_pat
     assert [axes.get_title(loc="left") for axes in figures[0].axes] == [
         "SFT loss",
         "DPO loss",
-        "Implicit-reward accuracy",
-        "Implicit rewards",
+        "Reward accuracy",
+        "Rewards",
         "Divergence from reference",
         "Chosen made less likely",
     ]
@@ -136,7 +136,7 @@ def test_accuracy_is_in_percent_and_left_out_where_policy_and_reference_are_equa
     tmp_path, figures
 ):
     training_curves({"dpo": DPO}, tmp_path / "curves.png")
-    axes = axes_of(figures[0], "Implicit-reward accuracy")
+    axes = axes_of(figures[0], "Reward accuracy")
     shown = [(line.get_xdata(), line.get_ydata()) for line in axes.lines if len(line.get_xdata())]
     for steps, values in shown[:-1]:  # the last is the level of chance
         assert 0 not in list(steps)
@@ -146,7 +146,7 @@ def test_accuracy_is_in_percent_and_left_out_where_policy_and_reference_are_equa
 
 def test_rewards_are_named_at_their_ends_without_overlap(tmp_path, figures):
     training_curves({"dpo": DPO}, tmp_path / "curves.png")
-    labels = axes_of(figures[0], "Implicit rewards").texts
+    labels = axes_of(figures[0], "Rewards").texts
     assert [label.get_text() for label in labels] == ["rejected", "chosen", "margin"]
     heights = [label.get_position()[1] for label in labels]
     assert min(np.diff(heights)) > 0.08

@@ -3,6 +3,7 @@
 import math
 
 import matplotlib.figure
+import numpy as np
 import pytest
 
 from dpojax.evaluation import sweep_figure
@@ -66,13 +67,77 @@ def test_where_the_policy_is_the_reference_no_accuracy_is_drawn(tmp_path, figure
         line(10, **{"rewards/accuracies": 0.75, reward: 0.2}),
     ]
     draw({"a": lines}, tmp_path / "sweep.png")
-    assert points(figures[0], "Implicit-reward accuracy") == [[[10, 75]]]
+    assert points(figures[0], "Reward accuracy") == [[[10, 75]]]
 
 
 def test_a_metric_may_be_drawn_over_another_one(tmp_path, figures):
     lines = [line(0, **{"samples/reward": 0.5, "samples/kl": 2.0}), line(5, loss=1.0)]
     draw({"a": lines}, tmp_path / "sweep.png")
     assert points(figures[0], "Reward of samples against KL") == [[[2.0, 0.5]]]
+
+
+def swept(betas, seeds=1, **more):
+    """Members over beta and seed: their last evaluations, and what they change."""
+    members, changes = {}, {}
+    for beta in betas:
+        for seed in range(seeds):
+            name = f"beta={beta},seed={seed}"
+            metrics = {"rewards/accuracies": 0.6 + 0.1 * beta + 0.02 * seed, "rewards/margins": 1.0}
+            members[name] = [line(5, loss=1.0), line(10, loss=beta, **metrics, **more)]
+            changes[name] = {"preference.beta": beta} | ({"seed": seed} if seeds > 1 else {})
+    return members, changes
+
+
+def marks(axes):
+    """The points, and the lines through means, of a panel against a key."""
+    points = sorted(tuple(x.get_xydata()[0]) for x in axes.lines if x.get_marker() == "o")
+    means = [x.get_xydata().tolist() for x in axes.lines if x.get_marker() == "None"]
+    return points, means
+
+
+def test_results_stand_against_the_key_that_was_swept_with_the_means_over_seeds(tmp_path, figures):
+    members, changes = swept((0.1, 1.0), seeds=2)
+    draw(members, tmp_path / "sweep.png", changes=changes)
+    axes = figures[0].axes[0]
+    assert axes.get_title(loc="left") == "Reward accuracy"
+    assert axes.get_xlabel() == "beta (logarithmic)"
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "1"]
+    points, (means,) = marks(axes)
+    np.testing.assert_allclose(points, [(0.1, 61), (0.1, 63), (1, 70), (1, 72)])
+    np.testing.assert_allclose(means, [(0.1, 62), (1, 71)])
+
+
+def test_a_loss_is_not_compared_where_it_is_another_measure(tmp_path, figures):
+    members, changes = swept((0.1, 1.0))
+    draw(members, tmp_path / "sweep.png", changes=changes, same_measure=False)
+    draw(members, tmp_path / "same.png", changes=changes)
+    titles = [{axes.get_title(loc="left") for axes in figure.axes} for figure in figures]
+    assert "Held-out loss" not in titles[0]
+    assert "Reward accuracy" in titles[0]
+    assert "Held-out loss" in titles[1]
+
+
+def test_settings_that_differ_in_a_second_key_have_lines_of_their_own(tmp_path, figures):
+    members, changes = swept((0.1, 1.0, 5.0))
+    more = {f"{name},fast": lines for name, lines in members.items()}
+    changes |= {
+        f"{name},fast": x | {"preference.learning_rate": 1e-3} for name, x in changes.items()
+    }
+    draw(members | more, tmp_path / "sweep.png", changes=changes)
+    axes = figures[0].axes[0]
+    assert len(marks(axes)[1]) == 2
+    names = {text.get_text() for text in axes.texts}
+    assert names == {"learning_rate=None", "learning_rate=0.001"}
+
+
+def test_words_stand_in_their_order_and_a_failed_member_has_no_result(tmp_path, figures):
+    members, _ = swept((0.1, 0.2, 0.3))
+    changes = dict(zip(members, [{"preference.loss": x} for x in ("dpo", "ipo", "simpo")]))
+    draw(members, tmp_path / "sweep.png", changes=changes, failed=[list(members)[1]])
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["dpo", "simpo"]
+    assert axes.get_xscale() == "linear"
 
 
 def test_no_figure_is_written_where_nothing_is_finite(tmp_path):

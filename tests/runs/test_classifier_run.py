@@ -20,6 +20,7 @@ from dpojax.stages import classifier_data
 from dpojax.stages import data as stage_data
 from dpojax.stages.registry import resolve
 
+from .. import metrics_page
 from .conftest import lines, tiny_config
 
 NAMES = ["neg", "pos"]
@@ -87,6 +88,7 @@ def test_it_learns_the_labels_and_says_how_often_it_is_right(trained):
     assert "cross-entropy (nats)" in table
     before = next(line for line in lines(workdir, "classifier") if line["split"] == "eval")
     assert before["cross_entropy"] == pytest.approx(np.log(2), abs=0.02)
+    assert metrics_page.undefined(lines(workdir, "classifier")) == set()
 
 
 @pytest.mark.slow

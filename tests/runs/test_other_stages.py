@@ -18,6 +18,7 @@ from dpojax.stages.example_stage import make_programs
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import prepare_setup
 
+from .. import metrics_page
 from .conftest import lines, tiny_config
 
 
@@ -61,6 +62,7 @@ def reward_run(tmp_path_factory):
 
 @pytest.mark.long
 def test_a_reward_model_learns_its_pairs(reward_run):
+    assert metrics_page.undefined(lines(reward_run, "reward")) == set()
     losses = train_losses(reward_run, "reward")
     assert losses[0] == pytest.approx(0.693, abs=0.02)  # two almost equal scores: log 2
     assert losses[-1] < 0.5
@@ -118,6 +120,16 @@ def test_a_run_of_labelled_responses_or_without_a_reference_ends_with_its_summar
         assert not cached
         assert (saved["beta"], saved["gamma"]) == (2.0, 1.0)
     assert len(train_losses(tmp_path, "preference")) == 4
+    # The summary has the rewards and the KL of the last evaluation.
+    last = [x for x in lines(tmp_path, "preference") if x["split"] == "eval"][-1]
+    summary = json.loads((tmp_path / "preference" / "summary.json").read_text())
+    after = summary["values"]["after"]
+    for name in ("rewards/accuracies", "rewards/chosen", "rewards/rejected"):
+        assert after[name] == pytest.approx(last[name], abs=1e-5)
+    assert summary["kl_per_token_exact"]["after"] == pytest.approx(last["kl/per_token"], abs=1e-7)
+    assert last["kl/per_token"] > 0
+    formula = {"kto": "beta (log p - log q)", "simpo": "beta log p / length"}[loss]
+    assert f"reward: {formula}, with p of the policy" in text
 
 
 @pytest.mark.parametrize(

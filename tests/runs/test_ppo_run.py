@@ -25,6 +25,7 @@ from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.preemption import Preempted
 
+from .. import metrics_page
 from .conftest import lines, tiny_config
 
 RATE, COEFFICIENT, TARGET, HORIZON, RESPONSES = 0.02, 0.05, 2.0, 64.0, 16
@@ -131,6 +132,7 @@ def test_every_prompt_of_an_epoch_is_answered_and_its_rewards_are_those_logged(f
 @pytest.mark.long
 def test_at_the_start_the_policy_is_the_reference_and_then_it_leaves(finished):
     first, *others = split(finished[0], "train")
+    assert metrics_page.undefined(lines(finished[0], "ppo")) == set()
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert others[-1]["objective/kl"] != pytest.approx(0, abs=1e-3)
     start, _, end = split(finished[0], "eval")

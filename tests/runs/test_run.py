@@ -33,6 +33,7 @@ from dpojax.training.loop import NonFiniteLoss
 from dpojax.training.reference import ReferenceMismatch
 from dpojax.training.state import abstract_state, make_optimizer
 
+from .. import metrics_page
 from .conftest import command, environment, lines, tiny_config, train
 
 DEVICES = 8
@@ -106,6 +107,11 @@ def test_metrics_carry_the_names_of_trl(finished):
     assert "kl/per_token" not in by_split["train"]  # it is measured on held-out contexts alone
     assert "perf/mfu" not in by_split["train"]  # nobody states the peak of this CPU
     assert by_split["eval"] >= pair | evaluated | {"loss", "displacement", "kl/per_token"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "preference"])
+def test_every_number_of_a_run_is_defined_in_docs_metrics(finished, stage):
+    assert metrics_page.undefined(lines(finished[0], stage)) == set()
 
 
 def test_at_step_zero_the_policy_is_the_reference(finished):
