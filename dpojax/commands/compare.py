@@ -31,7 +31,7 @@ def main() -> None:
     metric = options.metric.removeprefix("eval/")
     print(compare.describe(runs, stage, metric, terminal_width() or WIDTH))
     folder = storage.as_path(options.out, "--out")
-    written = compare.write_comparison(runs, folder)
+    written = compare.write_comparison(runs, stage, folder)
     print(f"\n{folder}: {', '.join(written)}")
 
 

@@ -67,7 +67,7 @@ def draw_learning(
             left.plot(curve.epochs, curve.loss, "-o", color=color, ms=2.5, lw=1.3, label=name)
             right.plot(curve.epochs, curve.kl, "-o", color=color, ms=2.5, lw=1.3)
         _set_labels(left, "Held-out loss", x_label, "nats per pair")
-        _set_labels(right, "Divergence from SFT", x_label, "KL estimate, nats per token")
+        _set_labels(right, "Divergence from SFT", x_label, "KL, nats per token")
         figure.legend(loc="outside right center", frameon=False)
         figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
         save(figure, *paths)

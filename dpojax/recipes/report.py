@@ -39,7 +39,11 @@ PARTS = {
     TESTS: "prompts to judge on",
     SHIFTED: "prompts of the other domain",
 }
-METRICS = {"loss": "loss", "rewards/accuracies": "accuracy", "kl/per_token": "KL per token"}
+METRICS = {
+    "loss": "loss (of its own beta)",
+    "rewards/accuracies": "accuracy",
+    "kl/per_token": "KL per token",
+}
 METRICS |= {"samples/reward": "reward of samples", "samples/kl": "KL of samples"}
 
 Row = Mapping[str, str]
@@ -162,8 +166,8 @@ def _curves_text(folder: storage.Path, trainings: Sequence[Mapping]) -> str:
     x_label = "epoch" if by_epoch else "optimiser step"
     draw_learning(curves, x_label, [folder / f"{BY_EPOCH}{end}" for end in SUFFIXES])
     note = (
-        "Held-out loss, and KL(SFT || policy) per token, estimated on held-out responses of the "
-        f"data ({CURVES})."
+        "Held-out loss, which means another thing at another beta, and KL(policy || SFT) per "
+        f"token, exact at the contexts of held-out responses ({CURVES})."
     )
     return f"## Loss and KL\n\n{note}\n\n![Loss and KL by {x_label}]({BY_EPOCH}.png)"
 

@@ -48,8 +48,7 @@ def parse_best(name: str, stage: str, members: Sequence[Changes]) -> Criterion |
         parsed = keep_best.parse(name, 0)
     except ValueError as error:
         raise UsageError(f"--best: {error}") from error
-    keys = {key for changes in members for key in changes if changes_measure(key, stage)}
-    varied = [key for key in sorted(keys) if _varies(key, members)]
+    varied = measure_keys(members, stage)
     if parsed.metric in OF_THE_LOSS and varied:
         raise UsageError(
             f"--best={name}: members differ in {', '.join(varied)}, so that {parsed.metric} is "
@@ -57,6 +56,12 @@ def parse_best(name: str, stage: str, members: Sequence[Changes]) -> Criterion |
             "eval/rewards/accuracies or eval/samples/win_rate"
         )
     return Criterion(parsed.metric, parsed.sign)
+
+
+def measure_keys(members: Sequence[Changes], stage: str) -> list[str]:
+    """The keys in which members differ and that make their losses different measures."""
+    keys = {key for changes in members for key in changes if changes_measure(key, stage)}
+    return [key for key in sorted(keys) if _varies(key, members)]
 
 
 def changes_measure(key: str, stage: str) -> bool:

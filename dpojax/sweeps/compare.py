@@ -223,8 +223,12 @@ def _has(line: Mapping[str, float], metric: str) -> bool:
     return metric in line and is_defined(metric, line)
 
 
-def write_comparison(runs: Sequence[ComparedRun], folder: storage.Path) -> list[str]:
-    """Write runs.csv, curves.csv and curves.png; return the names of those that were written."""
+def write_comparison(runs: Sequence[ComparedRun], stage: str, folder: storage.Path) -> list[str]:
+    """Write runs.csv, curves.csv and curves.png; return the names of those that were written.
+
+    Args:
+      stage: that is compared. Runs whose losses are different measures have no loss in the figure.
+    """
     rows = differences(runs)
     metrics = sorted({name for run in runs for name in run.kept} - {*RESERVED})
     table = [["run", "workdir", "status", *rows, "step", *metrics]]
@@ -242,7 +246,13 @@ def write_comparison(runs: Sequence[ComparedRun], folder: storage.Path) -> list[
             curves.append([run.label, line["step"], *(line.get(name, "") for name in names)])
     storage.write_text(folder / CURVES, _csv(curves))
     failed = [run.label for run in runs if run.status.startswith("failed")]
-    draw({run.label: run.lines for run in runs}, folder / FIGURE, failed=failed)
+    has_one_measure = not any(changes_measure(key, stage) for key in rows)
+    draw(
+        {run.label: run.lines for run in runs},
+        folder / FIGURE,
+        failed=failed,
+        same_measure=has_one_measure,
+    )
     return [name for name in (RUNS, CURVES, FIGURE) if (folder / name).exists()]
 
 

@@ -25,7 +25,13 @@ from dpojax.runs.workdirs import FINISHED, failure_of
 from dpojax.stages.samples import WIN_SCORE, last_samples
 from dpojax.stages.wins import RATE as WIN_RATE
 from dpojax.sweeps.best import FILE as BEST
-from dpojax.sweeps.best import Criterion, choose_best, describe_best, parse_best
+from dpojax.sweeps.best import (
+    Criterion,
+    choose_best,
+    describe_best,
+    measure_keys,
+    parse_best,
+)
 from dpojax.sweeps.hparams import write_hparams
 from dpojax.sweeps.members import Changes
 from dpojax.sweeps.plan import read_plan
@@ -64,7 +70,7 @@ COLUMNS = (
     Column("accuracy, %", "rewards/accuracies", 100, "z.1f"),
     Column("accuracy, %", "accuracy", 100, "z.1f"),
     Column("margin, nats", "rewards/margins", 1, "+z.3f"),
-    Column("KL estimate, nats/token", "kl/per_token", 1, "z.4f"),
+    Column("KL, nats/token", "kl/per_token", 1, "z.4f"),
     Column("chosen less likely, %", "displacement", 100, "z.1f"),
     Column("reward of samples", "samples/reward", 1, "z.3f", with_error=True),
     Column("KL of samples, nats", "samples/kl", 1, "z.2f", with_error=True),
@@ -103,17 +109,26 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
     }
     add_differences(evaluations, {name: folder / name / stage for name in evaluations})
     storage.write_text(folder / TABLE, _csv(evaluations, members, failures))
+    has_one_measure = not measure_keys(list(members.values()), stage)
     if curves:
-        draw(curves, folder / FIGURE, failed=failures)
+        draw(
+            curves,
+            folder / FIGURE,
+            failed=failures,
+            changes=members,
+            results=evaluations,
+            same_measure=has_one_measure,
+        )
     if TENSORBOARD in plan["config"].get("trackers", ()):
         write_hparams(folder, members, evaluations)
     settings = settings_of(members, stage)
+    columns = _columns(evaluations, has_one_measure)
     if len(settings) < len(members):
         storage.write_text(folder / SEED_MEANS, seeds_csv(settings, evaluations))
-        lines = blocks_table(_rows_of_seeds(settings, evaluations), terminal_width())
+        lines = blocks_table(_rows_of_seeds(settings, evaluations, columns), terminal_width())
         lines.append("Means over seeds, with Student's 95 % intervals.")
     else:
-        lines = blocks_table(_rows(evaluations, failures), terminal_width())
+        lines = blocks_table(_rows(evaluations, failures, columns), terminal_width())
     width = terminal_width() or WIDTH
     lines += [
         textwrap.shorten(f"{name}: {why}", width, placeholder=" ...")
@@ -213,16 +228,21 @@ def _csv(
     return table.getvalue()
 
 
-def _columns(evaluations: Evaluations) -> list[Column]:
-    """The columns of the metrics that were logged."""
-    return [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
+def _columns(evaluations: Evaluations, has_one_measure: bool) -> list[Column]:
+    """The columns of the metrics that were logged; no loss where members' losses differ in meaning.
+
+    A margin stays, in the nats of its member's own reward.
+    """
+    columns = [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
+    return [column for column in columns if has_one_measure or column.metric != "loss"]
 
 
-def _rows(evaluations: Evaluations, failures: Mapping[str, str]) -> list[list[str]]:
+def _rows(
+    evaluations: Evaluations, failures: Mapping[str, str], columns: list[Column]
+) -> list[list[str]]:
     """The headings, and the kept evaluation of every member; its step where they differ."""
-    columns = _columns(evaluations)
     if len({line["step"] for line in evaluations.values()}) > 1:
-        columns.insert(0, Column("step", "step", 1, ".0f"))
+        columns = [Column("step", "step", 1, ".0f"), *columns]
     rows = [["", *(column.heading for column in columns)]]
     for name, line in evaluations.items():
         rows.append([name, *(column.cell(line) for column in columns)])
@@ -231,11 +251,13 @@ def _rows(evaluations: Evaluations, failures: Mapping[str, str]) -> list[list[st
     return rows
 
 
-def _rows_of_seeds(settings: Sequence[Setting], evaluations: Evaluations) -> list[list[str]]:
+def _rows_of_seeds(
+    settings: Sequence[Setting], evaluations: Evaluations, columns: Sequence[Column]
+) -> list[list[str]]:
     """The headings, and for every setting the means over its seeds with their intervals."""
     columns = [
         column._replace(with_interval=True, with_error=False)
-        for column in _columns(evaluations)
+        for column in columns
         if column.metric != BEHIND
     ]
     means = mean_lines(settings, evaluations)

@@ -104,7 +104,11 @@ def test_a_metric_may_be_named_and_an_unknown_one_is_told(workdirs):
 
 def test_tables_and_figure_are_written_with_runs_that_failed(workdirs, tmp_path):
     runs, _ = read_runs(workdirs)
-    assert write_comparison(runs, tmp_path / "out") == ["runs.csv", "curves.csv", "curves.png"]
+    assert write_comparison(runs, "preference", tmp_path / "out") == [
+        "runs.csv",
+        "curves.csv",
+        "curves.png",
+    ]
     rows = list(csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines()))
     assert [row["status"] for row in rows] == [
         "finished",

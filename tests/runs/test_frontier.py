@@ -2,18 +2,20 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from dpojax import storage
 from dpojax.config.errors import ConfigError
-from dpojax.evaluation import frontier_points
+from dpojax.evaluation import frontier_points, markdown
 from dpojax.evaluation.frontier_points import arrays, at_the_bound, read_points
 from dpojax.evaluation.optimum import above_limit, read_optimum
 from dpojax.evaluation.policies import NothingStopped
@@ -115,9 +117,14 @@ def test_it_ends_with_figure_report_and_samples_of_every_run(made):
     assert (folder / "frontier.png").stat().st_size > 10_000
     assert (folder / "frontier.pdf").is_file()
     assert "Preferred-FT" in text
+    assert re.search(r"\| policy and reference +\| llama +\| [\d,]+ ", text)
+    assert re.search(r"\| DPO +\| beta=0\.1 +\| [\d.e-]+ +\| \d+ +\| \w+ +\| \d+ +\| \d+ ", text)
+    assert jax.__version__ in text
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {line["method"] for line in lines} == {"dpo", "preferred_ft"}
     assert len(lines) == 2 * 8
+    texts = (folder / "samples.md").read_text()
+    assert all(markdown.escaped(line["response"]) in texts for line in lines)
 
 
 @pytest.mark.long

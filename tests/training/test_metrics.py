@@ -164,9 +164,10 @@ def test_metrics_on_a_bucket_are_resumed_like_those_on_a_disk(bucket):  # noqa: 
     assert b"train/loss" in events.read_bytes()
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_a_tag_of_tensorboard_is_the_split_and_the_name_in_the_metrics_file(tmp_path):
     with MetricWriter(tmp_path, trackers=[TensorBoard(storage.as_path(tmp_path))]) as writer:
-        writer.write(7, {"rewards/margins": 0.25}, split="eval")
+        writer.write(7, {"rewards/margins": 0.25, "kl/per_token": 0.5}, split="eval")
+        writer.write(8, {"loss": 0.75})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, scalars = path.read_bytes(), []
     while data:  # TFRecord: length (8 bytes), its checksum (4), payload, checksum (4)
@@ -174,7 +175,17 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         event = Event.FromString(data[12 : 12 + length])
         scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
         data = data[16 + length :]
-    assert scalars == [(7, "eval/rewards/margins", 0.25)]
+    assert scalars == [
+        (7, "eval/rewards/margins", 0.25),
+        (7, "eval/kl/per_token", 0.5),
+        (8, "train/loss", 0.75),
+    ]
+    assert scalars == [
+        (line["step"], f"{line['split']}/{name}", value)
+        for line in read_metrics(tmp_path)
+        for name, value in line.items()
+        if name not in ("step", "split", "time")
+    ]
 
 
 def test_an_evaluation_is_one_line_for_a_person():
