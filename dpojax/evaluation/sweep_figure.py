@@ -22,6 +22,7 @@ from dpojax.evaluation.plots import GREY, PANEL, STYLE, TICKS, is_defined, save
 COLORS = matplotlib.colormaps["viridis"]
 MOST, COLUMNS = 6, 3  # panels, and those in a row
 SEED, LOSS = "seed", "loss"
+BASE = "base"  # stands for the value of the config, where a member changes nothing
 WIDE = 8.0  # a key whose largest value is so many times its smallest gets a logarithmic axis
 
 
@@ -183,13 +184,17 @@ def _draw_curves(
 
 
 def _swept(changes: Mapping[str, Changes]) -> Swept | None:
-    """The key with the most values, the first of several; None where members differ in none."""
+    """The key with the most values, the first of several.
+
+    None where members differ in no key, or in more than two: their results are then no function of
+    a key that a line could show.
+    """
     values: dict[str, list] = {}
     for key in dict.fromkeys(key for of_member in changes.values() for key in of_member):
         distinct = list(dict.fromkeys(_plain(of_member.get(key)) for of_member in changes.values()))
         if key != SEED and len(distinct) > 1:
             values[key] = distinct
-    if not values:
+    if not 1 <= len(values) <= 2:
         return None
     key = max(values, key=lambda name: len(values[name]))
     distinct = values[key]
@@ -201,12 +206,11 @@ def _swept(changes: Mapping[str, Changes]) -> Swept | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be a key of a dict; numbers stay numbers."""
-    return (
-        value
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-        else str(value)
-    )
+    """A value that can be a key of a dict; numbers stay numbers, and None is the config's own."""
+    if value is None:
+        return BASE
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else str(value)
 
 
 def _against(results: Mapping[str, Mapping], same_measure: bool) -> list[Panel]:
@@ -255,10 +259,11 @@ def _draw_results(
         axes.plot(x, means, "-", color=GREY, lw=1.0, zorder=2)
         if len(lines) > 1:
             text = ", ".join(f"{_short(k)}={_text(v)}" for k, v in zip(swept.others, group))
-            axes.annotate(
+            label = axes.annotate(
                 text, (x[-1], means[-1]), (4, 0), textcoords="offset points", va="center",
                 color=GREY, fontsize=6.5,
             )  # fmt: skip
+            label.set_in_layout(False)  # a long one may not squeeze the axes
 
 
 def _label_results(axes: Axes, panel: Panel, swept: Swept) -> None:

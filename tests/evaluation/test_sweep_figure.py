@@ -128,7 +128,15 @@ def test_settings_that_differ_in_a_second_key_have_lines_of_their_own(tmp_path, 
     axes = figures[0].axes[0]
     assert len(marks(axes)[1]) == 2
     names = {text.get_text() for text in axes.texts}
-    assert names == {"learning_rate=None", "learning_rate=0.001"}
+    assert names == {"learning_rate=base", "learning_rate=0.001"}
+
+
+def test_members_that_differ_in_many_keys_at_once_have_curves_alone(tmp_path, figures):
+    members, changes = swept((0.1, 1.0, 5.0))
+    keys = ("preference.learning_rate", "preference.steps")
+    changes[next(iter(members))] |= dict.fromkeys(keys, 4)
+    draw(members, tmp_path / "sweep.png", changes=changes)
+    assert {axes.get_xlabel() for axes in figures[0].axes} == {"optimiser step"}
 
 
 def test_words_stand_in_their_order_and_a_failed_member_has_no_result(tmp_path, figures):
