@@ -84,7 +84,8 @@ def _search(chips) -> int:
             return 1
         print(f"{name} on {chips.name}: {1e3 * best.seconds:.0f} ms a step at the roofline")
         print(textwrap.fill(best.flags or "the config as it is", **COPIED).replace("\n", " \\\n"))
-        for other in others[:4]:
+        programs = {id(one.step): one for one in reversed(others) if one.step is not best.step}
+        for other in sorted(programs.values(), key=lambda one: one.seconds)[:4]:
             if other.seconds < math.inf:
                 print(f"  {other.seconds / best.seconds:.2f}x: {other.short}")
     return 0
