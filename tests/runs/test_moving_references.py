@@ -9,15 +9,18 @@ from dpojax.runs.run import run
 from .conftest import lines, tiny_config
 
 HUMANLINE = {"humanline_low": -1.0, "humanline_high": 1.5, "sync_every": 2}
+ADAPTERS = "a synchronised reference of adapters"
 MOVING = {
     "a synchronised reference": HUMANLINE,
-    "a synchronised reference of adapters": HUMANLINE | {"lora.rank": 2},
+    ADAPTERS: HUMANLINE | {"lora.rank": 2},
     "epsilon_dpo": {"loss": "epsilon_dpo", "reference.kind": "live", "epsilon": 0.1},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.long] * (x == ADAPTERS)) for x in MOVING]
+)
 def test_a_run_that_goes_on_between_two_changes_has_the_losses_of_an_undisturbed_one(
     name, tmp_path
 ):
