@@ -181,7 +181,7 @@ def test_with_the_oldest_versions_that_are_allowed_tests_of_losses_pass(oldest):
     run_tests_of_losses(oldest)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/test_docs.py runs the same programs in CI, where all is installed
 def test_the_example_loops_of_the_pages_run_beside_the_wheel(newest):
     page = (newest.files / "docs" / "own_loop.md").read_text()
     sections = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```$", page, re.M | re.S))
