@@ -167,4 +167,4 @@ def test_the_command_answers_a_line_with_a_line(folder):
         first, second = reply.split("\t")
         assert first == second != ""  # the same model
     assert replies[0] != replies[2]
-    assert ended.stderr.splitlines()[-1] == "chat: /nothing: no such command; /help lists them"
+    assert "chat: /nothing: no such command; /help lists them" in ended.stderr.splitlines()
