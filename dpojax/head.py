@@ -101,7 +101,7 @@ def target_logits(hidden: Array, head: Head, targets: Array) -> Array:
     Returns:
       [..., T].
     """
-    target_weight = head.weight[targets]  # [..., T, D]
+    target_weight = _gather_width(head.weight)[targets]  # [..., T, D]
     dtype = sum_dtype(hidden)
     logits = jnp.einsum("...d,...d->...", hidden, target_weight, preferred_element_type=dtype)
     return _shape_logits(logits, head, None if head.bias is None else head.bias[targets])
@@ -150,6 +150,7 @@ def scan_vocabulary(function: Callable, carry, head: Head, chunks: VocabularyChu
     vocabulary = len(head.weight)
     if chunks.count == 1:
         every_token = ChunkTokens(jnp.arange(vocabulary), jnp.ones(vocabulary, bool))
+        head = head._replace(weight=_gather_width(head.weight))
         carry, output = function(carry, head, every_token, jax.tree.map(lambda x: x[0], inputs))
         return carry, jax.tree.map(lambda x: x[None], output)
     weight = _chunk_view(chunks, _gather_width(head.weight))
@@ -231,7 +232,12 @@ def _chunk_logits(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
 
 
 def _gather_width(weight: Array) -> Array:
-    """Gather the weight over `fsdp` before the loop; inside, XLA would gather in every turn."""
+    """Gather the weight over `fsdp` at once.
+
+    Else XLA gathers it in every turn of a loop. Where the axes of the mesh have another order in
+    the hidden states, it exchanges parts between devices first, and CPUs that do so beside the
+    collectives of the layers wait for each other for ever.
+    """
     if shared_axes(jax.sharding.get_abstract_mesh()).get("fsdp", 1) == 1:
         return weight
     spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
