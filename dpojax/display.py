@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import sys
 import textwrap
 import threading
@@ -25,12 +24,14 @@ from typing import Any
 from dpojax import stopping, watchdog
 
 UNBROKEN = 10**6  # characters of a line without a terminal: a log is searched line by line
+USUAL = 80  # columns of a terminal that does not say how many it has
 TICK = 0.5  # seconds between two drawings
 SOON = 20.0  # seconds without a line, after which a pipe is told what is being done
 OFTEN = 60.0  # seconds between two lines in a pipe
 STILL = 2.0  # seconds after which a bar that does not move is told what is being done
 STARTING = "starting"
 WIDEST_BAR = 20  # characters of a progress bar
+BLOCK, PLAIN_BLOCK = "█", "#"  # what a bar is made of; the latter in encodings without the first
 CLEAR, UP = "\r\x1b[K", "\x1b[A"
 
 
@@ -68,14 +69,14 @@ class Bar:
         pace = self._pace
         return f", {pace:.1f} s each" if pace > 1 else f", {1 / max(pace, 1e-9):.1f}/s"
 
-    def text(self, width: int) -> str:
+    def text(self, width: int, block: str = BLOCK) -> str:
         """One line of less than `width` characters."""
         share = self.done / self.total if self.total else 1.0
         left = self.seconds_left
         ends = "" if left is None else f"  {clock(left)} left"
         count = f"{self.done}/{self.total} {self.unit}{self._pace_text()}"
         filled = round(WIDEST_BAR * share)
-        drawn = f"|{'█' * filled}{' ' * (WIDEST_BAR - filled)}| "
+        drawn = f"|{block * filled}{' ' * (WIDEST_BAR - filled)}| "
         note = f"  {self.note}" if self.note else ""
         head = f"{self.name} {share:4.0%} "
         for candidate in (
@@ -100,14 +101,15 @@ class _Shown:
     """The lines of this process."""
 
     stream: Any = None  # standard error of a command; None shows nothing
-    terminal = False
+    terminal = False  # whether it is one that lines can be drawn on
+    block = BLOCK
     lock = threading.RLock()  # a signal may come while a line is drawn
     entries: list = []  # noqa: RUF012 (bars, lines of plans and `doing`, the innermost last)
     drawn = 0  # lines that stand on the terminal
     at_start = True  # the cursor stands at the start of a line
     has_printed = False  # anything but these lines
     last_output = 0.0  # when anything was printed, monotonic
-    told: Any = None  # what a pipe was told last
+    last_label: Any = None  # of what was last written to a pipe
     ended: threading.Event | None = None
 
 
@@ -131,7 +133,8 @@ def shown(stream: Any) -> Iterator[None]:
     if _Shown.stream is not None:
         yield
         return
-    _Shown.stream, _Shown.terminal = stream, stream.isatty()
+    _Shown.stream, _Shown.terminal = stream, _can_be_drawn_on(stream)
+    _Shown.block = _block_of(stream)
     _Shown.last_output, _Shown.ended = time.monotonic(), threading.Event()
     watchdog.beat(STARTING)
     stopping.before_saying(_erase_soon)
@@ -144,7 +147,7 @@ def shown(stream: Any) -> Iterator[None]:
 
 
 def hide() -> None:
-    """Show nothing from now on, as in all processes of a run but the first."""
+    """Show nothing from now on: in all processes of a run but the first, and where users type."""
     with _Shown.lock:
         _erase()
         _Shown.stream = None
@@ -186,7 +189,8 @@ def _entry(entry: Any) -> Iterator[Any]:
     finally:
         _Shown.entries.remove(entry)
         if _Shown.drawn:
-            _draw()
+            with contextlib.suppress(OSError, ValueError):
+                _draw()
 
 
 @contextlib.contextmanager
@@ -216,8 +220,7 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     """Print to standard error what fits into the terminal; see `fill`."""
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    width = shutil.get_terminal_size((100, 50)).columns if on_terminal else UNBROKEN
+    width = columns(sys.stderr)
     print("\n".join(fill(line, width) for line in text.split("\n")), file=sys.stderr, flush=True)
 
 
@@ -225,10 +228,10 @@ def fill(text: str, width: int | None = None, indent: str = "    ") -> str:
     """Break a line whose parts stand two spaces apart, between two parts where that is possible.
 
     Args:
-      width: characters of a line; None is `columns()`.
+      width: characters of a line; None is that of standard output, see `columns`.
       indent: of all lines but the first.
     """
-    width = width or columns()
+    width = width or columns(sys.stdout)
     if len(text) <= width:
         return text
     lines = [""]
@@ -250,10 +253,34 @@ def fill(text: str, width: int | None = None, indent: str = "    ") -> str:
     return "\n".join(lines)
 
 
-def columns() -> int:
-    """Columns of the terminal that shows what is printed; `UNBROKEN` without one."""
-    on_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return shutil.get_terminal_size((100, 50)).columns if on_terminal else UNBROKEN
+def columns(stream: Any) -> int:
+    """Columns of the terminal that a stream writes to; `UNBROKEN` where it is none.
+
+    The environment's COLUMNS comes first. A terminal that does not say has `USUAL`.
+    """
+    if stream is None or not stream.isatty():
+        return UNBROKEN
+    if os.environ.get("COLUMNS", "").isdecimal() and int(os.environ["COLUMNS"]):
+        return int(os.environ["COLUMNS"])
+    # `shutil.get_terminal_size` asks standard output, which may be a file where this stream is not.
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or USUAL
+    except (OSError, ValueError):
+        return USUAL
+
+
+def _can_be_drawn_on(stream: Any) -> bool:
+    """Whether the stream is a terminal whose lines can be cleared."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _block_of(stream: Any) -> str:
+    """What a bar is made of in the stream's encoding."""
+    try:
+        BLOCK.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN_BLOCK
+    return BLOCK
 
 
 def _tick(ended: threading.Event) -> None:
@@ -262,26 +289,26 @@ def _tick(ended: threading.Event) -> None:
             if _Shown.terminal:
                 _draw()
             else:
-                _tell()
+                _write_to_pipe()
 
 
 def _draw() -> None:
     with _Shown.lock:
         if _Shown.stream is None or not _Shown.terminal or not (_Shown.at_start or _Shown.drawn):
             return
-        texts, width = _texts(), shutil.get_terminal_size().columns
+        width = columns(_Shown.stream)
+        texts = _texts(width)
         clipped = "\n".join(text[: width - 1] for text in texts)
         _Shown.stream.write_below(_clearing() + clipped)
         _Shown.drawn = len(texts)
 
 
-def _texts() -> list[str]:
+def _texts(width: int) -> list[str]:
     """The lines to draw: bars and plans, and what is being done if no bar moves."""
-    entries, width = list(_Shown.entries), shutil.get_terminal_size().columns
-    texts = []
+    entries, texts = list(_Shown.entries), []
     for entry in entries:
         if isinstance(entry, Bar):
-            texts.append(entry.text(width))
+            texts.append(entry.text(width, _Shown.block))
         elif isinstance(entry, _Line):
             texts.append(entry.text())
     innermost = entries[-1] if entries else None
@@ -300,23 +327,23 @@ def _what(innermost: Any) -> str:
     return f"{what}  {clock(time.monotonic() - since)}"
 
 
-def _tell() -> None:
+def _write_to_pipe() -> None:
     """In a pipe: say what lasts, once, and then how far it is every minute."""
-    silent = time.monotonic() - _Shown.last_output
-    if silent < SOON:
-        return
-    entries = list(_Shown.entries)
-    innermost = entries[-1] if entries else None
-    label = (len(entries), _what(innermost).split("  ")[0])
-    if label == _Shown.told and silent < OFTEN:
-        return
-    _Shown.told = label
-    texts = [entry.text() for entry in entries if isinstance(entry, _Line)]
-    texts += [entry.plain_text() for entry in entries if isinstance(entry, Bar)]
-    if not isinstance(innermost, Bar):
-        texts.append(_what(innermost))
-    _Shown.stream.write("\n".join(texts) + "\n")
-    _Shown.stream.flush()
+    with _Shown.lock:
+        silent = time.monotonic() - _Shown.last_output
+        if _Shown.stream is None or silent < SOON:
+            return
+        entries = list(_Shown.entries)
+        innermost = entries[-1] if entries else None
+        label = (len(entries), _what(innermost).split("  ")[0])
+        if label == _Shown.last_label and silent < OFTEN:
+            return
+        texts = [entry.text() for entry in entries if isinstance(entry, _Line)]
+        texts += [entry.plain_text() for entry in entries if isinstance(entry, Bar)]
+        if not isinstance(innermost, Bar):
+            texts.append(_what(innermost))
+        _Shown.stream.write_below("\n".join(texts) + "\n")
+        _Shown.last_label, _Shown.last_output = label, time.monotonic()
 
 
 def _erase() -> None:

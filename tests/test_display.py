@@ -50,7 +50,7 @@ def seen(text: str) -> list[str]:
 
 @pytest.mark.usefixtures("quick")
 def test_a_terminal_shows_what_is_done_below_what_is_printed_and_nothing_at_the_end(monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((60, 50)))
+    monkeypatch.setenv("COLUMNS", "60")
     screen = Screen()
     stream = Lasting(screen, "the screen")
     with display.shown(stream):
@@ -83,6 +83,48 @@ def test_a_pipe_is_told_once_what_lasts_and_gets_no_control_characters():
     text = pipe.getvalue()
     assert text.count("compiling") == 1
     assert not set("\r\x1b") & set(text)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_pipe_is_told_does_not_change_what_it_is_told_next(monkeypatch):
+    monkeypatch.setattr(display._Shown, "has_printed", False)
+    pipe = io.StringIO()
+    with display.shown(Lasting(pipe, "the pipe")):
+        wait_for("starting", pipe)
+        threading.Event().wait(0.2)
+    assert pipe.getvalue() == "starting  0:00\n"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_terminal_that_cannot_clear_lines_is_told_what_a_pipe_is(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen()
+    with display.shown(Lasting(screen, "the screen")), display.doing("compiling"):
+        wait_for("compiling  0:00\n", screen)
+    assert not set("\r\x1b") & set(screen.getvalue())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_the_width_is_that_of_the_stream_whatever_standard_output_is(monkeypatch):
+    termios = pytest.importorskip("termios")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    user, terminal = os.openpty()
+    with open(user, "rb"), open(terminal, "w") as stream:
+        termios.tcsetwinsize(terminal, (50, 44))
+        assert display.columns(stream) == 44
+        termios.tcsetwinsize(terminal, (0, 0))  # as in a container that nobody told
+        assert display.columns(stream) == 80
+    monkeypatch.setenv("COLUMNS", "61")
+    assert display.columns(Screen()) == 61
+    assert display.columns(io.StringIO()) > 1000
+    assert display.columns(None) > 1000
+
+
+def test_a_bar_has_characters_that_the_terminal_can_show():
+    bar = display.Bar("dpo", 4, 2, "steps")
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    assert bar.text(80, display._block_of(latin)) == f"dpo  50% |{'#' * 10}{' ' * 10}| 2/4 steps"
+    assert display._block_of(Screen()) == "\N{FULL BLOCK}"
 
 
 def test_outside_of_a_command_nothing_is_shown(capfd):

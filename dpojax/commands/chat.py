@@ -16,7 +16,6 @@ on standard output, where a newline is written \\n; with --beside a tab separate
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import NoReturn
 
 from absl import flags
 
+from dpojax import display
 from dpojax.config.command_line import UsageError
 from dpojax.runs.command import run_script
 
@@ -62,7 +62,7 @@ def main() -> None:
     dialogues = [Dialogue(load_policy(name), settings) for name in names]
     if on_terminal:
         for name, dialogue in zip(names, dialogues):
-            print(textwrap.fill(describe(name, dialogue), shutil.get_terminal_size().columns))
+            print(textwrap.fill(describe(name, dialogue), display.columns(sys.stdout)))
         print("/help lists the commands, Ctrl-D ends", flush=True)
     with interrupts_raise() if on_terminal else contextlib.nullcontext():
         _talk(names, dialogues, on_terminal)
@@ -96,6 +96,7 @@ def _lines(on_terminal: bool) -> Iterator[str]:
         return
     import readline  # noqa: F401  input() then has a history and keys to edit the line
 
+    display.hide()  # or its lines would be drawn where the user types
     while True:
         try:
             yield input("> ")
@@ -139,7 +140,7 @@ def _show(names: list[str], dialogues: list, replies: list[Iterator[str]]) -> No
     """Print one reply piece by piece, or two in columns; Ctrl-C stops them."""
     from dpojax.tables import side_by_side
 
-    width = shutil.get_terminal_size().columns
+    width = display.columns(sys.stdout)
     if replies and not any(dialogue.draws for dialogue in dialogues):
         print("[compiling; later replies come sooner]", flush=True)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -76,7 +75,7 @@ class Clock:
     def show(self) -> None:
         """Print the line where no terminal draws it."""
         if not display.draws():
-            print(self.line(), file=sys.stderr, flush=True)
+            display.complain(self.line())
 
 
 @contextlib.contextmanager
@@ -94,7 +93,7 @@ def shown(
         finally:
             for name in [*clock.started]:
                 clock.stop(name)
-    print(clock.line(), file=sys.stderr, flush=True)
+    display.complain(clock.line())
 
 
 def seconds_left(
@@ -143,7 +142,7 @@ def progress_line(
     left = seconds_left(jobs, seconds.jobs, to_do, workers=workers)
     forecast = f", about {_rounded(left)} left" if left else ""
     names = "".join(f"  {name}" for name in running)
-    return f"{ended}/{len(jobs)} jobs{names}  {_clock(seconds.passed)} passed{forecast}"
+    return f"{ended}/{len(jobs)} jobs{names}  {display.clock(seconds.passed)} passed{forecast}"
 
 
 def read_seconds(folder: storage.Path) -> Seconds:
@@ -162,12 +161,6 @@ def read_seconds(folder: storage.Path) -> Seconds:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _rounded(seconds: float) -> str:

@@ -72,12 +72,17 @@ def look_after() -> None:
     """
     if isinstance(sys.stdout, Lasting):
         return  # done already
-    sys.stdout = Lasting(sys.stdout, "standard output")
-    sys.stderr = Lasting(sys.stderr, "standard error")
+    sys.stdout = Lasting(sys.stdout or _nowhere(), "standard output")
+    sys.stderr = Lasting(sys.stderr or _nowhere(), "standard error")
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
         logger.addFilter(WithoutLibraries())
     threading.excepthook = _unless_it_follows(threading.excepthook)
     sys.unraisablehook = _unless_it_follows(sys.unraisablehook)
+
+
+def _nowhere() -> Any:
+    """A stream in place of one that was closed before the process began (`2>&-`)."""
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _unless_it_follows(hook: Any) -> Any:

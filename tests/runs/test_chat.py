@@ -147,6 +147,36 @@ def test_the_pieces_are_what_the_sampler_draws_at_once(policy):
     assert "".join(pieces) == at_once
 
 
+TYPES = """
+import sys
+from dpojax import display
+from dpojax.commands import chat
+from dpojax.runs import terminal
+
+terminal.look_after()
+with display.shown(sys.stderr):
+    print(list(chat._lines(True)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_nothing_is_drawn_where_the_user_types():
+    user, terminal = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    shown, child = b"", subprocess.Popen([sys.executable, "-c", TYPES], **streams)
+    os.close(terminal)
+    while b"> " not in shown:
+        shown += os.read(user, 4096)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(1.2)  # two drawings would have come
+    os.write(user, b"hello\n\x04")
+    while b"]" not in shown:
+        shown += os.read(user, 4096)
+    assert child.wait(20) == 0
+    os.close(user)
+    assert b"> hello" in shown
+
+
 @pytest.mark.slow
 def test_the_command_answers_a_line_with_a_line(folder):
     lines = [WORDS, "", "/again", "/clear", "/nothing", WORDS, "/quit", WORDS]

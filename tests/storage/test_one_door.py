@@ -17,6 +17,7 @@ ALLOWED = {
     "data/worker.py": {"open"},  # the memory that the kernel counts
     "runs/base_files.py": {"shutil.copyfile"},  # below the folder of `storage.replacing_folder`
     "launching/launch.py": {"shutil.which"},  # looks for a command, no file of a run
+    "commands/inspect_data.py": {"tempfile.TemporaryDirectory"},  # nothing of it is kept
     "commands/sample.py": {"shutil.get_terminal_size"},  # of no file
     "tables.py": {"shutil.get_terminal_size"},  # of no file
     "training/reference.py": {"np.save"},  # to the file that `storage.replacing` gives it
