@@ -34,7 +34,12 @@ def wilson_interval(successes: int, trials: int, *, level: float = 0.95) -> Inte
     return Interval(float(ends.low), float(ends.high))
 
 
-def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+def mean_interval(
+    values: Sequence[float],
+    *,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
     """Compute Student's interval of a mean, for independent values of a normal distribution.
 
     Its ends are mean ± t s / sqrt(n), with the sample's standard deviation s and the quantile t of
@@ -43,6 +48,8 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     Args:
       values: two or more; of one value nothing is known about its spread, and the ends are nan.
       level: probability that the interval covers the true mean.
+      bounds: the smallest and the largest possible mean, 0 and 1 of a share. An end beyond them is
+        moved onto them; the interval covers the true mean as often as before.
 
     Raises:
       ValueError: there is no value.
@@ -57,4 +64,4 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     mean = math.fsum(values) / count
     variance = math.fsum((x - mean) ** 2 for x in values) / (count - 1)
     reach = float(t.ppf((1 + level) / 2, count - 1)) * math.sqrt(variance / count)
-    return Interval(mean - reach, mean + reach)
+    return Interval(max(mean - reach, bounds[0]), min(mean + reach, bounds[1]))

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shlex
 
 import pytest
 
@@ -10,8 +11,9 @@ from dpojax.config.command_line import UsageError, gather
 from dpojax.config.defaults import default_config
 from dpojax.intervals import mean_interval
 from dpojax.sweeps.best import Criterion, choose_best, describe_best, parse_best
-from dpojax.sweeps.grid import full_key, grid_members, split_values, sweep_members
-from dpojax.sweeps.seeds import mean_line, seeds_csv, settings_of
+from dpojax.sweeps.grid import describe, full_key, grid_members, split_values, sweep_members
+from dpojax.sweeps.seeds import SHARES, mean_line, seeds_csv, settings_of
+from tests import metrics_page
 
 
 def test_a_flag_that_takes_several_words_stands_before_each_of_them():
@@ -74,6 +76,12 @@ def test_a_key_without_its_group_is_one_of_the_last_stage_else_the_only_one():
         (["beta=0.1,x"], "--grid preference.beta=x: a number is expected"),
         (["0.3"], "write KEY=VALUE,VALUE without spaces"),
         (["preference=1"], "no such key"),
+        (["model.path='a,b"], "' is missing at the end"),
+        (["preference.loss_weights=(0.5,0.5"], r"\) is missing at the end"),
+        (
+            [f"{key}={','.join(map(str, range(1, 102)))}" for key in ("beta", "steps")],
+            "10,201 members",
+        ),
     ],
 )
 def test_a_grid_that_means_nothing_is_refused(grid, message):
@@ -100,6 +108,15 @@ def test_seeds_multiply_the_members_from_the_seed_of_the_config_on():
     ]
     with pytest.raises(UsageError, match="set their seed already"):
         sweep_members("", config, ["seed=1,2"], seeds=2)
+    with pytest.raises(UsageError, match="20,000 members; 10,000 are the most"):
+        sweep_members("", config, ["beta=0.1,1"], seeds=10_000)
+
+
+def test_members_are_called_combinations_only_where_they_are_all_of_them():
+    both = [{"beta": b, "seed": s} for b in (0.1, 1.0) for s in (0, 1)]
+    assert describe(both) == "4 members: beta (2 values) x seed (2 values)"
+    assert describe(both[:3]) == "3 members: beta (2 values), seed (2 values)"
+    assert describe(both[:1]) == "1 member"
 
 
 def members_of(values):
@@ -122,6 +139,30 @@ def test_means_over_seeds_have_students_interval():
     assert line["loss_low"] == pytest.approx(2 - 12.7062, abs=1e-3)
 
 
+def test_intervals_of_shares_end_at_0_and_1_and_those_of_other_means_do_not():
+    names = ("rewards/accuracies", "b.jsonl/rewards/accuracies", "rewards/margins")
+    high = mean_line([dict.fromkeys(names, 0.9), dict.fromkeys(names, 1.0)])
+    low = mean_line([dict.fromkeys(names, 0.1), dict.fromkeys(names, 0.0)])
+    for name in names[:2]:
+        assert high[f"{name}_high"] == 1.0
+        assert high[f"{name}_low"] == pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4)
+        assert low[f"{name}_low"] == 0.0
+    assert high["rewards/margins_high"] == pytest.approx(0.95 + 12.7062 * 0.05, abs=1e-4)
+    assert low["rewards/margins_low"] == pytest.approx(0.05 - 12.7062 * 0.05, abs=1e-4)
+
+
+def test_shares_are_the_metrics_that_the_page_calls_0_to_1():
+    units = {
+        name: row[2]
+        for row in metrics_page.rows("name")
+        for name in metrics_page.CODE.findall(row[0])
+    }
+    assert [name for name in SHARES if not units[name].startswith("0 to 1")] == []
+    ends = ("_low", "_high", "behind_best")  # the last is a difference
+    shares = {name for name, unit in units.items() if unit == "0 to 1" and not name.endswith(ends)}
+    assert shares - {*SHARES} == set()
+
+
 def test_scipy_computes_the_same_interval():
     from scipy import stats
 
@@ -135,17 +176,50 @@ def test_the_best_setting_has_the_best_mean_and_is_compared_by_seed(tmp_path):
         {(0.1, 0): 0.70, (0.1, 1): 0.74, (1.0, 0): 0.69, (1.0, 1): 0.73, (5.0, 0): 0.9}
     )
     members["b5.0-s1"] = {"preference.beta": 5.0, "seed": 1}  # failed: no evaluation
-    best = choose_best(Criterion("rewards/accuracies", 1), members, "preference", lines)
+    settings = settings_of(members, "preference", 0)
+    best = choose_best(Criterion("rewards/accuracies", 1), settings, lines)
     assert best["setting"] == "beta-0.1"
+    assert best["high"] == pytest.approx(0.72 + 12.7062 * 0.02, abs=1e-4)
     assert best["value"] == pytest.approx(0.72)
     assert best["members"] == ["b0.1-s0", "b0.1-s1"]
     assert best["next"]["setting"] == "beta-1"
     # Both seeds differ by 0.01, so the paired interval has no width.
     assert best["next"]["ahead"] == pytest.approx(0.01)
     assert best["next"]["low"] == pytest.approx(0.01)
-    worst = choose_best(Criterion("rewards/accuracies", -1), members, "preference", lines)
+    assert best["next"]["paired_seeds"] == 2
+    worst = choose_best(Criterion("rewards/accuracies", -1), settings, lines)
     assert worst["setting"] == "beta-1"
-    assert f"--workdir={tmp_path / 'b0.1-s0'}" in describe_best(best, tmp_path)
+    assert f"--workdir={tmp_path / 'b0.1-s0'} " in describe_best(best, tmp_path)
+    # A shell reads the command, and names of members hold what values hold.
+    text = describe_best(best | {"members": ["loss_weights-(0.5, 0.5)"]}, tmp_path)
+    assert f"--workdir={shlex.quote(str(tmp_path / 'loss_weights-(0.5, 0.5)'))} " in text
+    assert "'" in text
+
+
+@pytest.mark.parametrize(
+    ("seeds", "pairs", "message"),
+    [
+        ((1, 0), 2, "(0.01 to 0.01)"),  # in another order
+        ((0, 2), 0, "the two have different seeds"),
+        ((0,), 0, "the two have different seeds"),
+    ],
+)
+def test_settings_are_paired_by_their_seeds_alone(seeds, pairs, message, tmp_path):
+    accuracies = {0: 0.69, 1: 0.73, 2: 0.60}
+    values = {(0.1, 0): 0.70, (0.1, 1): 0.74} | {(1.0, s): accuracies[s] for s in seeds}
+    members, lines = members_of(values)
+    settings = settings_of(members, "preference", 0)
+    best = choose_best(Criterion("rewards/accuracies", 1), settings, lines)
+    assert best["next"]["paired_seeds"] == pairs
+    assert message in describe_best(best, tmp_path)
+
+
+def test_a_run_that_is_there_with_its_seed_and_without_counts_once():
+    """A sweep without seeds that goes on with --seeds=2."""
+    members = {"b": {"preference.beta": 0.1}}
+    members |= {f"b-{seed}": {"preference.beta": 0.1, "seed": seed} for seed in (5, 6)}
+    (setting,) = settings_of(members, "preference", 5)
+    assert setting.members == {5: "b", 6: "b-6"}
 
 
 def test_losses_of_members_with_other_betas_are_not_compared():
@@ -165,7 +239,9 @@ def test_losses_of_members_with_other_betas_are_not_compared():
 def test_the_table_of_seeds_counts_those_that_finished():
     members, lines = members_of({(0.1, 0): 0.70, (0.1, 1): 0.74, (1.0, 0): 0.69})
     members["b1.0-s1"] = {"preference.beta": 1.0, "seed": 1}
-    rows = list(csv.DictReader(io.StringIO(seeds_csv(settings_of(members, "preference"), lines))))
+    rows = list(
+        csv.DictReader(io.StringIO(seeds_csv(settings_of(members, "preference", 0), lines)))
+    )
     assert [(row["setting"], row["seeds_finished"], row["seeds"]) for row in rows] == [
         ("beta-0.1", "2", "2"),
         ("beta-1", "1", "2"),
@@ -176,6 +252,7 @@ def test_the_table_of_seeds_counts_those_that_finished():
 
 def test_a_metric_that_no_evaluation_has_is_told_with_those_that_there_are():
     members, lines = members_of({(0.1, 0): 0.70})
+    settings = settings_of(members, "preference", 0)
     with pytest.raises(UsageError, match=r"no eval/nothing; they have eval/rewards/accuracies"):
-        choose_best(Criterion("nothing", 1), members, "preference", lines)
-    assert choose_best(Criterion("rewards/accuracies", 1), members, "preference", {}) is None
+        choose_best(Criterion("nothing", 1), settings, lines)
+    assert choose_best(Criterion("rewards/accuracies", 1), settings, {}) is None

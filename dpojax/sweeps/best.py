@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from dpojax.config.command_line import UsageError
 from dpojax.intervals import mean_interval
 from dpojax.stages.registry import STAGES
 from dpojax.sweeps.members import Changes
-from dpojax.sweeps.seeds import Evaluations, Setting, settings_of
+from dpojax.sweeps.seeds import Evaluations, Setting, interval_over_seeds
 from dpojax.training import keep_best
 
 FILE = "best.json"
@@ -28,6 +29,17 @@ class Criterion(NamedTuple):
 
     metric: str
     sign: int
+
+
+class MeasuredSetting(NamedTuple):
+    """A setting with the value of a metric for each of its seeds."""
+
+    setting: Setting
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        return _mean(list(self.values.values()))
 
 
 def parse_best(name: str, stage: str, members: Sequence[Changes]) -> Criterion | None:
@@ -75,7 +87,7 @@ def _varies(key: str, members: Sequence[Changes]) -> bool:
 
 
 def choose_best(
-    criterion: Criterion, members: Mapping[str, Changes], stage: str, evaluations: Evaluations
+    criterion: Criterion, settings: Sequence[Setting], evaluations: Evaluations
 ) -> dict[str, Any] | None:
     """The setting with the best mean over its seeds, as best.json holds it; None if there is none.
 
@@ -90,52 +102,52 @@ def choose_best(
             keep_best.require_known(criterion.metric, known - {"step", "split", "time"})
         except ValueError as error:
             raise UsageError(f"--best: {error}") from error
-    values = {}
-    for setting in settings_of(members, stage):
-        of_seeds = [
-            evaluations.get(name, {}).get(criterion.metric, math.nan) for name in setting.members
-        ]
-        if all(map(math.isfinite, of_seeds)):
-            values[setting.name] = setting, of_seeds
-    if not values:
+    measured = []
+    for setting in settings:
+        values = {
+            seed: evaluations.get(name, {}).get(criterion.metric, math.nan)
+            for seed, name in setting.members.items()
+        }
+        if all(map(math.isfinite, values.values())):
+            measured.append(MeasuredSetting(setting, values))
+    if not measured:
         return None
-    ranked = sorted(values, key=lambda name: -criterion.sign * _mean(values[name][1]))
-    setting, of_seeds = values[ranked[0]]
-    interval = mean_interval(of_seeds)
+    ranked = sorted(measured, key=lambda one: -criterion.sign * one.mean)
+    setting, values = ranked[0]
+    interval = interval_over_seeds(criterion.metric, list(values.values()))
     best = {
         "metric": criterion.metric,
         "better": "high" if criterion.sign > 0 else "low",
         "setting": setting.name,
-        "value": _mean(of_seeds),
+        "value": ranked[0].mean,
         "low": _finite(interval.low),
         "high": _finite(interval.high),
-        "seeds": len(of_seeds),
-        "members": setting.members,
+        "seeds": len(values),
+        "members": list(setting.members.values()),
     }
     if len(ranked) > 1:
-        best["next"] = _compared(criterion, setting, of_seeds, *values[ranked[1]])
+        best["next"] = _compared(criterion, *ranked[:2])
     return best
 
 
 def _compared(
-    criterion: Criterion,
-    best: Setting,
-    of_best: Sequence[float],
-    other: Setting,
-    of_other: Sequence[float],
+    criterion: Criterion, best: MeasuredSetting, other: MeasuredSetting
 ) -> dict[str, Any]:
-    """How far the best is ahead of the next one; paired by seed, where both have the same seeds."""
-    if len(of_best) == len(of_other) and len(best.members) == len(other.members):
-        gaps = [criterion.sign * (a - b) for a, b in zip(of_best, of_other)]
-        ahead, interval = _mean(gaps), mean_interval(gaps)
-    else:
-        ahead = criterion.sign * (_mean(of_best) - _mean(of_other))
-        interval = mean_interval([ahead])
+    """How far the best is ahead of the next one; with an interval, paired by seed, of equal seeds.
+
+    `paired_seeds` counts the pairs; 0: the two have other seeds.
+    """
+    low = high = math.nan
+    pairs = 0
+    if set(best.values) == set(other.values):
+        gaps = [criterion.sign * (best.values[seed] - other.values[seed]) for seed in best.values]
+        pairs, (low, high) = len(gaps), mean_interval(gaps)
     return {
-        "setting": other.name,
-        "ahead": ahead,
-        "low": _finite(interval.low),
-        "high": _finite(interval.high),
+        "setting": other.setting.name,
+        "ahead": criterion.sign * (best.mean - other.mean),
+        "low": _finite(low),
+        "high": _finite(high),
+        "paired_seeds": pairs,
     }
 
 
@@ -147,16 +159,18 @@ def describe_best(best: Mapping[str, Any], folder: storage.Path) -> str:
         value += f" ({best['low']:.4g} to {best['high']:.4g} over {best['seeds']} seeds)"
     lines = [f"best by eval/{best['metric']} ({which}): {best['setting']}", value]
     if second := best.get("next"):
-        text = f"  ahead of {second['setting']}"
-        lines.append(text)
+        lines.append(f"  ahead of {second['setting']}")
         text = f"  by {second['ahead']:.3g}"
-        if second["low"] is None:
+        if not second["paired_seeds"]:
+            text += "; the two have different seeds, which does not say whether that is chance"
+        elif second["low"] is None:
             text += "; from one seed each, which does not say whether that is chance"
         else:
             text += f" ({second['low']:.3g} to {second['high']:.3g})"
             text += "" if second["low"] > 0 else ": the seeds do not tell them apart"
         lines.append(text)
-    lines.append(f"  dpojax export --workdir={folder / best['members'][0]} --out=FOLDER")
+    workdir = shlex.quote(str(folder / best["members"][0]))
+    lines.append(f"  dpojax export --workdir={workdir} --out=FOLDER")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ are 3 x 2 x 3 members.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from dpojax.sweeps.members import Changes, read_sweep
 
 GRID, SEEDS, SEED = "--grid", "--seeds", "seed"
 MOST_MEMBERS = 10_000
-SHOWN = 12  # candidates that an error names
+MOST_CANDIDATES = 12  # keys that an error names
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -47,17 +48,28 @@ def sweep_members(
         return list(members)
     if any(SEED in changes for changes in members):
         raise UsageError(f"{SEEDS}={seeds}: the members set their seed already; leave it out")
+    _require_few(len(members) * seeds)
     numbers = range(config.seed, config.seed + seeds)
     return [{**changes, SEED: seed} for changes in members for seed in numbers]
 
 
+def _require_few(count: int) -> None:
+    """Raise UsageError for more members than any sweep could train."""
+    if count > MOST_MEMBERS:
+        raise UsageError(f"{count:,} members; {MOST_MEMBERS:,} are the most of a sweep")
+
+
 def describe(members: Sequence[Changes]) -> str:
-    """`6 members: preference.beta (3 values) x seed (2 values)`."""
+    """`6 members: preference.beta (3 values) x seed (2 values)`.
+
+    Commas stand instead of "x" where members are not every combination, as sweep() may return them.
+    """
     keys = dict.fromkeys(key for changes in members for key in changes)
     values = {key: {repr(changes.get(key)) for changes in members} for key in keys}
     counts = [f"{key} ({len(values[key])} values)" for key in keys if len(values[key]) > 1]
     total = "1 member" if len(members) == 1 else f"{len(members)} members"
-    return f"{total}: {' x '.join(counts)}" if counts else total
+    is_product = math.prod(map(len, values.values())) == len(members)
+    return f"{total}: {(' x ' if is_product else ', ').join(counts)}" if counts else total
 
 
 def grid_members(config: ConfigDict, grid: Sequence[str]) -> list[Changes]:
@@ -75,10 +87,8 @@ def grid_members(config: ConfigDict, grid: Sequence[str]) -> list[Changes]:
         if key in values:
             raise UsageError(f"{GRID}: {key} is there twice; give all its values at once")
         values[key] = list(_values(config, key, listed))
-    members = [dict(zip(values, combined)) for combined in itertools.product(*values.values())]
-    if len(members) > MOST_MEMBERS:
-        raise UsageError(f"{GRID}: {len(members):,} combinations; {MOST_MEMBERS:,} are the most")
-    return members
+    _require_few(math.prod(map(len, values.values())))
+    return [dict(zip(values, combined)) for combined in itertools.product(*values.values())]
 
 
 def full_key(config: ConfigDict, name: str) -> str:
@@ -99,7 +109,9 @@ def full_key(config: ConfigDict, name: str) -> str:
     if len(ending) == 1:
         return ending[0]
     if ending:
-        raise UsageError(f"{GRID} {name}: may be {_listed(ending[:SHOWN])}; write one of them")
+        raise UsageError(
+            f"{GRID} {name}: may be {_listed(ending[:MOST_CANDIDATES])}; write one of them"
+        )
     near = nearest_keys(config, name)
     hint = f"; did you mean {_listed(near)}?" if near else "; --help lists all keys"
     raise UsageError(f"{GRID} {name}: the config has no such key{hint}")
@@ -124,7 +136,11 @@ def _values(config: ConfigDict, key: str, listed: str) -> Iterator[Any]:
 
 
 def split_values(listed: str) -> list[str]:
-    """The texts between commas; a comma inside of quotes or brackets separates nothing."""
+    """The texts between commas; a comma inside of quotes or brackets separates nothing.
+
+    Raises:
+      UsageError: a quote or bracket is not closed.
+    """
     texts, closing = [""], []
     for character in listed:
         if closing and character == closing[-1]:
@@ -137,6 +153,8 @@ def split_values(listed: str) -> list[str]:
             texts.append("")
             continue
         texts[-1] += character
+    if closing:
+        raise UsageError(f"{GRID} {listed}: {closing[-1]} is missing at the end")
     return [_unquoted(text) for text in texts]
 
 

@@ -50,7 +50,7 @@ def member_names(members: Sequence[Changes], stage: str) -> list[str]:
         names.append("-".join(parts) or "unchanged")
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"sweep(): {name!r} is there {names.count(name)} times")
+            raise ConfigError(f"sweep: {name!r} is there {names.count(name)} times")
     return names
 
 
@@ -64,7 +64,7 @@ def member_config(config: ConfigDict, changes: Changes) -> ConfigDict:
     try:
         changed.update_from_flattened_dict(dict(changes))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"sweep(): {dict(changes)}: {error.args[0]}") from error
+        raise ConfigError(f"sweep: {dict(changes)}: {error.args[0]}") from error
     return changed
 
 
@@ -83,8 +83,7 @@ def member_run(config: ConfigDict, changes: Changes, workdir: storage.Path) -> R
         unread = [key for key in unread if not key.startswith("sft.data.")]
     if unread:
         raise ConfigError(
-            f"sweep(): {unread[0]} is read by none of the stages {', '.join(stages)} "
-            "(config.stages)"
+            f"sweep: {unread[0]} is read by none of the stages {', '.join(stages)} (config.stages)"
         )
     return run
 

@@ -97,7 +97,7 @@ def group_members(
         if gone and under_way:
             raise ConfigError(
                 f"{folder} is training {', '.join(group)} together: put {', '.join(gone)} back "
-                "into sweep(), or give these members their own --workdir"
+                "into sweep() or --grid, or give these members their own --workdir"
             )
         begun_alone = len(group) == 1 and workdirs[0].exists()
         if under_way or any(map(ended_here, workdirs)) or begun_alone:

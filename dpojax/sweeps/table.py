@@ -33,7 +33,6 @@ from dpojax.sweeps.best import (
     parse_best,
 )
 from dpojax.sweeps.hparams import write_hparams
-from dpojax.sweeps.members import Changes
 from dpojax.sweeps.plan import read_plan
 from dpojax.sweeps.seeds import Evaluations, Setting, mean_lines, seeds_csv, settings_of
 from dpojax.tables import WIDTH, blocks_table, terminal_width
@@ -41,6 +40,7 @@ from dpojax.training.metrics import RESERVED, read_metrics
 from dpojax.training.trackers import TENSORBOARD
 
 TABLE, FIGURE, SEED_MEANS = "sweep.csv", "sweep.png", "seeds.csv"
+OVER_SEEDS = "Means over seeds, with Student's 95 % intervals, which end at 0 and 100 % of a share."
 # The highest win rate of a member minus this member's, paired by prompt, with a 95 % interval.
 BEHIND = "samples/behind_best"
 
@@ -90,10 +90,7 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
 
     Returns:
       the table as text, in blocks of columns where the terminal is too narrow; then why members
-      failed, and the best one.
-
-    Raises:
-      UsageError: see `best.parse_best`.
+      failed, and the best one, or why none can be named.
     """
     stage, members = plan["config"]["stages"][-1], plan["members"]
     failures = {name: why for name in members if (why := failure_of(folder / name))}
@@ -121,12 +118,12 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
         )
     if TENSORBOARD in plan["config"].get("trackers", ()):
         write_hparams(folder, members, evaluations)
-    settings = settings_of(members, stage)
+    settings = settings_of(members, stage, plan["config"]["seed"])
     columns = _columns(evaluations, has_one_measure)
     if len(settings) < len(members):
         storage.write_text(folder / SEED_MEANS, seeds_csv(settings, evaluations))
         lines = blocks_table(_rows_of_seeds(settings, evaluations, columns), terminal_width())
-        lines.append("Means over seeds, with Student's 95 % intervals.")
+        lines.append(OVER_SEEDS)
     else:
         lines = blocks_table(_rows(evaluations, failures, columns), terminal_width())
     width = terminal_width() or WIDTH
@@ -134,25 +131,30 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
         textwrap.shorten(f"{name}: {why}", width, placeholder=" ...")
         for name, why in failures.items()
     ]
-    if criterion := parse_best(best, stage, list(members.values())):
-        lines += ["", _best_text(criterion, members, stage, evaluations, folder)]
+    try:
+        if criterion := parse_best(best, stage, list(members.values())):
+            lines += ["", _best_text(criterion, settings, evaluations, folder)]
+    except UsageError as error:  # the table is shown all the same
+        lines += ["", str(error)]
     return "\n".join(lines)
 
 
 def _best_text(
     criterion: Criterion,
-    members: Mapping[str, Changes],
-    stage: str,
+    settings: Sequence[Setting],
     evaluations: Evaluations,
     folder: storage.Path,
 ) -> str:
-    """Write best.json; say which member is best, or why none is."""
-    try:
-        chosen = choose_best(criterion, members, stage, evaluations)
-    except UsageError as error:  # the table is shown all the same
-        return str(error)
+    """Write best.json; say which member is best, or why none is.
+
+    Raises:
+      UsageError: see `choose_best`.
+    """
+    chosen = choose_best(criterion, settings, evaluations)
     storage.write_json(folder / BEST, chosen or {"metric": criterion.metric, "setting": None})
-    return describe_best(chosen, folder) if chosen else f"no setting has a {criterion.metric}"
+    if chosen:
+        return describe_best(chosen, folder)
+    return f"no setting has a finite eval/{criterion.metric} for each of its seeds"
 
 
 def files_text(folder: storage.Path) -> str:
@@ -263,11 +265,11 @@ def _rows_of_seeds(
     means = mean_lines(settings, evaluations)
     rows = [["", "seeds", *(column.heading for column in columns)]]
     for setting in settings:
-        finished = sum(name in evaluations for name in setting.members)
+        finished = sum(name in evaluations for name in setting.members.values())
         line = means.get(setting.name, {})
         counted = f"{finished} of {len(setting.members)}"
-        shown = [column.cell(line) if line else "" for column in columns]
-        rows.append([setting.name, counted, *shown])
+        cells = [column.cell(line) if line else "" for column in columns]
+        rows.append([setting.name, counted, *cells])
     return rows
 
 

@@ -1,7 +1,11 @@
 """What members of a sweep are compared by: no loss where it means another thing in each of them."""
 
+import csv
+import json
+
 import pytest
 
+from dpojax import storage
 from dpojax.sweeps import table
 from dpojax.sweeps.best import measure_keys
 
@@ -26,3 +30,42 @@ def test_the_table_has_no_loss_where_it_cannot_be_compared():
     assert headings == ["held-out loss", "accuracy, %", "margin, nats", "KL, nats/token"]
     shown = [column.heading for column in table._columns({"a": LINE}, False)]
     assert shown == headings[1:]
+
+
+def make_members(folder, accuracies, failed=()):
+    """Workdirs of members as runs leave them, and what sweep.json says of them."""
+    for name, accuracy in accuracies.items():
+        (folder / name / "preference").mkdir(parents=True)
+        line = LINE | {"split": "eval", "time": 1.0, "rewards/accuracies": accuracy}
+        (folder / name / "preference" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (folder / name / "finished.json").write_text("{}")
+    for name in failed:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "failed.txt").write_text("loss is not finite at step 0")
+    config = {"stages": ["preference"], "seed": 0, "trackers": []}
+    return lambda members: table.write_table(
+        storage.as_path(folder), {"config": config, "members": members}, "eval/loss"
+    )
+
+
+def test_a_best_member_that_cannot_be_named_takes_away_no_table(tmp_path):
+    """A sweep of learning rates in a workdir that holds members of another beta."""
+    write = make_members(tmp_path, {"a": 0.7, "b": 0.8})
+    text = write(dict(zip("ab", BETAS)))
+    assert "70.0" in text
+    assert "members differ in preference.beta" in text
+    assert not (tmp_path / "best.json").exists()
+
+
+def test_a_sweep_of_which_all_members_failed_or_none_has_begun_has_a_table(tmp_path):
+    write = make_members(tmp_path, {}, failed=("a",))
+    text = write({"a": RATES[0]})
+    assert "a (failed)" in text
+    assert "no setting has a finite eval/loss for each of its seeds" in text
+    (row,) = csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines())
+    assert row["failed"] == "loss is not finite at step 0"
+    assert json.loads((tmp_path / "best.json").read_text()) == {"metric": "loss", "setting": None}
+    write({"b": RATES[1]})
+    assert (tmp_path / "sweep.csv").read_text().splitlines() == [
+        "member,preference.learning_rate,step,failed"
+    ]
