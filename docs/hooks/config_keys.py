@@ -43,7 +43,7 @@ def tables() -> Iterator[str]:
 
 def row(key: Key) -> str:
     name = key.name.rpartition(".")[2]
-    return f"| `{name}` | {in_cell(key.shown_value)} | {sentence(key.meaning)} |"
+    return f"| `{name}` | {in_cell(key.value_text)} | {sentence(key.meaning)} |"
 
 
 def in_cell(value: str) -> str:

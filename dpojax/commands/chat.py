@@ -45,7 +45,7 @@ def main() -> None:
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
         print("loading", MODEL.value, BESIDE.value, flush=True)
-    from dpojax.runs.chat import ChatSettings, Dialogue, describe
+    from dpojax.runs.chat import ChatSettings, Dialogue, describe, require_template
     from dpojax.runs.policy import load_policy
     from dpojax.stopping import interrupts_raise
 
@@ -60,6 +60,8 @@ def main() -> None:
     )
     names = [name for name in (MODEL.value, BESIDE.value) if name]
     dialogues = [Dialogue(load_policy(name), settings) for name in names]
+    for name, dialogue in zip(names, dialogues):
+        require_template(name, dialogue)
     if on_terminal:
         for name, dialogue in zip(names, dialogues):
             print(textwrap.fill(describe(name, dialogue), display.columns(sys.stdout)))
@@ -94,7 +96,8 @@ def _lines(on_terminal: bool) -> Iterator[str]:
     if not on_terminal:
         yield from sys.stdin
         return
-    import readline  # noqa: F401  input() then has a history and keys to edit the line
+    with contextlib.suppress(ImportError):  # some builds of Python are without it
+        import readline  # noqa: F401  input() then has a history and keys to edit the line
 
     display.hide()  # or its lines would be drawn where the user types
     while True:
@@ -159,8 +162,9 @@ def _show(names: list[str], dialogues: list, replies: list[Iterator[str]]) -> No
         for reply in replies:
             reply.close()
         print("\n[stopped]")
-    if replies and dialogues[0].forgotten:
-        print(f"[the first {dialogues[0].forgotten} exchanges no longer fit, and are forgotten]")
+    if replies and (count := max(dialogue.forgotten for dialogue in dialogues)):
+        what = "exchange no longer fits" if count == 1 else f"{count} exchanges no longer fit"
+        print(f"[the first {what}; later replies are given without]")
 
 
 def _print_line(replies: list[Iterator[str]], text: str) -> None:

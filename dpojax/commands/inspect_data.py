@@ -113,11 +113,12 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 def _keys_help() -> str:
     """The keys that decide how data are read, of the stage preference."""
-    ours = ("  tokens.", "  preference.data.", "  tokenizer ", "  chat_template ", "      ")
-    lines, shown = [], False
+    begins = ("  tokens.", "  preference.data.", "  tokenizer ", "  chat_template ")
+    lines, is_listed = [], False
     for line in help_lines():
-        shown = shown if line.startswith("      ") else line.startswith(ours[:-1])
-        lines += [line] if shown else []
+        if not line.startswith("      "):  # else it goes on with the key of the line before
+            is_listed = line.startswith(begins)
+        lines += [line] if is_listed else []
     return "\n".join(["keys, --config.KEY=VALUE:", *lines])
 
 

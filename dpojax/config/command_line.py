@@ -137,7 +137,7 @@ def gather(words: Sequence[str], lists: Collection[str]) -> list[str]:
     Args:
       lists: names of flags that take several words.
     """
-    gathered, name = [], ""
+    gathered, name, is_bare = [], "", False  # is_bare: the last word is the flag without a value
     for word in words:
         if word.startswith("-"):
             flag, equals, _ = word.partition("=")

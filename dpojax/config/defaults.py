@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
     config.evaluate_every = 100  # steps between evaluations; 0: only at the end
     config.checkpoint_every = 100  # steps between checkpoints; 0: only at the end
     config.max_checkpoints = 2  # how many checkpoints of a stage stay on disk
-    config.trackers = ("tensorboard",)  # that show metrics: tensorboard, wandb, trackio; () is none
+    config.trackers = ("tensorboard",)  # what plots metrics: tensorboard, wandb, trackio; or ()
     # Also write metrics under the names of these programs: trl, maxtext, or "trl,maxtext"
     # (docs/training.md). "" writes our own names alone.
     config.metric_names = ""

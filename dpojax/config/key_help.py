@@ -38,7 +38,7 @@ class Key(NamedTuple):
     meaning: str
 
     @property
-    def shown_value(self) -> str:
+    def value_text(self) -> str:
         """The default as a command line takes it; of an open key, what may be set."""
         if self.value is None:
             return f"open: {KINDS.get(self.kind, self.kind.__name__)}"
@@ -80,13 +80,12 @@ def group_meanings() -> dict[str, str]:
 
 
 def help_lines(config: ConfigDict | None = None, width: int = 100) -> list[str]:
-    """`  preference.beta=0.1  meaning`, wrapped, for every key."""
+    """`  preference.beta = 0.1: meaning`, wrapped, for every key."""
     lines = []
     for key in list_keys(config):
-        value = key.shown_value
-        shown = f"({value})" if key.value is None else f"= {value}"
+        default = f"({key.value_text})" if key.value is None else f"= {key.value_text}"
         lines += textwrap.wrap(
-            f"{key.name} {shown}: {key.meaning}".rstrip(": "),
+            f"{key.name} {default}: {key.meaning}".rstrip(": "),
             width,
             initial_indent="  ",
             subsequent_indent="      ",
@@ -141,10 +140,10 @@ class _Source:
     def _key(self, place: ast.Assign | ast.keyword, value: ast.expr) -> _Comment:
         below = self._group(value)
         called = self.functions.get(_called(value))
-        own = self._beside(place)
-        if not own and called is not None:
-            own = (ast.get_docstring(called) or "").partition("\n")[0]
-        return _Comment(own, below)
+        comment = self._beside(place)
+        if not comment and called is not None:
+            comment = (ast.get_docstring(called) or "").partition("\n")[0]
+        return _Comment(comment, below)
 
     def _beside(self, place: ast.Assign | ast.keyword) -> str:
         """The comments above a node, and the one on its last line."""
@@ -160,8 +159,9 @@ class _Source:
         """The keys of `dict(...)`, `ConfigDict(...)`, a function that returns one, or `a | b`."""
         if isinstance(value, ast.BinOp):
             before, after = self._group(value.left), self._group(value.right)
-            said = {key: x for key, x in after.items() if x.text or key not in before}
-            return before | said
+            # `dict(a=2)` behind a shared group changes a default, and leaves what was said of it.
+            described = {key: x for key, x in after.items() if x.text or key not in before}
+            return before | described
         name = _called(value)
         if name in self.functions:
             last = self.functions[name].body[-1]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dpojax.config.command_line import UsageError
 from dpojax.runs.policy import Policy
 from dpojax.sampling import ResponsePrefix, build_sampler, pad
 from dpojax.sharding import to_host
@@ -66,9 +67,10 @@ class Dialogue:
         self.messages = []
 
     def reply(self, message: str) -> Iterator[str]:
-        """Add a user's message, and yield the pieces of the reply as they are drawn.
+        """Add a user's message at once; return the pieces of the reply as they are drawn.
 
-        What was yielded stays in the dialogue, also where the caller stops early.
+        What was yielded stays in the dialogue, also where the caller stops early. Of a reply that
+        the caller never began to read that is an empty one.
 
         Raises:
           NoRoom: the message alone is too long for the model.
@@ -81,13 +83,15 @@ class Dialogue:
         except NoRoom:
             self.messages.pop()
             raise
-        text = ""
-        try:
-            for piece in self._pieces(prompt):
-                text += piece
-                yield piece
-        finally:
-            self.messages.append({"role": "assistant", "content": text})
+        answer = {"role": "assistant", "content": ""}
+        self.messages.append(answer)
+        return self._answered(answer, prompt)
+
+    def _answered(self, answer: dict[str, str], prompt: list[int]) -> Iterator[str]:
+        """The pieces of the reply, each of which is added to the message `answer`."""
+        for piece in self._pieces(prompt):
+            answer["content"] += piece
+            yield piece
 
     def again(self) -> Iterator[str]:
         """Draw another reply to the last message, in place of the one that was given.
@@ -128,14 +132,14 @@ class Dialogue:
 
     def _pieces(self, prompt: list[int]) -> Iterator[str]:
         """The text of the reply, where each piece ends with a whole character."""
-        tokenizer, shown = self.policy.tokenizer, ""
+        tokenizer, yielded = self.policy.tokenizer, ""
         tokens: list[int] = []
         for new, has_ended in self._tokens(prompt):
             tokens += new
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             if has_ended or not text.endswith(UNFINISHED):
-                yield text[len(shown) :]
-                shown = text
+                yield text[len(yielded) :]
+                yielded = text
 
     def _tokens(self, prompt: list[int]) -> Iterator[tuple[list[int], bool]]:
         """The ids of the reply, `PIECE` at a time, and whether these are the last.
@@ -171,11 +175,22 @@ class Dialogue:
                 return
 
 
+def require_template(name: str, dialogue: Dialogue) -> None:
+    """Raise UsageError for a system message that no prompt of the dialogue would hold."""
+    if dialogue.settings.system and not dialogue.uses_template:
+        reason = _why_no_template(dialogue)
+        raise UsageError(f"--system: {name} would not read it, since {reason}; leave it out")
+
+
+def _why_no_template(dialogue: Dialogue) -> str:
+    return "it has no chat template" if dialogue.settings.template else "--notemplate is given"
+
+
 def describe(name: str, dialogue: Dialogue) -> str:
     """How a model will be talked to."""
     if dialogue.uses_template:
         return f"{name}: with its chat template"
-    reason = "as asked" if not dialogue.settings.template else "it has no chat template"
+    reason = _why_no_template(dialogue)
     return f"{name}: each line is a prompt by itself, that the model goes on with ({reason})"
 
 

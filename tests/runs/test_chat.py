@@ -7,10 +7,11 @@ import sys
 import jax
 import pytest
 
+from dpojax.config.command_line import UsageError
 from dpojax.data import reviews
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import LLAMA, DecoderConfig
-from dpojax.runs.chat import ChatSettings, Dialogue, NoRoom, one_line
+from dpojax.runs.chat import ChatSettings, Dialogue, NoRoom, one_line, require_template
 from dpojax.runs.policy import load_policy
 from dpojax.sampling import build_sampler, generate
 from dpojax.stopping import interrupts_raise, listening
@@ -94,6 +95,18 @@ def test_a_reply_that_is_stopped_stays_as_far_as_it_is(policy, drawn):
     assert dialogue.messages[-1] == {"role": "assistant", "content": "one "}
 
 
+def test_a_dialogue_whose_reply_is_never_read_has_the_message_all_the_same(policy, drawn):
+    """Ctrl-C during the first of two columns: the second model was asked, too."""
+    first, second = (Dialogue(policy, ChatSettings()) for _ in range(2))
+    for ask in (lambda one: one.reply("think"), lambda one: one.again()):
+        replies = [ask(first), ask(second)]
+        next(replies[0])
+        for reply in replies:
+            reply.close()
+        assert first.messages[:1] == second.messages[:1] == [{"role": "user", "content": "think"}]
+        assert second.messages[1:] == [{"role": "assistant", "content": ""}]
+
+
 def test_what_no_longer_fits_is_forgotten_from_the_start(policy, drawn):
     dialogue = Dialogue(policy, ChatSettings())
     for _ in range(3):  # 128 positions
@@ -111,6 +124,13 @@ def test_without_a_template_each_line_is_a_prompt_by_itself(policy, drawn):
     list(dialogue.reply("it"))
     begin = policy.tokenizer("it")["input_ids"]
     assert drawn[-1] == [x for x in begin if x != policy.tokenizer.eos_token_id]
+
+
+def test_a_system_message_that_no_prompt_would_hold_is_refused(policy):
+    require_template("m", Dialogue(policy, ChatSettings(system="i")))
+    require_template("m", Dialogue(policy, ChatSettings(template=False)))
+    with pytest.raises(UsageError, match="m would not read it, since --notemplate is given"):
+        require_template("m", Dialogue(policy, ChatSettings(system="i", template=False)))
 
 
 def test_a_reply_is_one_line_that_can_be_read_back():

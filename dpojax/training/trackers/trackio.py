@@ -23,13 +23,14 @@ class Trackio:
     def __init__(self, run: TrackedRun):
         import trackio
 
+        goes_on = run.resume_step is not None and run.resume_step >= 0
         with contextlib.redirect_stdout(io.StringIO()):  # it would print five lines
             self._run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", PROJECT),
                 name=f"{run.group}/{run.name}",
                 group=run.group,
                 config=dict(run.config),
-                resume="allow" if (run.resume_step or -1) >= 0 else "never",
+                resume="allow" if goes_on else "never",
                 auto_log_gpu=False,
                 auto_log_cpu=False,
                 embed=False,
