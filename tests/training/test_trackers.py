@@ -15,7 +15,7 @@ from dpojax.config.defaults import default_config
 from dpojax.config.errors import ConfigError
 from dpojax.training import trackers
 from dpojax.training.metrics import MetricWriter, read_metrics
-from dpojax.training.trackers import TrackedRun, open_trackers
+from dpojax.training.trackers import KINDS, TrackedRun, open_trackers
 
 
 def needs(library):
@@ -188,6 +188,27 @@ def _log_records(content):
         if kind in (1, 4):
             yield b"".join(parts)
             parts = []
+
+
+def test_a_stage_keeps_its_run_of_wandb_and_a_new_one_at_its_path_gets_another(
+    tmp_path, monkeypatch
+):
+    import shutil
+    import unittest.mock
+
+    wandb = unittest.mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder = storage.as_path(tmp_path / "runs" / "mine" / "preference")
+
+    def open_it(resume_step):
+        KINDS["wandb"].open(TrackedRun(folder, {}, resume_step)).close()
+        return wandb.init.call_args.kwargs["id"]
+
+    first = open_it(-1)
+    assert len(first) == 16
+    assert open_it(5) == open_it(-1) == first  # the last was killed before its first checkpoint
+    shutil.rmtree(tmp_path / "runs")
+    assert open_it(-1) != first
 
 
 def test_numbers_that_are_not_finite_reach_no_tracker_that_cannot_hold_them(monkeypatch):

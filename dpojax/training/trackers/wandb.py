@@ -6,15 +6,16 @@ WANDB_MODE=offline. Files go into the folder `wandb` of the stage, or into WANDB
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
+import secrets
 from collections.abc import Mapping
 
 from dpojax import storage
 from dpojax.training.trackers.tracker import TrackedRun
 
 PROJECT = "dpojax"
+ID_FILE = "wandb_id.txt"  # of the stage's folder
 
 
 class WeightsAndBiases:
@@ -26,7 +27,7 @@ class WeightsAndBiases:
         folder = str(run.folder) if storage.is_local(run.folder) else None
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=hashlib.sha256(str(run.folder).encode()).hexdigest()[:16],
+            id=_run_id(run.folder),
             name=run.name,
             group=run.group,
             config=dict(run.config),
@@ -45,6 +46,18 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(folder: storage.Path) -> str:
+    """The id of a stage's run, made when the stage is first tracked.
+
+    It stands in a file: an id made of the path would continue the run of a deleted workdir, or that
+    of another machine with the same paths.
+    """
+    path = folder / ID_FILE
+    if not path.is_file():
+        storage.write_text(path, secrets.token_hex(8))
+    return storage.read_text(path)
 
 
 def open_wandb(run: TrackedRun) -> WeightsAndBiases:
