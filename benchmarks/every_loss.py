@@ -122,7 +122,7 @@ class Evaluator:
     def __init__(self, args: argparse.Namespace):
         opened = _open("dpo", args.out / "runs" / "evaluation", args, beta=1.0)
         self.stage = opened.stage
-        self.kl = opened.reference.kl
+        self.begin_kl = opened.reference.begin_kl
         self.rows = [
             opened.reference.to_device(rows, self.stage.setup.mesh)
             for rows in self.stage.batches.held_out(opened.reference.attach)
@@ -130,7 +130,9 @@ class Evaluator:
         self.pairs = len(self.stage.batches.data.held_out)
 
     def __call__(self, params: dict) -> dict[str, float]:
-        values = stage_train.evaluate_batches(self.stage, params, iter(self.rows), kl=self.kl)
+        values = stage_train.evaluate_batches(
+            self.stage, params, iter(self.rows), begin_kl=self.begin_kl
+        )
         metrics = {name: values[name] for name in METRICS}
         metrics |= {end: values[f"log_ratio/{end}"] for end in ("chosen", "rejected")}
         return metrics | {"kl": values[KL]}

@@ -17,6 +17,7 @@ from dpojax import sharding
 from dpojax.data.rows import Rows
 from dpojax.head import Head
 from dpojax.stages.example_stage import ExampleStage
+from dpojax.stages.reference import MeasureKL
 from dpojax.training.forward import Distributions, build_divergence, build_hidden
 from dpojax.training.metrics import Metric
 
@@ -48,28 +49,36 @@ class HeldOutKL(NamedTuple):
 
     Attributes:
       programs: that compute it.
-      reference: of each of these batches, NumPy; all of them share the head.
-      head_shardings: of the head's weight and bias on the mesh.
+      hidden: the reference's hidden states on each of these batches, NumPy.
+      head: the reference's weight and bias, NumPy; the bias may be None.
+      head_shardings: of both on the mesh.
     """
 
     programs: KLPrograms
-    reference: list[Distributions]
-    head_shardings: tuple[jax.sharding.Sharding, ...]
+    hidden: list[np.ndarray]
+    head: tuple[np.ndarray, np.ndarray | None]
+    head_shardings: tuple[jax.sharding.Sharding | None, ...]
 
-    def metrics(self, index: int, params: dict, rows: Rows) -> dict[str, Metric]:
-        """The KL of params on held-out batch `index`, on the mesh; {} if it has no reference."""
-        if index >= len(self.reference):
-            return {}
-        of_reference = self._on_mesh(self.reference[index], rows)
-        of_policy = self.programs.distributions(params, rows)
-        return {KL: self.programs.divergence(of_policy, of_reference, rows)}
+    def begin(self) -> MeasureKL:
+        """Put the reference's head on the mesh for one evaluation.
 
-    def _on_mesh(self, reference: Distributions, rows: Rows) -> Distributions:
-        hidden = sharding.put(reference.hidden, rows.response.sharding)
-        arrays = zip(reference[1:], self.head_shardings)
-        return Distributions(
-            hidden, *(x if x is None else sharding.put(x, how) for x, how in arrays)
-        )
+        Returns:
+          What measures the KL on a batch; {} for a batch without hidden states. The head stays on
+          the mesh as long as this function is held.
+        """
+        head = [
+            x if x is None else sharding.put(x, how)
+            for x, how in zip(self.head, self.head_shardings)
+        ]
+
+        def measure(index: int, params: dict, rows: Rows) -> dict[str, Metric]:
+            if index >= len(self.hidden):
+                return {}
+            hidden = sharding.put(self.hidden[index], rows.response.sharding)
+            of_policy = self.programs.distributions(params, rows)
+            return {KL: self.programs.divergence(of_policy, Distributions(hidden, *head), rows)}
+
+        return measure
 
 
 def kl_programs(stage: ExampleStage) -> KLPrograms:
@@ -88,13 +97,13 @@ def open_held_out_kl(stage: ExampleStage, reference: dict) -> HeldOutKL:
     """
     programs, total = kl_programs(stage), 0
     head = programs.head(reference)[:2]
-    weight, bias = sharding.to_host(head)
-    of_batches: list[Distributions] = []
+    of_batches: list[np.ndarray] = []
     for rows in stage.batches.held_out():
         placed = sharding.put_rows(rows, stage.setup.mesh)
         hidden = np.asarray(sharding.to_host(sharding.settle(programs.hidden(reference, placed))))
         total += hidden.nbytes
         if of_batches and total > MOST_BYTES:
             break
-        of_batches.append(Distributions(hidden, weight, bias))
-    return HeldOutKL(programs, of_batches, tuple(x if x is None else x.sharding for x in head))
+        of_batches.append(hidden)
+    shardings = tuple(x if x is None else x.sharding for x in head)
+    return HeldOutKL(programs, of_batches, sharding.to_host(head), shardings)

@@ -141,10 +141,10 @@ class Preference(LanguageStage):
         self, params: dict | None, base: dict | None, stop: StopSignal, writing: ExitStack
     ) -> Reference:
         weights = reference_weights(self, params, base, writing)
-        kl = open_held_out_kl(self, weights.params).metrics
+        begin_kl = open_held_out_kl(self, weights.params).begin
         if not self.programs.objective.needs_reference:
-            return NO_REFERENCE._replace(kl=kl)
-        return open_reference(self, weights, params, base, stop)._replace(kl=kl)
+            return NO_REFERENCE._replace(begin_kl=begin_kl)
+        return open_reference(self, weights, params, base, stop)._replace(begin_kl=begin_kl)
 
     def kept_weights(self, start: Callable[[], dict]) -> dict[storage.Path, Callable[[], dict]]:
         path = self.config.reference.path
@@ -196,8 +196,8 @@ class Preference(LanguageStage):
             return placed._replace(reference=logprob)
 
         batches = map(with_reference, self.batches.held_out())
-        kl = open_held_out_kl(self, reference).metrics
-        return evaluate_batches(self, params, batches, reference=live, kl=kl)
+        begin_kl = open_held_out_kl(self, reference).begin
+        return evaluate_batches(self, params, batches, reference=live, begin_kl=begin_kl)
 
     def open_summary(self) -> Summarise:
         return open_summary(self)

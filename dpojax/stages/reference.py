@@ -12,6 +12,9 @@ from dpojax.data.rows import Rows
 from dpojax.logprobs import TokenStatistics
 from dpojax.training.metrics import Metric
 
+# (number of a held-out batch, params, its rows on the mesh) -> the policy's KL from the reference
+MeasureKL = Callable[[int, dict, Rows], dict[str, Metric]]
+
 
 class Reference(NamedTuple):
     """How rows come to their reference log-probs. `Reference()` changes no rows.
@@ -23,8 +26,8 @@ class Reference(NamedTuple):
       tolerance: by how many nats a token's log-prob may differ from what the same weights give now.
       first_scores: what the policy that the stage starts from scores on the first held-out batch,
         where the check of the cache has computed it.
-      kl: (number of a held-out batch, params, its rows on the mesh) -> the policy's KL from the
-        reference, see `held_out_kl.HeldOutKL.metrics`; None where nothing is compared.
+      begin_kl: called once for each evaluation, see `held_out_kl.HeldOutKL.begin`; None where
+        nothing is compared.
     """
 
     attach: Callable[[Rows], Rows] | None = None
@@ -32,7 +35,7 @@ class Reference(NamedTuple):
     params: dict | None = None
     tolerance: float = 0.0
     first_scores: TokenStatistics | None = None
-    kl: Callable[[int, dict, Rows], dict[str, Metric]] | None = None
+    begin_kl: Callable[[], MeasureKL] | None = None
 
     def to_device(self, rows: Rows, mesh: Mesh) -> Rows:
         """NumPy rows (attached already) on the mesh, with reference log-probs."""

@@ -24,7 +24,7 @@ from dpojax.models.lora import LORA_RULES
 from dpojax.stages import kept_weights
 from dpojax.stages.example_stage import EvaluateSamples, ExampleStage
 from dpojax.stages.kept import has_ended, new_keep_best, new_stop_at
-from dpojax.stages.reference import Reference
+from dpojax.stages.reference import MeasureKL, Reference
 from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.setup import with_scalar_params
 from dpojax.stages.stage import Lowered, announce_kept, open_metrics
@@ -34,7 +34,7 @@ from dpojax.training.forward import FrozenWeights, adapted
 from dpojax.training.health import Health
 from dpojax.training.loop import Every, TrainLoop, print_line
 from dpojax.training.memory import Footprint, lean, predict
-from dpojax.training.metrics import Metric, MetricWriter, Window, read_metrics
+from dpojax.training.metrics import MetricWriter, Window, read_metrics
 from dpojax.training.preemption import StopSignal
 from dpojax.training.profile import Spans
 from dpojax.training.state import (
@@ -129,7 +129,7 @@ class Evaluator(NamedTuple):
             baseline=state.baseline,
             reference=self.reference.params,
             first_scores=self.first_scores if step == 0 else None,
-            kl=self.reference.kl,
+            begin_kl=self.reference.begin_kl,
         )
         if self.samples is not None:
             metrics |= self.samples(policy, step, stage.folder)
@@ -149,7 +149,7 @@ def evaluate_batches(
     baseline: RunningMean | None = None,
     reference: dict | None = None,
     first_scores: TokenStatistics | None = None,
-    kl: Callable[[int, dict, Rows], dict[str, Metric]] | None = None,
+    begin_kl: Callable[[], MeasureKL] | None = None,
 ) -> dict[str, float]:
     """Metrics on the held-out batches, which lie on the mesh: sums over all, divided once.
 
@@ -159,13 +159,14 @@ def evaluate_batches(
       baseline: of the train state, for the objectives that keep one.
       reference: parameters of a live reference.
       first_scores: what `score` gives on the first batch, where that is known.
-      kl: see `Reference`.
+      begin_kl: see `Reference`.
     """
     hyper = stage.hyper
     if baseline is not None and stage.programs.objective.baseline is not None:
         hyper = hyper | {"delta": baseline.mean}
     if "kl" not in stage.programs.objective.statistics:
         reference = None  # only the divergence needs more of it than its log-probs
+    measure_kl = None if begin_kl is None else begin_kl()
     window, by_source = Window(), defaultdict(Window)
     sources = stage.batches.held_out_sources or itertools.repeat("")
     for index, (rows, source) in enumerate(zip(batches, sources)):
@@ -174,8 +175,8 @@ def evaluate_batches(
         if outputs is None:
             outputs = stage.programs.score(params, rows, reference=reference)
         metrics = stage.programs.metrics(outputs, rows, hyper)
-        if kl is not None:
-            metrics = metrics | kl(index, params, rows)
+        if measure_kl is not None:
+            metrics = metrics | measure_kl(index, params, rows)
         window.add(metrics)
         if source:
             by_source[source].add(metrics)
