@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import shlex
 
@@ -12,6 +13,7 @@ from dpojax.config.defaults import default_config
 from dpojax.intervals import mean_interval
 from dpojax.sweeps.best import Criterion, choose_best, describe_best, parse_best
 from dpojax.sweeps.grid import describe, full_key, grid_members, split_values, sweep_members
+from dpojax.sweeps.members import member_names
 from dpojax.sweeps.seeds import SHARES, mean_line, seeds_csv, settings_of
 from tests import metrics_page
 
@@ -220,6 +222,13 @@ def test_a_run_that_is_there_with_its_seed_and_without_counts_once():
     members |= {f"b-{seed}": {"preference.beta": 0.1, "seed": seed} for seed in (5, 6)}
     (setting,) = settings_of(members, "preference", 5)
     assert setting.members == {5: "b", 6: "b-6"}
+
+
+def test_a_setting_is_called_as_its_members_are_also_where_json_has_made_lists_of_tuples():
+    (changes,) = grid_members(default_config(), ["preference.loss_weights=(0.5,0.5)"])
+    (name,) = member_names([changes], "preference")
+    members = json.loads(json.dumps({name: changes}))
+    assert [setting.name for setting in settings_of(members, "preference", 0)] == [name]
 
 
 def test_losses_of_members_with_other_betas_are_not_compared():

@@ -1,5 +1,7 @@
 """--help lists every key with what the comment beside its default says."""
 
+import shlex
+
 import pytest
 
 from dpojax.config import command_line, defaults
@@ -83,3 +85,11 @@ def test_help_of_a_command_lists_the_keys(capsys, monkeypatch):
         shown = capsys.readouterr().out
         assert shown.startswith("What it does.")
         assert "\n  sft.batch_size = 64: examples of an optimiser step\n" in shown
+
+
+def test_the_value_of_a_key_is_what_a_shell_would_set_it_to():
+    config = defaults.default_config()
+    for key in list_keys(config):
+        if key.value is not None:
+            (text,) = shlex.split(key.value_text)
+            assert command_line.parse_value(config, key.name, text) == key.value, key.name

@@ -71,10 +71,10 @@ def read_runs(names: Sequence[str], stage: str = "") -> tuple[list[ComparedRun],
     configs = {path: storage.read_json(path / CONFIG, REWRITTEN, fields={}) for path in workdirs}
     stages = [list(configs[path]["stages"]) for path in workdirs]
     shared = [name for name in stages[0] if all(name in of_run for of_run in stages)]
-    if stage and stage not in shared:
-        raise ConfigError(f"--stage={stage}: not all runs have it; they share {', '.join(shared)}")
     if not shared:
         raise ConfigError("these runs have no stage in common; compare those of one kind")
+    if stage and stage not in shared:
+        raise ConfigError(f"--stage={stage}: not all runs have it; they share {', '.join(shared)}")
     stage = stage or shared[-1]
     labels = short_labels([str(path) for path in workdirs])
     return [
@@ -130,11 +130,11 @@ def differences(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
     that has other content under the same path is there with its hash, and so is other code.
     """
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    free = tuple(f"{key}." for key in (*SAME_RESULT, "stages"))
+    left_out = tuple(f"{key}." for key in (*SAME_RESULT, "stages"))  # stages have a row below
     rows = {}
     for key in keys:
         values = [_as_text(run.config.get(key)) for run in runs]
-        if len(set(values)) > 1 and not f"{key}.".startswith(free):
+        if len(set(values)) > 1 and not f"{key}.".startswith(left_out):
             rows[key] = values
     stages = [",".join(run.config.get("stages", ())) for run in runs]
     if len(set(stages)) > 1:
@@ -193,9 +193,10 @@ def _metric_rows(runs: Sequence[ComparedRun], is_other_measure: bool) -> list[li
 def _first_metric(runs: Sequence[ComparedRun], is_other_measure: bool) -> str:
     """The metric whose curve is printed by default: one that means the same in all runs."""
     names = {name for run in runs for line in run.lines for name in line}
-    wanted = ["samples/win_rate", "rewards/accuracies", "accuracy"]
-    wanted = [*wanted, "samples/reward"] if is_other_measure else ["loss", *wanted]
-    return next((name for name in wanted if name in names), "")
+    candidates = ["samples/win_rate", "rewards/accuracies", "accuracy", "samples/reward"]
+    if not is_other_measure:
+        candidates.insert(0, "loss")
+    return next((name for name in candidates if name in names), "")
 
 
 def _curve(runs: Sequence[ComparedRun], metric: str, width: int) -> list[str]:

@@ -46,7 +46,7 @@ def member_names(members: Sequence[Changes], stage: str) -> list[str]:
     """
     names = []
     for changes in members:
-        parts = [f"{key.removeprefix(f'{stage}.')}-{_shown(x)}" for key, x in changes.items()]
+        parts = [f"{key.removeprefix(f'{stage}.')}-{_in_name(x)}" for key, x in changes.items()]
         names.append("-".join(parts) or "unchanged")
     for name in names:
         if names.count(name) > 1:
@@ -116,5 +116,8 @@ def what_begins(config: ConfigDict) -> dict:
     return {key: values[key] for key in keys}
 
 
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("/", "_")
+def _in_name(value: Any) -> str:
+    """A value in a member's name, which is a folder's; a list of sweep.json was a tuple."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(tuple(value) if isinstance(value, list) else value).replace("/", "_")

@@ -81,14 +81,18 @@ def test_what_is_printed_fits_and_says_how_far_each_run_is(workdirs, width):
     runs, stage = read_runs(workdirs)
     text = describe(runs, stage, "", width)
     assert max(map(len, text.splitlines())) <= width
-    status = {line.split()[0]: line.split()[1] for line in text.splitlines()[3:6]}
-    assert status == {"a": "finished", "b": "step", "c": "failed"}
+    a, b, c = (line.split() for line in text.splitlines()[3:6])
+    assert (a[:3], b[:4], c[:2]) == (
+        ["a", "finished", "20"],  # the step that it kept
+        ["b", "step", "10", "10"],
+        ["c", "failed"],
+    )
     assert "c failed: loss is not finite at step 3" in text
     assert "held-out loss" not in text
     assert "margin, nats" not in text
-    told = text.replace("\n", " ")
-    assert "Losses and margins are not compared" in told
-    assert "preference.beta differs" in told
+    on_one_line = text.replace("\n", " ")
+    assert "Losses and margins are not compared" in on_one_line
+    assert "preference.beta differs" in on_one_line
     curve = text[text.index("eval/rewards/accuracies") :].splitlines()
     # At step 0 the policy is the reference, and no accuracy means anything.
     assert curve[1].split() == ["step", "10", "0.6000", "0.5000"]
@@ -145,8 +149,13 @@ def test_what_is_no_run_is_refused(workdirs, tmp_path):
         with pytest.raises(UsageError, match="not the workdir of a run or a sweep"):
             read_runs([*workdirs, name])
     other = make_run(tmp_path / "ppo", [0.1], stages=("ppo",))
-    with pytest.raises(ConfigError, match="no stage in common"):
-        read_runs([*workdirs, other])
+    for stage in ("", "preference"):
+        with pytest.raises(ConfigError, match="no stage in common"):
+            read_runs([*workdirs, other], stage)
+    with pytest.raises(
+        ConfigError, match="--stage=ppo: not all runs have it; they share sft, pref"
+    ):
+        read_runs(workdirs, "ppo")
 
 
 def test_labels_are_what_tells_the_paths_apart():
