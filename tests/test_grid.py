@@ -118,7 +118,8 @@ def test_members_are_called_combinations_only_where_they_are_all_of_them():
     both = [{"beta": b, "seed": s} for b in (0.1, 1.0) for s in (0, 1)]
     assert describe(both) == "4 members: beta (2 values) x seed (2 values)"
     assert describe(both[:3]) == "3 members: beta (2 values), seed (2 values)"
-    assert describe(both[:1]) == "1 member"
+    assert describe(both[:2]) == "2 members: seed (2 values); beta = 0.1"
+    assert describe([{}]) == "1 member"
 
 
 def members_of(values):

@@ -27,15 +27,17 @@ from dpojax import display
 from dpojax.config.command_line import UsageError
 from dpojax.runs.command import run_script
 
-MODEL = flags.DEFINE_string("model", None, "That answers.", required=True)
-BESIDE = flags.DEFINE_string("beside", "", "A second one, such as the reference.")
-SYSTEM = flags.DEFINE_string("system", "", "The system's message, before each dialogue.")
+MODEL = flags.DEFINE_string("model", None, "The model that answers.", required=True)
+BESIDE = flags.DEFINE_string(
+    "beside", "", "A second model that answers as well, such as the reference."
+)
+SYSTEM = flags.DEFINE_string("system", "", "The system message of each dialogue.")
 TEMPLATE = flags.DEFINE_bool("template", True, "Use the chat template; else lines are prompts.")
 NEW = flags.DEFINE_integer("max_new_tokens", 256, "The longest reply.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0)
 TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0: all.", lower_bound=0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all replies.", lower_bound=0)
 QUIT = ("/quit", "/exit", "/q")
 
 

@@ -22,7 +22,9 @@ def main() -> None:
     parser = ArgumentParser(prog=command_name(), description=__doc__.partition("\n\n")[2])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="workdirs of runs and of sweeps")
     parser.add_argument("--stage", default="", help="by default the last one that all runs have")
-    parser.add_argument("--metric", default="", help="of the curve that is printed: eval/loss, ...")
+    parser.add_argument(
+        "--metric", default="", help="metric whose curve is printed: eval/loss, ..."
+    )
     parser.add_argument("--out", default="comparison", help="folder; default: %(default)s")
     options = parser.parse_args(sys.argv[1:])
     if not options.runs:

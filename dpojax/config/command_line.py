@@ -27,7 +27,7 @@ NEIGHBOURS = 3  # keys or flags that an error names beside one that does not exi
 
 
 class UsageError(ValueError):
-    """A command line that says nothing; the command ends with `USAGE`."""
+    """A command line that cannot be obeyed; the command ends with the status `USAGE`."""
 
 
 USAGE = 2
@@ -64,20 +64,21 @@ class ConfigWords(NamedTuple):
     rest: list[str]
 
 
-def parse_config_words(words: Sequence[str], without: ConfigDict | None = None) -> ConfigWords:
+def parse_config_words(words: Sequence[str], default: ConfigDict | None = None) -> ConfigWords:
     """Read the config that a command line names, for a command whose other flags are argparse's.
 
     Args:
-      without: whose keys are set where the words name no config; None refuses them.
+      default: the config whose keys are set where the words name no config; without one, a key
+        that is set there stays among the other words.
 
     Raises:
       UsageError: a word that sets no key. ConfigError: the config file cannot be read.
     """
     check_dashes(words)
     path = _config_path(words)
-    if not path and without is None:
+    if not path and default is None:
         return ConfigWords("", None, (), list(words))
-    config = read_config(path) if path else without
+    config = read_config(path) if path else default
     rest, texts = _set_keys(config, words)
     keys = tuple(f"--config.{key}={text}" for key, text in texts.items())
     return ConfigWords(path, config, keys, rest)

@@ -21,7 +21,7 @@ FILE = "best.json"
 SAME_MEASURE = ("learning_rate", "warmup_steps", "warmup_ratio", "schedule", "decay_share")
 SAME_MEASURE += ("min_learning_rate_ratio", "steps", "epochs", "batch_size", "optimizer.", "lora.")
 SAME_MEASURE += ("keep_best", "patience", "stop_at")
-OF_THE_LOSS = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")  # such measures
+LOSS_METRICS = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")  # such measures
 
 
 class Criterion(NamedTuple):
@@ -61,7 +61,7 @@ def parse_best(name: str, stage: str, members: Sequence[Changes]) -> Criterion |
     except ValueError as error:
         raise UsageError(f"--best: {error}") from error
     varied = measure_keys(members, stage)
-    if parsed.metric in OF_THE_LOSS and varied:
+    if parsed.metric in LOSS_METRICS and varied:
         raise UsageError(
             f"--best={name}: members differ in {', '.join(varied)}, so that {parsed.metric} is "
             "another measure in each of them; take one that means the same, such as "

@@ -18,7 +18,7 @@ from dpojax.config.saved import CONFIG, CONTENTS, FINISHED, REWRITTEN, SAME_RESU
 from dpojax.evaluation.plots import is_defined
 from dpojax.evaluation.sweep_figure import draw
 from dpojax.runs.workdirs import failure_of
-from dpojax.sweeps.best import OF_THE_LOSS, changes_measure
+from dpojax.sweeps.best import LOSS_METRICS, changes_measure
 from dpojax.sweeps.plan import PLAN, read_plan
 from dpojax.sweeps.table import COLUMNS, kept_evaluation
 from dpojax.tables import blocks_table
@@ -181,7 +181,7 @@ def describe(runs: Sequence[ComparedRun], stage: str, metric: str, width: int) -
 def _metric_rows(runs: Sequence[ComparedRun], is_other_measure: bool) -> list[list[str]]:
     columns = [c for c in COLUMNS if any(c.metric in run.kept for run in runs)]
     if is_other_measure:
-        columns = [column for column in columns if column.metric not in OF_THE_LOSS]
+        columns = [column for column in columns if column.metric not in LOSS_METRICS]
     rows = [["", "status", "step", *(column.heading for column in columns)]]
     for run in runs:
         cells = [column.cell(run.kept) if run.kept else "" for column in columns]
@@ -202,7 +202,8 @@ def _first_metric(runs: Sequence[ComparedRun], is_other_measure: bool) -> str:
 def _curve(runs: Sequence[ComparedRun], metric: str, width: int) -> list[str]:
     """A column for each run, a line for each step at which one was evaluated."""
     by_step = [
-        {line["step"]: line[metric] for line in run.lines if _has(line, metric)} for run in runs
+        {line["step"]: line[metric] for line in run.lines if _is_meaningful(line, metric)}
+        for run in runs
     ]
     steps = sorted({step for values in by_step for step in values})
     if not steps:
@@ -219,7 +220,7 @@ def _curve(runs: Sequence[ComparedRun], metric: str, width: int) -> list[str]:
     return blocks_table(rows, width)
 
 
-def _has(line: Mapping[str, float], metric: str) -> bool:
+def _is_meaningful(line: Mapping[str, float], metric: str) -> bool:
     """Whether the metric means something: while the policy is the reference, no accuracy does."""
     return metric in line and is_defined(metric, line)
 

@@ -60,7 +60,7 @@ def _require_few(count: int) -> None:
 
 
 def describe(members: Sequence[Changes]) -> str:
-    """`6 members: preference.beta (3 values) x seed (2 values)`.
+    """`6 members: preference.beta (3 values) x seed (2 values); preference.tau = 0.5`.
 
     Commas stand instead of "x" where members are not every combination, as sweep() may return them.
     """
@@ -69,7 +69,9 @@ def describe(members: Sequence[Changes]) -> str:
     counts = [f"{key} ({len(values[key])} values)" for key in keys if len(values[key]) > 1]
     total = "1 member" if len(members) == 1 else f"{len(members)} members"
     is_product = math.prod(map(len, values.values())) == len(members)
-    return f"{total}: {(' x ' if is_product else ', ').join(counts)}" if counts else total
+    parts = [(" x " if is_product else ", ").join(counts)] if counts else []
+    parts += [f"{key} = {members[0].get(key)}" for key in keys if len(values[key]) == 1]
+    return f"{total}: {'; '.join(parts)}" if parts else total
 
 
 def grid_members(config: ConfigDict, grid: Sequence[str]) -> list[Changes]:

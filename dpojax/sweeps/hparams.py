@@ -37,10 +37,10 @@ def write_hparams(
     for member, changes in members.items():
         line = evaluations.get(member, {})
         values = {f"eval/{name}": line[name] for name in sorted(names) if _is_finite(line, name)}
-        of_keys = {key: _as_hparam(changes.get(key)) for key in keys}
+        hparam_values = {key: _as_hparam(changes.get(key)) for key in keys}
         writer = open_events(folder / FOLDER / member)
         try:
-            for summary in hparams(of_keys, values):
+            for summary in hparams(hparam_values, values):
                 writer.file_writer.add_summary(summary)
             for name, value in values.items():
                 writer.add_scalar(name, value, int(line["step"]))

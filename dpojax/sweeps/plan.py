@@ -109,7 +109,7 @@ def group_members(
 
 
 def group_job(group: Sequence[str], folder: storage.Path, cpu_devices: int | None = None) -> Job:
-    """The job that trains a group; a member that fails alone is told in its own workdir.
+    """The job that trains a group; a member that fails alone leaves failed.txt in its workdir.
 
     Args:
       cpu_devices: for a machine without an accelerator; None leaves them as they are there.

@@ -37,7 +37,7 @@ def why_not(names: Sequence[str]) -> str:
 def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
     """The trackers of a run's stage; none on all processes but the first.
 
-    One that fails is told and left out, and the run goes on.
+    A tracker that fails is reported once and dropped, and the run goes on.
     """
     if jax.process_index() != 0:
         return []
@@ -45,7 +45,7 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
 
 
 class _Guarded:
-    """A tracker that ends no run: when it fails, it is told once and dropped."""
+    """A tracker whose errors end no run: at the first one it is reported and dropped."""
 
     def __init__(self, name: str, run: TrackedRun):
         self._name, self._tracker = name, None

@@ -24,13 +24,13 @@ class Tracker(Protocol):
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told of a stage of a run.
+    """The stage of a run whose metrics a tracker gets.
 
     Attributes:
       folder: of the stage, WORKDIR/STAGE.
       config: all keys of the run, by dotted name, as JSON has them.
       resume_step: the stage goes on after this step, and steps beyond it are written again; -1: it
-        begins; None: nothing is known.
+        begins; None: nobody knows, and nothing that is there is removed.
     """
 
     folder: storage.Path
