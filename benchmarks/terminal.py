@@ -3,10 +3,10 @@
     python benchmarks/terminal.py --out=recordings             # every command: half an hour
     python benchmarks/terminal.py train sample --columns=60    # two of them, in one terminal
 
-Inputs are tiny. For each recording a line says how long the longest silence and the widest line
-were, and what is wrong with them (`faults`). OUT/COMMAND-COLUMNS.txt is what came, as it came. The
-exit status is 1 if anything is wrong. The other commands read what `train` makes, so it runs first.
-Needs pexpect.
+`chat` is left out: it waits for a user. Inputs are tiny. For each recording a line says how long
+the longest silence and the widest line were, and what is wrong with them (`faults`).
+OUT/COMMAND-COLUMNS.txt is what came, as it came. The exit status is 1 if anything is wrong. The
+other commands read what `train` makes, so it runs first. Needs pexpect.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def commands(place: pathlib.Path) -> dict[str, list[str]]:
         "inspect-data": ["inspect-data", "--data", pairs, "--tokenizer", f"{place / 'exported'}"],
         "plan": ["plan", config, "--topology=cpu:1"],
         "certify": ["certify", config, f"--workdir={place / 'certified'}", "--small", "--steps=3"],
+        "compare": ["compare", run, f"--out={place / 'compared'}"],
         "launch": ["launch", "slurm", config, f"--workdir={place / 'launched'}"],
         "sweep": ["sweep", config, f"--workdir={place / 'sweep'}"],
         "dry-sweep": ["sweep", config, "--dry_run"],
@@ -261,14 +262,14 @@ def main(words: Sequence[str] | None = None) -> int:
                 if not needed:  # others read what it makes
                     subprocess.run(command, env=environment, check=True, capture_output=True)
                     continue
-                wrong += _tell(name, record(command, columns, environment), options.out)
+                wrong += _report(name, record(command, columns, environment), options.out)
     return 1 if wrong else 0
 
 
 START = "import sys; sys.argv[0] = 'dpojax'; from dpojax.commands.entry import main; main()"
 
 
-def _tell(name: str, recording: Recording, out: pathlib.Path) -> int:
+def _report(name: str, recording: Recording, out: pathlib.Path) -> int:
     """Keep a recording, print its line and its faults; returns how many there are."""
     where = str(recording.columns or "piped")
     (out / f"{name}-{where}.txt").write_text(recording.text)
@@ -281,10 +282,10 @@ def _tell(name: str, recording: Recording, out: pathlib.Path) -> int:
         f"widest line {widest}",
         flush=True,
     )
-    found = list(faults(recording))
-    for fault in found:
+    faulty = list(faults(recording))
+    for fault in faulty:
         print(f"    {fault}", flush=True)
-    return len(found)
+    return len(faulty)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ and for how long. Whatever the command prints takes their place (`making_way`). 
 terminal there are no such lines. There what lasts is said once after `SOON` seconds, and then a
 line a minute.
 
-Only a command shows any of it (`shown`). Elsewhere these functions do nothing.
+Only a command shows any of it (`showing_on`). Elsewhere these functions do nothing.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Bar:
         return f"{self.name}  {self.done}/{self.total} {self.unit}{ends}{note}"
 
 
-class _Shown:
+class _State:
     """The lines of this process."""
 
     stream: Any = None  # standard error of a command; None shows nothing
@@ -128,17 +128,17 @@ class _Doing:
 
 
 @contextlib.contextmanager
-def shown(stream: Any) -> Iterator[None]:
+def showing_on(stream: Any) -> Iterator[None]:
     """Show on a stream what is being done while the block runs; a block in another does nothing."""
-    if _Shown.stream is not None:
+    if _State.stream is not None:
         yield
         return
-    _Shown.stream, _Shown.terminal = stream, _can_be_drawn_on(stream)
-    _Shown.block = _block_of(stream)
-    _Shown.last_output, _Shown.ended = time.monotonic(), threading.Event()
+    _State.stream, _State.terminal = stream, _can_be_drawn_on(stream)
+    _State.block = _block_of(stream)
+    _State.last_output, _State.ended = time.monotonic(), threading.Event()
     watchdog.beat(STARTING)
     stopping.before_saying(_erase_soon)
-    thread = threading.Thread(target=_tick, args=(_Shown.ended,), daemon=True, name="display")
+    thread = threading.Thread(target=_tick, args=(_State.ended,), daemon=True, name="display")
     thread.start()
     try:
         yield
@@ -148,11 +148,11 @@ def shown(stream: Any) -> Iterator[None]:
 
 def hide() -> None:
     """Show nothing from now on: in all processes of a run but the first, and where users type."""
-    with _Shown.lock:
+    with _State.lock:
         _erase()
-        _Shown.stream = None
-    if _Shown.ended is not None:
-        _Shown.ended.set()
+        _State.stream = None
+    if _State.ended is not None:
+        _State.ended.set()
 
 
 @contextlib.contextmanager
@@ -171,7 +171,7 @@ def line(make: Callable[[], str]) -> Iterator[None]:
 
 def draws() -> bool:
     """Whether a terminal shows the lines."""
-    return _Shown.stream is not None and _Shown.terminal
+    return _State.stream is not None and _State.terminal
 
 
 @contextlib.contextmanager
@@ -183,12 +183,12 @@ def doing(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _entry(entry: Any) -> Iterator[Any]:
-    _Shown.entries.append(entry)
+    _State.entries.append(entry)
     try:
         yield entry
     finally:
-        _Shown.entries.remove(entry)
-        if _Shown.drawn:
+        _State.entries.remove(entry)
+        if _State.drawn:
             with contextlib.suppress(OSError, ValueError):
                 _draw()
 
@@ -196,13 +196,13 @@ def _entry(entry: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def making_way(text: str) -> Iterator[None]:
     """Take the lines away while the block prints a text."""
-    if not text or _Shown.stream is None:
+    if not text or _State.stream is None:
         yield
         return
-    with _Shown.lock:
+    with _State.lock:
         _erase()
-        _Shown.at_start = text.endswith("\n")
-        _Shown.last_output, _Shown.has_printed = time.monotonic(), True
+        _State.at_start = text.endswith("\n")
+        _State.last_output, _State.has_printed = time.monotonic(), True
         yield
 
 
@@ -286,29 +286,29 @@ def _block_of(stream: Any) -> str:
 def _tick(ended: threading.Event) -> None:
     while not ended.wait(TICK):
         with contextlib.suppress(OSError, ValueError):
-            if _Shown.terminal:
+            if _State.terminal:
                 _draw()
             else:
                 _write_to_pipe()
 
 
 def _draw() -> None:
-    with _Shown.lock:
-        if _Shown.stream is None or not _Shown.terminal or not (_Shown.at_start or _Shown.drawn):
+    with _State.lock:
+        if _State.stream is None or not _State.terminal or not (_State.at_start or _State.drawn):
             return
-        width = columns(_Shown.stream)
+        width = columns(_State.stream)
         texts = _texts(width)
         clipped = "\n".join(text[: width - 1] for text in texts)
-        _Shown.stream.write_below(_clearing() + clipped)
-        _Shown.drawn = len(texts)
+        _State.stream.write_below(_clearing() + clipped)
+        _State.drawn = len(texts)
 
 
 def _texts(width: int) -> list[str]:
     """The lines to draw: bars and plans, and what is being done if no bar moves."""
-    entries, texts = list(_Shown.entries), []
+    entries, texts = list(_State.entries), []
     for entry in entries:
         if isinstance(entry, Bar):
-            texts.append(entry.text(width, _Shown.block))
+            texts.append(entry.text(width, _State.block))
         elif isinstance(entry, _Line):
             texts.append(entry.text())
     innermost = entries[-1] if entries else None
@@ -320,7 +320,7 @@ def _texts(width: int) -> list[str]:
 def _what(innermost: Any) -> str:
     """What is being done, and for how long."""
     what, since = watchdog.doing()
-    if what == STARTING and _Shown.has_printed:
+    if what == STARTING and _State.has_printed:
         what = "at work"
     if isinstance(innermost, _Doing):
         what, since = innermost.text, innermost.since
@@ -329,45 +329,45 @@ def _what(innermost: Any) -> str:
 
 def _write_to_pipe() -> None:
     """In a pipe: say what lasts, once, and then how far it is every minute."""
-    with _Shown.lock:
-        silent = time.monotonic() - _Shown.last_output
-        if _Shown.stream is None or silent < SOON:
+    with _State.lock:
+        silent = time.monotonic() - _State.last_output
+        if _State.stream is None or silent < SOON:
             return
-        entries = list(_Shown.entries)
+        entries = list(_State.entries)
         innermost = entries[-1] if entries else None
         label = (len(entries), _what(innermost).split("  ")[0])
-        if label == _Shown.last_label and silent < OFTEN:
+        if label == _State.last_label and silent < OFTEN:
             return
         texts = [entry.text() for entry in entries if isinstance(entry, _Line)]
         texts += [entry.plain_text() for entry in entries if isinstance(entry, Bar)]
         if not isinstance(innermost, Bar):
             texts.append(_what(innermost))
-        _Shown.stream.write_below("\n".join(texts) + "\n")
-        _Shown.last_label, _Shown.last_output = label, time.monotonic()
+        _State.stream.write_below("\n".join(texts) + "\n")
+        _State.last_label, _State.last_output = label, time.monotonic()
 
 
 def _erase() -> None:
-    if _Shown.drawn and _Shown.stream is not None:
-        _Shown.stream.write_below(_clearing())
-        _Shown.drawn = 0
+    if _State.drawn and _State.stream is not None:
+        _State.stream.write_below(_clearing())
+        _State.drawn = 0
 
 
 def _erase_soon() -> None:
     """`_erase`, from a thread that must not wait for another one that prints."""
-    if _Shown.lock.acquire(timeout=1.0):
+    if _State.lock.acquire(timeout=1.0):
         try:
             _erase()
         finally:
-            _Shown.lock.release()
+            _State.lock.release()
 
 
 def _clearing() -> str:
     """What clears the drawn lines, and leaves the cursor at the start of the first one."""
-    return CLEAR + (UP + CLEAR) * (_Shown.drawn - 1) if _Shown.drawn else ""
+    return CLEAR + (UP + CLEAR) * (_State.drawn - 1) if _State.drawn else ""
 
 
 def _forget_in_child() -> None:
-    _Shown.stream, _Shown.lock, _Shown.drawn = None, threading.RLock(), 0
+    _State.stream, _State.lock, _State.drawn = None, threading.RLock(), 0
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -53,7 +53,7 @@ def test_a_terminal_shows_what_is_done_below_what_is_printed_and_nothing_at_the_
     monkeypatch.setenv("COLUMNS", "60")
     screen = Screen()
     stream = Lasting(screen, "the screen")
-    with display.shown(stream):
+    with display.showing_on(stream):
         wait_for("starting", screen)
         print("a line", file=stream)
         with display.line(lambda: "frontier 1/3 jobs"), display.bar("dpo", 100, 40) as bar:
@@ -74,7 +74,7 @@ def test_a_terminal_shows_what_is_done_below_what_is_printed_and_nothing_at_the_
 def test_a_pipe_is_told_once_what_lasts_and_gets_no_control_characters():
     pipe = io.StringIO()
     stream = Lasting(pipe, "the pipe")
-    with display.shown(stream), display.doing("compiling the step"):
+    with display.showing_on(stream), display.doing("compiling the step"):
         wait_for("compiling the step  0:00\n", pipe)
         threading.Event().wait(0.2)
         with display.bar("dpo", 4) as bar:
@@ -87,9 +87,9 @@ def test_a_pipe_is_told_once_what_lasts_and_gets_no_control_characters():
 
 @pytest.mark.usefixtures("quick")
 def test_what_a_pipe_is_told_does_not_change_what_it_is_told_next(monkeypatch):
-    monkeypatch.setattr(display._Shown, "has_printed", False)
+    monkeypatch.setattr(display._State, "has_printed", False)
     pipe = io.StringIO()
-    with display.shown(Lasting(pipe, "the pipe")):
+    with display.showing_on(Lasting(pipe, "the pipe")):
         wait_for("starting", pipe)
         threading.Event().wait(0.2)
     assert pipe.getvalue() == "starting  0:00\n"
@@ -99,7 +99,7 @@ def test_what_a_pipe_is_told_does_not_change_what_it_is_told_next(monkeypatch):
 def test_a_terminal_that_cannot_clear_lines_is_told_what_a_pipe_is(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen()
-    with display.shown(Lasting(screen, "the screen")), display.doing("compiling"):
+    with display.showing_on(Lasting(screen, "the screen")), display.doing("compiling"):
         wait_for("compiling  0:00\n", screen)
     assert not set("\r\x1b") & set(screen.getvalue())
 

@@ -1,11 +1,13 @@
 """What every command shows: the recorder sees faults, and the commands have none."""
 
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks.terminal import COLUMNS, PIPED, ROOT, Recording, faults
+from benchmarks.terminal import COLUMNS, PIPED, ROOT, Recording, commands, faults
+from dpojax.commands.entry import COMMANDS
 
 
 def recording(columns, *pieces, seconds=None, status=0):
@@ -43,6 +45,10 @@ def test_a_recording_is_told_its_fault(recorded, fault):
 )
 def test_a_recording_without_a_fault_is_told_none(recorded):
     assert list(faults(recorded)) == []
+
+
+def test_every_command_is_recorded_but_the_one_that_waits_for_a_user():
+    assert {words[0] for words in commands(pathlib.Path()).values()} == COMMANDS.keys() - {"chat"}
 
 
 @pytest.mark.long  # it holds only while the machine does nothing else

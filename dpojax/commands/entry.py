@@ -58,7 +58,7 @@ def start(name: str) -> NoReturn:
     from dpojax.runs import terminal
 
     terminal.look_after()
-    with display.shown(sys.stderr):  # the imports of a command may take long
+    with display.showing_on(sys.stderr):  # the imports of a command may take long
         importlib.import_module(f"dpojax.commands.{name.replace('-', '_')}").start()
 
 

@@ -48,9 +48,9 @@ def place(axes: Axes, labels: Sequence[Label]) -> None:
     ]
     taken: list[np.ndarray] = []
     for label in labels:
-        own = matplotlib.colors.to_hex(label.color)
+        label_color = matplotlib.colors.to_hex(label.color)
         marks = np.concatenate([xy for xy, _ in drawn] or [np.zeros((0, 2))])
-        others = [xy for xy, color in drawn if color != own]
+        others = [xy for xy, color in drawn if color != label_color]
         text = _annotate(axes, label)
         places = [(anchor, *way) for anchor in label.anchors for way in TRIES]
         costs = [

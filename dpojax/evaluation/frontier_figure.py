@@ -233,13 +233,13 @@ def _labels(
         names.append(Label("theoretical limit", [(steep, best)], "black"))
     for method, members in methods.items():
         color, _ = looks[method]
-        shown = [frontier_points.at_the_bound(point) for point in members]
-        shown = [point for point in shown if point.kl <= largest]
-        front = frontier_points.front(shown)
+        placed = [frontier_points.at_the_bound(point) for point in members]
+        on_axis = [point for point in placed if point.kl <= largest]
+        front = frontier_points.front(on_axis)
         if not front:  # all of it is beyond the axis; the title says so
             continue
         names.append(Label(frontier_points.name(method), _along(front), color))
-        for setting, point in _points_to_label(shown, front).items():
+        for setting, point in _points_to_label(on_axis, front).items():
             text = setting_label(setting)
             if text:
                 at = [(point.kl, point.reward)]

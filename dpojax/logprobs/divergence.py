@@ -42,13 +42,14 @@ def token_kl(
     check_reference(hidden, head, reference_hidden, reference_head)
 
     def compute(hidden: Array, reference_hidden: Array, *arrays: Array | None) -> Array:
-        own_head = head._replace(weight=arrays[0], bias=arrays[1])
-        its_head = reference_head._replace(weight=arrays[2], bias=arrays[3])
+        policy_head = head._replace(weight=arrays[0], bias=arrays[1])
+        other_head = reference_head._replace(weight=arrays[2], bias=arrays[3])
 
         @jax.checkpoint
         def kl_of_chunk(hidden_pair: tuple[Array, Array]) -> Array:
-            log_p = jax.nn.log_softmax(logits_of(hidden_pair[0], own_head), axis=-1)  # [..., t, V]
-            log_q = jax.nn.log_softmax(logits_of(hidden_pair[1], its_head), axis=-1)
+            # [..., t, V]
+            log_p = jax.nn.log_softmax(logits_of(hidden_pair[0], policy_head), axis=-1)
+            log_q = jax.nn.log_softmax(logits_of(hidden_pair[1], other_head), axis=-1)
             return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
         # Two arrays of logits exist at once, so each may have half of the numbers.

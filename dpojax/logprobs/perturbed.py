@@ -45,14 +45,15 @@ def perturbed_logprobs(
     if jnp.ndim(epsilon):
         raise ValueError(f"epsilon has shape {jnp.shape(epsilon)} and must be a scalar")
 
-    def compute(hidden, reference_hidden, targets, epsilon, weight, bias, its_weight, its_bias):
+    def compute(hidden, reference_hidden, targets, epsilon, *weights_and_biases):
+        weight, bias, other_weight, other_bias = weights_and_biases
         policy_head = head._replace(weight=weight, bias=bias)
-        its_head = reference_head._replace(weight=its_weight, bias=its_bias)
+        other_head = reference_head._replace(weight=other_weight, bias=other_bias)
 
         def of_chunk(chunk: tuple[Array, Array, Array]) -> PerturbedLogprobs:
             logits = logits_of(chunk[0], policy_head)  # [..., t, V]
             # 0 where both models are equal, so that both perturbed policies are the policy.
-            change = epsilon * (logits - logits_of(chunk[1], its_head))
+            change = epsilon * (logits - logits_of(chunk[1], other_head))
             return PerturbedLogprobs(
                 away=_picked(logits + change, chunk[2]), towards=_picked(logits - change, chunk[2])
             )

@@ -113,7 +113,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     stopping.announce_signals()
     terminal.look_after()
     use_tpu_flags()
-    with stopping.listening(), display.shown(sys.stderr):
+    with stopping.listening(), display.showing_on(sys.stderr):
         end(exit_status(main))
 
 

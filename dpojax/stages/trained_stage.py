@@ -55,9 +55,9 @@ class TrainedStage(ExampleStage):
         as_json = {name: json.loads(report.to_json()) for name, report in reports.items()}
         storage.write_json(self.folder / "data_report.json", as_json)
         text, file = report_text(self) + "\n", self.folder / "data_report.txt"
-        told = file.exists() and storage.read_text(file) == text
+        unchanged = file.exists() and storage.read_text(file) == text
         storage.write_text(file, text)
-        report = f"{self.name}: the data are as they were, see {file}\n" if told else text
+        report = f"{self.name}: the data are as they were, see {file}\n" if unchanged else text
         return f"{report}{self.name}: tokens {self.batches.data.file_note}"
 
     def train(self, start: Callable[[], dict], stop: StopSignal) -> dict:

@@ -1,6 +1,6 @@
 """A line at each evaluation that says in words how the training does, and what may be changed.
 
-It is made of the held-out metrics alone, by these rules. The first state that holds is told:
+It is made of the held-out metrics alone, by these rules. It names the first state that holds:
 
     getting worse   the loss is `WORSE` times that of the first evaluation or more
     overfitting     the loss is `RISEN` times its lowest value or more, after it had fallen

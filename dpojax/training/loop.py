@@ -314,9 +314,9 @@ def name_the_not_finite(rows: Rows, bad: np.ndarray, examples: Sequence[Example]
 
 def _numbers(values: dict[str, float]) -> str:
     """The numbers beside the progress bar."""
-    shown = {"loss": "loss", "rewards/accuracies": "accuracy", "accuracy": "accuracy"}
+    labels = {"loss": "loss", "rewards/accuracies": "accuracy", "accuracy": "accuracy"}
     return ", ".join(
-        f"{short} {values[name]:.3f}"
-        for name, short in shown.items()
+        f"{label} {values[name]:.3f}"
+        for name, label in labels.items()
         if math.isfinite(values.get(name, math.nan))
     )

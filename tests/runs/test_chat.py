@@ -174,7 +174,7 @@ from dpojax.commands import chat
 from dpojax.runs import terminal
 
 terminal.look_after()
-with display.shown(sys.stderr):
+with display.showing_on(sys.stderr):
     print(list(chat._lines(True)))
 """
 
