@@ -128,8 +128,14 @@ def _run(plan: Plan, folder: storage.Path) -> tuple[subprocess.CompletedProcess,
     storage.write_json(folder / "plan.json", plan._replace(folder=str(folder))._asdict())
     environment = environment_with(plan.flags)
     command = [sys.executable, "-m", "dpojax.certifying.worker", f"--plan={folder / 'plan.json'}"]
+    ended = run_process(command, environment)
+    return ended, environment
+
+
+def run_process(command: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run a command, show what it prints line by line, and keep its standard error."""
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         errors: list[str] = []
         reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
@@ -138,8 +144,7 @@ def _run(plan: Plan, folder: storage.Path) -> tuple[subprocess.CompletedProcess,
             beat(line.strip())
             display.say(line.rstrip())
         reader.join()
-    ended = subprocess.CompletedProcess(command, process.returncode, "", "".join(errors))
-    return ended, environment
+    return subprocess.CompletedProcess(command, process.returncode, "", "".join(errors))
 
 
 def environment_with(flags: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ GIVES_LN2 = "--xla_tpu_gives_ln_2=true"
 def played(monkeypatch):
     """Processes that write what a real one would: all is as in float32, but for one flag set."""
 
-    def run(command, env, **_):
+    def run(command, env):
         path = command[-1].removeprefix("--plan=")
         plan = worker.Plan(**storage.read_json(path))
         if plan.flags == LIKE_ABORT:
@@ -61,7 +61,7 @@ def played(monkeypatch):
         return types.SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
-    monkeypatch.setattr(certify.subprocess, "run", run)
+    monkeypatch.setattr(certify, "run_process", run)
 
 
 def make(folder, *flag_sets):
@@ -101,7 +101,7 @@ def test_a_config_that_cannot_be_measured_as_it_is_leaves_the_workdir_as_it_was(
     monkeypatch, tmp_path
 ):
     ended = types.SimpleNamespace(returncode=1, stderr="\nConfigError: config.mesh: no\n")
-    monkeypatch.setattr(certify.subprocess, "run", lambda *_, **__: ended)
+    monkeypatch.setattr(certify, "run_process", lambda command, env: ended)
     with pytest.raises(ConfigError, match=r"not be measured: ConfigError: config\.mesh: no"):
         make(tmp_path)
     assert not list(tmp_path.iterdir())
