@@ -58,11 +58,11 @@ def remove_end(workdir):
 def test_a_run_a_resume_and_an_export_equal_those_on_a_disk(folder, tiny, tmp_path):
     local = storage.as_path(tmp_path / "local")
     for workdir in (local, folder / "run"):
-        run(tiny(tensorboard=True), workdir)
+        run(tiny(trackers=("tensorboard",)), workdir)
         export(workdir, workdir.parent / f"{workdir.name}_exported")
     assert measured(folder / "run") == measured(local)
     remove_end(folder / "run")
-    run(tiny(tensorboard=True), folder / "run")
+    run(tiny(trackers=("tensorboard",)), folder / "run")
     resumed, whole = measured(folder / "run"), measured(local)
     assert [(x["step"], x["split"]) for x in resumed] == [(x["step"], x["split"]) for x in whole]
     export(folder / "run", folder / "resumed_exported")
