@@ -11,7 +11,7 @@ CODE = re.compile(r"`([^`]+)`")
 
 def rows(header: str) -> list[list[str]]:
     """The rows of all tables whose first heading is `header`, as cells."""
-    found, inside = [], False
+    table_rows, inside = [], False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if not line.startswith("|"):
             inside = False
@@ -20,8 +20,8 @@ def rows(header: str) -> list[list[str]]:
         if cells[0] == header:
             inside = True
         elif inside and not cells[0].startswith("---"):
-            found.append(cells)
-    return found
+            table_rows.append(cells)
+    return table_rows
 
 
 @functools.cache

@@ -33,15 +33,15 @@ def shell_commands(text: str) -> list[list[str]]:
 
 def of_dpojax(text: str) -> list[list[str]]:
     """Commands that dpojax carries out: `dpojax NAME ...` or `python scripts/NAME.py ...`."""
-    found = []
+    commands = []
     for words in shell_commands(text):
         while words and "=" in words[0]:  # JAX_PLATFORMS=cpu python ...
             words = words[1:]
         if words[:1] == ["dpojax"]:
-            found.append(words[1:])
+            commands.append(words[1:])
         elif words[:1] == ["python"] and words[1].startswith("scripts/"):
-            found.append([pathlib.Path(words[1]).stem.replace("_", "-"), *words[2:]])
-    return found
+            commands.append([pathlib.Path(words[1]).stem.replace("_", "-"), *words[2:]])
+    return commands
 
 
 def test_the_readme_opens_with_the_figure_and_two_commands_and_is_short():

@@ -99,11 +99,11 @@ class Dialogue:
         Raises:
           ValueError: there is no message yet.
         """
-        asked = [k for k, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
+        user_turns = [k for k, message in enumerate(self.messages) if message["role"] == "user"]
+        if not user_turns:
             raise ValueError("nothing was said yet")
-        last = self.messages[asked[-1]]["content"]
-        del self.messages[asked[-1] :]
+        last = self.messages[user_turns[-1]]["content"]
+        del self.messages[user_turns[-1] :]
         return self.reply(last)
 
     def _prompt(self) -> list[int]:

@@ -39,7 +39,7 @@ class ComparedRun(NamedTuple):
       files: hashes of the files that the config names, by key.
       code: the version of dpojax that began it, and the hash of its sources.
       lines: evaluations of the compared stage.
-      kept: the evaluation of the step that the stage kept; empty if there is none.
+      evaluation: that of the step that the stage kept; empty if there is none.
       status: "finished", "failed: ..." or "step 40".
     """
 
@@ -49,7 +49,7 @@ class ComparedRun(NamedTuple):
     files: Mapping[str, str]
     code: str
     lines: Sequence[Mapping[str, float]]
-    kept: Mapping[str, float]
+    evaluation: Mapping[str, float]
     status: str
 
 
@@ -108,7 +108,7 @@ def _read_run(label: str, path: storage.Path, config: dict, stage: str) -> Compa
         files={key: content[1] for key, content in contents.get("files", {}).items()},
         code=" ".join(map(str, contents.get("version", {}).values())),
         lines=lines,
-        kept=kept_evaluation(path / stage, lines) if lines and not why else {},
+        evaluation=kept_evaluation(path / stage, lines) if lines and not why else {},
         status=f"failed: {why}" if why else "finished" if finished else f"step {steps}",
     )
 
@@ -179,13 +179,13 @@ def describe(runs: Sequence[ComparedRun], stage: str, metric: str, width: int) -
 
 
 def _metric_rows(runs: Sequence[ComparedRun], is_other_measure: bool) -> list[list[str]]:
-    columns = [c for c in COLUMNS if any(c.metric in run.kept for run in runs)]
+    columns = [c for c in COLUMNS if any(c.metric in run.evaluation for run in runs)]
     if is_other_measure:
         columns = [column for column in columns if column.metric not in LOSS_METRICS]
     rows = [["", "status", "step", *(column.heading for column in columns)]]
     for run in runs:
-        cells = [column.cell(run.kept) if run.kept else "" for column in columns]
-        step = f"{run.kept['step']}" if run.kept else ""
+        cells = [column.cell(run.evaluation) if run.evaluation else "" for column in columns]
+        step = f"{run.evaluation['step']}" if run.evaluation else ""
         rows.append([run.label, run.status.partition(":")[0], step, *cells])
     return rows
 
@@ -232,13 +232,13 @@ def write_comparison(runs: Sequence[ComparedRun], stage: str, folder: storage.Pa
       stage: that is compared. Runs whose losses are different measures have no loss in the figure.
     """
     rows = differences(runs)
-    metrics = sorted({name for run in runs for name in run.kept} - {*RESERVED})
+    metrics = sorted({name for run in runs for name in run.evaluation} - {*RESERVED})
     table = [["run", "workdir", "status", *rows, "step", *metrics]]
     for index, run in enumerate(runs):
-        values = [run.kept.get(metric, "") for metric in metrics]
+        values = [run.evaluation.get(metric, "") for metric in metrics]
         changed = [of_key[index] for of_key in rows.values()]
         table.append(
-            [run.label, run.workdir, run.status, *changed, run.kept.get("step", ""), *values]
+            [run.label, run.workdir, run.status, *changed, run.evaluation.get("step", ""), *values]
         )
     storage.write_text(folder / RUNS, _csv(table))
     names = sorted({name for run in runs for line in run.lines for name in line} - {*RESERVED})

@@ -182,9 +182,9 @@ def abstract_state(
 def new_state(params, optimizer: optax.GradientTransformation, abstract: State, seed: int) -> State:
     """Make a state at step 0 from `params`, whose buffers it takes over."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    given = {"seed": seed, "with_reference": abstract.reference is not None}
+    options = {"seed": seed, "with_reference": abstract.reference is not None}
     build = jax.jit(
-        lambda p: initial_state(p, optimizer, **given), out_shardings=shardings, donate_argnums=0
+        lambda p: initial_state(p, optimizer, **options), out_shardings=shardings, donate_argnums=0
     )
     return build(params)
 

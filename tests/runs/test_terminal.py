@@ -27,7 +27,7 @@ def test_a_stream_writes_as_before_and_is_dropped_once_its_reader_is_gone(pipe, 
     print("a line", file=stream, flush=True)
     assert reader.readline() == "a line\n"
     assert not stream.isatty()
-    assert stream.encoding == "utf-8"  # else tqdm draws its bars with #
+    assert stream.encoding == "utf-8"  # else bars are drawn with #
     reader.close()
     for _ in range(3):
         print("nobody reads this", file=stream, flush=True)
