@@ -172,6 +172,8 @@ def commands(place: pathlib.Path) -> dict[str, list[str]]:
         "compare": ["compare", run, f"--out={place / 'compared'}"],
         "launch": ["launch", "slurm", config, f"--workdir={place / 'launched'}"],
         "sweep": ["sweep", config, f"--workdir={place / 'sweep'}"],
+        "help-sweep": ["sweep", "--help"],
+        "help-inspect": ["inspect-data", "--help"],
         "dry-sweep": ["sweep", config, "--dry_run"],
         "dry-frontier": ["frontier", frontier, "--dry_run"],
         "frontier": ["frontier", frontier, f"--workdir={place / 'frontier'}"],

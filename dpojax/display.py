@@ -312,9 +312,15 @@ def _texts(width: int) -> list[str]:
         elif isinstance(entry, _Line):
             texts.append(entry.text())
     innermost = entries[-1] if entries else None
-    if not (isinstance(innermost, Bar) and time.monotonic() - innermost.moved < STILL):
+    moves = isinstance(innermost, Bar) and time.monotonic() - innermost.moved < STILL
+    if not moves and not _is_elsewhere(innermost):
         texts.append(_what(innermost))
     return texts
+
+
+def _is_elsewhere(innermost: Any) -> bool:
+    """Whether the jobs of a plan run in other processes, so that its line says all there is."""
+    return isinstance(innermost, _Line) and watchdog.doing()[0] == STARTING
 
 
 def _what(innermost: Any) -> str:
@@ -340,7 +346,7 @@ def _write_to_pipe() -> None:
             return
         texts = [entry.text() for entry in entries if isinstance(entry, _Line)]
         texts += [entry.plain_text() for entry in entries if isinstance(entry, Bar)]
-        if not isinstance(innermost, Bar):
+        if not isinstance(innermost, Bar) and not _is_elsewhere(innermost):
             texts.append(_what(innermost))
         _State.stream.write_below("\n".join(texts) + "\n")
         _State.last_label, _State.last_output = label, time.monotonic()

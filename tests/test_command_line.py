@@ -13,6 +13,7 @@ from dpojax.commands.entry import COMMANDS
 from dpojax.config import command_line, files
 from dpojax.config.command_line import ArgumentParser, ConfigFlag, UsageError, parse_flags
 from dpojax.config.errors import ConfigError
+from dpojax.config.help_text import about_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'reviews.py'}"
@@ -252,6 +253,29 @@ def test_dpojax_alone_lists_its_commands_and_an_unknown_one_is_told_its_neighbou
             near = {"trian": "train", "inspect_data": "inspect-data"}[words[0]]
             assert f"did you mean {near}?" in shown.err
             assert shown.err.count("\n") == 1
+
+
+def test_what_help_says_of_a_command_fits_its_terminal_and_keeps_the_lines_of_examples():
+    about = """Makes: dpojax train \\
+    --workdir=x
+
+Words of a long sentence
+that goes on.
+
+    /quit    the end of what was begun"""
+    assert about_text(about, 100) == about
+    assert (
+        about_text(about, 30)
+        == """Makes: dpojax train \\
+    --workdir=x
+
+Words of a long sentence that
+goes on.
+
+    /quit
+        the end of what was
+        begun"""
+    )
 
 
 def test_flags_of_one_command_are_no_flags_of_another():

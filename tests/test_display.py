@@ -127,6 +127,16 @@ def test_a_bar_has_characters_that_the_terminal_can_show():
     assert display._block_of(Screen()) == "\N{FULL BLOCK}"
 
 
+def test_a_plan_whose_jobs_run_in_other_processes_has_its_line_alone(monkeypatch):
+    monkeypatch.setattr("dpojax.watchdog.doing", lambda: (display.STARTING, 0.0))
+    with display.line(lambda: "frontier 1/3 jobs"):
+        assert display._texts(60) == ["frontier 1/3 jobs"]
+        with display.doing("drawing the figure"):
+            line, what = display._texts(60)
+    assert line == "frontier 1/3 jobs"
+    assert what.startswith("drawing the figure  ")
+
+
 def test_outside_of_a_command_nothing_is_shown(capfd):
     with display.bar("dpo", 4) as bar, display.doing("waiting"):
         bar.update()

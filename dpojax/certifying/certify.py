@@ -138,7 +138,11 @@ def run_process(command: Sequence[str], env: dict[str, str]) -> subprocess.Compl
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+
+        def read_errors() -> None:
+            errors.append(process.stderr.read())
+
+        reader = threading.Thread(target=read_errors)
         reader.start()
         for line in process.stdout:
             beat(line.strip())

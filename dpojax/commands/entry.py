@@ -9,14 +9,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import textwrap
 from typing import NoReturn
 
 import dpojax
+from dpojax import display
 from dpojax.extras import needs_train
 
 COMMANDS = {
     "train": "train a run: SFT, preferences, a reward model, a classifier, PPO",
-    "sweep": "train the members of a config's sweep(), as one program where that can be",
+    "sweep": "train a grid, or a config's sweep(), as one program where that can be; compare",
     "compare": "show what runs and sweeps differ in: configs, metrics, curves",
     "plan": "compile a config for chips that are not there: memory, time, chip-hours",
     "certify": "compare the first steps on other meshes, precisions and flags with float32",
@@ -31,6 +33,7 @@ COMMANDS = {
     "launch": "write the job file for Slurm, XPK, JobSet, TPU VMs or SkyPilot",
 }
 FAILED, USAGE = 1, 2
+WIDTH = 100  # columns of a list that no terminal shows
 
 
 def main() -> NoReturn:
@@ -54,7 +57,6 @@ def start(name: str) -> NoReturn:
     if sentence := needs_train(f"dpojax {name}"):
         print(sentence, file=sys.stderr)
         sys.exit(FAILED)
-    from dpojax import display
     from dpojax.runs import terminal
 
     terminal.look_after()
@@ -63,15 +65,26 @@ def start(name: str) -> NoReturn:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{what}" for name, what in COMMANDS.items()]
+    column = max(map(len, COMMANDS)) + 4
+    lines = [
+        textwrap.fill(
+            what,
+            min(display.columns(sys.stdout), WIDTH),
+            initial_indent=f"  {name}".ljust(column),
+            subsequent_indent=" " * column,
+        )
+        for name, what in COMMANDS.items()
+    ]
     return "\n".join(
         [
             "usage: dpojax COMMAND --FLAG=VALUE ...",
             "",
             *lines,
             "",
-            "dpojax COMMAND --help shows the flags of a command, dpojax --version the version.",
+            display.fill(
+                "dpojax COMMAND --help shows the flags of a command, dpojax --version the version.",
+                indent="",
+            ),
         ]
     )
 

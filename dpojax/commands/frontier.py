@@ -20,6 +20,7 @@ numbers (beta, learning rate, the seed of the data's order) then train together 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import NoReturn
 
 from absl import flags
@@ -54,7 +55,11 @@ def main() -> int:
 
     runs = planned_runs()
     if DRY_RUN.value:
-        return _dry_run(runs)
+        from dpojax.frontier.dry_run import dry_run
+        from dpojax.planning import outline
+
+        outline.show(partial(dry_run, CONFIG.value, runs), TOPOLOGY.value)
+        return 0
     workers = WORKERS.value or local_workers.default_workers()
     vectorise = workers == 1 if VECTORISE.value is None else VECTORISE.value
     folder = frontier.make_frontier(
@@ -67,16 +72,6 @@ def main() -> int:
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _dry_run(runs: list) -> int:
-    from dpojax.frontier.dry_run import dry_run
-    from dpojax.planning.outline import Outline
-
-    outline = Outline(TOPOLOGY.value, say=display.complain)
-    for line in dry_run(CONFIG.value, runs, outline):
-        display.say(line)
-    return 0
 
 
 def planned_runs() -> list:

@@ -21,8 +21,10 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -33,6 +35,7 @@ from dpojax import display, storage
 from dpojax.config.command_line import ArgumentParser, UsageError, parse_config_words
 from dpojax.config.data_sources import sources_of
 from dpojax.config.defaults import default_config
+from dpojax.config.help_text import help_width
 from dpojax.config.key_help import help_lines
 from dpojax.data import lint, records, reviews, sources, tokenise
 from dpojax.data.examples import Example, Examples
@@ -46,6 +49,7 @@ from dpojax.stages.selection import first
 from dpojax.stages.tokenizers import load_tokenizer
 
 DIM, GREEN, RED, CYAN, INVERSE, PLAIN, OFF = "2", "32", "31", "36", "7", "", "\x1b[0m"
+ESCAPE = re.compile(r"\x1b\[\d*m")  # what `_paint` writes
 # Flags that are short for keys; STAGE is the stage whose data are read.
 SHORT = {
     "tokenizer": "tokenizer",
@@ -115,7 +119,7 @@ def _keys_help() -> str:
     """The keys that decide how data are read, of the stage preference."""
     begins = ("  tokens.", "  preference.data.", "  tokenizer ", "  chat_template ")
     lines, is_listed = [], False
-    for line in help_lines():
+    for line in help_lines(width=help_width()):
         if not line.startswith("      "):  # else it goes on with the key of the line before
             is_listed = line.startswith(begins)
         lines += [line] if is_listed else []
@@ -164,7 +168,7 @@ def _inspect(args: argparse.Namespace, config: ConfigDict) -> tuple[Report, list
     findings = linter.findings()
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for example in shown:
-        print(render(example, tokenizer, colour) + "\n")
+        print(render(example, tokenizer, colour, display.columns(sys.stdout)) + "\n")
     display.say(f"{report}\n\n{lint.table(findings)}")
     if args.json:
         content = json.loads(report.to_json()) | {"lint": [f._asdict() for f in findings]}
@@ -243,19 +247,45 @@ def _require_utf8(pattern: str) -> None:
             )
 
 
-def render(example: Example, tokenizer, colour: bool) -> str:
-    """Format an example for a terminal: the tokens of the prompt and of each response."""
+def render(example: Example, tokenizer, colour: bool, width: int = display.UNBROKEN) -> str:
+    """Format an example for a terminal: the tokens of the prompt and of each response.
+
+    Args:
+      width: columns of the terminal; lines end between two tokens.
+    """
     lines = [_paint(example.id, "1", colour)]
     lines.append(_paint(f"prompt ({len(example.prompt):,} tokens)", CYAN, colour))
-    lines.append("  " + tokens(example.prompt, tokenizer, DIM, colour))
+    lines += _token_lines(tokens(example.prompt, tokenizer, DIM, colour), colour, width)
     names = _names(len(example.responses), example.label)
     masks = example.scored or (None,) * len(names)
     for (name, style), ids, cut, mask in zip(names, example.responses, example.cut, masks):
         note = "" if mask is None or mask.all() else f", {mask.sum():,} scored"
         note += ", end cut off" if cut else ""
         lines.append(_paint(f"{name} ({len(ids):,} tokens{note})", CYAN, colour))
-        lines.append("  " + _answer(ids, mask, tokenizer, style, colour))
+        lines += _token_lines(_answer(ids, mask, tokenizer, style, colour), colour, width)
     return "\n".join(lines)
+
+
+def _token_lines(text: str, colour: bool, width: int) -> list[str]:
+    """What `tokens` returns in indented lines, each with the "|" after its last token."""
+    bar = _paint("|", DIM, colour)
+    lines, free = [], 0
+    for part in text.split(bar):
+        needed = _columns(part) + 1
+        if lines and needed <= free:
+            lines[-1] += bar + part
+        else:
+            lines = [*lines[:-1], lines[-1] + bar] if lines else []
+            lines.append(f"  {part}")
+            free = width - 2
+        free -= needed
+    return lines
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal that a text takes; Chinese characters take two."""
+    shown = ESCAPE.sub("", text)
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in shown)
 
 
 def _answer(ids, mask, tokenizer, style: str, colour: bool) -> str:

@@ -111,10 +111,10 @@ def _text(tokenizer, sample) -> str:
 def encode(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt, or with --chat of the user's message."""
     if CHAT.value:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        from dpojax.data.templates import prompt_text
+
+        text = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 else ids
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import NoReturn
 
 from absl import flags
@@ -63,23 +64,17 @@ def main() -> int:
     members = sweep_members(CONFIG.path, CONFIG.value, GRID.value, SEEDS.value)
     parse_best(BEST.value, CONFIG.value.stages[-1], members)
     if DRY_RUN.value:
-        return _dry_run(members)
+        from dpojax.planning import outline
+        from dpojax.sweeps.dry_run import dry_run
+
+        outline.show(partial(dry_run, CONFIG.value, members), TOPOLOGY.value)
+        return 0
     display.say(describe(members))
     failures = run_sweep(CONFIG.value, members, WORKDIR.value, best=BEST.value)
     if failures:
         what = "1 member has" if len(failures) == 1 else f"{len(failures)} members have"
         print(f"{what} failed; sweep.csv and failed.txt of each say why", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _dry_run(members: list) -> int:
-    from dpojax.planning.outline import Outline
-    from dpojax.sweeps.dry_run import dry_run
-
-    outline = Outline(TOPOLOGY.value, say=display.complain)
-    for line in dry_run(CONFIG.value, members, outline):
-        display.say(line)
-    return 0
 
 
 def _cores() -> int:

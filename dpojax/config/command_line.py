@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dpojax.config.files import read_config, with_shipped
+from dpojax.config.help_text import about_text, flags_help, help_width
 
 OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what editors make of hyphens
 CONFIG_WORD = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
@@ -105,7 +106,7 @@ def parse_flags(
       SystemExit: 0, after --help.
     """
     if {"-h", "--help", "--helpshort", "--helpfull"} & set(words):
-        print(f"{(about or '').strip()}\n\nflags:\n{_flags_help()}")
+        print(f"{about_text(about or '', help_width())}\n\nflags:\n{flags_help(_own())}")
         if config is not None:
             print(f"\n{keys_help(words)}")
         sys.exit(0)
@@ -167,7 +168,10 @@ def keys_help(words: Sequence[str] = ()) -> str:
     config = read_config(path) if path else None
     whose = path or "dpojax"
     return "\n".join(
-        [f"keys, --config.KEY=VALUE, with the values of {whose}:", *help_lines(config)]
+        [
+            f"keys, --config.KEY=VALUE, with the values of {whose}:",
+            *help_lines(config, help_width()),
+        ]
     )
 
 
@@ -375,18 +379,6 @@ def _own() -> list[str]:
     """The flags of the script itself, without those that absl has for every program."""
     main = flags.FLAGS.find_module_defining_flag
     return [name for name in flags.FLAGS if not (main(name) or "absl").startswith("absl")]
-
-
-def _flags_help() -> str:
-    """The script's own flags with their meaning and default."""
-    lines = []
-    for name in sorted(_own()):
-        flag = flags.FLAGS[name]
-        shown = f"--[no]{name}" if flag.boolean else f"--{name}"
-        default = f" (default: {flag.default_as_str})" if flag.default_as_str else ""
-        text = f"{shown}: {flag.help}{default}"
-        lines.append(flags.text_wrap(text, indent="    ", firstline_indent="  "))
-    return "\n".join(lines)
 
 
 def _is_flag(word: str) -> bool:

@@ -172,6 +172,19 @@ class ChatTemplate:
         return re.search(rf"\b{re.escape(name)}\b", self.source(record)) is not None
 
 
+def prompt_text(tokenizer: Any, messages: Sequence[Turn]) -> str:
+    """The text of messages by a tokenizer's chat template, up to the assistant's next turn.
+
+    Raises:
+      DataError: the template refuses the messages, or it cannot be used.
+    """
+    record = Record("the message", tuple(messages), ())
+    try:
+        return ChatTemplate(tokenizer).render(record, messages, generate=True)
+    except Refused as refusal:
+        raise DataError(f"the chat template refuses it: {refusal}") from refusal
+
+
 def _reserved(kind: type) -> set[str]:
     """Arguments of `apply_chat_template` that a record may not set."""
     parameters = inspect.signature(kind.apply_chat_template).parameters

@@ -83,7 +83,7 @@ def report(
     blocks += ["## What the points say"]
     blocks += ["\n".join(f"* {text}" for text in conclusions(points, optimum, base))]
     if failed:
-        listed = "\n".join(f"* {name}: {why}" for name, why in failed.items())
+        listed = "\n".join(f"* {escaped(name)}: {escaped(why)}" for name, why in failed.items())
         blocks += ["## Runs that failed", f"Their points are those before.\n\n{listed}"]
     blocks += [POINTS, _about_the_table(optimum), table(points, optimum, base)]
     blocks += [WHAT_WAS_RUN]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
+from dpojax import display
 from dpojax.chips import chip_of
 from dpojax.planning import plan
 from dpojax.planning.chips import Topology, topology
@@ -83,6 +84,16 @@ class Outline:
             f"On {self.chips.name} in all at least {self.hours:.2f} h, "
             f"{self.chips.chip_count * self.hours:.1f} chip-hours{without}"
         )
+
+
+def show(dry_run: Callable[[Outline], Iterator[str]], chips: str) -> None:
+    """Print the lines of a dry run, and on standard error what is being compiled.
+
+    Args:
+      chips: see `Outline`.
+    """
+    for line in dry_run(Outline(chips, say=display.complain)):
+        display.say(line)
 
 
 def hours_of_members(one: StagePlan, members: int) -> float:

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from dpojax.config.command_line import UsageError
+from dpojax.data.records import DataError
+from dpojax.data.templates import prompt_text
 from dpojax.runs.policy import Policy
 from dpojax.sampling import ResponsePrefix, build_sampler, pad
 from dpojax.sharding import to_host
@@ -62,6 +64,10 @@ class Dialogue:
     def uses_template(self) -> bool:
         return self.settings.template and bool(self.policy.tokenizer.chat_template)
 
+    @property
+    def system_turn(self) -> dict[str, str]:
+        return {"role": "system", "content": self.settings.system}
+
     def clear(self) -> None:
         """Begin a new dialogue."""
         self.messages = []
@@ -74,13 +80,14 @@ class Dialogue:
 
         Raises:
           NoRoom: the message alone is too long for the model.
+          DataError: the chat template refuses the messages.
         """
         if not self.uses_template:
             self.messages = []
         self.messages.append({"role": "user", "content": message})
         try:
             prompt = self._prompt()
-        except NoRoom:
+        except ValueError:
             self.messages.pop()
             raise
         answer = {"role": "assistant", "content": ""}
@@ -109,10 +116,9 @@ class Dialogue:
     def _prompt(self) -> list[int]:
         """The ids before the reply; the oldest exchanges are left out if they do not fit."""
         limit = self.policy.model.config.max_positions - PIECE
-        system = [{"role": "system", "content": self.settings.system}]
         for start in range(0, len(self.messages), 2):
             messages = self.messages[start:]
-            ids = self._encode([*system, *messages] if self.settings.system else messages)
+            ids = self._encode([self.system_turn, *messages] if self.settings.system else messages)
             if len(ids) <= limit:
                 self.forgotten = start // 2
                 return ids
@@ -123,9 +129,7 @@ class Dialogue:
     def _encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         tokenizer = self.policy.tokenizer
         if self.uses_template:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            text = prompt_text(tokenizer, messages)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = tokenizer(messages[-1]["content"])["input_ids"]
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 else ids
@@ -176,10 +180,30 @@ class Dialogue:
 
 
 def require_template(name: str, dialogue: Dialogue) -> None:
-    """Raise UsageError for a system message that no prompt of the dialogue would hold."""
-    if dialogue.settings.system and not dialogue.uses_template:
-        reason = _why_no_template(dialogue)
-        raise UsageError(f"--system: {name} would not read it, since {reason}; leave it out")
+    """Raise UsageError for a system message that no prompt of the dialogue would hold.
+
+    Also for a chat template that refuses all messages.
+    """
+    if not dialogue.uses_template:
+        if dialogue.settings.system:
+            reason = _why_no_template(dialogue)
+            raise UsageError(f"--system: {name} would not read it, since {reason}; leave it out")
+        return
+    messages, tokenizer = [{"role": "user", "content": "hello"}], dialogue.policy.tokenizer
+    try:
+        without = prompt_text(tokenizer, messages)
+    except DataError as error:
+        raise UsageError(
+            f"{name}: {error}; with --notemplate each line is a prompt that the model goes on with"
+        ) from error
+    if dialogue.settings.system:
+        try:
+            is_read = prompt_text(tokenizer, [dialogue.system_turn, *messages]) != without
+            reason = "its chat template leaves it out"
+        except DataError as error:
+            is_read, reason = False, str(error)
+        if not is_read:
+            raise UsageError(f"--system: {name} would not read it, since {reason}; leave it out")
 
 
 def _why_no_template(dialogue: Dialogue) -> str:

@@ -60,7 +60,13 @@ def open_summary(stage: ExampleStage) -> Callable[[ExampleStage, dict], Summary]
         values = by_source.pop("")
         kl_per_token = {"before": 0.0, "after": kl.flush()[KL]}
         pairs = member.batches.data.count_held_out_pairs()
-        summary = {"pairs": pairs, "values": values, "kl_per_token_exact": kl_per_token}
+        reward = preference.loss_reward(member.loss.name, member.loss.options)
+        summary = {
+            "pairs": pairs,
+            "values": values,
+            "kl_per_token_exact": kl_per_token,
+            "reward": {"formula": reward.formula, "unit": reward.unit},
+        }
         if by_source:
             summary["by_source"] = by_source
         text = _table(member, pairs, values["before"], values["after"], kl_per_token, by_source)

@@ -12,7 +12,7 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpojax import storage
@@ -26,7 +26,6 @@ from dpojax.stages.samples import WIN_SCORE, last_samples
 from dpojax.stages.wins import RATE as WIN_RATE
 from dpojax.sweeps.best import FILE as BEST
 from dpojax.sweeps.best import (
-    Criterion,
     choose_best,
     describe_best,
     measure_keys,
@@ -65,11 +64,12 @@ class Column(NamedTuple):
         return f"{value} ± {spread[0]}" if self.with_error else f"{value} ({' to '.join(spread)})"
 
 
+MARGINS = "rewards/margins"
 COLUMNS = (
     Column("held-out loss", "loss", 1, "z.4f"),
     Column("accuracy, %", "rewards/accuracies", 100, "z.1f"),
     Column("accuracy, %", "accuracy", 100, "z.1f"),
-    Column("margin, nats", "rewards/margins", 1, "+z.3f"),
+    Column("margin", MARGINS, 1, "+z.3f"),  # of several units, see `_with_unit`
     Column("KL, nats/token", "kl/per_token", 1, "z.4f"),
     Column("chosen less likely, %", "displacement", 100, "z.1f"),
     Column("reward of samples", "samples/reward", 1, "z.3f", with_error=True),
@@ -86,7 +86,8 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
 
     Args:
       plan: what sweep.json holds.
-      best: a metric, as `parse_best` takes it; "" names no best member.
+      best: a metric, as `parse_best` takes it; "" takes that of the best.json that is there, whose
+        best member may no longer be the best, and names none where there is no such file.
 
     Returns:
       the table as text, in blocks of columns where the terminal is too narrow; then why members
@@ -119,7 +120,8 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
     if TENSORBOARD in plan["config"].get("trackers", ()):
         write_hparams(folder, members, evaluations)
     settings = settings_of(members, stage, plan["config"]["seed"])
-    columns = _columns(evaluations, has_one_measure)
+    units = {_reward_unit(folder / name / stage) for name in evaluations}
+    columns = _with_unit(_columns(evaluations, has_one_measure), units)
     if len(settings) < len(members):
         storage.write_text(folder / SEED_MEANS, seeds_csv(settings, evaluations))
         lines = blocks_table(_rows_of_seeds(settings, evaluations, columns), terminal_width())
@@ -131,30 +133,42 @@ def write_table(folder: storage.Path, plan: Mapping[str, Any], best: str = "") -
         textwrap.shorten(f"{name}: {why}", width, placeholder=" ...")
         for name, why in failures.items()
     ]
-    try:
-        if criterion := parse_best(best, stage, list(members.values())):
-            lines += ["", _best_text(criterion, settings, evaluations, folder)]
-    except UsageError as error:  # the table is shown all the same
-        lines += ["", str(error)]
+    if text := _best_text(best, plan, settings, evaluations, folder):
+        lines += ["", text]
     return "\n".join(lines)
 
 
 def _best_text(
-    criterion: Criterion,
+    best: str,
+    plan: Mapping[str, Any],
     settings: Sequence[Setting],
     evaluations: Evaluations,
     folder: storage.Path,
 ) -> str:
-    """Write best.json; say which member is best, or why none is.
-
-    Raises:
-      UsageError: see `choose_best`.
-    """
-    chosen = choose_best(criterion, settings, evaluations)
-    storage.write_json(folder / BEST, chosen or {"metric": criterion.metric, "setting": None})
+    """Write best.json anew; say which member is best, or why none is. "" if nobody asks."""
+    best = best or _written_best(folder)
+    (folder / BEST).unlink(missing_ok=True)
+    try:
+        members = list(plan["members"].values())
+        criterion = parse_best(best, plan["config"]["stages"][-1], members)
+        if criterion is None:
+            return ""
+        chosen = choose_best(criterion, settings, evaluations)
+    except UsageError as error:  # the table is shown all the same
+        return str(error)
+    content = chosen or {"metric": criterion.metric, "setting": None}
+    storage.write_json(folder / BEST, {"criterion": best} | content)
     if chosen:
         return describe_best(chosen, folder)
     return f"no setting has a finite eval/{criterion.metric} for each of its seeds"
+
+
+def _written_best(folder: storage.Path) -> str:
+    """The --best of the call that wrote best.json; "" where there is none that can be read."""
+    try:
+        return storage.read_json(folder / BEST, fields={"criterion": str})["criterion"]
+    except (FileNotFoundError, storage.StorageError):
+        return ""
 
 
 def files_text(folder: storage.Path) -> str:
@@ -170,10 +184,20 @@ def kept_evaluation(folder: storage.Path, lines: Sequence[Mapping[str, float]]) 
       folder: of the stage, which is finished.
       lines: its evaluations, one or more.
     """
-    path = folder / "summary.json"
-    best = storage.read_json(path).get("kept") if path.is_file() else None
+    best = _read_summary(folder).get("kept")
     step = best["step"] if best else None
     return next((line for line in lines if line["step"] == step), lines[-1])
+
+
+def _read_summary(folder: storage.Path) -> Mapping[str, Any]:
+    """summary.json of a stage; {} where a stage leaves none."""
+    path = folder / "summary.json"
+    return storage.read_json(path) if path.is_file() else {}
+
+
+def _reward_unit(folder: storage.Path) -> str:
+    """The unit of the reward that a stage's loss trains; "" where its summary does not say."""
+    return _read_summary(folder).get("reward", {}).get("unit", "")
 
 
 def add_differences(
@@ -233,10 +257,21 @@ def _csv(
 def _columns(evaluations: Evaluations, has_one_measure: bool) -> list[Column]:
     """The columns of the metrics that were logged; no loss where members' losses differ in meaning.
 
-    A margin stays, in the nats of its member's own reward.
+    A margin stays; it is of each member's own reward.
     """
     columns = [c for c in COLUMNS if any(c.metric in line for line in evaluations.values())]
     return [column for column in columns if has_one_measure or column.metric != "loss"]
+
+
+def _with_unit(columns: Sequence[Column], units: Collection[str]) -> list[Column]:
+    """The columns; the margin's heading has its unit where all members have the same one."""
+    unit = next(iter(units)) if len(units) == 1 else ""
+    if not unit:
+        return list(columns)
+    return [
+        column._replace(heading=f"{column.heading}, {unit}") if column.metric == MARGINS else column
+        for column in columns
+    ]
 
 
 def _rows(

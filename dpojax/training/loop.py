@@ -21,7 +21,7 @@ from dpojax.training.keep_best import KEEP_BEST, KeepBest
 from dpojax.training.lost_updates import LOST_UPDATES
 from dpojax.training.metrics import MetricWriter, evaluation_line
 from dpojax.training.objective import Hyper
-from dpojax.training.pace import Pace, speed_line
+from dpojax.training.pace import Pace, Speed, speed_line
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
@@ -131,7 +131,7 @@ class TrainLoop:
             followed.restore(saved)  # at step 0 nothing is saved
         goodput.goes_on(self.stage, done)
         first = done + 1
-        pace = Pace(self.flops, self.ceiling, self.devices, self.peak)
+        pace = Pace(Speed(self.flops, self.ceiling, self.devices, self.peak))
         pace.carry_over(saved.get(WINDOW))
         if done == 0 or saved.get(NOT_EVALUATED):
             self._evaluate(state, done, pace)

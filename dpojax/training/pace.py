@@ -81,16 +81,10 @@ class Speed:
 
 
 class Pace:
-    """Metrics and speed of the steps until `flush`; arguments as of `Speed`."""
+    """Metrics and speed of the steps until `flush`."""
 
-    def __init__(
-        self,
-        flops: Callable[[Rows], float],
-        ceiling: Callable[[], float],
-        devices: int = 1,
-        peak: float | None = None,
-    ):
-        self.window, self.speed = Window(), Speed(flops, ceiling, devices, peak)
+    def __init__(self, speed: Speed):
+        self.window, self.speed = Window(), speed
         self.seen = 0  # tokens since step 0
 
     def not_logged(self) -> dict:

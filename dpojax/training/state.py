@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -159,7 +160,7 @@ def abstract_state(
     there if `with_reference`. Everything else is replicated.
     """
     params = sharding.tree_shardings(abstract_params, mesh, rules)
-    initial = lambda p: initial_state(p, optimizer, 0, with_reference=with_reference)
+    initial = partial(initial_state, optimizer=optimizer, seed=0, with_reference=with_reference)
     shapes = jax.eval_shape(initial, abstract_params)
     repl = sharding.replicated(mesh)
     opt_state = optax.tree.map_params(

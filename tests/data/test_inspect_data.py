@@ -52,6 +52,26 @@ def run(data, tokenizer, *options):
     return inspect_data.main(["--data", str(data), "--tokenizer", str(tokenizer), *options])
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_lines_of_tokens_end_between_two_tokens_and_fit_the_terminal(tokenizer, colour):
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    ids = np.array(loaded("日本 " + "abcdefgh " * 20)["input_ids"])
+    example = Example("a:1", ids, (ids[:9],), (False,), label=True)
+    whole = inspect_data.render(example, loaded, colour).split("\n")
+    lines = inspect_data.render(example, loaded, colour, width=40).split("\n")
+    assert len(lines) > len(whole)
+    widths = [wcwidth(re.sub(r"\x1b\[\d*m", "", line)) for line in lines]
+    assert 35 < max(widths) <= 40
+    assert "".join(line.removeprefix("  ") for line in lines) == "".join(
+        line.removeprefix("  ") for line in whole
+    )
+
+
+def wcwidth(text):
+    """Of a text whose only wide letters are those of the test."""
+    return len(text) + sum(letter in "日本" for letter in text)
+
+
 def test_it_prints_tokens_with_their_boundaries_and_then_the_report(data, tokenizer, capsys):
     assert run(data, tokenizer) == 0
     out = capsys.readouterr().out

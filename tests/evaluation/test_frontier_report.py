@@ -195,6 +195,13 @@ def test_what_was_run_and_on_what_and_how_long_are_tables(seconds):
         assert times == [("sft", "0:01:01"), ("dpo", "1:06:40")]
 
 
+def test_why_a_run_failed_is_one_item_of_a_list_and_no_markup():
+    got = report(DPO, limit(), BASE, {}, failed={"ppo_gt": "loss is nan\n# step 3 | *all* of it"})
+    (item,) = re.findall(r"^\* ppo.*$", got, re.MULTILINE)
+    assert item == r"* ppo\_gt: loss is nan \# step 3 \| \*all\* of it"
+    assert "\n# step" not in got
+
+
 @pytest.mark.parametrize("module", [frontier_report, markdown])
 def test_examples_in_the_docstrings_run(module):
     result = doctest.testmod(module)

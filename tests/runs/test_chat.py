@@ -133,6 +133,34 @@ def test_a_system_message_that_no_prompt_would_hold_is_refused(policy):
         require_template("m", Dialogue(policy, ChatSettings(system="i", template=False)))
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "role not supported.*--notemplate"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", ""),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            "leaves it out",
+        ),
+    ],
+)
+def test_a_template_that_reads_no_system_message_is_told_before_the_first_line(
+    policy, template, said, monkeypatch
+):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    with pytest.raises(UsageError, match=said or "--system: m .*refuses it: no system"):
+        require_template("m", Dialogue(policy, ChatSettings(system="i")))
+
+
+def test_a_message_that_the_template_refuses_is_as_if_it_had_not_been_said(policy, monkeypatch):
+    template = "{% if messages[-1].content == 'think' %}{{ raise_exception('no') }}{% endif %}"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    dialogue = Dialogue(policy, ChatSettings())
+    with pytest.raises(ValueError, match="the chat template refuses it: no"):
+        dialogue.reply("think")
+    assert dialogue.messages == []
+
+
 def test_a_reply_is_one_line_that_can_be_read_back():
     text = "a\n\tb \\n c"
     line = one_line(text)

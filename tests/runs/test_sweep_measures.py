@@ -1,6 +1,7 @@
 """What members of a sweep are compared by: no loss where it means another thing in each of them."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -27,15 +28,18 @@ def test_losses_of_another_beta_are_another_measure_and_those_of_another_rate_ar
 
 def test_the_table_has_no_loss_where_it_cannot_be_compared():
     headings = [column.heading for column in table._columns({"a": LINE}, True)]
-    assert headings == ["held-out loss", "accuracy, %", "margin, nats", "KL, nats/token"]
+    assert headings == ["held-out loss", "accuracy, %", "margin", "KL, nats/token"]
     shown = [column.heading for column in table._columns({"a": LINE}, False)]
     assert shown == headings[1:]
 
 
-def make_members(folder, accuracies, failed=()):
-    """Workdirs of members as runs leave them, and what sweep.json says of them."""
-    for name, accuracy in accuracies.items():
+def make_members(folder, accuracies, failed=(), units=()):
+    """Workdirs of members as runs leave them; returns what writes the table of a sweep of them."""
+    for name, unit in itertools.zip_longest(accuracies, units):
+        accuracy = accuracies[name]
         (folder / name / "preference").mkdir(parents=True)
+        summary = {"reward": {"unit": unit}} if unit else {}
+        (folder / name / "preference" / "summary.json").write_text(json.dumps(summary))
         line = LINE | {"split": "eval", "time": 1.0, "rewards/accuracies": accuracy}
         (folder / name / "preference" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         (folder / name / "finished.json").write_text("{}")
@@ -43,8 +47,8 @@ def make_members(folder, accuracies, failed=()):
         (folder / name).mkdir(parents=True)
         (folder / name / "failed.txt").write_text("loss is not finite at step 0")
     config = {"stages": ["preference"], "seed": 0, "trackers": []}
-    return lambda members: table.write_table(
-        storage.as_path(folder), {"config": config, "members": members}, "eval/loss"
+    return lambda members, best="eval/loss": table.write_table(
+        storage.as_path(folder), {"config": config, "members": members}, best
     )
 
 
@@ -57,6 +61,33 @@ def test_a_best_member_that_cannot_be_named_takes_away_no_table(tmp_path):
     assert not (tmp_path / "best.json").exists()
 
 
+def test_a_sweep_that_grew_has_no_best_member_of_before(tmp_path):
+    members = dict(zip("abc", [*RATES, {"preference.learning_rate": 1e-2}]))
+    best = lambda: json.loads((tmp_path / "best.json").read_text())["setting"]
+    write = make_members(tmp_path, {"a": 0.7, "b": 0.8})
+    write({name: members[name] for name in "ab"}, "eval/rewards/accuracies")
+    assert best() == "learning_rate-0.0001"
+    write = make_members(tmp_path, {"c": 0.9})
+    assert "best by eval/rewards/accuracies" in write(members, "")
+    assert best() == "learning_rate-0.01"
+    write(members | {"d": BETAS[1]}, "eval/loss")  # refused: another beta is another loss
+    assert not (tmp_path / "best.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("units", "heading"),
+    [
+        (("nats per token", "nats per token"), "margin, nats per token"),
+        (("no unit", "no unit"), "margin, no unit"),
+        (("nats", "nats per token"), "margin  "),  # of DPO and SimPO
+        ((), "margin  "),
+    ],
+)
+def test_the_margin_has_the_unit_of_the_reward_where_all_members_have_one(tmp_path, units, heading):
+    text = make_members(tmp_path, {"a": 0.7, "b": 0.8}, units=units)(dict(zip("ab", RATES)), "")
+    assert heading in text.splitlines()[0]
+
+
 def test_a_sweep_of_which_all_members_failed_or_none_has_begun_has_a_table(tmp_path):
     write = make_members(tmp_path, {}, failed=("a",))
     text = write({"a": RATES[0]})
@@ -64,7 +95,8 @@ def test_a_sweep_of_which_all_members_failed_or_none_has_begun_has_a_table(tmp_p
     assert "no setting has a finite eval/loss for each of its seeds" in text
     (row,) = csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines())
     assert row["failed"] == "loss is not finite at step 0"
-    assert json.loads((tmp_path / "best.json").read_text()) == {"metric": "loss", "setting": None}
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best == {"criterion": "eval/loss", "metric": "loss", "setting": None}
     write({"b": RATES[1]})
     assert (tmp_path / "sweep.csv").read_text().splitlines() == [
         "member,preference.learning_rate,step,failed"

@@ -15,7 +15,7 @@ from dpojax.training.checkpoints import Checkpoints, best, load_params
 from dpojax.training.keep_best import KeepBest
 from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.metrics import MetricWriter, read_metrics
-from dpojax.training.pace import Pace
+from dpojax.training.pace import Pace, Speed
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.stop_at import StopAt
 
@@ -248,7 +248,7 @@ def test_a_run_killed_around_an_evaluation_stops_where_the_value_is_first_reache
 
 def test_the_matmul_ceiling_is_asked_when_a_speed_is_logged_and_not_before():
     asked = []
-    pace = Pace(lambda rows: 6.0, lambda: asked.append(True) or 2.0)
+    pace = Pace(Speed(lambda rows: 6.0, lambda: asked.append(True) or 2.0))
     assert "perf/model_flops_utilisation" not in pace.flush()
     assert not asked
     pace.speed.flops, pace.speed.steps, pace.speed.fill = 6.0, 1, [1.0]

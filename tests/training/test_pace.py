@@ -9,7 +9,7 @@ from dpojax.chips import CHIPS
 from dpojax.training import pace, throughput
 from dpojax.training.metric_names import aliases, parse_programs
 from dpojax.training.metrics import Metric, MetricWriter, read_metrics
-from dpojax.training.pace import Pace, speed_line
+from dpojax.training.pace import Pace, Speed, speed_line
 from dpojax.training.throughput import makers_peak
 
 DEVICES = 4
@@ -28,7 +28,7 @@ def measured(monkeypatch):
     monkeypatch.setattr(pace, "utilisation", lambda rows: 0.75)
 
     def flush(peak):
-        ours = Pace(lambda rows: 1e14, lambda: 4e14, DEVICES, peak)
+        ours = Pace(Speed(lambda rows: 1e14, lambda: 4e14, DEVICES, peak))
         for _ in range(2):
             report = types.SimpleNamespace(metrics={"loss": Metric(1.0, 2.0)})
             ours.add(rows(300, 8), report)
