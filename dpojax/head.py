@@ -101,7 +101,7 @@ def target_logits(hidden: Array, head: Head, targets: Array) -> Array:
     Returns:
       [..., T].
     """
-    target_weight = _gather_width(head.weight)[targets]  # [..., T, D]
+    target_weight = gather_width(head.weight)[targets]  # [..., T, D]
     dtype = sum_dtype(hidden)
     logits = jnp.einsum("...d,...d->...", hidden, target_weight, preferred_element_type=dtype)
     return _shape_logits(logits, head, None if head.bias is None else head.bias[targets])
@@ -150,10 +150,10 @@ def scan_vocabulary(function: Callable, carry, head: Head, chunks: VocabularyChu
     vocabulary = len(head.weight)
     if chunks.count == 1:
         every_token = ChunkTokens(jnp.arange(vocabulary), jnp.ones(vocabulary, bool))
-        head = head._replace(weight=_gather_width(head.weight))
+        head = head._replace(weight=gather_width(head.weight))
         carry, output = function(carry, head, every_token, jax.tree.map(lambda x: x[0], inputs))
         return carry, jax.tree.map(lambda x: x[None], output)
-    weight = _chunk_view(chunks, _gather_width(head.weight))
+    weight = _chunk_view(chunks, gather_width(head.weight))
     bias = None if head.bias is None else _chunk_view(chunks, head.bias)
 
     def scan_body(carry, index_and_input):
@@ -231,7 +231,7 @@ def _chunk_logits(tokens: int, max_logits: int, mesh: AbstractMesh) -> int:
     return min(max_logits, max(CPU_CACHE_LOGITS, MIN_CPU_CHUNK * tokens))
 
 
-def _gather_width(weight: Array) -> Array:
+def gather_width(weight: Array) -> Array:
     """Gather the weight over `fsdp` at once.
 
     Else XLA gathers it in every turn of a loop. Where the axes of the mesh have another order in

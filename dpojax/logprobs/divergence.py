@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dpojax.head import Head, logits_of
+from dpojax.head import Head, gather_width, logits_of
 from dpojax.logprobs.checks import check_reference
 from dpojax.logprobs.tokens import by_token
 
@@ -42,8 +42,8 @@ def token_kl(
     check_reference(hidden, head, reference_hidden, reference_head)
 
     def compute(hidden: Array, reference_hidden: Array, *arrays: Array | None) -> Array:
-        policy_head = head._replace(weight=arrays[0], bias=arrays[1])
-        other_head = reference_head._replace(weight=arrays[2], bias=arrays[3])
+        policy_head = head._replace(weight=gather_width(arrays[0]), bias=arrays[1])
+        other_head = reference_head._replace(weight=gather_width(arrays[2]), bias=arrays[3])
 
         @jax.checkpoint
         def kl_of_chunk(hidden_pair: tuple[Array, Array]) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dpojax.head import Head, logits_of
+from dpojax.head import Head, gather_width, logits_of
 from dpojax.logprobs.checks import check_reference, check_tokens
 from dpojax.logprobs.divergence import map_token_chunks, token_chunk_count
 from dpojax.logprobs.tokens import PerturbedLogprobs, by_token
@@ -47,8 +47,8 @@ def perturbed_logprobs(
 
     def compute(hidden, reference_hidden, targets, epsilon, *weights_and_biases):
         weight, bias, other_weight, other_bias = weights_and_biases
-        policy_head = head._replace(weight=weight, bias=bias)
-        other_head = reference_head._replace(weight=other_weight, bias=other_bias)
+        policy_head = head._replace(weight=gather_width(weight), bias=bias)
+        other_head = reference_head._replace(weight=gather_width(other_weight), bias=other_bias)
 
         def of_chunk(chunk: tuple[Array, Array, Array]) -> PerturbedLogprobs:
             logits = logits_of(chunk[0], policy_head)  # [..., t, V]

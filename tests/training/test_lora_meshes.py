@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from dpojax import sharding
+from dpojax.methods import preference
 from dpojax.models import lora
 from dpojax.models.decoder import SHARDING_RULES
 from dpojax.models.lora import LORA_RULES
@@ -49,8 +50,9 @@ def batch(rows, score, params):
     return rows._replace(reference=np.asarray(score(params, rows).logprob))
 
 
-def curve(mesh, model, params, objective, rows, hyper):
+def curve(mesh, model, params, objective, rows, hyper, steps=STEPS):
     """The mean loss of the batch before each step of plain descent, and the adapters at the end."""
+    forward = language_model(model, statistics=objective.statistics)
     adapters = jax.tree.map(np.asarray, lora.init(jax.random.key(2), params, CONFIG))
     abstract = abstract_state(adapters, sgd(), mesh, LORA_RULES)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -61,11 +63,11 @@ def curve(mesh, model, params, objective, rows, hyper):
         start = jax.device_put(adapters, shardings.params)
         state = new_state(start, sgd(), abstract, seed=0)
         step = jax.jit(
-            build_step(adapted(language_model(model), CONFIG), objective, sgd(), one),
+            build_step(adapted(forward, CONFIG), objective, sgd(), one),
             out_shardings=(shardings, None),
         )
         placed, losses = sharding.put_rows(rows, mesh), []
-        for _ in range(STEPS):
+        for _ in range(steps):
             state, report = step(state, placed, hyper, FrozenWeights(base=base))
             losses.append(report.metrics["loss"].value)
     return np.array(losses), jax.device_get(state.params)
@@ -109,3 +111,23 @@ def test_the_curve_is_that_of_one_device(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), adapters, one_device[1]
     )
+
+
+@pytest.mark.slow
+def test_losses_of_whole_distributions_learn_along_one_curve_on_a_mesh(model, params, batch):
+    """TDPO and epsilon-DPO read all logits of the policy and of a live reference.
+
+    CPUs wait for each other for ever on such a mesh where a head is not gathered over fsdp at once.
+    """
+    loss, given = "tdpo+epsilon_dpo", {"weights": (1.0, 1.0), "epsilon": 0.2, "beta": 0.5}
+    options = preference.resolve(loss, given)
+    objective = preference.objective(loss, options)
+    assert objective.statistics == ("kl", "perturbed")
+    numbers = preference.hyper(options | {"learning_rate": 0.3})
+    shape, order = MESHES[FAST]
+    single = sharding.make_mesh(devices=jax.devices()[:1])
+    several = sharding.reordered(sharding.make_mesh(*shape), order)
+    losses, _ = curve(several, model, params, objective, batch, numbers, steps=3)
+    want, _ = curve(single, model, params, objective, batch, numbers, steps=3)
+    assert want[-1] < want[0] - 0.05
+    np.testing.assert_allclose(losses, want, atol=2e-5, rtol=0)
