@@ -224,13 +224,16 @@ def _options() -> dict:
         # The assumed share of wrong labels: of dpo, dpo_norm, robust, exo, aot, simpo, cpo, ...
         label_smoothing=number(),
         # The alpha of docs/losses.md: of unlikelihood, cpo, slic, tdpo, alphapo, odpo, tpo_l,
-        # beta_dpo, alpha_dpo.
+        # beta_dpo, alpha_dpo, uni_dpo.
         alpha=number(),
-        gamma=number(),  # simpo, alphapo, tpo_l, simnpo, alpha_dpo: the target margin
+        # simpo, alphapo, tpo_l, simnpo, alpha_dpo: the target margin. uni_dpo: how much pairs that
+        # are well apart are weighed down.
+        gamma=number(),
         tau=number(),  # discopop: its temperature
         penalty=number(),  # dpop: weight of the penalty where chosen becomes less likely
-        margin=number(),  # slic: the target margin
-        scale=number(),  # rpo, dpo_soft: of the data's score gaps
+        margin=number(),  # slic, uni_dpo: the target margin
+        scale=number(),  # rpo, dpo_soft, uni_dpo, lambda_dpo: of the data's scores
+        good_score=number(),  # uni_dpo: a chosen response is good from this score on
         epsilon=number(),  # epsilon_dpo: by how much logits are perturbed, and beta is changed
         momentum=number(),  # beta_dpo: of the mean gap over the batches
         retain_weight=number(),  # npo, simnpo: of the likelihood of responses to be kept

@@ -53,10 +53,10 @@ from dpojax.losses.margin import (
     per_token,
 )
 from dpojax.losses.noise import dpo_soft, dpo_ties, exo, robust
-from dpojax.losses.offsets import dpop, odpo, rpo, tdpo
+from dpojax.losses.offsets import dpop, mappo, odpo, rpo, tdpo, uni_dpo
 from dpojax.losses.pair import NO_REFERENCE, Pair
 from dpojax.losses.presets import PRESETS, preset
-from dpojax.losses.ranked import plackett_luce
+from dpojax.losses.ranked import lambda_dpo, plackett_luce
 from dpojax.losses.reference_free import alphapo, cpo, orpo, simper, simpo, slic, tpo_l
 from dpojax.losses.regression import astar_po, optimal_values
 from dpojax.losses.transport import aot, aot_unpaired
@@ -102,8 +102,10 @@ __all__ = [
     "ipo",
     "kto",
     "kto_baseline",
+    "lambda_dpo",
     "ld_logprobs",
     "log_ratios",
+    "mappo",
     "mixture",
     "nca",
     "npo",
@@ -125,6 +127,7 @@ __all__ = [
     "sppo",
     "tdpo",
     "tpo_l",
+    "uni_dpo",
     "unlikelihood",
     "update_baseline",
     "wpo_weights",

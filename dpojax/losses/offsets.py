@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dpojax.losses.checks import checked
-from dpojax.losses.margin import implicit_rewards, log_ratios
+from dpojax.losses.margin import dpo_norm, implicit_rewards, log_ratios, per_token
 from dpojax.losses.pair import Pair
 
 
@@ -135,6 +135,88 @@ def rpo(
     if form == "fwd_kl":
         return _bernoulli_kl(implicit_margin, target_margin)
     raise ValueError(f"rpo: form must be 'sq', 'bwd_kl' or 'fwd_kl', got {form!r}")
+
+
+@checked
+def mappo(
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    score_gap: ArrayLike,
+) -> Array:
+    """Per-pair loss -log sigmoid(r_chosen - score_gap r_rejected) with r the implicit rewards.
+
+    Maximum-a-posteriori preference optimisation (MaPPO), Lan et al. 2025, eq. 8. The nearer the two
+    scores of a pair are, the less the loss pushes the rejected response down. With a gap of 1 it is
+    `dpo`; with 0 the rejected response gets no gradient.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: strength of the KL penalty, > 0.
+      score_gap: score_w - score_l of a reward model with scores in [0, 1], so in [0, 1]: a scalar
+        or the pairs' shape; their Delta_r.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> print(f"{mappo(policy, reference, beta=0.1, score_gap=0.5):.3f}")
+    0.644
+    """
+    reward = implicit_rewards(policy, reference, beta)
+    return -jax.nn.log_sigmoid(reward.chosen - score_gap * reward.rejected)
+
+
+@checked
+def uni_dpo(
+    policy: Pair[ArrayLike],
+    reference: Pair[ArrayLike],
+    *,
+    beta: ArrayLike,
+    lengths: Pair[ArrayLike],
+    scores: Pair[ArrayLike],
+    scale: ArrayLike,
+    margin: ArrayLike,
+    gamma: ArrayLike,
+    alpha: ArrayLike,
+    good_score: ArrayLike,
+) -> Array:
+    """Per-pair `dpo_norm`, weighted by the quality of the pair and by what the policy has to learn.
+
+    quality * hardness * -log sigmoid(beta (d_w / |w| - d_l / |l|)) + alpha nll, where
+      quality  = sigmoid(scale (score_w - score_l))
+      hardness = sigmoid(margin - beta (l_w / |w| - l_l / |l|))^gamma
+      nll      = -l_w / |w| where the policy finds a good chosen response less likely than the
+                 reference does (d_w < 0 and score_w >= good_score), else 0
+
+    Uni-DPO, Peng et al. 2026, as in the authors' code for text. A gradient flows through
+    `hardness`, too. With scale = gamma = alpha = 0 it is half of `dpo_norm`.
+
+    Args:
+      policy, reference: sequence log-probs, nats, any shape.
+      beta: scale of the per-token rewards, > 0: 2 in their code.
+      lengths: tokens of each response, clamped to at least 1.
+      scores: a judge's or a reward model's scores of the responses, the pairs' shape.
+      scale: nats per unit of the scores; their eta.
+      margin: target of beta (l_w / |w| - l_l / |l|), nats; their tau_ref.
+      gamma: how much well-separated pairs are weighed down, >= 0.
+      alpha: weight of the likelihood; their lambda.
+      good_score: a chosen response with this score or more is a good one; their tau_good.
+
+    >>> policy, reference = Pair(-12.0, -14.0), Pair(-12.5, -13.0)
+    >>> loss = uni_dpo(policy, reference, beta=2.0, lengths=Pair(5, 4), scores=Pair(8.0, 6.0),
+    ...                scale=0.1, margin=0.8, gamma=1.0, alpha=0.01, good_score=7.0)
+    >>> print(f"{loss:.4f}")
+    0.0439
+    """
+    absolute = per_token(policy, lengths)
+    separation = beta * (absolute.chosen - absolute.rejected)
+    quality = jax.nn.sigmoid(scale * (scores.chosen - scores.rejected))
+    # sigmoid(z)^gamma in logarithms: its gradient stays finite where sigmoid(z) rounds to 0.
+    hardness = jnp.exp(gamma * jax.nn.log_sigmoid(margin - separation))
+    sunk = (policy.chosen < reference.chosen) & (scores.chosen >= good_score)
+    nll = jnp.where(sunk, -absolute.chosen, 0.0)
+    return (
+        quality * hardness * dpo_norm(policy, reference, beta=beta, lengths=lengths) + alpha * nll
+    )
 
 
 def _bernoulli_kl(first: Array, second: Array) -> Array:

@@ -93,7 +93,6 @@ class LanguageStage(TrainedStage):
         forward = language_model(
             setup.model,
             statistics=objective.statistics,
-            perturbation=objective.perturbation,
             max_logits=setup.max_logits,
         )
         score = build_score(setup.model, max_logits=setup.max_logits)

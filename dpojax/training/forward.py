@@ -24,6 +24,7 @@ from dpojax.models.lora import LoraConfig
 from dpojax.models.scores import response_scores
 from dpojax.training.metrics import Metric
 from dpojax.training.micro_batches import add_up, map_present, part_like
+from dpojax.training.objective import Hyper
 from dpojax.training.responses import answer_tokens
 
 MAX_LOGITS = 2**25  # float32 logits that may exist at once: 128 MiB
@@ -47,8 +48,10 @@ class Distributions(NamedTuple):
     bias: Array | None = None  # [V]
 
 
-# (params, rows [R, ...] of one micro-batch, frozen weights) -> outputs
-Forward = Callable[[dict, Rows, FrozenWeights], Any]
+NO_NUMBERS: Hyper = {}
+
+# (params, rows [R, ...] of one micro-batch, frozen weights, numbers of the method) -> outputs
+Forward = Callable[[dict, Rows, FrozenWeights, Hyper], Any]
 
 
 def scored_hidden(model: Model, params: dict, rows: Rows) -> Array:
@@ -67,7 +70,6 @@ def language_model(
     model: Model,
     *,
     statistics: tuple[str, ...] = (),
-    perturbation: float = 0.0,
     max_logits: int = MAX_LOGITS,
 ) -> Forward:
     """Build the forward pass of a language model: `TokenStatistics` [R, S] of the scored tokens.
@@ -75,13 +77,16 @@ def language_model(
     Args:
       model: a decoder.
       statistics: what to compute besides the log-prob. `log_collision` and `perturbed` have no
-        gradient. `kl` has one; it and `perturbed` read `frozen.reference`.
-      perturbation: epsilon of `perturbed`.
+        gradient. `kl` has one; it and `perturbed` read `frozen.reference`. `perturbed` reads
+        hyper["epsilon"] as well.
       max_logits: float32 logits that may exist at once.
     """
 
     def forward(
-        params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
+        params: dict,
+        rows: Rows,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        hyper: Hyper = NO_NUMBERS,
     ) -> TokenStatistics:
         hidden, head = scored_hidden(model, params, rows), model.head(params)
         limit = {"max_logits": max_logits}
@@ -98,8 +103,8 @@ def language_model(
             kl = token_kl(reference, reference_head, hidden, head, **limit)
             tokens = tokens._replace(kl=kl)
         if "perturbed" in statistics:
-            both = hidden, head, reference, reference_head
-            perturbed = perturbed_logprobs(*both, rows.target, epsilon=perturbation, **limit)
+            both, epsilon = (hidden, head, reference, reference_head), hyper["epsilon"]
+            perturbed = perturbed_logprobs(*both, rows.target, epsilon=epsilon, **limit)
             tokens = tokens._replace(perturbed=perturbed)
         return tokens
 
@@ -113,10 +118,12 @@ def adapted(forward: Forward, config: LoraConfig) -> Forward:
     `frozen.reference` names another.
     """
 
-    def of_adapters(adapters: dict, rows: Rows, frozen: FrozenWeights) -> Any:
+    def of_adapters(
+        adapters: dict, rows: Rows, frozen: FrozenWeights, hyper: Hyper = NO_NUMBERS
+    ) -> Any:
         reference = frozen.base if frozen.reference is None else frozen.reference
         params = lora.adapt(frozen.base, adapters, config)
-        return forward(params, rows, FrozenWeights(reference=reference))
+        return forward(params, rows, FrozenWeights(reference=reference), hyper)
 
     return of_adapters
 
@@ -124,8 +131,13 @@ def adapted(forward: Forward, config: LoraConfig) -> Forward:
 def reward_model(model: Model) -> Forward:
     """Build the forward pass of a model with a scalar head: the responses' scores [R, E, K]."""
 
-    def forward(params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
-        del frozen
+    def forward(
+        params: dict,
+        rows: Rows,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        hyper: Hyper = NO_NUMBERS,
+    ) -> Array:
+        del frozen, hyper
         return response_scores(model.scores(params, model.apply(params, rows)), rows)
 
     return forward
@@ -134,8 +146,13 @@ def reward_model(model: Model) -> Forward:
 def classifier(model: Model) -> Forward:
     """Build the forward pass of a model with labels: the logits [R, T, labels] of every token."""
 
-    def forward(params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
-        del frozen
+    def forward(
+        params: dict,
+        rows: Rows,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        hyper: Hyper = NO_NUMBERS,
+    ) -> Array:
+        del frozen, hyper
         return model.scores(params, model.apply(params, rows))
 
     return forward
@@ -145,11 +162,16 @@ def build_outputs(forward: Forward) -> Callable[..., Any]:
     """Build `forward` over micro-batches.
 
     Returns:
-      (params, rows [M, R, ...], frozen=NO_FROZEN_WEIGHTS) -> outputs [M, ...].
+      (params, rows [M, R, ...], frozen=NO_FROZEN_WEIGHTS, hyper=NO_NUMBERS) -> outputs [M, ...].
     """
 
-    def outputs(params: dict, rows: Rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Any:
-        return map_present(lambda part: forward(params, part, frozen), rows)
+    def outputs(
+        params: dict,
+        rows: Rows,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        hyper: Hyper = NO_NUMBERS,
+    ) -> Any:
+        return map_present(lambda part: forward(params, part, frozen, hyper), rows)
 
     return outputs
 

@@ -55,7 +55,6 @@ class Objective(NamedTuple):
       at_reference: the loss where policy == reference, if it does not depend on data.
       statistics: what the forward pass has to compute besides the log-prob: `log_collision`, `kl`,
         `perturbed`.
-      perturbation: epsilon of `perturbed`.
       sync_every: every how many steps the reference becomes the policy of the step; 0 is never. The
         step then computes the reference's log-probs itself, from `State.reference`.
       coupled: the examples of a batch interact, so `terms` needs the whole optimiser batch
@@ -68,7 +67,6 @@ class Objective(NamedTuple):
     needs_reference: bool
     at_reference: Callable[[Hyper], Array] | None = None
     statistics: tuple[str, ...] = ()
-    perturbation: float = 0.0
     sync_every: int = 0
     coupled: bool = False
     baseline: Callable[[RunningMean, Any, Rows, Hyper], RunningMean] | None = None

@@ -117,7 +117,7 @@ def parts_of_step(
 
     @jax.jit
     def loss(state: State):
-        return objective.terms(outputs(state.params, rows, frozen), rows, hyper).loss.sum()
+        return objective.terms(outputs(state.params, rows, frozen, hyper), rows, hyper).loss.sum()
 
     of_loss = _median(loss, lambda: state)
     of_gradient = _median(lambda state: gradient(state, rows, hyper, frozen), lambda: state)

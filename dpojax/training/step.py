@@ -143,7 +143,7 @@ def build_gradient(
         state: State, rows: Rows, hyper: Hyper, frozen: FrozenWeights = NO_FROZEN_WEIGHTS
     ) -> tuple[Sums, RunningMean]:
         def run(params: dict, part: Rows) -> Any:
-            return forward(params, part, frozen)
+            return forward(params, part, frozen, hyper)
 
         if objective.sync_every:
             outputs = map_present(partial(run, state.reference), rows)

@@ -51,8 +51,8 @@ def with_forward(stage, change):
     """The stage whose parameters go through `change` before each forward pass that is trained."""
     forward = stage.programs.forward
 
-    def changed(params, rows, frozen):
-        return forward(jax.tree.map(change, params), rows, frozen)
+    def changed(params, rows, frozen, hyper):
+        return forward(jax.tree.map(change, params), rows, frozen, hyper)
 
     return dataclasses.replace(stage, programs=stage.programs._replace(forward=changed))
 

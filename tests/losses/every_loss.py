@@ -67,6 +67,11 @@ def ranked(p, r, n, beta):
     return losses.plackett_luce(jnp.stack(p, -1), jnp.stack(r, -1), beta=beta)
 
 
+def listed(p, r, n, beta):
+    targets = jnp.broadcast_to(jnp.array([0.7, 0.3]), (*p.chosen.shape, 2))
+    return losses.lambda_dpo(jnp.stack(p, -1), jnp.stack(r, -1), targets, beta=beta)
+
+
 PAIR = {
     "dpo": of_pair("dpo", label_smoothing=0.1),
     "dpo_norm": lambda p, r, n, beta: losses.dpo_norm(p, r, beta=beta, lengths=n),
@@ -92,6 +97,19 @@ PAIR = {
     "epsilon_dpo": of_pair("epsilon_dpo", epsilon=0.1, steps=-1.0),
     "chipo": of_pair("chipo", max_reward=float("inf")),
     "chipo clipped": of_pair("chipo", max_reward=1.0),
+    "mappo": of_pair("mappo", score_gap=0.4),
+    "uni_dpo": lambda p, r, n, beta: losses.uni_dpo(
+        p,
+        r,
+        beta=beta,
+        lengths=n,
+        scores=Pair(8.0, 6.5),
+        scale=0.1,
+        margin=0.8,
+        gamma=1.5,
+        alpha=0.1,
+        good_score=7.0,
+    ),
     "odpo": of_pair("odpo", offset=0.5),
     "dpop": of_pair("dpop", penalty=50.0),
     "tdpo": lambda p, r, n, beta: losses.tdpo(
@@ -113,6 +131,7 @@ PAIR = {
     "orpo": lambda p, r, n, beta: losses.orpo(p, beta=beta, lengths=n, nll=-p.chosen),
     "slic": lambda p, r, n, beta: losses.slic(p, margin=beta, alpha=0.1, nll=-p.chosen),
     "plackett_luce": ranked,
+    "lambda_dpo": listed,
     "plackett_luce_scores": lambda p, r, n, beta: losses.plackett_luce_scores(
         beta * jnp.stack(p, -1)
     ),

@@ -103,3 +103,62 @@ def test_at_the_reference_a_ranking_of_k_costs_log_k_factorial():
     logprobs = jnp.array([[-3.0, -50.0, -7.0, -1.0]])
     got = losses.plackett_luce(logprobs, logprobs, beta=0.3)
     np.testing.assert_allclose(got, [np.log(24)], rtol=1e-6)
+
+
+def share_of(weights):
+    return jnp.float32(weights / weights.sum())
+
+
+weights = arrays.arrays(np.float32, 4, elements=st.floats(0.125, 4, width=32))
+
+
+@given(rewards, weights, weights, st.floats(0, 1))
+def test_the_loss_of_mixed_preferences_is_the_mixed_loss(reward, first, second, part):
+    loss = lambda targets: losses.lambda_dpo(jnp.array(reward), jnp.zeros(4), targets, beta=0.5)
+    first, second = share_of(first), share_of(second)
+    mixed = part * loss(first) + (1 - part) * loss(second)
+    np.testing.assert_allclose(loss(part * first + (1 - part) * second), mixed, rtol=1e-4)
+
+
+@given(rewards, st.integers(0, 3))
+def test_a_list_with_one_preferred_response_is_s_dpo(reward, best):
+    got = losses.lambda_dpo(jnp.array(reward), jnp.zeros(4), jnp.eye(4)[best], beta=0.5)
+    ordered = np.concatenate([reward[[best]], np.delete(reward, best)])
+    want = losses.plackett_luce(jnp.array(ordered), jnp.zeros(4), beta=0.5, top=1)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@given(logprobs, logprobs, logprobs, logprobs, st.floats(0, 1))
+def test_a_list_of_two_is_dpo_with_a_soft_label(chosen, rejected, old_chosen, old_rejected, share):
+    policy, reference = Pair(chosen, rejected), Pair(old_chosen, old_rejected)
+    targets = jnp.array([share, 1 - share])
+    got = losses.lambda_dpo(jnp.array(policy), jnp.array(reference), targets, beta=0.3)
+    want = losses.dpo_soft(policy, reference, beta=0.3, probability=share)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@given(weights, st.floats(0.1, 2))
+def test_a_list_is_learnt_where_the_rewards_share_is_the_target(weight, beta):
+    targets = share_of(weight)
+    learnt = jnp.log(targets) / beta + 3.0
+    loss = lambda policy: losses.lambda_dpo(policy, jnp.zeros(4), targets, beta=beta)
+    value, slope = jax.value_and_grad(loss)(learnt)
+    np.testing.assert_allclose(value, -(targets * jnp.log(targets)).sum(), rtol=1e-4)
+    np.testing.assert_allclose(slope, 0, atol=1e-5)
+
+
+list_and_gradient = jax.jit(jax.value_and_grad(losses.lambda_dpo))
+
+
+@given(rewards, weights, arrays.arrays(bool, 4))
+def test_responses_that_a_list_lacks_might_as_well_not_be_there(reward, weight, mask):
+    spoiled = np.where(mask, reward, np.float32(np.nan))
+    targets = np.where(mask, weight, 0) / max(weight[mask].sum(), 1e-3)
+    arguments = dict(beta=0.5, mask=mask)
+    value, gradient = list_and_gradient(spoiled, jnp.zeros(4), jnp.float32(targets), **arguments)
+    np.testing.assert_array_equal(gradient[~mask], 0)
+    if mask.sum() < 2:
+        assert value == 0
+        return
+    there = reward[mask], jnp.zeros(int(mask.sum())), jnp.float32(targets[mask])
+    np.testing.assert_allclose(value, losses.lambda_dpo(*there, beta=0.5), rtol=1e-4, atol=1e-6)

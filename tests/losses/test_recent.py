@@ -32,7 +32,7 @@ def expected(name):
     """The three pairs' losses."""
     (w, l), (n_w, n_l) = POLICY, LENGTHS
     d_w, d_l = w - REFERENCE.chosen, l - REFERENCE.rejected
-    margin = 0.3 * (d_w - d_l)
+    margin, absolute = 0.3 * (d_w - d_l), w / n_w - l / n_l
     return {
         "gpo logistic": np.log(1 + np.exp(-margin)),
         "gpo hinge": np.maximum(0, 1 - margin),
@@ -49,6 +49,14 @@ def expected(name):
             -2 * (w / n_w - l / n_l - 0.25 - 0.05 * ((d_w / n_w - d_l / n_l) - 0.1) / 0.5)
         ),
         "epsilon_dpo": softplus(-0.3 / (1 + 0.25 * np.array([1, 0, -1])) * (d_w - d_l)),
+        "mappo": softplus(-0.3 * (d_w - np.array([1.0, 0.25, 0.0]) * d_l)),
+        # Only the second chosen response is less likely than under the reference, and good.
+        "uni_dpo": 1
+        / (1 + np.exp(-0.2 * np.array([2.0, 0.5, 7.0])))
+        * (1 - 1 / (1 + np.exp(-(2 * absolute - 0.8)))) ** 1.5
+        * softplus(-2 * (d_w / n_w - d_l / n_l))
+        + 0.05 * np.array([0, 30.5 / 11, 0]),
+        "lambda_dpo": np.log(np.exp(0.3 * d_w) + np.exp(0.3 * d_l)) - 0.3 * (0.8 * d_w + 0.2 * d_l),
         "npo": np.array([0.5 * 12 / 5, 2 / 0.3 * softplus(0.3 * d_w[1]), 0.5 * 8.25 / 4]),
         "simnpo": 2 / 0.3 * softplus(0.3 * w / n_w + 0.4),
         "astar_po": (0.3 * d_w - (np.array([1.0, 0.0, 1.0]) - 0.6)) ** 2,
@@ -73,6 +81,15 @@ def ours(name):
     if name == "alpha_dpo":
         args = dict(beta=2.0, gamma=2 * 0.25, alpha=2 * 0.05, gap_mean=0.1, gap_std=0.5)
         return loss(policy, reference, lengths=LENGTHS, **args)
+    if name == "mappo":
+        return loss(policy, reference, beta=0.3, score_gap=jnp.array([1.0, 0.25, 0.0]))
+    if name == "uni_dpo":
+        scores = Pair(jnp.array([8.0, 7.0, 9.0]), jnp.array([6.0, 6.5, 2.0]))
+        args = dict(beta=2.0, scale=0.2, margin=0.8, gamma=1.5, alpha=0.05, good_score=7.0)
+        return loss(policy, reference, lengths=LENGTHS, scores=scores, **args)
+    if name == "lambda_dpo":
+        targets = jnp.array([[0.8, 0.2]] * 3)
+        return loss(np.stack(policy, -1), np.stack(reference, -1), targets, beta=0.3)
     if name == "npo":
         kept, nll = jnp.array([True, False, True]), -policy.chosen / LENGTHS.chosen
         args = dict(beta=0.3, retain_weight=0.5, nll=nll)
@@ -99,6 +116,9 @@ def ours(name):
         "beta_dpo",
         "alpha_dpo",
         "epsilon_dpo",
+        "mappo",
+        "uni_dpo",
+        "lambda_dpo",
         "npo",
         "simnpo",
         "astar_po",
@@ -247,6 +267,35 @@ def test_epsilon_dpo_without_steps_is_dpo_and_a_step_moves_beta(policy, referenc
     close(loss(0), losses.dpo(policy, reference, beta=beta))
     close(loss(1), losses.dpo(policy, reference, beta=beta / (1 + epsilon)))
     close(loss(-1), losses.dpo(policy, reference, beta=beta / (1 - epsilon)))
+
+
+@given(pairs, pairs, betas, st.floats(0, 1))
+def test_the_gap_of_mappo_scales_the_pull_on_the_rejected_response(policy, reference, beta, gap):
+    """Lan et al. 2025, eq. 10; with a gap of 1 it is DPO."""
+    loss = lambda gap: lambda p: losses.mappo(p, reference, beta=beta, score_gap=gap)
+    close(loss(1.0)(policy), losses.dpo(policy, reference, beta=beta))
+    slope = jax.grad(loss(gap))(policy)
+    np.testing.assert_allclose(slope.rejected, -gap * slope.chosen, rtol=1e-5, atol=1e-9)
+
+
+@given(pairs, pairs, betas)
+def test_uni_dpo_without_its_weights_is_half_of_dpo_norm(policy, reference, beta):
+    args = dict(beta=beta, lengths=Pair(3, 7))
+    alone = dict(scale=0.0, margin=0.8, gamma=0.0, alpha=0.0, good_score=7.0)
+    got = losses.uni_dpo(policy, reference, scores=Pair(8.0, 2.0), **alone, **args)
+    close(2 * got, losses.dpo_norm(policy, reference, **args))
+
+
+@given(pairs, pairs, st.floats(0, 10))
+def test_the_likelihood_of_uni_dpo_counts_for_good_responses_that_sank(policy, reference, score):
+    def loss(alpha):
+        args = dict(beta=2.0, lengths=Pair(4, 5), scores=Pair(score, 0.0), scale=0.1)
+        return losses.uni_dpo(
+            policy, reference, margin=0.8, gamma=1.0, alpha=alpha, good_score=7.0, **args
+        )
+
+    sunk = policy.chosen < reference.chosen and score >= 7
+    close(loss(1.0) - loss(0.0), -policy.chosen / 4 if sunk else 0.0)
 
 
 @given(st.lists(st.integers(-9, 9), min_size=3, max_size=3))

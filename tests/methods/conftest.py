@@ -25,6 +25,7 @@ GIVEN = {
     "odpo": {"alpha": 0.5},
     "dpop": {"penalty": 1.0},
     "rpo": {"scale": 1.0, "form": "bwd_kl"},
+    "uni_dpo": {"scale": 1.0, "good_score": 0.0},
     "unlikelihood": {"alpha": 0.1},
     "dpo+bco+sft": {"weights": (0.8, 0.2, 1.0)},
 }

@@ -49,7 +49,7 @@ WRAPPERS = {
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
-ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo", "kto, humanline")
+ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo", "uni_dpo", "kto, humanline")
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
 COUPLED = (
     "beta_dpo",
@@ -125,9 +125,7 @@ def compiled(case, optimizer):
     """The objective of a case and its jitted step, which several tests call."""
     loss, given = CASES[case]
     objective = preference.objective(loss, preference.resolve(loss, given))
-    forward = language_model(
-        BIGRAM, statistics=objective.statistics, perturbation=objective.perturbation
-    )
+    forward = language_model(BIGRAM, statistics=objective.statistics)
     return objective, jax.jit(build_step(forward, objective, optimizer, lambda _: 1.0))
 
 
@@ -182,6 +180,25 @@ def test_the_same_batch_gives_the_same_gradient_however_it_is_cut(case, batches,
     )
     if case == "kto":
         assert report.metrics["kto/baseline"].value > 1
+
+
+@pytest.mark.slow
+def test_a_sweep_over_epsilon_compiles_one_step(batches, start, better):
+    """The forward pass perturbs logits by it, and the loss changes beta by it."""
+    step, rows, hyper = prepare("epsilon_dpo", batches, 0, SGD, rate=1.0)
+    frozen, moved = FrozenWeights(reference=start), []
+    compiled_before = None
+    for epsilon in (0.01, 0.5):
+        numbers = hyper | {"epsilon": jnp.float32(epsilon)}
+        state, _ = step(state_of(better, SGD), rows, numbers, frozen)
+        moved.append(state)
+        compiled_before = compiled_before or step._cache_size()
+    assert step._cache_size() == compiled_before
+    # Each has the numbers of a step that was made for this epsilon alone.
+    tables = [np.asarray(state.params["table"]) for state in moved]
+    assert np.abs(tables[0] - tables[1]).max() > 1e-5
+    change = [abs(float(state.baseline.mean)) for state in moved]
+    assert change[1] > 10 * change[0] > 0
 
 
 @pytest.mark.slow

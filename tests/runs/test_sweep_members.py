@@ -34,6 +34,8 @@ def test_one_program_trains_what_differs_in_traced_numbers_alone():
     ]
     assert grouped({}, {"sft.learning_rate": 1e-4}) == [[0], [1]]
     assert grouped({}, {"preference.batch_size": 4}) == [[0], [1]]
+    moving = {"preference.loss": "epsilon_dpo", "preference.reference.kind": "live"}
+    assert grouped({}, {"preference.epsilon": 0.1}, **moving) == [[0, 1]]
     # The seed draws the weights of a new model, the embedded task's records, and adapters.
     assert grouped({}, {"seed": 1}) == [[0], [1]]
     dpo = {

@@ -15,6 +15,7 @@ from dpojax.models.decoder import Model
 from dpojax.training.forward import (
     MAX_LOGITS,
     NO_FROZEN_WEIGHTS,
+    NO_NUMBERS,
     Forward,
     FrozenWeights,
     scored_hidden,
@@ -91,8 +92,13 @@ def hyper(
 def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
     """Build the forward pass of a policy with an entropy bonus: log-probs and entropies [R, T]."""
 
-    def forward(params: dict, rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> TokenStatistics:
-        del frozen
+    def forward(
+        params: dict,
+        rows,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        hyper: Hyper = NO_NUMBERS,
+    ) -> TokenStatistics:
+        del frozen, hyper
         hidden, head = scored_hidden(model, params, rows), model.head(params)
         return token_logprobs_and_entropy(hidden, head, rows.target, max_logits=max_logits)
 
@@ -102,8 +108,13 @@ def with_entropy(model: Model, *, max_logits: int = MAX_LOGITS) -> Forward:
 def token_values(model: Model) -> Forward:
     """Build the value model's forward pass: the value before each token of the responses [R, T]."""
 
-    def forward(params: dict, rows, frozen: FrozenWeights = NO_FROZEN_WEIGHTS) -> Array:
-        del frozen
+    def forward(
+        params: dict,
+        rows,
+        frozen: FrozenWeights = NO_FROZEN_WEIGHTS,
+        hyper: Hyper = NO_NUMBERS,
+    ) -> Array:
+        del frozen, hyper
         return model.scores(params, scored_hidden(model, params, rows))
 
     return forward

@@ -72,7 +72,6 @@ def objective(loss: str, options: Mapping[str, Any]) -> Objective:
         needs_reference=requirements.reference,
         at_reference=_at_reference(names, options),
         statistics=tuple(statistics),
-        perturbation=options.get("epsilon", 0.0),
         sync_every=options.get("sync_every", 0),
         coupled=running is not None or any(LOSS_TABLE[name].coupled for name in names),
         baseline=None if running is None else _running_mean(running, view_of, options),

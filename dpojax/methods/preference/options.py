@@ -66,7 +66,7 @@ def _epsilon_dpo(
     beta_factor: Array,
     *,
     beta: Array,
-    epsilon: float,
+    epsilon: Array,
 ) -> Array:
     """epsilon-DPO with the beta that the batches so far have made of the first one."""
     beta = beta * beta_factor
@@ -97,6 +97,10 @@ LOSS_TABLE = {
     "dpop": Loss(losses.dpop),
     "tdpo": Loss(losses.tdpo, defaults={"alpha": 0.5, "stop_chosen": True}),
     "rpo": Loss(losses.rpo, margin_only=True),
+    "mappo": Loss(losses.mappo),
+    "uni_dpo": Loss(
+        losses.uni_dpo, defaults={"beta": 2.0, "margin": 0.8, "gamma": 1.0, "alpha": 0.01}
+    ),
     "aot": Loss(losses.aot, sorts_batch=True, coupled=True),
     "aot_unpaired": Loss(losses.aot_unpaired, sorts_batch=True, coupled=True),
     "simpo": Loss(losses.simpo, defaults={"beta": 2.0, "gamma": 1.0}),
@@ -109,6 +113,7 @@ LOSS_TABLE = {
     "unlikelihood": Loss(losses.unlikelihood),
     "sft": Loss(_sft, defaults={"nll_norm": "mean"}),
     "plackett_luce": Loss(losses.plackett_luce, "ranked", {"top": None}),  # None: all places
+    "lambda_dpo": Loss(losses.lambda_dpo, "ranked", {"scale": 1.0}),
     "astar_po": Loss(_astar_po, "ranked", {"beta": 1e-3, "value_beta": 0.5}),
     "kto": Loss(
         losses.kto,

@@ -157,6 +157,11 @@ class PairView(View):
         gap = scores.chosen - scores.rejected
         return self.hyper["alpha"] * jnp.log(jnp.maximum(gap, 1e-6))
 
+    def score_gap(self) -> Array:
+        """score_w - score_l, for MaPPO, whose scores are in [0, 1]; clipped to [0, 1]."""
+        scores = self.scores()
+        return jnp.clip(scores.chosen - scores.rejected, 0.0, 1.0)
+
     def probability(self) -> Array:
         """Bradley-Terry's probability of the preference, sigmoid(scale (score_w - score_l))."""
         scores = self.scores()
@@ -194,7 +199,7 @@ class PairView(View):
         """What this batch adds to the logarithm of that factor: -log(1 + epsilon mean(steps))."""
         counts = self.counts()
         mean = (self.steps() * counts).sum() / jnp.maximum(counts.sum(), 1e-30)
-        return -jnp.log1p(self.settings["epsilon"] * mean)
+        return -jnp.log1p(self.hyper["epsilon"] * mean)
 
     def weight(self) -> Array | None:
         """WPO's weights of the pairs; None without the option `wpo`."""
@@ -258,6 +263,13 @@ class RankedView(View):
     def scores(self) -> Array:
         """The data's own scores of the responses."""
         return self.rows.scores
+
+    def targets(self) -> Array:
+        """lambda-DPO's targets: softmax(scale * scores) over the responses to a prompt."""
+        scores = self.hyper["scale"] * jnp.where(self.mask(), self.scores(), 0.0)
+        # A list without a response has no distribution; the loss does not count it.
+        share = jax.nn.softmax(scores, where=self.mask() | ~self.mask().any(-1, keepdims=True))
+        return jnp.where(self.mask(), share, 0.0)
 
     def values(self) -> Array:
         """A*-PO's V* of each response's prompt, from the scores of all responses to it."""
