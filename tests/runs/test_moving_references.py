@@ -5,6 +5,8 @@ import shutil
 import pytest
 
 from dpojax.runs.run import run
+from dpojax.sweeps.members import member_names
+from dpojax.sweeps.sweep import run_sweep
 
 from .conftest import lines, tiny_config
 
@@ -38,3 +40,17 @@ def test_a_run_that_goes_on_between_two_changes_has_the_losses_of_an_undisturbed
     assert last.exists()
     assert len({loss for _, loss in losses(whole)}) > 6  # the losses of all steps differ
     assert losses(again) == losses(whole)
+
+
+@pytest.mark.slow
+def test_the_reference_of_each_member_of_a_sweep_follows_its_own_policy(tmp_path):
+    changes = {f"preference.{key}": value for key, value in HUMANLINE.items()}
+    config = tiny_config(**changes, stages=("preference",))
+    members = [{"preference.learning_rate": 0.03}, {"preference.learning_rate": 0.001}]
+    assert run_sweep(config, members, str(tmp_path / "sweep")) == {}
+    losses = lambda folder: [line["loss"] for line in lines(folder, "preference")]
+    together = [losses(tmp_path / "sweep" / name) for name in member_names(members, "preference")]
+    config.update_from_flattened_dict(members[1])  # the one that would be led astray
+    run(config, str(tmp_path / "alone"))
+    assert together[1] == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    assert together[0] != pytest.approx(together[1], abs=1e-3)
