@@ -25,7 +25,6 @@ import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from dpojax.config.defaults import default_config
 from dpojax.evaluation.plots import BLUE, GREY, STYLE, VERMILLION
@@ -55,6 +54,7 @@ LOSS_OPTIONS = {
     "beta_dpo": {"alpha": 0.6},
     "epsilon_dpo": {"reference.kind": "live"},
     "alpha_dpo": {"beta": 2.0, "gamma": 1.0, "alpha": 0.1},
+    "uni_dpo": {"scale": 1.0, "good_score": 0.0},
     "npo": {"retain_weight": 1.0},
     "simnpo": {"beta": 2.5, "gamma": 0.0, "retain_weight": 1.0},
     "unlikelihood": {"alpha": 0.1},
@@ -69,15 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     file = args.out / "results.jsonl"
     finished = {(line["loss"], line["seed"]) for line in _read(file)}
     losses = args.losses.split(",") if args.losses else preference.LOSSES
-    runs = [(loss, seed) for loss in losses for seed in range(args.seeds)]
-    with tqdm(total=len(runs), initial=len(finished & set(runs)), unit="run") as bar:
-        for loss in losses:
-            seeds = [seed for seed in range(args.seeds) if (loss, seed) not in finished]
-            for line in train(loss, seeds, args) if seeds else ():
-                with open(file, "a") as out:
-                    out.write(json.dumps(line) + "\n")
-                bar.update()
-                bar.set_postfix_str(f"{loss} {100 * line['rewards/accuracies']:.0f} %")
+    for number, loss in enumerate(losses, 1):
+        seeds = [seed for seed in range(args.seeds) if (loss, seed) not in finished]
+        for line in train(loss, seeds, args) if seeds else ():
+            with open(file, "a") as out:
+                out.write(json.dumps(line) + "\n")
+            right = f"{line['rewards/accuracies']:.0%} right"
+            print(f"{number} of {len(losses)}: {loss}, seed {line['seed']}, {right}", flush=True)
     results = _read(file)
     (args.out / "table.md").write_text(table(results))
     draw(results, args.out / "every_loss.png")

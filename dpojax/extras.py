@@ -34,7 +34,6 @@ TRAIN_LIBRARIES = (
     "jinja2",
     "matplotlib",
     "tensorboardX",
-    "tqdm",
 )
 
 
