@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpojax import display, sharding, stopping
 from dpojax.data.packing import Shape
@@ -35,6 +35,7 @@ from dpojax.training.health import Health
 from dpojax.training.loop import Every, TrainLoop, print_line
 from dpojax.training.memory import Footprint, lean, predict
 from dpojax.training.metrics import MetricWriter, Window, read_metrics
+from dpojax.training.pace import Speed
 from dpojax.training.preemption import StopSignal
 from dpojax.training.profile import Spans
 from dpojax.training.state import (
@@ -353,17 +354,16 @@ def _train_loop(
             display.say(f"{stage.name}: {text}")
 
     step = lean(jitted_step(stage, optimizer, stage.steps), say=say)
-    ceiling = partial(peak_flops, setup.mesh, config.model.compute_dtype)
+    speed = speed_on(setup.mesh, stage)
     if config.profile:
-        ceiling()  # measured now, and not among the steps that the trace shows
+        speed.ceiling()  # measured now, and not among the steps that the trace shows
     return TrainLoop(
         stage=stage.name,
         step=lambda state, rows, hyper: step(state, rows, hyper, frozen),
         batches=batches,
         to_device=lambda rows: evaluator.reference.to_device(rows, setup.mesh),
         evaluate=lambda state: evaluator(stage, state),
-        flops=flops_of_batch(setup.abstract_params, frozen=stage.adapters is not None),
-        ceiling=ceiling,
+        speed=speed,
         hyper=stage.hyper,
         steps=stage.steps,
         every=Every(config.log_every, config.evaluate_every, config.checkpoint_every),
@@ -373,10 +373,18 @@ def _train_loop(
         stop=stop,
         keep_best=new_keep_best(stage.config),
         stop_at=new_stop_at(stage.config),
-        devices=setup.mesh.size,
-        peak=makers_peak(setup.mesh),
         spans=Spans(stage.folder if config.profile else None),
         health=Health(read_metrics(stage.folder, "eval")),
+    )
+
+
+def speed_on(mesh: Mesh, stage: ExampleStage) -> Speed:
+    """How fast steps of this stage are on all devices of `mesh`."""
+    return Speed(
+        flops_of_batch(stage.setup.abstract_params, frozen=stage.adapters is not None),
+        partial(peak_flops, mesh, stage.setup.config.model.compute_dtype),
+        mesh.size,
+        makers_peak(mesh),
     )
 
 
@@ -396,6 +404,6 @@ def _profile(stage: ExampleStage, loop: TrainLoop, state: State, evaluator: Eval
         stage.hyper,
         frozen_weights(evaluator.base, evaluator.reference),
     )
-    utilisation = loop.flops(batch) / sum(parts.values()) / loop.ceiling()
+    utilisation = loop.speed.flops_of(batch) / sum(parts.values()) / loop.speed.ceiling()
     if jax.process_index() == 0:
         print(f"\n{stage.name}\n{profile.write(stage.folder, loop.spans, parts, utilisation)}")

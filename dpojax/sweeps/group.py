@@ -42,7 +42,7 @@ from dpojax.stages.references import check_identity, scores_at_start
 from dpojax.stages.registry import open_stage, resolve
 from dpojax.stages.setup import initial_params, prepare_setup, with_scalar_params
 from dpojax.stages.stage import Stage, open_metrics, require_memory
-from dpojax.stages.train import Evaluator, frozen_weights, open_evaluator
+from dpojax.stages.train import Evaluator, frozen_weights, open_evaluator, speed_on
 from dpojax.sweeps.layout import begun_layout, group_folder, mesh_with_members
 from dpojax.sweeps.members import same_program
 from dpojax.sweeps.program import MemberProgram
@@ -51,10 +51,8 @@ from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.health import Health
 from dpojax.training.loop import Every, NonFiniteLoss
 from dpojax.training.metrics import read_metrics
-from dpojax.training.pace import Speed
 from dpojax.training.preemption import StopSignal
 from dpojax.training.stop_at import STOP_AT
-from dpojax.training.throughput import flops_of_batch, makers_peak, peak_flops
 from dpojax.training.vectorised_loop import (
     Member,
     MemberChunk,
@@ -226,13 +224,13 @@ class Group:
         per_call = program.members_per_call
         chunks = [indices[k : k + per_call] for k in range(0, len(indices), per_call)]
         resumed = resume(saved, program.abstract, len(chunks), batches)
-        states, done, failed, windows, stops = resumed or Resumed([], None, {}, {}, {})
+        states, done, failed, tallies, stops = resumed or Resumed([], None, {}, {}, {})
         if resumed is None:
             evaluator = self._with_first_scores(evaluator, trained)
         members = {i: _member(self.stages[i], evaluator, during, done, i in ended) for i in indices}
         for i, member in members.items():
             member.error = failed.get(member.name, "")
-            member.window.restore(windows.get(member.name, {}))
+            member.tally.restore(tallies.get(member.name))
             if member.stop_at is not None:
                 member.stop_at.restore({STOP_AT: stops.get(member.name)})
             if resumed is None and not member.ended:
@@ -252,7 +250,7 @@ class Group:
             examples=self.lead.batches.data.examples,
             checkpoints=saved,
             stop=stop,
-            speed=self._speed(),
+            speed=speed_on(self.mesh, self.lead),
         )
         loop(
             [
@@ -262,13 +260,6 @@ class Group:
             done or 0,
         )
         return {i: member.error for i, member in members.items()}
-
-    def _speed(self) -> Speed:
-        """Of all members on all devices of the mesh."""
-        setup = self.lead.setup
-        flops = flops_of_batch(setup.abstract_params, frozen=self.lead.adapters is not None)
-        ceiling = partial(peak_flops, self.mesh, setup.config.model.compute_dtype)
-        return Speed(flops, ceiling, self.mesh.size, makers_peak(self.mesh))
 
     def _with_first_scores(self, evaluator: Evaluator, trained: dict) -> Evaluator:
         """With what the policy that all members start from scores, where that is the reference."""

@@ -21,7 +21,7 @@ from dpojax.training.keep_best import KEEP_BEST, KeepBest
 from dpojax.training.lost_updates import LOST_UPDATES
 from dpojax.training.metrics import MetricWriter, evaluation_line
 from dpojax.training.objective import Hyper
-from dpojax.training.pace import Pace, Speed, speed_line
+from dpojax.training.pace import Speed, Tally, memory_metrics, speed_line, tokens_of
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.profile import CHECKPOINT, COMPILE, DATA, EVALUATION, STEP, Spans
 from dpojax.training.state import State
@@ -70,7 +70,7 @@ class TrainLoop:
       batches: NumPy rows in training order, positioned at the state's step; it can be saved.
       to_device: NumPy rows -> rows on the mesh, with reference log-probs where they are needed.
       evaluate: state -> values by metric name, on the held-out data.
-      flops, ceiling, devices, peak: see `Speed`.
+      speed: of its steps, on all devices.
       hyper: the step's numbers.
       steps: of the whole run.
       every: how often to log, evaluate and save.
@@ -84,7 +84,8 @@ class TrainLoop:
       stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never.
       spans: add up where the time goes.
       warned: the terminal has said that updates are lost to rounding.
-      speed: the last line of metrics.
+      last_line: of metrics.
+      tally: what the steps since `last_line` add to the next one.
       health: says in words how the training does.
     """
 
@@ -93,8 +94,7 @@ class TrainLoop:
     batches: Iterator[Rows]
     to_device: Callable[[Rows], Rows]
     evaluate: Callable[[State], dict[str, float]]
-    flops: Callable[[Rows], float]
-    ceiling: Callable[[], float]
+    speed: Speed
     hyper: Hyper
     steps: int
     every: Every
@@ -104,11 +104,10 @@ class TrainLoop:
     stop: StopSignal
     keep_best: KeepBest | None = None
     stop_at: StopAt | None = None
-    devices: int = 1
-    peak: float | None = None
     spans: Spans = dataclasses.field(default_factory=Spans)
     warned: bool = False
-    speed: dict[str, float] = dataclasses.field(default_factory=dict)
+    last_line: dict[str, float] = dataclasses.field(default_factory=dict)
+    tally: Tally = dataclasses.field(default_factory=Tally)
     health: Health = dataclasses.field(default_factory=Health)
 
     def __call__(self, state: State) -> State:
@@ -131,10 +130,10 @@ class TrainLoop:
             followed.restore(saved)  # at step 0 nothing is saved
         goodput.goes_on(self.stage, done)
         first = done + 1
-        pace = Pace(Speed(self.flops, self.ceiling, self.devices, self.peak))
-        pace.carry_over(saved.get(WINDOW))
+        self.tally.restore(saved.get(WINDOW))
+        self.speed.restart()
         if done == 0 or saved.get(NOT_EVALUATED):
-            self._evaluate(state, done, pace)
+            self._evaluate(state, done)
         with display.bar(self.stage, self.steps, done) as bar:
             pending, ended = None, self._stops_early(done)
             while done < self.steps and not ended:
@@ -148,26 +147,26 @@ class TrainLoop:
                         self._check(*pending, done - 1)
                 self.spans.stepped(report)
                 pending = rows, report
-                pace.add(rows, report)
+                self._count(rows, report)
                 bar.update()
                 if done == first:
-                    pace.restart()  # without the compilation
+                    self.speed.restart()  # without the compilation
                 due = self.every.due(done, self.steps)
                 asked = self.stop.agreed(done)
                 if any(due) or asked:
                     with self.spans(COMPILE if done == first else STEP):
                         self._check(*pending, done)
                 if due.log:
-                    bar.note = _numbers(self._log(pace, done))
+                    bar.note = _numbers(self._log(done))
                 values, is_best = {}, False
                 if due.evaluate:
-                    values, is_best = self._evaluate(state, done, pace)
-                    pace.restart()
+                    values, is_best = self._evaluate(state, done)
+                    self.speed.restart()
                 ended = self._stops_early(done)
                 if ended and not due.log:  # no later line would have the metrics of these steps
-                    self._log(pace, done)
+                    self._log(done)
                 if due.save or asked or is_best or ended:
-                    self._save(state, done, values, is_best, pace.not_logged())
+                    self._save(state, done, values, is_best)
                 if asked and done < self.steps and not ended:
                     self._wait()
                     raise Preempted(f"{self.stage}: stopped at step {done} of {self.steps}, saved")
@@ -198,14 +197,20 @@ class TrainLoop:
             "policy as config.model.path saves that stage)"
         )
 
-    def _log(self, pace: Pace, step: int) -> dict[str, float]:
-        values = pace.flush() | goodput.metrics()
+    def _count(self, rows: Rows, report: Report) -> None:
+        """Add a step that was dispatched; nothing is waited for."""
+        self.tally.window.add(report.metrics)
+        self.tally.tokens += tokens_of(rows)
+        self.speed.add(rows)
+
+    def _log(self, step: int) -> dict[str, float]:
+        values = self.tally.flush() | self.speed.flush() | memory_metrics() | goodput.metrics()
         self.warned = self.warned or warn_of_lost_updates(self.stage, step, values)
         self.writer.write(step, values, split="train")
-        self.speed = values
+        self.last_line = values
         return values
 
-    def _evaluate(self, state: State, step: int, pace: Pace) -> tuple[dict[str, float], bool]:
+    def _evaluate(self, state: State, step: int) -> tuple[dict[str, float], bool]:
         """Evaluate and log; return the values, and whether they are the best so far.
 
         A signal need not wait for the end. The run that resumes then evaluates first. The last
@@ -220,13 +225,13 @@ class TrainLoop:
                 values = self.evaluate(state)
         except Preempted as stopped:
             if step and self.stop.agreed(step):
-                self._save(state, step, {}, False, pace.not_logged(), {NOT_EVALUATED: True})
+                self._save(state, step, {}, False, {NOT_EVALUATED: True})
                 self._wait()
             why = f"stopped in the evaluation at step {step} of {self.steps}, what is done is saved"
             raise Preempted(f"{self.stage}: {why}") from stopped
         self.writer.write(step, values, split="eval")
         print_evaluation(self.stage, step, self.steps, values, self.health.add(step, values))
-        print_line(self.stage, speed_line(self.speed))
+        print_line(self.stage, speed_line(self.last_line))
         if self.stop_at is not None and self.stop_at.add(step, values):
             say_reached(self.stage, self.stop_at, self.steps)
         return values, self.keep_best is not None and self.keep_best.add(step, values)
@@ -237,18 +242,12 @@ class TrainLoop:
         step: int,
         values: dict[str, float],
         is_best: bool,
-        window: dict,
         more: dict | None = None,
     ) -> None:
-        """Save the state.
-
-        Args:
-          values: of the evaluation at this step, empty if there was none.
-          window: what the steps since the last log add to the next one.
-          more: metadata.
-        """
+        """Save the state, with the values of its evaluation ({} if there was none) and `more`."""
         evaluation = {name: x for name, x in values.items() if math.isfinite(x)}
-        metadata = {"stage": self.stage, "evaluation": evaluation, WINDOW: window} | (more or {})
+        metadata = {"stage": self.stage, "evaluation": evaluation, WINDOW: self.tally.state()}
+        metadata |= more or {}
         self.writer.sync()  # a run that resumes here does not write these lines again
         if self.keep_best is not None:
             metadata[KEEP_BEST] = self.keep_best.state()

@@ -9,7 +9,6 @@ import numpy as np
 
 from dpojax.data.rows import Rows, utilisation
 from dpojax.training.metrics import Window
-from dpojax.training.step import Report
 from dpojax.training.throughput import memory_bytes
 
 UTILISATION, MFU = "perf/model_flops_utilisation", "perf/mfu"
@@ -44,19 +43,17 @@ class Speed:
         self.tokens, self.examples, self.flops = 0, 0, 0.0
         self.fill: list[float] = []
 
-    def add(self, *batches: Rows) -> int:
-        """Add a step that was dispatched; nothing is waited for. Returns its tokens.
+    def add(self, *batches: Rows) -> None:
+        """Add a step that was dispatched; nothing is waited for.
 
         Args:
           batches: the rows of every member that takes the step, of a run its own.
         """
-        tokens = sum(int((rows.segment > 0).sum()) for rows in batches)
         self.steps += 1
-        self.tokens += tokens
+        self.tokens += sum(map(tokens_of, batches))
         self.examples += sum(int((rows.example >= 0).sum()) for rows in batches)
         self.flops += sum(map(self.flops_of, batches))
         self.fill += map(utilisation, batches)
-        return tokens
 
     def flush(self) -> dict[str, float]:
         """The speed since the last call, once the device is waited for; {} without a step."""
@@ -80,38 +77,35 @@ class Speed:
         return speed if self.peak is None else speed | {MFU: rate / self.peak}
 
 
-class Pace:
-    """Metrics and speed of the steps until `flush`."""
+class Tally:
+    """What the steps of one run, or of one member, add to its next train line.
 
-    def __init__(self, speed: Speed):
-        self.window, self.speed = Window(), speed
-        self.seen = 0  # tokens since step 0
+    Attributes:
+      window: the metrics since the last line.
+      tokens: since step 0, without padding.
+    """
 
-    def not_logged(self) -> dict:
-        """Sums since the last log, and all tokens, for the metadata of a checkpoint."""
-        return {"sums": self.window.state(), "tokens": self.seen}
+    def __init__(self):
+        self.window, self.tokens = Window(), 0
 
-    def carry_over(self, not_logged: dict | None) -> None:
-        """Go on from what `not_logged` returned."""
-        if not_logged is not None:
-            self.window.restore(not_logged["sums"])
-            self.seen = not_logged["tokens"]
+    def state(self) -> dict:
+        """What `restore` goes on from, for the metadata of a checkpoint."""
+        return {"sums": self.window.state(), "tokens": self.tokens}
 
-    def restart(self) -> None:
-        """Measure the speed from now on."""
-        self.speed.restart()
-
-    def add(self, rows: Rows, report: Report) -> None:
-        """Add a step that was dispatched; nothing is waited for."""
-        self.window.add(report.metrics)
-        self.seen += self.speed.add(rows)
+    def restore(self, state: dict | None) -> None:
+        """Go on from what `state` returned; None starts from nothing."""
+        if state is not None:
+            self.window.restore(state["sums"])
+            self.tokens = state["tokens"]
 
     def flush(self) -> dict[str, float]:
-        """The metrics of the steps since the last call, and their speed; waits for the device."""
-        values = self.window.flush()
-        values["num_tokens"] = float(self.seen)
-        values |= self.speed.flush()
-        return values | memory_metrics()
+        """The metrics since the last call, and `num_tokens`; waits for the device."""
+        return self.window.flush() | {"num_tokens": float(self.tokens)}
+
+
+def tokens_of(rows: Rows) -> int:
+    """How many tokens these rows hold, without padding; a prompt counts once for its pair."""
+    return int((rows.segment > 0).sum())
 
 
 def memory_metrics() -> dict[str, float]:

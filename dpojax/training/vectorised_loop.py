@@ -27,8 +27,8 @@ from dpojax.training.loop import (
     say_reached,
     warn_of_lost_updates,
 )
-from dpojax.training.metrics import MetricWriter, Window
-from dpojax.training.pace import Speed, memory_metrics, speed_line
+from dpojax.training.metrics import MetricWriter
+from dpojax.training.pace import Speed, Tally, memory_metrics, speed_line, tokens_of
 from dpojax.training.preemption import Preempted, StopSignal
 from dpojax.training.state import State
 from dpojax.training.step import Report
@@ -52,7 +52,7 @@ class Member:
       ended: by an earlier call; its state is idle, and it has nothing of the above.
       error: why it failed; "" if it did not.
       evaluation: the values of its last evaluation.
-      window: metrics of its steps since the last log.
+      tally: what its steps since the last log add to the next one.
       stop_at: says when a metric of `evaluate` has reached the value to stop at; None: never. Other
         members train on.
       warned: the terminal has said that its updates are lost to rounding.
@@ -67,7 +67,7 @@ class Member:
     ended: bool = False
     error: str = ""
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
-    window: Window = dataclasses.field(default_factory=Window)
+    tally: Tally = dataclasses.field(default_factory=Tally)
     stop_at: StopAt | None = None
     warned: bool = False
     health: Health = dataclasses.field(default_factory=Health)
@@ -83,7 +83,7 @@ class Member:
 
     def log(self, stage: str, done: int, speed: Mapping[str, float]) -> None:
         """Write the metrics of the steps since the last log, and the speed of all members."""
-        values = self.window.flush() | speed | goodput.metrics()
+        values = self.tally.flush() | speed | goodput.metrics()
         self.warned = self.warned or warn_of_lost_updates(f"{stage} {self.name}", done, values)
         self.writer.write(done, values, split="train")
 
@@ -122,13 +122,13 @@ class MemberChunk:
     unread: list = dataclasses.field(default_factory=list)
 
     def read(self) -> None:
-        """Hand the metrics of the steps since the last call to the members' windows."""
+        """Hand the metrics of the steps since the last call to the members."""
         steps, self.unread = sharding.to_host(self.unread), []
         for metrics in steps:
             for index, member in enumerate(self.members):
                 if member.ended:
                     continue
-                member.window.add(jax.tree.map(lambda x, i=index: x[i], metrics))
+                member.tally.window.add(jax.tree.map(lambda x, i=index: x[i], metrics))
 
     def idle(self, done: int) -> None:
         """Let members that stopped at their evaluation after `done` steps take no more of them."""
@@ -248,14 +248,15 @@ class VectorisedLoop:
     def _count(
         self, chunks: Sequence[MemberChunk], batch: list[Rows], active: Sequence[Member]
     ) -> None:
-        """Add what these members compute in a step to the speed."""
-        rows = [
-            self.rows_of(batch, c, index)
-            for c, chunk in enumerate(chunks)
-            for index, member in enumerate(chunk.members)
-            if member in active
-        ]
-        self.speed.add(*rows)
+        """Add the tokens of a step to these members, and what all of them compute to the speed."""
+        computed = []
+        for c, chunk in enumerate(chunks):
+            for index, member in enumerate(chunk.members):
+                if member in active:
+                    rows = self.rows_of(batch, c, index)
+                    member.tally.tokens += tokens_of(rows)
+                    computed.append(rows)
+        self.speed.add(*computed)
 
     def _step_all(
         self, chunks: Sequence[MemberChunk], batch: list[Rows], done: int
@@ -343,11 +344,11 @@ class VectorisedLoop:
         for chunk in chunks:
             chunk.read()
         training = [m for chunk in chunks for m in chunk.members if not m.ended]
-        windows = {member.name: member.window.state() for member in training}
+        tallies = {member.name: member.tally.state() for member in training}
         for member in training:
             member.writer.sync()  # a run that resumes here does not write these lines again
             member.checkpoints.wait()  # one that has ended has its final state, which is not here
-        metadata = {"stage": self.stage, "failed": failed, "windows": windows}
+        metadata = {"stage": self.stage, "failed": failed, "tallies": tallies}
         metadata[STOP_AT] = {m.name: m.stop_at.state() for m in training if m.stop_at is not None}
         self.checkpoints.save(done, states, self.batches, metadata=metadata)
 
@@ -364,14 +365,14 @@ class Resumed(NamedTuple):
       states: of every chunk.
       done: steps.
       failed: why members had failed, by name.
-      windows: of each member, what its steps since the last log add to the next one.
+      tallies: of each member, what its steps since the last log add to the next one.
       stops: of each member with a `stop_at`, what is known of its metric.
     """
 
     states: list[MemberStates]
     done: int
     failed: dict[str, str]
-    windows: dict[str, dict]
+    tallies: dict[str, dict]
     stops: dict[str, dict]
 
 
@@ -394,8 +395,8 @@ def resume(
         return None
     states, metadata = checkpoints.restore({_key(c): abstract for c in range(chunks)}, batches)
     of_chunks = [states[_key(c)] for c in range(chunks)]
-    windows, stops = metadata.get("windows", {}), metadata.get(STOP_AT, {})
-    return Resumed(of_chunks, done, metadata["failed"], windows, stops)
+    tallies, stops = metadata.get("tallies", {}), metadata.get(STOP_AT, {})
+    return Resumed(of_chunks, done, metadata["failed"], tallies, stops)
 
 
 def _key(chunk: int) -> str:

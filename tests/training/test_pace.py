@@ -8,8 +8,8 @@ import pytest
 from dpojax.chips import CHIPS
 from dpojax.training import pace, throughput
 from dpojax.training.metric_names import aliases, parse_programs
-from dpojax.training.metrics import Metric, MetricWriter, read_metrics
-from dpojax.training.pace import Pace, Speed, speed_line
+from dpojax.training.metrics import MetricWriter, read_metrics
+from dpojax.training.pace import Speed, speed_line
 from dpojax.training.throughput import makers_peak
 
 DEVICES = 4
@@ -22,17 +22,16 @@ def rows(tokens: int, examples: int):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Flushes a pace with two steps of 300 tokens in 0.5 s each, 1e14 FLOPs a step."""
+    """Flushes a speed with two steps of 300 tokens in 0.5 s each, 1e14 FLOPs a step."""
     clock = iter((0.0, 1.0, 1.0))
     monkeypatch.setattr(pace, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(pace, "utilisation", lambda rows: 0.75)
 
     def flush(peak):
-        ours = Pace(Speed(lambda rows: 1e14, lambda: 4e14, DEVICES, peak))
+        speed = Speed(lambda rows: 1e14, lambda: 4e14, DEVICES, peak)
         for _ in range(2):
-            report = types.SimpleNamespace(metrics={"loss": Metric(1.0, 2.0)})
-            ours.add(rows(300, 8), report)
-        return ours.flush()
+            speed.add(rows(300, 8))
+        return speed.flush()
 
     return flush
 

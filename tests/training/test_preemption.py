@@ -47,10 +47,11 @@ class State(NamedTuple):
 
 class Report(NamedTuple):
     finite: bool = True
+    metrics: dict = {}
 
-class Idle:
-    restart = add = carry_over = lambda *_: None
-    flush = not_logged = dict
+class NoSpeed:
+    restart = add = lambda *_: None
+    flush = dict
 
 class Batches:
     position = 0
@@ -59,7 +60,7 @@ class Batches:
     def get_state(self):
         return {"position": self.position}
 
-loop.Pace = lambda *_: Idle()
+loop.tokens_of = lambda rows: 0
 mesh = sharding.make_mesh()
 new = lambda: State(jnp.int32(0), jnp.zeros(4))
 state = jax.jit(new, out_shardings=sharding.replicated(mesh))()
@@ -74,7 +75,7 @@ def step(state, rows, hyper):
 with StopSignal() as stop, Checkpoints(folder) as saved, MetricWriter(folder) as writer:
     run = loop.TrainLoop(
         stage="toy", step=step, batches=Batches(), to_device=lambda rows: rows,
-        evaluate=lambda state: {}, flops=lambda rows: 0.0, ceiling=lambda: 1.0, hyper={},
+        evaluate=lambda state: {}, speed=NoSpeed(), hyper={},
         steps=2000, every=loop.Every(log=0, evaluate=0, checkpoint=0), examples=[],
         checkpoints=saved, writer=writer, stop=stop,
     )

@@ -99,7 +99,7 @@ def train(monkeypatch):
             batches = Orders([Batches()])
             abstract = jax.eval_shape(new_states)
             resumed = resume(saved, abstract, len(CHUNKS), batches)
-            states, done, failed, windows, stops = resumed or Resumed(
+            states, done, failed, tallies, stops = resumed or Resumed(
                 [new_states()] * 2, 0, {}, {}, {}
             )
 
@@ -109,7 +109,7 @@ def train(monkeypatch):
                 evaluate = lambda state: {"params": float(state.params)}
                 error = failed.get(name, "")
                 new = Member(name, STEPS[name], evaluate, writer, own, error=error)
-                new.window.restore(windows.get(name, {}))
+                new.tally.restore(tallies.get(name))
                 if name == "long" and long_stops_at is not None:
                     new.stop_at = StopAt("params", 1, long_stops_at)
                     new.stop_at.restore({STOP_AT: stops.get(name)})
@@ -152,6 +152,10 @@ def metrics(folder, split):
     }
 
 
+def tokens(folder):
+    return {line["step"]: line["num_tokens"] for line in read_metrics(folder, "train")}
+
+
 def final(folder, step):
     return float(load_params(folder, jax.ShapeDtypeStruct((), jnp.float32), step))
 
@@ -167,6 +171,8 @@ def test_members_end_and_fail_alone(train, tmp_path):
     assert metrics(tmp_path / "short", "train") == {2: 15.0, 4: 35.0}
     assert metrics(tmp_path / "long", "train") == {2: 15.0, 4: 35.0, 6: 55.0}
     assert metrics(tmp_path / "broken", "train") == {2: 15.0}
+    assert tokens(tmp_path / "short") == {2: 2 * TOKENS, 4: 4 * TOKENS}
+    assert tokens(tmp_path / "long") == {step: step * TOKENS for step in (2, 4, 6)}
     assert metrics(tmp_path / "short", "eval") == {0: 0.0, 3: 6.0, 4: 10.0}
     assert metrics(tmp_path / "long", "eval") == {0: 0.0, 3: 6.0, 6: 21.0}
 
@@ -198,6 +204,7 @@ def test_a_sweep_that_is_stopped_goes_on_with_what_had_ended_and_failed(train, t
         for split in ("train", "eval"):
             whole = metrics(tmp_path / "whole" / "long", split)
             assert metrics(folder / "long", split) == whole
+        assert tokens(folder / "long") == {step: step * TOKENS for step in (2, 4, 6)}
 
 
 @pytest.mark.slow

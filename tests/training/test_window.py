@@ -12,6 +12,7 @@ import pytest
 from dpojax.training.checkpoints import Checkpoints
 from dpojax.training.loop import Every, TrainLoop
 from dpojax.training.metrics import Metric, MetricWriter, Window, read_metrics
+from dpojax.training.pace import Speed
 from dpojax.training.preemption import Preempted, StopSignal
 
 
@@ -62,8 +63,7 @@ def train(monkeypatch):
                 batches=batches,
                 to_device=lambda rows: rows,
                 evaluate=lambda state: {},
-                flops=lambda rows: 1.0,
-                ceiling=lambda: 1.0,
+                speed=Speed(lambda rows: 1.0, lambda: 1.0),
                 hyper={},
                 steps=11,
                 every=Every(log=4, evaluate=3, checkpoint=0),
