@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dpojax.data import reviews
+from tests import further
 
 WORDS = reviews.grammar().words
 
@@ -206,7 +207,7 @@ def test_deterministic_preferences_choose_the_higher_exact_reward():
     assert all(rejected)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, *further(3.0)])
 def test_bradley_terry_labels_follow_the_sigmoid_of_the_difference(temperature):
     pairs = reviews.preferences("train", 2000, 0, label="bradley_terry", temperature=temperature)
     odds = scipy.special.logit([[pair["chosen_reward"], pair["rejected_reward"]] for pair in pairs])

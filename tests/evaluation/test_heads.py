@@ -13,6 +13,7 @@ from dpojax.data import reviews
 from dpojax.evaluation.rewards import RewardError, classifier, open_reward
 from dpojax.models import decoder, huggingface
 from dpojax.models.config import LLAMA, DecoderConfig
+from tests import further
 
 POSITIONS = 64
 PROMPTS = ["the film was", "the plot is", "i think", "acting"]
@@ -153,7 +154,7 @@ def scalar_model(spare_rows=0):
     return config, jax.tree.map(lambda x: jnp.float32(0.3 * rng.normal(size=x.shape)), shapes)
 
 
-@pytest.mark.parametrize("spare_rows", [0, 3])
+@pytest.mark.parametrize("spare_rows", [0, *further(3)])
 @pytest.mark.parametrize("pad", ["eos", None, "own"])
 def test_an_exported_reward_model_scores_in_transformers_what_it_scores_here(
     pad, spare_rows, tmp_path

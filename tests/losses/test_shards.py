@@ -85,7 +85,11 @@ def test_explicit_axes_change_no_loss_and_no_gradient(loss):
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [("aot", aot), ("aot_unpaired", aot_unpaired), ("kto_baseline", kto), ("update_baseline", bco)],
+    [
+        *(("aot", aot), ("kto_baseline", kto)),
+        pytest.param("aot_unpaired", aot_unpaired, marks=pytest.mark.long),
+        pytest.param("update_baseline", bco, marks=pytest.mark.long),
+    ],
 )
 def test_a_shard_that_would_see_its_own_part_alone_is_refused_unless_that_is_meant(name, loss):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -22,6 +22,7 @@ from dpojax.models.config import GPT2, LLAMA, DecoderConfig, Rope
 from dpojax.models.decoder import REMAT, SHARDING_RULES, build, logits
 from dpojax.models.layers import product
 from dpojax.sharding import make_mesh, path_of, tree_shardings
+from tests import further
 
 SIZES = {"vocab_size": 50, "width": 16, "layers": 2, "heads": 4, "mlp_width": 32}
 SIZES |= {"max_positions": 64}
@@ -196,7 +197,7 @@ def test_full_remat_stores_less_than_none():
     assert stored("full") < stored("dots") < stored("none")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["llama", *further("gpt2")])
 def test_bfloat16_compute_is_near_float32_and_its_gradients_are_float32(family):
     config, rows = CONFIGS[family], packed_row()
     params = random_params(config)
@@ -239,7 +240,7 @@ def test_a_bfloat16_product_and_its_gradients_are_sums_in_float32(subscripts, sh
     np.testing.assert_allclose(dy, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "gptj"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", *further("gemma", "gptj")])
 def test_on_a_mesh_large_arrays_are_sharded_and_outputs_equal_one_devices(family):
     config = CONFIGS[family]
     model, mesh = build(config), make_mesh(data=1, fsdp=4, tensor=2)

@@ -11,6 +11,7 @@ import tiny_checkpoints as checkpoints
 from dpojax.models import huggingface
 from dpojax.models.config import LLAMA, DecoderConfig, Rope
 from dpojax.models.families import config_from_raw, config_to_raw
+from tests import further
 
 GPTJ = {"vocab_size": 53, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3}
 SIZES = {
@@ -101,11 +102,24 @@ CASES = {
 }
 
 
+# Settings of families that another case has already.
+VARIANTS = (
+    "gptj tied, all of a head rotated, n_inner",
+    "neox with an odd number of rotated dimensions",
+    "qwen3 with grouped heads",
+    "gemma2 with tight caps",
+    "gemma3 with its default ropes and window pattern",
+    "phi3 with grouped heads and a window",
+)
+
+
 def tokens_of(settings):
     return checkpoints.random_tokens(settings["vocab_size"], (2, 20))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*(name for name in CASES if name not in VARIANTS), *further(*VARIANTS)]
+)
 def test_logits_equal_those_of_transformers_and_exports_are_the_same_model(case, tmp_path):
     model_type, settings = CASES[case]
     theirs = checkpoints.make(model_type, **settings)
@@ -126,7 +140,7 @@ def test_logits_equal_those_of_transformers_and_exports_are_the_same_model(case,
     np.testing.assert_allclose(checkpoints.torch_logits(again, tokens), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gptj", "gpt_neox", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "phi3", *further("gptj", "gpt_neox")])
 def test_sharded_bfloat16_files_come_in_and_go_out_bit_equal(family, tmp_path):
     torch = pytest.importorskip("torch")
     settings = next(settings for kind, settings in CASES.values() if kind == family)

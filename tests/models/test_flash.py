@@ -12,6 +12,7 @@ from test_kernels import LAYOUTS, lowered, rows_of
 from dpojax.models import flash
 from dpojax.models.attention import XLA, Kernel, PlainRows, attention_mask, plain_rows
 from dpojax.models.spans import spans
+from tests import further
 
 LENGTH, BLOCK = 100, 32  # of four blocks, once padded
 # K = 3; K = 2; no prompt; a branch alone beyond a block.
@@ -57,7 +58,7 @@ def values_and_gradients(kernel, heads, *, window=None, softcap=None, scale=0.3)
         ({}, {}, None),
         ({}, {"window": 10, "softcap": 1.5}, 16),
         ({"heads": 6, "kv_heads": 1, "dim": 12}, {"window": 2}, 16),
-        ({"heads": 2, "kv_heads": 2, "dim": 24}, {"softcap": 0.5}, 32),
+        *further(({"heads": 2, "kv_heads": 2, "dim": 24}, {"softcap": 0.5}, 32)),
     ],
 )
 def test_flash_equals_plain_attention_in_values_and_gradients(heads, options, tile):

@@ -15,11 +15,12 @@ from dpojax.models import decoder, huggingface, lora
 from dpojax.models.attention import plain_rows
 from dpojax.models.config import GPT2, LLAMA, DecoderConfig
 from dpojax.models.lora import LORA_RULES, LoraConfig
+from tests import further
 
 SIZES = {"vocab_size": 61, "width": 16, "layers": 2, "heads": 4, "mlp_width": 24}
 GROUPED = DecoderConfig(**LLAMA, **SIZES, max_positions=32, kv_heads=2)
 LEARNED = DecoderConfig(**GPT2, **SIZES, max_positions=32)
-CONFIGS = pytest.mark.parametrize("config", [GROUPED, LEARNED], ids=["llama", "gpt2"])
+CONFIGS = pytest.mark.parametrize("config", [GROUPED, *further(LEARNED)], ids=["llama", "gpt2"])
 LOW = LoraConfig(rank=3, alpha=6.0)
 
 

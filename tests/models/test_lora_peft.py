@@ -13,6 +13,7 @@ from dpojax.models import decoder, huggingface, lora
 from dpojax.models.attention import plain_rows
 from dpojax.models.lora import LoraConfig
 from dpojax.models.lora_peft import load_peft, save_peft
+from tests import further
 
 # peft reads a name of transformers' that has since been deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -46,7 +47,11 @@ TARGETS = {
 }
 TARGETS["gemma2"] = TARGETS["llama"]
 EVERY = pytest.mark.parametrize(
-    ("model_type", "stabilised"), [*((name, False) for name in BASES), ("gpt2", True)]
+    ("model_type", "stabilised"),
+    [
+        *(("llama", False), ("gpt_neox", False), ("phi3", False), ("gpt2", True)),
+        *further(("gpt2", False), ("gptj", False), ("gemma2", False)),
+    ],
 )
 TOKENS = checkpoints.random_tokens(61, (2, 11))
 

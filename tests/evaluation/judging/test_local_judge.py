@@ -17,6 +17,7 @@ from dpojax.evaluation.judging.open_judge import folder_of, open_judge
 from dpojax.evaluation.judging.templates import Template
 from dpojax.evaluation.judging.verdicts import Choice, Question
 from dpojax.sharding import make_mesh
+from tests import further
 
 POSITIONS = 160
 SHORT = Template("short", "{prompt} | {first} | {second}")
@@ -94,7 +95,7 @@ def their_logprobs(folder, text):
     return totals
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", *further("gpt2")])
 def test_log_probs_of_the_answers_are_those_of_torch(tmp_path, model_type):
     judge = open_local(folder_with(tmp_path, letters(), model_type), SHORT, batch_size=2)
     both = [question for q in QUESTIONS for question in (q, q.mirrored)]
