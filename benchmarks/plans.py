@@ -114,7 +114,8 @@ def _cells(pair: Pair, stage: dict) -> list[str]:
             *[""] * (len(HEADING) - len(cells) - 1),
         ]
     total, predicted = sum(step["memory"].values()), sum(step["predicted"].values())
-    cells += [f"{total / GIB:.1f}", f"{predicted / total - 1:+.0%}"]
+    off = round(predicted / total - 1, 2) + 0.0  # never -0 %
+    cells += [f"{total / GIB:.1f}", f"{off:+.0%}"]
     if step["roofline"] is None:
         return [*cells, *[""] * (len(HEADING) - len(cells))]
     exposed = sum(step["roofline"]["exposed_seconds"].values())

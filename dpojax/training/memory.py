@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dpojax import display
 from dpojax.data.packing import Shape
@@ -29,7 +30,7 @@ class Footprint(NamedTuple):
 
     weights: int
     optimizer: int  # its moments
-    gradient: int  # twice under gradient accumulation
+    gradient: int  # twice under gradient accumulation, and on TPUs three times
     # Weights beside the state: a live reference, the base of adapters; and one layer's kernels of
     # them in the compute dtype, which `gathered` counts over fsdp.
     frozen: int
@@ -39,6 +40,8 @@ class Footprint(NamedTuple):
     # kernels that are copied into the layout in which they are gathered. Of members of a sweep that
     # a device computes at once, all weights in the compute dtype, with the layers outside.
     gathered: int
+    # On TPUs, where the compute dtype is float32: the layers' kernels in bfloat16.
+    rounded: int = 0
 
     @property
     def total(self) -> int:
@@ -98,12 +101,37 @@ def predict(
     return Footprint(
         weights=weights,
         optimizer=bytes_per_device(state.opt_state),
-        gradient=weights * (2 if shape.micro_batches > 1 else 1),
+        gradient=weights * _gradients(shape, mesh),
         frozen=bytes_per_device(frozen) + used,
         activations=members * (size * config.layers * tokens * stored + layer),
         logits=members * (4 * logits // sharers + head),
         gathered=(members * _gathered(config, mesh, size, ways) if fsdp > 1 else 0) + turned,
+        rounded=members * _rounded(config, mesh, dtype),
     )
+
+
+def _gradients(shape: Shape, mesh: Mesh) -> int:
+    """How many gradients a device holds at once.
+
+    Those are a micro-batch's and the sum so far. Under gradient accumulation, XLA's programs for
+    TPUs are larger by two gradients, not by one: GPT-2 medium on v5p:2x2x1 has temporary arrays of
+    2,602 MiB for one micro-batch of 384 tokens a chip and of 5,453 MiB for two, and its gradient
+    has 1,353 MiB.
+    """
+    if shape.micro_batches == 1:
+        return 1
+    return 3 if _platform(mesh) == "tpu" else 2
+
+
+def _rounded(config: DecoderConfig, mesh: Mesh, dtype: str) -> int:
+    """Bytes of the kernels that XLA for TPUs rounds to bfloat16 before its loop over layers.
+
+    A TPU multiplies float32 numbers in bfloat16 by default. The kernels of all layers are rounded
+    at once: the rounding does not depend on what the loop computes.
+    """
+    if _platform(mesh) != "tpu" or jnp.dtype(dtype) != jnp.float32:
+        return 0
+    return 2 * config.layers * _layer_weights(config, mesh.shape["tensor"]) // mesh.shape["fsdp"]
 
 
 def _gathered(config: DecoderConfig, mesh: Mesh, size: int, ways: int) -> int:
@@ -126,7 +154,7 @@ def _relaid(config: DecoderConfig, mesh: Mesh) -> int:
     attention's output, and the one that leads down from the MLP) are turned round for that, in
     float32, those of all layers at once.
     """
-    if mesh.devices.flat[0].platform != "gpu":
+    if _platform(mesh) != "gpu":
         return 0
     rows = config.heads * config.head_dim + config.mlp_width
     return 4 * config.layers * config.width * rows // (mesh.shape["fsdp"] * mesh.shape["tensor"])
@@ -187,12 +215,41 @@ def _inner(config: DecoderConfig, tensor: int) -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of arrays, or of their shapes, on the fullest device; 0 for None."""
+    """Bytes of arrays, or of their shapes, on the fullest device; 0 for None.
+
+    On TPUs with the padding of their tiles (`tiled_bytes`).
+    """
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
+        size = leaf.dtype.itemsize
+        on_tpu = isinstance(leaf.sharding, NamedSharding) and _platform(leaf.sharding.mesh) == "tpu"
+        total += tiled_bytes(shape, size) if on_tpu else size * math.prod(shape)
     return total
+
+
+def tiled_bytes(shape: Sequence[int], size: int) -> int:
+    """Bytes of an array of numbers of `size` bytes on a TPU.
+
+    Its two innermost axes lie in tiles of 8 x 128 numbers. XLA orders the axes so that the least is
+    padded. The padding of arrays of one axis is left out.
+
+    Source: https://openxla.org/xla/tiled_layout.
+    """
+    total = size * math.prod(shape)
+    if len(shape) < 2 or not total:
+        return total
+
+    def padded(innermost: tuple[int, int]) -> float:
+        """How many times as large the array is with these axes innermost."""
+        rows, columns = innermost
+        return -(-rows // 8) * 8 * -(-columns // 128) * 128 / (rows * columns)
+
+    return round(total * min(map(padded, itertools.permutations(shape, 2))))
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
