@@ -217,6 +217,14 @@ def test_settings_are_paired_by_their_seeds_alone(seeds, pairs, message, tmp_pat
     assert message in describe_best(best, tmp_path)
 
 
+def test_of_two_settings_that_are_level_the_first_is_named_and_not_called_ahead(tmp_path):
+    members, lines = members_of({(1.0, 0): 0.7, (0.1, 0): 0.7})
+    settings = settings_of(members, "preference", 0)
+    text = describe_best(choose_best(Criterion("rewards/accuracies", 1), settings, lines), tmp_path)
+    assert "level with beta-0.1, which comes after it" in text
+    assert "ahead" not in text
+
+
 def test_a_run_that_is_there_with_its_seed_and_without_counts_once():
     """A sweep without seeds that goes on with --seeds=2."""
     members = {"b": {"preference.beta": 0.1}}

@@ -158,7 +158,10 @@ def describe_best(best: Mapping[str, Any], folder: storage.Path) -> str:
     if best["low"] is not None:
         value += f" ({best['low']:.4g} to {best['high']:.4g} over {best['seeds']} seeds)"
     lines = [f"best by eval/{best['metric']} ({which}): {best['setting']}", value]
-    if second := best.get("next"):
+    second = best.get("next")
+    if second and second["ahead"] == 0:
+        lines.append(f"  level with {second['setting']}, which comes after it in the sweep")
+    elif second:
         lines.append(f"  ahead of {second['setting']}")
         text = f"  by {second['ahead']:.3g}"
         if not second["paired_seeds"]:
