@@ -46,6 +46,7 @@ class Pair(NamedTuple):
 PAIRS = (
     Pair("configs/llama8b.py", "h200:8"),
     Pair("configs/llama8b.py:v5e", "v5e:4x8"),
+    Pair("configs/llama8b.py:v5p", "v5p:2x2x2"),
     Pair("configs/llama8b.py:v5p", "v5p:2x2x4"),
     Pair("configs/llama8b.py:v6e", "v6e:4x4"),
     Pair("configs/hh.py", "h100:8"),

@@ -16,6 +16,7 @@ Memory of a chip and time at the roofline, from compiled plans (docs/plans.md):
 
     h200:8: 58.4 GiB, 0.14 h, 1.1 chip-hours
     v5e:4x8: 9.3 GiB, 0.24 h, 7.6 chip-hours (:v5e)
+    v5p:2x2x2: 62.8 GiB, 0.35 h, 2.8 chip-hours (:v5p)
 
 The variants h200 (the default), h100, v5e, v6e and v5p differ in rows of a micro-batch and in what
 the backward pass computes again, and so in time and memory, but not in results.
