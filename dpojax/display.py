@@ -234,6 +234,8 @@ def fill(text: str, width: int | None = None, indent: str = "    ") -> str:
     width = width or columns(sys.stdout)
     if len(text) <= width:
         return text
+    if not text.strip("-"):  # a rule of a table
+        return text[:width]
     lines = [""]
     for part in re.split(r"(?<=\S) {2,}", text):  # of a table, columns move together
         longer = f"{lines[-1]}  {part}" if lines[-1].strip() else lines[-1] + part

@@ -137,6 +137,13 @@ def test_a_plan_whose_jobs_run_in_other_processes_has_its_line_alone(monkeypatch
     assert what.startswith("drawing the figure  ")
 
 
+def test_a_rule_of_a_table_is_cut_at_the_edge_of_the_terminal_and_words_are_not():
+    assert display.fill("-" * 83, 60) == "-" * 60
+    assert display.fill("-" * 83, 100) == "-" * 83
+    word = "--config.preference.data.source=" + "x" * 60
+    assert word in display.fill(f"dpojax train {word}", 60)
+
+
 def test_outside_of_a_command_nothing_is_shown(capfd):
     with display.bar("dpo", 4) as bar, display.doing("waiting"):
         bar.update()
