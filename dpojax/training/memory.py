@@ -111,7 +111,7 @@ def predict(
 
 
 def _gradients(shape: Shape, mesh: Mesh) -> int:
-    """How many gradients a device holds at once.
+    """How many gradients a step takes the room of.
 
     Those are a micro-batch's and the sum so far. Under gradient accumulation, XLA's programs for
     TPUs are larger by two gradients, not by one: GPT-2 medium on v5p:2x2x1 has temporary arrays of
