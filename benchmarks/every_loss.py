@@ -252,7 +252,7 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
             axis.axvline(50 if scale == 100 else 0, color=GREY, linewidth=0.8, linestyle="--")
         axes[0].set_yticks(range(len(groups)), [loss for loss, _ in groups])
         axes[0].set_ylim(-0.7, len(groups) - 0.3)
-        axes[2].legend(frameon=False, loc="upper left")
+        axes[2].legend(frameon=False, loc="best")
         figure.savefig(path)
 
 
