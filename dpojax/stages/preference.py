@@ -122,7 +122,7 @@ class Preference(LanguageStage):
         return DataRequirements(
             "labelled" if labelled else "ranked",
             mismatched=labelled and "kl" in needs.inputs,
-            scores=bool(needs.inputs & {"scores", "offset", "probability"}),
+            scores=needs.scores,
             ties=bool(needs.inputs & {"tie", "ranks"}),
             best_only=needs.chosen,
             weights=needs.weights,

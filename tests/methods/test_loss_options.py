@@ -2,13 +2,15 @@
 
 import pickle
 
+import jax
+import numpy as np
 import pytest
 
 from dpojax.methods import preference
 from dpojax.methods.preference.arguments import FORMS, FromBatch, source_of
 from dpojax.methods.preference.options import LOSS_TABLE, Loss, arguments
 
-from .conftest import GIVEN
+from .conftest import GIVEN, example, micro_batch, with_reference
 
 
 def test_an_option_comes_from_the_config_then_the_preset_then_the_default():
@@ -89,6 +91,25 @@ def test_every_source_is_read_by_some_loss():
         names = [name for name, loss in LOSS_TABLE.items() if loss.form == form]
         used = {argument for name in names for argument in arguments(name)}
         assert sources.keys() - used <= {"mask"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_asks_for_scores_where_one_of_its_arguments_is_made_of_them(form):
+    view_of, sources = FORMS[form]
+    scores = [example(3, 4, scores=(0.9, 0.4)), example(2, 6, scores=(0.8, 0.7))]
+    tokens, rows = with_reference(micro_batch(scores))
+    numbers = {"alpha": 0.5, "scale": 2.0, "value_beta": 0.5, "epsilon": 0.1, "delta": 0.0}
+
+    def read(source, rows):
+        return jax.tree.leaves(source.read(view_of(tokens, rows, numbers, {"nll_norm": "sum"})))
+
+    without = rows._replace(scores=0 * rows.scores)
+    for name, source in sources.items():
+        is_same = all(map(np.array_equal, read(source, rows), read(source, without)))
+        assert source.needs_scores == (not is_same), name
+    for loss in (loss for loss, entry in LOSS_TABLE.items() if entry.form == form):
+        needs = any(sources[name].needs_scores for name in sources.keys() & arguments(loss))
+        assert preference.loss_requirements(loss).scores == needs
 
 
 def test_traced_options_are_the_numbers_of_a_step():

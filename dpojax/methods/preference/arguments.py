@@ -19,11 +19,17 @@ class FromBatch(NamedTuple):
       read: the view of the batch -> the argument.
       option: the option that says how, where there is a choice.
       needs_data: even where policy == reference it depends on the data.
+      needs_scores: it is made of the data's scores, so that every record has to have some.
     """
 
     read: Callable[[Any], Any]
     option: str = ""
     needs_data: bool = False
+    needs_scores: bool = False
+
+
+def _from_scores(read: Callable[[Any], Any], option: str = "") -> FromBatch:
+    return FromBatch(read, option, needs_data=True, needs_scores=True)
 
 
 class FromOptions(NamedTuple):
@@ -57,11 +63,11 @@ FORMS = {
             "mask": FromBatch(PairView.mask),
             "tie": FromBatch(PairView.tie, needs_data=True),
             "kl": FromBatch(PairView.kl),
-            "scores": FromBatch(PairView.scores, needs_data=True),
+            "scores": _from_scores(PairView.scores),
             "nll": FromBatch(PairView.nll, option="nll_norm"),
-            "offset": FromBatch(PairView.offset, option="alpha", needs_data=True),
-            "score_gap": FromBatch(PairView.score_gap, needs_data=True),
-            "probability": FromBatch(PairView.probability, option="scale", needs_data=True),
+            "offset": _from_scores(PairView.offset, option="alpha"),
+            "score_gap": _from_scores(PairView.score_gap),
+            "probability": _from_scores(PairView.probability, option="scale"),
             "delta": FromBatch(PairView.delta, option="baseline"),
             "batch_gap": FromBatch(PairView.batch_gap, needs_data=True),
             "running_gap": FromBatch(PairView.delta, option="momentum"),
@@ -78,9 +84,9 @@ FORMS = {
             "reference": FromBatch(RankedView.reference),
             "mask": FromBatch(RankedView.mask),
             "ranks": FromBatch(RankedView.ranks, needs_data=True),
-            "scores": FromBatch(RankedView.scores, needs_data=True),
-            "targets": FromBatch(RankedView.targets, option="scale", needs_data=True),
-            "values": FromBatch(RankedView.values, option="value_beta", needs_data=True),
+            "scores": _from_scores(RankedView.scores),
+            "targets": _from_scores(RankedView.targets, option="scale"),
+            "values": _from_scores(RankedView.values, option="value_beta"),
         },
     ),
     "labelled": Form(

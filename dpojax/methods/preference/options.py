@@ -157,6 +157,7 @@ class LossRequirements(NamedTuple):
     inputs: frozenset[str]  # the arguments that come from the batch
     reference: bool
     live: bool  # the reference's whole distributions, which no cache holds
+    scores: bool  # the data's scores of the responses
     chosen: bool  # it learns from the best response alone
     weights: bool  # it can weigh one example: it does not sort the batch
 
@@ -175,12 +176,14 @@ def loss_requirements(loss: str) -> LossRequirements:
     forms = sorted({LOSS_TABLE[name].form for name in names})
     if len(forms) > 1:
         raise OptionError("loss", f"{loss} mixes losses of {' and '.join(forms)} data")
-    inputs = frozenset(x for name in names for x in from_batch(name))
+    sources = {x: source for name in names for x, source in from_batch(name).items()}
+    inputs = frozenset(sources)
     return LossRequirements(
         form=forms[0],
         inputs=inputs,
         reference="reference" in inputs,
         live=bool({"kl", "steps"} & inputs) and forms[0] == "pairs",
+        scores=any(source.needs_scores for source in sources.values()),
         chosen=inputs == {"nll"},
         weights=not any(LOSS_TABLE[name].sorts_batch for name in names),
     )
