@@ -123,6 +123,7 @@ class Preference(LanguageStage):
             "labelled" if labelled else "ranked",
             mismatched=labelled and "kl" in needs.inputs,
             scores=needs.scores,
+            unit_gaps="score_gap" in needs.inputs,
             ties=bool(needs.inputs & {"tie", "ranks"}),
             best_only=needs.chosen,
             weights=needs.weights,

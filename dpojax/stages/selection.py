@@ -17,6 +17,7 @@ from dpojax.data.report import Report
 T = TypeVar("T")
 
 JUST_ABOVE = 1e-15  # added to a hash in [0, 1), it gives the next larger bound
+ROUNDING = 1e-6  # by which the difference of two scores in [0, 1] may be above 1
 
 
 class DataRequirements(NamedTuple):
@@ -29,6 +30,7 @@ class DataRequirements(NamedTuple):
         without a label is dropped. "classified": texts with a class. "prompts": prompts alone.
       mismatched: give every example an unrelated second response, see `unpaired.with_mismatched`.
       scores: every record must have scores.
+      unit_gaps: the scores of a record differ by 1 at most.
       weights: records may have weights. A loss that sorts a batch has no use for them.
       ties: keep ranked records whose responses are all tied, which are dropped otherwise.
       best_only: training reads the best response of a ranked record alone.
@@ -37,6 +39,7 @@ class DataRequirements(NamedTuple):
     form: Literal["best", "ranked", "labelled", "classified", "prompts"] = "ranked"
     mismatched: bool = False
     scores: bool = False
+    unit_gaps: bool = False
     weights: bool = True
     ties: bool = False
     best_only: bool = False
@@ -56,9 +59,12 @@ def usable(
     """The records that a stage can learn from; the others are counted.
 
     Raises:
-      DataError: a record has a weight, and the loss has no use for it.
+      DataError: a record has a weight, and the loss has no use for it; or its scores differ by more
+        than the loss allows.
     """
     for record in loaded:
+        if requirements.unit_gaps:
+            _require_unit_gaps(record)
         if record.weight != 1 and not requirements.weights:
             raise DataError(
                 f"{record.id}: field 'weight' is {record.weight:g}, but this loss sorts the batch "
@@ -173,6 +179,15 @@ def best_response(example: Example) -> Example:
         rank=None if example.rank is None else example.rank[:1],
         scored=None if example.scored is None else example.scored[:1],
     )
+
+
+def _require_unit_gaps(record: Record) -> None:
+    gap = max(record.scores) - min(record.scores) if record.scores else 0.0
+    if gap > 1 + ROUNDING:
+        raise DataError(
+            f"{record.id}: its scores differ by {gap:g}, and this loss takes gaps of 1 at most: "
+            "bring the scores of all records into [0, 1]"
+        )
 
 
 def _unusable(record: Record, requirements: DataRequirements) -> str | None:

@@ -206,6 +206,19 @@ def test_a_record_without_the_scores_that_are_wanted_is_named(tiny, tmp_path):
         load_pairs(tiny, DataRequirements(scores=True), source=write(tmp_path / "p.jsonl", rows))
 
 
+def test_scores_that_differ_by_more_than_the_loss_takes_are_named(tiny, tmp_path):
+    needs = DataRequirements(scores=True, unit_gaps=True)
+    rows = [preference(i, score_chosen=0.9, score_rejected=0.2) for i in range(20)]
+    rows[3] |= {"score_chosen": 0.1, "score_rejected": 1.1}  # a label that the scores contradict
+    source = write(tmp_path / "p.jsonl", rows)
+    assert len(load_pairs(tiny, needs, source=source).examples) == 20
+    rows[4] |= {"score_chosen": 8.0, "score_rejected": 6.5}
+    source = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(DataError, match=r"p\.jsonl:5: its scores differ by 1\.5.* into \[0, 1\]"):
+        load_pairs(tiny, needs, source=source)
+    assert len(load_pairs(tiny, DataRequirements(scores=True), source=source).examples) == 20
+
+
 def ranking(i, scores):
     words = ("good", "bad", "great")[: len(scores)]
     return {

@@ -158,7 +158,10 @@ class PairView(View):
         return self.hyper["alpha"] * jnp.log(jnp.maximum(gap, 1e-6))
 
     def score_gap(self) -> Array:
-        """score_w - score_l, for MaPPO, whose scores are in [0, 1]; clipped to [0, 1]."""
+        """score_w - score_l, for MaPPO, clipped to [0, 1].
+
+        Gaps above 1 are refused where data are read. Below 0, the scores contradict the preference.
+        """
         scores = self.scores()
         return jnp.clip(scores.chosen - scores.rejected, 0.0, 1.0)
 
