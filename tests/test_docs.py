@@ -8,6 +8,7 @@ import pytest
 from safetensors.flax import save_file
 
 from dpojax import losses
+from dpojax.methods.preference import LOSSES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -96,6 +97,12 @@ def test_the_reference_has_every_file_of_losses():
     modules = {getattr(losses, each).__module__ for each in losses.__all__ if each.islower()}
     page = (ROOT / "docs/api/losses.md").read_text(encoding="utf-8")
     assert modules <= set(re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE))
+
+
+def test_the_number_of_objectives_is_that_of_the_losses_that_can_be_trained():
+    for page in ("README.md", "docs/index.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert re.findall(r"^(\w+) objectives", text, re.MULTILINE) == [str(len(LOSSES))], page
 
 
 def test_the_page_on_trl_names_every_loss():
