@@ -25,7 +25,7 @@ import re
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -266,18 +266,17 @@ def render(example: Example, tokenizer, colour: bool, width: int = display.UNBRO
     return "\n".join(lines)
 
 
-def _token_lines(text: str, colour: bool, width: int) -> list[str]:
-    """What `tokens` returns in indented lines, each with the "|" after its last token."""
+def _token_lines(texts: Sequence[str], colour: bool, width: int) -> list[str]:
+    """Texts of tokens with "|" between them, in indented lines that end after a "|"."""
     bar = _paint("|", DIM, colour)
-    lines, free = [], 0
-    for part in text.split(bar):
-        needed = _columns(part) + 1
-        if lines and needed <= free:
-            lines[-1] += bar + part
-        else:
-            lines = [*lines[:-1], lines[-1] + bar] if lines else []
-            lines.append(f"  {part}")
+    lines, free = ["  "], width - 2
+    for number, text in enumerate(texts, 1):
+        shown = text + bar if number < len(texts) else text
+        needed = _columns(shown)
+        if needed > free and lines[-1] != "  ":
+            lines.append("  ")
             free = width - 2
+        lines[-1] += shown
         free -= needed
     return lines
 
@@ -288,15 +287,17 @@ def _columns(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in shown)
 
 
-def _answer(ids, mask, tokenizer, style: str, colour: bool) -> str:
-    """The tokens of a response; runs of those that are not scored are dim, or in ⟨brackets⟩."""
+def _answer(ids, mask, tokenizer, style: str, colour: bool) -> list[str]:
+    """`tokens` of a response; runs of those that are not scored are dim, or in ⟨brackets⟩."""
     if mask is None:
         return tokens(ids, tokenizer, style, colour)
-    runs, ends = [], [*np.flatnonzero(np.diff(mask)) + 1, len(ids)]
+    texts, ends = [], [*np.flatnonzero(np.diff(mask)) + 1, len(ids)]
     for start, end in zip([0, *ends], ends):
         run = tokens(ids[start:end], tokenizer, style if mask[start] else DIM, colour)
-        runs.append(run if colour or mask[start] else f"⟨{run}⟩")
-    return _paint("|", DIM, colour).join(runs)
+        if not (colour or mask[start]):
+            run[0], run[-1] = f"⟨{run[0]}", f"{run[-1]}⟩"
+        texts += run
+    return texts
 
 
 def _names(count: int, label: bool | None) -> list[tuple[str, str]]:
@@ -310,8 +311,8 @@ def _names(count: int, label: bool | None) -> list[tuple[str, str]]:
     return [(f"rank {k}", RED if k == count else GREEN) for k in range(1, count + 1)]
 
 
-def tokens(ids, tokenizer, style: str, colour: bool) -> str:
-    """The texts of tokens with "|" between them.
+def tokens(ids, tokenizer, style: str, colour: bool) -> list[str]:
+    """The texts of tokens.
 
     N tokens that hold the bytes of one character together are shown as that character and "*N".
     """
@@ -333,7 +334,7 @@ def tokens(ids, tokenizer, style: str, colour: bool) -> str:
         shown += f"*{len(pending)}" if len(pending) > 1 else ""
         pieces.append(_paint(shown, style, colour))
         pending = []
-    return _paint("|", DIM, colour).join(pieces)
+    return pieces
 
 
 def _paint(text: str, style: str, colour: bool) -> str:

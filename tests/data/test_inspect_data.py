@@ -67,6 +67,17 @@ def test_lines_of_tokens_end_between_two_tokens_and_fit_the_terminal(tokenizer, 
     )
 
 
+def test_a_token_that_holds_the_sign_between_tokens_stays_whole(tokenizer, monkeypatch):
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    monkeypatch.setattr(loaded, "convert_ids_to_tokens", lambda token: "<|the_end|>")
+    ids = np.array([loaded.eos_token_id] * 9)
+    example = Example("a:1", ids, (ids,), (False,), label=True)
+    lines = inspect_data.render(example, loaded, False, width=20).split("\n")
+    assert [line for line in lines if "the_end" in line] == (
+        ["  ⟦<|the_end|>⟧|"] * 8 + lines[-1:]
+    ) * 2
+
+
 def wcwidth(text):
     """Of a text whose only wide letters are those of the test."""
     return len(text) + sum(letter in "日本" for letter in text)
