@@ -11,7 +11,10 @@ import importlib.abc
 import importlib.util
 import sys
 
-LIGHT = ("losses", "head", "logprobs", "theory", "rl", "mesh_axes", "extras", "commands")
+LIGHT = (
+    *("losses", "head", "logprobs", "theory", "rl", "mesh_axes", "extras"),
+    *("commands", "display", "stopping", "watchdog"),  # dpojax --help, which needs Python alone
+)
 # The packages that the extra `train` of pyproject.toml installs, as they are imported.
 TRAIN_LIBRARIES = (
     "flax",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import shutil
 import sys
 import textwrap
 from typing import NoReturn
 
 import dpojax
+from dpojax import display
 from dpojax.extras import needs_train
 
 COMMANDS = {
@@ -33,7 +33,7 @@ COMMANDS = {
     "launch": "write the job file for Slurm, XPK, JobSet, TPU VMs or SkyPilot",
 }
 FAILED, USAGE = 1, 2
-WIDTH = 100  # columns of the list, at most
+WIDTH = 100  # columns of a list that no terminal shows
 
 
 def main() -> NoReturn:
@@ -57,7 +57,6 @@ def start(name: str) -> NoReturn:
     if sentence := needs_train(f"dpojax {name}"):
         print(sentence, file=sys.stderr)
         sys.exit(FAILED)
-    from dpojax import display
     from dpojax.runs import terminal
 
     terminal.look_after()
@@ -67,11 +66,10 @@ def start(name: str) -> NoReturn:
 
 def _overview() -> str:
     column = max(map(len, COMMANDS)) + 4
-    width = min(shutil.get_terminal_size((WIDTH, 0)).columns, WIDTH)
     lines = [
         textwrap.fill(
             what,
-            width,
+            min(display.columns(sys.stdout), WIDTH),
             initial_indent=f"  {name}".ljust(column),
             subsequent_indent=" " * column,
         )
@@ -83,9 +81,9 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            textwrap.fill(
+            display.fill(
                 "dpojax COMMAND --help shows the flags of a command, dpojax --version the version.",
-                width,
+                indent="",
             ),
         ]
     )
