@@ -18,7 +18,7 @@ from dpojax.extras import needs_train
 
 COMMANDS = {
     "train": "train a run: SFT, preferences, a reward model, a classifier, PPO",
-    "sweep": "train a grid, or a config's sweep(), as one program where that can be; compare",
+    "sweep": "train a grid or a config's sweep(), as one program where that can be",
     "compare": "show what runs and sweeps differ in: configs, metrics, curves",
     "plan": "compile a config for chips that are not there: memory, time, chip-hours",
     "certify": "compare the first steps on other meshes, precisions and flags with float32",

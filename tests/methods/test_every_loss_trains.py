@@ -194,7 +194,7 @@ def test_a_sweep_over_epsilon_compiles_one_step(batches, start, better):
         moved.append(state)
         compiled_before = compiled_before or step._cache_size()
     assert step._cache_size() == compiled_before
-    # Each has the numbers of a step that was made for this epsilon alone.
+    # Logits are perturbed by this epsilon, which moves the weights; beta is changed by it, too.
     tables = [np.asarray(state.params["table"]) for state in moved]
     assert np.abs(tables[0] - tables[1]).max() > 1e-5
     change = [abs(float(state.baseline.mean)) for state in moved]
