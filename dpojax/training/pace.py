@@ -94,9 +94,8 @@ class Tally:
 
     def restore(self, state: dict | None) -> None:
         """Go on from what `state` returned; None starts from nothing."""
-        if state is not None:
-            self.window.restore(state["sums"])
-            self.tokens = state["tokens"]
+        self.window.restore(state["sums"] if state else {})
+        self.tokens = state["tokens"] if state else 0
 
     def flush(self) -> dict[str, float]:
         """The metrics since the last call, and `num_tokens`; waits for the device."""
