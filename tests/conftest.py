@@ -44,7 +44,7 @@ def shared() -> pathlib.Path:
 
 def pytest_collection_modifyitems(items):
     """Files with long tests first, so that no process is left with them when the others end."""
-    long = {"runs", "jobs", "test_notebooks.py"}
+    long = {"runs", "jobs", "test_slurm.py", "test_light_install.py", "test_notebooks.py"}
     items.sort(key=lambda item: long.isdisjoint({item.path.name, item.path.parent.name}))
 
 
