@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
+from dpojax import storage
 from dpojax.runs.run import run
-from dpojax.sweeps.members import member_names
+from dpojax.sweeps.members import member_names, member_run, same_program
 from dpojax.sweeps.sweep import run_sweep
 
 from .conftest import lines, tiny_config
@@ -47,6 +48,8 @@ def test_the_reference_of_each_member_of_a_sweep_follows_its_own_policy(tmp_path
     changes = {f"preference.{key}": value for key, value in HUMANLINE.items()}
     config = tiny_config(**changes, stages=("preference",))
     members = [{"preference.learning_rate": 0.03}, {"preference.learning_rate": 0.001}]
+    runs = [member_run(config, changes, storage.as_path("nowhere")) for changes in members]
+    assert same_program(runs) == [[0, 1]]
     assert run_sweep(config, members, str(tmp_path / "sweep")) == {}
     losses = lambda folder: [line["loss"] for line in lines(folder, "preference")]
     together = [losses(tmp_path / "sweep" / name) for name in member_names(members, "preference")]
