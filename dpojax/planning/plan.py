@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dpojax import display
 from dpojax.config.errors import ConfigError
 from dpojax.planning.chips import Topology
 from dpojax.planning.hlo import crossing_collectives
@@ -133,7 +134,8 @@ def make_plan(
                 compiled.append(same[0]._replace(program=program))
                 continue
             say(f"{name}: compiling {program.name} for {topology.name}")
-            compiled.append(compile_program(program, topology))
+            with display.doing(f"compiling {program.name} of {name}"):
+                compiled.append(compile_program(program, topology))
         yield StagePlan(name, topology, planned, compiled)
 
 
