@@ -278,6 +278,7 @@ goes on.
     )
 
 
+@pytest.mark.slow
 def test_flags_of_one_command_are_no_flags_of_another():
     code = "import sys; sys.argv[0] = 'dpojax'; from dpojax.commands.entry import main; main()"
     words = ["train", CONFIG, "--workdir=x", "--members=2"]

@@ -261,6 +261,7 @@ def run_in_subprocesses(jobs):
         subprocess.run([sys.executable, *job.command[1:]], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_an_executor_needs_the_commands_alone(tmp_path):
     second = small_job(tmp_path, "second", needs=("first",))
     run_in_subprocesses([second, small_job(tmp_path, "first")])

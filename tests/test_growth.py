@@ -102,6 +102,7 @@ def test_a_step_multiplies_and_sends_what_the_closed_forms_say(case):
     assert 0 <= sent - sent_bytes(record) - tied < 200
 
 
+@pytest.mark.slow
 def test_every_point_is_one_micro_batch_of_full_rows():
     for point in (point for points in STUDIES.values() for point in points):
         rows = synthetic_rows(point.case)

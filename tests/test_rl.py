@@ -83,6 +83,7 @@ def test_tokens_that_are_masked_inside_a_response_are_stepped_over(rollout):
     assert (np.asarray(got.returns)[~mask] == 0).all()
 
 
+@pytest.mark.slow
 def test_advantages_of_a_sweep_are_those_of_its_runs(rollout):
     run = partial(rl.gae, rollout["rewards"], rollout["values"], rollout["mask"])
     discounts, lambdas = jnp.array([1.0, 0.9]), jnp.array([0.95, 0.5])

@@ -161,6 +161,7 @@ def test_every_seed_prompt_id_sample_and_place_draws_anew(llama):
     assert all(len(set(text)) > 2 for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"data": 4, "tensor": 2}, *further({"data": 2, "fsdp": 4})])
 def test_eight_devices_draw_what_one_draws(llama, shape):
     sampler, params, responses = llama
@@ -325,6 +326,7 @@ def test_weights_cast_once_are_those_that_every_call_casts():
     assert model.cast(params)["final_norm"]["scale"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_draws_the_same(llama, monkeypatch):
     sampler, params, responses = llama
     monkeypatch.setattr(sampler_module, "FIRST_CACHE_TOKENS", 5)  # then 10 and 12

@@ -53,6 +53,7 @@ def pairs(count: int) -> list[Example]:
     return [Example(f"f:{i}", made(i), both(i), (False, True), None) for i in range(count)]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(made=st.lists(examples(), min_size=1, max_size=6))
 def test_what_is_kept_and_what_is_read_back_are_the_examples(made, tmp_path_factory):

@@ -230,6 +230,7 @@ def raw_rows(path):
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.slow
 def test_prompts_that_recur_between_real_files_are_all_found(shared):
     folder = shared / "data/hh-rlhf/helpful-single-turn"
     held = {

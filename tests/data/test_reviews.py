@@ -218,6 +218,7 @@ def test_bradley_terry_labels_follow_the_sigmoid_of_the_difference(temperature):
     assert (difference < 0).sum() > 50
 
 
+@pytest.mark.slow
 def test_pairs_of_one_prompt_stand_together_and_differ():
     pairs = reviews.preferences("train", 300, seed=0, pairs_per_prompt=3)
     for start in range(0, 300, 3):

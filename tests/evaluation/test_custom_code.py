@@ -72,6 +72,7 @@ def mine(scorer, tmp_path):
     assert not any((folder / "ran").exists() for folder in made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classifier", "reward_model"])
 def test_a_model_of_a_known_family_scores_as_without_its_code(kind, scorer, mine):
     """Such as Phi-3, whose folder has the code that transformers has by now."""

@@ -155,6 +155,7 @@ def test_without_a_trusted_limit_and_with_points_that_are_not_numbers_it_still_d
     assert [text.get_text() for text in nothing.texts] == ["SFT (reference)"]
 
 
+@pytest.mark.slow
 def test_the_files_are_written_whole_or_not_at_all(run, tmp_path):
     points, curve, base = run
     png, pdf = tmp_path / "frontier.png", tmp_path / "frontier.pdf"
@@ -169,6 +170,7 @@ def test_the_files_are_written_whole_or_not_at_all(run, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["frontier.pdf", "frontier.png"]
 
 
+@pytest.mark.slow
 def test_a_method_far_beyond_all_others_does_not_squeeze_them(run):
     points, curve, base = run
     widest = max(p.kl for p in points)

@@ -174,6 +174,7 @@ def test_an_exported_reward_model_scores_in_transformers_what_it_scores_here(
     assert np.ptp(ours) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_reward_model_of_transformers_whose_padding_is_its_eos_scores_here_what_it_scores_there(
     side, tmp_path

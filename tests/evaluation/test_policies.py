@@ -146,6 +146,7 @@ def test_evaluating_again_compiles_nothing(params, evaluation):
     assert not np.array_equal(again.rewards, evaluation.rewards)
 
 
+@pytest.mark.slow
 def test_eight_devices_find_the_same_divergences(params, evaluation):
     mesh = make_mesh(data=4, tensor=2)
     placed = [jax.device_put(p, tree_shardings(p, mesh, SHARDING_RULES)) for p in params]

@@ -83,6 +83,7 @@ def test_what_needs_a_job_waits_for_its_end_and_not_for_its_first_file(tmp_path)
     assert next_job([first, second], running=[]) == second
 
 
+@pytest.mark.slow
 def test_what_a_job_raises_comes_out_and_the_same_call_goes_on(tmp_path):
     with pytest.raises(ConfigError, match=r"beta = 0\.0"):
         run(tmp_path, b="refuse")
@@ -91,6 +92,7 @@ def test_what_a_job_raises_comes_out_and_the_same_call_goes_on(tmp_path):
     assert all((tmp_path / name).exists() for name in DIAMOND)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_lets_the_others_save_first(tmp_path):
     with pytest.raises(ConfigError, match="b cannot be"):
         run(tmp_path, a="touch", b="fail_beside_another", c="train_until_asked_to_stop")
@@ -98,6 +100,7 @@ def test_a_job_that_fails_lets_the_others_save_first(tmp_path):
     assert set(read_seconds(tmp_path).jobs) == {"a", "b", "c"}
 
 
+@pytest.mark.slow
 def test_a_job_with_a_failure_file_lets_the_others_go_on(tmp_path):
     a, b, c, d = diamond(tmp_path, b="fail_and_say_so", c="touch")
     b = b._replace(failure_files=(str(tmp_path / "b.failed"),))
@@ -114,11 +117,13 @@ def test_a_job_that_ends_without_its_output_is_an_error_that_names_both(tmp_path
     assert (tmp_path / "a.calls").read_text() == "called\n"
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_told_with_all_that_was_under_way(tmp_path):
     with pytest.raises(ChildProcessError, match=r"killed.* while .*b.* under way.*--workers=1"):
         run(tmp_path, a="touch", b="die", c="touch")
 
 
+@pytest.mark.slow
 def test_a_sigterm_stops_the_processes_too(tmp_path):
     began = time.monotonic()
     with pytest.raises(Preempted, match="frontier: stopped by SIGTERM, what is done is kept"):

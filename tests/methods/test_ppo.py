@@ -303,6 +303,7 @@ def test_later_steps_have_the_gradients_of_the_papers_losses(given, experience, 
     assert metrics["loss/policy_avg"].value == pytest.approx(float(loss), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus_is_the_mean_entropy_of_the_tokens(given, experience):
     tokens, places = texts(given)
     part, params = experience[0], new_state().policy.params
@@ -324,6 +325,7 @@ def test_the_entropy_bonus_is_the_mean_entropy_of_the_tokens(given, experience):
     )
 
 
+@pytest.mark.slow
 def test_padding_and_dummy_prompts_change_nothing(given, experience):
     front = lambda x, columns: np.pad(x, ((8, 0), *[(0, 0)] * (np.ndim(x) - 2), (0, columns)))
     prompts = Prompts(
@@ -404,6 +406,7 @@ def test_an_iteration_ends_where_the_policy_has_gone_too_far(given, update):
     assert int(new.policy.step) == int(new.value.step) == 2  # the second finds it moved
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_finite_is_named_and_leaves_the_models(given, update):
     state = new_state()
     scores = np.where(np.arange(BATCH) == 3, np.float32(np.nan), given.scores)

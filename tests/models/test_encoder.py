@@ -124,6 +124,7 @@ def test_a_published_config_of_a_sentiment_classifier_is_understood():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(355.4e6, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_large_arrays_are_sharded_and_logits_equal_one_devices(tmp_path):
     settings = SIZES | {"num_attention_heads": 2, "vocab_size": 56}
     checkpoints.make("bert", kind=CLASSIFIER, **settings).save_pretrained(tmp_path)

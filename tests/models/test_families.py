@@ -140,6 +140,7 @@ def test_logits_equal_those_of_transformers_and_exports_are_the_same_model(case,
     np.testing.assert_allclose(checkpoints.torch_logits(again, tokens), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3_text", "phi3", *further("gptj", "gpt_neox")])
 def test_sharded_bfloat16_files_come_in_and_go_out_bit_equal(family, tmp_path):
     torch = pytest.importorskip("torch")

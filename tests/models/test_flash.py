@@ -86,6 +86,7 @@ def test_in_bfloat16_flash_is_as_near_to_float32_as_plain_attention_is():
     assert all(0 < a < 1.1 * b for a, b in zip(*errors)), errors
 
 
+@pytest.mark.slow
 def test_under_vmap_over_queries_and_scales_flash_equals_plain_attention():
     rows, (query, key, value, cotangent) = small_rows(), random_heads()
     queries, scales = jnp.stack([query, 2 * query[::-1]]), jnp.array([0.2, 0.4])

@@ -81,6 +81,7 @@ def test_own_branch_and_prompt_together_are_the_plain_mask(window):
     assert run < 2 * 2 * 3 * 3
 
 
+@pytest.mark.slow
 def test_splash_equals_plain_attention_in_values_and_gradients():
     options = {"window": 25, "softcap": 1.5}
     plain = values_and_gradients(XLA, rows_of(), **options)

@@ -146,6 +146,7 @@ def test_adapters_that_we_wrote_give_our_logits_in_peft(bases, tmp_path, model_t
     assert (loaded.rank, loaded.scale) == (4, config.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "phi3"])
 def test_one_part_of_a_fused_module_can_be_adapted_alone(bases, tmp_path, model_type):
     base, folder = bases(model_type), tmp_path / "out"

@@ -86,6 +86,7 @@ def test_scores_of_packed_responses_equal_those_of_transformers_texts(case, tmp_
     checkpoints.assert_same_tensors(again, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [GPT2, LLAMA])
 def test_a_scalar_head_on_a_language_model_exports_as_a_classifier(base, tmp_path):
     sizes = {"vocab_size": 51, "width": 24, "layers": 2, "heads": 3, "mlp_width": 40}

@@ -75,6 +75,7 @@ def test_a_config_that_expects_nothing_is_told_what_to_say():
         plan_stage(config, "preference", topology("cpu:4"))
 
 
+@pytest.mark.slow
 def test_the_arguments_of_the_step_are_weights_moments_and_rows(planned):
     """They lie on 2 of 4 devices each, since data is 2 and fsdp is 2."""
     step = programs(planned)[0]

@@ -338,6 +338,7 @@ def test_labels_of_one_kind_are_refused(tiny, tmp_path, label, kind):
         load_pairs(tiny, LABELLED, source=source)
 
 
+@pytest.mark.slow
 def test_mismatched_responses_stay_on_their_side_of_the_split(tiny):
     requirements = DataRequirements("labelled", mismatched=True)
     data = load_pairs(tiny, requirements, source="reviews")

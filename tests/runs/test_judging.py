@@ -233,6 +233,7 @@ def test_each_temperature_and_n_of_best_of_n_is_a_row(policy, tmp_path, loads):
     assert [x["a"] for x in alone] != [x["b"] for x in alone]  # drawn with another seed
 
 
+@pytest.mark.slow
 def test_a_second_judge_draws_nothing_again(policy, tmp_path, loads, monkeypatch):
     shared = {"responses": str(tmp_path / "responses")}
     judging.judge(sampled(policy, tmp_path / "first", **shared))

@@ -153,6 +153,7 @@ def test_the_weights_of_a_stage_that_is_trained_are_read_only_when_they_are_need
     assert (tmp_path / "run" / "finished.json").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_only_prints_the_summary(finished):
     workdir, _ = finished
     before = saved_arrays(workdir)
@@ -356,6 +357,7 @@ def test_a_nan_loss_stops_the_run_names_the_rows_and_keeps_the_last_checkpoint(
     assert all(np.isfinite(x).all() for x in saved_arrays(tmp_path / "run", step=max(steps)))
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_its_reference_at_step_zero_is_refused(started, monkeypatch):
     original = preference.reference_weights
 
@@ -397,6 +399,7 @@ def test_a_run_that_cannot_work_leaves_nothing_but_tokens(tmp_path, changes, err
     assert {path.name for path in tmp_path.glob("run/*")} <= {"tokens"}
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_a_user_error_in_words(tmp_path):
     """An unknown key, and a value that cannot run: no traceback, nothing left behind."""
     for changes, message, status in (

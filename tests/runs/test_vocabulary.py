@@ -91,6 +91,7 @@ def test_an_end_token_beyond_the_table_is_named_by_the_first_record_that_ends_wi
         prepared(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_prompt_of_ppo_beyond_the_table_is_named(tiny, tmp_path):
     tokenizer = make_tokenizer(tmp_path / "words", image=True)
     make_model(tmp_path / "model", IMAGE, tokenizer)
@@ -106,6 +107,7 @@ def test_a_prompt_of_ppo_beyond_the_table_is_named(tiny, tmp_path):
         stage.prepare()
 
 
+@pytest.mark.slow
 def test_a_table_with_2400_rows_more_trains_and_is_exported_whole(tiny, tmp_path):
     tokenizer = make_tokenizer(tmp_path / "words")
     make_model(tmp_path / "model", len(WORDS) + 2400, tokenizer)

@@ -60,6 +60,7 @@ def killed_holder(folder):
     return other.pid
 
 
+@pytest.mark.slow
 def test_one_process_holds_a_lock_and_the_other_is_told_who(folder, quick_locks):
     with other_process(folder) as other:
         assert other.stdout.readline() == "held\n"

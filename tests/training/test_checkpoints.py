@@ -426,6 +426,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_checkpoints_on_a_bucket_are_kept_removed_and_restored_as_on_a_disk(bucket, mesh):  # noqa: F811
     folder = storage.as_path(f"{bucket}/run/checkpoints")
     with Checkpoints(folder, max_checkpoints=1) as checkpoints:

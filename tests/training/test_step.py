@@ -150,6 +150,7 @@ def test_micro_batches_equal_one_batch(micro_rows, costs, step, start, pairs, ro
     assert_close(report.metrics, stepped[1].metrics, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_of_shorter_micro_batches_lie_where_those_of_whole_ones_do(
     score, pairs, reference_params
 ):
@@ -196,6 +197,7 @@ def test_eight_devices_equal_one(shape, model, objective, params, rows, hyper, s
     assert not any(whole) or shape == (8, 1, 1)
 
 
+@pytest.mark.slow
 def test_no_array_is_replicated_because_the_partitioner_knew_no_better(
     model, objective, params, rows, hyper, capfd
 ):

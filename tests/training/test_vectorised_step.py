@@ -170,6 +170,7 @@ def test_a_member_that_fails_fails_alone_and_for_good(model, objective, params, 
     assert_same(healthy.params, want.params, 1e-6)
 
 
+@pytest.mark.slow
 def test_members_may_have_batches_of_their_own(model, objective, params, rows):
     make = make_step(model, objective, SGD)
     other = rows._replace(tokens=(rows.tokens + 1) % model.config.vocab_size)

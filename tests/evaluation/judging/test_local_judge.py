@@ -213,6 +213,7 @@ def test_a_chat_template_that_refuses_is_told(tmp_path):
         open_local(folder_with(tmp_path, letters(refusing)), SHORT)
 
 
+@pytest.mark.slow
 def test_stories_answers_both_orders(shared):
     """A model that knows stories alone: every reply is there, and equal in a second call."""
     judge = open_judge(f"local:{shared / 'data/stories260k'}", template="summary", batch_size=2)

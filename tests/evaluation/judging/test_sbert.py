@@ -94,6 +94,7 @@ def their_states(folder, text, longest):
         return model(ids["input_ids"]).last_hidden_state[0].double().numpy()
 
 
+@pytest.mark.slow
 def test_embeddings_of_minilm_are_those_of_torch(minilm):
     recipe = read_recipe(minilm)
     assert (recipe.pooling, recipe.normalize, recipe.longest) == ("mean", True, 256)

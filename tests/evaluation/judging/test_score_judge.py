@@ -172,6 +172,7 @@ def test_the_folder_of_a_judge_is_known_without_opening_it():
     assert [folder_of(spec) for spec in specs] == ["", "a/b", "a/b", "a/b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "labels"), [("reward_model", ()), ("classifier", ("BAD", "GOOD"))]
 )
