@@ -14,6 +14,7 @@ from dpojax.config import command_line, files
 from dpojax.config.command_line import ArgumentParser, ConfigFlag, UsageError, parse_flags
 from dpojax.config.errors import ConfigError
 from dpojax.config.help_text import about_text
+from tests import further
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'reviews.py'}"
@@ -288,7 +289,7 @@ def test_flags_of_one_command_are_no_flags_of_another():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [*SCRIPTS[-2:], *further(*SCRIPTS[:-2])], ids=lambda p: p.stem)
 def test_every_script_refuses_a_stray_word_with_one_line_and_status_2(script):
     required = {
         "inspect_data": ["--data=x", "--tokenizer=x"],

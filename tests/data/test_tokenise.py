@@ -14,6 +14,7 @@ from dpojax.data.records import DataError, Record
 from dpojax.data.sources import load_records
 from dpojax.data.tokenise import tokenise
 from dpojax.data.tokenize_config import TokenizeConfig
+from tests import further
 
 BOS, EOS = "<s>", "</s>"
 TEMPLATE = (
@@ -486,9 +487,11 @@ def gpt2(shared):
 @pytest.mark.parametrize(
     ("name", "causes"),
     [
-        ("hh-rlhf/harmless-base/test.jsonl.gz", (5, 0, 4)),
-        ("hh-rlhf/helpful-single-turn/train_gt.jsonl.gz", (10, 1, 2)),
-        ("hh-rlhf/helpful-single-turn/train_w2s.jsonl.gz", (9, 0, 6)),
+        *further(
+            ("hh-rlhf/harmless-base/test.jsonl.gz", (5, 0, 4)),
+            ("hh-rlhf/helpful-single-turn/train_gt.jsonl.gz", (10, 1, 2)),
+            ("hh-rlhf/helpful-single-turn/train_w2s.jsonl.gz", (9, 0, 6)),
+        ),
         ("hh-rlhf/helpful-single-turn/test.jsonl.gz", (6, 2, 1)),
         ("instruction-preference/instruction-data-with-preference.json", (0, 6, 0)),
     ],

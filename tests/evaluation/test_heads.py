@@ -63,10 +63,12 @@ def pipeline_scores(folder, label):
 @pytest.mark.parametrize(
     ("problem_type", "labels", "label"),
     [
-        (None, ("LABEL_0",), "LABEL_0"),
         ("regression", ("stars",), "stars"),
-        ("regression", ("plot", "acting"), "acting"),
-        (None, ("NEGATIVE", "POSITIVE"), "POSITIVE"),
+        *further(
+            (None, ("LABEL_0",), "LABEL_0"),
+            ("regression", ("plot", "acting"), "acting"),
+            (None, ("NEGATIVE", "POSITIVE"), "POSITIVE"),
+        ),
         ("single_label_classification", ("bad", "fair", "good"), "fair"),
         ("multi_label_classification", ("funny", "sad", "long"), "sad"),
     ],

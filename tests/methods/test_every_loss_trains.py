@@ -49,7 +49,10 @@ WRAPPERS = {
     "mixture": ("dpo+bco+sft", {"weights": (0.8, 0.2, 1.0)}),
 }
 CASES = {loss: (loss, GIVEN.get(loss, {})) for loss in preference.LOSSES} | WRAPPERS
-ALIKE = ("gpo", "chipo", "tpo_l", "simper", "simnpo", "uni_dpo", "kto, humanline")
+ALIKE = (
+    *("robust", "hinge", "discopop", "nca", "sppo", "apo_zero", "apo_down", "gpo", "chipo"),
+    *("alphapo", "tpo_l", "simper", "simnpo", "uni_dpo", "kto, humanline"),
+)
 ADAM, SGD = optax.scale_by_adam(), optax.identity()
 COUPLED = (
     "beta_dpo",

@@ -65,7 +65,7 @@ def require_equal(terms, other):
 
 @pytest.mark.parametrize(
     "loss",
-    [pytest.param(x, marks=() if x in KINDS else pytest.mark.slow) for x in WEIGHED],
+    [pytest.param(x, marks=() if x in KINDS else pytest.mark.long) for x in WEIGHED],
 )
 def test_a_preference_of_weight_two_is_two_equal_preferences(loss):
     options = preference.resolve(loss, GIVEN.get(loss, {}))

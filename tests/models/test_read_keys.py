@@ -7,6 +7,7 @@ import tiny_checkpoints as checkpoints
 from transformers import CONFIG_MAPPING
 
 from dpojax.models.families import DECODERS, ENCODERS, config_from_raw
+from tests import further
 
 GPT = {"vocab_size": 11, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32}
 SIZES = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -75,7 +76,10 @@ def test_a_key_that_transformers_ignores_changes_nothing_here_either(model_type,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model_type", "extra"), [*IGNORED, *WITHOUT_EFFECT])
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [*WITHOUT_EFFECT, *IGNORED[::3], *further(*IGNORED[1::3], *IGNORED[2::3])],
+)
 def test_the_torch_model_has_the_same_logits_with_a_key_that_is_ignored(model_type, extra):
     kind = "AutoModelForSequenceClassification" if model_type in ENCODERS else checkpoints.LANGUAGE
     tokens = checkpoints.random_tokens(11, (1, 12), seed=1)

@@ -15,6 +15,7 @@ from benchmarks.plans import PAIRS
 from dpojax.config.files import read_config
 from dpojax.planning.chips import topology
 from dpojax.planning.plan import make_plan
+from tests import further
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHRUNK = {
@@ -44,7 +45,7 @@ def shrink(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", ["llama8b.py:v5p", "hh.py", "tldr.py", "instructions.py", "imdb.py:paper"]
+    "path", ["llama8b.py:v5p", "instructions.py", "imdb.py:paper", *further("hh.py", "tldr.py")]
 )
 def test_every_stage_of_a_shipped_config_has_a_plan(path):
     config = shrink(read_config(str(ROOT / "configs" / path)))

@@ -30,7 +30,7 @@ from dpojax.training.checkpoints import (
     save_tree,
     saving_tree,
 )
-from tests import QUICK_COMPILES
+from tests import QUICK_COMPILES, further
 from tests.gcs import bucket, gcs_emulator  # noqa: F401 (fixtures)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -311,7 +311,7 @@ with Checkpoints(sys.argv[1], max_checkpoints=1) as checkpoints:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.03, 0.2, 0.33])
+@pytest.mark.parametrize("delay", [0.2, *further(0.03, 0.33)])
 def test_a_process_killed_while_saving_leaves_a_complete_checkpoint(tmp_path, delay):
     process = child(BIG + KILLED, tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "saved\n"
@@ -336,6 +336,7 @@ import grain, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from dpojax.sharding import make_mesh
 from dpojax.training.checkpoints import Checkpoints
+from tests import further
 rows = NamedSharding(make_mesh(data=1, fsdp=4), PartitionSpec("fsdp"))
 whole = NamedSharding(rows.mesh, PartitionSpec())
 new = jax.jit(lambda: {"w": jnp.arange(32.0).reshape(8, 4), "key": jax.random.key(3)},
