@@ -131,7 +131,7 @@ def test_a_place_of_a_sweep_holds_its_members_and_their_share_of_the_rows(planne
     assert together.activations == 2 * each * alone.activations
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_members_on_one_device_keep_no_old_weights_beside_the_new_ones():
     """A choice after the step, between the old states and the new ones, needs both."""
     config = small()

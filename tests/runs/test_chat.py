@@ -178,7 +178,7 @@ def test_ctrl_c_stops_a_reply_and_no_process():
                 signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_pieces_are_what_the_sampler_draws_at_once(policy):
     settings = ChatSettings(max_new_tokens=40, temperature=0.9, seed=3, template=False)
     dialogue = Dialogue(policy, settings)

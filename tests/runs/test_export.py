@@ -122,7 +122,7 @@ def test_adapters_of_the_kept_step_are_exported(moved_run, tmp_path):
     assert best == second != last
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_rounded_to_the_dtype_that_is_asked_for(moved_run, dtype, tmp_path):
     torch = pytest.importorskip("torch", reason="rounds as torch does")

@@ -93,7 +93,7 @@ def test_judges_are_held_against_human_choices(folder):
     assert "agreement.csv" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_beside_human_choices_counts_the_calls_and_asks_nobody(folder):
     nobody = "openai:model@http://localhost:9/v1"
     done = judge("--humans=humans.jsonl", f"--judge={nobody}", "--dry_run", cwd=folder)

@@ -8,6 +8,7 @@ from dpojax import storage
 from dpojax.runs.run import run
 from dpojax.sweeps.members import member_names, member_run, same_program
 from dpojax.sweeps.sweep import run_sweep
+from tests import further
 
 from .conftest import lines, tiny_config
 
@@ -21,9 +22,7 @@ MOVING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.long] * (x == ADAPTERS)) for x in MOVING]
-)
+@pytest.mark.parametrize("name", ["a synchronised reference", *further(ADAPTERS, "epsilon_dpo")])
 def test_a_run_that_goes_on_between_two_changes_has_the_losses_of_an_undisturbed_one(
     name, tmp_path
 ):

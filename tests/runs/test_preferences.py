@@ -329,7 +329,7 @@ def test_a_setting_that_cannot_be_is_named(change, message):
         settings("", "", **change)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_has_a_flag_for_every_setting_and_says_what_is_wrong():
     flags = dataclasses.asdict(settings("p", "o")) | {"labels": "soft", "process": "0/2"}
     done = subprocess.run(
